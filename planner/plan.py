@@ -1,0 +1,237 @@
+"""The plan: what was asked, what was decided, what is predicted, and from which numbers.
+
+Letters: ``B`` micro-batch, ``S`` sequence length, ``T = B*S`` tokens, ``L`` layers, ``D`` hidden size, ``R`` adapter
+rows per layer (the adapter width), ``K`` rows per token, ``A`` active rows, ``N`` experts, ``P`` probes.
+A *step* is one micro-batch forward and backward unless a name says ``optimizer_step``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from meft.planner.architecture import ModelShape
+from meft.planner.schema import Basis, Bytes, Count, File, Fraction, Index, Rate, Record, Seconds
+
+WeightsDtype = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
+AdapterDtype = Literal["fp32", "bf16"]
+Attention = Literal["sdpa", "flash", "eager"]
+Objective = Literal["capacity", "speed"]
+Routing = Literal["exact", "key-experts"]
+RowsInBackward = Literal["retained", "refetched"]
+Place = Literal["device", "host"]
+Phase = Literal["resident", "forward", "loss", "backward", "optimizer_step"]
+Direction = Literal["h2d", "d2h"]
+Lane = Literal["gpu", "h2d", "d2h", "cpu"]
+LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
+
+
+class Request(Record):
+    """What was asked. ``None`` leaves a choice to the planner."""
+
+    model: ModelShape
+    model_path: str | None = None
+    """Where the model was read from when it is not a built-in name."""
+    gpu: str
+    host: str
+    link: str
+    sparsity: str
+    gpu_mem_bytes: Annotated[Bytes, Field(gt=0)]
+    host_mem_bytes: Annotated[Bytes, Field(gt=0)]
+    host_mem_basis: Literal["given", "this machine"]
+    batch_size: Count = 2
+    seq_len: Count = 256
+    grad_accum: Count = 32
+    weights_dtype: WeightsDtype = "bf16"
+    double_quant: bool = False
+    adapter_dtype: AdapterDtype = "bf16"
+    attention: Attention = "sdpa"
+    activation_checkpointing: bool | None = None
+    objective: Objective = "capacity"
+    max_slowdown: Annotated[float, Field(ge=1.0)] = 1 / 0.63
+    min_trainable_fraction: Fraction = 0.10
+    adapter_width: Count | None = None
+    top_k: Count | None = None
+    prefetch_depth: Index | None = None
+    routing: Routing | None = None
+    rows_in_backward: RowsInBackward | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """``T = B * S``."""
+        return self.batch_size * self.seq_len
+
+
+class Decision(Record):
+    """What the planner chose; with the request's workload and dtypes it is all that the runtime obeys."""
+
+    adapter_width: Count
+    top_k: Count
+    prefetch_depth: Index
+    active_rows_cap: Count
+    num_experts: Count
+    num_probes: Count
+    routing: Routing
+    rows_in_backward: RowsInBackward
+    activation_checkpointing: bool
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Decision:
+        if self.top_k > self.adapter_width:
+            raise ValueError(f"top_k {self.top_k} is above adapter_width {self.adapter_width}")
+        if not self.top_k <= self.active_rows_cap <= self.adapter_width:
+            limits = f"top_k {self.top_k} and adapter_width {self.adapter_width}"
+            raise ValueError(f"active_rows_cap {self.active_rows_cap} is not between {limits}")
+        if self.adapter_width % self.num_experts:
+            raise ValueError(f"num_experts {self.num_experts} does not divide adapter_width {self.adapter_width}")
+        if self.num_probes > self.num_experts:
+            raise ValueError(f"num_probes {self.num_probes} is above num_experts {self.num_experts}")
+        if self.routing == "exact" and (self.num_experts, self.num_probes) != (1, 1):
+            raise ValueError("exact routing scores every row: num_experts and num_probes must be 1")
+        if self.num_probes * (self.adapter_width // self.num_experts) < self.top_k:
+            raise ValueError(f"the {self.num_probes} probed experts hold fewer rows than top_k {self.top_k}")
+        return self
+
+
+class MemoryEntry(Record):
+    """One line of the ledger. A ``resident`` entry counts in every phase, any other in its own phase only."""
+
+    place: Place
+    phase: Phase
+    category: str
+    num_bytes: Bytes
+    basis: Basis
+    because: str
+
+
+class ByteRange(Record):
+    """A figure that is only known as a range, both ends included."""
+
+    low_bytes: Bytes
+    high_bytes: Bytes
+    basis: Basis
+    source: str
+
+
+class DeviceMemory(Record):
+    """Predicted device memory. ``process_bytes`` is what NVML shows: reserved plus what lives outside the allocator."""
+
+    entries: tuple[MemoryEntry, ...]
+    peak_phase: Phase
+    peak_allocated_bytes: Bytes
+    peak_reserved_bytes: Bytes
+    reserved_basis: Basis
+    context_bytes: ByteRange
+    process_bytes: ByteRange
+    allocator_budget_bytes: Bytes
+    """What the caching allocator may reserve: the GPU memory asked for less the context's upper bound."""
+
+
+class HostMemory(Record):
+    """Predicted host memory of the adapter, its optimizer and the staging buffers."""
+
+    entries: tuple[MemoryEntry, ...]
+    total_bytes: Bytes
+
+
+class TransferEntry(Record):
+    """Bytes of one category in one direction, per step or per optimizer step."""
+
+    direction: Direction
+    category: str
+    per: Literal["step", "optimizer_step"]
+    num_bytes: Bytes
+    because: str
+
+
+class Transfer(Record):
+    """Predicted traffic over the link."""
+
+    entries: tuple[TransferEntry, ...]
+    h2d_bytes_per_step: Bytes
+    d2h_bytes_per_step: Bytes
+    h2d_bytes_per_optimizer_step: Bytes
+    d2h_bytes_per_optimizer_step: Bytes
+    whole_adapter_offload_ratio: Rate
+    """Bytes that moving the whole adapter both ways would cost, over the bytes of this plan."""
+
+
+class Timing(Record):
+    """Predicted time of one step, the optimizer's share of the accumulation window included."""
+
+    step_seconds: Seconds
+    baseline_step_seconds: Seconds
+    slowdown: Rate
+    busy_seconds: dict[Lane, Seconds]
+    tokens_per_second: Rate
+
+
+class Sparsity(Record):
+    """Predicted active rows, per layer."""
+
+    active_rows_per_layer: tuple[Index, ...]
+    window_active_rows_per_layer: tuple[Index, ...]
+    """Rows touched in one accumulation window: what the optimizer updates."""
+    prefetch_recall: Fraction
+    basis: Basis
+
+
+class Prediction(Record):
+    device_memory: DeviceMemory
+    host_memory: HostMemory
+    transfer: Transfer
+    timing: Timing
+    sparsity: Sparsity
+    trainable_parameters: Count
+    trainable_fraction: Fraction
+    """Trainable parameters over the frozen model's."""
+
+
+class ProfileUsed(Record):
+    kind: Literal["gpu", "link", "host", "sparsity", "model"]
+    name: str
+    digest: str
+
+
+class NumberUsed(Record):
+    """One profile number that the prediction rests on."""
+
+    name: str
+    value: float
+    basis: Basis
+    source: str
+
+
+class Inputs(Record):
+    profiles: tuple[ProfileUsed, ...]
+    numbers: tuple[NumberUsed, ...]
+
+
+class ParetoPoint(Record):
+    """A decision that no other beats in capacity, speed and device memory at once."""
+
+    decision: Decision
+    trainable_parameters: Count
+    step_seconds: Seconds
+    peak_reserved_bytes: Bytes
+    host_bytes: Bytes
+
+
+class SearchSummary(Record):
+    candidates: Index
+    feasible: Index
+    pareto: tuple[ParetoPoint, ...]
+
+
+class Plan(File):
+    """``plan.json``: the whole of it, with its digest."""
+
+    kind: ClassVar[str] = "plan"
+
+    meft_version: str
+    request: Request
+    decision: Decision
+    prediction: Prediction
+    inputs: Inputs
+    search: SearchSummary

@@ -1,0 +1,114 @@
+"""The report: what a run of a plan observed, beside what the plan predicted."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from meft.planner.plan import Lane, MemoryEntry, TransferEntry
+from meft.planner.schema import Bytes, Count, File, Fraction, Index, Record, Seconds
+
+
+class DeviceUsed(Record):
+    kind: Literal["cuda", "emulated"]
+    name: str
+    budget_bytes: Bytes
+    """What the caching allocator was allowed to reserve."""
+
+
+class ObservedDeviceMemory(Record):
+    """Peaks over the training steps. ``process_bytes`` is NVML's figure, null where NVML cannot see the process."""
+
+    peak_allocated_bytes: Bytes
+    peak_reserved_bytes: Bytes
+    process_bytes: Bytes | None
+    process_bytes_source: str
+    entries: tuple[MemoryEntry, ...] = ()
+    """What was live at the allocated peak, by category."""
+
+
+class ObservedHostMemory(Record):
+    """Bytes of the adapter's own tables and staging, counted at allocation; and the process as the OS sees it."""
+
+    entries: tuple[MemoryEntry, ...]
+    total_bytes: Bytes
+    process_rss_bytes: Bytes | None
+
+
+class ObservedTransfer(Record):
+    """Every byte that crossed, as counted by the transfer engine: means per step, rounded to whole bytes."""
+
+    entries: tuple[TransferEntry, ...]
+    h2d_bytes_per_step: Bytes
+    d2h_bytes_per_step: Bytes
+    h2d_bytes_per_optimizer_step: Bytes
+    d2h_bytes_per_optimizer_step: Bytes
+    nvml_rx_bytes: Bytes | None
+    nvml_tx_bytes: Bytes | None
+    nvml_source: str
+
+
+class ActiveRows(Record):
+    """Active rows of one layer over all steps, after the cap."""
+
+    layer: Index
+    mean: float
+    max: Index
+
+
+class ExpectedTransfer(Record):
+    """What the transfer model gives for the active rows that were observed; equal to the counted bytes, exactly."""
+
+    h2d_bytes: Bytes
+    d2h_bytes: Bytes
+    counted_h2d_bytes: Bytes
+    counted_d2h_bytes: Bytes
+
+
+class Observed(Record):
+    device_memory: ObservedDeviceMemory
+    host_memory: ObservedHostMemory
+    transfer: ObservedTransfer
+    transfer_given_active_rows: ExpectedTransfer | None
+    """Totals over the run; null for a rehearsal, whose rows come from the plan."""
+    active_rows: tuple[ActiveRows, ...]
+    dropped_rows: Index
+    """Row selections lost to ``active_rows_cap``, summed over layers and steps."""
+    prefetch_recall: Fraction | None
+    """Share of the exact choice that look-ahead routing found, measured on one probe batch; null if not measured."""
+    step_seconds: Seconds | None
+    """Median over steps, null for a rehearsal (nothing was computed)."""
+    busy_seconds: dict[Lane, Seconds]
+
+
+class Comparison(Record):
+    quantity: str
+    predicted: float
+    observed: float
+    ratio: float | None
+    """Predicted over observed; null when nothing was observed."""
+
+
+class Training(Record):
+    steps: Index
+    optimizer_steps: Index
+    tokens: Index
+    loss_per_step: tuple[float, ...]
+    learning_rate_per_optimizer_step: tuple[float, ...]
+    gradient_norm_per_optimizer_step: tuple[float, ...]
+    seed: int
+
+
+class Report(File):
+    """``report.json``."""
+
+    kind: ClassVar[str] = "report"
+
+    meft_version: str
+    plan_digest: str
+    rehearsal: bool
+    device: DeviceUsed
+    observed: Observed
+    comparison: tuple[Comparison, ...]
+    training: Training
+    versions: dict[str, str]
+    layers: Count

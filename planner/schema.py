@@ -1,0 +1,159 @@
+"""The base of every record: frozen, closed, finite, versioned, digested, and exact through JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from meft.planner.errors import UsageError
+from meft.planner.files import write_atomic
+
+SCHEMA_VERSION = 1
+
+Basis = Literal["counted", "measured", "assumed"]
+"""Where a number comes from: counted (exact arithmetic), measured (on something named), assumed (for a reason)."""
+
+Bytes = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Index = Annotated[int, Field(ge=0, strict=True)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seconds = Annotated[float, Field(ge=0.0)]
+Rate = Annotated[float, Field(gt=0.0)]
+
+
+class Record(BaseModel):
+    """An immutable value that refuses unknown keys, NaN and infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    def canonical_json(self) -> str:
+        """The one text of this record: sorted keys, no spaces, shortest exact floats."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    def digest(self) -> str:
+        """SHA-256 of :meth:`canonical_json`, as 64 hex digits."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+
+class File(Record):
+    """A record that is a file of its own: it carries ``schema_version`` and a digest of everything else in it."""
+
+    kind: ClassVar[str] = "file"
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """Indented JSON with the record's ``digest`` as its last key; :meth:`from_json` is the exact inverse."""
+        content = self.model_dump(mode="json") | {"digest": self.digest()}
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str) -> Self:
+        """Parse and check ``text``; ``source`` names it in errors.
+
+        Raises :class:`UsageError` for text that is not JSON, a newer schema, an unknown or missing field, a value
+        out of range, or a digest that does not match what the file says.
+        """
+        content = _parse_object(text, source=source, kind=cls.kind)
+        _check_version(content, source=source, kind=cls.kind)
+        stated = content.pop("digest", None)
+        record = validated(cls, content, source=f"{cls.kind} {source}")
+        if stated != record.digest():
+            raise UsageError(
+                f"{cls.kind} {source}: its digest does not match its content, so it was edited or damaged; "
+                f"make it again instead of changing it by hand"
+            )
+        return record
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a file written by :meth:`save`; see :meth:`from_json` for the errors."""
+        return cls.from_json(read_text(path, kind=cls.kind), source=str(path))
+
+    def save(self, path: Path | str) -> None:
+        """Write atomically: a crash leaves the old file or the new one."""
+        write_atomic(Path(path), self.to_json())
+
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def validated(record: type[R], content: object, *, source: str) -> R:
+    """Validate ``content`` as ``record``; every problem in one :class:`UsageError` line that names ``source``."""
+    try:
+        return record.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem) for problem in error.errors(include_url=False))
+        raise UsageError(f"{source}: {problems}") from None
+
+
+def read_text(path: Path | str, *, kind: str) -> str:
+    """Read a UTF-8 file, or raise a :class:`UsageError` that names it and its ``kind``."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{kind} {path}: no such file") from None
+    except IsADirectoryError:
+        raise UsageError(f"{kind} {path}: is a folder, not a file") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{kind} {path}: is not UTF-8 text") from None
+    except OSError as error:
+        raise UsageError(f"{kind} {path}: cannot be read ({error.strerror})") from None
+
+
+def parse_json(text: str, *, source: str) -> Any:
+    """Parse strict JSON: NaN, Infinity and duplicate keys are refused by name."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise UsageError(f"{source}: not valid JSON at {where} ({error.msg}); is it truncated?") from None
+    except ValueError as error:
+        raise UsageError(f"{source}: {error}") from None
+
+
+def _parse_object(text: str, *, source: str, kind: str) -> dict[str, Any]:
+    content = parse_json(text, source=f"{kind} {source}")
+    if not isinstance(content, dict):
+        raise UsageError(f"{kind} {source}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _check_version(content: dict[str, Any], *, source: str, kind: str) -> None:
+    version = content.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise UsageError(f"{kind} {source}: schema_version is missing or no integer; is this a {kind}?")
+    if version > SCHEMA_VERSION:
+        raise UsageError(
+            f"{kind} {source}: schema_version {version} is newer than {SCHEMA_VERSION}, the newest this version of "
+            f"meft reads; upgrade meft, or make the {kind} again with this version"
+        )
+    if version < 1:
+        raise UsageError(f"{kind} {source}: schema_version {version} is below 1, the first")
+
+
+def _describe(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"]) or "(whole record)"
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: unknown field"
+    if problem["type"] == "missing":
+        return f"{place}: missing"
+    given = repr(problem["input"])
+    shown = given if len(given) <= 60 else given[:57] + "..."
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {shown})"
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a finite number, which every value must be")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} appears twice")
+    return content

@@ -1,0 +1,64 @@
+"""Sizes as people write them, and bytes as people read them. Everywhere else a size is an int of bytes.
+
+For memory ``GB`` means what is printed on the box of a GPU: 2**30 bytes, the same as ``GiB``.
+"""
+
+from __future__ import annotations
+
+import re
+
+from meft.planner.errors import UsageError
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_UNITS = {"": 1, "b": 1, "k": KIB, "kb": KIB, "kib": KIB, "m": MIB, "mb": MIB, "mib": MIB}
+_UNITS |= {"g": GIB, "gb": GIB, "gib": GIB, "t": GIB << 10, "tb": GIB << 10, "tib": GIB << 10}
+_SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?P<unit>[A-Za-z]*)")
+_ACCEPTED = "a positive size such as 24GB, 24GiB, 1200MiB or 25769803776 (bytes); for memory GB = GiB = 2^30 bytes"
+
+MAX_BYTES = 1 << 50  # one PiB: above this a size is a typing slip, not a machine
+
+
+def parse_bytes(text: str, *, field: str = "size") -> int:
+    """Read a memory size.
+
+    Raises :class:`UsageError` naming ``field``, the value and what is accepted.
+
+    >>> parse_bytes("24GB") == parse_bytes("24 GiB") == 24 * 2**30
+    True
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match["unit"].lower() not in _UNITS:
+        raise UsageError(f"{field}: {text!r} is not a size; give {_ACCEPTED}")
+    num_bytes = round(float(match["number"]) * _UNITS[match["unit"].lower()])
+    if num_bytes <= 0:
+        raise UsageError(f"{field}: {text!r} is not above zero; give {_ACCEPTED}")
+    if num_bytes > MAX_BYTES:
+        raise UsageError(f"{field}: {text!r} is more than 1 PiB, which no machine has; give {_ACCEPTED}")
+    return num_bytes
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Render bytes for a table: ``23.4 GiB``, ``512.0 MiB``, ``3.0 KiB``, ``17 B``; negative sizes keep their sign."""
+    magnitude = abs(num_bytes)
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if magnitude >= unit:
+            return f"{num_bytes / unit:.2f} {name}" if unit == GIB else f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes:.0f} B"
+
+
+def format_size_argument(num_bytes: int) -> str:
+    """Render a size so that :func:`parse_bytes` reads the same bytes back, in the largest unit that divides it."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if num_bytes % unit == 0:
+            return f"{num_bytes // unit}{name}"
+    return str(num_bytes)
+
+
+def format_seconds(seconds: float) -> str:
+    """Render a duration for a table: ``1.23 s``, ``45.6 ms``, ``7.8 us``."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
