@@ -1,10 +1,10 @@
 """The exceptions that reach a user, each with its documented exit code.
 
-    MeftError                  1  unexpected
-    +-- UsageError             2  a bad value, name or file: what was given, what is allowed, what to try
-    +-- InfeasibleError        3  no plan fits: carries the :class:`~meft.planner.search.Infeasible` verdict as text
-    +-- MachineError           4  this machine cannot run the plan (preflight)
-        +-- DeviceOutOfMemory  4  the device budget was exceeded while running
+MeftError                  1  unexpected
++-- UsageError             2  a bad value, name or file: what was given, what is allowed, what to try
++-- InfeasibleError        3  no plan fits: carries the :class:`~meft.planner.search.Infeasible` verdict as text
++-- MachineError           4  this machine cannot run the plan (preflight)
+    +-- DeviceOutOfMemory  4  the device budget was exceeded while running
 """
 
 from __future__ import annotations

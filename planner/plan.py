@@ -178,6 +178,8 @@ class Sparsity(Record):
 
 
 class Prediction(Record):
+    """Everything the models say of the decision."""
+
     device_memory: DeviceMemory
     host_memory: HostMemory
     transfer: Transfer
@@ -189,6 +191,8 @@ class Prediction(Record):
 
 
 class ProfileUsed(Record):
+    """A profile that the prediction rests on, by name and digest of its content."""
+
     kind: Literal["gpu", "link", "host", "sparsity", "model"]
     name: str
     digest: str
@@ -204,6 +208,8 @@ class NumberUsed(Record):
 
 
 class Inputs(Record):
+    """Where the prediction's numbers come from."""
+
     profiles: tuple[ProfileUsed, ...]
     numbers: tuple[NumberUsed, ...]
 
@@ -219,6 +225,8 @@ class ParetoPoint(Record):
 
 
 class SearchSummary(Record):
+    """How many decisions were weighed, how many fit, and the best of them."""
+
     candidates: Index
     feasible: Index
     pareto: tuple[ParetoPoint, ...]

@@ -102,6 +102,13 @@ class SparsityProfile(Record):
 
 
 __all__ = [
-    "GpuProfile", "HostProfile", "LayerSparsity", "LinkProfile", "Rate", "Seconds", "Sourced", "SourcedRange",
+    "GpuProfile",
+    "HostProfile",
+    "LayerSparsity",
+    "LinkProfile",
+    "Rate",
+    "Seconds",
+    "Sourced",
+    "SourcedRange",
     "SparsityProfile",
 ]

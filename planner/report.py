@@ -9,6 +9,8 @@ from meft.planner.schema import Bytes, Count, File, Fraction, Index, Record, Sec
 
 
 class DeviceUsed(Record):
+    """The device that ran the plan."""
+
     kind: Literal["cuda", "emulated"]
     name: str
     budget_bytes: Bytes
@@ -65,6 +67,8 @@ class ExpectedTransfer(Record):
 
 
 class Observed(Record):
+    """What the run measured and counted."""
+
     device_memory: ObservedDeviceMemory
     host_memory: ObservedHostMemory
     transfer: ObservedTransfer
@@ -81,6 +85,8 @@ class Observed(Record):
 
 
 class Comparison(Record):
+    """One quantity as predicted and as observed."""
+
     quantity: str
     predicted: float
     observed: float
@@ -89,6 +95,8 @@ class Comparison(Record):
 
 
 class Training(Record):
+    """What was trained, step by step."""
+
     steps: Index
     optimizer_steps: Index
     tokens: Index

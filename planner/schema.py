@@ -34,7 +34,7 @@ class Record(BaseModel):
         """The one text of this record: sorted keys, no spaces, shortest exact floats."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
-    def digest(self) -> str:
+    def content_digest(self) -> str:
         """SHA-256 of :meth:`canonical_json`, as 64 hex digits."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
@@ -47,7 +47,7 @@ class File(Record):
 
     def to_json(self) -> str:
         """Indented JSON with the record's ``digest`` as its last key; :meth:`from_json` is the exact inverse."""
-        content = self.model_dump(mode="json") | {"digest": self.digest()}
+        content = self.model_dump(mode="json") | {"digest": self.content_digest()}
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -61,7 +61,7 @@ class File(Record):
         _check_version(content, source=source, kind=cls.kind)
         stated = content.pop("digest", None)
         record = validated(cls, content, source=f"{cls.kind} {source}")
-        if stated != record.digest():
+        if stated != record.content_digest():
             raise UsageError(
                 f"{cls.kind} {source}: its digest does not match its content, so it was edited or damaged; "
                 f"make it again instead of changing it by hand"
