@@ -1,0 +1,472 @@
+"""The caching allocator model: by hand, by properties, and against streams recorded on real GPUs."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meft.planner.allocator import (
+    LARGE_SEGMENT_BYTES,
+    NO_BLOCK,
+    SMALL_SEGMENT_BYTES,
+    CachingAllocator,
+    LiveBlock,
+    Segment,
+    pinned_bytes,
+    round_block,
+)
+from meft.planner.errors import DeviceOutOfMemory
+
+MIB = 2**20
+TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
+TRACE_NAMES = (
+    "attn_peak_cold",
+    "bert_eval",
+    "cs336_compile_train_small",
+    "cs336_medium_infer_ctx1024",
+    "cs336_medium_train_ctx512",
+    "cs336_train_magma",
+    "decomfl_cold_start",
+    "fno_counterfactual",
+)
+
+
+# --- rounding -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_bytes", "block"), [(1, 512), (511, 512), (512, 512), (513, 1024), (MIB + 1, MIB + 512)])
+def test_blocks_are_multiples_of_512(num_bytes: int, block: int) -> None:
+    assert round_block(num_bytes) == block
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "pinned"),
+    # 129.5 MiB pins 256 MiB; a power of two pins itself; nothing pins nothing.
+    [(129 * MIB + MIB // 2, 256 * MIB), (256 * MIB, 256 * MIB), (256 * MIB + 1, 512 * MIB), (1, 1), (3, 4), (0, 0)],
+)
+def test_pinned_memory_rounds_up_to_powers_of_two(num_bytes: int, pinned: int) -> None:
+    assert pinned_bytes(num_bytes) == pinned
+
+
+# --- segments and splits, by hand ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "reserved"),
+    [
+        (1, 2 * MIB),
+        (MIB, 2 * MIB),  # the last size of the small pool
+        (MIB + 1, 20 * MIB),  # the first of the large pool: rounds to 1 MiB + 512
+        (10 * MIB - 512, 20 * MIB),
+        (10 * MIB, 10 * MIB),  # from 10 MiB: rounded up to 2 MiB, and 10 is a multiple
+        (10 * MIB + 1, 12 * MIB),
+        (10 * MIB - 511, 10 * MIB),  # rounds to 10 MiB before the segment is chosen
+    ],
+)
+def test_segment_size_by_request(num_bytes: int, reserved: int) -> None:
+    allocator = CachingAllocator()
+    allocator.malloc(num_bytes)
+    assert allocator.reserved_bytes == reserved
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "allocated"),
+    [
+        (11 * MIB, 12 * MIB),  # segment 12: the remainder of exactly 1 MiB is not split and counts
+        (11 * MIB - 512, 11 * MIB - 512),  # remainder 1 MiB + 512: split off
+        (12 * MIB - 511, 12 * MIB),  # remainder 0
+        (MIB, MIB),  # small: 1 MiB of 2 is split off
+        (600, 1024),
+    ],
+)
+def test_unsplit_remainder_counts_as_allocated(num_bytes: int, allocated: int) -> None:
+    allocator = CachingAllocator()
+    allocator.malloc(num_bytes)
+    assert allocator.allocated_bytes == allocated
+    assert allocator.requested_bytes == num_bytes
+
+
+def test_small_pool_splits_the_smallest_remainder() -> None:
+    allocator = CachingAllocator()
+    allocator.malloc(MIB)
+    allocator.malloc(MIB - 512)  # leaves 512 bytes of the 2 MiB segment, which is a block of its own
+    allocator.malloc(512)
+    assert allocator.allocated_bytes == allocator.reserved_bytes == 2 * MIB
+
+
+def test_best_fit_takes_the_smallest_block_that_is_big_enough() -> None:
+    allocator = CachingAllocator()
+    # One 20 MiB segment: 8, 2, 4, 2 MiB and 4 MiB free behind them; then the 8 and the 4 become holes.
+    eight, _, four, _ = [allocator.malloc(size * MIB) for size in (8, 2, 4, 2)]
+    allocator.free(eight)
+    allocator.free(four)
+    assert allocator.malloc(4 * MIB) == four  # not the hole of 8; of the two holes of 4, the lower address
+    assert allocator.reserved_bytes == 20 * MIB
+
+
+def test_ties_across_segments_take_the_newer_one_because_it_lies_lower() -> None:
+    allocator = CachingAllocator()
+    older, newer = allocator.malloc(32 * MIB), allocator.malloc(32 * MIB)
+    assert newer < older
+    allocator.free(older)
+    allocator.free(newer)
+    assert allocator.malloc(32 * MIB) == newer
+
+
+def test_pools_and_streams_do_not_share() -> None:
+    allocator = CachingAllocator()
+    allocator.free(allocator.malloc(2 * MIB))  # 20 MiB of the large pool, stream 0, all free
+    allocator.malloc(2 * MIB, stream=1)
+    assert allocator.reserved_bytes == 40 * MIB
+    allocator.malloc(512)  # the small pool takes its own 2 MiB
+    assert allocator.reserved_bytes == 42 * MIB
+
+
+def test_a_freed_block_merges_with_both_neighbours() -> None:
+    allocator = CachingAllocator()
+    first, middle, last = [allocator.malloc(6 * MIB) for _ in range(3)]  # 18 of 20 MiB
+    for handle in (first, last, middle):
+        allocator.free(handle)
+    assert allocator.malloc(20 * MIB) == first  # one whole block again
+    assert allocator.reserved_bytes == 20 * MIB
+
+
+def test_freed_memory_stays_reserved_until_the_cache_is_emptied() -> None:
+    allocator = CachingAllocator()
+    kept = allocator.malloc(MIB)
+    gone = allocator.malloc(30 * MIB)
+    allocator.free(gone)
+    assert (allocator.allocated_bytes, allocator.reserved_bytes) == (MIB, 32 * MIB)
+    allocator.empty_cache()  # the 2 MiB segment of the small pool is half in use and stays
+    assert allocator.reserved_bytes == 2 * MIB
+    allocator.free(kept)
+    allocator.empty_cache()
+    assert allocator.reserved_bytes == 0
+    assert allocator.peak_reserved_bytes == 32 * MIB
+
+
+def test_peaks_and_their_reset() -> None:
+    allocator = CachingAllocator()
+    handle = allocator.malloc(30 * MIB - 1)  # block and segment of 30 MiB
+    allocator.free(handle)
+    allocator.malloc(100)
+    assert (allocator.peak_requested_bytes, allocator.peak_allocated_bytes) == (30 * MIB - 1, 30 * MIB)
+    assert allocator.peak_reserved_bytes == 32 * MIB  # and 2 MiB for the small pool
+    allocator.empty_cache()
+    allocator.reset_peaks()
+    assert (allocator.peak_requested_bytes, allocator.peak_allocated_bytes) == (100, 512)
+    assert allocator.peak_reserved_bytes == 2 * MIB
+
+
+def test_zero_bytes_take_no_block() -> None:
+    allocator = CachingAllocator()
+    assert allocator.malloc(0) == NO_BLOCK
+    allocator.free(NO_BLOCK)
+    assert allocator.reserved_bytes == allocator.peak_allocated_bytes == 0
+
+
+def test_wrong_use_is_refused() -> None:
+    allocator = CachingAllocator()
+    with pytest.raises(ValueError, match="cannot allocate -1 bytes"):
+        allocator.malloc(-1)
+    handle = allocator.malloc(512)
+    allocator.free(handle)
+    with pytest.raises(ValueError, match=f"handle {handle} is not an allocated block"):
+        allocator.free(handle)
+    with pytest.raises(ValueError, match="handle 12345 is not an allocated block"):
+        allocator.free(12345)
+    with pytest.raises(ValueError, match="capacity_bytes is 0"):
+        CachingAllocator(0)
+
+
+# --- capacity -----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_device_flushes_free_segments_of_every_pool_and_retries() -> None:
+    allocator = CachingAllocator(capacity_bytes=44 * MIB)
+    allocator.free(allocator.malloc(512, stream=3))  # 2 MiB, small pool of another stream, wholly free
+    kept = allocator.malloc(20 * MIB)
+    allocator.free(allocator.malloc(22 * MIB))  # 44 MiB reserved
+    allocator.malloc(24 * MIB)  # fits only without both free segments: 20 + 24 = 44
+    assert (allocator.num_retries, allocator.reserved_bytes) == (1, 44 * MIB)
+    allocator.free(kept)
+
+
+def test_out_of_memory_names_every_figure_and_leaves_the_books_right() -> None:
+    allocator = CachingAllocator(capacity_bytes=50 * MIB)
+    kept = allocator.malloc(30 * MIB)
+    allocator.free(allocator.malloc(12 * MIB))
+    # 12 of 42 MiB are flushed; 30 + 22 exceed 50 by 2.
+    with pytest.raises(DeviceOutOfMemory) as caught:
+        allocator.malloc(21 * MIB)
+    assert str(caught.value) == (
+        "device out of memory: 21.0 MiB requested (a new segment of 22.0 MiB), 30.0 MiB allocated, 30.0 MiB reserved, "
+        "capacity 50.0 MiB, 2.0 MiB short; plan again with a smaller budget, batch or sequence, or raise --gpu-mem"
+    )
+    assert caught.value.exit_code == 4
+    assert (allocator.allocated_bytes, allocator.reserved_bytes) == (30 * MIB, 30 * MIB)
+    assert (allocator.num_retries, allocator.peak_reserved_bytes) == (1, 42 * MIB)
+    allocator.malloc(20 * MIB)  # exactly the rest
+    allocator.free(kept)
+    assert allocator.allocated_bytes == 20 * MIB
+
+
+# --- a warm start -------------------------------------------------------------------------------------------------
+
+
+def warm_segments() -> list[Segment]:
+    """20 MiB with 2 MiB free, 4 live, 6 free, 8 live; and a small segment with its first 512 bytes live."""
+    large = (LiveBlock(1002 * MIB, 4 * MIB, 4 * MIB), LiveBlock(1012 * MIB, 8 * MIB, 8 * MIB - 100))
+    small = (LiveBlock(500 * MIB, 512, 8),)
+    return [Segment(1000 * MIB, 20 * MIB, 0, "large", large), Segment(500 * MIB, 2 * MIB, 0, "small", small)]
+
+
+def test_a_warm_start_restores_blocks_and_holes() -> None:
+    allocator = CachingAllocator()
+    handles = allocator.install(warm_segments())
+    assert set(handles) == {1002 * MIB, 1012 * MIB, 500 * MIB}
+    assert allocator.reserved_bytes == allocator.peak_reserved_bytes == 22 * MIB
+    assert allocator.allocated_bytes == 12 * MIB + 512
+    assert allocator.requested_bytes == 12 * MIB - 100 + 8
+    assert allocator.malloc(6 * MIB) == handles[1002 * MIB] + 4 * MIB  # the hole between the two
+    assert allocator.malloc(2 * MIB) == handles[1002 * MIB] - 2 * MIB  # the hole in front
+    allocator.malloc(MIB)
+    assert allocator.reserved_bytes == 22 * MIB
+    assert allocator.malloc(2 * MIB) < min(handles.values())  # a new segment lies below the recorded ones
+
+
+def test_a_warm_start_frees_and_merges_like_a_cold_one() -> None:
+    allocator = CachingAllocator()
+    for handle in allocator.install(warm_segments()).values():
+        allocator.free(handle)
+    allocator.malloc(20 * MIB)
+    allocator.malloc(MIB)
+    assert (allocator.allocated_bytes, allocator.reserved_bytes) == (21 * MIB, 22 * MIB)
+
+
+def test_an_empty_warm_start_is_a_cold_one() -> None:
+    allocator = CachingAllocator()
+    assert allocator.install([]) == {}
+    allocator.malloc(1)
+    assert allocator.reserved_bytes == SMALL_SEGMENT_BYTES
+
+
+def test_impossible_recordings_are_refused() -> None:
+    segment = Segment(0, 2 * MIB, 0, "small", ())
+    with pytest.raises(ValueError, match="segment at 1024 overlaps"):
+        CachingAllocator().install([segment, Segment(1024, 2 * MIB, 0, "small", ())])
+    with pytest.raises(ValueError, match="leaves its segment"):
+        CachingAllocator().install([Segment(0, 2 * MIB, 0, "small", (LiveBlock(2 * MIB - 512, 1024, 600),))])
+    live = (LiveBlock(0, 1024, 600), LiveBlock(512, 512, 8))
+    with pytest.raises(ValueError, match="overlaps another"):
+        CachingAllocator().install([Segment(0, 2 * MIB, 0, "small", live)])
+    with pytest.raises(ValueError, match="more than the capacity"):
+        CachingAllocator(MIB).install([segment])
+    used = CachingAllocator()
+    used.malloc(1)
+    with pytest.raises(ValueError, match="fresh allocator"):
+        used.install([segment])
+
+
+# --- properties ---------------------------------------------------------------------------------------------------
+
+SIZES = st.one_of(st.integers(0, 4096), st.integers(0, 3 * MIB), st.integers(0, 40 * MIB))
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("malloc"), SIZES, st.integers(0, 1)),
+        st.tuples(st.just("free"), st.integers(0, 1000), st.just(0)),
+        st.tuples(st.just("empty_cache"), st.just(0), st.just(0)),
+    ),
+    max_size=60,
+)
+
+
+def run(allocator: CachingAllocator, steps: Iterable[tuple[str, int, int]]) -> Iterator[dict[int, int]]:
+    """Apply random steps, yielding the live handles and their requested bytes after each that did not run out."""
+    live: dict[int, int] = {}
+    for action, number, stream in steps:
+        if action == "malloc":
+            try:
+                handle = allocator.malloc(number, stream)
+            except DeviceOutOfMemory:
+                continue
+            if handle != NO_BLOCK:
+                assert handle not in live
+                live[handle] = number
+        elif action == "free" and live:
+            handle = list(live)[number % len(live)]
+            allocator.free(handle)
+            del live[handle]
+        elif action == "empty_cache":
+            allocator.empty_cache()
+        yield live
+
+
+@given(STEPS, st.one_of(st.none(), st.integers(2 * MIB, 100 * MIB)))
+@settings(deadline=None, max_examples=150)
+def test_books_hold_at_every_step(steps: list[tuple[str, int, int]], capacity: int | None) -> None:
+    allocator = CachingAllocator(capacity)
+    for live in run(allocator, steps):
+        assert allocator.requested_bytes == sum(live.values())
+        assert sum(map(round_block, live.values())) <= allocator.allocated_bytes <= allocator.reserved_bytes
+        # What stays inside a block without a request for it: up to 511 bytes, and up to 1 MiB unsplit.
+        assert allocator.allocated_bytes - allocator.requested_bytes <= len(live) * (MIB + 511)
+        assert allocator.peak_reserved_bytes >= allocator.reserved_bytes
+        assert allocator.reserved_bytes % (2 * MIB) == 0
+        assert capacity is None or allocator.peak_reserved_bytes <= capacity
+
+
+@given(STEPS)
+@settings(deadline=None, max_examples=150)
+def test_live_blocks_never_overlap(steps: list[tuple[str, int, int]]) -> None:
+    for live in run(CachingAllocator(), steps):
+        stretches = sorted((handle, handle + round_block(size)) for handle, size in live.items())
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(stretches))
+
+
+@given(STEPS, st.one_of(st.none(), st.integers(2 * MIB, 100 * MIB)))
+@settings(deadline=None, max_examples=150)
+def test_freeing_everything_restores_whole_segments(steps: list[tuple[str, int, int]], capacity: int | None) -> None:
+    allocator = CachingAllocator(capacity)
+    live: dict[int, int] = {}
+    for state in run(allocator, steps):
+        live = state
+    for handle in live:
+        allocator.free(handle)
+    assert allocator.allocated_bytes == allocator.requested_bytes == 0
+    allocator.empty_cache()  # gives back only segments that are one free block
+    assert allocator.reserved_bytes == 0
+
+
+# --- recorded streams ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of a recording: what happened, and what was allocated and reserved afterwards."""
+
+    action: str
+    address: int
+    num_bytes: int
+    stream: int
+    allocated_bytes: int
+    reserved_bytes: int
+
+
+def read_events(lines: Iterable[str]) -> list[Event]:
+    columns = ("addr", "bytes", "stream", "total_allocated_after", "total_reserved_after")
+    return [Event(row["action"], *(int(row[name]) for name in columns)) for row in csv.DictReader(lines)]
+
+
+def read_segments(text: str) -> list[Segment]:
+    return [
+        Segment(
+            row["addr"],
+            row["size"],
+            row["stream"],
+            row["pool"],
+            tuple(LiveBlock(block["addr"], block["size"], block["requested"]) for block in row["live"]),
+        )
+        for row in json.loads(text)
+    ]
+
+
+def replay(
+    allocator: CachingAllocator, handles: dict[int, int], events: Iterable[Event]
+) -> Iterator[tuple[int, Event]]:
+    """Replay a recording; yields each (index, event) at which the allocator must agree with what was recorded.
+
+    Segments are the model's own business: a ``segment_alloc`` must follow from the ``alloc`` behind it. A run of
+    ``segment_free`` is one flush of the cache and is compared at its end.
+    """
+    listed = list(events)
+    for index, event in enumerate(listed):
+        if event.action == "alloc":
+            handles[event.address] = allocator.malloc(event.num_bytes, event.stream)
+        elif event.action == "free":
+            allocator.free(handles.pop(event.address))
+        elif event.action == "segment_free":
+            allocator.empty_cache()
+            if index + 1 < len(listed) and listed[index + 1].action == "segment_free":
+                continue
+        elif event.action == "segment_alloc":
+            continue
+        yield index, event
+
+
+def load_trace(name: str) -> tuple[list[Event], list[Segment]]:
+    if not TRACES.is_dir():
+        pytest.skip("needs the recorded allocator traces in ../shared/traces")
+    with gzip.open(TRACES / f"{name}.csv.gz", "rt") as lines:
+        events = read_events(lines)
+    return events, read_segments(gzip.decompress((TRACES / f"{name}.init.json.gz").read_bytes()).decode())
+
+
+@pytest.mark.parametrize("name", TRACE_NAMES)
+def test_reserved_is_exact_at_every_event_of_a_recording(name: str) -> None:
+    events, segments = load_trace(name)
+    allocator = CachingAllocator()
+    handles = allocator.install(segments)
+    compared = 0
+    for index, event in replay(allocator, handles, events):
+        assert allocator.reserved_bytes == event.reserved_bytes, f"event {index}: {event}"
+        compared += 1
+    assert compared == sum(event.action in ("alloc", "free") for event in events) > 0
+    assert allocator.peak_allocated_bytes == max(event.allocated_bytes for event in events)
+
+
+class RecordedPlacement(CachingAllocator):
+    """The allocator with new segments where the recorded driver put them, which no rule predicts."""
+
+    def __init__(self, events: list[Event]) -> None:
+        super().__init__()
+        self.recorded = iter([event for event in events if event.action == "segment_alloc"])
+        self.shift = 0
+
+    def _place_segment(self, segment_bytes: int) -> int:
+        event = next(self.recorded)
+        assert event.num_bytes == segment_bytes
+        return event.address + self.shift
+
+
+@pytest.mark.parametrize("name", TRACE_NAMES)
+def test_every_block_gets_its_recorded_address_when_segments_lie_where_they_lay(name: str) -> None:
+    events, segments = load_trace(name)
+    allocator = RecordedPlacement(events)
+    handles = allocator.install(segments)
+    allocator.shift = next((handle - address for address, handle in handles.items()), 0)
+    for index, event in replay(allocator, handles, events):
+        if event.action == "alloc":
+            assert handles[event.address] == event.address + allocator.shift, f"event {index}: {event}"
+        assert allocator.allocated_bytes == event.allocated_bytes, f"event {index}: {event}"
+
+
+def test_replay_takes_a_run_of_segment_frees_as_one_flush() -> None:
+    # 30 MiB allocated and freed, then 20; both segments go back in one flush, reported segment by segment.
+    text = f"""action,addr,bytes,stream,total_allocated_after,total_reserved_after
+segment_alloc,700,{30 * MIB},0,0,{30 * MIB}
+alloc,700,{30 * MIB},0,{30 * MIB},{30 * MIB}
+segment_alloc,100,{20 * MIB},0,{30 * MIB},{50 * MIB}
+alloc,100,{20 * MIB},0,{50 * MIB},{50 * MIB}
+free,700,{30 * MIB},0,{20 * MIB},{50 * MIB}
+free,100,{20 * MIB},0,0,{50 * MIB}
+segment_free,700,{30 * MIB},0,0,{20 * MIB}
+segment_free,100,{LARGE_SEGMENT_BYTES},0,0,0
+segment_alloc,100,{LARGE_SEGMENT_BYTES},0,0,{20 * MIB}
+alloc,100,{2 * MIB},0,{2 * MIB},{20 * MIB}
+"""
+    allocator = CachingAllocator()
+    seen = [
+        (index, allocator.reserved_bytes == event.reserved_bytes)
+        for index, event in replay(allocator, {}, read_events(text.splitlines()))
+    ]
+    assert seen == [(1, True), (3, True), (4, True), (5, True), (7, True), (9, True)]
