@@ -109,7 +109,8 @@ def test_best_fit_takes_the_smallest_block_that_is_big_enough() -> None:
     eight, _, four, _ = [allocator.malloc(size * MIB) for size in (8, 2, 4, 2)]
     allocator.free(eight)
     allocator.free(four)
-    assert allocator.malloc(4 * MIB) == four  # not the hole of 8; of the two holes of 4, the lower address
+    assert allocator.malloc(4 * MIB) == four  # not the hole of 8; of the two of 4 MiB, the one at the lower address
+    assert allocator.malloc(6 * MIB) == eight  # past the 4 MiB at the end, which is too small
     assert allocator.reserved_bytes == 20 * MIB
 
 
