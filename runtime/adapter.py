@@ -1,0 +1,170 @@
+"""The sparse parallel adapter on the device, and how it is attached to a Hugging Face causal LM.
+
+    y = FFN(h) + (gate * ReLU(h K_S^T)) V_S        S: the active rows, keys K_S and values V_S ``[A, D]``
+
+With exact routing there is no gate. With Key-Experts the gate of a row is its expert's score for the token (no
+softmax), zero where the token does not probe that expert; this is what trains the router.
+
+Letters: ``T`` tokens, ``D`` hidden size, ``A`` active rows, ``N`` experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from meft.planner.errors import UsageError
+from meft.runtime.exchange import RowExchange
+
+
+class SparseAdapterFunction(torch.autograd.Function):
+    """Adapter output for all tokens from the active rows; in backward the row gradients leave through the exchange.
+
+    ``hidden [T, D]``; ``weight`` is the layer's router ``[N, D]``, or for exact routing a scalar that requires grad
+    so that the graph starts here even in the first layer, whose input has no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, exchange: RowExchange, layer: int
+    ) -> torch.Tensor:
+        """Compute the output ``[T, D]`` in the dtype of ``hidden``."""
+        rows = exchange.rows(layer)
+        keys, values = rows.tensor_split(2, dim=1)
+        inputs = hidden.to(rows.dtype)
+        activations = (inputs @ keys.T).relu_()
+        gate = exchange.gate(layer, inputs, weight) if weight.dim() == 2 else None
+        ctx.exchange, ctx.layer, ctx.hidden_dtype = exchange, layer, hidden.dtype
+        ctx.save_for_backward(inputs, activations, weight, gate)
+        gated = activations if gate is None else activations * gate.index_select(1, exchange.row_experts(layer))
+        return (gated @ values).to(hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        """Send the row gradients off; return the gradients of ``hidden`` and ``weight``."""
+        exchange, layer = ctx.exchange, ctx.layer
+        inputs, activations, weight, gate = ctx.saved_tensors
+        keys, values = exchange.rows(layer).tensor_split(2, dim=1)
+        grad_keys, grad_values = exchange.gradient_buffer(layer).tensor_split(2, dim=1)
+        grad_output = grad_output.to(inputs.dtype)
+        grad_scores = None
+        if gate is None:
+            torch.mm(activations.T, grad_output, out=grad_values)
+            grad_activations = grad_output @ values.T
+        else:
+            gate_of_row = gate.index_select(1, exchange.row_experts(layer))
+            torch.mm((activations * gate_of_row).T, grad_output, out=grad_values)
+            grad_activations = grad_output @ values.T
+            grad_scores = _gradient_of_scores(grad_activations * activations, exchange, layer, gate)
+            grad_activations.mul_(gate_of_row)
+        grad_products = torch.ops.aten.threshold_backward(grad_activations, activations, 0)
+        torch.mm(grad_products.T, inputs, out=grad_keys)
+        exchange.send_gradients(layer)
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = grad_products @ keys
+            if grad_scores is not None:
+                grad_hidden.addmm_(grad_scores, weight.to(inputs.dtype))
+            grad_hidden = grad_hidden.to(ctx.hidden_dtype)
+        if grad_scores is not None and ctx.needs_input_grad[1]:
+            grad_weight = (grad_scores.T @ inputs).to(weight.dtype)
+        exchange.after_backward(layer)
+        return grad_hidden, grad_weight, None, None
+
+
+def _gradient_of_scores(
+    grad_gate_of_row: torch.Tensor, exchange: RowExchange, layer: int, gate: torch.Tensor
+) -> torch.Tensor:
+    """Sum ``[T, A]`` over each expert's rows, as a product with the membership matrix: deterministic on a GPU."""
+    experts = exchange.row_experts(layer).long()
+    membership = torch.zeros(experts.shape[0], gate.shape[1], dtype=gate.dtype, device=gate.device)
+    membership.scatter_(1, experts.unsqueeze(1), 1.0)
+    return (grad_gate_of_row @ membership).mul_(exchange.probed(layer, gate))
+
+
+@dataclass
+class AttachedAdapter:
+    """An adapter hooked onto a model; :meth:`detach` restores the model exactly."""
+
+    model: nn.Module
+    exchange: RowExchange
+    _handles: list[Any]
+    _required_grad: list[tuple[nn.Parameter, bool]]
+
+    def detach(self) -> None:
+        """Remove every hook and give each parameter its ``requires_grad`` back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for parameter, required in self._required_grad:
+            parameter.requires_grad_(required)
+        self._required_grad.clear()
+
+
+def attach(
+    model: nn.Module,
+    exchange: RowExchange,
+    weights: list[nn.Parameter],
+    *,
+    observe: Callable[[int, torch.Tensor], None] | None = None,
+) -> AttachedAdapter:
+    """Freeze ``model`` and put the adapter beside every FFN with forward hooks.
+
+    ``weights`` holds one parameter per layer: the routers of Key-Experts, or scalars (see
+    :class:`SparseAdapterFunction`). ``observe(layer, hidden)`` is called at each FFN entry, for measurements.
+    Raises :class:`UsageError` for a model without one MLP per block.
+    """
+    blocks = ffn_modules(model)
+    if len(blocks) != exchange.store.num_layers:
+        raise UsageError(f"the model has {len(blocks)} FFN blocks, the adapter {exchange.store.num_layers} layers")
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    handles: list[Any] = []
+    for layer, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
+        handles.append(block.register_forward_pre_hook(_entry_hook(exchange, layer, observe)))
+        handles.append(block.register_forward_hook(_exit_hook(exchange, layer, weight)))
+    return AttachedAdapter(model, exchange, handles, required)
+
+
+def ffn_modules(model: nn.Module) -> list[nn.Module]:
+    """The FFN of every block: the longest module list whose members all have an ``mlp``."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    stacks = [stack for stack in lists if all(hasattr(block, "mlp") for block in stack)]
+    if not stacks:
+        raise UsageError(f"{type(model).__name__}: no list of blocks with an 'mlp' each, which the adapter sits beside")
+    return [block.get_submodule("mlp") for block in max(stacks, key=len)]
+
+
+def _entry_hook(
+    exchange: RowExchange, layer: int, observe: Callable[[int, torch.Tensor], None] | None
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module
+        hidden = args[0].flatten(0, -2)
+        if observe is not None and not exchange.in_backward:
+            observe(layer, hidden)
+        exchange.before_ffn(layer, hidden)
+
+    return hook
+
+
+def _exit_hook(
+    exchange: RowExchange, layer: int, weight: nn.Parameter
+) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        if not isinstance(output, torch.Tensor):
+            raise UsageError(f"{type(module).__name__} returns a {type(output).__name__}, not a tensor: not supported")
+        exchange.before_adapter(layer)
+        hidden = args[0].flatten(0, -2)
+        adapted = SparseAdapterFunction.apply(hidden, weight, exchange, layer)
+        exchange.after_adapter(layer)
+        combined: torch.Tensor = output + adapted.view_as(output)
+        return combined
+
+    return hook

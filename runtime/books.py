@@ -1,0 +1,139 @@
+"""The emulated device's books: every device storage is counted when it is allocated and when it is released.
+
+A :class:`DeviceBooks` is a torch dispatch mode. While it is active, and outside :meth:`DeviceBooks.host`, whatever an
+operator allocates lies on the device: its storage is entered, passed through the caching allocator model, and taken
+out when torch frees it. A device operator that is handed a host tensor is refused, as CUDA would refuse it, so
+nothing crosses the link except through the transfer engine.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from meft.planner.allocator import CachingAllocator, round_block
+from meft.planner.errors import MeftError
+
+DEFAULT_CATEGORY = "activations"
+
+
+class WrongPlaceError(MeftError):
+    """A device operator was handed a tensor that lies on the host."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    handle: int
+    num_bytes: int
+    category: str
+    watcher: weakref.ref[Any]
+
+
+class DeviceBooks(TorchDispatchMode):
+    """Counts device storages by category and enforces a budget through the allocator model.
+
+    ``capacity_bytes`` is what the allocator may reserve (``None``: no limit). Exceeding it raises
+    :class:`~meft.planner.errors.DeviceOutOfMemory` from the operator that allocated.
+    """
+
+    def __init__(self, capacity_bytes: int | None = None) -> None:
+        super().__init__()
+        self.allocator = CachingAllocator(capacity_bytes)
+        self._live: dict[int, _Entry] = {}
+        self._bytes_by_category: defaultdict[str, int] = defaultdict(int)
+        self._peak_by_category: dict[str, int] = {}
+        self._peak_bytes = 0
+        self._category = DEFAULT_CATEGORY
+        self._host_depth = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func``; on the device side check its inputs and enter its new storages."""
+        if self._host_depth:
+            return func(*args, **(kwargs or {}))
+        if self._is_host_view(func, args, kwargs):
+            return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self._enter(leaf)
+        return output
+
+    @contextmanager
+    def host(self) -> Iterator[None]:
+        """Host work inside device code: nothing is entered and host tensors are welcome."""
+        self._host_depth += 1
+        try:
+            yield
+        finally:
+            self._host_depth -= 1
+
+    @contextmanager
+    def category(self, name: str) -> Iterator[None]:
+        """Enter what is allocated inside under ``name``."""
+        before, self._category = self._category, name
+        try:
+            yield
+        finally:
+            self._category = before
+
+    def adopt(self, tensor: torch.Tensor) -> None:
+        """Enter a tensor that was made outside the mode: it now lies on the device."""
+        self._enter(tensor)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's storage is in the books."""
+        return tensor.untyped_storage()._cdata in self._live
+
+    @property
+    def peak_by_category(self) -> dict[str, int]:
+        """Bytes by category at the moment of the allocated peak."""
+        return dict(self._peak_by_category)
+
+    def reset_peaks(self) -> None:
+        """Start a new measurement of the peaks from what is live now."""
+        self.allocator.reset_peaks()
+        self._peak_bytes = 0
+        self._note_peak()
+
+    def _enter(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._live or num_bytes == 0:
+            return
+        handle = self.allocator.malloc(num_bytes)
+        watcher = weakref.ref(storage, lambda _: self._leave(key))
+        self._live[key] = _Entry(handle, round_block(num_bytes), self._category, watcher)
+        self._bytes_by_category[self._category] += round_block(num_bytes)
+        self._note_peak()
+
+    def _leave(self, key: int) -> None:
+        entry = self._live.pop(key)
+        self.allocator.free(entry.handle)
+        self._bytes_by_category[entry.category] -= entry.num_bytes
+
+    def _note_peak(self) -> None:
+        if self.allocator.allocated_bytes > self._peak_bytes:
+            self._peak_bytes = self.allocator.allocated_bytes
+            self._peak_by_category = {name: size for name, size in self._bytes_by_category.items() if size}
+
+    def _is_host_view(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """True for a view of a host tensor, which stays on the host; raises for any other use of a host tensor."""
+        for leaf in tree_leaves((args, kwargs)):
+            if not isinstance(leaf, torch.Tensor) or not leaf.dim() or not leaf.numel() or self.holds(leaf):
+                continue
+            if func.is_view:
+                return True
+            shape = tuple(leaf.shape)
+            raise WrongPlaceError(
+                f"{func} on the device was handed a host tensor of shape {shape}, dtype {leaf.dtype}; "
+                f"move it through the transfer engine"
+            )
+        return False

@@ -1,0 +1,164 @@
+"""The two devices behind one small interface: a CUDA GPU, and an emulated one that runs the same code on the CPU.
+
+Code that belongs to the device runs inside :meth:`Device.scope`; host work inside it runs in :meth:`Device.host`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+from meft.planner.errors import DeviceOutOfMemory, MachineError
+from meft.planner.units import format_bytes
+from meft.runtime.books import DeviceBooks
+
+
+@dataclass(frozen=True)
+class MemoryPeaks:
+    """Peaks since the last reset; ``by_category`` is what was live at the allocated peak, where it is known."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    by_category: dict[str, int] = field(default_factory=dict)
+
+
+class Device(Protocol):
+    """What the runtime needs of a device."""
+
+    kind: Literal["cuda", "emulated"]
+    name: str
+    torch_device: torch.device
+    budget_bytes: int
+
+    def scope(self) -> AbstractContextManager[object]:
+        """Device code: allocations inside lie on the device."""
+        ...
+
+    def host(self) -> AbstractContextManager[object]:
+        """Host work inside a scope."""
+        ...
+
+    def category(self, name: str) -> AbstractContextManager[object]:
+        """Name what is allocated inside, for the books."""
+        ...
+
+    def adopt(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Put a module's parameters and buffers on the device."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all its work."""
+        ...
+
+    def reset_peaks(self) -> None:
+        """Start measuring peaks anew."""
+        ...
+
+    def peaks(self) -> MemoryPeaks:
+        """Peaks since the last reset."""
+        ...
+
+
+class EmulatedDevice:
+    """The CPU with a device's books: same code, storages kept apart, budget enforced, transfers counted."""
+
+    kind: Literal["cuda", "emulated"] = "emulated"
+    name = "emulated device (computes on this machine's CPU)"
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.torch_device = torch.device("cpu")
+        self.books = DeviceBooks(budget_bytes)
+
+    def scope(self) -> AbstractContextManager[object]:
+        """Activate the books."""
+        return self.books
+
+    def host(self) -> AbstractContextManager[object]:
+        """Suspend the books."""
+        return self.books.host()
+
+    def category(self, name: str) -> AbstractContextManager[object]:
+        """Name what is allocated inside."""
+        return self.books.category(name)
+
+    def adopt(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Enter the module's storages under ``frozen_weights``."""
+        with self.books.category("frozen_weights"):
+            for tensor in (*module.parameters(), *module.buffers()):
+                self.books.adopt(tensor)
+        return module
+
+    def synchronize(self) -> None:
+        """Nothing runs behind the caller's back on the CPU."""
+
+    def reset_peaks(self) -> None:
+        """Start measuring peaks anew."""
+        self.books.reset_peaks()
+
+    def peaks(self) -> MemoryPeaks:
+        """Peaks since the last reset, with their categories."""
+        allocator = self.books.allocator
+        by_category = self.books.peak_by_category
+        return MemoryPeaks(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes, by_category)
+
+
+class CudaDevice:
+    """The current CUDA device, its caching allocator limited to the plan's budget."""
+
+    kind: Literal["cuda", "emulated"] = "cuda"
+
+    def __init__(self, budget_bytes: int) -> None:
+        if not torch.cuda.is_available():
+            raise MachineError("--device cuda: torch sees no CUDA device here; use --device emulated, or install a GPU")
+        self.budget_bytes = budget_bytes
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        self.name = properties.name
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / properties.total_memory), self.torch_device)
+
+    def scope(self) -> AbstractContextManager[object]:
+        """CUDA tensors name their device themselves."""
+        return _cuda_out_of_memory(self.budget_bytes)
+
+    def host(self) -> AbstractContextManager[object]:
+        """CUDA tensors name their device themselves."""
+        return nullcontext()
+
+    def category(self, name: str) -> AbstractContextManager[object]:
+        """The CUDA allocator does not keep categories."""
+        del name
+        return nullcontext()
+
+    def adopt(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Move the module to the GPU."""
+        return module.to(self.torch_device)
+
+    def synchronize(self) -> None:
+        """Wait for every stream."""
+        torch.cuda.synchronize(self.torch_device)
+
+    def reset_peaks(self) -> None:
+        """Start measuring peaks anew."""
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def peaks(self) -> MemoryPeaks:
+        """Torch's own counters."""
+        allocated = torch.cuda.max_memory_allocated(self.torch_device)
+        return MemoryPeaks(allocated, torch.cuda.max_memory_reserved(self.torch_device))
+
+
+@contextmanager
+def _cuda_out_of_memory(budget_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        first_line = str(error).splitlines()[0]
+        raise DeviceOutOfMemory(
+            f"the device ran out of its budget of {format_bytes(budget_bytes)}: {first_line} "
+            f"Plan again with a smaller --batch-size or --seq-len, or raise --gpu-mem"
+        ) from error

@@ -1,0 +1,80 @@
+"""AdamW on the rows that were touched, on the host.
+
+Semantics. A row's optimizer clock is its own: ``step_counts`` counts its updates, and bias correction uses that count.
+A row without a gradient in the window is left exactly as it is: no decay of weight or moments. When every row is
+touched at every step this is ``torch.optim.AdamW`` (Loshchilov & Hutter 2019), and a test says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from meft.runtime.host_store import HostStore, LayerTables, in_chunks
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """Hyperparameters of both optimizers, the rows' and the router's."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+def update_touched_rows(
+    store: HostStore, settings: AdamWSettings, *, learning_rate: float, gradient_scale: float = 1.0
+) -> int:
+    """Update every touched row from its accumulated gradient times ``gradient_scale``; returns how many there were.
+
+    Does not clear the gradients: see :meth:`HostStore.clear_gradients`.
+    """
+    updated = 0
+    for layer, tables in enumerate(store.layers):
+        for rows in in_chunks(store.touched_rows(layer)):
+            _update_rows(tables, rows, settings, learning_rate=learning_rate, gradient_scale=gradient_scale)
+            updated += rows.shape[0]
+    return updated
+
+
+def _update_rows(
+    tables: LayerTables, rows: torch.Tensor, settings: AdamWSettings, *, learning_rate: float, gradient_scale: float
+) -> None:
+    beta1, beta2 = settings.beta1, settings.beta2
+    gradients = tables.gradients[rows].mul_(gradient_scale)
+    first = tables.first_moment[rows].lerp_(gradients, 1 - beta1)
+    second = tables.second_moment[rows].mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
+    counts = tables.step_counts[rows] + 1
+
+    exponent = counts.to(torch.float64).unsqueeze(1)
+    step_size = (learning_rate / (1 - beta1**exponent)).to(gradients.dtype)
+    root_correction = (1 - beta2**exponent).sqrt().to(gradients.dtype)
+    denominator = second.sqrt().div_(root_correction).add_(settings.eps)
+    weights = tables.weights[rows].mul_(1 - learning_rate * settings.weight_decay)
+    weights.sub_(first.div(denominator).mul_(step_size))
+
+    tables.weights[rows] = weights
+    tables.first_moment[rows] = first
+    tables.second_moment[rows] = second
+    tables.step_counts[rows] = counts
+
+
+def clip_scale(squared_norm: float, max_norm: float | None) -> tuple[float, float]:
+    """The global norm and the factor that brings it to ``max_norm`` (1 when it is below, or without a limit)."""
+    norm = squared_norm**0.5
+    if max_norm is None or norm <= max_norm:
+        return norm, 1.0
+    return norm, max_norm / (norm + 1e-6)
+
+
+def scheduled_learning_rate(optimizer_step: int, *, total_steps: int, peak: float, warmup_fraction: float) -> float:
+    """Linear warm-up to ``peak``, then linear decay to zero at the end, as the MEFT paper trains (its section 4.3).
+
+    ``optimizer_step`` counts from 0; the first step already learns.
+    """
+    warmup_steps = round(total_steps * warmup_fraction)
+    if optimizer_step < warmup_steps:
+        return peak * (optimizer_step + 1) / warmup_steps
+    return peak * (total_steps - optimizer_step) / max(1, total_steps - warmup_steps)

@@ -1,0 +1,101 @@
+"""Routing on the host: which rows a micro-batch activates.
+
+Each token takes the ``K`` rows with the largest ``h . key``; the union over tokens is fetched. *Exact* routing scores
+all ``R`` rows. *Key-Experts* scores only the rows of the ``P`` experts that the device's router chose for the token
+(its probes); expert ``n`` owns rows ``n*R/N .. (n+1)*R/N - 1``.
+
+When the union exceeds ``active_rows_cap``, the rows with the highest summed positive activation stay (ties: the lower
+row), and the rest are counted as dropped.
+
+Letters: ``T`` tokens, ``D`` hidden size, ``R`` rows, ``K`` rows per token, ``A`` active rows, ``N`` experts, ``P``
+probes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of one layer in one micro-batch: ``rows`` int64 ``[A]`` ascending, and how many the cap cost."""
+
+    rows: torch.Tensor
+    dropped_rows: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """``A``."""
+        return self.rows.shape[0]
+
+
+class Router(Protocol):
+    """Chooses a layer's rows."""
+
+    def select(self, layer: int, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor | None) -> Selection:
+        """Choose rows of ``keys [R, D]`` for ``queries [T, D]``, each token within its ``probes [T, P]`` if given."""
+        ...
+
+
+@dataclass(frozen=True)
+class TopKRouter:
+    """The router of both routings: exact without probes, Key-Experts with them."""
+
+    top_k: int
+    active_rows_cap: int
+    num_experts: int
+
+    def select(self, layer: int, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor | None) -> Selection:
+        """See :class:`Router`."""
+        del layer
+        if queries.shape[0] == 0:
+            return Selection(torch.empty(0, dtype=torch.int64))
+        queries = queries.to(keys.dtype)
+        if probes is None:
+            scores, rows = (queries @ keys.T).topk(self.top_k, dim=1)
+        else:
+            scores, rows = self._top_of_probed(keys, queries, probes)
+        return capped_union(rows, scores, num_rows=keys.shape[0], cap=self.active_rows_cap)
+
+    def _top_of_probed(
+        self, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and rows ``[T, K]`` among the probed experts' rows, one expert's tokens at a time."""
+        rows_per_expert = keys.shape[0] // self.num_experts
+        num_tokens, num_probes = probes.shape
+        scores = queries.new_empty(num_tokens, num_probes, rows_per_expert)
+        for expert in probes.unique().tolist():
+            token, probe = (probes == expert).nonzero(as_tuple=True)
+            first = expert * rows_per_expert
+            scores[token, probe] = queries[token] @ keys[first : first + rows_per_expert].T
+        best, place = scores.flatten(1).topk(self.top_k, dim=1)
+        expert_of_place = probes.gather(1, place // rows_per_expert)
+        return best, expert_of_place * rows_per_expert + place % rows_per_expert
+
+
+@dataclass(frozen=True)
+class PlannedRouter:
+    """The router of a rehearsal: as many rows as the plan predicts, whatever the queries."""
+
+    active_rows_per_layer: tuple[int, ...]
+
+    def select(self, layer: int, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor | None) -> Selection:
+        """See :class:`Router`."""
+        del keys, queries, probes
+        return Selection(torch.arange(self.active_rows_per_layer[layer]))
+
+
+def capped_union(rows: torch.Tensor, scores: torch.Tensor, *, num_rows: int, cap: int) -> Selection:
+    """Union of ``rows [T, K]``, cut to ``cap`` by the highest sum of ``max(scores, 0)`` over the tokens."""
+    activation = torch.zeros(num_rows, dtype=scores.dtype)
+    activation.index_add_(0, rows.flatten(), scores.flatten().clamp(min=0))
+    chosen = torch.zeros(num_rows, dtype=torch.bool)
+    chosen[rows.flatten()] = True
+    union = chosen.nonzero().flatten()
+    if union.shape[0] <= cap:
+        return Selection(union)
+    order = activation[union].argsort(descending=True, stable=True)
+    return Selection(union[order[:cap]].sort().values, dropped_rows=union.shape[0] - cap)

@@ -1,0 +1,106 @@
+"""A small sparse adapter on the emulated device, for tests that compare it with the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from meft.planner.plan import Decision
+from meft.runtime.adapter import AttachedAdapter, attach
+from meft.runtime.device import EmulatedDevice
+from meft.runtime.engine import TransferEngine
+from meft.runtime.exchange import RowExchange
+from meft.runtime.host_store import HostStore
+from meft.runtime.router import TopKRouter
+
+AMPLE_BYTES = 1 << 32
+
+
+def decision(**changes: object) -> Decision:
+    """A decision for width 12, changed by keyword."""
+    base: dict[str, object] = {
+        "adapter_width": 12,
+        "top_k": 12,
+        "prefetch_depth": 0,
+        "active_rows_cap": 12,
+        "num_experts": 1,
+        "num_probes": 1,
+        "routing": "exact",
+        "rows_in_backward": "retained",
+        "activation_checkpointing": False,
+    }
+    return Decision.model_validate(base | changes)
+
+
+class Block(nn.Module):
+    """A residual block whose only learning is its adapter: enough to carry a gradient through every layer."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Tanh())
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + torch.tanh(self.mix(hidden))
+        return hidden + self.mlp(hidden)
+
+
+class Tower(nn.Module):
+    """Blocks in a list named like a transformer's."""
+
+    def __init__(self, num_layers: int, hidden_size: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(hidden_size) for _ in range(num_layers))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for block in self.layers:
+            hidden = block(hidden)
+        return hidden
+
+
+@dataclass
+class Setup:
+    device: EmulatedDevice
+    engine: TransferEngine
+    store: HostStore
+    exchange: RowExchange
+    model: nn.Module
+    adapter: AttachedAdapter
+    weights: list[nn.Parameter]
+
+
+def sparse_setup(
+    chosen: Decision, *, num_layers: int = 3, hidden_size: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Setup:
+    """A tower with a sparse adapter of random rows attached; everything in ``dtype``."""
+    torch.manual_seed(seed)
+    device = EmulatedDevice(AMPLE_BYTES)
+    engine = TransferEngine(device)
+    store = HostStore(num_layers=num_layers, adapter_width=chosen.adapter_width, hidden_size=hidden_size, dtype=dtype)
+    for tables in store.layers:
+        tables.weights.normal_(std=0.3)  # keeps the tower's outputs near 1, so that 1e-10 means something
+    model = Tower(num_layers, hidden_size).to(dtype)
+    device.adopt(model)
+    gated = chosen.routing == "key-experts"
+    shape = (chosen.num_experts, hidden_size) if gated else ()
+    with device.scope():
+        weights = [nn.Parameter(0.3 * torch.randn(shape, dtype=dtype)) for _ in range(num_layers)]
+    router = TopKRouter(chosen.top_k, chosen.active_rows_cap, chosen.num_experts)
+    exchange = RowExchange(device, engine, store, router, chosen, dtype, weights if gated else [])
+    return Setup(device, engine, store, exchange, model, attach(model, exchange, weights), weights)
+
+
+def run_step(setup: Setup, hidden: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One forward and backward of ``hidden [T, D]``; returns the output and the input's gradient."""
+    device_hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
+    for tensor in (device_hidden, grad):
+        setup.device.books.adopt(tensor)
+    with setup.device.scope():
+        setup.exchange.begin_forward(token_mask=None)
+        output = setup.model(device_hidden)
+        setup.exchange.begin_backward()
+        output.backward(grad)
+        setup.exchange.finish_backward()
+    return output.detach(), device_hidden.grad

@@ -1,0 +1,151 @@
+"""The sparse runtime equals the dense oracle: outputs, input gradients, row gradients, updated rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sparse_setup import Tower, decision, run_step, sparse_setup
+from torch import nn
+
+from meft.runtime.optimizer import AdamWSettings, update_touched_rows
+from meft.runtime.oracle import DenseAdapter
+
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+CHOICES = [
+    pytest.param({"prefetch_depth": depth, "rows_in_backward": rows, **routing}, id=f"p{depth}-{rows}-{name}")
+    for depth in (0, 1, 2)
+    for rows in ("retained", "refetched")
+    for name, routing in {
+        "exact": {},
+        "experts": {"routing": "key-experts", "num_experts": 4, "num_probes": 4},
+    }.items()
+]
+
+
+class DenseTower(nn.Module):
+    """The tower with the oracle beside every FFN."""
+
+    def __init__(self, tower: Tower, adapters: list[DenseAdapter]) -> None:
+        super().__init__()
+        self.tower, self.adapters = tower, nn.ModuleList(adapters)
+        self.rows: list[torch.Tensor | None] = [None] * len(adapters)
+        self.probes: list[torch.Tensor | None] = [None] * len(adapters)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for block, adapter, rows, probes in zip(self.tower.layers, self.adapters, self.rows, self.probes, strict=True):
+            hidden = hidden + torch.tanh(block.mix(hidden))
+            hidden = hidden + block.mlp(hidden) + adapter(hidden, rows, probes)
+        return hidden
+
+
+def dense_twin(setup) -> DenseTower:
+    gated = bool(setup.exchange.router_weights)
+    adapters = [
+        DenseAdapter(tables.keys, tables.values, weight.detach() if gated else None)
+        for tables, weight in zip(setup.store.layers, setup.weights, strict=True)
+    ]
+    tower = Tower(setup.store.num_layers, setup.store.hidden_size).double()
+    tower.load_state_dict(setup.model.state_dict())
+    return DenseTower(tower.requires_grad_(False), adapters)
+
+
+def dense_step(dense: DenseTower, hidden: torch.Tensor, grad: torch.Tensor):
+    hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
+    output = dense(hidden)
+    output.backward(grad)
+    return output.detach(), hidden.grad
+
+
+def assert_same_gradients(setup, dense: DenseTower) -> None:
+    for tables, weight, adapter in zip(setup.store.layers, setup.weights, dense.adapters, strict=True):
+        expected = torch.cat([adapter.keys.grad, adapter.values.grad], dim=1)
+        torch.testing.assert_close(tables.gradients, expected, **EXACT)
+        if adapter.router is not None:
+            torch.testing.assert_close(weight.grad, adapter.router.grad, **EXACT)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_all_rows_equal_the_oracle(choice) -> None:
+    setup = sparse_setup(decision(**choice))
+    dense = dense_twin(setup)
+    hidden = torch.randn(5, 8, dtype=torch.float64).requires_grad_()
+    grad = torch.randn(5, 8, dtype=torch.float64)
+    output, input_grad = run_step(setup, hidden, grad)
+    expected, expected_grad = dense_step(dense, hidden, grad)
+    torch.testing.assert_close(output, expected, **EXACT)
+    torch.testing.assert_close(input_grad, expected_grad, **EXACT)
+    assert_same_gradients(setup, dense)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_updates_equal_torch_adamw_over_several_steps(choice) -> None:
+    setup = sparse_setup(decision(**choice))
+    dense = dense_twin(setup)
+    settings = AdamWSettings(weight_decay=0.1)
+    options = {"lr": 0.05, "weight_decay": 0.1, "foreach": False}
+    reference = torch.optim.AdamW(dense.adapters.parameters(), **options)
+    gated = bool(setup.exchange.router_weights)
+    router = torch.optim.AdamW(setup.weights, **options) if gated else None
+    for step in range(4):
+        torch.manual_seed(100 + step)
+        hidden, grad = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+        run_step(setup, hidden, grad)
+        dense_step(dense, hidden, grad)
+        assert update_touched_rows(setup.store, settings, learning_rate=0.05) == 3 * 12
+        setup.store.clear_gradients()
+        if router is not None:
+            router.step()
+            router.zero_grad()
+        reference.step()
+        reference.zero_grad()
+    for tables, adapter in zip(setup.store.layers, dense.adapters, strict=True):
+        torch.testing.assert_close(tables.keys, adapter.keys.detach(), **EXACT)
+        torch.testing.assert_close(tables.values, adapter.values.detach(), **EXACT)
+        assert tables.step_counts.eq(4).all()
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("routing", [{}, {"routing": "key-experts", "num_experts": 4, "num_probes": 2}])
+@pytest.mark.parametrize("cap", [12, 4])
+def test_fewer_rows_equal_the_oracle_on_the_selected_rows(depth, routing, cap) -> None:
+    setup = sparse_setup(decision(prefetch_depth=depth, top_k=3, active_rows_cap=cap, **routing))
+    dense = dense_twin(setup)
+    hidden = torch.randn(5, 8, dtype=torch.float64).requires_grad_()
+    grad = torch.randn(5, 8, dtype=torch.float64)
+    noted_probes = {}
+    original = setup.exchange.after_backward
+
+    def note_probes(layer: int) -> None:  # the exchange forgets a layer's probes when its backward is done
+        noted_probes[layer] = setup.exchange.layers[layer].probes
+        original(layer)
+
+    setup.exchange.after_backward = note_probes
+    output, input_grad = run_step(setup, hidden, grad)
+    dense.rows = [state.selection.rows for state in setup.exchange.layers]
+    if routing:
+        dense.probes = [noted_probes[layer].long() for layer in range(3)]
+    expected, expected_grad = dense_step(dense, hidden, grad)
+    torch.testing.assert_close(output, expected, **EXACT)
+    torch.testing.assert_close(input_grad, expected_grad, **EXACT)
+    assert_same_gradients(setup, dense)
+    assert all(len(rows) <= cap for rows in dense.rows)
+    assert (setup.exchange.counters.dropped_rows > 0) == (cap == 4)
+
+
+def test_exact_routing_takes_each_tokens_best_rows() -> None:
+    setup = sparse_setup(decision(top_k=2), num_layers=1)
+    hidden, grad = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    at_ffn = hidden + torch.tanh(setup.model.layers[0].mix(hidden))
+    run_step(setup, hidden, grad)
+    scores = (at_ffn @ setup.store.layers[0].keys.T).detach()
+    best = {row for token in scores for row in token.argsort(descending=True)[:2].tolist()}
+    assert set(setup.exchange.layers[0].selection.rows.tolist()) == best
+
+
+def test_a_step_leaves_nothing_on_the_device_but_what_was_there() -> None:
+    setup = sparse_setup(decision(prefetch_depth=1, rows_in_backward="refetched"))
+    before = setup.device.books.allocator.allocated_bytes
+    hidden, grad = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    run_step(setup, hidden, grad)
+    del hidden, grad
+    assert setup.device.books.allocator.allocated_bytes == before
