@@ -35,7 +35,8 @@ def constraints(lines: Iterable[str], installed: Mapping[str, str]) -> list[str]
     """
     pins = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     kept = [pin for pin in pins if normalized(pin.split("==")[0]) not in installed]
-    return kept + [f"torch=={installed['torch']}"] * ("torch" in installed)
+    held = [f"torch=={installed['torch']}"] if "torch" in installed else []
+    return kept + held
 
 
 def installed_versions() -> dict[str, str]:
