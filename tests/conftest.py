@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -17,6 +18,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a model hub is wrong
+
+# A busy machine is no failure: no limits on time. In CI the same cases every time, so that a red run can be repeated.
+settings.register_profile(
+    "meft", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
+settings.load_profile("meft")
 
 
 @pytest.fixture(scope="session")
