@@ -44,6 +44,9 @@ class ObservedTransfer(Record):
     d2h_bytes_per_step: Bytes
     h2d_bytes_per_optimizer_step: Bytes
     d2h_bytes_per_optimizer_step: Bytes
+    h2d_bytes_total: Bytes
+    d2h_bytes_total: Bytes
+    """Totals over all training steps, optimizer steps left out."""
     nvml_rx_bytes: Bytes | None
     nvml_tx_bytes: Bytes | None
     nvml_source: str
@@ -55,15 +58,8 @@ class ActiveRows(Record):
     layer: Index
     mean: float
     max: Index
-
-
-class ExpectedTransfer(Record):
-    """What the transfer model gives for the active rows that were observed; equal to the counted bytes, exactly."""
-
-    h2d_bytes: Bytes
-    d2h_bytes: Bytes
-    counted_h2d_bytes: Bytes
-    counted_d2h_bytes: Bytes
+    total: Index
+    """Sum over steps: with it the transfer model gives the counted bytes exactly (see ``meft-plan audit``)."""
 
 
 class Observed(Record):
@@ -72,8 +68,6 @@ class Observed(Record):
     device_memory: ObservedDeviceMemory
     host_memory: ObservedHostMemory
     transfer: ObservedTransfer
-    transfer_given_active_rows: ExpectedTransfer | None
-    """Totals over the run; null for a rehearsal, whose rows come from the plan."""
     active_rows: tuple[ActiveRows, ...]
     dropped_rows: Index
     """Row selections lost to ``active_rows_cap``, summed over layers and steps."""

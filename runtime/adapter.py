@@ -107,27 +107,20 @@ class AttachedAdapter:
         self._required_grad.clear()
 
 
-def attach(
-    model: nn.Module,
-    exchange: RowExchange,
-    weights: list[nn.Parameter],
-    *,
-    observe: Callable[[int, torch.Tensor], None] | None = None,
-) -> AttachedAdapter:
+def attach(model: nn.Module, exchange: RowExchange, weights: list[nn.Parameter]) -> AttachedAdapter:
     """Freeze ``model`` and put the adapter beside every FFN with forward hooks.
 
     ``weights`` holds one parameter per layer: the routers of Key-Experts, or scalars (see
-    :class:`SparseAdapterFunction`). ``observe(layer, hidden)`` is called at each FFN entry, for measurements.
-    Raises :class:`UsageError` for a model without one MLP per block.
+    :class:`SparseAdapterFunction`). Raises :class:`UsageError` for a model without one MLP per block.
     """
     blocks = ffn_modules(model)
     if len(blocks) != exchange.store.num_layers:
         raise UsageError(f"the model has {len(blocks)} FFN blocks, the adapter {exchange.store.num_layers} layers")
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
-    handles: list[Any] = []
+    handles: list[Any] = [model.register_forward_pre_hook(lambda *_: exchange.begin_forward())]
     for layer, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
-        handles.append(block.register_forward_pre_hook(_entry_hook(exchange, layer, observe)))
+        handles.append(block.register_forward_pre_hook(_entry_hook(exchange, layer)))
         handles.append(block.register_forward_hook(_exit_hook(exchange, layer, weight)))
     return AttachedAdapter(model, exchange, handles, required)
 
@@ -141,15 +134,10 @@ def ffn_modules(model: nn.Module) -> list[nn.Module]:
     return [block.get_submodule("mlp") for block in max(stacks, key=len)]
 
 
-def _entry_hook(
-    exchange: RowExchange, layer: int, observe: Callable[[int, torch.Tensor], None] | None
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _entry_hook(exchange: RowExchange, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         del module
-        hidden = args[0].flatten(0, -2)
-        if observe is not None and not exchange.in_backward:
-            observe(layer, hidden)
-        exchange.before_ffn(layer, hidden)
+        exchange.before_ffn(layer, args[0].flatten(0, -2))
 
     return hook
 

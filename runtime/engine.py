@@ -74,10 +74,15 @@ class TransferEngine:
         """Copy ``device`` into ``host`` (same shape and dtype) once the device's work so far is done."""
         return self._copy(device, host, "d2h", category, self.mark())
 
-    def read_scalar(self, value: torch.Tensor, *, category: str) -> float:
-        """Bring one number to the host and wait for it."""
+    def bring_scalar(self, value: torch.Tensor, *, category: str) -> torch.Tensor:
+        """Bring one number to the host, ``[1]``, and wait for it."""
         host = self.host_empty(1, dtype=value.dtype)
         self.to_host(value.detach().reshape(1), host, category=category).wait_on_host()
+        return host
+
+    def read_scalar(self, value: torch.Tensor, *, category: str) -> float:
+        """Bring one number to the host as a float."""
+        host = self.bring_scalar(value, category=category)
         with self.device.host():
             return float(host.item())
 

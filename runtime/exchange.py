@@ -17,7 +17,7 @@ Letters: ``T`` tokens, ``D`` hidden size, ``A`` active rows of a layer, ``N`` ex
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -107,26 +107,38 @@ class RowExchange:
         self._host_buffers: dict[str, _Landing] = {}
         self._queried: torch.Tensor | None = None
         self._token_mask: torch.Tensor | None = None
+        self._next_token_mask: torch.Tensor | None = None
+        self.observer: Callable[[int, torch.Tensor], None] | None = None
         self.layers = [LayerState() for _ in range(num_layers)]
         self.counters = StepCounters([0] * num_layers)
 
     # --- forward -----------------------------------------------------------------------------------------------
 
-    def begin_forward(self, *, token_mask: torch.Tensor | None) -> None:
-        """Open a micro-batch. ``token_mask`` (host bool ``[T]``) leaves padding out of the choice of rows."""
+    def expect_tokens(self, token_mask: torch.Tensor) -> None:
+        """For the next forward only: a host bool ``[T]`` that leaves padding out of the choice of rows."""
+        self._next_token_mask = token_mask
+
+    def begin_forward(self) -> None:
+        """Open a micro-batch; the model's own forward calls this."""
         self.in_backward = False
-        self._token_mask = token_mask
+        self._token_mask, self._next_token_mask = self._next_token_mask, None
         self.layers = [LayerState() for _ in self.layers]
         self.counters = StepCounters([0] * len(self.layers))
         for slot in self._ring:
             slot.layer = None
 
     def before_ffn(self, layer: int, hidden: torch.Tensor) -> None:
-        """Send layer ``layer``'s hidden state ``[T, D]`` on its way while the device computes the FFN."""
-        if self.in_backward or not self._targets(layer):
+        """Send layer ``layer``'s hidden state ``[T, D]`` on its way while the device computes the FFN.
+
+        ``observer(layer, hidden)``, where one is set, sees every hidden state first.
+        """
+        if self.in_backward:
             return
-        self._queried = hidden.detach()
-        self._send("queries", self._queried)
+        if self.observer is not None:
+            self.observer(layer, hidden)
+        if self._targets(layer):
+            self._queried = hidden.detach()
+            self._send("queries", self._queried)
 
     def before_adapter(self, layer: int) -> None:
         """Fetch the layer's own rows if look-ahead could not: always at ``p = 0``, otherwise for layer 0."""
@@ -305,7 +317,7 @@ class RowExchange:
     def _selection(self, layer: int) -> Selection:
         selection = self.layers[layer].selection
         if selection is None:
-            raise RuntimeError(f"no rows were chosen for layer {layer}: begin_forward was not called for this batch")
+            raise RuntimeError(f"no rows were chosen for layer {layer}: the model's forward has not begun")
         return selection
 
     @contextmanager

@@ -98,7 +98,6 @@ def run_step(setup: Setup, hidden: torch.Tensor, grad: torch.Tensor) -> tuple[to
     for tensor in (device_hidden, grad):
         setup.device.books.adopt(tensor)
     with setup.device.scope():
-        setup.exchange.begin_forward(token_mask=None)
         output = setup.model(device_hidden)
         setup.exchange.begin_backward()
         output.backward(grad)

@@ -1,0 +1,229 @@
+"""Adapters and checkpoints on disk: safetensors and JSON, written beside their place and renamed into it.
+
+An adapter folder holds ``adapter_model.safetensors`` (per layer ``layers.I.rows`` ``[R, 2D]``, key and value of a row
+side by side, and ``layers.I.router`` ``[N, D]``) and ``adapter_config.json``. A checkpoint folder
+``checkpoint-NNNNNNNN`` is an adapter folder with ``optimizer.safetensors`` and ``training_state.json``; because the
+folder appears by a rename, one that is there is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from meft.planner.architecture import ModelShape
+from meft.planner.errors import UsageError
+from meft.planner.files import fsync_folder
+from meft.planner.plan import AdapterDtype, Routing
+from meft.planner.schema import Count, File, Index
+from meft.runtime.session import Session
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+OPTIMIZER_STATE = "optimizer.safetensors"
+TRAINING_STATE = "training_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d{8})")
+_MOMENTS = ("first_moment", "second_moment", "step_counts")
+
+
+class AdapterConfig(File):
+    """What an adapter folder says of itself."""
+
+    kind: ClassVar[str] = "adapter config"
+
+    meft_version: str
+    base_model: ModelShape
+    adapter_width: Count
+    top_k: Count
+    num_experts: Count
+    num_probes: Count
+    routing: Routing
+    adapter_dtype: AdapterDtype
+    plan_digest: str
+
+
+class TrainingState(File):
+    """Where a run stood, after a whole optimizer step."""
+
+    kind: ClassVar[str] = "training state"
+
+    plan_digest: str
+    seed: int
+    steps_done: Index
+    total_steps: Count
+    loss_per_step: tuple[float, ...]
+    learning_rate_per_optimizer_step: tuple[float, ...]
+    gradient_norm_per_optimizer_step: tuple[float, ...]
+    data_digest: str
+    settings: dict[str, float]
+
+
+def save_adapter(session: Session, folder: Path, *, meft_version: str) -> None:
+    """Write the adapter folder, replacing an older one whole."""
+    _in_place_of(folder, lambda new: _write_adapter(session, new, meft_version))
+
+
+def save_checkpoint(session: Session, output: Path, state: TrainingState, *, meft_version: str) -> Path:
+    """Write ``checkpoint-<steps>`` under ``output``, then remove older ones; returns its path."""
+
+    def write(new: Path) -> None:
+        _write_adapter(session, new, meft_version)
+        _save_tensors(_optimizer_tensors(session), new / OPTIMIZER_STATE)
+        state.save(new / TRAINING_STATE)
+
+    folder = output / f"checkpoint-{state.steps_done:08d}"
+    _in_place_of(folder, write)
+    for older in list_checkpoints(output):
+        if older != folder:
+            shutil.rmtree(older)
+    return folder
+
+
+def list_checkpoints(output: Path) -> list[Path]:
+    """Checkpoint folders under ``output``, oldest first."""
+    if not output.is_dir():
+        return []
+    return sorted(path for path in output.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir())
+
+
+def latest_checkpoint(output: Path) -> Path:
+    """The newest checkpoint, or a :class:`UsageError` that says there is none."""
+    found = list_checkpoints(output)
+    if not found:
+        raise UsageError(f"--resume: no checkpoint-* folder in {output}; leave --resume out to start anew")
+    return found[-1]
+
+
+def load_checkpoint(session: Session, folder: Path) -> TrainingState:
+    """Bring the session to where the checkpoint stood: rows, moments, routers and their optimizer."""
+    state = TrainingState.load(folder / TRAINING_STATE)
+    if state.plan_digest != session.plan.content_digest():
+        raise UsageError(f"{folder}: was made by another plan; resume with the plan that the run began with")
+    load_adapter(session, folder)
+    tensors = _load_tensors(folder / OPTIMIZER_STATE)
+    for layer, tables in enumerate(session.store.layers):
+        for name in _MOMENTS:
+            _restore(getattr(tables, name), tensors, f"layers.{layer}.{name}", folder / OPTIMIZER_STATE)
+    if session.router_optimizer is not None:
+        _restore_router_optimizer(session, tensors, folder / OPTIMIZER_STATE)
+    torch.set_rng_state(tensors["rng_state"])
+    return state
+
+
+def load_adapter(session: Session, folder: Path) -> None:
+    """Read an adapter folder into the session; a :class:`UsageError` names what does not fit."""
+    config = AdapterConfig.load(folder / ADAPTER_CONFIG)
+    expected = _adapter_config(session, config.meft_version)
+    for name in ("base_model", "adapter_width", "num_experts", "routing"):
+        given, wanted = getattr(config, name), getattr(expected, name)
+        if name == "base_model":
+            given, wanted = given.differences(wanted), {}
+        if given != wanted:
+            raise UsageError(f"{folder}: {name} does not fit this plan: {given} instead of {wanted or 'none'}")
+    path = folder / ADAPTER_WEIGHTS
+    tensors = _load_tensors(path)
+    for layer, tables in enumerate(session.store.layers):
+        _restore(tables.weights, tensors, f"layers.{layer}.rows", path)
+    for layer, weight in enumerate(session.router_weights):
+        with torch.no_grad():
+            _restore(weight, tensors, f"layers.{layer}.router", path)
+
+
+def _write_adapter(session: Session, folder: Path, meft_version: str) -> None:
+    tensors = {f"layers.{layer}.rows": tables.weights for layer, tables in enumerate(session.store.layers)}
+    tensors |= {f"layers.{layer}.router": weight.detach() for layer, weight in enumerate(session.router_weights)}
+    _save_tensors(tensors, folder / ADAPTER_WEIGHTS)
+    _adapter_config(session, meft_version).save(folder / ADAPTER_CONFIG)
+
+
+def _adapter_config(session: Session, meft_version: str) -> AdapterConfig:
+    decision = session.plan.decision
+    return AdapterConfig(
+        meft_version=meft_version,
+        base_model=session.plan.request.model,
+        adapter_width=decision.adapter_width,
+        top_k=decision.top_k,
+        num_experts=decision.num_experts,
+        num_probes=decision.num_probes,
+        routing=decision.routing,
+        adapter_dtype=session.plan.request.adapter_dtype,
+        plan_digest=session.plan.content_digest(),
+    )
+
+
+def _optimizer_tensors(session: Session) -> dict[str, torch.Tensor]:
+    tensors = {
+        f"layers.{layer}.{name}": getattr(tables, name)
+        for layer, tables in enumerate(session.store.layers)
+        for name in _MOMENTS
+    }
+    if session.router_optimizer is not None:
+        for layer, weight in enumerate(session.router_weights):
+            for name, value in session.router_optimizer.state[weight].items():
+                tensors[f"layers.{layer}.router.{name}"] = value.detach()
+    tensors["rng_state"] = torch.get_rng_state()
+    return tensors
+
+
+def _restore_router_optimizer(session: Session, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    optimizer = session.router_optimizer
+    assert optimizer is not None
+    for layer, weight in enumerate(session.router_weights):
+        for name, value in optimizer.state[weight].items():
+            _restore(value, tensors, f"layers.{layer}.router.{name}", path)
+
+
+def _restore(target: torch.Tensor, tensors: dict[str, torch.Tensor], name: str, path: Path) -> None:
+    source = tensors.get(name)
+    if source is None or source.shape != target.shape or source.dtype != target.dtype:
+        found = "nothing" if source is None else f"{tuple(source.shape)} {source.dtype}"
+        raise UsageError(f"{path}: {name} should be {tuple(target.shape)} {target.dtype}, found {found}")
+    target.copy_(source)
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except SafetensorError as error:
+        raise UsageError(f"{path}: not a complete safetensors file ({error})") from None
+
+
+def _in_place_of(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a new folder beside ``folder`` and swap it in; a crash leaves the old one, or none, never half of one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write(new)
+        new.chmod(0o755)
+        fsync_folder(new)
+        if folder.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            folder.rename(retired / folder.name)
+            new.rename(folder)
+            shutil.rmtree(retired)
+        else:
+            new.rename(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    fsync_folder(folder.parent)

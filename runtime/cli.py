@@ -1,0 +1,204 @@
+"""``meft-run``: execute a plan, measure it, and put prediction and observation side by side."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from meft.planner.errors import EXIT_UNEXPECTED, MeftError
+from meft.planner.plan import Plan
+from meft.planner.report import Comparison, Report
+from meft.planner.units import format_bytes, format_seconds, parse_bytes
+
+if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
+    from meft.runtime.runner import Display, RunOptions
+
+EXIT_INTERRUPTED = 130
+LINES_WITHOUT_TERMINAL = 10
+_PATH = click.Path(path_type=Path)
+_LABELS = {
+    "device_allocated_bytes": "device memory, allocated peak",
+    "device_reserved_bytes": "device memory, reserved peak",
+    "device_process_bytes": "device memory, whole process (NVML)",
+    "host_adapter_bytes": "host memory of the adapter",
+    "h2d_bytes_per_step": "host to device, per step",
+    "d2h_bytes_per_step": "device to host, per step",
+    "active_rows_per_layer": "active rows per layer",
+    "step_seconds": "step time",
+}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("plan", type=_PATH)
+@click.option("--model", help="Folder of the model [default: where the plan found it].")
+@click.option("--data", type=_PATH, help="JSONL with prompt/completion, text, or chat messages per line.")
+@click.option("--steps", type=click.IntRange(min=1), default=100, show_default=True, help="Micro-batches in all.")
+@click.option("--output-dir", type=_PATH, default=Path("output"), show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cuda", "emulated"]), default="auto", show_default=True)
+@click.option("--gpu-mem", help="Another device budget than the plan's, e.g. 20GiB.")
+@click.option("--rehearse", is_flag=True, help="One step under fake tensors: books without weights, data or GPU.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output-dir.")
+@click.option("--raw", is_flag=True, help="Join prompt and completion as they stand, without the chat template.")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-4, show_default=True)
+@click.option("--warmup", type=click.FloatRange(0, 1), default=0.02, show_default=True, help="Fraction of the steps.")
+@click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, show_default=True)
+@click.option("--max-grad-norm", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0: no clipping.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--save-every",
+    type=click.IntRange(min=0),
+    default=100,
+    show_default=True,
+    help="Optimizer steps between checkpoints; 0: only at the end.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
+@click.version_option(version("meft"), prog_name="meft-run")
+def command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> None:
+    """Run PLAN and compare what it needs with what was predicted.
+
+    Writes report.json, the adapter and a checkpoint to --output-dir. A step is one micro-batch; the plan's
+    grad_accum of them make one optimizer step. Exit codes: 0 done, 1 unexpected, 2 usage or a bad file,
+    4 this machine cannot run the plan, or the device budget was exceeded.
+    """
+    loaded = Plan.load(plan)
+    options = _options(given)
+    from meft.runtime.runner import run_rehearsal, run_training
+
+    with _display(options.training.steps) as display:
+        report = (run_rehearsal if rehearse else run_training)(loaded, options, display)
+    path = options.output_dir / "report.json"
+    report.save(path)
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    else:
+        print_report(report, path)
+
+
+def main() -> None:
+    """Entry point: every error a user can cause is one line on standard error and a documented exit code."""
+    try:
+        command.main(prog_name="meft-run", standalone_mode=False)
+    except MeftError as error:
+        _fail(str(error), error.exit_code)
+    except click.exceptions.Abort:
+        _fail("interrupted; the last checkpoint is in the output folder, if one was due", EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if os.environ.get("MEFT_DEBUG"):
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error} (MEFT_DEBUG=1 shows where)", EXIT_UNEXPECTED)
+
+
+def print_report(report: Report, path: Path) -> None:
+    """The comparison as a table, and what the run did, on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(title=f"predicted against observed on: {report.device.name}", title_justify="left")
+    table.add_column("quantity")
+    for name in ("predicted", "observed", "ratio"):
+        table.add_column(name, justify="right")
+    for row in report.comparison:
+        ratio = "-" if row.ratio is None else f"{row.ratio:.3f}"
+        table.add_row(_LABELS[row.quantity], _shown(row, row.predicted), _shown(row, row.observed), ratio)
+    console.print(table)
+    for line in _summary(report):
+        console.print(line, soft_wrap=True)
+    console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _summary(report: Report) -> list[str]:
+    if report.rehearsal:
+        return ["a rehearsal of one step: nothing was computed, the active rows are the plan's own"]
+    losses, observed = report.training.loss_per_step, report.observed
+    tenth = max(1, len(losses) // 10)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    steps = f"{report.training.steps} steps, {report.training.optimizer_steps} optimizer steps"
+    lines = [f"loss {first:.3f} -> {last:.3f} (means of the first and last {tenth} of {steps})"]
+    if observed.prefetch_recall is not None:
+        lines.append(f"look-ahead routing found {observed.prefetch_recall:.1%} of the exact choice")
+    if observed.dropped_rows:
+        lines.append(f"active_rows_cap cost {observed.dropped_rows:,} rows: plan again with a higher cap if that hurts")
+    if observed.device_memory.process_bytes is None:
+        lines.append(f"NVML: {observed.device_memory.process_bytes_source}")
+    return lines
+
+
+def _shown(row: Comparison, value: float) -> str:
+    if row.quantity.endswith("_seconds"):
+        return format_seconds(value)
+    return f"{value:,.0f}" if row.quantity == "active_rows_per_layer" else format_bytes(value)
+
+
+def _options(given: dict[str, Any]) -> RunOptions:
+    from meft.runtime.optimizer import AdamWSettings
+    from meft.runtime.runner import RunOptions
+    from meft.runtime.training import TrainingOptions
+
+    gpu_mem = given.pop("gpu_mem")
+    training = TrainingOptions(
+        steps=given.pop("steps"),
+        learning_rate=given.pop("learning_rate"),
+        warmup_fraction=given.pop("warmup"),
+        max_norm=given.pop("max_grad_norm") or None,
+        seed=given.pop("seed"),
+        save_every=given.pop("save_every"),
+    )
+    return RunOptions(
+        training=training,
+        settings=AdamWSettings(weight_decay=given.pop("weight_decay")),
+        gpu_mem_bytes=None if gpu_mem is None else parse_bytes(gpu_mem, field="--gpu-mem"),
+        **given,
+    )
+
+
+@contextmanager
+def _display(total_steps: int) -> Iterator[Display]:
+    """A progress bar on a terminal, about ten lines elsewhere; all on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from meft.runtime.runner import Display
+    from meft.runtime.training import Progress as Step
+
+    console = Console(stderr=True, highlight=False)
+
+    def say(text: str) -> None:
+        console.print(f"meft-run: {text}", soft_wrap=True, markup=False)
+
+    if not console.is_terminal:
+        every = max(1, total_steps // LINES_WITHOUT_TERMINAL)
+
+        def line(step: Step) -> None:
+            if step.step % every == 0 or step.step in (1, step.total_steps):
+                say(f"step {step.step}/{step.total_steps} loss {step.loss:.4f}")
+
+        yield Display(say, line)
+        return
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("training", total=total_steps, loss="-", visible=False)
+
+        def advance(step: Step) -> None:
+            bar.update(task, completed=step.step, loss=f"{step.loss:.4f}", visible=True)
+
+        yield Display(say, advance)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    click.echo(f"meft-run: {message}", err=True)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

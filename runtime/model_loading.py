@@ -1,0 +1,87 @@
+"""Frozen models from local folders, in the plan's dtype, checked against the plan's shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from meft.planner.architecture import ModelShape, shape_from_config
+from meft.planner.errors import UsageError
+from meft.planner.plan import Plan
+from meft.planner.schema import parse_json, read_text
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
+
+
+def check_model_folder(plan: Plan, folder: Path) -> None:
+    """Raise :class:`UsageError` unless ``folder`` holds a model of the plan's shape."""
+    text = read_text(folder / "config.json", kind="model config")
+    shape = shape_from_config(parse_json(text, source=str(folder / "config.json")), name=folder.name)
+    check_shape(plan.request.model, shape, where=str(folder))
+
+
+def check_shape(planned: ModelShape, found: ModelShape, *, where: str) -> None:
+    """Raise :class:`UsageError` that lists what differs between the planned model and the one found."""
+    differences = planned.differences(found)
+    if differences:
+        listed = ", ".join(f"{name} {mine} in the plan, {theirs} here" for name, (mine, theirs) in differences.items())
+        raise UsageError(f"--model {where}: the plan was made for {planned.name}, which this is not: {listed}")
+
+
+def load_frozen_model(plan: Plan, folder: Path) -> nn.Module:
+    """Load the model to host memory (nf4: straight to the GPU) in the plan's dtype and attention."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    options: dict[str, Any] = {"attn_implementation": ATTENTION[plan.request.attention], "local_files_only": True}
+    options |= _weight_options(plan)
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UsageError(f"--model {folder}: transformers cannot load it: {first_line}") from error
+    return model
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer, or a :class:`UsageError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UsageError(f"--model {folder}: no tokenizer can be loaded: {first_line}") from error
+
+
+def model_from_config(plan: Plan, config: dict[str, Any]) -> nn.Module:
+    """The architecture with uninitialised weights, for a rehearsal under fake tensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = dict(config)
+    made = AutoConfig.for_model(options.pop("model_type"), **options)
+    dtype = COMPUTE_DTYPES[plan.request.weights_dtype]
+    model: nn.Module = AutoModelForCausalLM.from_config(
+        made, dtype=dtype, attn_implementation=ATTENTION[plan.request.attention]
+    )
+    return model
+
+
+def _weight_options(plan: Plan) -> dict[str, Any]:
+    if plan.request.weights_dtype in COMPUTE_DTYPES:
+        return {"dtype": COMPUTE_DTYPES[plan.request.weights_dtype]}
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=plan.request.double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"dtype": torch.bfloat16, "quantization_config": quantization, "device_map": {"": 0}}

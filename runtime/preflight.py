@@ -1,0 +1,93 @@
+"""Preflight: can this machine run the plan? All that stands in the way, told at once, before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from meft.planner.errors import MachineError
+from meft.planner.plan import Plan
+from meft.planner.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the checks look at; tests make their own."""
+
+    available_host_bytes: int
+    cuda_total_bytes: int | None
+    """Memory of the CUDA device, None where there is none."""
+    supports_bf16: bool
+    packages: frozenset[str]
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This machine."""
+        cuda = torch.cuda.is_available()
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if cuda else None
+        optional = ("bitsandbytes", "flash_attn")
+        return cls(
+            available_host_bytes=psutil.virtual_memory().available,
+            cuda_total_bytes=total,
+            supports_bf16=torch.cuda.is_bf16_supported() if cuda else True,
+            packages=frozenset(name for name in optional if importlib.util.find_spec(name) is not None),
+        )
+
+
+def check(plan: Plan, machine: Machine, *, device_kind: str, budget_bytes: int) -> list[str]:
+    """Return the notes a user should see; raise :class:`MachineError` naming every problem if there is one."""
+    problems = [
+        *_host_problems(plan, machine, device_kind),
+        *_device_problems(plan, machine, device_kind, budget_bytes),
+    ]
+    if problems:
+        raise MachineError("this machine cannot run the plan: " + "; ".join(problems))
+    return _notes(plan, budget_bytes)
+
+
+def _host_problems(plan: Plan, machine: Machine, device_kind: str) -> list[str]:
+    needed = plan.prediction.host_memory.total_bytes
+    what = "the adapter's home"
+    if device_kind == "emulated":
+        needed += plan.prediction.device_memory.peak_allocated_bytes
+        what += " and the emulated device"
+    if needed <= machine.available_host_bytes:
+        return []
+    return [
+        f"host memory: {what} take {format_bytes(needed)}, {format_bytes(machine.available_host_bytes)} are available; "
+        f"close other programs or plan again with a smaller --host-mem"
+    ]
+
+
+def _device_problems(plan: Plan, machine: Machine, device_kind: str, budget_bytes: int) -> list[str]:
+    request, problems = plan.request, []
+    if device_kind == "cuda":
+        if machine.cuda_total_bytes is not None and budget_bytes > machine.cuda_total_bytes:
+            problems.append(
+                f"device memory: the plan's budget is {format_bytes(budget_bytes)}, the GPU has "
+                f"{format_bytes(machine.cuda_total_bytes)}; plan again with a smaller --gpu-mem"
+            )
+        if "bf16" in (request.weights_dtype, request.adapter_dtype) and not machine.supports_bf16:
+            problems.append("bf16: this GPU does not support it; plan again with fp32 weights and adapter")
+    if request.weights_dtype == "nf4" and (device_kind != "cuda" or "bitsandbytes" not in machine.packages):
+        problems.append("nf4 weights: they need a CUDA device and the package bitsandbytes")
+    if request.weights_dtype in ("int8", "fp16"):
+        problems.append(f"{request.weights_dtype} weights: the runtime trains beside fp32, bf16 or nf4; plan again")
+    if request.attention == "flash" and (device_kind != "cuda" or "flash_attn" not in machine.packages):
+        problems.append(
+            "attention flash: it needs a CUDA device and the package flash-attn; plan with --attention sdpa"
+        )
+    return problems
+
+
+def _notes(plan: Plan, budget_bytes: int) -> list[str]:
+    peak = plan.prediction.device_memory.peak_allocated_bytes
+    if peak <= budget_bytes:
+        return []
+    return [
+        f"the budget of {format_bytes(budget_bytes)} is below the predicted peak of {format_bytes(peak)}: "
+        f"expect a device out-of-memory error"
+    ]

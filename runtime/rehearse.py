@@ -1,0 +1,77 @@
+"""A rehearsal: one step of a plan under fake tensors, for a model whose weights are not here.
+
+The same session, hooks, exchange and autograd function run on the emulated device, but no number is computed and
+nothing is read: what comes out are the books of allocation and transfer. Active rows are the plan's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from meft.planner.plan import Plan
+from meft.planner.report import Observed, Report, Training
+from meft.runtime.data import Batch
+from meft.runtime.device import EmulatedDevice
+from meft.runtime.model_loading import model_from_config
+from meft.runtime.nvml import MemoryReading, PcieReading
+from meft.runtime.reporting import active_rows, assemble, device_memory, host_memory, transfer
+from meft.runtime.router import PlannedRouter
+from meft.runtime.session import Session, open_session
+
+_NO_NVML = "a rehearsal: no GPU was used"
+
+
+def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_version: str) -> Report:
+    """Run one step and the transfers of one optimizer step under fake tensors; ``config`` is the model's."""
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        model = model_from_config(plan, config)
+        rows = plan.prediction.sparsity.active_rows_per_layer
+        session = open_session(plan, model, EmulatedDevice(budget_bytes), seed=0, router=PlannedRouter(rows))
+        _fake_step(session)
+        _fake_optimizer_step(session)
+        return _report(session, rows, meft_version)
+
+
+def _fake_step(session: Session) -> None:
+    request = session.plan.request
+    shape = (request.batch_size, request.seq_len)
+    batch = Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3)))
+    session.device.reset_peaks()
+    with session.device.scope():
+        loss = session.forward_backward(batch, loss_scale=1.0)
+        session.engine.bring_scalar(loss, category="loss")
+
+
+def _fake_optimizer_step(session: Session) -> None:
+    """Only what crosses the link: the update itself is arithmetic, and there are no numbers."""
+    session.engine.per = "optimizer_step"
+    if session.router_weights:
+        with session.device.scope(), torch.no_grad():
+            session.engine.bring_scalar(session.squared_router_norm(), category="router_norm")
+
+
+def _report(session: Session, rows: tuple[int, ...], meft_version: str) -> Report:
+    request = session.plan.request
+    observed = Observed(
+        device_memory=device_memory(session.device.peaks(), MemoryReading(None, _NO_NVML)),
+        host_memory=host_memory(session),
+        transfer=transfer(session, steps=1, windows=1, pcie=PcieReading(None, None, _NO_NVML)),
+        active_rows=active_rows([rows]),
+        dropped_rows=0,
+        prefetch_recall=None,
+        step_seconds=None,
+        busy_seconds={},
+    )
+    training = Training(
+        steps=1,
+        optimizer_steps=1,
+        tokens=request.tokens_per_step,
+        loss_per_step=(),
+        learning_rate_per_optimizer_step=(),
+        gradient_norm_per_optimizer_step=(),
+        seed=0,
+    )
+    return assemble(session, observed, training, meft_version=meft_version, rehearsal=True)

@@ -1,0 +1,213 @@
+"""From a run's measurements to ``report.json``: observed figures, and each beside its prediction."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import psutil
+
+from meft.planner.plan import Direction, Lane, MemoryEntry, Plan, TransferEntry
+from meft.planner.report import (
+    ActiveRows,
+    Comparison,
+    DeviceUsed,
+    Observed,
+    ObservedDeviceMemory,
+    ObservedHostMemory,
+    ObservedTransfer,
+    Report,
+    Training,
+)
+from meft.runtime.device import MemoryPeaks
+from meft.runtime.engine import Per
+from meft.runtime.nvml import MemoryReading, PcieReading
+from meft.runtime.session import Session
+from meft.runtime.training import Trainer
+
+_DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
+_WHY = {
+    "queries": "hidden states to the host, for routing",
+    "probes": "each token's experts to the host",
+    "rows": "active rows to the device, forward",
+    "rows_refetched": "active rows to the device again, backward",
+    "row_experts": "the expert of each active row",
+    "row_gradients": "gradients of the active rows to the host",
+    "inputs": "token ids and labels",
+    "loss": "the loss, for the report",
+    "router_norm": "squared norm of the routers' gradients, for clipping",
+}
+
+
+def build_report(
+    trainer: Trainer,
+    *,
+    memory: MemoryReading,
+    pcie: PcieReading,
+    recall: float | None,
+    meft_version: str,
+) -> Report:
+    """Report of a training run (at least one step)."""
+    session, measured = trainer.session, trainer.measured
+    observed = Observed(
+        device_memory=device_memory(trainer.measured.peaks, memory),
+        host_memory=host_memory(session),
+        transfer=transfer(session, steps=measured.steps, windows=len(measured.optimizer_seconds), pcie=pcie),
+        active_rows=active_rows(measured.active_rows),
+        dropped_rows=measured.dropped_rows,
+        prefetch_recall=recall,
+        step_seconds=_step_seconds(trainer),
+        busy_seconds=_busy_seconds(trainer),
+    )
+    history = trainer.history
+    training = Training(
+        steps=len(history.losses),
+        optimizer_steps=len(history.learning_rates),
+        tokens=measured.tokens,
+        loss_per_step=tuple(history.losses),
+        learning_rate_per_optimizer_step=tuple(history.learning_rates),
+        gradient_norm_per_optimizer_step=tuple(history.gradient_norms),
+        seed=trainer.options.seed,
+    )
+    return assemble(session, observed, training, meft_version=meft_version, rehearsal=False)
+
+
+def assemble(session: Session, observed: Observed, training: Training, *, meft_version: str, rehearsal: bool) -> Report:
+    """Put a report together and compare it with the session's plan."""
+    device = session.device
+    return Report(
+        meft_version=meft_version,
+        plan_digest=session.plan.content_digest(),
+        rehearsal=rehearsal,
+        device=DeviceUsed(kind=device.kind, name=device.name, budget_bytes=device.budget_bytes),
+        observed=observed,
+        comparison=compare(session.plan, observed),
+        training=training,
+        versions={name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
+        layers=session.store.num_layers,
+    )
+
+
+def compare(plan: Plan, observed: Observed) -> tuple[Comparison, ...]:
+    """Predicted, observed and their ratio for every quantity that was observed."""
+    prediction = plan.prediction
+    rows = prediction.sparsity.active_rows_per_layer
+    seen = [layer.mean for layer in observed.active_rows]
+    memory, transferred = observed.device_memory, observed.transfer
+    process = prediction.device_memory.process_bytes
+    pairs: list[tuple[str, float, float | None]] = [
+        ("device_allocated_bytes", prediction.device_memory.peak_allocated_bytes, memory.peak_allocated_bytes),
+        ("device_reserved_bytes", prediction.device_memory.peak_reserved_bytes, memory.peak_reserved_bytes),
+        ("device_process_bytes", (process.low_bytes + process.high_bytes) / 2, memory.process_bytes),
+        ("host_adapter_bytes", prediction.host_memory.total_bytes, observed.host_memory.total_bytes),
+        ("h2d_bytes_per_step", prediction.transfer.h2d_bytes_per_step, transferred.h2d_bytes_per_step),
+        ("d2h_bytes_per_step", prediction.transfer.d2h_bytes_per_step, transferred.d2h_bytes_per_step),
+        ("active_rows_per_layer", statistics.fmean(rows), statistics.fmean(seen)),
+        ("step_seconds", prediction.timing.step_seconds, observed.step_seconds),
+    ]
+    return tuple(
+        Comparison(quantity=name, predicted=predicted, observed=seen_, ratio=predicted / seen_ if seen_ else None)
+        for name, predicted, seen_ in pairs
+        if seen_ is not None
+    )
+
+
+def host_memory(session: Session) -> ObservedHostMemory:
+    """Bytes of the tables and staging buffers, as allocated."""
+    sizes = session.store.bytes_by_table() | session.exchange.host_buffer_bytes()
+    entries = tuple(
+        MemoryEntry(
+            place="host", phase="resident", category=name, num_bytes=size, basis="counted", because="as allocated"
+        )
+        for name, size in sizes.items()
+    )
+    rss = psutil.Process().memory_info().rss
+    return ObservedHostMemory(entries=entries, total_bytes=sum(sizes.values()), process_rss_bytes=rss)
+
+
+def transfer(session: Session, *, steps: int, windows: int, pcie: PcieReading) -> ObservedTransfer:
+    """What the engine counted: means per step and per optimizer step, and totals over the steps."""
+    engine = session.engine
+    divisors: dict[Per, int] = {"step": max(1, steps), "optimizer_step": max(1, windows)}
+    entries = tuple(
+        TransferEntry(
+            direction=direction,
+            category=category,
+            per="step" if per == "step" else "optimizer_step",
+            num_bytes=round(size / divisors[per]),
+            because=_WHY[category],
+        )
+        for (direction, category, per), size in sorted(engine.counted_bytes.items())
+        if per != "probe"
+    )
+    per_step = {way: round(engine.bytes_in(way, "step") / divisors["step"]) for way in _DIRECTIONS}
+    per_window = {way: round(engine.bytes_in(way, "optimizer_step") / max(1, windows)) for way in _DIRECTIONS}
+    return ObservedTransfer(
+        entries=entries,
+        h2d_bytes_per_step=per_step["h2d"],
+        d2h_bytes_per_step=per_step["d2h"],
+        h2d_bytes_per_optimizer_step=per_window["h2d"],
+        d2h_bytes_per_optimizer_step=per_window["d2h"],
+        h2d_bytes_total=engine.bytes_in("h2d", "step"),
+        d2h_bytes_total=engine.bytes_in("d2h", "step"),
+        nvml_rx_bytes=pcie.rx_bytes,
+        nvml_tx_bytes=pcie.tx_bytes,
+        nvml_source=pcie.source,
+    )
+
+
+def active_rows(per_step: Sequence[Sequence[int]]) -> tuple[ActiveRows, ...]:
+    """Per layer over the steps."""
+    return tuple(
+        ActiveRows(layer=layer, mean=statistics.fmean(counts), max=max(counts), total=sum(counts))
+        for layer, counts in enumerate(zip(*per_step, strict=True))
+    )
+
+
+def device_entries(by_category: dict[str, int]) -> tuple[MemoryEntry, ...]:
+    """What was live at the allocated peak, largest first."""
+    return tuple(
+        MemoryEntry(
+            place="device",
+            phase="resident",
+            category=name,
+            num_bytes=size,
+            basis="counted",
+            because="live at the allocated peak",
+        )
+        for name, size in sorted(by_category.items(), key=lambda item: -item[1])
+    )
+
+
+def device_memory(peaks: MemoryPeaks, memory: MemoryReading) -> ObservedDeviceMemory:
+    """The allocator's peaks and NVML's figure."""
+    return ObservedDeviceMemory(
+        peak_allocated_bytes=peaks.allocated_bytes,
+        peak_reserved_bytes=peaks.reserved_bytes,
+        process_bytes=memory.num_bytes,
+        process_bytes_source=memory.source,
+        entries=device_entries(peaks.by_category),
+    )
+
+
+def _optimizer_share(trainer: Trainer) -> float:
+    """Optimizer seconds per step."""
+    return sum(trainer.measured.optimizer_seconds) / max(1, trainer.measured.steps)
+
+
+def _step_seconds(trainer: Trainer) -> float:
+    return statistics.median(trainer.measured.step_seconds) + _optimizer_share(trainer)
+
+
+def _busy_seconds(trainer: Trainer) -> dict[Lane, float]:
+    """Mean busy seconds per step of the lanes that were measured; the emulated device's own is what is left."""
+    measured = trainer.measured
+    copies = {way: seconds / measured.steps for way, seconds in trainer.session.engine.busy_seconds().items()}
+    host = statistics.fmean(measured.host_seconds)
+    busy: dict[Lane, float] = {"h2d": copies["h2d"], "d2h": copies["d2h"], "cpu": host + _optimizer_share(trainer)}
+    if trainer.session.device.kind == "emulated":
+        whole = statistics.fmean(measured.step_seconds)
+        busy["gpu"] = max(0.0, whole - host - copies["h2d"] - copies["d2h"])
+    return busy

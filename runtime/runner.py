@@ -1,0 +1,171 @@
+"""A run from a plan file to a report: load, check, train, measure, save."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from meft.planner.errors import UsageError
+from meft.planner.plan import Plan
+from meft.planner.profiles import load_model
+from meft.planner.report import Report
+from meft.planner.units import format_bytes
+from meft.runtime import model_loading, preflight
+from meft.runtime.checkpoint import latest_checkpoint, save_adapter
+from meft.runtime.data import Dataset, load_dataset, pad_token_id
+from meft.runtime.device import CudaDevice, Device, EmulatedDevice
+from meft.runtime.embedded import SMOLLM2_PROFILE, smollm2_folder
+from meft.runtime.nvml import NvmlReader, NvmlUnavailable
+from meft.runtime.optimizer import AdamWSettings
+from meft.runtime.rehearse import rehearse
+from meft.runtime.reporting import build_report
+from meft.runtime.session import Session, open_session
+from meft.runtime.training import Progress, Trainer, TrainingOptions
+
+DeviceKind = Literal["cuda", "emulated"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """A run as asked for on the command line."""
+
+    training: TrainingOptions
+    settings: AdamWSettings
+    model: str | None = None
+    data: Path | None = None
+    output_dir: Path = Path("output")
+    device: Literal["auto", "cuda", "emulated"] = "auto"
+    gpu_mem_bytes: int | None = None
+    """Another device budget than the plan's."""
+    resume: bool = False
+    raw: bool = False
+
+
+@dataclass(frozen=True)
+class Display:
+    """Where a run tells how it goes."""
+
+    say: Callable[[str], None]
+    on_step: Callable[[Progress], None]
+
+
+def run_rehearsal(plan: Plan, options: RunOptions, display: Display) -> Report:
+    """The books of one step, for a model given by name, ``config.json`` or folder."""
+    reference = options.model or plan.request.model_path or plan.request.model.name
+    shape, config, _ = load_model(reference)
+    model_loading.check_shape(plan.request.model, shape, where=reference)
+    display.say(f"rehearsing one step of {plan.request.model.name} under fake tensors: no weights, data or GPU")
+    return rehearse(plan, dict(config), budget_bytes=_budget(plan, options), meft_version=version("meft"))
+
+
+def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
+    """Train the plan's adapter and report; the adapter and checkpoints go to ``options.output_dir``."""
+    if options.data is None:
+        raise UsageError("--data: what should it learn? Give a JSONL file, or --rehearse to run without data")
+    folder = _model_folder(plan, options, display)
+    model_loading.check_model_folder(plan, folder)
+    checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
+    kind = _device_kind(options)
+    for note in preflight.check(plan, preflight.Machine.here(), device_kind=kind, budget_bytes=_budget(plan, options)):
+        display.say(f"note: {note}")
+    tokenizer = model_loading.load_tokenizer(folder)
+    dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
+    display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+    nvml = NvmlReader.open(0) if kind == "cuda" else NvmlUnavailable("emulated device: there is no GPU to ask")
+    session = _open_session(plan, options, folder, kind)
+    display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")
+    trainer = _trainer(session, dataset, options, pad_token_id(tokenizer), display)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        display.say(f"resumed from {checkpoint} after step {len(trainer.history.losses)}")
+    return _train(trainer, nvml, options, display)
+
+
+def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOptions, display: Display) -> Report:
+    if len(trainer.history.losses) >= options.training.steps:
+        raise UsageError(f"--steps {options.training.steps}: the checkpoint is there already; leave --resume out")
+    nvml.start_pcie()
+    with _stopping_on_signals(trainer, display):
+        trainer.run()
+    memory, pcie = nvml.process_memory(), nvml.pcie_bytes()
+    nvml.close()
+    save_adapter(trainer.session, options.output_dir / "adapter", meft_version=version("meft"))
+    if trainer.stop_requested:
+        display.say(f"stopped after step {len(trainer.history.losses)}; go on with --resume")
+    recall = trainer.measure_recall()
+    return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=version("meft"))
+
+
+def _open_session(plan: Plan, options: RunOptions, folder: Path, kind: DeviceKind) -> Session:
+    torch.manual_seed(options.training.seed)
+    device: Device = CudaDevice(_budget(plan, options)) if kind == "cuda" else EmulatedDevice(_budget(plan, options))
+    model = model_loading.load_frozen_model(plan, folder)
+    return open_session(plan, model, device, seed=options.training.seed, settings=options.settings)
+
+
+def _trainer(session: Session, dataset: Dataset, options: RunOptions, pad_id: int, display: Display) -> Trainer:
+    return Trainer(
+        session,
+        dataset.examples,
+        options.training,
+        pad_id=pad_id,
+        meft_version=version("meft"),
+        output=options.output_dir,
+        on_step=display.on_step,
+    )
+
+
+def _model_folder(plan: Plan, options: RunOptions, display: Display) -> Path:
+    reference = options.model or plan.request.model_path
+    if reference is None and plan.request.model.name == SMOLLM2_PROFILE:
+        return smollm2_folder(display.say)
+    if reference is None:
+        raise UsageError(f"--model: give the folder that holds the weights of {plan.request.model.name}, or --rehearse")
+    if not Path(reference).is_dir():
+        raise UsageError(f"--model {reference}: no such folder; training needs one with config.json and weights")
+    return Path(reference)
+
+
+def _device_kind(options: RunOptions) -> DeviceKind:
+    if options.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "emulated"
+    return options.device
+
+
+def _budget(plan: Plan, options: RunOptions) -> int:
+    """What the allocator may reserve: the plan's, or the budget given less the planned context."""
+    memory = plan.prediction.device_memory
+    if options.gpu_mem_bytes is None:
+        return memory.allocator_budget_bytes
+    budget = options.gpu_mem_bytes - memory.context_bytes.high_bytes
+    if budget <= 0:
+        context = format_bytes(memory.context_bytes.high_bytes)
+        raise UsageError(f"--gpu-mem {format_bytes(options.gpu_mem_bytes)}: the CUDA context alone may take {context}")
+    return budget
+
+
+@contextmanager
+def _stopping_on_signals(trainer: Trainer, display: Display) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the run after its window, with a checkpoint; the second ends it at once."""
+    before: dict[int, Any] = {}
+
+    def stop(number: int, frame: object) -> None:
+        del frame
+        trainer.stop_requested = True
+        display.say(f"{signal.Signals(number).name}: stopping after this accumulation window; again to stop at once")
+        signal.signal(number, before[number])
+
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,230 @@
+"""The training loop: micro-batches, accumulation windows, schedule, checkpoints, and what the report needs to know.
+
+A step is one micro-batch. ``grad_accum`` steps make a window, which ends with one optimizer step; a last window that
+``--steps`` leaves incomplete is applied with the steps it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from meft.planner.errors import MeftError, UsageError
+from meft.runtime.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from meft.runtime.data import Batch, Example, batch_indices, collate
+from meft.runtime.device import MemoryPeaks
+from meft.runtime.optimizer import scheduled_learning_rate
+from meft.runtime.session import Session, StepResult
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Hyperparameters of a run; the peak learning rate and its warm-up are the MEFT paper's for LLaMA (section 4.3)."""
+
+    steps: int
+    learning_rate: float = 1e-4
+    warmup_fraction: float = 0.02
+    max_norm: float | None = 1.0
+    seed: int = 0
+    save_every: int = 0
+    """Optimizer steps between checkpoints; 0 saves only at the end."""
+
+
+@dataclass
+class History:
+    """What happened, step by step, since the run first began (a resumed run goes on with the lists it left)."""
+
+    losses: list[float] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Measurements:
+    """What this process measured. ``active_rows`` is steps x layers."""
+
+    step_seconds: list[float] = field(default_factory=list)
+    optimizer_seconds: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)
+    active_rows: list[list[int]] = field(default_factory=list)
+    dropped_rows: int = 0
+    tokens: int = 0
+    peaks: MemoryPeaks = field(default_factory=lambda: MemoryPeaks(0, 0))
+
+    @property
+    def steps(self) -> int:
+        """Steps run by this process."""
+        return len(self.step_seconds)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished step, for a progress display."""
+
+    step: int
+    total_steps: int
+    loss: float
+
+
+@dataclass
+class Trainer:
+    """Runs a session over examples. ``output`` is where checkpoints go, ``None`` for none."""
+
+    session: Session
+    examples: Sequence[Example]
+    options: TrainingOptions
+    pad_id: int
+    meft_version: str
+    output: Path | None = None
+    on_step: Callable[[Progress], None] = lambda _: None
+    history: History = field(default_factory=History)
+    measured: Measurements = field(default_factory=Measurements)
+    stop_requested: bool = False
+    """Set by a signal handler: the run ends after the current window, with a checkpoint."""
+
+    def run(self) -> None:
+        """Train up to ``options.steps`` steps, from where the history stands."""
+        self.session.device.reset_peaks()
+        try:
+            for first, last in self._windows():
+                self._run_window(first, last)
+                window = len(self.history.learning_rates)
+                due = self.options.save_every and window % self.options.save_every == 0
+                if self.stop_requested or due:
+                    self.save()
+                if self.stop_requested:
+                    return
+            self.save()
+        finally:
+            self.measured.peaks = self.session.device.peaks()
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state, if there is somewhere to write it."""
+        if self.output is not None and self.history.losses:
+            save_checkpoint(self.session, self.output, self._state(), meft_version=self.meft_version)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint: same data, seed and schedule, or a :class:`UsageError` that names what differs."""
+        state = load_checkpoint(self.session, folder)
+        now = self._state()
+        for name in ("data_digest", "seed", "total_steps", "settings"):
+            before, given = getattr(state, name), getattr(now, name)
+            if before != given:
+                raise UsageError(f"--resume {folder}: {name} was {before}, now {given}; give what the run began with")
+        self.history = History(
+            list(state.loss_per_step),
+            list(state.learning_rate_per_optimizer_step),
+            list(state.gradient_norm_per_optimizer_step),
+        )
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, the same in every process."""
+        request = self.session.plan.request
+        chosen = batch_indices(
+            step, num_examples=len(self.examples), batch_size=request.batch_size, seed=self.options.seed
+        )
+        return collate([self.examples[index] for index in chosen], seq_len=request.seq_len, pad_id=self.pad_id)
+
+    def measure_recall(self) -> float:
+        """Share of the exact choice that look-ahead finds, mean over layers, on one batch that is not trained on.
+
+        Its transfers are counted apart from the steps'.
+        """
+        session = self.session
+        if session.exchange.depth == 0:
+            return 1.0
+        recalls: list[float] = []
+
+        def observe(layer: int, hidden: torch.Tensor) -> None:
+            if layer:
+                recalls.append(session.exchange.look_ahead_recall(layer, hidden))
+
+        with _probing(session), session.device.scope(), torch.no_grad():
+            session.exchange.observer = observe
+            batch = self.batch(len(self.history.losses))
+            session.exchange.expect_tokens(batch.attention_mask.flatten().bool())
+            session.loss(batch)
+        return sum(recalls, start=1.0) / (len(recalls) + 1)  # layer 0 is routed exactly
+
+    def _windows(self) -> Iterator[tuple[int, int]]:
+        """First and one-past-last step of every window still to run."""
+        size = self.session.plan.request.grad_accum
+        for first in range(len(self.history.losses), self.options.steps, size):
+            yield first, min(first + size, self.options.steps)
+
+    def _run_window(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            batch = self.batch(step)
+            result = self.session.step(batch, loss_scale=1 / (last - first))
+            self._note_step(result, batch)
+            self.on_step(Progress(step + 1, self.options.steps, result.loss))
+        rate = self._learning_rate(len(self.history.learning_rates))
+        outcome = self.session.optimizer_step(learning_rate=rate, max_norm=self.options.max_norm)
+        self.history.learning_rates.append(rate)
+        self.history.gradient_norms.append(outcome.gradient_norm)
+        self.measured.optimizer_seconds.append(outcome.seconds)
+
+    def _note_step(self, result: StepResult, batch: Batch) -> None:
+        if not math.isfinite(result.loss):
+            raise MeftError(
+                f"the loss became {result.loss} at step {len(self.history.losses) + 1}; nothing of this window was "
+                f"applied. Try a lower --learning-rate, or --weights-dtype fp32 in the plan"
+            )
+        self.history.losses.append(result.loss)
+        self.measured.step_seconds.append(result.seconds)
+        self.measured.host_seconds.append(result.counters.host_seconds)
+        self.measured.active_rows.append(list(result.counters.active_rows))
+        self.measured.dropped_rows += result.counters.dropped_rows
+        self.measured.tokens += int(batch.attention_mask.sum())
+
+    def _learning_rate(self, optimizer_step: int) -> float:
+        total = math.ceil(self.options.steps / self.session.plan.request.grad_accum)
+        return scheduled_learning_rate(
+            optimizer_step,
+            total_steps=total,
+            peak=self.options.learning_rate,
+            warmup_fraction=self.options.warmup_fraction,
+        )
+
+    def _state(self) -> TrainingState:
+        settings = asdict(self.session.settings) | {
+            "learning_rate": self.options.learning_rate,
+            "warmup_fraction": self.options.warmup_fraction,
+            "max_norm": self.options.max_norm or 0.0,
+        }
+        return TrainingState(
+            plan_digest=self.session.plan.content_digest(),
+            seed=self.options.seed,
+            steps_done=len(self.history.losses),
+            total_steps=self.options.steps,
+            loss_per_step=tuple(self.history.losses),
+            learning_rate_per_optimizer_step=tuple(self.history.learning_rates),
+            gradient_norm_per_optimizer_step=tuple(self.history.gradient_norms),
+            data_digest=digest_of(self.examples),
+            settings=settings,
+        )
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """SHA-256 over token ids and labels: the same data, whatever its file is called."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.input_ids, example.labels)).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _probing(session: Session) -> Iterator[None]:
+    """Count transfers as a probe's, and leave no observer behind."""
+    session.engine.per = "probe"
+    try:
+        yield
+    finally:
+        session.engine.per = "step"
+        session.exchange.observer = None
