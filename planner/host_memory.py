@@ -1,0 +1,146 @@
+"""Host memory of the adapter: its tables, and the buffers that copies go through.
+
+Tables, all fp32 ``[R, 2D]`` per layer: weights, two AdamW moments, the accumulation window's gradient sum; and per row
+an int32 step count and a bool that says whether the window touched it. Buffers are pinned on CUDA, where each is
+rounded up to a power of two; on the emulated device they are ordinary memory.
+
+The frozen model is on the device and has no copy here.
+
+Letters: ``L`` layers, ``R`` adapter rows per layer, ``D`` hidden size, ``T`` tokens, ``p`` prefetch depth.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from meft.planner import allocator
+from meft.planner.plan import Decision, HostMemory, MemoryEntry, Request
+from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, INDEX_BYTES, MASTER_BYTES, Ints
+
+_FLAG_BYTES = 1
+_MOMENTS = 2
+
+_BECAUSE = {
+    "adapter_weights": "fp32 keys and values of all rows, L * R * 2D",
+    "adapter_moments": "two fp32 AdamW moments per weight",
+    "adapter_gradients": "fp32 sum of the row gradients of an accumulation window, as large as the weights",
+    "step_counts": "int32 update count per row",
+    "touched_flags": "bool per row: has a gradient in this window",
+    "row_staging": "p+1 buffers [cap, 2D] that gathered rows leave from",
+    "gradient_landing": "min(p, 1)+1 buffers [cap, 2D] where row gradients arrive",
+    "query_landing": "p+1 buffers [T, D] where hidden states arrive",
+}
+_STAGING = ("row_staging", "gradient_landing", "query_landing")
+
+
+def table_bytes(*, num_layers: Ints, adapter_width: Ints, hidden_size: Ints) -> Ints:
+    """One fp32 table ``[R, 2D]`` per layer."""
+    return num_layers * adapter_width * 2 * hidden_size * MASTER_BYTES
+
+
+def step_count_bytes(*, num_layers: Ints, adapter_width: Ints) -> Ints:
+    """One int32 per row."""
+    return num_layers * adapter_width * INDEX_BYTES
+
+
+def touched_flag_bytes(*, num_layers: Ints, adapter_width: Ints) -> Ints:
+    """One bool per row."""
+    return num_layers * adapter_width * _FLAG_BYTES
+
+
+def row_buffer_bytes(*, active_rows_cap: Ints, hidden_size: Ints, adapter_dtype_bytes: Ints, pinned: bool) -> Ints:
+    """One buffer ``[cap, 2D]`` for rows or their gradients."""
+    return buffer_bytes(active_rows_cap * 2 * hidden_size * adapter_dtype_bytes, pinned=pinned)
+
+
+def query_buffer_bytes(*, tokens: Ints, hidden_size: Ints, compute_dtype_bytes: Ints, pinned: bool) -> Ints:
+    """One buffer ``[T, D]`` for hidden states."""
+    return buffer_bytes(tokens * hidden_size * compute_dtype_bytes, pinned=pinned)
+
+
+def gradient_slots(*, prefetch_depth: Ints) -> Ints:
+    """Row gradients on the way at once: one, or two with look-ahead."""
+    slots = np.minimum(prefetch_depth, 1) + 1
+    return int(slots) if np.ndim(slots) == 0 else slots
+
+
+def buffer_bytes(num_bytes: Ints, *, pinned: bool) -> Ints:
+    """What a buffer takes: its size, or if pinned the next power of two, as :func:`allocator.pinned_bytes`."""
+    if not pinned:
+        return num_bytes
+    if not isinstance(num_bytes, np.ndarray):
+        return allocator.pinned_bytes(num_bytes)
+    # frexp gives the bit length of a whole number below 2**53, which a buffer is.
+    bit_length = np.frexp(np.maximum(num_bytes - 1, 0))[1].astype(np.int64)
+    return np.where(num_bytes > 0, np.left_shift(np.int64(1), bit_length), 0)
+
+
+def host_bytes_by_category(
+    *, request: Request, adapter_width: Ints, active_rows_cap: Ints, prefetch_depth: Ints, pinned: bool
+) -> dict[str, Ints]:
+    """Every category's bytes; the decision is numbers or arrays of candidates."""
+    num_layers, hidden_size = request.model.num_layers, request.model.hidden_size
+    table = table_bytes(num_layers=num_layers, adapter_width=adapter_width, hidden_size=hidden_size)
+    row_buffer = row_buffer_bytes(
+        active_rows_cap=active_rows_cap,
+        hidden_size=hidden_size,
+        adapter_dtype_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
+        pinned=pinned,
+    )
+    query_buffer = query_buffer_bytes(
+        tokens=request.tokens_per_step,
+        hidden_size=hidden_size,
+        compute_dtype_bytes=COMPUTE_DTYPE_BYTES[request.weights_dtype],
+        pinned=pinned,
+    )
+    return {
+        "adapter_weights": table,
+        "adapter_moments": _MOMENTS * table,
+        "adapter_gradients": table,
+        "step_counts": step_count_bytes(num_layers=num_layers, adapter_width=adapter_width),
+        "touched_flags": touched_flag_bytes(num_layers=num_layers, adapter_width=adapter_width),
+        "row_staging": (prefetch_depth + 1) * row_buffer,
+        "gradient_landing": gradient_slots(prefetch_depth=prefetch_depth) * row_buffer,
+        "query_landing": (prefetch_depth + 1) * query_buffer,
+    }
+
+
+def host_total_bytes(
+    *, request: Request, adapter_width: Ints, active_rows_cap: Ints, prefetch_depth: Ints, pinned: bool
+) -> Ints:
+    """All of it, for the search."""
+    total: Ints = sum(
+        host_bytes_by_category(
+            request=request,
+            adapter_width=adapter_width,
+            active_rows_cap=active_rows_cap,
+            prefetch_depth=prefetch_depth,
+            pinned=pinned,
+        ).values()
+    )
+    return total
+
+
+def host_memory(*, request: Request, decision: Decision, pinned: bool) -> HostMemory:
+    """The ledger of a decision. ``pinned`` is true on CUDA, false on the emulated device."""
+    sizes = host_bytes_by_category(
+        request=request,
+        adapter_width=decision.adapter_width,
+        active_rows_cap=decision.active_rows_cap,
+        prefetch_depth=decision.prefetch_depth,
+        pinned=pinned,
+    )
+    entries = tuple(_entry(name, int(num_bytes), pinned=pinned) for name, num_bytes in sizes.items())
+    return HostMemory(entries=entries, total_bytes=sum(entry.num_bytes for entry in entries))
+
+
+def _entry(category: str, num_bytes: int, *, pinned: bool) -> MemoryEntry:
+    rounding = ", pinned: each rounded up to a power of two" if pinned and category in _STAGING else ""
+    return MemoryEntry(
+        place="host",
+        phase="resident",
+        category=category,
+        num_bytes=num_bytes,
+        basis="counted",
+        because=_BECAUSE[category] + rounding,
+    )

@@ -1,0 +1,388 @@
+"""The runtime's program of one step on four lanes, simulated. What each task costs: :mod:`meft.planner.timing`.
+
+Lanes are ``gpu``, ``h2d``, ``d2h`` and ``cpu``. Each does its tasks in the order in which the runtime issues them; a
+task starts when its lane is free and what it needs is done, so nothing is left to chance. The host is one thread that
+works *and* launches: a gpu task issued after host work starts after it. On the emulated device all lanes are the same
+cores and every task waits for the one before.
+
+Forward, layer ``l`` (``p`` is the prefetch depth): attention; its result, the hidden state at the FFN's entry, leaves
+for the host (with the best experts for Key-Experts); the FFN; the adapter, once its rows are there. Layer 0's hidden
+state serves layers ``0 .. p``, layer ``l``'s serves layer ``l + p``, the last ``p`` layers send none. A layer's own
+rows are chosen and gathered while the device computes the FFN, the rows of later layers while it computes FFN and
+adapter. A ring slot is never waited for here: layer ``l + p`` takes that of layer ``l - 1``, done long ago.
+
+Backward, from the last layer down: with checkpointing, the layer's forward again; the adapter's backward, once the
+gradient slot it writes to has been emptied (1 slot, or 2 with look-ahead); row gradients to the host; if rows are
+refetched, those of layer ``l - p - 1`` are gathered at once and copied when the slot is free, which is when this
+layer's adapter is done; the frozen layer's backward. Layer 0's input needs no gradient, so its frozen part has none.
+Row gradients and refetched rows leave at the same moment, so where rows are refetched both directions run at the
+link's duplex rates; every other copy has the link to itself.
+
+After the last micro-batch of an accumulation window the optimizer runs; a step carries its ``1 / grad_accum`` share,
+after backward, since clipping needs the whole gradient's norm first.
+
+Times are plain numbers or arrays over candidates: one program serves the search and the final word on its winner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meft.planner.plan import LANES, Lane
+from meft.planner.quantities import Floats
+
+CHUNK_CANDIDATES = 8192
+"""Candidates simulated together: 64 KiB per array, so that a core's cache holds the lanes."""
+
+
+# --- lanes -----------------------------------------------------------------------------------------------------------
+
+
+class Event(NamedTuple):
+    """One task of a simulated step."""
+
+    lane: Lane
+    name: str
+    start_seconds: float
+    end_seconds: float
+
+
+class Lanes:
+    """Four FIFO lanes. Times are numbers, or arrays with one time per candidate.
+
+    ``serial``: one lane for all. ``host_launches``: gpu tasks wait for the host work issued before them.
+    """
+
+    def __init__(self, *, serial: bool = False, host_launches: bool = True, events: list[Event] | None = None) -> None:
+        self.busy: dict[Lane, Floats] = dict.fromkeys(LANES, 0.0)
+        self._free: dict[Lane, Floats] = dict.fromkeys(LANES, 0.0)
+        self._serial = serial
+        self._host_launches = host_launches
+        self._host_worked = False
+        self._events = events
+
+    def run(self, lane: Lane, name: str, seconds: Floats, *after: Floats) -> Floats:
+        """Do a task on ``lane`` once the lane is free and every time in ``after`` has passed; returns when it ends."""
+        queue: Lane = "cpu" if self._serial else lane
+        start = self._free[queue]
+        if lane == "gpu" and self._host_launches and self._host_worked:
+            after = (*after, self._free["cpu"])
+            self._host_worked = False
+        for time in after:
+            start = np.maximum(start, time)
+        end = start + seconds
+        self._free[queue] = end
+        self.busy[lane] = self.busy[lane] + seconds
+        self._host_worked |= lane == "cpu"
+        if self._events is not None:
+            self._events.append(Event(lane, name, float(start), float(end)))
+        return end
+
+    def end_seconds(self) -> Floats:
+        """When the last lane falls idle."""
+        end: Floats = 0.0
+        for free in self._free.values():
+            end = np.maximum(end, free)
+        return end
+
+
+def chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
+    """The events as a Chrome trace (chrome://tracing, Perfetto): one row per lane; tasks that take no time left out."""
+    names = [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": LANES.index(lane), "args": {"name": lane}} for lane in LANES
+    ]
+    tasks = [
+        {
+            "name": event.name,
+            "ph": "X",
+            "pid": 0,
+            "tid": LANES.index(event.lane),
+            "ts": event.start_seconds * 1e6,
+            "dur": (event.end_seconds - event.start_seconds) * 1e6,
+        }
+        for event in events
+        if event.end_seconds > event.start_seconds
+    ]
+    return {"displayTimeUnit": "ms", "traceEvents": [*names, *tasks]}
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Seconds:
+    """Seconds of tasks, each a number or an array over candidates.
+
+    Fields in ``PER_LAYER`` depend on the layer's active rows and have the layer as first axis: ``L`` long, or 1 where
+    every layer is alike.
+    """
+
+    PER_LAYER: ClassVar[frozenset[str]] = frozenset()
+
+    def take(self, candidates: NDArray[np.int64]) -> Self:
+        """The seconds of these candidates alone."""
+
+        def taken(name: str, seconds: Floats) -> Floats:
+            layer_axes = 1 if name in self.PER_LAYER else 0
+            varies = isinstance(seconds, np.ndarray) and seconds.ndim > layer_axes
+            return seconds[..., candidates] if isinstance(seconds, np.ndarray) and varies else seconds
+
+        return replace(self, **{field.name: taken(field.name, getattr(self, field.name)) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class GpuSeconds(_Seconds):
+    """Tasks of the gpu lane. One layer's, but for the embedding, the head with the loss, and the optimizer's share."""
+
+    PER_LAYER: ClassVar = frozenset(("adapter_forward", "adapter_backward"))
+
+    embedding: Floats
+    attention: Floats
+    router: Floats
+    ffn: Floats
+    adapter_forward: NDArray[np.float64]
+    loss_head: Floats
+    adapter_backward: NDArray[np.float64]
+    frozen_backward: Floats
+    router_adamw: Floats
+
+
+@dataclass(frozen=True)
+class LinkSeconds(_Seconds):
+    """Copies, of both directions; ``router_norm`` is a step's share."""
+
+    PER_LAYER: ClassVar = frozenset(("rows", "rows_refetched", "row_gradients"))
+
+    inputs: Floats
+    queries: Floats
+    probes: Floats
+    rows: NDArray[np.float64]
+    """With the row's experts for Key-Experts."""
+    loss: Floats
+    rows_refetched: NDArray[np.float64]
+    row_gradients: NDArray[np.float64]
+    router_norm: Floats
+
+
+@dataclass(frozen=True)
+class HostSeconds(_Seconds):
+    """Tasks of the cpu lane; ``adamw`` is a step's share."""
+
+    PER_LAYER: ClassVar = frozenset(("gather", "accumulate"))
+
+    route: Floats
+    gather: NDArray[np.float64]
+    accumulate: NDArray[np.float64]
+    adamw: Floats
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of every task of a step."""
+
+    gpu: GpuSeconds
+    link: LinkSeconds
+    host: HostSeconds
+
+    def take(self, candidates: NDArray[np.int64]) -> StepCosts:
+        """The costs of these candidates alone."""
+        return StepCosts(self.gpu.take(candidates), self.link.take(candidates), self.host.take(candidates))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Length of a step and how long each lane works in it."""
+
+    step_seconds: Floats
+    busy_seconds: dict[Lane, Floats]
+
+
+class _Program:
+    """Issues a micro-batch's tasks in the runtime's order."""
+
+    def __init__(
+        self,
+        costs: StepCosts,
+        lanes: Lanes,
+        *,
+        num_layers: int,
+        prefetch_depth: int,
+        checkpointing: bool,
+        refetched: bool,
+    ) -> None:
+        self.gpu, self.link, self.host = costs.gpu, costs.link, costs.host
+        self.run = lanes.run
+        self.num_layers = num_layers
+        self.depth = min(prefetch_depth, num_layers - 1)
+        self.checkpointing = checkpointing
+        self.refetched = refetched
+        self.adapter_forward = self._by_layer(costs.gpu.adapter_forward)
+        self.adapter_backward = self._by_layer(costs.gpu.adapter_backward)
+        self.rows = self._by_layer(costs.link.rows)
+        self.rows_refetched = self._by_layer(costs.link.rows_refetched)
+        self.row_gradients = self._by_layer(costs.link.row_gradients)
+        self.gather = self._by_layer(costs.host.gather)
+        self.accumulate = self._by_layer(costs.host.accumulate)
+        self.rows_there: list[Floats] = [0.0] * num_layers
+        """When each layer's rows are on the device."""
+
+    def _by_layer(self, seconds: NDArray[np.float64]) -> list[Floats]:
+        return list(seconds) if len(seconds) == self.num_layers else [seconds[0]] * self.num_layers
+
+    def step(self) -> None:
+        """All of it."""
+        inputs = self.run("h2d", "inputs", self.link.inputs)
+        self.run("gpu", "embedding", self.gpu.embedding, inputs)
+        for layer in range(self.num_layers):
+            self.forward(layer)
+        loss = self.run("gpu", "head and loss", self.gpu.loss_head)
+        self.run("d2h", "loss", self.link.loss, loss)
+        self.optimizer_share(self.backward())
+
+    def forward(self, layer: int) -> None:
+        """One layer, and the choice of rows that its hidden state serves."""
+        last = min(layer + self.depth, self.num_layers - 1)
+        targets = range(0 if layer == 0 else layer + self.depth, last + 1)
+        hidden = self.run("gpu", f"attention {layer}", self.gpu.attention)
+        arrived = self.send_queries(layer, targets, hidden)
+        self.run("gpu", f"ffn {layer}", self.gpu.ffn)
+        if layer in targets:
+            self.fetch(layer, arrived[layer])
+        self.run("gpu", f"adapter {layer}", self.adapter_forward[layer], self.rows_there[layer])
+        for target in targets:
+            if target != layer:
+                self.fetch(target, arrived[target])
+
+    def send_queries(self, layer: int, targets: range, hidden: Floats) -> dict[int, Floats]:
+        """Hidden state and probes to the host; returns when the host has what it needs for each target."""
+        if not targets:
+            return {}
+        scored = {target: self.run("gpu", f"router {target}", self.gpu.router) for target in targets}
+        self.run("d2h", f"queries {layer}", self.link.queries, hidden)
+        return {target: self.run("d2h", f"probes {target}", self.link.probes, scored[target]) for target in targets}
+
+    def fetch(self, layer: int, arrived: Floats) -> None:
+        """Choose a layer's rows on the host, gather them and send them."""
+        self.run("cpu", f"route {layer}", self.host.route, arrived)
+        gathered = self.run("cpu", f"gather {layer}", self.gather[layer])
+        self.rows_there[layer] = self.run("h2d", f"rows {layer}", self.rows[layer], gathered)
+
+    def backward(self) -> Floats:
+        """Every layer from the last down, then the gradients still on their way; returns when the gpu is done."""
+        slots = min(self.depth, 1) + 1
+        done: Floats = 0.0
+        arrived: dict[int, Floats] = {}
+        for layer in reversed(range(self.num_layers)):
+            self.recompute(layer)
+            emptied = self.accumulate_gradients(layer + slots, arrived)
+            done = self.run(
+                "gpu", f"adapter backward {layer}", self.adapter_backward[layer], self.rows_there[layer], emptied
+            )
+            arrived[layer] = self.run("d2h", f"row gradients {layer}", self.row_gradients[layer], done)
+            self.refetch(layer - self.depth - 1, done)
+            if layer:
+                self.run("gpu", f"backward {layer}", self.gpu.frozen_backward)
+        for layer in sorted(arrived, reverse=True):
+            self.accumulate_gradients(layer, arrived)
+        return done
+
+    def recompute(self, layer: int) -> None:
+        """The layer's forward again, if its activations were not kept; its rows are known."""
+        if self.checkpointing:
+            self.run("gpu", f"attention {layer} again", self.gpu.attention)
+            self.run("gpu", f"ffn {layer} again", self.gpu.ffn)
+            self.run("gpu", f"adapter {layer} again", self.adapter_forward[layer], self.rows_there[layer])
+
+    def accumulate_gradients(self, layer: int, arrived: dict[int, Floats]) -> Floats:
+        """Add the layer's row gradients to the window's sum on the host, if there are any; returns when it is done."""
+        if layer not in arrived:
+            return 0.0
+        return self.run("cpu", f"accumulate {layer}", self.accumulate[layer], arrived.pop(layer))
+
+    def refetch(self, layer: int, slot_free: Floats) -> None:
+        """Send the rows of a layer that left the ring once more."""
+        if self.refetched and layer >= 0:
+            gathered = self.run("cpu", f"gather {layer} again", self.gather[layer])
+            self.rows_there[layer] = self.run(
+                "h2d", f"rows {layer} again", self.rows_refetched[layer], gathered, slot_free
+            )
+
+    def optimizer_share(self, backward_done: Floats) -> None:
+        """This step's share of the window's optimizer step."""
+        norm = self.run("d2h", "router norm", self.link.router_norm, backward_done)
+        self.run("cpu", "adamw", self.host.adamw, norm)
+        self.run("gpu", "router adamw", self.gpu.router_adamw)
+
+
+def simulate(
+    costs: StepCosts,
+    *,
+    num_layers: int,
+    prefetch_depth: int,
+    checkpointing: bool,
+    refetched: bool,
+    serial: bool,
+    host_launches: bool = True,
+    events: list[Event] | None = None,
+) -> StepTime:
+    """Simulate one step of candidates that share the discrete choices given here.
+
+    ``host_launches=False`` asks what a host worker thread of its own would bring. ``events`` collects the tasks of a
+    single decision.
+    """
+    lanes = Lanes(serial=serial, host_launches=host_launches, events=events)
+    program = _Program(
+        costs,
+        lanes,
+        num_layers=num_layers,
+        prefetch_depth=prefetch_depth,
+        checkpointing=checkpointing,
+        refetched=refetched,
+    )
+    program.step()
+    return StepTime(step_seconds=lanes.end_seconds(), busy_seconds=lanes.busy)
+
+
+def simulate_candidates(
+    costs: StepCosts,
+    *,
+    num_layers: int,
+    prefetch_depth: NDArray[np.int64],
+    checkpointing: NDArray[np.bool_],
+    refetched: NDArray[np.bool_],
+    serial: bool,
+) -> NDArray[np.float64]:
+    """Step seconds of every candidate: :func:`simulate` on groups that share the discrete choices."""
+    group = prefetch_depth * 4 + checkpointing * 2 + refetched
+    seconds = np.empty(len(group))
+    for key in np.unique(group).tolist():
+        members = np.flatnonzero(group == key)
+        for first in range(0, len(members), CHUNK_CANDIDATES):
+            chunk = members[first : first + CHUNK_CANDIDATES]
+            seconds[chunk] = simulate(
+                costs.take(chunk),
+                num_layers=num_layers,
+                prefetch_depth=key // 4,
+                checkpointing=bool(key & 2),
+                refetched=bool(key & 1),
+                serial=serial,
+            ).step_seconds
+    return seconds
+
+
+def baseline_seconds(costs: StepCosts, *, num_layers: int) -> Floats:
+    """The same adapter all on the GPU with unlimited memory: the gpu lane's work, without recompute, and no more."""
+    gpu = costs.gpu
+    adapter = _sum_layers(gpu.adapter_forward + gpu.adapter_backward, num_layers)
+    frozen = num_layers * (gpu.attention + gpu.router + gpu.ffn) + (num_layers - 1) * gpu.frozen_backward
+    return gpu.embedding + frozen + adapter + gpu.loss_head + gpu.router_adamw
+
+
+def _sum_layers(seconds: NDArray[np.float64], num_layers: int) -> Floats:
+    total: Floats = seconds.sum(axis=0) if len(seconds) == num_layers else num_layers * seconds[0]
+    return total

@@ -1,0 +1,30 @@
+"""What the term functions of the models are made of: numbers or arrays of candidates alike, and bytes per element.
+
+A term written for :data:`Ints` gives one number for one decision and an array for an array of decisions. Where a term
+needs every layer, the layers are the first axis and the candidates the ones after it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meft.planner.plan import AdapterDtype, WeightsDtype
+
+Ints: TypeAlias = int | NDArray[np.int64]
+Floats: TypeAlias = float | NDArray[np.floating[Any]]
+Reals: TypeAlias = float | NDArray[np.number[Any]]
+Flags: TypeAlias = bool | NDArray[np.bool_]
+
+ADAPTER_DTYPE_BYTES: dict[AdapterDtype, int] = {"fp32": 4, "bf16": 2}
+"""``e``: bytes per number of the rows and row gradients that travel."""
+
+COMPUTE_DTYPE_BYTES: dict[WeightsDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 2, "nf4": 2}
+"""``q``: bytes per number of the hidden states; quantised weights compute in 16 bits."""
+
+MASTER_BYTES = 4
+"""Bytes per number of the fp32 tables on the host: weights, moments, accumulated gradients."""
+INDEX_BYTES = 4
+"""Bytes of an int32: probes, expert ids, step counts."""

@@ -1,0 +1,200 @@
+"""Bytes over the link, exact given the active rows.
+
+Per step (one micro-batch, forward and backward), with ``e`` bytes per number of a row and ``q`` of a hidden state:
+
+    h2d  inputs          3 * 8 * T                      token ids, mask and labels, int64
+    d2h  queries         (L - p) * T*D*q                hidden states that rows are chosen from
+    d2h  probes          L * T*P*4                      Key-Experts: the experts that each token probes, int32
+    h2d  rows            sum A_l * 2D*e                 forward
+    h2d  row_experts     sum A_l * 4                    Key-Experts: the expert of each active row, int32
+    h2d  rows_refetched  sum over l < L-1-p A_l * 2D*e  backward, unless the rows are retained
+    d2h  row_gradients   sum A_l * 2D*e
+    d2h  loss            4
+
+and per optimizer step, for Key-Experts, d2h ``router_norm``, 4 bytes: the squared norm that global clipping needs of
+the gradients that stay on the device. Activation checkpointing changes nothing: its recompute uses rows that are there.
+
+Letters: ``T`` tokens, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per layer, ``A_l`` active rows of layer
+``l``, ``P`` probes, ``p`` prefetch depth. Active rows are ``[L]`` for one decision, ``[L, candidates]`` for many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meft.planner.plan import Decision, Direction, Request, Transfer, TransferEntry
+from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, INDEX_BYTES, Flags, Ints
+
+Categories: TypeAlias = dict[tuple[Direction, str], Ints]
+"""Bytes by direction and category."""
+
+LOSS_BYTES = 4
+NORM_BYTES = 4
+_TOKEN_BYTES = 8  # int64
+_TOKEN_TENSORS = 3  # input_ids, attention_mask, labels
+
+_BECAUSE = {
+    "inputs": "token ids, attention mask and labels, int64",
+    "queries": "hidden states sent to the host to choose rows: one per layer, less the last p that look-ahead serves",
+    "probes": "int32 index of each probed expert, per token and layer",
+    "rows": "keys and values of the active rows, forward",
+    "row_experts": "int32 expert of each active row, forward",
+    "rows_refetched": "active rows again in backward, except those of the last p+1 layers, still in the ring",
+    "row_gradients": "gradients of keys and values of the active rows",
+    "loss": "the loss, one fp32 number",
+    "router_norm": "squared norm of the routers' gradients, one fp32 number for global clipping",
+}
+
+
+def input_bytes(*, tokens: Ints) -> Ints:
+    """What a micro-batch brings: ids, mask and labels."""
+    return _TOKEN_TENSORS * _TOKEN_BYTES * tokens
+
+
+def query_bytes(*, tokens: Ints, hidden_size: Ints, compute_dtype_bytes: Ints) -> Ints:
+    """One layer's hidden state ``[T, D]``."""
+    return tokens * hidden_size * compute_dtype_bytes
+
+
+def layers_queried(*, num_layers: Ints, prefetch_depth: Ints) -> Ints:
+    """Layers whose hidden state goes to the host: ``L - p``, and never less than layer 0."""
+    queried = np.maximum(num_layers - prefetch_depth, 1)
+    return int(queried) if np.ndim(queried) == 0 else queried
+
+
+def probe_bytes(*, tokens: Ints, num_probes: Ints) -> Ints:
+    """One layer's probed experts, int32 ``[T, P]``."""
+    return tokens * num_probes * INDEX_BYTES
+
+
+def row_bytes(*, active_rows: Ints, hidden_size: Ints, adapter_dtype_bytes: Ints) -> Ints:
+    """Rows, or gradients of rows, ``[A, 2D]``."""
+    return active_rows * 2 * hidden_size * adapter_dtype_bytes
+
+
+def row_expert_bytes(*, active_rows: Ints) -> Ints:
+    """Expert ids of rows, int32 ``[A]``."""
+    return active_rows * INDEX_BYTES
+
+
+def refetched_rows(*, active_rows: NDArray[np.int64], prefetch_depth: Ints, refetched: Flags) -> Ints:
+    """Rows that travel again in backward: those of layers ``l < L-1-p``, summed; 0 where rows are retained.
+
+    ``active_rows`` is ``[L, ...]``.
+    """
+    num_layers = active_rows.shape[0]
+    layers = np.arange(num_layers).reshape(-1, *(1,) * (active_rows.ndim - 1))
+    left_the_ring = (layers < num_layers - 1 - prefetch_depth) & refetched
+    rows = np.where(left_the_ring, active_rows, 0).sum(axis=0)
+    return int(rows) if rows.ndim == 0 else rows
+
+
+def whole_adapter_bytes(*, num_layers: Ints, adapter_width: Ints, hidden_size: Ints, adapter_dtype_bytes: Ints) -> Ints:
+    """Moving all ``M = 2*R*D*L`` numbers of the adapter to the device and their gradients back, once per step."""
+    return (
+        2
+        * num_layers
+        * row_bytes(active_rows=adapter_width, hidden_size=hidden_size, adapter_dtype_bytes=adapter_dtype_bytes)
+    )
+
+
+def step_bytes_by_category(
+    *,
+    request: Request,
+    prefetch_depth: Ints,
+    num_probes: Ints,
+    key_experts: Flags,
+    refetched: Flags,
+    active_rows: NDArray[np.int64],
+) -> Categories:
+    """Every category of a step, zeros included; ``active_rows`` is ``[L, ...]``, the rest numbers or arrays."""
+    num_layers, hidden_size, tokens = request.model.num_layers, request.model.hidden_size, request.tokens_per_step
+    row_dtype, query_dtype = ADAPTER_DTYPE_BYTES[request.adapter_dtype], COMPUTE_DTYPE_BYTES[request.weights_dtype]
+    rows: Ints = active_rows.sum(axis=0)
+    again = refetched_rows(active_rows=active_rows, prefetch_depth=prefetch_depth, refetched=refetched)
+    travelling = row_bytes(active_rows=rows, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype)
+    query = query_bytes(tokens=tokens, hidden_size=hidden_size, compute_dtype_bytes=query_dtype)
+    return {
+        ("h2d", "inputs"): input_bytes(tokens=tokens),
+        ("h2d", "rows"): travelling,
+        ("h2d", "row_experts"): row_expert_bytes(active_rows=rows) * key_experts,
+        ("h2d", "rows_refetched"): row_bytes(active_rows=again, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype),
+        ("d2h", "queries"): layers_queried(num_layers=num_layers, prefetch_depth=prefetch_depth) * query,
+        ("d2h", "probes"): num_layers * probe_bytes(tokens=tokens, num_probes=num_probes) * key_experts,
+        ("d2h", "row_gradients"): travelling,
+        ("d2h", "loss"): LOSS_BYTES,
+    }
+
+
+def step_bytes(categories: Categories) -> tuple[Ints, Ints]:
+    """``(h2d, d2h)`` bytes of :func:`step_bytes_by_category`."""
+    h2d: Ints = sum(size for (direction, _), size in categories.items() if direction == "h2d")
+    d2h: Ints = sum(size for (direction, _), size in categories.items() if direction == "d2h")
+    return h2d, d2h
+
+
+def optimizer_step_bytes(*, key_experts: Flags) -> tuple[Ints, Ints]:
+    """``(h2d, d2h)`` bytes of one optimizer step."""
+    return 0, NORM_BYTES * key_experts
+
+
+def expected_step_bytes(
+    *, request: Request, decision: Decision, active_rows_per_layer: Sequence[int]
+) -> tuple[int, int]:
+    """``(h2d, d2h)`` bytes of one micro-batch that activated these rows: what the runtime's counters must show."""
+    categories = _decided(request=request, decision=decision, active_rows_per_layer=active_rows_per_layer)
+    h2d, d2h = step_bytes(categories)
+    return int(h2d), int(d2h)
+
+
+def step_transfer(*, request: Request, decision: Decision, active_rows_per_layer: Sequence[int]) -> Transfer:
+    """The ledger of a decision, without the categories that carry nothing."""
+    categories = _decided(request=request, decision=decision, active_rows_per_layer=active_rows_per_layer)
+    h2d, d2h = step_bytes(categories)
+    optimizer_h2d, optimizer_d2h = optimizer_step_bytes(key_experts=decision.routing == "key-experts")
+    entries = [
+        TransferEntry(direction=direction, category=name, per="step", num_bytes=int(num_bytes), because=_BECAUSE[name])
+        for (direction, name), num_bytes in categories.items()
+        if num_bytes
+    ]
+    if optimizer_d2h:
+        entries.append(_router_norm_entry(int(optimizer_d2h)))
+    whole = whole_adapter_bytes(
+        num_layers=request.model.num_layers,
+        adapter_width=decision.adapter_width,
+        hidden_size=request.model.hidden_size,
+        adapter_dtype_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
+    )
+    return Transfer(
+        entries=tuple(entries),
+        h2d_bytes_per_step=int(h2d),
+        d2h_bytes_per_step=int(d2h),
+        h2d_bytes_per_optimizer_step=int(optimizer_h2d),
+        d2h_bytes_per_optimizer_step=int(optimizer_d2h),
+        whole_adapter_offload_ratio=float(whole / (h2d + d2h)),
+    )
+
+
+def _router_norm_entry(num_bytes: int) -> TransferEntry:
+    because = _BECAUSE["router_norm"]
+    return TransferEntry(
+        direction="d2h", category="router_norm", per="optimizer_step", num_bytes=num_bytes, because=because
+    )
+
+
+def _decided(*, request: Request, decision: Decision, active_rows_per_layer: Sequence[int]) -> Categories:
+    if len(active_rows_per_layer) != request.model.num_layers:
+        given, needed = len(active_rows_per_layer), request.model.num_layers
+        raise ValueError(f"active rows are given for {given} layers, the model has {needed}")
+    return step_bytes_by_category(
+        request=request,
+        prefetch_depth=decision.prefetch_depth,
+        num_probes=decision.num_probes,
+        key_experts=decision.routing == "key-experts",
+        refetched=decision.rows_in_backward == "refetched",
+        active_rows=np.array(active_rows_per_layer, dtype=np.int64),
+    )

@@ -1,0 +1,84 @@
+"""Host memory: every entry by hand, pinned rounding, and the search's total equal to the ledger's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planner_records import decision_of, request_of, tiny_shape
+
+from meft.planner.allocator import pinned_bytes
+from meft.planner.host_memory import buffer_bytes, host_memory, host_total_bytes
+
+
+def tiny_request():
+    """T = 2 * 5 = 10 tokens, L = 3, D = 8."""
+    return request_of(model=tiny_shape(), batch_size=2, seq_len=5)
+
+
+def by_category(ledger) -> dict[str, int]:
+    return {entry.category: entry.num_bytes for entry in ledger.entries}
+
+
+def test_every_entry_by_hand():
+    # One table: L * R * 2D * 4 = 3 * 64 * 16 * 4 = 12288 bytes. A row buffer: 20 rows * 16 * 2 = 640; hidden states:
+    # 10 * 8 * 2 = 160. p = 2: three of the first and third kind, two gradient landings.
+    decision = decision_of(adapter_width=64, top_k=4, active_rows_cap=20, prefetch_depth=2)
+    ledger = host_memory(request=tiny_request(), decision=decision, pinned=False)
+    assert by_category(ledger) == {
+        "adapter_weights": 12288,
+        "adapter_moments": 24576,
+        "adapter_gradients": 12288,
+        "step_counts": 3 * 64 * 4,
+        "touched_flags": 3 * 64,
+        "row_staging": 3 * 640,
+        "gradient_landing": 2 * 640,
+        "query_landing": 3 * 160,
+    }
+    assert ledger.total_bytes == sum(by_category(ledger).values())
+    assert {(entry.place, entry.phase, entry.basis) for entry in ledger.entries} == {("host", "resident", "counted")}
+
+
+def test_each_pinned_buffer_takes_a_power_of_two():
+    # 640 -> 1024 and 160 -> 256, each buffer by itself; p = 0: one buffer of each kind. Tables are not pinned.
+    decision = decision_of(adapter_width=64, top_k=4, active_rows_cap=20)
+    sizes = by_category(host_memory(request=tiny_request(), decision=decision, pinned=True))
+    assert (sizes["row_staging"], sizes["gradient_landing"], sizes["query_landing"]) == (1024, 1024, 256)
+    assert sizes["adapter_weights"] == 12288
+
+
+def test_the_default_adapter_of_llama_7b():
+    # 32 * 6144 * 8192 * 4 = 6,442,450,944 bytes per table, four tables: 24 GiB exactly.
+    ledger = host_memory(request=request_of(), decision=decision_of(), pinned=True)
+    tables = [size for name, size in by_category(ledger).items() if name.startswith("adapter_")]
+    assert sum(tables) == 24 * 2**30
+
+
+@given(sizes=st.lists(st.integers(0, 1 << 50), min_size=1, max_size=20))
+def test_pinned_rounding_of_arrays_is_that_of_the_allocator(sizes: list[int]):
+    rounded = buffer_bytes(np.array(sizes), pinned=True)
+    assert np.asarray(rounded).tolist() == [pinned_bytes(size) for size in sizes]
+
+
+@pytest.mark.parametrize("power", [1, 2, 512, 1 << 20, 1 << 33])
+def test_pinned_rounding_at_powers_of_two(power: int):
+    around = np.array([power - 1, power, power + 1])
+    assert np.asarray(buffer_bytes(around, pinned=True)).tolist() == [pinned_bytes(size) for size in around.tolist()]
+
+
+@given(
+    candidates=st.lists(
+        st.tuples(st.sampled_from([64, 128, 256]), st.integers(4, 64), st.integers(0, 3)), min_size=1, max_size=6
+    ),
+    pinned=st.booleans(),
+)
+def test_the_search_and_the_ledger_agree_to_the_byte(candidates: list[tuple[int, int, int]], pinned: bool):
+    widths, caps, depths = np.array(candidates).T
+    totals = host_total_bytes(
+        request=tiny_request(), adapter_width=widths, active_rows_cap=caps, prefetch_depth=depths, pinned=pinned
+    )
+    for candidate, (width, cap, depth) in enumerate(candidates):
+        decision = decision_of(adapter_width=width, top_k=4, active_rows_cap=cap, prefetch_depth=depth)
+        ledger = host_memory(request=tiny_request(), decision=decision, pinned=pinned)
+        assert totals[candidate] == ledger.total_bytes

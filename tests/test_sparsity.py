@@ -1,0 +1,129 @@
+"""The union of active rows: bounds, both exact ends, growth, the published point; layers; look-ahead recall."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planner_records import decision_of, request_of, sparsity_profile, tiny_shape
+
+from meft.planner.errors import UsageError
+from meft.planner.sparsity import (
+    active_fraction,
+    active_rows,
+    active_rows_per_layer,
+    distinct_layers,
+    highest_active_rows,
+    predict_sparsity,
+    prefetch_recall,
+)
+
+alphas = st.floats(0.05, 1.0)
+tokens = st.integers(1, 1 << 20)
+widths = st.integers(1, 20_000)
+shares = st.floats(0.0, 1.0)
+
+
+def test_the_papers_point_from_the_exponent_solved_from_it():
+    # MEFT (arXiv 2406.04984) section 3.3: 0.56 M elements per iteration at R = 6144, 2 x 256 tokens imply A = 1592.
+    # alpha = ln(ln(1 - 1592/6144) / ln(1 - 64/6144)) / ln 512 = ln(0.29988 / 0.010471) / 6.2383 = 0.5377
+    alpha = math.log(math.log(1 - 1592 / 6144) / math.log(1 - 64 / 6144)) / math.log(512)
+    assert alpha == pytest.approx(0.5377, abs=1e-4)
+    assert active_rows(tokens=512, top_k=64, adapter_width=6144, alpha=alpha) == 1592
+
+
+def test_independent_tokens_are_alpha_one():
+    # 1 - (1 - 1/2)^3 = 7/8 of 16 rows = 14
+    assert active_rows(tokens=3, top_k=8, adapter_width=16, alpha=1.0) == 14
+
+
+@given(top_k=st.integers(1, 20_000), extra=st.integers(0, 20_000), alpha=alphas)
+def test_one_token_activates_exactly_its_own_rows(top_k: int, extra: int, alpha: float):
+    width = top_k + extra
+    assert active_fraction(tokens=1, top_k=top_k, adapter_width=width, alpha=alpha) == top_k / width
+    assert active_rows(tokens=1, top_k=top_k, adapter_width=width, alpha=alpha) == top_k
+
+
+@given(count=tokens, width=widths, alpha=alphas)
+def test_all_rows_are_active_when_every_token_takes_all(count: int, width: int, alpha: float):
+    assert active_fraction(tokens=count, top_k=width, adapter_width=width, alpha=alpha) == 1.0
+    assert active_rows(tokens=count, top_k=width, adapter_width=width, alpha=alpha) == width
+
+
+@given(count=tokens, width=widths, share=shares, alpha=alphas)
+def test_bounds(count: int, width: int, share: float, alpha: float):
+    top_k = max(1, round(share * width))
+    fraction = active_fraction(tokens=count, top_k=top_k, adapter_width=width, alpha=alpha)
+    rows = active_rows(tokens=count, top_k=top_k, adapter_width=width, alpha=alpha)
+    assert top_k / width <= fraction <= 1.0
+    assert isinstance(rows, int)
+    assert top_k <= rows <= min(width, count * top_k)
+
+
+@given(count=tokens, more=st.integers(0, 1 << 20), width=widths, share=shares, alpha=alphas)
+def test_more_tokens_never_activate_fewer_rows(count: int, more: int, width: int, share: float, alpha: float):
+    top_k = max(1, round(share * width))
+    fewer = active_rows(tokens=count, top_k=top_k, adapter_width=width, alpha=alpha)
+    assert active_rows(tokens=count + more, top_k=top_k, adapter_width=width, alpha=alpha) >= fewer
+
+
+@given(count=tokens, width=widths, share=shares, more=shares, alpha=alphas)
+def test_more_rows_per_token_never_activate_fewer(count: int, width: int, share: float, more: float, alpha: float):
+    top_k = max(1, round(share * width))
+    higher = top_k + round(more * (width - top_k))
+    fewer = active_rows(tokens=count, top_k=top_k, adapter_width=width, alpha=alpha)
+    assert active_rows(tokens=count, top_k=higher, adapter_width=width, alpha=alpha) >= fewer
+
+
+def test_arrays_of_candidates_give_what_each_gives_alone():
+    widths, top_ks = np.array([64, 1024, 6144]), np.array([64, 16, 64])
+    profile = sparsity_profile(0.3, 0.5)
+    together = active_rows_per_layer(profile, 2, tokens=512, top_k=top_ks, adapter_width=widths)
+    assert together.shape == (2, 3)
+    for candidate, (width, top_k) in enumerate(zip(widths.tolist(), top_ks.tolist(), strict=True)):
+        alone = active_rows_per_layer(profile, 2, tokens=512, top_k=top_k, adapter_width=width)
+        assert alone.tolist() == together[:, candidate].tolist()
+
+
+def test_one_entry_serves_every_layer_and_is_computed_once():
+    rows = active_rows_per_layer(sparsity_profile(0.5), 4, tokens=512, top_k=8, adapter_width=64)
+    assert rows.shape == (4,)
+    assert len(set(rows.tolist())) == 1
+    assert distinct_layers(rows).tolist() == rows[:1].tolist()
+    own = np.array([3, 3])
+    assert distinct_layers(own).tolist() == [3, 3]
+
+
+def test_a_profile_of_another_depth_is_refused():
+    with pytest.raises(UsageError, match=r"'test-sparsity' has 2 layers but the model has 3"):
+        active_rows_per_layer(sparsity_profile(0.3, 0.5), 3, tokens=512, top_k=8, adapter_width=64)
+
+
+def test_recall_by_depth_and_beyond_the_last_measured():
+    profile = sparsity_profile()
+    assert [prefetch_recall(profile, prefetch_depth=depth) for depth in range(5)] == [1.0, 0.9, 0.85, 0.85, 0.85]
+    assert np.asarray(prefetch_recall(profile, prefetch_depth=np.array([4, 0]))).tolist() == [0.85, 1.0]
+
+
+def test_the_highest_active_rows_are_the_mean_and_its_spread_within_the_width():
+    assert highest_active_rows(active_rows=101, spread_fraction=0.25, adapter_width=1000) == 127  # 126.25, up
+    assert highest_active_rows(active_rows=101, spread_fraction=0.25, adapter_width=120) == 120
+
+
+def test_prediction_respects_the_cap_in_the_step_and_in_the_window():
+    # alpha 1, T = 4, K = 8, R = 64: 1 - (7/8)^4 = 0.4138 -> 26 rows, cut to 20; a window of 2 x 4 tokens:
+    # 1 - (7/8)^8 = 0.6564 -> 42 rows, and 2 steps of at most 20 rows touch at most 40.
+    request = request_of(model=tiny_shape(), batch_size=1, seq_len=4, grad_accum=2)
+    decision = decision_of(adapter_width=64, top_k=8, active_rows_cap=20, prefetch_depth=1)
+    sparsity = predict_sparsity(sparsity_profile(1.0), request=request, decision=decision)
+    assert sparsity.active_rows_per_layer == (20, 20, 20)
+    assert sparsity.window_active_rows_per_layer == (40, 40, 40)
+    assert sparsity.prefetch_recall == 0.9
+    free = predict_sparsity(
+        sparsity_profile(1.0), request=request, decision=decision.model_copy(update={"active_rows_cap": 64})
+    )
+    assert free.active_rows_per_layer == (26, 26, 26)
+    assert free.window_active_rows_per_layer == (42, 42, 42)

@@ -1,0 +1,467 @@
+"""Step time: hand-made schedules, what must hold of every schedule, the cost of each task, arrays against numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planner_records import (
+    decision_of,
+    gpu_profile,
+    host_profile,
+    link_profile,
+    request_of,
+    sourced,
+    tiny_shape,
+)
+
+from meft.planner.lanes import (
+    Event,
+    GpuSeconds,
+    HostSeconds,
+    Lanes,
+    LinkSeconds,
+    StepCosts,
+    baseline_seconds,
+    chrome_trace,
+    simulate,
+    simulate_candidates,
+)
+from meft.planner.timing import attention_seconds, ffn_seconds, gpu_rates, step_costs, step_timing
+
+GPU_FIELDS, LINK_FIELDS, HOST_FIELDS = (
+    tuple(field.name for field in fields(kind)) for kind in (GpuSeconds, LinkSeconds, HostSeconds)
+)
+FIELDS = (*GPU_FIELDS, *LINK_FIELDS, *HOST_FIELDS)
+PER_LAYER = GpuSeconds.PER_LAYER | LinkSeconds.PER_LAYER | HostSeconds.PER_LAYER
+
+
+def costs_of(**seconds: float) -> StepCosts:
+    """Costs with every layer alike; what is not named takes no time."""
+    given_seconds: dict[str, Any] = dict.fromkeys(FIELDS, 0.0) | seconds
+    values = {name: np.array([value]) if name in PER_LAYER else value for name, value in given_seconds.items()}
+    return StepCosts(
+        GpuSeconds(**{name: values[name] for name in GPU_FIELDS}),
+        LinkSeconds(**{name: values[name] for name in LINK_FIELDS}),
+        HostSeconds(**{name: values[name] for name in HOST_FIELDS}),
+    )
+
+
+HAND = {
+    "attention": 2.0,
+    "ffn": 2.0,
+    "adapter_forward": 1.0,
+    "loss_head": 1.0,
+    "adapter_backward": 2.0,
+    "frozen_backward": 3.0,
+    "queries": 1.0,
+    "rows": 1.0,
+    "rows_refetched": 1.0,
+    "row_gradients": 1.0,
+    "route": 1.0,
+    "gather": 1.0,
+    "accumulate": 1.0,
+    "adamw": 1.0,
+}
+
+
+def simulated(costs: StepCosts, **changes: Any):
+    choices = {"num_layers": 2, "prefetch_depth": 0, "checkpointing": False, "refetched": False, "serial": False}
+    return simulate(costs, **(choices | changes))
+
+
+def schedule(costs: StepCosts, **changes: Any) -> dict[str, tuple[float, float]]:
+    events: list[Event] = []
+    simulated(costs, events=events, **changes)
+    return {event.name: (event.start_seconds, event.end_seconds) for event in events}
+
+
+# --- schedules by hand -----------------------------------------------------------------------------------------------
+
+
+def test_two_layers_without_look_ahead():
+    # forward  gpu: attention 0 0-2, ffn 0 2-4; queries 2-3, route 3-4, gather 4-5, rows 5-6; adapter 0 6-7
+    #          attention 1 7-9, ffn 1 9-11; queries 9-10, route 10-11, gather 11-12, rows 12-13; adapter 1 13-14
+    # loss     14-15
+    # backward adapter 1 15-17, frozen 1 17-20; gradients 1 17-18, accumulated 18-19
+    #          adapter 0 20-22; gradients 0 22-23, accumulated 23-24; then adamw 24-25
+    step = simulated(costs_of(**HAND))
+    assert step.step_seconds == 25
+    assert step.busy_seconds == {"gpu": 18, "h2d": 2, "d2h": 4, "cpu": 7}
+    times = schedule(costs_of(**HAND))
+    assert times["rows 0"] == (5, 6)
+    assert times["adapter 1"] == (13, 14)
+    assert times["adapter backward 0"] == (20, 22)
+    assert times["accumulate 0"] == (23, 24)
+
+
+def test_two_layers_with_look_ahead():
+    # forward  attention 0 0-2, ffn 0 2-4; queries 0 2-3 serve both layers: route 0 3-4, gather 0 4-5, rows 0 5-6,
+    #          adapter 0 6-7; route 1 5-6, gather 1 6-7, rows 1 7-8; attention 1 7-9, ffn 1 9-11, adapter 1 11-12
+    # loss     12-13
+    # backward adapter 1 13-15, frozen 1 15-18, adapter 0 18-20; gradients 15-16 and 20-21; two gradient slots, so
+    #          nobody waits for the first to be emptied: accumulated 16-17 and 21-22; adamw 22-23
+    step = simulated(costs_of(**HAND), prefetch_depth=1)
+    assert step.step_seconds == 23
+    assert step.busy_seconds == {"gpu": 18, "h2d": 2, "d2h": 3, "cpu": 7}
+    times = schedule(costs_of(**HAND), prefetch_depth=1)
+    assert times["rows 1"] == (7, 8)
+    assert times["adapter 1"] == (11, 12)
+    assert "queries 1" not in times
+
+
+def test_one_gradient_slot_makes_the_next_layer_wait_for_the_host():
+    # As without look-ahead up to row gradients 1 at 17-18; accumulating them takes 9: 18-27, so the adapter of layer 0
+    # starts at 27 instead of 20. With look-ahead there are two slots and it starts when the gpu is free, at 18.
+    slow = costs_of(**(HAND | {"accumulate": 9.0}))
+    assert schedule(slow)["adapter backward 0"] == (27, 29)
+    assert schedule(slow, prefetch_depth=1)["adapter backward 0"] == (18, 20)
+
+
+def test_refetched_rows_wait_for_their_slot():
+    # The host gathers ahead, when it is done with forward (12-13); the copy waits until layer 1 has left the slot (17).
+    times = schedule(costs_of(**HAND), refetched=True)
+    assert times["gather 0 again"] == (12, 13)
+    assert times["rows 0 again"] == (17, 18)
+    assert "rows 1 again" not in times
+    # With two slots both layers are still there.
+    assert "rows 0 again" not in schedule(costs_of(**HAND), refetched=True, prefetch_depth=1)
+
+
+def test_backward_waits_for_refetched_rows():
+    # Rows 0 are copied 17-27 and needed by the adapter of layer 0; retained, it started at 20.
+    slow = costs_of(**(HAND | {"rows_refetched": 10.0}))
+    assert schedule(slow, refetched=True)["adapter backward 0"] == (27, 29)
+
+
+def test_checkpointing_repeats_each_layers_forward():
+    # 15-20 layer 1 again, adapter 20-22, frozen 22-25; 25-30 layer 0 again, adapter 30-32; gradients 32-33,
+    # accumulated 33-34, adamw 34-35.
+    step = simulated(costs_of(**HAND), checkpointing=True)
+    assert step.step_seconds == 35
+    assert step.busy_seconds["gpu"] == 18 + 2 * (2 + 2 + 1)
+
+
+def test_the_host_thread_that_routes_cannot_launch():
+    # Routing takes 5. route 0 3-8, gather 0 8-9, rows 0 9-10, adapter 0 10-11; route 1 9-14, gather 1 14-15.
+    # One thread launches attention 1 after that, at 15; a worker would let it start when the gpu is free, at 11.
+    slow = costs_of(**(HAND | {"route": 5.0}))
+    assert schedule(slow, prefetch_depth=1)["attention 1"] == (15, 17)
+    assert schedule(slow, prefetch_depth=1, host_launches=False)["attention 1"] == (11, 13)
+
+
+def test_probes_leave_after_the_router_has_scored():
+    # attention 0-2, router 2-5, ffn 5-7; queries 2-3, probes 5-6, route 6-7.
+    times = schedule(costs_of(**(HAND | {"router": 3.0, "probes": 1.0})), num_layers=1)
+    assert times["queries 0"] == (2, 3)
+    assert times["probes 0"] == (5, 6)
+    assert times["route 0"] == (6, 7)
+
+
+def test_a_serial_device_does_one_thing_at_a_time():
+    step = simulated(costs_of(**HAND), serial=True)
+    assert step.step_seconds == 18 + 2 + 4 + 7
+
+
+def test_lanes_are_first_in_first_out():
+    lanes = Lanes()
+    assert lanes.run("h2d", "late", 1.0, 10.0) == 11
+    assert lanes.run("h2d", "queued behind it", 1.0) == 12
+    assert lanes.end_seconds() == 12
+
+
+def test_the_baseline_is_the_gpu_lane_without_recompute():
+    costs = costs_of(**(HAND | {"router": 0.5, "embedding": 0.25, "router_adamw": 0.125}))
+    busy = simulated(costs).busy_seconds["gpu"]
+    assert baseline_seconds(costs, num_layers=2) == busy
+    assert simulated(costs, checkpointing=True).busy_seconds["gpu"] > busy
+
+
+def test_the_chrome_trace_has_each_lane_in_order():
+    events: list[Event] = []
+    step = simulated(costs_of(**HAND), events=events)
+    trace = json.loads(json.dumps(chrome_trace(events)))
+    tasks = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert max(task["ts"] + task["dur"] for task in tasks) == step.step_seconds * 1e6
+    assert all(task["dur"] > 0 for task in tasks)
+    for lane in range(4):
+        in_lane = [task for task in tasks if task["tid"] == lane]
+        assert in_lane
+        for before, after in pairwise(in_lane):
+            assert before["ts"] + before["dur"] <= after["ts"]
+
+
+# --- what holds of every schedule ------------------------------------------------------------------------------------
+
+durations = st.integers(0, 20).map(float)
+any_costs = st.fixed_dictionaries(dict.fromkeys(FIELDS, durations))
+choices = st.fixed_dictionaries(
+    {
+        "num_layers": st.integers(1, 5),
+        "prefetch_depth": st.integers(0, 5),
+        "checkpointing": st.booleans(),
+        "refetched": st.booleans(),
+        "host_launches": st.booleans(),
+    }
+)
+
+
+@given(seconds=any_costs, chosen=choices)
+def test_a_step_lasts_at_least_its_busiest_lane_and_at_most_all_of_them(
+    seconds: dict[str, float], chosen: dict[str, Any]
+):
+    step = simulated(costs_of(**seconds), **chosen)
+    assert max(step.busy_seconds.values()) <= step.step_seconds <= sum(step.busy_seconds.values())
+    serial = simulated(costs_of(**seconds), **(chosen | {"serial": True}))
+    assert serial.step_seconds == sum(serial.busy_seconds.values()) == sum(step.busy_seconds.values())
+
+
+@given(seconds=any_costs, chosen=choices, faster=st.sets(st.sampled_from(FIELDS)))
+def test_a_task_that_takes_less_time_never_makes_the_step_longer(
+    seconds: dict[str, float], chosen: dict[str, Any], faster: set[str]
+):
+    quicker = seconds | {name: seconds[name] / 2 for name in faster}
+    assert (
+        simulated(costs_of(**quicker), **chosen).step_seconds <= simulated(costs_of(**seconds), **chosen).step_seconds
+    )
+
+
+@given(seconds=any_costs, chosen=choices)
+def test_a_worker_thread_never_makes_the_step_longer(seconds: dict[str, float], chosen: dict[str, Any]):
+    step = simulated(costs_of(**seconds), **(chosen | {"host_launches": True})).step_seconds
+    assert simulated(costs_of(**seconds), **(chosen | {"host_launches": False})).step_seconds <= step
+
+
+@given(seconds=any_costs, chosen=choices)
+def test_deeper_look_ahead_never_hurts_where_the_host_has_a_worker_and_rows_are_retained(
+    seconds: dict[str, float], chosen: dict[str, Any]
+):
+    # Not so with one host thread: it routes two layers before layer 1 can start. Not so either where rows are
+    # refetched: the host gathers earlier, and row gradients wait behind it.
+    costs = costs_of(**(seconds | {"router": 0.0, "probes": 0.0}))
+    chosen |= {"host_launches": False, "refetched": False}
+    deeper = chosen | {"prefetch_depth": chosen["prefetch_depth"] + 1}
+    assert simulated(costs, **deeper).step_seconds <= simulated(costs, **chosen).step_seconds
+
+
+# --- what tasks cost -------------------------------------------------------------------------------------------------
+
+
+def costs_for(request=None, *, decision=None, rows: int = 1600, window: int = 4800, **profiles: Any) -> StepCosts:
+    request, decision = request or request_of(), decision or decision_of()
+    num_layers = request.model.num_layers
+    used = {"gpu": gpu_profile(), "link": link_profile(), "host": host_profile()} | profiles
+    return step_costs(
+        request=request,
+        adapter_width=decision.adapter_width,
+        num_experts=decision.num_experts,
+        num_probes=decision.num_probes,
+        key_experts=decision.routing == "key-experts",
+        refetched=decision.rows_in_backward == "refetched",
+        active_rows=np.full(num_layers, rows),
+        window_active_rows=np.full(num_layers, window),
+        **used,
+    )
+
+
+def test_frozen_layers_are_bound_by_arithmetic_at_512_tokens():
+    # FFN: 2 * 3 * 4096 * 11008 * 512 flops at half of 100e12 per second = 2.7702539e-3 s, and 6 launches of 1 us.
+    # Attention: 2 * 4 * 4096^2 * 512 + 4 * 512 * 256 * 4096 flops = 70,866,960,384 -> 1.4173392e-3 s, 32 launches.
+    # Backward: the same linear flops, attention products 2.5 times, 60 launches.
+    gpu = costs_for().gpu
+    assert gpu.ffn == pytest.approx(2.7702539e-3 + 6e-6, rel=1e-6)
+    assert gpu.attention == pytest.approx(1.4173392e-3 + 32e-6, rel=1e-6)
+    backward_flops = 138_512_695_296 + 68_719_476_736 + 2.5 * 2_147_483_648
+    assert gpu.frozen_backward == pytest.approx(backward_flops / 50e12 + 60e-6, rel=1e-6)
+
+
+def test_frozen_layers_are_bound_by_their_weights_at_one_token():
+    # FFN: 3 * 4096 * 11008 weights of 2 bytes, and 2 * 4096 + 3 * 11008 numbers of one token, at 0.8e12 bytes per
+    # second.
+    request = request_of(batch_size=1, seq_len=1)
+    num_bytes = (135_266_304 + 41_216) * 2
+    assert ffn_seconds(request, gpu_rates(gpu_profile(), request)) == pytest.approx(num_bytes / 0.8e12 + 6e-6)
+
+
+def test_adapter_flops_and_its_gate():
+    # Forward 4*T*A*D = 4 * 512 * 1600 * 4096 = 13,421,772,800 flops at 50e12; backward twice that. The traffic is
+    # below: 2 * 4096 * (1600 + 512) + 4 * 512 * 1600 = 20,578,304 numbers of 2 bytes at 0.8e12.
+    gpu = costs_for().gpu
+    assert gpu.adapter_forward[0] == pytest.approx(13_421_772_800 / 50e12 + 4e-6)
+    assert gpu.adapter_backward[0] == pytest.approx(26_843_545_600 / 50e12 + 6e-6)
+    assert gpu.router == 0
+    # A gate scores the 64 experts again: 2 * 512 * 64 * 4096 flops forward, and 6 launches; backward twice that and
+    # 2 * 512 * 64 * 1600 for its sum over each expert's rows, and 12 launches.
+    gated = costs_for(decision=decision_of(routing="key-experts")).gpu
+    assert gated.adapter_forward[0] == pytest.approx((13_421_772_800 + 268_435_456) / 50e12 + 10e-6)
+    gate_backward = 2 * 268_435_456 + 104_857_600
+    assert gated.adapter_backward[0] == pytest.approx((26_843_545_600 + gate_backward) / 50e12 + 18e-6)
+    assert gated.router > 0
+
+
+def test_link_costs_and_the_duplex_rule():
+    # Rows: 1600 * 8192 * 2 = 26,214,400 bytes; hidden states 512 * 4096 * 2 = 4,194,304; latency 10 us.
+    link = costs_for().link
+    assert link.rows[0] == pytest.approx(1e-5 + 26_214_400 / 20e9)
+    assert link.row_gradients[0] == pytest.approx(1e-5 + 26_214_400 / 25e9)
+    assert link.queries == pytest.approx(1e-5 + 4_194_304 / 25e9)
+    assert (link.probes, link.router_norm) == (0, 0)
+    # Refetched rows and row gradients travel at the same time: duplex rates, both half here. Forward does not change.
+    duplex = costs_for(decision=decision_of(rows_in_backward="refetched")).link
+    assert duplex.rows[0] == link.rows[0]
+    assert duplex.rows_refetched[0] == pytest.approx(1e-5 + 26_214_400 / 10e9)
+    assert duplex.row_gradients[0] == pytest.approx(1e-5 + 26_214_400 / 12.5e9)
+
+
+def test_host_costs():
+    # Exact routing: 2 * 512 * 6144 * 4096 flops at 500e9, 512 * 6144 scores at 1e9, 100 us.
+    # Gather: 1600 * 8192 numbers of 4 + 2 bytes at 20e9; accumulate: of 2 + 8 bytes at 16e9, 100 us.
+    # AdamW: 32 layers * 4800 rows * 8192 numbers * 28 bytes at 28e9, a 32nd of it per step.
+    host = costs_for().host
+    assert host.route == pytest.approx(25_769_803_776 / 500e9 + 3_145_728 / 1e9 + 1e-4)
+    assert host.gather[0] == pytest.approx(13_107_200 * 6 / 20e9)
+    assert host.accumulate[0] == pytest.approx(13_107_200 * 10 / 16e9 + 1e-4)
+    assert host.adamw == pytest.approx(4800 * 8192 / 1e9)
+    # Key-Experts score the rows of 8 of 64 experts, an eighth of all.
+    routed = costs_for(decision=decision_of(routing="key-experts")).host
+    assert routed.route == pytest.approx((25_769_803_776 / 500e9 + 3_145_728 / 1e9) / 8 + 1e-4)
+
+
+def test_dtypes_choose_the_rate():
+    def flops(weights_dtype: str, **gpu: Any) -> float:
+        return gpu_rates(gpu_profile(**gpu), request_of(weights_dtype=weights_dtype)).frozen_flops_per_second
+
+    assert flops("bf16") == flops("nf4") == flops("fp16") == 50e12
+    assert flops("fp32") == 12.5e12
+    assert flops("fp16", fp16_flops_per_second=sourced(60e12)) == 30e12
+    assert flops("bf16", bf16_flops_per_second=None, fp16_flops_per_second=sourced(60e12)) == 30e12
+    assert flops("bf16", bf16_flops_per_second=None) == 12.5e12
+    rates = gpu_rates(gpu_profile(), request_of(adapter_dtype="fp32"))
+    assert (rates.frozen_flops_per_second, rates.adapter_flops_per_second) == (50e12, 12.5e12)
+
+
+def test_quantised_weights_are_read_and_written_in_16_bits_first():
+    # nf4: 0.5625 bytes read and 2 written per weight, before each product; attention has 4 * 4096^2 weights.
+    plain, quantised = (
+        attention_seconds(request, gpu_rates(gpu_profile(), request))
+        for request in (request_of(), request_of(weights_dtype="nf4"))
+    )
+    assert quantised - plain == pytest.approx(67_108_864 * 2.5625 / 0.8e12)
+
+
+def test_flash_attention_skips_the_masked_half():
+    def seconds(attention: str) -> float:
+        request = request_of(attention=attention)
+        return attention_seconds(request, gpu_rates(gpu_profile(), request))
+
+    assert seconds("sdpa") - seconds("flash") == pytest.approx(2 * 512 * 256 * 4096 / 50e12)
+
+
+# --- from decision to timing -----------------------------------------------------------------------------------------
+
+
+def timing_of(decision=None, request=None, **profiles: Any):
+    request = request or request_of(model=tiny_shape(num_layers=5))
+    used = {"gpu": gpu_profile(), "link": link_profile(), "host": host_profile()} | profiles
+    num_layers = request.model.num_layers
+    return step_timing(
+        request=request,
+        decision=decision or decision_of(),
+        active_rows_per_layer=[1000 + 100 * layer for layer in range(num_layers)],
+        window_active_rows_per_layer=[4000] * num_layers,
+        **used,
+    )
+
+
+def test_timing_adds_up():
+    timing = timing_of()
+    assert timing.slowdown == timing.step_seconds / timing.baseline_step_seconds > 1
+    assert timing.tokens_per_second == 512 / timing.step_seconds
+    assert timing.step_seconds >= max(timing.busy_seconds.values())
+    assert timing.busy_seconds["gpu"] == pytest.approx(timing.baseline_step_seconds)
+
+
+def test_the_emulated_device_overlaps_nothing():
+    timing = timing_of(gpu=gpu_profile(shares_host_cores=True))
+    assert timing.step_seconds == pytest.approx(sum(timing.busy_seconds.values()))
+    assert timing_of().step_seconds < timing.step_seconds
+
+
+@pytest.mark.parametrize("routing", ["exact", "key-experts"])
+@pytest.mark.parametrize("place", ["retained", "refetched"])
+def test_a_faster_link_or_host_is_never_slower(routing: str, place: str):
+    for depth in range(3):
+        decision = decision_of(routing=routing, rows_in_backward=place, prefetch_depth=depth)
+        plain = timing_of(decision).step_seconds
+        assert timing_of(decision, link=link_profile(2.0)).step_seconds <= plain
+        assert timing_of(decision, host=host_profile(2.0)).step_seconds < plain
+
+
+@settings(max_examples=25)
+@given(data=st.data(), uniform=st.booleans())
+def test_arrays_of_candidates_give_what_each_gives_alone(data: st.DataObject, uniform: bool):
+    request = request_of(model=tiny_shape(), batch_size=2, seq_len=64)
+    count = data.draw(st.integers(1, 8))
+    decisions = [
+        decision_of(
+            adapter_width=data.draw(st.sampled_from([256, 512])),
+            active_rows_cap=256,
+            prefetch_depth=data.draw(st.integers(0, 3)),
+            routing=data.draw(st.sampled_from(["exact", "key-experts"])),
+            top_k=16,
+            rows_in_backward=data.draw(st.sampled_from(["retained", "refetched"])),
+            activation_checkpointing=data.draw(st.booleans()),
+        )
+        for _ in range(count)
+    ]
+    layers = data.draw(st.lists(st.tuples(*[st.integers(64, 256)] * count), min_size=3, max_size=3))
+    rows = np.broadcast_to(np.array(layers[0]), (3, count)) if uniform else np.array(layers)
+    key_experts = np.array([decision.routing == "key-experts" for decision in decisions])
+    refetched = np.array([decision.rows_in_backward == "refetched" for decision in decisions])
+    profiles = {"gpu": gpu_profile(), "link": link_profile(), "host": host_profile()}
+    costs = step_costs(
+        request=request,
+        adapter_width=np.array([decision.adapter_width for decision in decisions]),
+        num_experts=np.array([decision.num_experts for decision in decisions]),
+        num_probes=np.array([decision.num_probes for decision in decisions]),
+        key_experts=key_experts,
+        refetched=refetched,
+        active_rows=rows,
+        window_active_rows=2 * rows,
+        **profiles,
+    )
+    seconds = simulate_candidates(
+        costs,
+        num_layers=3,
+        prefetch_depth=np.array([decision.prefetch_depth for decision in decisions]),
+        checkpointing=np.array([decision.activation_checkpointing for decision in decisions]),
+        refetched=refetched,
+        serial=False,
+    )
+    baselines = np.broadcast_to(baseline_seconds(costs, num_layers=3), (count,))
+    for candidate, decision in enumerate(decisions):
+        alone = step_timing(
+            request=request,
+            decision=decision,
+            active_rows_per_layer=rows[:, candidate].tolist(),
+            window_active_rows_per_layer=(2 * rows[:, candidate]).tolist(),
+            **profiles,
+        )
+        assert seconds[candidate] == alone.step_seconds
+        assert baselines[candidate] == pytest.approx(alone.baseline_step_seconds, rel=1e-12)
+
+
+def test_take_keeps_what_candidates_share():
+    costs = costs_of(**HAND)
+    varied = replace(costs, host=replace(costs.host, gather=np.array([[1.0, 2.0, 3.0]]), route=np.array([4.0, 5, 6])))
+    taken = varied.take(np.array([2, 0]))
+    assert taken.host.gather.tolist() == [[3.0, 1.0]]
+    assert np.asarray(taken.host.route).tolist() == [6.0, 4.0]
+    assert taken.host.accumulate.tolist() == [1.0]
+    assert taken.gpu == costs.gpu
