@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -19,11 +20,20 @@ MARKER_FILE = ".meft-environment"
 """In the root of an environment that the Makefile made."""
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 def main() -> None:
     """Print the constraints, one a line."""
-    lines = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()
     ours = (Path(sys.prefix) / MARKER_FILE).exists()
-    print("\n".join(constraints(lines, {} if ours else installed_versions())))
+    installed = {} if ours else installed_versions()
+    oldest = oldest_torch((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    if "torch" in installed and release(installed["torch"]) < release(oldest):
+        sys.exit(
+            f"Error: {sys.prefix} has torch {installed['torch']} and MEFT needs {oldest} or newer; "
+            "it is not replaced for you: upgrade it, or give another VENV="
+        )
+    print("\n".join(constraints((ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines(), installed)))
 
 
 def constraints(lines: Iterable[str], installed: Mapping[str, str]) -> list[str]:
@@ -42,6 +52,17 @@ def constraints(lines: Iterable[str], installed: Mapping[str, str]) -> list[str]
 def installed_versions() -> dict[str, str]:
     """Return the version of every package of this environment by normalized name."""
     return {normalized(found.name): found.version for found in metadata.distributions()}
+
+
+def oldest_torch(pyproject: str) -> str:
+    """Return the lower bound that a project file declares for torch, ``2.4`` for ``torch>=2.4``."""
+    requirements = tomllib.loads(pyproject)["project"]["optional-dependencies"]["run"]
+    return next(text.removeprefix("torch>=") for text in requirements if text.startswith("torch>="))
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version: ``(2, 6)`` for ``2.6.0+cu124``."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def normalized(name: str) -> str:

@@ -52,7 +52,7 @@ install() {
     pins=$(mktemp)
     # shellcheck disable=SC2064  # the name is known now
     trap "rm -f '$pins'" EXIT
-    "$venv/bin/python" scripts/constraints_for.py constraints.txt >"$pins"
+    "$venv/bin/python" scripts/constraints_for.py >"$pins"
     local pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
     [ -t 1 ] || pip+=(--quiet) # people see downloads advance, logs stay short
     echo "Installing meft[$extra] into $venv (some minutes the first time)"

@@ -46,6 +46,12 @@ def test_an_environment_without_torch_gets_the_tested_one(constraints: Callable[
     assert constraints(LINES, {"numpy": "1.26.4"}) == ["Torch==2.13.0", "typing_extensions==4.16.0"]
 
 
+def test_the_oldest_torch_is_read_from_the_project_file_and_compared_by_number(script: dict[str, Any]) -> None:
+    assert script["oldest_torch"]((ROOT / "pyproject.toml").read_text()) == "2.4"
+    release = script["release"]
+    assert release("2.3.1+cu118") < release("2.4") <= release("2.4.0") < release("2.10.0+cpu")
+
+
 def test_installed_names_are_normalized(script: dict[str, Any]) -> None:
     installed = script["installed_versions"]()
     assert "typing-extensions" in installed
