@@ -56,7 +56,7 @@ def installed_versions() -> dict[str, str]:
 
 def oldest_torch(pyproject: str) -> str:
     """Return the lower bound that a project file declares for torch, ``2.4`` for ``torch>=2.4``."""
-    requirements = tomllib.loads(pyproject)["project"]["optional-dependencies"]["run"]
+    requirements: list[str] = tomllib.loads(pyproject)["project"]["optional-dependencies"]["run"]
     return next(text.removeprefix("torch>=") for text in requirements if text.startswith("torch>="))
 
 
