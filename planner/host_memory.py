@@ -58,10 +58,15 @@ def query_buffer_bytes(*, tokens: Ints, hidden_size: Ints, compute_dtype_bytes: 
     return buffer_bytes(tokens * hidden_size * compute_dtype_bytes, pinned=pinned)
 
 
-def gradient_slots(*, prefetch_depth: Ints) -> Ints:
-    """Row gradients on the way at once: one, or two with look-ahead."""
-    slots = np.minimum(prefetch_depth, 1) + 1
+def ring_slots(*, prefetch_depth: Ints, num_layers: int) -> Ints:
+    """``p + 1``: a layer's rows and those of the layers that look-ahead fetches, of which there are ``L`` at most."""
+    slots = np.minimum(prefetch_depth + 1, num_layers)
     return int(slots) if np.ndim(slots) == 0 else slots
+
+
+def gradient_slots(*, prefetch_depth: Ints, num_layers: int) -> Ints:
+    """Row gradients on the way at once: one, or two with look-ahead."""
+    return ring_slots(prefetch_depth=np.minimum(prefetch_depth, 1), num_layers=num_layers)
 
 
 def buffer_bytes(num_bytes: Ints, *, pinned: bool) -> Ints:
@@ -93,15 +98,16 @@ def host_bytes_by_category(
         compute_dtype_bytes=COMPUTE_DTYPE_BYTES[request.weights_dtype],
         pinned=pinned,
     )
+    slots = ring_slots(prefetch_depth=prefetch_depth, num_layers=num_layers)
     return {
         "adapter_weights": table,
         "adapter_moments": _MOMENTS * table,
         "adapter_gradients": table,
         "step_counts": step_count_bytes(num_layers=num_layers, adapter_width=adapter_width),
         "touched_flags": touched_flag_bytes(num_layers=num_layers, adapter_width=adapter_width),
-        "row_staging": (prefetch_depth + 1) * row_buffer,
-        "gradient_landing": gradient_slots(prefetch_depth=prefetch_depth) * row_buffer,
-        "query_landing": (prefetch_depth + 1) * query_buffer,
+        "row_staging": slots * row_buffer,
+        "gradient_landing": gradient_slots(prefetch_depth=prefetch_depth, num_layers=num_layers) * row_buffer,
+        "query_landing": slots * query_buffer,
     }
 
 

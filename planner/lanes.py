@@ -240,9 +240,10 @@ class _Program:
         self.run("gpu", "embedding", self.gpu.embedding, inputs)
         for layer in range(self.num_layers):
             self.forward(layer)
-        loss = self.run("gpu", "head and loss", self.gpu.loss_head)
-        self.run("d2h", "loss", self.link.loss, loss)
-        self.optimizer_share(self.backward())
+        self.run("gpu", "head and loss", self.gpu.loss_head)
+        backward_done = self.backward()
+        self.run("d2h", "loss", self.link.loss, backward_done)
+        self.optimizer_share(backward_done)
 
     def forward(self, layer: int) -> None:
         """One layer, and the choice of rows that its hidden state serves."""

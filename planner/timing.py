@@ -24,6 +24,7 @@ from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, MASTER_BYTES, Flags, Floats, Ints, Reals
 from meft.planner.sparsity import distinct_layers
 from meft.planner.transfer import (
+    INPUT_TENSORS,
     LOSS_BYTES,
     NORM_BYTES,
     input_bytes,
@@ -67,7 +68,8 @@ ROUTER_LAUNCHES = 3  # scores, best P, int32
 SCORE_BACKWARD_FACTOR: dict[Attention, float] = {"eager": 2.0, "sdpa": 2.5, "flash": 2.5}
 """Attention products backward over forward: 4 over 2, and 5 over 2 where the kernel computes the scores again."""
 
-INPUT_COPIES = 3  # ids, mask, labels
+INPUT_COPIES = INPUT_TENSORS
+"""Each input tensor is a copy of its own."""
 ADAMW_ARRAYS = 7
 """Weight and two moments, each read and written; the gradient, read."""
 STORED_BYTES_PER_WEIGHT: dict[WeightsDtype, float] = {"int8": 1.0, "nf4": 0.5 + 4 / 64}

@@ -34,8 +34,8 @@ Categories: TypeAlias = dict[tuple[Direction, str], Ints]
 
 LOSS_BYTES = 4
 NORM_BYTES = 4
+INPUT_TENSORS = 3  # input_ids, attention_mask, labels
 _TOKEN_BYTES = 8  # int64
-_TOKEN_TENSORS = 3  # input_ids, attention_mask, labels
 
 _BECAUSE = {
     "inputs": "token ids, attention mask and labels, int64",
@@ -52,7 +52,7 @@ _BECAUSE = {
 
 def input_bytes(*, tokens: Ints) -> Ints:
     """What a micro-batch brings: ids, mask and labels."""
-    return _TOKEN_TENSORS * _TOKEN_BYTES * tokens
+    return INPUT_TENSORS * _TOKEN_BYTES * tokens
 
 
 def query_bytes(*, tokens: Ints, hidden_size: Ints, compute_dtype_bytes: Ints) -> Ints:

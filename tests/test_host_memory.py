@@ -48,6 +48,15 @@ def test_each_pinned_buffer_takes_a_power_of_two():
     assert sizes["adapter_weights"] == 12288
 
 
+def test_look_ahead_deeper_than_the_model_needs_no_more_buffers():
+    # L = 3: three slots at most.
+    def total(depth: int) -> int:
+        decision = decision_of(adapter_width=64, top_k=4, active_rows_cap=20, prefetch_depth=depth)
+        return host_memory(request=tiny_request(), decision=decision, pinned=False).total_bytes
+
+    assert total(1) < total(2) == total(3) == total(9)
+
+
 def test_the_default_adapter_of_llama_7b():
     # 32 * 6144 * 8192 * 4 = 6,442,450,944 bytes per table, four tables: 24 GiB exactly.
     ledger = host_memory(request=request_of(), decision=decision_of(), pinned=True)
@@ -69,7 +78,7 @@ def test_pinned_rounding_at_powers_of_two(power: int):
 
 @given(
     candidates=st.lists(
-        st.tuples(st.sampled_from([64, 128, 256]), st.integers(4, 64), st.integers(0, 3)), min_size=1, max_size=6
+        st.tuples(st.sampled_from([64, 128, 256]), st.integers(4, 64), st.integers(0, 5)), min_size=1, max_size=6
     ),
     pinned=st.booleans(),
 )

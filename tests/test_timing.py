@@ -121,6 +121,7 @@ def test_one_gradient_slot_makes_the_next_layer_wait_for_the_host():
     # starts at 27 instead of 20. With look-ahead there are two slots and it starts when the gpu is free, at 18.
     slow = costs_of(**(HAND | {"accumulate": 9.0}))
     assert schedule(slow)["adapter backward 0"] == (27, 29)
+    assert schedule(slow, host_launches=False)["adapter backward 0"] == (27, 29)
     assert schedule(slow, prefetch_depth=1)["adapter backward 0"] == (18, 20)
 
 
