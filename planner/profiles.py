@@ -1,12 +1,34 @@
-"""Profiles: what is known of GPUs, links, hosts, models and sparsity, each number with its basis and source."""
+"""Profiles: what is known of GPUs, links, hosts and sparsity, each number with its basis and source.
+
+The built-in ones are the JSON files of :mod:`meft.profiles`; a user's own is a JSON file of one record, given by its
+path wherever a name is accepted. Letters: ``e`` bytes per number in the adapter's dtype.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from meft.planner.schema import Basis, Count, Fraction, Index, Rate, Record, Seconds
+from meft.planner.errors import UsageError, unknown_name
+from meft.planner.schema import (
+    Basis,
+    Count,
+    Fraction,
+    Index,
+    Record,
+    parse_json,
+    read_text,
+    validated,
+)
+
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Sourced(Record):
@@ -14,7 +36,25 @@ class Sourced(Record):
 
     value: Annotated[float, Field(ge=0.0)]
     basis: Basis
-    source: str
+    source: Text
+
+
+def _above_zero(number: Sourced) -> Sourced:
+    if number.value <= 0:
+        raise ValueError("value is not above zero")
+    return number
+
+
+def _at_most_one(number: Sourced) -> Sourced:
+    if number.value > 1:
+        raise ValueError("value is above 1, which no efficiency is")
+    return _above_zero(number)
+
+
+Positive = Annotated[Sourced, AfterValidator(_above_zero)]
+"""A rate or a size."""
+Efficiency = Annotated[Sourced, AfterValidator(_at_most_one)]
+"""A share in (0, 1]."""
 
 
 class SourcedRange(Record):
@@ -23,24 +63,34 @@ class SourcedRange(Record):
     low_bytes: Index
     high_bytes: Index
     basis: Basis
-    source: str
+    source: Text
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SourcedRange:
+        if self.low_bytes > self.high_bytes:
+            raise ValueError(f"low_bytes {self.low_bytes} is above high_bytes {self.high_bytes}")
+        return self
 
 
 class GpuProfile(Record):
     """One card. Rates are dense peaks; the efficiencies say which share of them a fine-tuning step reaches."""
 
-    key: str
-    name: str
+    key: Text
+    name: Text
+    aliases: tuple[str, ...] = ()
     architecture: str
-    memory_total_bytes: Sourced
-    """The total that NVML reports."""
-    memory_bytes_per_second: Sourced
-    bf16_flops_per_second: Sourced | None
-    fp16_flops_per_second: Sourced | None = None
-    fp32_flops_per_second: Sourced
-    matmul_efficiency: Sourced
-    memory_efficiency: Sourced
+    memory_total_bytes: Positive | None
+    """The total that NVML reports; None for the emulated device, which has only the budget it is given."""
+    memory_bytes_per_second: Positive
+    bf16_flops_per_second: Positive | None
+    """None where the card has no bf16 units."""
+    fp16_flops_per_second: Positive | None = None
+    """Only where it differs from bf16, which is the case where bf16 is absent."""
+    fp32_flops_per_second: Positive
+    matmul_efficiency: Efficiency
+    memory_efficiency: Efficiency
     kernel_launch_seconds: Sourced
+    """Per kernel, on top of its arithmetic or traffic."""
     context: SourcedRange
     """What the CUDA context and modules take outside the allocator."""
     workspace_bytes: Sourced
@@ -50,32 +100,46 @@ class GpuProfile(Record):
     shares_host_cores: bool = False
     """True for the emulated device, which computes on the host: its lanes cannot overlap."""
 
+    @property
+    def total_bytes(self) -> int:
+        """The memory total; raises :class:`UsageError` where the profile has none."""
+        if self.memory_total_bytes is None:
+            raise UsageError(f"GPU {self.key} has no memory of its own: say how much it may use, such as --gpu-mem 2GB")
+        return int(self.memory_total_bytes.value)
+
 
 class LinkProfile(Record):
     """One class of host-device link. ``duplex`` rates hold while the other direction is busy too."""
 
-    key: str
-    name: str
-    h2d_bytes_per_second: Sourced
-    d2h_bytes_per_second: Sourced
-    duplex_h2d_bytes_per_second: Sourced
-    duplex_d2h_bytes_per_second: Sourced
-    pageable_h2d_bytes_per_second: Sourced | None
-    pageable_d2h_bytes_per_second: Sourced | None
+    key: Text
+    name: Text
+    aliases: tuple[str, ...] = ()
+    h2d_bytes_per_second: Positive
+    d2h_bytes_per_second: Positive
+    duplex_h2d_bytes_per_second: Positive
+    duplex_d2h_bytes_per_second: Positive
+    pageable_h2d_bytes_per_second: Positive | None
+    pageable_d2h_bytes_per_second: Positive | None
     latency_seconds: Sourced
+    """Per copy, on top of bytes over rate."""
 
 
 class HostProfile(Record):
     """One class of host. Memory rates count bytes read plus bytes written."""
 
-    key: str
-    name: str
+    key: Text
+    name: Text
+    aliases: tuple[str, ...] = ()
     num_cores: Count
-    gather_bytes_per_second: Sourced
-    scatter_bytes_per_second: Sourced
-    adamw_bytes_per_second: Sourced
-    gemm_flops_per_second: Sourced
-    select_scores_per_second: Sourced
+    gather_bytes_per_second: Positive
+    """Rows to staging: ``4 + e`` bytes per number."""
+    scatter_bytes_per_second: Positive
+    """Row gradients added to the window's fp32 sum: ``e + 8`` bytes per number."""
+    adamw_bytes_per_second: Positive
+    """The optimizer step on touched rows, clipping norm and clearing included: 28 bytes per number (weight and two
+    moments read and written, gradient read)."""
+    gemm_flops_per_second: Positive
+    select_scores_per_second: Positive
     """Scores per second that top-K selection and the union over tokens go through."""
     overhead_seconds_per_layer: Sourced
     """Python and synchronisation per layer and direction, once per routed layer."""
@@ -90,25 +154,173 @@ class LayerSparsity(Record):
 class SparsityProfile(Record):
     """Measured or assumed activation sparsity of an adapter. One layer entry serves every layer."""
 
-    key: str
-    name: str
+    key: Text
+    name: Text
+    aliases: tuple[str, ...] = ()
     basis: Basis
-    source: str
-    layers: tuple[LayerSparsity, ...]
+    source: Text
+    layers: Annotated[tuple[LayerSparsity, ...], Field(min_length=1)]
     spread_fraction: Fraction
     """How far above the mean the active rows of a batch may lie, as a fraction of the mean."""
-    prefetch_recall_by_depth: tuple[Fraction, ...]
+    prefetch_recall_by_depth: Annotated[tuple[Fraction, ...], Field(min_length=1)]
     """Recall for depth 0, 1, 2, ...; depth 0 is exact, so the first is 1."""
+
+    @model_validator(mode="after")
+    def _depth_zero_is_exact(self) -> SparsityProfile:
+        if self.prefetch_recall_by_depth[0] != 1.0:
+            raise ValueError("prefetch_recall_by_depth: depth 0 routes from the exact hidden state, its recall is 1")
+        return self
+
+
+class Defaults(Record):
+    """The profiles used where a request names none; the link is the one of the GPU's slot."""
+
+    gpu: str
+    host: str
+    sparsity: str
+    model: str
+
+
+P = TypeVar("P", GpuProfile, LinkProfile, HostProfile, SparsityProfile)
+
+
+def load_gpu(name_or_path: str) -> GpuProfile:
+    """The GPU of that name ("rtx-3090", "NVIDIA GeForce RTX 3090", "3090") or of that profile file.
+
+    Raises :class:`UsageError`: a misspelt name with the near ones, a bad file with what is wrong in it.
+    """
+    return _load(GpuProfile, "GPU", "gpus.json", name_or_path)
+
+
+def load_link(name_or_path: str) -> LinkProfile:
+    """The link class of that name ("pcie-4.0-x16") or of that profile file; errors as :func:`load_gpu`."""
+    return _load(LinkProfile, "link", "links.json", name_or_path)
+
+
+def load_host(name_or_path: str) -> HostProfile:
+    """The host class of that name or of that profile file; errors as :func:`load_gpu`."""
+    return _load(HostProfile, "host", "hosts.json", name_or_path)
+
+
+def load_sparsity(name_or_path: str) -> SparsityProfile:
+    """The sparsity profile of that name or file; errors as :func:`load_gpu`."""
+    return _load(SparsityProfile, "sparsity profile", "sparsity.json", name_or_path)
+
+
+def gpu_names() -> tuple[str, ...]:
+    """Keys of the built-in GPUs, sorted."""
+    return tuple(sorted(_entries("gpus.json")))
+
+
+def link_names() -> tuple[str, ...]:
+    """Keys of the built-in link classes, sorted."""
+    return tuple(sorted(_entries("links.json")))
+
+
+def host_names() -> tuple[str, ...]:
+    """Keys of the built-in host classes, sorted."""
+    return tuple(sorted(_entries("hosts.json")))
+
+
+def sparsity_names() -> tuple[str, ...]:
+    """Keys of the built-in sparsity profiles, sorted."""
+    return tuple(sorted(_entries("sparsity.json")))
+
+
+@cache
+def load_defaults() -> Defaults:
+    """Which profiles serve a request that names none."""
+    return validated(Defaults, _entries("defaults.json"), source="built-in defaults.json")
+
+
+def sourced_numbers(profile: Record) -> Iterator[tuple[str, Sourced]]:
+    """Every number of a profile that carries its basis and source, by field name."""
+    for field in type(profile).model_fields:
+        value = getattr(profile, field)
+        if isinstance(value, Sourced):
+            yield field, value
+
+
+def find_name(kind: str, given: str, aliases_by_key: Mapping[str, Iterable[str]]) -> str:
+    """The key that ``given`` means: spelling of case, spaces, dashes and vendor does not matter.
+
+    Raises :class:`UsageError` listing near names and all keys.
+    """
+    by_spelling = {
+        spelling: key
+        for key, aliases in aliases_by_key.items()
+        for name in (key, *aliases)
+        for spelling in _spellings(name)
+    }
+    for spelling in _spellings(given):
+        if spelling in by_spelling:
+            return by_spelling[spelling]
+    raise unknown_name(kind, given, aliases_by_key)
+
+
+def looks_like_path(reference: str) -> bool:
+    """True for what is meant as a file: a ``.json`` name, something with a folder in front, or an existing file."""
+    return reference.endswith(".json") or reference.startswith(("/", "./", "../", "~")) or Path(reference).is_file()
+
+
+def _load(record: type[P], kind: str, collection: str, name_or_path: str) -> P:
+    if looks_like_path(name_or_path):
+        path = Path(name_or_path).expanduser()
+        source = f"{kind} file {path}"
+        return validated(record, parse_json(read_text(path, kind=f"{kind} file"), source=source), source=source)
+    entries = _entries(collection)
+    key = find_name(kind, name_or_path, {key: entry.get("aliases", ()) for key, entry in entries.items()})
+    return validated(record, {"key": key} | entries[key], source=f"built-in {kind} {key}")
+
+
+@cache
+def _entries(collection: str) -> dict[str, Any]:
+    """A built-in collection: records by key. Only the one that is asked for is validated, to start fast."""
+    entries: dict[str, Any] = json.loads(profile_text(collection))
+    return entries
+
+
+def profile_text(relative_path: str) -> str:
+    """The text of a file of :mod:`meft.profiles`."""
+    return resources.files("meft.profiles").joinpath(relative_path).read_text(encoding="utf-8")
+
+
+_VENDOR_WORDS = frozenset({"nvidia", "geforce", "tesla", "quadro", "generation"})
+_SERIES_WORDS = frozenset({"rtx", "gtx"})
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """Ways to compare a name, strictest first: its words and numbers, then without vendor, then without series.
+
+    >>> _spellings("NVIDIA GeForce RTX3090")
+    ('nvidia-geforce-rtx-3090', 'rtx-3090', '3090')
+    """
+    words = re.findall(r"[a-z]+|[0-9]+", name.lower())
+    without_vendor = [word for word in words if word not in _VENDOR_WORDS]
+    number = [word for word in without_vendor if word not in _SERIES_WORDS]
+    return tuple(dict.fromkeys("-".join(choice) for choice in (words, without_vendor, number) if choice))
 
 
 __all__ = [
+    "Defaults",
     "GpuProfile",
     "HostProfile",
     "LayerSparsity",
     "LinkProfile",
-    "Rate",
-    "Seconds",
     "Sourced",
     "SourcedRange",
     "SparsityProfile",
+    "find_name",
+    "gpu_names",
+    "host_names",
+    "link_names",
+    "load_defaults",
+    "load_gpu",
+    "load_host",
+    "load_link",
+    "load_sparsity",
+    "looks_like_path",
+    "profile_text",
+    "sourced_numbers",
+    "sparsity_names",
 ]
