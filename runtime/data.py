@@ -269,7 +269,8 @@ def _chat_examples(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Ex
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     full = _render(tokenizer, messages)
     heads = [_render(tokenizer, messages[:turn], add_generation_prompt=True) for turn in turns]
-    ends = [_render(tokenizer, messages[: turn + 1]) for turn in turns]
+    last = len(messages) - 1
+    ends = [full if turn == last else _render(tokenizer, messages[: turn + 1]) for turn in turns]
     if all(map(full.startswith, heads)) and all(map(full.startswith, ends)):
         return [_span_example(tokenizer, full, list(zip(heads, ends, strict=True)))]
     return [
@@ -306,6 +307,8 @@ def _span_example(tokenizer: Tokenizer, full: str, spans: Sequence[tuple[str, st
     ids = tokenizer.encode(full, add_special_tokens=False)  # the template writes its own
 
     def position(prefix: str) -> int:
+        if prefix is full:  # the usual case, a conversation that ends with its only answer
+            return len(ids)
         return _common_length(ids, tokenizer.encode(prefix, add_special_tokens=False))
 
     return _labelled(ids, [(position(head), position(end)) for head, end in spans])
