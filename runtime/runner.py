@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from meft.planner.errors import UsageError
+from meft.planner.models import load_model
 from meft.planner.plan import Plan
-from meft.planner.profiles import load_model
 from meft.planner.report import Report
 from meft.planner.units import format_bytes
 from meft.runtime import model_loading, preflight
