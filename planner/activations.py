@@ -1,0 +1,285 @@
+"""Device bytes of one training step of a frozen decoder, term by term: what autograd keeps, and what backward adds.
+
+Every term is a short pure function of ints or numpy int64 arrays alike, so the ledger that a person reads and the
+search over many candidates are the same code. The counts of tensors were found by following every storage of
+transformers 5.23 on torch 2.13 through forward and backward; ``tests/test_memory.py`` repeats that measurement.
+
+Letters: ``B`` batch, ``S`` sequence length, ``T = B*S`` tokens, ``L`` layers, ``D`` hidden size, ``I`` intermediate
+size, ``V`` vocabulary, ``H`` heads, ``G`` key-value heads, ``d`` head size, ``q`` bytes of a hidden-state element.
+
+What a frozen layer keeps for backward: a linear layer keeps only its weight, so of the hidden states there remain
+the inputs of the norms, of the attention kernel and of the FFN's elementwise products.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+
+from meft.planner.architecture import ModelShape
+from meft.planner.plan import Attention
+from meft.planner.quantities import Flags, Ints
+
+FP32_BYTES = 4
+
+FUSED_ACTIVATION = (1, 2)
+ACTIVATION_CHAINS: dict[str, tuple[int, int]] = {
+    "gelu_new": (4, 3),
+    "gelu_accurate": (4, 3),
+    "gelu_fast": (7, 3),
+    "gelu_python": (3, 5),
+    "quick_gelu": (2, 3),
+    "relu2": (1, 4),
+}
+"""``[T, I]`` tensors that an activation written out in Python keeps, and those that its backward adds; an activation
+with a kernel of its own (silu, gelu, gelu_pytorch_tanh, relu ...) is :data:`FUSED_ACTIVATION`."""
+
+SOFT_CAPPED_ATTENTION = frozenset({"gemma2"})
+"""Model types that cap attention scores by a tanh, which transformers only does eagerly."""
+
+EAGER_SOFTMAX_AS_COMPUTED = frozenset({"gpt2"})
+"""Model types whose eager softmax stays in the dtype of the hidden states instead of going through fp32."""
+
+MASKS_PER_MODEL = {"gemma2": 2}
+"""Model types that make more than one mask: Gemma 2 for its full and its sliding layers."""
+
+FUSED_QKV_ROTARY = frozenset({"gpt_neox", "phi3"})
+"""Model types whose value is a view of one query-key-value product: keeping the value keeps the product, beside the
+rotated query and key."""
+
+LOGIT_BYTES = 3 * FP32_BYTES
+"""Bytes per logit when the loss goes backward: fp32 log-probabilities, their gradient, and the logits' gradient."""
+
+
+def choose(condition: Flags, if_true: Ints, if_false: Ints) -> Ints:
+    """``if_true`` where the condition holds, else ``if_false``; stays an int for a plain bool."""
+    if isinstance(condition, (bool, np.bool_)):
+        return if_true if condition else if_false
+    return cast(Ints, np.where(condition, if_true, if_false))
+
+
+def largest(*values: Ints) -> Ints:
+    """Elementwise maximum; stays an int for ints."""
+    if all(isinstance(value, int) for value in values):
+        return max(cast(tuple[int, ...], values))
+    return cast(Ints, np.maximum.reduce(np.broadcast_arrays(*values)))
+
+
+def smallest(*values: Ints) -> Ints:
+    """Elementwise minimum; stays an int for ints."""
+    return -largest(*(-value for value in values))
+
+
+# --- kept for backward, per layer -----------------------------------------------------------------------------------
+
+
+def norm_saved_bytes(*, tokens: Ints, width: int, layernorm: bool, compute_bytes: int) -> Ints:
+    """One norm over ``[T, width]``. RMSNorm computes in fp32 and keeps that copy (in fp32 the input itself) and one
+    factor per token; LayerNorm is one kernel that keeps its input, a mean and a factor."""
+    if layernorm:
+        return tokens * (compute_bytes * width + 2 * FP32_BYTES)
+    return tokens * (FP32_BYTES * width + FP32_BYTES)
+
+
+def fused_attention_saved_bytes(
+    *,
+    tokens: Ints,
+    seq_len: Ints,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    compute_bytes: int,
+    masked: bool,
+) -> Ints:
+    """sdpa or flash: query, key, value, output ``[T, heads, d]``, the log-sum-exp per query and head, and with a mask
+    tensor its conversion to an additive ``[B, 1, S, S]``, which every layer makes anew. Grouped key-value heads are
+    repeated to all heads when there is a mask tensor."""
+    heads = 2 * num_heads + 2 * num_kv_heads
+    mask = seq_len * compute_bytes if masked else 0
+    return tokens * (heads * head_dim * compute_bytes + FP32_BYTES * num_heads + mask)
+
+
+def eager_attention_saved_bytes(
+    *, tokens: Ints, seq_len: Ints, num_heads: int, head_dim: int, compute_bytes: int, fp32: bool, soft_capped: bool
+) -> Ints:
+    """Query, key and value of all ``H`` heads and the probabilities ``[B, H, S, S]``: as softmax made them (fp32, or
+    as computed) and, where that differs, their cast; a soft cap keeps its tanh."""
+    probabilities = FP32_BYTES + compute_bytes if fp32 and compute_bytes != FP32_BYTES else compute_bytes
+    tanh = compute_bytes if soft_capped else 0
+    return tokens * num_heads * (3 * head_dim * compute_bytes + seq_len * (probabilities + tanh))
+
+
+def mlp_saved_bytes(*, tokens: Ints, intermediate_size: int, gated: bool, activation: str, compute_bytes: int) -> Ints:
+    """The activation's own tensors, and for a gated MLP both factors of the product: its output and the up
+    projection."""
+    kept, _ = ACTIVATION_CHAINS.get(activation, FUSED_ACTIVATION)
+    return tokens * intermediate_size * compute_bytes * (kept + (2 if gated else 0))
+
+
+def rotary_tables_bytes(*, seq_len: Ints, head_dim: int, compute_bytes: int) -> Ints:
+    """Cosines and sines ``[1, S, d]``, shared by all layers."""
+    return 2 * seq_len * head_dim * compute_bytes
+
+
+def layer_inputs_bytes(*, tokens: Ints, num_layers: int, hidden_size: int, compute_bytes: int) -> Ints:
+    """With activation checkpointing: the input ``[T, D]`` of every layer."""
+    return num_layers * tokens * hidden_size * compute_bytes
+
+
+def mask_bytes(*, batch_size: Ints, seq_len: Ints, element_bytes: int) -> Ints:
+    """One mask ``[B, 1, S, S]``."""
+    return batch_size * seq_len * seq_len * element_bytes
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+
+def loss_chain_bytes(*, tokens: Ints, vocab_size: int) -> Ints:
+    """Logits and loss at their peak, in the backward of log-softmax."""
+    return tokens * vocab_size * LOGIT_BYTES
+
+
+def logits_bytes(*, tokens: Ints, vocab_size: int, compute_bytes: int) -> Ints:
+    """The logits in the dtype of the head."""
+    return tokens * vocab_size * compute_bytes
+
+
+# --- what backward adds for a while ---------------------------------------------------------------------------------
+
+
+def norm_backward_bytes(*, tokens: Ints, hidden_size: int, layernorm: bool, compute_bytes: int) -> Ints:
+    """RMSNorm's fp32 chain holds five ``[T, D]`` at once; LayerNorm's kernel has a gradient in and one out."""
+    if layernorm:
+        return 2 * tokens * hidden_size * compute_bytes
+    return 5 * tokens * hidden_size * FP32_BYTES
+
+
+def mlp_backward_bytes(
+    *, tokens: Ints, intermediate_size: int, gated: bool, activation: str, compute_bytes: int
+) -> Ints:
+    """Gradients ``[T, I]`` where the FFN's product is taken apart: of the product and of its two factors."""
+    _, added = ACTIVATION_CHAINS.get(activation, FUSED_ACTIVATION)
+    return tokens * intermediate_size * compute_bytes * (max(added, 3) if gated else added)
+
+
+def fused_attention_backward_bytes(*, tokens: Ints, num_heads: int, head_dim: int, compute_bytes: int) -> Ints:
+    """Gradients of output, query, key and value."""
+    return 4 * tokens * num_heads * head_dim * compute_bytes
+
+
+def eager_attention_backward_bytes(
+    *, tokens: Ints, seq_len: Ints, num_heads: int, compute_bytes: int, fp32: bool
+) -> Ints:
+    """Gradients of the probabilities and of the scores ``[B, H, S, S]``; where softmax was cast, the kept cast is free
+    by then."""
+    if not fp32 or compute_bytes == FP32_BYTES:
+        return 2 * tokens * num_heads * seq_len * compute_bytes
+    return tokens * num_heads * seq_len * (2 * FP32_BYTES - compute_bytes)
+
+
+# --- one model's layer ----------------------------------------------------------------------------------------------
+
+
+def soft_capped_attention(shape: ModelShape) -> bool:
+    """Whether the model caps its attention scores."""
+    return shape.model_type in SOFT_CAPPED_ATTENTION
+
+
+def attention_used(shape: ModelShape, attention: Attention) -> Attention:
+    """The attention that runs: a soft cap exists eagerly only."""
+    return "eager" if soft_capped_attention(shape) else attention
+
+
+def makes_mask(shape: ModelShape, *, attention: Attention, padded: bool) -> bool:
+    """Whether a mask tensor exists: always for eager attention, for sdpa only when the batch is padded."""
+    used = attention_used(shape, attention)
+    return used == "eager" or (used == "sdpa" and padded)
+
+
+def masks_bytes(
+    shape: ModelShape, *, batch_size: Ints, seq_len: Ints, compute_bytes: int, attention: Attention, padded: bool
+) -> Ints:
+    """The mask tensors that all layers share: bool for sdpa, additive for eager attention."""
+    if not makes_mask(shape, attention=attention, padded=padded):
+        return 0
+    element_bytes = compute_bytes if attention_used(shape, attention) == "eager" else 1
+    one = mask_bytes(batch_size=batch_size, seq_len=seq_len, element_bytes=element_bytes)
+    return MASKS_PER_MODEL.get(shape.model_type, 1) * one
+
+
+def norms_after_ffn(shape: ModelShape) -> int:
+    """Norms on the FFN's output (Gemma 2: four per layer, the last of them there)."""
+    return 1 if shape.norms_per_layer == 4 else 0
+
+
+def norms_before_ffn_saved_bytes(shape: ModelShape, *, tokens: Ints, compute_bytes: int) -> Ints:
+    """One layer's norms up to the FFN; parallel blocks norm one and the same input, which LayerNorm keeps once."""
+    count = shape.norms_per_layer - norms_after_ffn(shape)
+    one = norm_saved_bytes(
+        tokens=tokens,
+        width=shape.hidden_size,
+        layernorm=shape.norm == "layernorm",
+        compute_bytes=compute_bytes,
+    )
+    shared_inputs = count - 1 if shape.parallel_blocks and shape.norm == "layernorm" else 0
+    return count * one - shared_inputs * tokens * shape.hidden_size * compute_bytes
+
+
+def head_norms_saved_bytes(shape: ModelShape, *, tokens: Ints, compute_bytes: int) -> Ints:
+    """One layer's norms of query and key, per head."""
+    if not shape.head_norms_per_layer:
+        return 0
+    return norm_saved_bytes(
+        tokens=tokens * (shape.num_heads + shape.num_kv_heads),
+        width=shape.head_dim,
+        layernorm=shape.norm == "layernorm",
+        compute_bytes=compute_bytes,
+    )
+
+
+def attention_saved_bytes(
+    shape: ModelShape, *, tokens: Ints, seq_len: Ints, compute_bytes: int, attention: Attention, padded: bool
+) -> Ints:
+    """What one layer's attention keeps, without its norms."""
+    if attention_used(shape, attention) == "eager":
+        return eager_attention_saved_bytes(
+            tokens=tokens,
+            seq_len=seq_len,
+            num_heads=shape.num_heads,
+            head_dim=shape.head_dim,
+            compute_bytes=compute_bytes,
+            fp32=shape.model_type not in EAGER_SOFTMAX_AS_COMPUTED,
+            soft_capped=soft_capped_attention(shape),
+        )
+    masked = makes_mask(shape, attention=attention, padded=padded)
+    repeated = masked and shape.num_kv_heads < shape.num_heads
+    fused = fused_attention_saved_bytes(
+        tokens=tokens,
+        seq_len=seq_len,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_heads if repeated else shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        compute_bytes=compute_bytes,
+        masked=masked,
+    )
+    if shape.model_type in FUSED_QKV_ROTARY and not repeated:
+        fused = fused + tokens * (shape.query_size + shape.kv_size) * compute_bytes
+    return fused
+
+
+def attention_backward_bytes(
+    shape: ModelShape, *, tokens: Ints, seq_len: Ints, compute_bytes: int, attention: Attention
+) -> Ints:
+    """What the backward of one layer's attention adds."""
+    if attention_used(shape, attention) == "eager":
+        return eager_attention_backward_bytes(
+            tokens=tokens,
+            seq_len=seq_len,
+            num_heads=shape.num_heads,
+            compute_bytes=compute_bytes,
+            fp32=shape.model_type not in EAGER_SOFTMAX_AS_COMPUTED,
+        )
+    return fused_attention_backward_bytes(
+        tokens=tokens, num_heads=shape.num_heads, head_dim=shape.head_dim, compute_bytes=compute_bytes
+    )

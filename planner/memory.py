@@ -1,0 +1,533 @@
+"""The device-memory ledger: what lies on the device in each phase of a training step, and why.
+
+The phases of a step are ``forward`` (the layers), ``loss`` (head, logits and loss, both ways), ``backward`` (the
+layers) and ``optimizer_step``; ``resident`` rows count in all of them. Peak allocated is the resident sum plus the
+largest phase sum. Backward is taken at its worst moment: near its start everything that was kept is still there; near
+its end (which matters to the dense baselines only) all gradients are.
+
+The same ledger is built from ints for a plan and from numpy int64 arrays for the search.
+
+Where layers differ in active rows: what all layers keep is summed exactly; what one layer needs for a while is taken
+for the layer with the most active rows, which is an upper bound.
+
+What frameworks and kernels hold for themselves within one operation is left out, except the cuBLAS workspaces.
+
+Letters: ``B`` batch, ``S`` sequence length, ``T = B*S`` tokens, ``L`` layers, ``D`` hidden size, ``I`` intermediate
+size, ``V`` vocabulary, ``R`` adapter rows per layer, ``A`` active rows of a layer, ``p`` prefetch depth, ``q`` bytes of
+a hidden-state element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meft.planner import activations as act
+from meft.planner import terms_weights as wts
+from meft.planner.activations import choose, largest
+from meft.planner.architecture import ModelShape
+from meft.planner.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
+from meft.planner.methods import Method, SparseAdapter, Trained, Workload, trained_by
+from meft.planner.plan import ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Request
+from meft.planner.profiles import GpuProfile
+from meft.planner.quantities import ADAPTER_DTYPE_BYTES, Flags, Ints
+from meft.planner.transfer import input_bytes
+
+ASSUMED_UNUSED_RESERVED_FRACTION = 0.086
+"""Share of reserved memory that is not allocated at the peak: the median over 31 recordings of real GPU runs replayed
+through the default caching allocator; 0.38 at worst. A closed form cannot know the order of allocations."""
+
+CUBLAS_WORKSPACES = 2
+"""One per handle and stream: the forward thread's and, once backward has run, the autograd thread's."""
+
+_BECAUSE = {
+    "linear_weights": "the blocks' linear layers, as stored",
+    "other_weights": "embeddings, head, norms, biases: never below 16 bits",
+    "rotary_frequencies": "two fp32 buffers of half a head",
+    "inputs": "token ids and labels, int64",
+    "norms": "inputs of the norms that backward needs (RMSNorm: in fp32)",
+    "attention": "query, key, value, and output and log-sum-exp (fused) or probabilities (eager)",
+    "ffn": "inputs of the FFN's activation and product; frozen linear layers keep nothing",
+    "adapter": "what the trained part keeps: its inputs and activations",
+    "layer_inputs": "activation checkpointing keeps each layer's input and recomputes the rest",
+    "rotary_tables": "cosines and sines [1, S, d], shared by all layers",
+    "attention_mask": "[B, 1, S, S] for padded batches: bool for sdpa, additive for eager",
+    "kv_cache": "keys and values that only the kept outputs hold",
+    "routing": "Key-Experts: probes [T, P] of every layer and the expert of each active row, int32",
+    "forward_temporaries": "the FFN's product and output, the residual, the adapter's output",
+    "final_norm": "the input of the final norm",
+    "loss_chain": "12 bytes per logit: fp32 log-probabilities, their gradient and the logits' gradient",
+    "logits": "the kept outputs hold the logits",
+    "logit_softcap": "the tanh of the capped logits",
+    "backward_temporaries": "gradients in flight at backward's worst moment, net of what is free by then",
+    "dequantized_weight": "the largest quantized linear layer, written out to be multiplied",
+    "gradients": "gradients of the trained parameters",
+    "optimizer_temporary": "AdamW's multi-tensor step: one temporary as large as the parameters it updates",
+}
+
+
+# --- what the planner calls -----------------------------------------------------------------------------------------
+
+
+def predict_device_memory(
+    *, request: Request, decision: Decision, gpu: GpuProfile, active_rows_per_layer: Sequence[int]
+) -> DeviceMemory:
+    """The ledger of a decision for the expected active rows, and the peaks at the cap, which no batch exceeds.
+
+    No mask tensor exists: the runtime pads on the right and sends no attention mask. Raises :class:`ValueError` unless
+    there is one number of active rows per layer.
+    """
+    if len(active_rows_per_layer) != request.model.num_layers:
+        given, needed = len(active_rows_per_layer), request.model.num_layers
+        raise ValueError(f"active rows are given for {given} layers, the model has {needed}")
+    method = SparseAdapter(
+        active_rows=np.array(active_rows_per_layer, dtype=np.int64),
+        active_rows_cap=decision.active_rows_cap,
+        prefetch_depth=decision.prefetch_depth,
+        retained=decision.rows_in_backward == "retained",
+        key_experts=decision.routing == "key-experts",
+        num_experts=decision.num_experts,
+        num_probes=decision.num_probes,
+        adapter_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
+    )
+    checkpointing = decision.activation_checkpointing
+    memory = device_memory(
+        _request_ledger(request, gpu, method, activation_checkpointing=checkpointing),
+        gpu=gpu,
+        gpu_mem_bytes=request.gpu_mem_bytes,
+    )
+    full = replace(method, active_rows=np.full_like(method.active_rows, decision.active_rows_cap))
+    at_cap = int(peak_bytes(_request_ledger(request, gpu, full, activation_checkpointing=checkpointing)))
+    return memory.model_copy(
+        update={"peak_allocated_bytes_at_cap": at_cap, "peak_reserved_bytes_at_cap": int(reserved_bytes(at_cap))}
+    )
+
+
+def peak_allocated_bytes(
+    *,
+    request: Request,
+    gpu: GpuProfile,
+    active_rows: NDArray[np.int64],
+    active_rows_cap: Ints,
+    prefetch_depth: Ints,
+    num_experts: Ints,
+    num_probes: Ints,
+    key_experts: Flags,
+    retained: Flags,
+    activation_checkpointing: Flags,
+) -> Ints:
+    """Peak allocated device bytes of MEFT for one decision or, with arrays, for many.
+
+    ``active_rows`` is int64 ``[L, ...]``; the rest are scalars or arrays of the candidates.
+    """
+    method = SparseAdapter(
+        active_rows=active_rows,
+        active_rows_cap=active_rows_cap,
+        prefetch_depth=prefetch_depth,
+        retained=retained,
+        key_experts=key_experts,
+        num_experts=num_experts,
+        num_probes=num_probes,
+        adapter_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
+    )
+    return peak_bytes(_request_ledger(request, gpu, method, activation_checkpointing=activation_checkpointing))
+
+
+def reserved_bytes(allocated_bytes: Ints) -> Ints:
+    """What the caching allocator is assumed to hold at an allocated peak; see
+    :data:`ASSUMED_UNUSED_RESERVED_FRACTION`."""
+    reserved = np.ceil(allocated_bytes / (1 - ASSUMED_UNUSED_RESERVED_FRACTION))
+    return reserved.astype(np.int64) if isinstance(reserved, np.ndarray) else int(reserved)
+
+
+def device_memory(ledger: Sequence[Row], *, gpu: GpuProfile, gpu_mem_bytes: int) -> DeviceMemory:
+    """The record of a ledger of ints: its lines above zero, its peaks, and the process on this GPU."""
+    totals = phase_bytes(ledger)
+    allocated = int(peak_bytes(ledger))
+    reserved = int(reserved_bytes(allocated))
+    low, high = gpu.context.low_bytes, gpu.context.high_bytes
+    context = ByteRange(low_bytes=low, high_bytes=high, basis=gpu.context.basis, source=gpu.context.source)
+    process = ByteRange(
+        low_bytes=reserved + low, high_bytes=reserved + high, basis="assumed", source="peak reserved and the context"
+    )
+    return DeviceMemory(
+        entries=tuple(_entry(row) for row in ledger if row.num_bytes),
+        peak_phase=max(STEP_PHASES, key=lambda phase: int(totals[phase])),
+        peak_allocated_bytes=allocated,
+        peak_reserved_bytes=reserved,
+        reserved_basis="assumed",
+        context_bytes=context,
+        process_bytes=process,
+        allocator_budget_bytes=max(gpu_mem_bytes - high, 0),
+    )
+
+
+def device_ledger(
+    *, shape: ModelShape, workload: Workload, method: Method, gpu: GpuProfile | None = None
+) -> tuple[Row, ...]:
+    """Every line of a step's device memory for one method; ``gpu`` adds its cuBLAS workspaces."""
+    step = _Step(shape, workload, _frozen_layer(shape, workload), trained_by(shape, workload, method))
+    workspaces = () if gpu is None else (workspace_row(gpu),)
+    return (
+        *_resident_rows(step),
+        *workspaces,
+        *step.trained.resident,
+        *_forward_rows(step),
+        *_loss_rows(step),
+        *_backward_rows(step),
+        *_optimizer_rows(step),
+    )
+
+
+def workspace_row(gpu: GpuProfile) -> Row:
+    """The cuBLAS workspaces of a card."""
+    num_bytes = CUBLAS_WORKSPACES * math.ceil(gpu.workspace_bytes.value)
+    because = "cuBLAS workspaces: one per thread that multiplies, forward's and autograd's"
+    return Row("resident", "cublas_workspaces", num_bytes, because, gpu.workspace_bytes.basis)
+
+
+def _request_ledger(
+    request: Request, gpu: GpuProfile, method: SparseAdapter, *, activation_checkpointing: Flags
+) -> tuple[Row, ...]:
+    workload = Workload(
+        batch_size=request.batch_size,
+        seq_len=request.seq_len,
+        weights_dtype=request.weights_dtype,
+        double_quant=request.double_quant,
+        attention=request.attention,
+        activation_checkpointing=activation_checkpointing,
+        grad_accum=request.grad_accum,
+        padded=False,
+    )
+    return device_ledger(shape=request.model, workload=workload, method=method, gpu=gpu)
+
+
+def _entry(row: Row) -> MemoryEntry:
+    return MemoryEntry(
+        place="device",
+        phase=row.phase,
+        category=row.category,
+        num_bytes=int(row.num_bytes),
+        basis=row.basis,
+        because=row.because,
+    )
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """Bytes that one frozen layer keeps for backward."""
+
+    norms: Ints
+    attention: Ints
+    ffn: Ints
+    norms_after_ffn: Ints
+
+    @property
+    def total(self) -> Ints:
+        return self.norms + self.attention + self.ffn + self.norms_after_ffn
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a phase's rows are computed from."""
+
+    shape: ModelShape
+    workload: Workload
+    frozen: _Frozen
+    trained: Trained
+
+    @property
+    def whole_layers(self) -> int:
+        """Layers that keep everything; layer 0 keeps only what follows its FFN when the gradient starts there."""
+        return self.shape.num_layers - (0 if self.trained.whole_first_layer else 1)
+
+    @property
+    def checkpointing(self) -> Flags:
+        return self.workload.activation_checkpointing
+
+    @property
+    def hidden(self) -> Ints:
+        """One ``[T, D]`` in the compute dtype."""
+        return self.workload.tokens * self.shape.hidden_size * self.workload.compute_bytes
+
+    @property
+    def norm(self) -> Ints:
+        """What one norm over ``[T, D]`` keeps."""
+        return _norm_bytes(self.shape, self.workload)
+
+    @property
+    def logits(self) -> Ints:
+        return act.logits_bytes(
+            tokens=self.workload.tokens,
+            vocab_size=self.shape.vocab_size,
+            compute_bytes=self.workload.compute_bytes,
+        )
+
+
+def _norm_bytes(shape: ModelShape, workload: Workload) -> Ints:
+    return act.norm_saved_bytes(
+        tokens=workload.tokens,
+        width=shape.hidden_size,
+        layernorm=shape.norm == "layernorm",
+        compute_bytes=workload.compute_bytes,
+    )
+
+
+def _frozen_layer(shape: ModelShape, workload: Workload) -> _Frozen:
+    tokens, q = workload.tokens, workload.compute_bytes
+    heads = act.head_norms_saved_bytes(shape, tokens=tokens, compute_bytes=q)
+    return _Frozen(
+        norms=heads + act.norms_before_ffn_saved_bytes(shape, tokens=tokens, compute_bytes=q),
+        attention=act.attention_saved_bytes(
+            shape,
+            tokens=tokens,
+            seq_len=workload.seq_len,
+            compute_bytes=q,
+            attention=workload.attention,
+            padded=workload.padded,
+        ),
+        ffn=act.mlp_saved_bytes(
+            tokens=tokens,
+            intermediate_size=shape.intermediate_size,
+            gated=shape.gated_mlp,
+            activation=shape.activation,
+            compute_bytes=q,
+        ),
+        norms_after_ffn=act.norms_after_ffn(shape) * _norm_bytes(shape, workload),
+    )
+
+
+def _row(phase: Phase, category: str, num_bytes: Ints) -> Row:
+    return Row(phase, category, num_bytes, _BECAUSE[category])
+
+
+# --- rows by phase --------------------------------------------------------------------------------------------------
+
+
+def _resident_rows(step: _Step) -> tuple[Row, ...]:
+    shape, dtype = step.shape, step.workload.weights_dtype
+    linear = wts.linear_weights_bytes(shape, dtype=dtype, double_quant=step.workload.double_quant)
+    return (
+        _row("resident", "linear_weights", linear),
+        _row("resident", "other_weights", wts.other_weights_bytes(shape, dtype=dtype)),
+        _row("resident", "rotary_frequencies", wts.rotary_frequencies_bytes(shape)),
+        _row("resident", "inputs", input_bytes(tokens=step.workload.tokens)),
+    )
+
+
+def _forward_rows(step: _Step) -> tuple[Row, ...]:
+    return (
+        *_kept_rows("forward", step),
+        *_shared_rows("forward", step, inputs=step.shape.num_layers),
+        _row("forward", "forward_temporaries", _forward_temporaries(step)),
+        _row("forward", "gradients", step.trained.gradients if step.workload.grad_accum > 1 else 0),
+    )
+
+
+def _forward_temporaries(step: _Step) -> Ints:
+    """What the last layer has in flight: the product in its FFN, or its adapter, beside residual and output.
+
+    Without checkpointing what the layer keeps is counted already, what it has not made yet comes off; with
+    checkpointing the FFN's factors and the adapter's activations come on top.
+    """
+    inner = step.workload.tokens * step.shape.intermediate_size * step.workload.compute_bytes
+    factors = 3 if step.shape.gated_mlp else 2
+    ffn = 2 * step.hidden + choose(
+        step.checkpointing, factors * inner + step.hidden, inner - step.frozen.norms_after_ffn - step.trained.kept_last
+    )
+    kept = choose(step.checkpointing, step.trained.kept_most, -step.frozen.norms_after_ffn)
+    return largest(ffn, 2 * step.hidden + step.trained.forward + kept)
+
+
+def _loss_rows(step: _Step) -> tuple[Row, ...]:
+    chain = act.loss_chain_bytes(tokens=step.workload.tokens, vocab_size=step.shape.vocab_size)
+    return (
+        *_kept_rows("loss", step),
+        *_shared_rows("loss", step, inputs=step.shape.num_layers),
+        _row("loss", "final_norm", step.norm + step.trained.head_inputs),
+        _row("loss", "loss_chain", chain),
+        _row("loss", "logits", step.logits if step.workload.outputs_kept else 0),
+        _row("loss", "logit_softcap", step.logits if step.shape.logit_softcap else 0),
+        _row("loss", "gradients", step.trained.gradients if step.workload.grad_accum > 1 else 0),
+    )
+
+
+def _backward_rows(step: _Step) -> tuple[Row, ...]:
+    """Backward at its worse end: near the start all that was kept is there, near the end all gradients are."""
+    start, end = _backward_start_rows(step), _backward_end_rows(step)
+    at_end = sum(row.num_bytes for row in end) > sum(row.num_bytes for row in start)
+    return tuple(
+        _row("backward", first.category, choose(at_end, last.num_bytes, first.num_bytes))
+        for first, last in zip(start, end, strict=True)
+    )
+
+
+def _backward_start_rows(step: _Step) -> tuple[Row, ...]:
+    """The last layer goes backward; with checkpointing it has been recomputed."""
+    trained = step.trained
+    kept = _layer_rows(step, whole=step.whole_layers, layers=step.shape.num_layers, trained=trained.kept_all)
+    one = _layer_rows(step, whole=min(step.whole_layers, 1), layers=1, trained=trained.kept_most)
+    held = tuple(
+        _row("backward", first.category, choose(step.checkpointing, first.num_bytes, every.num_bytes))
+        for first, every in zip(one, kept, strict=True)
+    )
+    shared = _shared_rows("backward", step, inputs=step.shape.num_layers - _inputs_kept_twice(step))
+    gradients = trained.gradients if step.workload.grad_accum > 1 else trained.first_gradients
+    return held + shared + _transient_rows(step, gradients=gradients)
+
+
+def _backward_end_rows(step: _Step) -> tuple[Row, ...]:
+    """Layer 0 goes backward."""
+    whole = int(step.trained.whole_first_layer)
+    held = _layer_rows(step, whole=whole, layers=1, trained=step.trained.kept_most)
+    shared = _shared_rows("backward", step, inputs=1)
+    return held + shared + _transient_rows(step, gradients=step.trained.gradients)
+
+
+def _optimizer_rows(step: _Step) -> tuple[Row, ...]:
+    return (
+        _row("optimizer_step", "gradients", step.trained.gradients),
+        _row("optimizer_step", "optimizer_temporary", step.trained.optimizer_temporary),
+    )
+
+
+def _kept_rows(phase: Phase, step: _Step) -> tuple[Row, ...]:
+    """All that is kept for backward; with checkpointing nothing but the layers' inputs, which are shared rows."""
+    rows = _layer_rows(step, whole=step.whole_layers, layers=step.shape.num_layers, trained=step.trained.kept_all)
+    return tuple(_row(phase, row.category, choose(step.checkpointing, 0, row.num_bytes)) for row in rows)
+
+
+def _layer_rows(step: _Step, *, whole: int, layers: int, trained: Ints) -> tuple[Row, ...]:
+    """What ``layers`` layers keep, of which ``whole`` keep everything before their FFN and in it."""
+    frozen = step.frozen
+    return (
+        _row("backward", "norms", whole * frozen.norms + layers * frozen.norms_after_ffn),
+        _row("backward", "attention", whole * frozen.attention),
+        _row("backward", "ffn", whole * frozen.ffn),
+        _row("backward", "adapter", trained),
+    )
+
+
+def _shared_rows(phase: Phase, step: _Step, *, inputs: int) -> tuple[Row, ...]:
+    """What layers share: rotary tables, masks, a KV cache the loop keeps alive; with checkpointing, layer inputs."""
+    shape, workload = step.shape, step.workload
+    q = workload.compute_bytes
+    layer_inputs = act.layer_inputs_bytes(
+        tokens=workload.tokens, num_layers=inputs, hidden_size=shape.hidden_size, compute_bytes=q
+    )
+    rotary: Ints = 0
+    if not shape.learned_positions:
+        rotary = act.rotary_tables_bytes(seq_len=workload.seq_len, head_dim=shape.head_dim, compute_bytes=q)
+    masks = act.masks_bytes(
+        shape,
+        batch_size=workload.batch_size,
+        seq_len=workload.seq_len,
+        compute_bytes=q,
+        attention=workload.attention,
+        padded=workload.padded,
+    )
+    return (
+        _row(phase, "layer_inputs", choose(step.checkpointing, layer_inputs, 0)),
+        _row(phase, "rotary_tables", rotary),
+        _row(phase, "attention_mask", masks if phase == "forward" else choose(step.checkpointing, masks, 0)),
+        _row(phase, "kv_cache", _kv_cache_bytes(step)),
+        _row(phase, "routing", step.trained.held),
+    )
+
+
+def _kv_cache_bytes(step: _Step) -> Ints:
+    """Keys and values that only the cache still holds: those that were repeated for attention."""
+    shape, workload = step.shape, step.workload
+    masked = act.makes_mask(shape, attention=workload.attention, padded=workload.padded)
+    if not (workload.outputs_kept and masked and shape.num_kv_heads < shape.num_heads):
+        return 0
+    cache = 2 * shape.num_layers * workload.tokens * shape.kv_size * workload.compute_bytes
+    return choose(step.checkpointing, 0, cache)
+
+
+def _transient_rows(step: _Step, *, gradients: Ints) -> tuple[Row, ...]:
+    dequantized = wts.dequantized_bytes(step.shape, dtype=step.workload.weights_dtype)
+    return (
+        _row("backward", "backward_temporaries", _backward_temporaries(step)),
+        _row("backward", "dequantized_weight", dequantized),
+        _row("backward", "logits", step.logits if step.workload.outputs_kept else 0),
+        _row("backward", "gradients", gradients),
+    )
+
+
+def _inputs_kept_twice(step: _Step) -> int:
+    """1 if a recomputed layer's first norm keeps the layer's own input, not a copy of it in fp32."""
+    same = step.shape.norm == "layernorm" or step.workload.compute_bytes == act.FP32_BYTES
+    return int(same and step.whole_layers > 0)
+
+
+# --- the worst moment of backward -----------------------------------------------------------------------------------
+
+
+def _backward_temporaries(step: _Step) -> Ints:
+    """What backward adds at the worst of five moments near its start, each net of what is free by then."""
+    moments = [_final_norm_moment(step), _adapter_moment(step), _ffn_moment(step), _attention_moment(step)]
+    if act.norms_after_ffn(step.shape):
+        moments.append(step.hidden + _norm_backward_bytes(step))
+    return largest(*moments)
+
+
+def _norm_backward_bytes(step: _Step) -> Ints:
+    return act.norm_backward_bytes(
+        tokens=step.workload.tokens,
+        hidden_size=step.shape.hidden_size,
+        layernorm=step.shape.norm == "layernorm",
+        compute_bytes=step.workload.compute_bytes,
+    )
+
+
+def _final_norm_moment(step: _Step) -> Ints:
+    """The final norm goes backward: all layers are whole, but with checkpointing none is recomputed yet."""
+    before_ffn = min(step.whole_layers, 1) * (step.frozen.total - step.frozen.norms_after_ffn)
+    one_layer = before_ffn + step.frozen.norms_after_ffn + step.trained.kept_most
+    return step.norm + _norm_backward_bytes(step) - choose(step.checkpointing, one_layer, 0)
+
+
+def _adapter_moment(step: _Step) -> Ints:
+    """The adapter of the last layer, beside the gradient of the layer's output."""
+    return step.hidden + step.trained.backward - step.frozen.norms_after_ffn
+
+
+def _freed_before_ffn(step: _Step) -> Ints:
+    if not step.trained.frees_before_ffn:
+        return step.frozen.norms_after_ffn
+    return step.frozen.norms_after_ffn + choose(step.checkpointing, step.trained.kept_most, step.trained.kept_last)
+
+
+def _ffn_moment(step: _Step) -> Ints:
+    """The FFN of the last layer, beside the gradient of its output and the one that the adapter made of its input."""
+    ffn = act.mlp_backward_bytes(
+        tokens=step.workload.tokens,
+        intermediate_size=step.shape.intermediate_size,
+        gated=step.shape.gated_mlp,
+        activation=step.shape.activation,
+        compute_bytes=step.workload.compute_bytes,
+    )
+    beside = 0 if step.trained.frees_before_ffn else step.trained.backward
+    return 2 * step.hidden + ffn + beside - _freed_before_ffn(step)
+
+
+def _attention_moment(step: _Step) -> Ints:
+    """The attention of the last layer: its FFN is done, and unless the two are parallel the norm between them."""
+    whole, parallel = min(step.whole_layers, 1), step.shape.parallel_blocks
+    freed = whole * (step.frozen.ffn + (0 if parallel else step.norm)) + _freed_before_ffn(step)
+    attention = act.attention_backward_bytes(
+        step.shape,
+        tokens=step.workload.tokens,
+        seq_len=step.workload.seq_len,
+        compute_bytes=step.workload.compute_bytes,
+        attention=step.workload.attention,
+    )
+    return (2 if parallel else 1) * step.hidden + attention - freed

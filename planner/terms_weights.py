@@ -1,0 +1,94 @@
+"""Bytes of a model's weights by dtype, and what quantization adds to them.
+
+Letters: ``L`` layers, ``D`` hidden size, ``I`` intermediate size, ``V`` vocabulary, ``H`` heads, ``G`` key-value heads,
+``d`` head size.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from meft.planner.architecture import ModelShape
+from meft.planner.plan import WeightsDtype
+from meft.planner.quantities import COMPUTE_DTYPE_BYTES
+
+LinearName = Literal["q", "k", "v", "o", "gate", "up", "down"]
+"""The linear layers of a block; ``gate`` exists in a gated MLP only."""
+LINEAR_NAMES: tuple[LinearName, ...] = get_args(LinearName)
+
+NF4_BLOCK = 64
+"""Weights that share one scale; two weights to a byte."""
+DOUBLE_QUANT_BLOCK = 256
+"""Scales that share one scale of their own when the first are stored in 8 bits."""
+FP32_BYTES = 4
+
+
+def linear_sizes(shape: ModelShape) -> dict[LinearName, tuple[int, int]]:
+    """Inputs and outputs of each linear layer of a block."""
+    hidden, ffn = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    sizes: dict[LinearName, tuple[int, int]] = {
+        "q": (hidden, queries),
+        "k": (hidden, keys),
+        "v": (hidden, keys),
+        "o": (queries, hidden),
+        "up": (hidden, ffn),
+        "down": (ffn, hidden),
+    }
+    if shape.gated_mlp:
+        sizes["gate"] = (hidden, ffn)
+    return sizes
+
+
+def linear_parameters(shape: ModelShape) -> int:
+    """Weights of all blocks' linear layers: what quantization shrinks."""
+    return shape.num_layers * shape.linear_parameters_per_layer
+
+
+def linear_outputs(shape: ModelShape) -> int:
+    """Output rows of all blocks' linear layers: int8 keeps one fp32 scale for each."""
+    return shape.num_layers * sum(outputs for _, outputs in linear_sizes(shape).values())
+
+
+def largest_linear(shape: ModelShape) -> int:
+    """Weights of the largest linear layer of a block."""
+    return max(inputs * outputs for inputs, outputs in linear_sizes(shape).values())
+
+
+def nf4_bytes(*, num_weights: int, double_quant: bool) -> int:
+    """Half a byte per weight, and per block of 64 an fp32 scale; doubly quantized an 8-bit one, and per 256 of those an
+    fp32 scale."""
+    num_blocks = -(-num_weights // NF4_BLOCK)
+    if not double_quant:
+        return num_weights // 2 + num_blocks * FP32_BYTES
+    return num_weights // 2 + num_blocks + -(-num_blocks // DOUBLE_QUANT_BLOCK) * FP32_BYTES
+
+
+def int8_bytes(*, num_weights: int, num_outputs: int) -> int:
+    """One byte per weight and an fp32 scale per output row."""
+    return num_weights + num_outputs * FP32_BYTES
+
+
+def linear_weights_bytes(shape: ModelShape, *, dtype: WeightsDtype, double_quant: bool) -> int:
+    """The blocks' linear layers as stored."""
+    num_weights = linear_parameters(shape)
+    if dtype == "nf4":
+        return nf4_bytes(num_weights=num_weights, double_quant=double_quant)
+    if dtype == "int8":
+        return int8_bytes(num_weights=num_weights, num_outputs=linear_outputs(shape))
+    return num_weights * COMPUTE_DTYPE_BYTES[dtype]
+
+
+def other_weights_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> int:
+    """Embeddings, head, norms and biases, which quantization leaves in 16 bits."""
+    return (shape.num_parameters - linear_parameters(shape)) * COMPUTE_DTYPE_BYTES[dtype]
+
+
+def dequantized_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> int:
+    """A quantized linear layer is written out in 16 bits while it is multiplied: the largest one."""
+    return largest_linear(shape) * COMPUTE_DTYPE_BYTES[dtype] if dtype in ("int8", "nf4") else 0
+
+
+def rotary_frequencies_bytes(shape: ModelShape) -> int:
+    """Two fp32 buffers of ``d/2`` frequencies in a rotary model."""
+    return 0 if shape.learned_positions else 2 * (shape.head_dim // 2) * FP32_BYTES
