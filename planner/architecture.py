@@ -60,6 +60,11 @@ class ModelShape(Record):
             raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         return self
 
+    def differences(self, other: ModelShape) -> dict[str, tuple[object, object]]:
+        """Fields other than the name in which two shapes differ, with both values."""
+        mine, theirs = self.model_dump(exclude={"name"}), other.model_dump(exclude={"name"})
+        return {field: (mine[field], theirs[field]) for field in mine if mine[field] != theirs[field]}
+
     @property
     def query_size(self) -> int:
         """``H * d``: outputs of the query projection, inputs of the output projection."""

@@ -6,7 +6,8 @@ rounded up to a power of two; on the emulated device they are ordinary memory.
 
 The frozen model is on the device and has no copy here.
 
-Letters: ``L`` layers, ``R`` adapter rows per layer, ``D`` hidden size, ``T`` tokens, ``p`` prefetch depth.
+Letters: ``L`` layers, ``R`` adapter rows per layer, ``D`` hidden size, ``T`` tokens, ``p`` prefetch depth,
+``P`` probes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from meft.planner import allocator
 from meft.planner.plan import Decision, HostMemory, MemoryEntry, Request
-from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, INDEX_BYTES, MASTER_BYTES, Ints
+from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, INDEX_BYTES, MASTER_BYTES, Flags, Ints
 
 _FLAG_BYTES = 1
 _MOMENTS = 2
@@ -28,9 +29,11 @@ _BECAUSE = {
     "touched_flags": "bool per row: has a gradient in this window",
     "row_staging": "p+1 buffers [cap, 2D] that gathered rows leave from",
     "gradient_landing": "min(p, 1)+1 buffers [cap, 2D] where row gradients arrive",
-    "query_landing": "p+1 buffers [T, D] where hidden states arrive",
+    "query_landing": "one buffer [T, D] where hidden states arrive",
+    "probes_landing": "Key-Experts: p+1 buffers [T, P] int32 where the probed experts arrive",
+    "row_experts_landing": "Key-Experts: one buffer [cap] int32 that the active rows' experts leave from",
 }
-_STAGING = ("row_staging", "gradient_landing", "query_landing")
+_STAGING = ("row_staging", "gradient_landing", "query_landing", "probes_landing", "row_experts_landing")
 
 
 def table_bytes(*, num_layers: Ints, adapter_width: Ints, hidden_size: Ints) -> Ints:
@@ -81,7 +84,14 @@ def buffer_bytes(num_bytes: Ints, *, pinned: bool) -> Ints:
 
 
 def host_bytes_by_category(
-    *, request: Request, adapter_width: Ints, active_rows_cap: Ints, prefetch_depth: Ints, pinned: bool
+    *,
+    request: Request,
+    adapter_width: Ints,
+    active_rows_cap: Ints,
+    prefetch_depth: Ints,
+    num_probes: Ints,
+    key_experts: Flags,
+    pinned: bool,
 ) -> dict[str, Ints]:
     """Every category's bytes; the decision is numbers or arrays of candidates."""
     num_layers, hidden_size = request.model.num_layers, request.model.hidden_size
@@ -98,6 +108,7 @@ def host_bytes_by_category(
         compute_dtype_bytes=COMPUTE_DTYPE_BYTES[request.weights_dtype],
         pinned=pinned,
     )
+    probes = request.tokens_per_step * num_probes * INDEX_BYTES
     slots = ring_slots(prefetch_depth=prefetch_depth, num_layers=num_layers)
     return {
         "adapter_weights": table,
@@ -107,12 +118,21 @@ def host_bytes_by_category(
         "touched_flags": touched_flag_bytes(num_layers=num_layers, adapter_width=adapter_width),
         "row_staging": slots * row_buffer,
         "gradient_landing": gradient_slots(prefetch_depth=prefetch_depth, num_layers=num_layers) * row_buffer,
-        "query_landing": slots * query_buffer,
+        "query_landing": query_buffer,
+        "probes_landing": key_experts * slots * buffer_bytes(probes, pinned=pinned),
+        "row_experts_landing": key_experts * buffer_bytes(active_rows_cap * INDEX_BYTES, pinned=pinned),
     }
 
 
 def host_total_bytes(
-    *, request: Request, adapter_width: Ints, active_rows_cap: Ints, prefetch_depth: Ints, pinned: bool
+    *,
+    request: Request,
+    adapter_width: Ints,
+    active_rows_cap: Ints,
+    prefetch_depth: Ints,
+    num_probes: Ints,
+    key_experts: Flags,
+    pinned: bool,
 ) -> Ints:
     """All of it, for the search."""
     total: Ints = sum(
@@ -121,6 +141,8 @@ def host_total_bytes(
             adapter_width=adapter_width,
             active_rows_cap=active_rows_cap,
             prefetch_depth=prefetch_depth,
+            num_probes=num_probes,
+            key_experts=key_experts,
             pinned=pinned,
         ).values()
     )
@@ -134,9 +156,11 @@ def host_memory(*, request: Request, decision: Decision, pinned: bool) -> HostMe
         adapter_width=decision.adapter_width,
         active_rows_cap=decision.active_rows_cap,
         prefetch_depth=decision.prefetch_depth,
+        num_probes=decision.num_probes,
+        key_experts=decision.routing == "key-experts",
         pinned=pinned,
     )
-    entries = tuple(_entry(name, int(num_bytes), pinned=pinned) for name, num_bytes in sizes.items())
+    entries = tuple(_entry(name, int(num_bytes), pinned=pinned) for name, num_bytes in sizes.items() if num_bytes)
     return HostMemory(entries=entries, total_bytes=sum(entry.num_bytes for entry in entries))
 
 

@@ -2,7 +2,7 @@
 
 Per step (one micro-batch, forward and backward), with ``e`` bytes per number of a row and ``q`` of a hidden state:
 
-    h2d  inputs          3 * 8 * T                      token ids, mask and labels, int64
+    h2d  inputs          2 * 8 * T                      token ids and labels, int64
     d2h  queries         (L - p) * T*D*q                hidden states that rows are chosen from
     d2h  probes          L * T*P*4                      Key-Experts: the experts that each token probes, int32
     h2d  rows            sum A_l * 2D*e                 forward
@@ -34,11 +34,11 @@ Categories: TypeAlias = dict[tuple[Direction, str], Ints]
 
 LOSS_BYTES = 4
 NORM_BYTES = 4
-INPUT_TENSORS = 3  # input_ids, attention_mask, labels
+INPUT_TENSORS = 2  # input_ids and labels; padding is on the right, so no attention mask is needed
 _TOKEN_BYTES = 8  # int64
 
 _BECAUSE = {
-    "inputs": "token ids, attention mask and labels, int64",
+    "inputs": "token ids and labels, int64",
     "queries": "hidden states sent to the host to choose rows: one per layer, less the last p that look-ahead serves",
     "probes": "int32 index of each probed expert, per token and layer",
     "rows": "keys and values of the active rows, forward",
@@ -51,7 +51,7 @@ _BECAUSE = {
 
 
 def input_bytes(*, tokens: Ints) -> Ints:
-    """What a micro-batch brings: ids, mask and labels."""
+    """What a micro-batch brings: ids and labels."""
     return INPUT_TENSORS * _TOKEN_BYTES * tokens
 
 

@@ -23,11 +23,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from meft.planner.allocator import pinned_bytes
 from meft.planner.plan import Decision
 from meft.runtime.device import Device
 from meft.runtime.engine import COPY_DONE, Copy, TransferEngine
 from meft.runtime.host_store import HostStore
 from meft.runtime.router import Router, Selection
+
+_LANDINGS = {"queries": "query_landing", "probes": "probes_landing"}
+"""Where what the device sends arrives, by transfer category."""
 
 
 @dataclass
@@ -104,8 +108,7 @@ class RowExchange:
             _GradientSlot(self._device_rows("row_gradients"), _Landing(self._host_rows()))
             for _ in range(min(depth, 1) + 1)
         ]
-        self._host_buffers: dict[str, _Landing] = {}
-        self._queried: torch.Tensor | None = None
+        self._host_buffers: dict[tuple[str, int], _Landing] = {}
         self._token_mask: torch.Tensor | None = None
         self._next_token_mask: torch.Tensor | None = None
         self.observer: Callable[[int, torch.Tensor], None] | None = None
@@ -136,9 +139,11 @@ class RowExchange:
             return
         if self.observer is not None:
             self.observer(layer, hidden)
-        if self._targets(layer):
-            self._queried = hidden.detach()
-            self._send("queries", self._queried)
+        targets = self._targets(layer)
+        if targets:
+            self._send("queries", hidden.detach())
+        for target in targets:
+            self._send_probes(target, hidden.detach())
 
     def before_adapter(self, layer: int) -> None:
         """Fetch the layer's own rows if look-ahead could not: always at ``p = 0``, otherwise for layer 0."""
@@ -153,7 +158,6 @@ class RowExchange:
         for target in self._targets(layer):
             if target != layer:
                 self._route_and_fetch(target)
-        self._queried = None
 
     def rows(self, layer: int) -> torch.Tensor:
         """The layer's active rows ``[A, 2D]`` on the device, waiting for their copy."""
@@ -210,66 +214,73 @@ class RowExchange:
             self._fetch(target, category="rows_refetched")
 
     def finish_backward(self) -> None:
-        """Land the gradients still on their way."""
-        for slot in self._gradients:
+        """Land the gradients still on their way, the first to leave first."""
+        for slot in sorted(self._gradients, key=lambda slot: -1 if slot.layer is None else -slot.layer):
             self._land_gradients(slot)
         self.in_backward = False
 
     # --- host side ---------------------------------------------------------------------------------------------
 
     def host_buffer_bytes(self) -> dict[str, int]:
-        """Bytes of the staging buffers on the host, by category, as allocated (pinning may round them up)."""
-        sizes = {
-            "row_staging": [staging.buffer for staging in self._row_staging],
-            "gradient_landing": [slot.landing.buffer for slot in self._gradients],
-        } | {f"{name}_landing": [landing.buffer] for name, landing in self._host_buffers.items()}
-        return {name: sum(b.numel() * b.element_size() for b in buffers) for name, buffers in sizes.items()}
+        """Bytes of the staging buffers by category of the host ledger; a pinned one as the pinned allocator rounds."""
+        buffers = [("row_staging", staging.buffer) for staging in self._row_staging]
+        buffers += [("gradient_landing", slot.landing.buffer) for slot in self._gradients]
+        buffers += [(name, landing.buffer) for (name, _), landing in self._host_buffers.items()]
+        totals: dict[str, int] = {}
+        for name, buffer in buffers:
+            size = buffer.numel() * buffer.element_size()
+            totals[name] = totals.get(name, 0) + (pinned_bytes(size) if self.device.kind == "cuda" else size)
+        return totals
 
     def look_ahead_recall(self, layer: int, hidden: torch.Tensor) -> float:
         """Share of the exact choice for ``hidden [T, D]`` that the rows fetched for ``layer`` contain."""
-        queries = self._send("queries", hidden.detach())
-        exact = self._choose(layer, queries, self._send_probes(layer, hidden.detach()))
+        looked_ahead = self.layers[layer].probes
+        self._send("queries", hidden.detach())
+        self._send_probes(layer, hidden.detach())
+        self.layers[layer].probes = looked_ahead
+        exact = self._choose(layer)
         with self.device.host():
             found = torch.isin(exact.rows, self._selection(layer).rows)
             return float(found.float().mean()) if exact.num_rows else 1.0
 
     def _route_and_fetch(self, target: int) -> None:
         """Choose rows for ``target`` from the hidden state that was sent last, and send them off."""
-        assert self._queried is not None
         state = self.layers[target]
-        probes = self._send_probes(target, self._queried)
-        state.selection = self._choose(target, self._host_buffers["queries"], probes)
+        state.selection = self._choose(target)
         self.counters.active_rows[target] = state.selection.num_rows
         self.counters.dropped_rows += state.selection.dropped_rows
         self._fetch(target, category="rows")
         if self.router_weights:
             state.row_experts = self._send_row_experts(state.selection)
 
-    def _choose(self, layer: int, queries: _Landing, probes: _Landing | None) -> Selection:
-        for landing in (queries, probes):
-            if landing is not None:
-                landing.copy.wait_on_host()
+    def _choose(self, layer: int) -> Selection:
+        """Let the router choose, from the queries and probes sent last for this layer."""
+        queries = self._arrived("query_landing", 0)
+        probes = self._arrived("probes_landing", layer % (self.depth + 1)) if self.router_weights else None
         with self._host_work():
-            tokens = slice(None) if self._token_mask is None else self._token_mask
-            chosen_probes = None if probes is None else probes.buffer[tokens].long()
-            keys = self.store.layers[layer].keys
-            return self.router.select(layer, keys, queries.buffer[tokens], chosen_probes)
+            return self.router.select(layer, self.store.layers[layer].keys, queries, probes)
 
-    def _send_probes(self, layer: int, hidden: torch.Tensor) -> _Landing | None:
+    def _arrived(self, name: str, slot: int) -> torch.Tensor:
+        """What a host buffer received, padding tokens left out."""
+        landing = self._host_buffers[name, slot]
+        landing.copy.wait_on_host()
+        with self._host_work():
+            return landing.buffer if self._token_mask is None else landing.buffer[self._token_mask]
+
+    def _send_probes(self, layer: int, hidden: torch.Tensor) -> None:
         """Score the experts on the device, keep the best ``P`` per token there, and send them to the host."""
         if not self.router_weights:
-            return None
+            return
         inputs = hidden.to(self.adapter_dtype)
         with torch.no_grad():
             scores = inputs @ self.router_weights[layer].to(inputs.dtype).T
             probes = scores.topk(self.decision.num_probes, dim=1).indices.to(torch.int32)
-        if self.layers[layer].probes is None:
-            self.layers[layer].probes = probes
-        return self._send("probes", probes)
+        self.layers[layer].probes = probes
+        self._send("probes", probes, slot=layer % (self.depth + 1))
 
     def _send_row_experts(self, selection: Selection) -> torch.Tensor:
         rows_per_expert = self.decision.adapter_width // self.decision.num_experts
-        landing = self._host_buffer("row_experts", (self.decision.active_rows_cap,), torch.int32)
+        landing = self._host_buffer("row_experts_landing", 0, (self.decision.active_rows_cap,), torch.int32)
         source = landing.buffer[: selection.num_rows]
         with self._host_work():
             source.copy_(selection.rows // rows_per_expert)
@@ -328,19 +339,19 @@ class RowExchange:
             yield
         self.counters.host_seconds += time.perf_counter() - started
 
-    def _host_buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> _Landing:
+    def _host_buffer(self, name: str, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> _Landing:
         """A reused host buffer, free to be written; made anew when the shape or type changes."""
-        landing = self._host_buffers.get(name)
+        landing = self._host_buffers.get((name, slot))
         if landing is None or landing.buffer.shape != shape or landing.buffer.dtype != dtype:
-            landing = self._host_buffers[name] = _Landing(self.engine.host_empty(*shape, dtype=dtype))
+            landing = self._host_buffers[name, slot] = _Landing(self.engine.host_empty(*shape, dtype=dtype))
         landing.copy.wait_on_host()
         return landing
 
-    def _send(self, category: str, tensor: torch.Tensor) -> _Landing:
+    def _send(self, category: str, tensor: torch.Tensor, *, slot: int = 0) -> None:
         """Start a device tensor's copy to its host buffer."""
-        landing = self._host_buffer(category, tuple(tensor.shape), tensor.dtype)
+        name = _LANDINGS[category]
+        landing = self._host_buffer(name, slot, tuple(tensor.shape), tensor.dtype)
         landing.copy = self.engine.to_host(tensor, landing.buffer, category=category)
-        return landing
 
     def _device_rows(self, category: str) -> torch.Tensor:
         shape = (self.decision.active_rows_cap, 2 * self.store.hidden_size)

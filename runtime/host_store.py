@@ -37,10 +37,6 @@ class LayerTables:
         """View ``[R, D]``."""
         return self.weights[:, self.weights.shape[1] // 2 :]
 
-    def named(self) -> dict[str, torch.Tensor]:
-        """Every table by name."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
 
 class HostStore:
     """Rows, moments, gradient accumulators and step counts of all layers; masters in ``dtype`` (fp32 outside tests)."""
@@ -94,14 +90,24 @@ class HostStore:
             tables.gradients.index_fill_(0, self.touched_rows(layer), 0.0)
             tables.touched.zero_()
 
-    def bytes_by_table(self) -> dict[str, int]:
-        """Bytes of each table, summed over layers."""
-        totals: dict[str, int] = {}
+    def bytes_by_category(self) -> dict[str, int]:
+        """Bytes of the tables over all layers, under the names of the host ledger."""
+        totals = dict.fromkeys(_CATEGORIES.values(), 0)
         for tables in self.layers:
-            for name, table in tables.named().items():
-                totals[name] = totals.get(name, 0) + table.numel() * table.element_size()
+            for name, category in _CATEGORIES.items():
+                table: torch.Tensor = getattr(tables, name)
+                totals[category] += table.numel() * table.element_size()
         return totals
 
+
+_CATEGORIES = {
+    "weights": "adapter_weights",
+    "first_moment": "adapter_moments",
+    "second_moment": "adapter_moments",
+    "gradients": "adapter_gradients",
+    "step_counts": "step_counts",
+    "touched": "touched_flags",
+}
 
 ROWS_PER_CHUNK = 1024
 """Rows handled at once where a temporary copy is needed: it bounds host memory without slowing the arithmetic."""

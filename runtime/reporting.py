@@ -116,7 +116,7 @@ def compare(plan: Plan, observed: Observed) -> tuple[Comparison, ...]:
 
 def host_memory(session: Session) -> ObservedHostMemory:
     """Bytes of the tables and staging buffers, as allocated."""
-    sizes = session.store.bytes_by_table() | session.exchange.host_buffer_bytes()
+    sizes = session.store.bytes_by_category() | session.exchange.host_buffer_bytes()
     entries = tuple(
         MemoryEntry(
             place="host", phase="resident", category=name, num_bytes=size, basis="counted", because="as allocated"

@@ -67,6 +67,7 @@ class TopKRouter:
         rows_per_expert = keys.shape[0] // self.num_experts
         num_tokens, num_probes = probes.shape
         scores = queries.new_empty(num_tokens, num_probes, rows_per_expert)
+        probes = probes.long()
         for expert in probes.unique().tolist():
             token, probe = (probes == expert).nonzero(as_tuple=True)
             first = expert * rows_per_expert

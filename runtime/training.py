@@ -145,10 +145,10 @@ class Trainer:
             if layer:
                 recalls.append(session.exchange.look_ahead_recall(layer, hidden))
 
+        batch = self.batch(len(self.history.losses))
+        session.exchange.expect_tokens(batch.attention_mask.flatten().bool())
         with _probing(session), session.device.scope(), torch.no_grad():
             session.exchange.observer = observe
-            batch = self.batch(len(self.history.losses))
-            session.exchange.expect_tokens(batch.attention_mask.flatten().bool())
             session.loss(batch)
         return sum(recalls, start=1.0) / (len(recalls) + 1)  # layer 0 is routed exactly
 

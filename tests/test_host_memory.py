@@ -23,8 +23,10 @@ def by_category(ledger) -> dict[str, int]:
 
 def test_every_entry_by_hand():
     # One table: L * R * 2D * 4 = 3 * 64 * 16 * 4 = 12288 bytes. A row buffer: 20 rows * 16 * 2 = 640; hidden states:
-    # 10 * 8 * 2 = 160. p = 2: three of the first and third kind, two gradient landings.
-    decision = decision_of(adapter_width=64, top_k=4, active_rows_cap=20, prefetch_depth=2)
+    # 10 * 8 * 2 = 160; probes: 10 * 8 * 4 = 320. p = 2: three row stagings and probe landings, two gradient landings.
+    decision = decision_of(
+        routing="key-experts", adapter_width=64, top_k=4, active_rows_cap=20, prefetch_depth=2, num_experts=16
+    )
     ledger = host_memory(request=tiny_request(), decision=decision, pinned=False)
     assert by_category(ledger) == {
         "adapter_weights": 12288,
@@ -34,7 +36,9 @@ def test_every_entry_by_hand():
         "touched_flags": 3 * 64,
         "row_staging": 3 * 640,
         "gradient_landing": 2 * 640,
-        "query_landing": 3 * 160,
+        "query_landing": 160,
+        "probes_landing": 3 * 320,
+        "row_experts_landing": 20 * 4,
     }
     assert ledger.total_bytes == sum(by_category(ledger).values())
     assert {(entry.place, entry.phase, entry.basis) for entry in ledger.entries} == {("host", "resident", "counted")}
@@ -78,16 +82,25 @@ def test_pinned_rounding_at_powers_of_two(power: int):
 
 @given(
     candidates=st.lists(
-        st.tuples(st.sampled_from([64, 128, 256]), st.integers(4, 64), st.integers(0, 5)), min_size=1, max_size=6
+        st.tuples(st.sampled_from([64, 128, 256]), st.integers(4, 64), st.integers(0, 5), st.booleans()),
+        min_size=1,
+        max_size=6,
     ),
     pinned=st.booleans(),
 )
-def test_the_search_and_the_ledger_agree_to_the_byte(candidates: list[tuple[int, int, int]], pinned: bool):
-    widths, caps, depths = np.array(candidates).T
+def test_the_search_and_the_ledger_agree_to_the_byte(candidates: list[tuple[int, int, int, bool]], pinned: bool):
+    widths, caps, depths, gated = np.array(candidates).T
     totals = host_total_bytes(
-        request=tiny_request(), adapter_width=widths, active_rows_cap=caps, prefetch_depth=depths, pinned=pinned
+        request=tiny_request(),
+        adapter_width=widths,
+        active_rows_cap=caps,
+        prefetch_depth=depths,
+        num_probes=np.where(gated, 8, 1),
+        key_experts=gated,
+        pinned=pinned,
     )
-    for candidate, (width, cap, depth) in enumerate(candidates):
-        decision = decision_of(adapter_width=width, top_k=4, active_rows_cap=cap, prefetch_depth=depth)
+    for candidate, (width, cap, depth, key_experts) in enumerate(candidates):
+        routing = "key-experts" if key_experts else "exact"
+        decision = decision_of(routing=routing, adapter_width=width, top_k=4, active_rows_cap=cap, prefetch_depth=depth)
         ledger = host_memory(request=tiny_request(), decision=decision, pinned=pinned)
         assert totals[candidate] == ledger.total_bytes

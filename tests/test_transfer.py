@@ -56,7 +56,7 @@ def test_every_category_of_key_experts_refetched_by_hand():
     decision = tiny_decision(routing="key-experts", prefetch_depth=1, rows_in_backward="refetched")
     transfer = step_transfer(request=request, decision=decision, active_rows_per_layer=[20, 30, 40])
     assert by_category(transfer) == {
-        "inputs": 3 * 8 * 10,
+        "inputs": 2 * 8 * 10,
         "rows": 90 * 16 * 2,
         "row_experts": 90 * 4,
         "rows_refetched": 20 * 16 * 2,  # layers below L-1-p = 1
@@ -66,7 +66,7 @@ def test_every_category_of_key_experts_refetched_by_hand():
         "loss": 4,
         "router_norm": 4,
     }
-    assert transfer.h2d_bytes_per_step == 240 + 2880 + 360 + 640
+    assert transfer.h2d_bytes_per_step == 160 + 2880 + 360 + 640
     assert transfer.d2h_bytes_per_step == 320 + 240 + 2880 + 4
     assert (transfer.h2d_bytes_per_optimizer_step, transfer.d2h_bytes_per_optimizer_step) == (0, 4)
     # Both ways, 3 layers, 64 rows of 16 numbers of 2 bytes: 12288.
