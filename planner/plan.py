@@ -126,6 +126,10 @@ class DeviceMemory(Record):
     process_bytes: ByteRange
     allocator_budget_bytes: Bytes
     """What the caching allocator may reserve: the GPU memory asked for less the context's upper bound."""
+    peak_allocated_bytes_at_cap: Bytes | None = None
+    """The peak if every layer's active rows were at the cap, which no batch exceeds; null for methods without one."""
+    peak_reserved_bytes_at_cap: Bytes | None = None
+    """Reserved at that peak: what the search keeps within the budget."""
 
 
 class HostMemory(Record):
@@ -186,8 +190,8 @@ class Prediction(Record):
     timing: Timing
     sparsity: Sparsity
     trainable_parameters: Count
-    trainable_fraction: Fraction
-    """Trainable parameters over the frozen model's."""
+    trainable_fraction: Rate
+    """Trainable parameters over the frozen model's; above 1 for an adapter larger than the model."""
 
 
 class ProfileUsed(Record):

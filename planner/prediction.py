@@ -1,0 +1,203 @@
+"""What the models say of one decision, and from which numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from meft.planner.host_memory import host_memory
+from meft.planner.memory import ASSUMED_UNUSED_RESERVED_FRACTION, predict_device_memory
+from meft.planner.plan import (
+    Decision,
+    DeviceMemory,
+    Inputs,
+    NumberUsed,
+    Prediction,
+    ProfileUsed,
+    Request,
+    Sparsity,
+)
+from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
+from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Flags, Ints
+from meft.planner.sparsity import predict_sparsity
+from meft.planner.timing import step_timing
+from meft.planner.transfer import step_transfer
+
+
+@dataclass(frozen=True)
+class ProfileSet:
+    """The profiles that a prediction rests on."""
+
+    gpu: GpuProfile
+    link: LinkProfile
+    host: HostProfile
+    sparsity: SparsityProfile
+
+    @property
+    def pinned(self) -> bool:
+        """Whether copies go through pinned host memory: on CUDA they do, the emulated device has ordinary memory."""
+        return not self.gpu.shares_host_cores
+
+
+def predict(
+    request: Request,
+    decision: Decision,
+    profiles: ProfileSet,
+    active_rows_per_layer: Sequence[int] | None = None,
+) -> Prediction:
+    """Memory, traffic and time of a decision.
+
+    ``active_rows_per_layer`` are a micro-batch's, one number per layer, when they are known, from a run say; without
+    them the sparsity profile tells what to expect. Raises :class:`ValueError` unless each is between 0 and the cap.
+    """
+    sparsity = _sparsity(request, decision, profiles.sparsity, active_rows_per_layer)
+    rows = sparsity.active_rows_per_layer
+    trainable = trainable_parameters(
+        request,
+        adapter_width=decision.adapter_width,
+        num_experts=decision.num_experts,
+        key_experts=decision.routing == "key-experts",
+    )
+    return Prediction(
+        device_memory=_device_memory(request, decision, profiles.gpu, rows),
+        host_memory=host_memory(request=request, decision=decision, pinned=profiles.pinned),
+        transfer=step_transfer(request=request, decision=decision, active_rows_per_layer=rows),
+        timing=step_timing(
+            request=request,
+            decision=decision,
+            gpu=profiles.gpu,
+            link=profiles.link,
+            host=profiles.host,
+            active_rows_per_layer=rows,
+            window_active_rows_per_layer=sparsity.window_active_rows_per_layer,
+        ),
+        sparsity=sparsity,
+        trainable_parameters=int(trainable),
+        trainable_fraction=float(trainable / request.model.num_parameters),
+    )
+
+
+def trainable_parameters(request: Request, *, adapter_width: Ints, num_experts: Ints, key_experts: Flags) -> Ints:
+    """Keys and values of every row, and for Key-Experts the routers: ``L * (2*R + N) * D``."""
+    vectors = 2 * adapter_width + num_experts * key_experts
+    return request.model.num_layers * request.model.hidden_size * vectors
+
+
+def _device_memory(
+    request: Request, decision: Decision, gpu: GpuProfile, active_rows_per_layer: Sequence[int]
+) -> DeviceMemory:
+    """The expected ledger, and the peaks that no batch exceeds."""
+    expected = predict_device_memory(
+        request=request, decision=decision, gpu=gpu, active_rows_per_layer=active_rows_per_layer
+    )
+    at_cap = predict_device_memory(
+        request=request,
+        decision=decision,
+        gpu=gpu,
+        active_rows_per_layer=[decision.active_rows_cap] * request.model.num_layers,
+    )
+    peaks = {
+        "peak_allocated_bytes_at_cap": at_cap.peak_allocated_bytes,
+        "peak_reserved_bytes_at_cap": at_cap.peak_reserved_bytes,
+    }
+    return expected.model_copy(update=peaks)
+
+
+def _sparsity(request: Request, decision: Decision, profile: SparsityProfile, given: Sequence[int] | None) -> Sparsity:
+    """What the profile expects, with the given rows in place of its own.
+
+    The window's rows are then those expected, but no fewer than a micro-batch's and no more than all of its sum.
+    """
+    expected = predict_sparsity(profile, request=request, decision=decision)
+    if given is None:
+        return expected
+    rows = np.array(given, dtype=np.int64)
+    if len(rows) != request.model.num_layers:
+        raise ValueError(f"active rows are given for {len(rows)} layers, the model has {request.model.num_layers}")
+    if rows.min() < 0 or rows.max() > decision.active_rows_cap:
+        raise ValueError(f"active rows {list(given)} are not all between 0 and the cap {decision.active_rows_cap}")
+    window = np.clip(expected.window_active_rows_per_layer, rows, rows * request.grad_accum)
+    update = {
+        "active_rows_per_layer": tuple(rows.tolist()),
+        "window_active_rows_per_layer": tuple(window.tolist()),
+        "basis": "measured",
+    }
+    return expected.model_copy(update=update)
+
+
+# --- where the numbers come from -------------------------------------------------------------------------------------
+
+
+def inputs_used(request: Request, decision: Decision, profiles: ProfileSet) -> Inputs:
+    """Each profile by its digest, and each of their numbers that the prediction of ``decision`` rests on."""
+    used = (
+        ProfileUsed(kind="gpu", name=profiles.gpu.key, digest=profiles.gpu.content_digest()),
+        ProfileUsed(kind="link", name=profiles.link.key, digest=profiles.link.content_digest()),
+        ProfileUsed(kind="host", name=profiles.host.key, digest=profiles.host.content_digest()),
+        ProfileUsed(kind="sparsity", name=profiles.sparsity.key, digest=profiles.sparsity.content_digest()),
+        ProfileUsed(kind="model", name=request.model.name, digest=request.model.content_digest()),
+    )
+    numbers = (
+        *_rates("gpu", profiles.gpu, unused=_unused_by_gpu(request, profiles.gpu)),
+        *_context(profiles.gpu),
+        *_rates("link", profiles.link, unused=_unused_by_link(decision)),
+        *_rates("host", profiles.host, unused=frozenset()),
+        *_sparsity_numbers(profiles.sparsity, prefetch_depth=decision.prefetch_depth),
+        _reserved_share(),
+    )
+    return Inputs(profiles=used, numbers=numbers)
+
+
+def _rates(
+    prefix: str, profile: GpuProfile | LinkProfile | HostProfile, *, unused: frozenset[str]
+) -> Iterator[NumberUsed]:
+    for name, number in sourced_numbers(profile):
+        if name not in unused:
+            yield NumberUsed(name=f"{prefix}.{name}", value=number.value, basis=number.basis, source=number.source)
+
+
+def _unused_by_gpu(request: Request, gpu: GpuProfile) -> frozenset[str]:
+    """The total, which the budget stands for, and the rates of formats in which nothing computes."""
+    element_bytes = {COMPUTE_DTYPE_BYTES[request.weights_dtype], ADAPTER_DTYPE_BYTES[request.adapter_dtype]}
+    formats = ("bf16_flops_per_second", "fp16_flops_per_second", "fp32_flops_per_second")
+    half = next(name for name in formats if getattr(gpu, name) is not None)
+    used = {half} if 2 in element_bytes else set()
+    if 4 in element_bytes:
+        used.add("fp32_flops_per_second")
+    return frozenset({"memory_total_bytes", *formats} - used)
+
+
+def _unused_by_link(decision: Decision) -> frozenset[str]:
+    """Copies are pinned, and both directions are busy at once only where rows are fetched again."""
+    pageable = {"pageable_h2d_bytes_per_second", "pageable_d2h_bytes_per_second"}
+    duplex = {"duplex_h2d_bytes_per_second", "duplex_d2h_bytes_per_second"}
+    return frozenset(pageable if decision.rows_in_backward == "refetched" else pageable | duplex)
+
+
+def _context(gpu: GpuProfile) -> Iterator[NumberUsed]:
+    for name in ("low_bytes", "high_bytes"):
+        value, context = getattr(gpu.context, name), gpu.context
+        yield NumberUsed(name=f"gpu.context_{name}", value=value, basis=context.basis, source=context.source)
+
+
+def _sparsity_numbers(profile: SparsityProfile, *, prefetch_depth: int) -> Iterator[NumberUsed]:
+    alphas = [layer.alpha for layer in profile.layers]
+    recalls = profile.prefetch_recall_by_depth
+    values = {"alpha": alphas[0]}
+    if len(alphas) > 1:
+        values = {"alpha_lowest": min(alphas), "alpha_mean": sum(alphas) / len(alphas), "alpha_highest": max(alphas)}
+    values["spread_fraction"] = profile.spread_fraction
+    values["prefetch_recall"] = recalls[min(prefetch_depth, len(recalls) - 1)]
+    for name, value in values.items():
+        yield NumberUsed(name=f"sparsity.{name}", value=value, basis=profile.basis, source=profile.source)
+
+
+def _reserved_share() -> NumberUsed:
+    return NumberUsed(
+        name="allocator.unused_reserved_fraction",
+        value=ASSUMED_UNUSED_RESERVED_FRACTION,
+        basis="assumed",
+        source="median over 31 recordings of real GPU runs replayed through the default caching allocator",
+    )

@@ -1,0 +1,323 @@
+"""The search: every decision of a request weighed, the best that fits found, and its prediction made exactly.
+
+A decision is feasible if the reserved peak with every layer's active rows *at the cap*, which no batch exceeds, fits
+the allocator's budget; if tables and buffers fit the host; and if a step takes no more than ``max_slowdown`` times the
+baseline's. For the objective ``speed`` the trainable share has a least value too.
+
+``capacity`` looks for the widest adapter and then the largest K, ``speed`` for the shortest step. Ties go on through
+the rest, so the order is total: the same request and profiles give the same plan.
+
+Cheap limits come first: memory is computed for the whole grid of :mod:`meft.planner.space`, and only what fits is
+simulated. The winner is predicted again by the functions of a single decision, and that is what the plan reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meft.planner.errors import UsageError
+from meft.planner.host_memory import host_total_bytes
+from meft.planner.infeasible import Infeasible, Limit, explain
+from meft.planner.lanes import StepCosts, baseline_seconds, simulate_candidates
+from meft.planner.memory import peak_allocated_bytes, reserved_bytes
+from meft.planner.pareto import pareto_front, thinned
+from meft.planner.plan import Decision, ParetoPoint, Plan, Prediction, Request, SearchSummary
+from meft.planner.prediction import ProfileSet, inputs_used, predict, trainable_parameters
+from meft.planner.space import CAP_AXIS, Space, enumerate_space
+from meft.planner.timing import step_costs
+
+PARETO_POINTS = 12
+PARETO_NEAR = 6
+"""Points of the front kept at the winner and around it; the others spread over the rest of it."""
+SAME_SECONDS = 1e-9
+"""Relative difference that summing in another order may make."""
+
+_Values: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
+
+__all__ = ["Infeasible", "ProfileSet", "Weighed", "make_plan", "predict", "weigh"]
+
+
+def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> Plan | Infeasible:
+    """The best plan for ``request``, or why there is none.
+
+    Pure and deterministic. Raises :class:`UsageError` for a request that contradicts itself or that the runtime would
+    refuse, and for a sparsity profile of another number of layers.
+    """
+    check_request(request)
+    weighed = weigh(request, profiles)
+    if not weighed.feasible.any():
+        return _infeasible(request, profiles)
+    winner = weighed.best(request)
+    decision = weighed.space.decision(winner)
+    prediction = predict(request, decision, profiles)
+    _check_consistent(weighed, winner, prediction)
+    return Plan(
+        meft_version=meft_version,
+        request=request,
+        decision=decision,
+        prediction=prediction,
+        inputs=inputs_used(request, decision, profiles),
+        search=SearchSummary(
+            candidates=weighed.space.num_candidates,
+            feasible=int(weighed.feasible.sum()),
+            pareto=tuple(weighed.point(index) for index in weighed.front(winner)),
+        ),
+    )
+
+
+def check_request(request: Request) -> None:
+    """Refuse what contradicts itself and what the runtime does not train; raises :class:`UsageError`."""
+    shape, width, top_k = request.model, request.adapter_width, request.top_k
+    if request.weights_dtype in ("fp16", "int8"):
+        raise UsageError(
+            f"weights_dtype {request.weights_dtype}: the runtime trains beside fp32, bf16 or nf4 weights; give one of "
+            f"them"
+        )
+    if width is not None and top_k is not None and top_k > width:
+        raise UsageError(
+            f"top_k {top_k} is above adapter_width {width}: a token cannot choose more rows than there are"
+        )
+    if request.prefetch_depth is not None and request.prefetch_depth >= shape.num_layers:
+        raise UsageError(
+            f"prefetch_depth {request.prefetch_depth}: {shape.name} has {shape.num_layers} layers; give at most "
+            f"{shape.num_layers - 1}"
+        )
+
+
+# --- weighing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A request's decisions with what each needs. Arrays have the axes of :class:`~meft.planner.space.Space`, of length
+    1 where a choice makes no difference."""
+
+    space: Space
+    limits: tuple[Limit, ...]
+    within: NDArray[np.bool_]
+    """Where every limit is kept."""
+    reserved_bytes: NDArray[np.int64]
+    """At the cap."""
+    allocated_bytes: NDArray[np.int64]
+    """At the cap."""
+    host_bytes: NDArray[np.int64]
+    trainable_parameters: NDArray[np.int64]
+    step_seconds: NDArray[np.float64]
+    """Infinite for decisions that were not simulated, as they do not fit."""
+
+    @property
+    def feasible(self) -> NDArray[np.bool_]:
+        """The candidates that keep every limit."""
+        return self.within & self.space.is_new
+
+    def at(self, values: _Values, index: tuple[int, ...]) -> float:
+        """One decision's value."""
+        value: float = np.broadcast_to(values, self.space.shape)[index].item()
+        return value
+
+    def best(self, request: Request) -> tuple[int, ...]:
+        """Grid index of the feasible decision that the objective prefers."""
+        widest, most_rows_per_token = -self.space.adapter_width, -self.space.top_k
+        order: list[_Values] = [widest, most_rows_per_token, self.step_seconds]
+        if request.objective == "speed":
+            order = [self.step_seconds, widest, most_rows_per_token]
+        return _first(self.feasible, [*order, -self.space.caps, self.reserved_bytes])
+
+    def front(self, winner: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Grid indices of decisions that no other beats in capacity (width, then K), speed and device memory at once,
+        thinned: the winner first, then its neighbours. All leave as much room for active rows as the winner, that is,
+        their caps are at its place of the cap axis; otherwise the smallest caps would always win.
+        """
+        cap = winner[CAP_AXIS]
+        index = np.nonzero(self.within[:, :, :, cap])
+        routing, top_k = index[-1], self.space.top_k
+        capacity = (self.space.adapter_width * (1 + top_k.max()) + top_k)[routing]
+        seconds = self.step_seconds[:, :, :, 0][index]
+        front = pareto_front(capacity, seconds, self.reserved_bytes[:, :, :, cap][index])
+        order = [(*(int(axis[place]) for axis in index[:-1]), cap, int(routing[place])) for place in front]
+        near = order.index(winner)
+        return [order[place] for place in thinned(len(order), near=near, most=PARETO_POINTS, neighbours=PARETO_NEAR)]
+
+    def point(self, index: tuple[int, ...]) -> ParetoPoint:
+        """The decision at a grid index with what it brings and costs."""
+        return ParetoPoint(
+            decision=self.space.decision(index),
+            trainable_parameters=int(self.at(self.trainable_parameters, index)),
+            step_seconds=self.at(self.step_seconds, index),
+            peak_reserved_bytes=int(self.at(self.reserved_bytes, index)),
+            host_bytes=int(self.at(self.host_bytes, index)),
+        )
+
+
+def weigh(request: Request, profiles: ProfileSet, *, simulate_all: bool = False) -> Weighed:
+    """Compute what every decision needs; step times only of those that fit unless ``simulate_all``."""
+    space = enumerate_space(request, profiles.sparsity)
+    allocated = _allocated_bytes(space, request, profiles)
+    reserved = np.asarray(reserved_bytes(allocated))
+    host = _host_bytes(space, request, profiles)
+    trainable = np.asarray(
+        trainable_parameters(
+            request,
+            adapter_width=space.adapter_width,
+            num_experts=space.num_experts,
+            key_experts=space.key_experts,
+        )
+    )
+    limits = _cheap_limits(request, profiles, reserved=reserved, host=host, trainable=trainable)
+    fits = np.ones(space.shape, np.bool_)
+    for limit in limits:
+        fits &= limit.holds()
+    wanted = np.ones_like(fits) if simulate_all else fits
+    seconds, baseline = _step_seconds(space, request, profiles, wanted=np.any(wanted, axis=CAP_AXIS))
+    slowdown = Limit("slowdown", "max_slowdown", seconds / baseline, request.max_slowdown)
+    return Weighed(
+        space=space,
+        limits=(*limits, slowdown),
+        within=fits & slowdown.holds(),
+        reserved_bytes=reserved,
+        allocated_bytes=allocated,
+        host_bytes=host,
+        trainable_parameters=trainable,
+        step_seconds=seconds,
+    )
+
+
+def _allocated_bytes(space: Space, request: Request, profiles: ProfileSet) -> NDArray[np.int64]:
+    """Peak allocated device bytes with every layer's rows at the cap, over the whole grid."""
+    num_layers = request.model.num_layers
+    peak = peak_allocated_bytes(
+        request=request,
+        gpu=profiles.gpu,
+        active_rows=np.broadcast_to(space.caps, (num_layers, *space.caps.shape)),
+        active_rows_cap=space.caps,
+        prefetch_depth=space.depth_axis,
+        num_experts=space.num_experts,
+        num_probes=space.num_probes,
+        key_experts=space.key_experts,
+        retained=space.retained_axis,
+        activation_checkpointing=space.checkpointing_axis,
+    )
+    return np.broadcast_to(peak, space.shape)
+
+
+def _host_bytes(space: Space, request: Request, profiles: ProfileSet) -> NDArray[np.int64]:
+    return np.asarray(
+        host_total_bytes(
+            request=request,
+            adapter_width=space.adapter_width,
+            active_rows_cap=space.caps,
+            prefetch_depth=space.depth_axis,
+            num_probes=space.num_probes,
+            key_experts=space.key_experts,
+            pinned=profiles.pinned,
+        )
+    )
+
+
+def _cheap_limits(
+    request: Request,
+    profiles: ProfileSet,
+    *,
+    reserved: NDArray[np.int64],
+    host: NDArray[np.int64],
+    trainable: NDArray[np.int64],
+) -> tuple[Limit, ...]:
+    """All but the slowdown. The device must hold the context besides what the allocator reserves."""
+    device = Limit("device memory", "gpu_mem_bytes", reserved + profiles.gpu.context.high_bytes, request.gpu_mem_bytes)
+    limits = (device, Limit("host memory", "host_mem_bytes", host, request.host_mem_bytes))
+    if request.objective == "capacity":
+        return limits
+    share = trainable / request.model.num_parameters
+    least = request.min_trainable_fraction
+    return (*limits, Limit("trainable share", "min_trainable_fraction", share, least, at_least=True))
+
+
+def _step_seconds(
+    space: Space, request: Request, profiles: ProfileSet, *, wanted: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Step seconds, infinite where not ``wanted`` (``[depths, checkpointing, backward, routings]``), with the cap's
+    axis, along which they do not change, of length 1; and the baseline of each routing.
+    """
+    seconds = np.full(wanted.shape, math.inf)
+    baseline = np.empty(0)
+    for backward, choice in enumerate(space.rows_in_backward):
+        costs = _routing_costs(space, request, profiles, refetched=choice == "refetched")
+        baseline = np.asarray(baseline_seconds(costs, num_layers=request.model.num_layers))
+        for depth, prefetch_depth in enumerate(space.prefetch_depths):
+            for again, checkpointing in enumerate(space.activation_checkpointing):
+                members = np.flatnonzero(wanted[depth, again, backward])
+                seconds[depth, again, backward, members] = simulate_candidates(
+                    costs.take(members),
+                    num_layers=request.model.num_layers,
+                    prefetch_depth=np.full(len(members), prefetch_depth),
+                    checkpointing=np.full(len(members), checkpointing),
+                    refetched=np.full(len(members), choice == "refetched"),
+                    serial=profiles.gpu.shares_host_cores,
+                )
+    return np.expand_dims(seconds, CAP_AXIS), baseline
+
+
+def _routing_costs(space: Space, request: Request, profiles: ProfileSet, *, refetched: bool) -> StepCosts:
+    """Costs of every routing; no cap is below the active rows, so the cap is not among what they depend on."""
+    return step_costs(
+        request=request,
+        gpu=profiles.gpu,
+        link=profiles.link,
+        host=profiles.host,
+        adapter_width=space.adapter_width,
+        num_experts=space.num_experts,
+        num_probes=space.num_probes,
+        key_experts=space.key_experts,
+        refetched=refetched,
+        active_rows=space.active_rows,
+        window_active_rows=space.window_active_rows,
+    )
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+def _first(feasible: NDArray[np.bool_], order: Sequence[_Values]) -> tuple[int, ...]:
+    """Grid index of the feasible decision with the least first value, of those the least second, and so on; of what is
+    left the first in the grid."""
+    index = np.nonzero(feasible)
+    for values in order:
+        found = np.broadcast_to(values, feasible.shape)[index]
+        least = found == found.min()
+        index = tuple(axis[least] for axis in index)
+    return tuple(int(axis[0]) for axis in index)
+
+
+def _infeasible(request: Request, profiles: ProfileSet) -> Infeasible:
+    weighed = weigh(request, profiles, simulate_all=True)
+
+    def best(changed: Request) -> Decision | None:
+        found = weigh(changed, profiles)
+        return found.space.decision(found.best(changed)) if found.feasible.any() else None
+
+    return explain(request, weighed.limits, weighed.space.is_new, gpu=profiles.gpu, best=best)
+
+
+def _check_consistent(weighed: Weighed, winner: tuple[int, ...], prediction: Prediction) -> None:
+    """The search's arrays and the prediction of the winner are the same terms; a difference is a bug."""
+    pairs = {
+        "peak allocated at the cap": (
+            weighed.at(weighed.allocated_bytes, winner),
+            prediction.device_memory.peak_allocated_bytes_at_cap,
+        ),
+        "host memory": (weighed.at(weighed.host_bytes, winner), prediction.host_memory.total_bytes),
+        "trainable parameters": (
+            weighed.at(weighed.trainable_parameters, winner),
+            prediction.trainable_parameters,
+        ),
+        "step seconds": (weighed.at(weighed.step_seconds, winner), prediction.timing.step_seconds),
+    }
+    for name, (searched, predicted) in pairs.items():
+        if predicted is None or not math.isclose(searched, predicted, rel_tol=SAME_SECONDS):
+            raise RuntimeError(f"the search found {name} {searched} where the prediction says {predicted}")

@@ -1,0 +1,250 @@
+"""The decisions that a search weighs, as a grid of arrays.
+
+The grid's axes are, in this order, prefetch depth, activation checkpointing, rows retained or refetched, active-rows
+cap, and *routing*: a list of every adapter width with each top-K, each number of experts and of probes. What depends on
+a few of the choices is computed along their axes alone and meets the rest by broadcasting.
+
+What the request fixes restricts the grid to it, whether or not it lies on the steps tried otherwise. Budgets and limits
+do not shape the grid: a larger budget weighs the same decisions.
+
+Letters: ``T`` tokens, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per layer, ``K`` rows per token, ``A`` active
+rows, ``N`` experts, ``P`` probes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meft.planner.plan import Decision, Request, RowsInBackward
+from meft.planner.profiles import SparsityProfile
+from meft.planner.quantities import Ints
+from meft.planner.sparsity import active_rows_per_layer, highest_active_rows
+
+WIDTHS_PER_HIDDEN_SIZE = 4
+"""Widths go up to ``4D``, twice the paper's widest (8464 for D = 4096); wider adapters can be asked for by width."""
+MAX_WIDTH_STEP = 128
+TOP_KS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
+EXPERTS_PER_ROOT = (0.5, 1.0, 2.0, 4.0)
+"""``N / sqrt(R)``: scoring ``N`` experts and then ``P * R/N`` rows costs least at ``sqrt(P)``, and routers take less
+memory the fewer experts there are. 4 is what most of the paper's configurations have."""
+PROBES = (4, 8, 16)
+"""Most of the paper's configurations have 8."""
+PROBED_ROWS_PER_TOP_K = 2
+"""Were there only ``K`` rows in the probed experts, the router alone would choose and the keys' scores nothing."""
+CAP_MULTIPLES = (1.0, 1.25, 1.5)
+"""Caps over the most rows that a batch is expected to activate; the whole width, where nothing drops, comes too."""
+
+ROWS_IN_BACKWARD: tuple[RowsInBackward, ...] = ("refetched", "retained")
+
+CAP_AXIS = 3
+NUM_AXES = 5
+
+
+@dataclass(frozen=True)
+class Space:
+    """The grid. Arrays are ``[routings]`` unless stated; ``caps`` and ``is_new`` are ``[caps, routings]``."""
+
+    prefetch_depths: tuple[int, ...]
+    activation_checkpointing: tuple[bool, ...]
+    rows_in_backward: tuple[RowsInBackward, ...]
+    caps: NDArray[np.int64]
+    is_new: NDArray[np.bool_]
+    """False for a cap that repeats a smaller one's value, and so is no candidate."""
+    adapter_width: NDArray[np.int64]
+    top_k: NDArray[np.int64]
+    num_experts: NDArray[np.int64]
+    num_probes: NDArray[np.int64]
+    key_experts: NDArray[np.bool_]
+    active_rows: NDArray[np.int64]
+    """Expected in a micro-batch, ``[L, routings]``; no cap is below it, nor below ``window_active_rows`` over the
+    window's micro-batches, so no cap changes either."""
+    window_active_rows: NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Lengths of the grid's axes."""
+        choices = (self.prefetch_depths, self.activation_checkpointing, self.rows_in_backward)
+        return (*(len(choice) for choice in choices), *self.caps.shape)
+
+    @property
+    def num_candidates(self) -> int:
+        """Different decisions in the grid."""
+        return int(np.prod(self.shape[:CAP_AXIS])) * int(self.is_new.sum())
+
+    @property
+    def depth_axis(self) -> NDArray[np.int64]:
+        """Prefetch depths along their axis, ready to broadcast."""
+        return np.array(self.prefetch_depths).reshape(-1, 1, 1, 1, 1)
+
+    @property
+    def checkpointing_axis(self) -> NDArray[np.bool_]:
+        """Activation checkpointing along its axis."""
+        return np.array(self.activation_checkpointing).reshape(-1, 1, 1, 1)
+
+    @property
+    def retained_axis(self) -> NDArray[np.bool_]:
+        """Whether rows are retained, along its axis."""
+        return np.array([choice == "retained" for choice in self.rows_in_backward]).reshape(-1, 1, 1)
+
+    def decision(self, index: tuple[int, ...]) -> Decision:
+        """The decision at a grid index."""
+        depth, checkpointing, backward, cap, routing = index
+        return Decision(
+            adapter_width=int(self.adapter_width[routing]),
+            top_k=int(self.top_k[routing]),
+            prefetch_depth=self.prefetch_depths[depth],
+            active_rows_cap=int(self.caps[cap, routing]),
+            num_experts=int(self.num_experts[routing]),
+            num_probes=int(self.num_probes[routing]),
+            routing="key-experts" if self.key_experts[routing] else "exact",
+            rows_in_backward=self.rows_in_backward[backward],
+            activation_checkpointing=self.activation_checkpointing[checkpointing],
+        )
+
+
+def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
+    """Every decision to weigh for ``request``."""
+    routings = _routings(request)
+    width, top_k = routings.adapter_width, routings.top_k
+    num_layers, tokens = request.model.num_layers, request.tokens_per_step
+    step = active_rows_per_layer(sparsity, num_layers, tokens=tokens, top_k=top_k, adapter_width=width)
+    window_tokens = tokens * request.grad_accum
+    window = active_rows_per_layer(sparsity, num_layers, tokens=window_tokens, top_k=top_k, adapter_width=width)
+    caps = active_rows_caps(request, sparsity, adapter_width=width, active_rows=step, window_active_rows=window)
+    checkpointing = request.activation_checkpointing
+    return Space(
+        prefetch_depths=prefetch_depths(request, sparsity),
+        activation_checkpointing=(False, True) if checkpointing is None else (checkpointing,),
+        rows_in_backward=ROWS_IN_BACKWARD if request.rows_in_backward is None else (request.rows_in_backward,),
+        caps=caps,
+        is_new=_is_new(caps.T).T,
+        adapter_width=width,
+        top_k=top_k,
+        num_experts=routings.num_experts,
+        num_probes=routings.num_probes,
+        key_experts=routings.key_experts,
+        active_rows=step,
+        window_active_rows=window,
+    )
+
+
+def prefetch_depths(request: Request, sparsity: SparsityProfile) -> tuple[int, ...]:
+    """As deep as the profile knows the recall of looking ahead, and below the number of layers."""
+    if request.prefetch_depth is not None:
+        return (request.prefetch_depth,)
+    return tuple(range(min(len(sparsity.prefetch_recall_by_depth), request.model.num_layers)))
+
+
+def active_rows_caps(
+    request: Request,
+    sparsity: SparsityProfile,
+    *,
+    adapter_width: NDArray[np.int64],
+    active_rows: NDArray[np.int64],
+    window_active_rows: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Caps ``[caps, routings]``, ascending: multiples of the most rows that a batch is expected to activate, and ``R``.
+
+    That most is the busiest layer's, with the profile's spread. Active rows are ``[L, routings]``.
+    """
+    busiest = active_rows.max(axis=0)
+    highest = highest_active_rows(
+        active_rows=busiest, spread_fraction=sparsity.spread_fraction, adapter_width=adapter_width
+    )
+    per_step_of_window = -(-window_active_rows.max(axis=0) // request.grad_accum)
+    least = np.maximum(highest, per_step_of_window)
+    multiples = [np.ceil(multiple * least).astype(np.int64) for multiple in CAP_MULTIPLES]
+    caps: NDArray[np.int64] = np.minimum(np.stack([*multiples, adapter_width]), adapter_width)
+    return caps
+
+
+# --- widths, K, experts, probes --------------------------------------------------------------------------------------
+
+
+def adapter_widths(request: Request) -> tuple[int, ...]:
+    """Widths to weigh: multiples of a power of two near ``D/8`` up to ``4D``, none with more weights than the model."""
+    if request.adapter_width is not None:
+        return (request.adapter_width,)
+    hidden_size, least = request.model.hidden_size, request.top_k or 1
+    step = min(MAX_WIDTH_STEP, 1 << max(hidden_size.bit_length() - 4, 0))
+    widest = min(WIDTHS_PER_HIDDEN_SIZE * hidden_size, widest_adapter(request))
+    widths = tuple(width for width in range(step, widest + 1, step) if width >= least)
+    return widths or (-(-least // step) * step,)
+
+
+def widest_adapter(request: Request) -> int:
+    """The largest ``R`` whose ``2*R*D*L`` weights are no more than the frozen model's."""
+    shape = request.model
+    return shape.num_parameters // (2 * shape.hidden_size * shape.num_layers)
+
+
+def expert_counts(adapter_width: int) -> tuple[int, ...]:
+    """Divisors of ``R`` nearest in ratio to multiples of its square root, ascending; 1 only for ``R = 1``."""
+    small = [count for count in range(1, math.isqrt(adapter_width) + 1) if adapter_width % count == 0]
+    divisors = sorted({*small, *(adapter_width // count for count in small)})[1:] or [1]
+    return tuple(_nearest(divisors, factor * math.sqrt(adapter_width)) for factor in EXPERTS_PER_ROOT)
+
+
+def _nearest(ascending: list[int], target: float) -> int:
+    """The number nearest in ratio, the smaller of two as near."""
+    place = bisect.bisect_left(ascending, target)
+    around = ascending[max(place - 1, 0) : place + 1]
+    return min(around, key=lambda number: max(number / target, target / number))
+
+
+def probe_counts(*, adapter_width: Ints, num_experts: Ints, top_k: Ints) -> NDArray[np.int64]:
+    """Probes per token, ascending along a last axis: those usual, raised until the probed experts hold ``2K`` rows (or
+    all ``R``)."""
+    wanted_rows = np.minimum(PROBED_ROWS_PER_TOP_K * top_k, adapter_width)
+    least = -(-wanted_rows * num_experts // adapter_width)
+    return np.stack([np.minimum(np.maximum(probes, least), num_experts) for probes in PROBES], axis=-1)
+
+
+@dataclass(frozen=True)
+class _Routings:
+    """Adapter widths with top-K, experts and probes, as lists of equal length; see :class:`Space`."""
+
+    adapter_width: NDArray[np.int64]
+    top_k: NDArray[np.int64]
+    num_experts: NDArray[np.int64]
+    num_probes: NDArray[np.int64]
+    key_experts: NDArray[np.bool_]
+
+
+def _routings(request: Request) -> _Routings:
+    """Every width with every K, routed exactly and by each number of experts and probes that the request allows.
+
+    The grids are ``[widths, K]`` and ``[widths, K, experts, probes]``.
+    """
+    widths = np.array(adapter_widths(request))
+    top_k = np.minimum(TOP_KS if request.top_k is None else (request.top_k,), widths[:, None])
+    new_top_k = _is_new(top_k)
+    experts = np.array([expert_counts(int(width)) for width in widths])[:, None, :]
+    probes = probe_counts(adapter_width=widths[:, None, None], num_experts=experts, top_k=top_k[:, :, None])
+    in_experts = new_top_k[:, :, None, None] & _is_new(experts)[..., None] & _is_new(probes)
+    exactly = np.flatnonzero(new_top_k) if request.routing != "key-experts" else np.empty(0, np.int64)
+    by_experts = np.flatnonzero(in_experts) if request.routing != "exact" else np.empty(0, np.int64)
+
+    def listed(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers given per width and K, or per width, K, experts and probes, in the order of the lists."""
+        of_exact = np.broadcast_to(numbers, top_k.shape) if numbers.ndim == 2 else np.ones_like(top_k)
+        numbers = np.broadcast_to(numbers.reshape(*numbers.shape, *(1,) * (4 - numbers.ndim)), probes.shape)
+        return np.concatenate([of_exact.ravel()[exactly], numbers.ravel()[by_experts]])
+
+    return _Routings(
+        adapter_width=listed(widths[:, None]),
+        top_k=listed(top_k),
+        num_experts=listed(experts),
+        num_probes=listed(probes),
+        key_experts=np.repeat([False, True], [len(exactly), len(by_experts)]),
+    )
+
+
+def _is_new(ascending: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """False where a number repeats the one before it on the last axis."""
+    return np.diff(ascending, axis=-1, prepend=0) > 0
