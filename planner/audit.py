@@ -1,0 +1,450 @@
+"""The audit: what a plan predicted beside what a run of it observed, and whether the plan kept its word.
+
+Three kinds of lines. *Exact* ones rest on arithmetic alone: given the active rows that the run observed, the bytes over
+the link must equal the counted ones, and the adapter's host tables must take what was said. *Within* ones may differ by
+a tolerance. *Shown* ones rest on assumed or measured rates and sparsity, which another machine or other data change:
+they are for reading and calibration, and are judged only when a tolerance is asked for them by name.
+
+Letters: ``L`` layers, ``A_l`` active rows of layer ``l``.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meft.planner.errors import UsageError, unknown_name
+from meft.planner.memory import predict_device_memory
+from meft.planner.plan import Direction, Plan
+from meft.planner.profiles import GpuProfile
+from meft.planner.report import Report
+from meft.planner.schema import Basis, Bytes, Record
+from meft.planner.transfer import Categories, step_bytes_by_category
+
+DEFAULT_TOLERANCE_FRACTION = 0.03
+"""What the closed-form ledger promises of the allocated peak."""
+
+Rule = Literal["exact", "within", "at most", "shown"]
+
+_DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
+_GIVEN_ROWS = ("h2d_bytes_given_rows", "d2h_bytes_given_rows")
+
+
+class AuditRow(Record):
+    """One quantity. ``ratio`` is predicted over observed, null when the observed value is 0."""
+
+    quantity: str
+    predicted: float
+    observed: float
+    ratio: float | None
+    predicted_basis: Basis
+    observed_basis: Basis
+    rule: Rule
+    tolerance_fraction: float | None
+    """Largest accepted ``|predicted - observed| / observed``; null where the rule needs none."""
+    holds: bool | None
+    """Null for what is only shown."""
+    because: str
+
+
+class CategoryCheck(Record):
+    """Bytes of one category over the link: predicted from the observed active rows, and counted; means per ``per``."""
+
+    direction: Direction
+    category: str
+    per: Literal["step", "optimizer_step"]
+    predicted_bytes: Bytes
+    counted_bytes: Bytes
+    equal: bool
+
+
+class Audit(Record):
+    """The whole of it; ``passed`` when every judged line holds."""
+
+    plan_digest: str
+    report_digest: str
+    device_kind: Literal["cuda", "emulated"]
+    device_name: str
+    rehearsal: bool
+    steps: int
+    rows: tuple[AuditRow, ...]
+    transfer: tuple[CategoryCheck, ...]
+    transfer_exact: bool
+    notes: tuple[str, ...]
+    passed: bool
+
+
+def audit(
+    plan: Plan,
+    report: Report,
+    *,
+    gpu: GpuProfile | None,
+    tolerance_fraction: float = DEFAULT_TOLERANCE_FRACTION,
+    tolerances: Mapping[str, float] | None = None,
+) -> Audit:
+    """Compare a report with the plan that it ran.
+
+    ``gpu`` is the plan's GPU profile, to work out device memory again from the observed rows; without it that line is
+    left out. ``tolerances`` judge quantities by name with a tolerance of their own. Raises :class:`UsageError` for a
+    report of another plan, a report without a step, and a tolerance for an unknown quantity.
+    """
+    _check_belongs(plan, report)
+    steps = measured_steps(report)
+    rows = (
+        *_device_rows(plan, report, gpu, tolerance_fraction),
+        *_host_rows(plan, report),
+        *_exact_transfer_rows(plan, report, steps),
+        *_planned_transfer_rows(plan, report),
+        *_estimated_rows(plan, report),
+    )
+    rows = _with_tolerances(rows, tolerances or {})
+    checks = category_checks(plan, report, steps)
+    return Audit(
+        plan_digest=report.plan_digest,
+        report_digest=report.content_digest(),
+        device_kind=report.device.kind,
+        device_name=report.device.name,
+        rehearsal=report.rehearsal,
+        steps=steps,
+        rows=rows,
+        transfer=checks,
+        transfer_exact=all(row.predicted == row.observed for row in rows if row.quantity in _GIVEN_ROWS),
+        notes=_notes(plan, report, gpu),
+        passed=all(row.holds is not False for row in rows),
+    )
+
+
+def weakest_basis(bases: Iterable[Basis]) -> Basis:
+    """The basis of a number made from numbers of these: assumed if one is, else measured if one is, else counted."""
+    order: tuple[Basis, ...] = ("counted", "measured", "assumed")
+    return max(bases, key=order.index, default="counted")
+
+
+def measured_steps(report: Report) -> int:
+    """Steps that the report's counters cover: a resumed run's lists of losses are longer.
+
+    Raises :class:`UsageError` when there is none.
+    """
+    steps = next((round(layer.total / layer.mean) for layer in report.observed.active_rows if layer.total), 0)
+    steps = steps or report.training.steps
+    if steps < 1:
+        raise UsageError(
+            "report: it covers no step, so there is nothing to compare; run the plan with --steps 1 or more"
+        )
+    return steps
+
+
+def bytes_given_rows(plan: Plan, *, rows_total: Iterable[int], steps: int) -> dict[tuple[Direction, str], int]:
+    """Bytes by category over ``steps`` micro-batches whose active rows, summed over them, are ``rows_total [L]``.
+
+    A step's bytes are a constant plus a multiple of each layer's rows, so sums of rows give sums of bytes.
+    """
+    totals = np.array(list(rows_total), dtype=np.int64)
+    with_rows, without = (_categories(plan, rows) for rows in (totals, np.zeros_like(totals)))
+    return {key: int(with_rows[key]) + (steps - 1) * int(without[key]) for key in with_rows}
+
+
+def category_checks(plan: Plan, report: Report, steps: int) -> tuple[CategoryCheck, ...]:
+    """Every category that was predicted or counted, per step and per optimizer step."""
+    totals = bytes_given_rows(plan, rows_total=(layer.total for layer in report.observed.active_rows), steps=steps)
+    predicted: dict[tuple[Direction, str, Literal["step", "optimizer_step"]], int] = {
+        (way, name, "step"): round(size / steps) for (way, name), size in totals.items()
+    }
+    for entry in plan.prediction.transfer.entries:
+        if entry.per == "optimizer_step":
+            predicted[entry.direction, entry.category, "optimizer_step"] = entry.num_bytes
+    counted = {
+        (entry.direction, entry.category, entry.per): entry.num_bytes for entry in report.observed.transfer.entries
+    }
+    return tuple(
+        CategoryCheck(
+            direction=key[0],
+            category=key[1],
+            per=key[2],
+            predicted_bytes=predicted.get(key, 0),
+            counted_bytes=counted.get(key, 0),
+            equal=predicted.get(key, 0) == counted.get(key, 0),
+        )
+        for key in {**predicted, **counted}
+        if predicted.get(key) or counted.get(key)
+    )
+
+
+def _check_belongs(plan: Plan, report: Report) -> None:
+    digest = plan.content_digest()
+    if report.plan_digest != digest:
+        raise UsageError(
+            f"report: it is of the plan with digest {report.plan_digest[:12]}, not of this one ({digest[:12]}); "
+            f"give the plan.json that was run, or run this one"
+        )
+    layers, expected = len(report.observed.active_rows), plan.request.model.num_layers
+    if layers != expected:
+        raise UsageError(f"report: active rows of {layers} layers, but the plan's model has {expected}")
+
+
+def _by_direction(totals: Mapping[tuple[Direction, str], int]) -> list[int]:
+    return [sum(size for (way, _), size in totals.items() if way == direction) for direction in _DIRECTIONS]
+
+
+def _categories(plan: Plan, rows: NDArray[np.int64]) -> Categories:
+    decision = plan.decision
+    return step_bytes_by_category(
+        request=plan.request,
+        prefetch_depth=decision.prefetch_depth,
+        num_probes=decision.num_probes,
+        key_experts=decision.routing == "key-experts",
+        refetched=decision.rows_in_backward == "refetched",
+        active_rows=rows,
+    )
+
+
+# --- the lines ------------------------------------------------------------------------------------------------------
+
+
+def _row(
+    quantity: str,
+    predicted: float,
+    observed: float,
+    *,
+    bases: tuple[Basis, Basis],
+    because: str,
+    rule: Rule = "shown",
+    tolerance_fraction: float | None = None,
+) -> AuditRow:
+    return AuditRow(
+        quantity=quantity,
+        predicted=predicted,
+        observed=observed,
+        ratio=predicted / observed if observed else None,
+        predicted_basis=bases[0],
+        observed_basis=bases[1],
+        rule=rule,
+        tolerance_fraction=tolerance_fraction,
+        holds=_holds(rule, predicted, observed, tolerance_fraction),
+        because=because,
+    )
+
+
+def _holds(rule: Rule, predicted: float, observed: float, tolerance_fraction: float | None) -> bool | None:
+    if rule == "exact":
+        return predicted == observed
+    if rule == "at most":
+        return observed <= predicted
+    if rule == "within":
+        return abs(predicted - observed) <= (tolerance_fraction or 0.0) * abs(observed)
+    return None
+
+
+def _device_rows(plan: Plan, report: Report, gpu: GpuProfile | None, tolerance_fraction: float) -> tuple[AuditRow, ...]:
+    predicted, observed = plan.prediction.device_memory, report.observed.device_memory
+    seen: Basis = "counted" if report.device.kind == "emulated" else "measured"
+    ledger = weakest_basis(entry.basis for entry in predicted.entries)
+    guessed = weakest_basis((ledger, plan.prediction.sparsity.basis))
+    rows = [
+        _row(
+            "device_allocated_bytes",
+            predicted.peak_allocated_bytes,
+            observed.peak_allocated_bytes,
+            bases=(guessed, seen),
+            because="allocated peak, with the planned active rows",
+        )
+    ]
+    if gpu is not None:
+        rows.append(
+            _row(
+                "device_allocated_bytes_given_rows",
+                _allocated_given_rows(plan, report, gpu),
+                observed.peak_allocated_bytes,
+                bases=(ledger, seen),
+                because="allocated peak, with the most rows that each layer had",
+                rule="within",
+                tolerance_fraction=tolerance_fraction,
+            )
+        )
+    rows += [
+        _row(
+            "device_reserved_bytes",
+            predicted.peak_reserved_bytes,
+            observed.peak_reserved_bytes,
+            bases=(predicted.reserved_basis, seen),
+            because="what the caching allocator held at its peak",
+        ),
+        _row(
+            "device_budget_bytes",
+            predicted.allocator_budget_bytes,
+            observed.peak_reserved_bytes,
+            bases=("counted", seen),
+            because="the plan's promise: reserved stays within the budget",
+            rule="at most",
+        ),
+    ]
+    if observed.process_bytes is not None:
+        process = predicted.process_bytes
+        middle = (process.low_bytes + process.high_bytes) / 2
+        rows.append(
+            _row(
+                "device_process_bytes",
+                middle,
+                observed.process_bytes,
+                bases=(process.basis, "measured"),
+                because=f"the middle of a range; observed by {observed.process_bytes_source}",
+            )
+        )
+    return tuple(rows)
+
+
+def _allocated_given_rows(plan: Plan, report: Report, gpu: GpuProfile) -> int:
+    most = [layer.max for layer in report.observed.active_rows]
+    memory = predict_device_memory(request=plan.request, decision=plan.decision, gpu=gpu, active_rows_per_layer=most)
+    return memory.peak_allocated_bytes
+
+
+def _host_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
+    return (
+        _row(
+            "host_adapter_bytes",
+            plan.prediction.host_memory.total_bytes,
+            report.observed.host_memory.total_bytes,
+            bases=("counted", "counted"),
+            because="tables and staging buffers of the adapter",
+            rule="exact",
+        ),
+    )
+
+
+def _exact_transfer_rows(plan: Plan, report: Report, steps: int) -> tuple[AuditRow, ...]:
+    observed, predicted = report.observed.transfer, plan.prediction.transfer
+    totals = bytes_given_rows(plan, rows_total=(layer.total for layer in report.observed.active_rows), steps=steps)
+    given_rows = zip(_by_direction(totals), (observed.h2d_bytes_total, observed.d2h_bytes_total), strict=True)
+    per_optimizer_step = (
+        (predicted.h2d_bytes_per_optimizer_step, observed.h2d_bytes_per_optimizer_step),
+        (predicted.d2h_bytes_per_optimizer_step, observed.d2h_bytes_per_optimizer_step),
+    )
+    counted: tuple[Basis, Basis] = ("counted", "counted")
+    return (
+        *(
+            _row(
+                name,
+                expected,
+                seen,
+                bases=counted,
+                because=f"all {steps} steps, with the rows that were active",
+                rule="exact",
+            )
+            for name, (expected, seen) in zip(_GIVEN_ROWS, given_rows, strict=True)
+        ),
+        *(
+            _row(
+                f"{way}_bytes_per_optimizer_step",
+                expected,
+                seen,
+                bases=counted,
+                because="outside the steps, once per accumulation window",
+                rule="exact",
+            )
+            for way, (expected, seen) in zip(_DIRECTIONS, per_optimizer_step, strict=True)
+            if expected or seen
+        ),
+    )
+
+
+def _planned_transfer_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
+    predicted, observed = plan.prediction.transfer, report.observed.transfer
+    pairs = (
+        (predicted.h2d_bytes_per_step, observed.h2d_bytes_per_step),
+        (predicted.d2h_bytes_per_step, observed.d2h_bytes_per_step),
+    )
+    bases: tuple[Basis, Basis] = (plan.prediction.sparsity.basis, "counted")
+    return tuple(
+        _row(f"{way}_bytes_per_step", expected, seen, bases=bases, because="with the planned active rows")
+        for way, (expected, seen) in zip(_DIRECTIONS, pairs, strict=True)
+    )
+
+
+def _estimated_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
+    """What rests on rates and sparsity: active rows, recall, times."""
+    prediction, observed = plan.prediction, report.observed
+    sparsity = prediction.sparsity
+    rates = weakest_basis(number.basis for number in plan.inputs.numbers)
+    planned_rows = statistics.fmean(sparsity.active_rows_per_layer)
+    seen_rows = statistics.fmean(layer.mean for layer in observed.active_rows)
+    rows = [
+        _row(
+            "active_rows_per_layer",
+            planned_rows,
+            seen_rows,
+            bases=(sparsity.basis, "counted"),
+            because="mean over layers and steps",
+        )
+    ]
+    if observed.prefetch_recall is not None:
+        rows.append(
+            _row(
+                "prefetch_recall",
+                sparsity.prefetch_recall,
+                observed.prefetch_recall,
+                bases=(sparsity.basis, "measured"),
+                because="share of the exact choice that look-ahead found",
+            )
+        )
+    if observed.step_seconds is not None:
+        rows.append(
+            _row(
+                "step_seconds",
+                prediction.timing.step_seconds,
+                observed.step_seconds,
+                bases=(rates, "measured"),
+                because="median step with the optimizer's share",
+            )
+        )
+    for lane, seconds in observed.busy_seconds.items():
+        rows.append(
+            _row(
+                f"{lane}_busy_seconds",
+                prediction.timing.busy_seconds.get(lane, 0.0),
+                seconds,
+                bases=(rates, "measured"),
+                because=f"work of the {lane} lane in a step",
+            )
+        )
+    return tuple(rows)
+
+
+def _with_tolerances(rows: tuple[AuditRow, ...], tolerances: Mapping[str, float]) -> tuple[AuditRow, ...]:
+    """Judge the named quantities with their own tolerance."""
+    names = [row.quantity for row in rows]
+    for name in tolerances:
+        if name not in names:
+            raise unknown_name("quantity in --tolerance", name, names)
+    return tuple(
+        row.model_copy(
+            update={
+                "rule": "within",
+                "tolerance_fraction": tolerances[row.quantity],
+                "holds": _holds("within", row.predicted, row.observed, tolerances[row.quantity]),
+            }
+        )
+        if row.quantity in tolerances
+        else row
+        for row in rows
+    )
+
+
+def _notes(plan: Plan, report: Report, gpu: GpuProfile | None) -> tuple[str, ...]:
+    observed, notes = report.observed, []
+    if report.rehearsal:
+        notes.append("a rehearsal: nothing was computed, and the active rows are the plan's own")
+    if observed.device_memory.process_bytes is None:
+        notes.append(f"no process memory: {observed.device_memory.process_bytes_source}")
+    if observed.dropped_rows:
+        cap = plan.decision.active_rows_cap
+        notes.append(f"active_rows_cap {cap} dropped {observed.dropped_rows:,} rows, summed over layers and steps")
+    if gpu is None:
+        notes.append(f"GPU profile {plan.request.gpu!r} has changed since the plan: allocated given rows is left out")
+    if report.device.budget_bytes != plan.prediction.device_memory.allocator_budget_bytes:
+        notes.append("the run had another device budget than the plan")
+    return tuple(notes)

@@ -1,0 +1,103 @@
+"""``meft-plan``: the command line. Planning is the default command; see the other modules ``cli_*`` for each.
+
+Every error is one line on standard error with the exit code of :mod:`meft.planner.errors`; ``MEFT_DEBUG=1`` shows the
+traceback of an unexpected one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+import click
+
+from meft.planner.cli_audit import audit_command
+from meft.planner.cli_methods import compare_command, estimate_command
+from meft.planner.cli_plan import plan_command
+from meft.planner.errors import EXIT_UNEXPECTED, MeftError, unknown_name
+
+PROGRAM = "meft-plan"
+DEFAULT_COMMAND = "plan"
+EXIT_INTERRUPTED = 130
+
+
+class PlannerGroup(click.Group):
+    """A group whose default command is planning, and whose errors are single lines with documented exit codes."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Options without a command belong to planning."""
+        own = {"--version", *self.get_help_option_names(ctx)}
+        if not args or (args[0].startswith("-") and args[0] not in own):
+            args = [DEFAULT_COMMAND, *args]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """A misspelt command gets the near names."""
+        if args[0] not in self.commands:
+            raise unknown_name("command", args[0], self.commands)
+        return super().resolve_command(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options of planning, the group's own, and the commands."""
+        with click.Context(self.commands[DEFAULT_COMMAND], parent=ctx, info_name=DEFAULT_COMMAND) as plan:
+            records = [record for param in plan.command.get_params(plan) if (record := param.get_help_record(plan))]
+        with formatter.section("Options of planning, the default command"):
+            formatter.write_dl([record for record in records if not record[0].startswith("-h")])
+        super().format_options(ctx, formatter)
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run as :meth:`click.Group.main` does, and end the process with the documented exit code."""
+        try:
+            code = super().main(*args, **options | {"prog_name": PROGRAM, "standalone_mode": False})
+        except MeftError as error:
+            _fail(str(error), error.exit_code)
+        except click.ClickException as error:
+            _fail(_one_line(error), error.exit_code)
+        except click.exceptions.Abort:
+            _fail("interrupted", EXIT_INTERRUPTED)
+        except Exception as error:
+            if os.environ.get("MEFT_DEBUG"):
+                raise
+            _fail(f"unexpected {type(error).__name__}: {error} (MEFT_DEBUG=1 shows where)", EXIT_UNEXPECTED)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(
+    cls=PlannerGroup,
+    commands=[plan_command, estimate_command, compare_command, audit_command],
+    context_settings={"help_option_names": ["-h", "--help"]},
+    options_metavar="",
+    subcommand_metavar="[COMMAND] [OPTIONS]",
+)
+@click.version_option(version("meft"), prog_name=PROGRAM)
+def command() -> None:
+    """Find what MEFT can train within a GPU's memory, and say what it needs.
+
+    `meft-plan --gpu-mem 24GB` plans LLaMA-7B with the MEFT paper's workload and writes plan.json, which meft-run
+    executes. For memory GB = GiB = 2^30 bytes: 24GB is what is printed on the card's box.
+
+    Exit codes: 0 done; 1 unexpected, or an audit that failed; 2 usage or a bad file; 3 nothing fits; 4 this machine
+    cannot run the plan.
+    """
+
+
+def main() -> None:
+    """Entry point."""
+    command.main()
+
+
+def _one_line(error: click.ClickException) -> str:
+    """Click's message and where to read on."""
+    message = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else PROGRAM
+    return f"{message.rstrip('.')}; {path.removesuffix(' plan')} --help lists what there is"
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    click.echo(f"{PROGRAM}: {' '.join(message.split())}", err=True)
+    sys.exit(exit_code)

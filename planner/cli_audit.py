@@ -1,0 +1,91 @@
+"""``meft-plan audit``: predicted against observed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import click
+
+from meft.planner.audit import DEFAULT_TOLERANCE_FRACTION, audit
+from meft.planner.cli_options import PATH
+from meft.planner.errors import EXIT_DONE, EXIT_UNEXPECTED, UsageError
+from meft.planner.plan import Plan
+from meft.planner.profiles import GpuProfile, load_gpu
+from meft.planner.report import Report
+
+
+@click.command("audit", short_help="Compare a plan with the report of its run.")
+@click.argument("plan", type=PATH)
+@click.argument("report", type=PATH)
+@click.option(
+    "--tolerance",
+    "tolerances",
+    multiple=True,
+    metavar="[QUANTITY=]FRACTION",
+    help="Accepted difference from the observed value; alone for the allocated peak given the observed rows "
+    f"[default: {DEFAULT_TOLERANCE_FRACTION}], with a name to judge any quantity: --tolerance step_seconds=0.25.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the audit as JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="Transfers by category.")
+@click.pass_context
+def audit_command(
+    context: click.Context,
+    /,
+    *,
+    plan: Path,
+    report: Path,
+    tolerances: tuple[str, ...],
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Compare PLAN with the REPORT of a run of it.
+
+    Given the rows that were active, the bytes over the link must equal the counted ones exactly. Exit code 0 when every
+    judged quantity holds, 1 otherwise, 2 for a report of another plan.
+    """
+    fraction, by_name = parse_tolerances(tolerances)
+    loaded = Plan.load(plan)
+    verdict = audit(
+        loaded,
+        Report.load(report),
+        gpu=gpu_of(loaded),
+        tolerance_fraction=fraction,
+        tolerances=by_name,
+    )
+    if as_json:
+        click.echo(verdict.model_dump_json(indent=2))
+    else:
+        from meft.planner.render import show
+        from meft.planner.render_audit import audit_view
+
+        show(audit_view(verdict, verbose=verbose))
+    context.exit(EXIT_DONE if verdict.passed else EXIT_UNEXPECTED)
+
+
+def parse_tolerances(texts: tuple[str, ...]) -> tuple[float, dict[str, float]]:
+    """The tolerance of the allocated peak, and those of quantities by name."""
+    overall, by_name = DEFAULT_TOLERANCE_FRACTION, {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            fraction = float(number)
+        except ValueError:
+            fraction = math.nan
+        if not 0 <= fraction < math.inf:
+            raise UsageError(f"--tolerance {text}: {number!r} is not a fraction of 0 or more; give such as 0.05")
+        if name:
+            by_name[name] = fraction
+        else:
+            overall = fraction
+    return overall, by_name
+
+
+def gpu_of(plan: Plan) -> GpuProfile | None:
+    """The plan's GPU profile, if it is still what the plan was made with."""
+    try:
+        gpu = load_gpu(plan.request.gpu)
+    except UsageError:
+        return None
+    digests = {used.digest for used in plan.inputs.profiles if used.kind == "gpu"}
+    return gpu if gpu.content_digest() in digests else None

@@ -1,0 +1,231 @@
+"""The options that commands of ``meft-plan`` share, and how their values are read.
+
+An option's value is either right or refused here with field, value and limit; what depends on the model or the card is
+checked in :mod:`meft.planner.cli_request`.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+import click
+
+from meft.planner.plan import AdapterDtype, Attention, Objective, Routing, RowsInBackward, WeightsDtype
+from meft.planner.units import format_size_argument, parse_bytes
+
+if TYPE_CHECKING:
+    _IntType = click.ParamType[int]
+else:  # only newer versions of click can be subscripted
+    _IntType = click.ParamType
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+MAX_BATCH_SIZE = 1 << 14
+MAX_SEQ_LEN = 1 << 20
+MAX_GRAD_ACCUM = 1 << 16
+MAX_WIDTH = 1 << 20
+RUNNABLE_WEIGHTS: tuple[WeightsDtype, ...] = ("fp32", "bf16", "nf4")
+"""Weights that the runtime trains beside."""
+
+
+class Size(_IntType):
+    """A memory size, as :func:`~meft.planner.units.parse_bytes` reads it."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ARG002 - click's
+        """Bytes; a bad size is a :class:`~meft.planner.errors.UsageError` that names the option."""
+        if isinstance(value, int):
+            return value
+        return parse_bytes(value, field=param.opts[0] if param is not None else "size")
+
+
+class FiniteRange(click.FloatRange):
+    """A float range that refuses NaN, which is neither below nor above anything."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or click's own usage error."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+SIZE = Size()
+PATH = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What the options say of the workload, the budgets and the choices; ``None`` where an option was not given."""
+
+    model: str | None
+    gpu: str | None
+    gpu_mem: int | None
+    host_mem: int | None
+    host: str | None
+    link: str | None
+    sparsity: str | None
+    batch_size: int
+    seq_len: int
+    grad_accum: int
+    weights_dtype: WeightsDtype | None
+    double_quant: bool | None
+    adapter_dtype: AdapterDtype | None
+    attention: Attention
+    activation_checkpointing: bool | None
+    objective: Objective = "capacity"
+    max_slowdown: float | None = None
+    min_trainable: float | None = None
+    adapter_width: int | None = None
+    top_k: int | None = None
+    prefetch_depth: int | None = None
+    routing: Routing | None = None
+    rows_in_backward: RowsInBackward | None = None
+
+    @classmethod
+    def taken_from(cls, given: dict[str, Any]) -> RequestOptions:
+        """Take this record's fields out of a command's arguments."""
+        return cls(**{name: given.pop(name) for name in cls.__dataclass_fields__ if name in given})
+
+
+def budget_options(command: Command) -> Command:
+    """The card, the host and what connects them."""
+    return _apply(
+        command,
+        click.option("--gpu", metavar="NAME", help="Card whose memory and rates to plan for, or 'emulated'."),
+        click.option(
+            "--gpu-mem",
+            type=SIZE,
+            help="GPU memory, as printed on the card's box: GB = GiB = 2^30 bytes here. MiB, GiB and bytes work too.",
+        ),
+        click.option("--host-mem", type=SIZE, help="Host memory for the adapter. [default: this machine's RAM]"),
+        click.option("--host", metavar="NAME", help="Class of host: its CPU rates."),
+        click.option("--link", metavar="NAME", help="Class of host-device link. [default: the card's slot]"),
+        click.option("--sparsity", metavar="NAME|FILE", help="Profile of how many rows a batch activates."),
+    )
+
+
+def workload_options(command: Command) -> Command:
+    """The model and what a step trains on, with weights that the runtime takes."""
+    return _workload_options(command, weights=RUNNABLE_WEIGHTS)
+
+
+def all_weights_workload_options(command: Command) -> Command:
+    """The same with every kind of weights that can be priced."""
+    return _workload_options(command, weights=get_args(WeightsDtype))
+
+
+def _workload_options(command: Command, *, weights: tuple[str, ...]) -> Command:
+    return _apply(
+        command,
+        click.option(
+            "--model", metavar="NAME|DIR|FILE", help="Built-in name, model folder, or config.json. [default: llama-7b]"
+        ),
+        click.option("--batch-size", type=click.IntRange(1, MAX_BATCH_SIZE), default=2, show_default=True),
+        click.option("--seq-len", type=click.IntRange(1, MAX_SEQ_LEN), default=256, show_default=True),
+        click.option(
+            "--grad-accum",
+            type=click.IntRange(1, MAX_GRAD_ACCUM),
+            default=32,
+            show_default=True,
+            help="Steps (micro-batches) per optimizer step.",
+        ),
+        click.option(
+            "--weights-dtype",
+            type=click.Choice(weights),
+            help="Of the frozen model. [default: bf16; fp32 on the emulated device]",
+        ),
+        click.option(
+            "--double-quant/--no-double-quant", default=None, help="Quantize the constants of nf4 weights too."
+        ),
+        click.option(
+            "--adapter-dtype",
+            type=click.Choice(get_args(AdapterDtype)),
+            help="In which rows travel and compute. [default: fp32 beside fp32 weights, else bf16]",
+        ),
+        click.option("--attention", type=click.Choice(get_args(Attention)), default="sdpa", show_default=True),
+        click.option(
+            "--activation-checkpointing/--no-activation-checkpointing",
+            default=None,
+            help="[default: the planner chooses]",
+        ),
+    )
+
+
+def search_options(command: Command) -> Command:
+    """What to look for, and choices that are made already."""
+    return _apply(
+        decision_options(command),
+        click.option("--objective", type=click.Choice(get_args(Objective)), default="capacity", show_default=True),
+        click.option(
+            "--max-slowdown",
+            type=FiniteRange(1.0, 1000.0),
+            help="Over the same adapter all on the GPU. [default: 1.587, the paper's 1 / 0.63]",
+        ),
+        click.option(
+            "--min-trainable",
+            type=FiniteRange(0.0, 1.0),
+            help="Least trainable parameters for --objective speed, as a fraction of the model. [default: 0.1]",
+        ),
+    )
+
+
+def decision_options(command: Command) -> Command:
+    """Parts of a decision that the user may fix."""
+    return _apply(
+        command,
+        click.option("--adapter-width", type=click.IntRange(1, MAX_WIDTH), help="Rows per layer."),
+        click.option("--top-k", type=click.IntRange(1, MAX_WIDTH), help="Rows per token."),
+        click.option("--prefetch-depth", type=click.IntRange(min=0), help="Layers that rows are fetched ahead."),
+        click.option("--routing", type=click.Choice(get_args(Routing))),
+        click.option("--rows-in-backward", type=click.Choice(get_args(RowsInBackward))),
+    )
+
+
+def _apply(command: Command, *decorators: Callable[[Any], Any]) -> Command:
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def command_with(context: click.Context, changes: Mapping[str, str]) -> str:
+    """The command line that was given, with options changed or added: one that can be typed as it stands.
+
+    ``changes`` maps options to values; an empty value stands for a flag.
+    """
+    changed = {_parameter_of(context, option) for option in changes}
+    words = ["meft-plan"]
+    if context.info_name != "plan":
+        words.append(context.info_name or "")
+    for parameter in context.command.params:
+        if parameter.name not in changed and _was_given(context, parameter):
+            words += _words(parameter, context.params[parameter.name or ""])
+    for option, value in changes.items():
+        words += [option, value] if value else [option]
+    return shlex.join(words)
+
+
+def _parameter_of(context: click.Context, option: str) -> str | None:
+    for parameter in context.command.params:
+        if option in (*parameter.opts, *parameter.secondary_opts):
+            return parameter.name
+    return None
+
+
+def _was_given(context: click.Context, parameter: click.Parameter) -> bool:
+    source = context.get_parameter_source(parameter.name or "")
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
+def _words(parameter: click.Parameter, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        options = parameter.opts if value else parameter.secondary_opts
+        return [options[0]]
+    text = format_size_argument(value) if isinstance(parameter.type, Size) else str(value)
+    return [text] if isinstance(parameter, click.Argument) else [parameter.opts[0], text]

@@ -1,0 +1,118 @@
+"""``meft-plan [plan]``: the best decision within the budgets."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from meft.planner.cli_options import (
+    PATH,
+    RequestOptions,
+    budget_options,
+    command_with,
+    search_options,
+    workload_options,
+)
+from meft.planner.cli_request import Planning, planning
+from meft.planner.errors import InfeasibleError, UsageError
+from meft.planner.files import write_atomic
+from meft.planner.lanes import Event, chrome_trace
+from meft.planner.plan import Plan
+from meft.planner.search import Infeasible, make_plan
+from meft.planner.timing import step_timing
+
+
+@click.command("plan", short_help="The best decision within the budgets (the default).")
+@budget_options
+@workload_options
+@search_options
+@click.option("-o", "--output", type=PATH, default=Path("plan.json"), show_default=True, help="Where the plan goes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on standard output, and nothing else.")
+@click.option("--plot", type=PATH, help="Draw memory, trade-offs and lanes into this .png, .svg or .pdf file.")
+@click.option("--trace", type=PATH, help="Write the simulated step as a Chrome trace (chrome://tracing, Perfetto).")
+@click.option("-v", "--verbose", is_flag=True, help="Every ledger entry, and every number with its source.")
+@click.pass_context
+def plan_command(
+    context: click.Context,
+    /,
+    *,
+    output: Path,
+    as_json: bool,
+    plot: Path | None,
+    trace: Path | None,
+    verbose: bool,
+    **given: Any,
+) -> None:
+    """Plan: the decision, what it needs, and what binds. The default command."""
+    if plot is not None:
+        from meft.planner.plot import check_format
+
+        check_format(plot)
+    planned = planning(RequestOptions.taken_from(given))
+    found = make_plan(planned.request, planned.profiles, meft_version=version("meft"))
+    if isinstance(found, Infeasible):
+        refuse(context, found, as_json=as_json)
+    _write(output, found.to_json(), option="-o")
+    if trace is not None:
+        _write(trace, json.dumps(chrome_trace(simulated_step(found, planned)), separators=(",", ":")), option="--trace")
+    if plot is not None:
+        from meft.planner.plot import plot_plan
+
+        plot_plan(found, simulated_step(found, planned), plot)
+    if as_json:
+        click.echo(found.to_json(), nl=False)
+    else:
+        _show(found, planned, output, verbose=verbose, also=[path for path in (plot, trace) if path is not None])
+
+
+def simulated_step(plan: Plan, planned: Planning) -> list[Event]:
+    """The tasks of the plan's step, as its timing was simulated."""
+    events: list[Event] = []
+    sparsity = plan.prediction.sparsity
+    step_timing(
+        request=plan.request,
+        decision=plan.decision,
+        gpu=planned.profiles.gpu,
+        link=planned.profiles.link,
+        host=planned.profiles.host,
+        active_rows_per_layer=sparsity.active_rows_per_layer,
+        window_active_rows_per_layer=sparsity.window_active_rows_per_layer,
+        events=events,
+    )
+    return events
+
+
+def refuse(context: click.Context, verdict: Infeasible, *, as_json: bool) -> NoReturn:
+    """Say what binds and the nearest command that works; with ``--json`` on standard output too."""
+    nearest = command_with(context, verdict.suggestion) if verdict.suggestion else None
+    if as_json:
+        content = {
+            "feasible": False,
+            "binding": verdict.binding,
+            "needed": verdict.needed,
+            "limit": verdict.limit,
+            "message": verdict.message,
+            "command": nearest,
+        }
+        click.echo(json.dumps(content, indent=2, allow_nan=False))
+    hint = f"; the nearest that fits: {nearest}" if nearest else "; no change nearby was found that fits"
+    raise InfeasibleError(f"no plan fits: {verdict.message.rstrip('.')}{hint}")
+
+
+def _write(path: Path, text: str, *, option: str) -> None:
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written ({error.strerror})") from None
+
+
+def _show(plan: Plan, planned: Planning, output: Path, *, verbose: bool, also: list[Path]) -> None:
+    from meft.planner.render import plan_view, show
+
+    show(plan_view(plan, path=output, notes=planned.notes, verbose=verbose))
+    for path in (output, *also):
+        click.echo(f"wrote {path}")

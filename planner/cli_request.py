@@ -1,0 +1,217 @@
+"""From options to what is planned: the request, the profiles it rests on, and notes on what was taken for granted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meft.planner.architecture import ModelShape
+from meft.planner.cli_options import RequestOptions
+from meft.planner.errors import UsageError
+from meft.planner.models import load_model
+from meft.planner.plan import AdapterDtype, Request, WeightsDtype
+from meft.planner.profiles import (
+    GpuProfile,
+    gpu_names,
+    load_defaults,
+    load_gpu,
+    load_host,
+    load_link,
+    load_sparsity,
+    looks_like_path,
+)
+from meft.planner.schema import validated
+from meft.planner.search import ProfileSet
+from meft.planner.units import format_bytes
+
+BOX_OVER_NVML = 1.1
+"""A card's box may print up to a tenth more than NVML reports (48 GB: 45.0 GiB with ECC on an L40S)."""
+EMULATED = "emulated"
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+@dataclass(frozen=True)
+class Planning:
+    """Everything a plan is made from; ``notes`` say which values nobody gave."""
+
+    request: Request
+    profiles: ProfileSet
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Budget:
+    gpu: GpuProfile
+    gpu_name: str
+    gpu_mem_bytes: int
+    notes: tuple[str, ...]
+
+
+def planning(options: RequestOptions) -> Planning:
+    """Look up every name, fill in every default, and check what depends on model and card.
+
+    Raises :class:`UsageError`.
+    """
+    defaults = load_defaults()
+    shape, _, model_path = load_model(options.model if options.model is not None else defaults.model)
+    budget = _gpu_budget(options)
+    gpu = budget.gpu
+    host_name = options.host or (EMULATED if gpu.shares_host_cores else defaults.host)
+    host, link = load_host(host_name), load_link(options.link or gpu.link)
+    sparsity_name = options.sparsity or defaults.sparsity
+    sparsity = load_sparsity(sparsity_name)
+    weights, adapter = _dtypes(options, gpu)
+    _check_model(options, shape)
+    _check_device(options, gpu, weights)
+    host_mem_bytes, host_notes = _host_budget(options, budget)
+    fields = {
+        "model": shape,
+        "model_path": model_path,
+        "gpu": budget.gpu_name,
+        "host": _reference(host_name, host.key),
+        "link": _reference(options.link or gpu.link, link.key),
+        "sparsity": _reference(sparsity_name, sparsity.key),
+        "gpu_mem_bytes": budget.gpu_mem_bytes,
+        "host_mem_bytes": host_mem_bytes,
+        "host_mem_basis": "this machine" if options.host_mem is None else "given",
+        "weights_dtype": weights,
+        "adapter_dtype": adapter,
+        **_passed_on(options),
+    }
+    return Planning(
+        request=validated(Request, fields, source="options"),
+        profiles=ProfileSet(gpu=gpu, link=link, host=host, sparsity=sparsity),
+        notes=(*budget.notes, *host_notes, *_dtype_notes(gpu, weights)),
+    )
+
+
+def machine_memory_bytes() -> int:
+    """RAM of this machine, or of the container's share of it."""
+    import psutil
+
+    limits = [int(psutil.virtual_memory().total)]
+    for path in _CGROUP_LIMITS:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        if text.isdecimal():
+            limits.append(int(text))
+    return min(limits)
+
+
+def default_gpu(gpu_mem_bytes: int) -> GpuProfile:
+    """The card whose rates stand in where none is named: the paper's, or above its memory the smallest that holds it.
+
+    Above every card it is the largest.
+    """
+    usual = load_gpu(load_defaults().gpu)
+    if gpu_mem_bytes <= usual.total_bytes:
+        return usual
+    cards = [card for card in map(load_gpu, gpu_names()) if card.memory_total_bytes is not None]
+    cards.sort(key=lambda card: (card.total_bytes, card.key))
+    return next((card for card in cards if gpu_mem_bytes <= card.total_bytes * BOX_OVER_NVML), cards[-1])
+
+
+def _gpu_budget(options: RequestOptions) -> _Budget:
+    if options.gpu is None and options.gpu_mem is None:
+        raise UsageError(
+            "which GPU memory to plan for? Give --gpu-mem (such as --gpu-mem 24GB), --gpu (such as --gpu rtx-3090), "
+            "or both"
+        )
+    if options.gpu is None:
+        assert options.gpu_mem is not None
+        gpu = default_gpu(options.gpu_mem)
+        return _Budget(gpu, gpu.key, options.gpu_mem, (f"{gpu.key} stands in for the card: no --gpu was given",))
+    gpu = load_gpu(options.gpu)
+    name = _reference(options.gpu, gpu.key)
+    if options.gpu_mem is None:
+        return _Budget(gpu, name, gpu.total_bytes, ())
+    if gpu.memory_total_bytes is None or options.gpu_mem <= gpu.total_bytes:
+        return _Budget(gpu, name, options.gpu_mem, ())
+    if options.gpu_mem > gpu.total_bytes * BOX_OVER_NVML:
+        raise UsageError(
+            f"--gpu-mem {format_bytes(options.gpu_mem)} is more than {gpu.key} has ({format_bytes(gpu.total_bytes)}); "
+            f"give at most that, or leave --gpu-mem out"
+        )
+    return _Budget(gpu, name, gpu.total_bytes, (f"GPU memory: NVML's total of {gpu.key}, a little below --gpu-mem",))
+
+
+def _reference(given: str, key: str) -> str:
+    """What finds the profile again: its key, or the file it came from."""
+    return given if looks_like_path(given) else key
+
+
+def _host_budget(options: RequestOptions, budget: _Budget) -> tuple[int, tuple[str, ...]]:
+    if options.host_mem is not None:
+        return options.host_mem, ()
+    total = machine_memory_bytes()
+    note = f"host memory: this machine's RAM, {format_bytes(total)} (--host-mem plans for another)"
+    if not budget.gpu.shares_host_cores:
+        return total, (note,)
+    left = total - budget.gpu_mem_bytes
+    if left <= 0:
+        raise UsageError(
+            f"--gpu-mem {format_bytes(budget.gpu_mem_bytes)}: the emulated device lives in this machine's RAM, which "
+            f"is {format_bytes(total)}; give less, or --host-mem to plan for another machine"
+        )
+    return left, (f"{note}, less the emulated device's {format_bytes(budget.gpu_mem_bytes)}",)
+
+
+def _dtypes(options: RequestOptions, gpu: GpuProfile) -> tuple[WeightsDtype, AdapterDtype]:
+    """The emulated device computes in fp32 unless told otherwise: CPUs are slow in bf16."""
+    weights: WeightsDtype = options.weights_dtype or ("fp32" if gpu.shares_host_cores else "bf16")
+    adapter: AdapterDtype = options.adapter_dtype or ("fp32" if weights == "fp32" else "bf16")
+    return weights, adapter
+
+
+def _dtype_notes(gpu: GpuProfile, weights: WeightsDtype) -> tuple[str, ...]:
+    if weights == "bf16" and gpu.bf16_flops_per_second is None and not gpu.shares_host_cores:
+        return (f"{gpu.key} has no bf16 units: bf16 computes there at the rate of another format",)
+    return ()
+
+
+def _passed_on(options: RequestOptions) -> dict[str, Any]:
+    """Options that are the request's fields as they stand, where they were given."""
+    names = {
+        "batch_size": options.batch_size,
+        "seq_len": options.seq_len,
+        "grad_accum": options.grad_accum,
+        "double_quant": options.double_quant,
+        "attention": options.attention,
+        "activation_checkpointing": options.activation_checkpointing,
+        "objective": options.objective,
+        "max_slowdown": options.max_slowdown,
+        "min_trainable_fraction": options.min_trainable,
+        "adapter_width": options.adapter_width,
+        "top_k": options.top_k,
+        "prefetch_depth": options.prefetch_depth,
+        "routing": options.routing,
+        "rows_in_backward": options.rows_in_backward,
+    }
+    return {name: value for name, value in names.items() if value is not None}
+
+
+def _check_model(options: RequestOptions, shape: ModelShape) -> None:
+    if options.seq_len > shape.max_positions:
+        raise UsageError(
+            f"--seq-len {options.seq_len}: {shape.name} has {shape.max_positions} positions; give at most that"
+        )
+    if options.prefetch_depth is not None and options.prefetch_depth >= shape.num_layers:
+        raise UsageError(
+            f"--prefetch-depth {options.prefetch_depth}: {shape.name} has {shape.num_layers} layers; "
+            f"give at most {shape.num_layers - 1}"
+        )
+    width, top_k = options.adapter_width, options.top_k
+    if width is not None and top_k is not None and top_k > width:
+        raise UsageError(f"--top-k {top_k}: there are {width} rows (--adapter-width); give at most that")
+
+
+def _check_device(options: RequestOptions, gpu: GpuProfile, weights: WeightsDtype) -> None:
+    if options.double_quant and weights != "nf4":
+        raise UsageError(f"--double-quant: the weights are {weights}; it goes with --weights-dtype nf4")
+    if gpu.shares_host_cores and weights == "nf4":
+        raise UsageError("--weights-dtype nf4: it needs a CUDA device, --gpu emulated has none; give fp32 or bf16")
+    if gpu.shares_host_cores and options.attention == "flash":
+        raise UsageError("--attention flash: it needs a CUDA device, --gpu emulated has none; give sdpa or eager")

@@ -1,0 +1,400 @@
+"""Tables for people. Everything here only reads records; bytes become GiB and fractions percent nowhere else.
+
+Colour and width follow the terminal; piped, the text is plain and 100 columns wide (or ``COLUMNS``).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from meft.planner.ledger import STEP_PHASES
+from meft.planner.plan import LANES, MemoryEntry, ParetoPoint, Phase, Plan
+from meft.planner.units import GIB, MIB, format_bytes, format_seconds
+
+PIPED_WIDTH = 100
+PARETO_ROWS = 5
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "frozen model": ("linear_weights", "other_weights", "rotary_frequencies", "dequantized_weight"),
+    "active rows and their gradients": ("row_staging", "row_gradients"),
+    "router": ("router_weights", "router_gradients", "router_moments"),
+    "trained on the device": ("trainable_weights", "optimizer_moments", "gradients"),
+    "kept for backward": (
+        "norms",
+        "attention",
+        "ffn",
+        "adapter",
+        "routing",
+        "layer_inputs",
+        "rotary_tables",
+        "attention_mask",
+        "kv_cache",
+        "final_norm",
+    ),
+    "logits and loss": ("loss_chain", "logits", "logit_softcap"),
+    "temporaries": ("forward_temporaries", "backward_temporaries", "optimizer_temporary"),
+    "inputs and workspaces": ("inputs", "cublas_workspaces"),
+}
+"""Categories of the ledger as a person reads them; what is in none of them goes under "other"."""
+OTHER = "other"
+_PHASE_TITLES: dict[Phase, str] = {
+    "resident": "resident",
+    "forward": "forward",
+    "loss": "loss",
+    "backward": "backward",
+    "optimizer_step": "optimizer",
+}
+
+
+def show(view: RenderableType) -> None:
+    """Print on standard output: in the terminal's colours and width, or plain without trailing spaces."""
+    piped = not sys.stdout.isatty()
+    console = Console(highlight=False, width=PIPED_WIDTH if piped and "COLUMNS" not in os.environ else None)
+    if not piped:
+        console.print(view)
+        return
+    with console.capture() as captured:
+        console.print(view)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def grouped_bytes(entries: Iterable[MemoryEntry]) -> dict[str, dict[Phase, int]]:
+    """Bytes by group and phase of the step; what is resident counts in every phase."""
+    group_of = {category: group for group, categories in GROUPS.items() for category in categories}
+    sizes = {group: dict.fromkeys(STEP_PHASES, 0) for group in (*GROUPS, OTHER)}
+    for entry in entries:
+        by_phase = sizes[group_of.get(entry.category, OTHER)]
+        for phase in STEP_PHASES if entry.phase == "resident" else (entry.phase,):
+            by_phase[phase] += entry.num_bytes
+    return {group: by_phase for group, by_phase in sizes.items() if any(by_phase.values())}
+
+
+def section(title: str, body: RenderableType) -> RenderableType:
+    """A heading in bold and what is under it, indented."""
+    return Group(Text(title, style="bold"), Padding(body, (0, 0, 0, 2)))
+
+
+def grid(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> Table:
+    """A table without lines; ``right`` are columns of numbers."""
+    table = Table(box=None, show_header=any(headers), header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    numbers = set(right)
+    for index, header in enumerate(headers):
+        table.add_column(
+            Text(header), justify="right" if index in numbers else "left", no_wrap=index < len(headers) - 1
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def lines(texts: Iterable[str]) -> RenderableType:
+    """Plain lines, wrapped with a hanging indent."""
+    return grid(("",), ((text,) for text in texts))
+
+
+def percent(fraction: float) -> str:
+    """``0.239`` as ``23.9 %``."""
+    return f"{fraction:.1%}".replace("%", " %")
+
+
+def count(number: float) -> str:
+    """``1610612736`` as ``1.61 B``."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number:.0f}"
+
+
+# --- a plan ---------------------------------------------------------------------------------------------------------
+
+
+def plan_view(plan: Plan, *, path: Path, notes: Sequence[str], verbose: bool) -> RenderableType:
+    """The whole plan on about one screen; ``verbose`` adds every entry and number with its source."""
+    parts = [
+        _headline(plan),
+        section(_decision_title(plan), _decision(plan)),
+        section(_device_title(plan), _device(plan)),
+        section(_host_title(plan), _host(plan)),
+        section("Transfer per step", _transfer(plan)),
+        section(_time_title(plan), _lanes(plan)),
+    ]
+    if plan.search.pareto:
+        parts.append(section("Trade-offs: this plan (*) and others that nothing beats", _pareto(plan)))
+    parts.append(section("What this rests on", lines([*_basis_lines(plan), *notes])))
+    if verbose:
+        parts += [section("Device ledger", ledger(plan.prediction.device_memory.entries)), *_verbose(plan)]
+    parts.append(section("Next", lines([next_command(plan, path)])))
+    return Group(*parts)
+
+
+def next_command(plan: Plan, path: Path) -> str:
+    """What to type now."""
+    words = ["meft-run", str(path), "--model", plan.request.model_path or "DIR", "--data", "FILE.jsonl"]
+    if plan.request.gpu == "emulated":
+        words += ["--device", "emulated"]
+    return shlex.join(words)
+
+
+def limits_used(plan: Plan) -> list[tuple[str, float]]:
+    """The share of each limit that the plan uses, the tightest first."""
+    request, prediction = plan.request, plan.prediction
+    memory = prediction.device_memory
+    used = [
+        ("device memory", reserved_at_most(plan) / max(memory.allocator_budget_bytes, 1)),
+        ("host memory", prediction.host_memory.total_bytes / request.host_mem_bytes),
+        ("slowdown", prediction.timing.slowdown / request.max_slowdown),
+    ]
+    return sorted(used, key=lambda item: -item[1])
+
+
+def reserved_at_most(plan: Plan) -> int:
+    """Reserved with every layer's active rows at the cap, which is what the search keeps within the budget."""
+    memory = plan.prediction.device_memory
+    return memory.peak_reserved_bytes_at_cap or memory.peak_reserved_bytes
+
+
+def _headline(plan: Plan) -> RenderableType:
+    request = plan.request
+    weights = request.weights_dtype + (" (double-quantized)" if request.double_quant else "")
+    return lines(
+        [
+            f"Plan for {request.model.name}: batch {request.batch_size} x {request.seq_len} tokens, "
+            f"grad_accum {request.grad_accum}, {weights} weights, {request.adapter_dtype} adapter, {request.attention}",
+            f"Budget: {format_bytes(request.gpu_mem_bytes)} GPU memory, {format_bytes(request.host_mem_bytes)} "
+            f"host memory ({request.host_mem_basis})",
+        ]
+    )
+
+
+def _decision_title(plan: Plan) -> str:
+    search, objective = plan.search, plan.request.objective
+    wanted = "most adaptation capacity" if objective == "capacity" else "fastest step"
+    return f"Decision: {wanted} of {search.feasible:,} that fit, {search.candidates:,} weighed"
+
+
+def _decision(plan: Plan) -> RenderableType:
+    decision = plan.decision
+    rows = [
+        ("adapter width", f"{decision.adapter_width:,}", _why_width(plan)),
+        ("top K", f"{decision.top_k:,}", _given(plan.request.top_k, "rows that each token chooses")),
+        ("active rows cap", f"{decision.active_rows_cap:,}", _why_cap(plan)),
+        ("prefetch depth", str(decision.prefetch_depth), _why_prefetch(plan)),
+        ("routing", decision.routing, _given(plan.request.routing, _why_routing(plan))),
+        ("rows in backward", decision.rows_in_backward, _given(plan.request.rows_in_backward, _why_backward(plan))),
+        ("checkpointing", "on" if decision.activation_checkpointing else "off", _why_checkpointing(plan)),
+    ]
+    return grid(("", "", ""), rows, right=(1,))
+
+
+def _given(asked: object, why: str) -> str:
+    return why if asked is None else f"{why} (as asked)"
+
+
+def _why_width(plan: Plan) -> str:
+    prediction = plan.prediction
+    size = f"{count(prediction.trainable_parameters)} trainable, {percent(prediction.trainable_fraction)} of the model"
+    if plan.request.adapter_width is not None:
+        return f"{size} (as asked)"
+    name, used = limits_used(plan)[0]
+    return f"{size}; {name} is {percent(used)} used"
+
+
+def _why_cap(plan: Plan) -> str:
+    rows = plan.prediction.sparsity.active_rows_per_layer
+    most = max(rows)
+    spare = plan.decision.active_rows_cap / most - 1 if most else 0.0
+    return f"{most:,} expected{' in the busiest layer' if min(rows) != most else ''}, {percent(spare)} room above"
+
+
+def _why_prefetch(plan: Plan) -> str:
+    depth, recall = plan.decision.prefetch_depth, plan.prediction.sparsity.prefetch_recall
+    if depth == 0:
+        why = "rows are chosen exactly, and waited for"
+    else:
+        why = f"fetched {depth} layer{'s' * (depth > 1)} ahead; finds {percent(recall)} of the exact choice"
+    return _given(plan.request.prefetch_depth, why)
+
+
+def _why_routing(plan: Plan) -> str:
+    decision = plan.decision
+    if decision.routing == "exact":
+        return "every row is scored for every token"
+    share = decision.num_probes / decision.num_experts
+    rows = decision.adapter_width // decision.num_experts
+    return (
+        f"{decision.num_experts} experts of {rows} rows, {decision.num_probes} probed: {percent(share)} of rows scored"
+    )
+
+
+def _why_backward(plan: Plan) -> str:
+    if plan.decision.rows_in_backward == "retained":
+        return "kept until backward, so they travel once"
+    return "fetched again, so the device holds few layers' rows at a time"
+
+
+def _why_checkpointing(plan: Plan) -> str:
+    why = "layers are recomputed in backward" if plan.decision.activation_checkpointing else "no recomputation needed"
+    return _given(plan.request.activation_checkpointing, why)
+
+
+def _device_title(plan: Plan) -> str:
+    memory = plan.prediction.device_memory
+    context = f"{format_bytes(memory.context_bytes.low_bytes)} - {format_bytes(memory.context_bytes.high_bytes)}"
+    budget = format_bytes(memory.allocator_budget_bytes)
+    title = f"Device memory: at most {format_bytes(reserved_at_most(plan))} reserved of {budget}"
+    return title + (f" (CUDA context: {context})" if memory.context_bytes.high_bytes else "")
+
+
+def _device(plan: Plan) -> RenderableType:
+    memory = plan.prediction.device_memory
+    sizes = grouped_bytes(memory.entries)
+    unit, name = _unit(memory.peak_allocated_bytes)
+    table = [(group, *(_cell(by_phase[phase], unit) for phase in STEP_PHASES)) for group, by_phase in sizes.items()]
+    totals = {phase: sum(by_phase[phase] for by_phase in sizes.values()) for phase in STEP_PHASES}
+    table.append(("allocated", *(f"{totals[phase] / unit:,.2f}" for phase in STEP_PHASES)))
+    headers = (name, *(_PHASE_TITLES[phase] + ("*" * (phase == memory.peak_phase)) for phase in STEP_PHASES))
+    after = (
+        f"* expected peak: {format_bytes(memory.peak_allocated_bytes)} allocated, "
+        f"{format_bytes(memory.peak_reserved_bytes)} reserved ({memory.reserved_basis}), process "
+        f"{format_bytes(memory.process_bytes.low_bytes)} - {format_bytes(memory.process_bytes.high_bytes)}"
+    )
+    return Group(grid(headers, table, right=range(1, len(headers))), Text(after))
+
+
+def _unit(largest_bytes: int) -> tuple[int, str]:
+    return (GIB, "GiB") if largest_bytes >= GIB else (MIB, "MiB")
+
+
+def _cell(num_bytes: int, unit: int) -> str:
+    return f"{num_bytes / unit:,.2f}" if num_bytes else "-"
+
+
+def _host_title(plan: Plan) -> str:
+    request = plan.request
+    total = format_bytes(plan.prediction.host_memory.total_bytes)
+    return f"Host memory: {total} of {format_bytes(request.host_mem_bytes)} ({request.host_mem_basis})"
+
+
+def _host(plan: Plan) -> RenderableType:
+    total = plan.prediction.host_memory.total_bytes
+    entries = sorted(plan.prediction.host_memory.entries, key=lambda entry: -entry.num_bytes)
+    large = [entry for entry in entries if entry.num_bytes >= total / 100]
+    rest = total - sum(entry.num_bytes for entry in large)
+    names = [entry.category.removeprefix("adapter_").replace("_", " ") for entry in large]
+    texts = [f"{name} {format_bytes(entry.num_bytes)}" for name, entry in zip(names, large, strict=True)]
+    return lines([", ".join([*texts, *([f"staging and counts {format_bytes(rest)}"] if rest else [])])])
+
+
+def _transfer(plan: Plan) -> RenderableType:
+    transfer = plan.prediction.transfer
+    rows = [
+        (
+            entry.category.replace("_", " "),
+            format_bytes(entry.num_bytes) if entry.direction == "h2d" else "",
+            format_bytes(entry.num_bytes) if entry.direction == "d2h" else "",
+        )
+        for entry in sorted(transfer.entries, key=lambda entry: -entry.num_bytes)
+        if entry.per == "step" and entry.num_bytes >= MIB
+    ]
+    total = ("total", format_bytes(transfer.h2d_bytes_per_step), format_bytes(transfer.d2h_bytes_per_step))
+    offload = f"moving the whole adapter both ways would cost {transfer.whole_adapter_offload_ratio:.2f} times as much"
+    return Group(grid(("", "to device", "to host"), [*rows, total], right=(1, 2)), Text(offload))
+
+
+def _time_title(plan: Plan) -> str:
+    timing = plan.prediction.timing
+    return (
+        f"Time per step: {format_seconds(timing.step_seconds)} ({timing.tokens_per_second:,.0f} tokens/s), "
+        f"{timing.slowdown:.2f} x the {format_seconds(timing.baseline_step_seconds)} if all were on the GPU "
+        f"(limit {plan.request.max_slowdown:.2f})"
+    )
+
+
+def _lanes(plan: Plan) -> RenderableType:
+    timing = plan.prediction.timing
+    busy = [
+        f"{lane} {format_seconds(timing.busy_seconds[lane])} "
+        f"({percent(timing.busy_seconds[lane] / timing.step_seconds if timing.step_seconds else 0.0)})"
+        for lane in LANES
+        if lane in timing.busy_seconds
+    ]
+    return lines([f"busy: {', '.join(busy)}"])
+
+
+def _pareto(plan: Plan) -> RenderableType:
+    others = [point for point in plan.search.pareto if point.decision != plan.decision]
+    rows = [
+        (
+            f"{point.decision.adapter_width:,}" + ("*" * (point.decision == plan.decision)),
+            str(point.decision.top_k),
+            str(point.decision.prefetch_depth),
+            f"{point.decision.num_experts} experts" if point.decision.routing == "key-experts" else "exact",
+            point.decision.rows_in_backward,
+            "on" if point.decision.activation_checkpointing else "off",
+            count(point.trainable_parameters),
+            format_seconds(point.step_seconds),
+            format_bytes(point.peak_reserved_bytes),
+            format_bytes(point.host_bytes),
+        )
+        for point in (_chosen(plan), *_spread(others, PARETO_ROWS - 1))
+    ]
+    headers = ("width", "K", "ahead", "routing", "backward", "ckpt", "trainable", "step", "device", "host")
+    return grid(headers, rows, right=(0, 1, 2, 6, 7, 8, 9))
+
+
+def _chosen(plan: Plan) -> ParetoPoint:
+    prediction = plan.prediction
+    return ParetoPoint(
+        decision=plan.decision,
+        trainable_parameters=prediction.trainable_parameters,
+        step_seconds=prediction.timing.step_seconds,
+        peak_reserved_bytes=reserved_at_most(plan),
+        host_bytes=prediction.host_memory.total_bytes,
+    )
+
+
+def _spread(points: Sequence[ParetoPoint], how_many: int) -> list[ParetoPoint]:
+    """Points from the widest adapter to the fastest step, evenly picked with both ends."""
+    ordered = sorted(points, key=lambda point: (-point.trainable_parameters, point.step_seconds))
+    if len(ordered) <= how_many:
+        return ordered
+    return [ordered[round(index * (len(ordered) - 1) / (how_many - 1))] for index in range(how_many)]
+
+
+def _basis_lines(plan: Plan) -> list[str]:
+    request, prediction = plan.request, plan.prediction
+    found = Counter(number.basis for number in plan.inputs.numbers)
+    bases = ", ".join(f"{found[basis]} {basis}" for basis in ("counted", "measured", "assumed") if found[basis])
+    return [
+        f"rates: {request.gpu}, {request.link}, {request.host}; {bases} numbers",
+        f"memory, traffic: counted; reserved: {prediction.device_memory.reserved_basis}; active rows: "
+        f"{prediction.sparsity.basis} ({request.sparsity}); --verbose: sources",
+    ]
+
+
+def ledger(entries: Iterable[MemoryEntry]) -> RenderableType:
+    """Every entry with its reason."""
+    rows = [
+        (entry.phase, entry.category, format_bytes(entry.num_bytes), entry.basis, entry.because) for entry in entries
+    ]
+    return grid(("phase", "category", "bytes", "basis", "because"), rows, right=(2,))
+
+
+def _verbose(plan: Plan) -> list[RenderableType]:
+    numbers = [(n.name, f"{n.value:.6g}", n.basis, n.source) for n in plan.inputs.numbers]
+    profiles = [(used.kind, used.name, used.digest[:12]) for used in plan.inputs.profiles]
+    return [
+        section("Host ledger", ledger(plan.prediction.host_memory.entries)),
+        section("Profiles", grid(("kind", "name", "digest"), profiles)),
+        section("Numbers", grid(("name", "value", "basis", "source"), numbers, right=(1,))),
+    ]

@@ -1,0 +1,223 @@
+"""The audit: exact given the observed rows, and judged by stated tolerances."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plan_samples import ROWS_PER_STEP, SHAPE, sample_plan, sample_profiles, sample_report
+
+from meft.planner.audit import Audit, AuditRow, audit, bytes_given_rows, measured_steps, weakest_basis
+from meft.planner.cli_audit import gpu_of, parse_tolerances
+from meft.planner.errors import UsageError
+from meft.planner.plan import Plan
+from meft.planner.report import Report
+from meft.planner.transfer import expected_step_bytes
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return sample_plan()
+
+
+def audited(plan: Plan, report: Report, **options: object) -> Audit:
+    return audit(plan, report, gpu=sample_profiles().gpu, **options)  # type: ignore[arg-type]
+
+
+def row(verdict: Audit, quantity: str) -> AuditRow:
+    return next(one for one in verdict.rows if one.quantity == quantity)
+
+
+# --- bytes given rows -----------------------------------------------------------------------------------------------
+
+
+def test_bytes_given_rows_by_hand(plan: Plan) -> None:
+    # Two steps, rows [3, 4, 2] and [5, 4, 6]: totals [8, 8, 8]. A row is 2*D*e = 2*8*4 = 64 bytes.
+    totals = bytes_given_rows(plan, rows_total=[8, 8, 8], steps=2)
+    assert totals == {
+        ("h2d", "inputs"): 2 * (2 * 8 * 4),  # ids and labels, int64, T = 4
+        ("h2d", "rows"): 24 * 64,
+        ("h2d", "row_experts"): 24 * 4,
+        ("h2d", "rows_refetched"): 8 * 64,  # of the layers l < L-1-p = 1: layer 0
+        ("d2h", "queries"): 2 * (2 * 4 * 8 * 4),  # (L-p)*T*D*q
+        ("d2h", "probes"): 2 * (3 * 4 * 2 * 4),  # L*T*P*4
+        ("d2h", "row_gradients"): 24 * 64,
+        ("d2h", "loss"): 2 * 4,
+    }
+
+
+@given(st.lists(st.tuples(*[st.integers(2, 12)] * SHAPE.num_layers), min_size=1, max_size=5))
+def test_bytes_given_rows_are_the_sum_over_the_steps(rows_per_step: list[tuple[int, ...]]) -> None:
+    plan = sample_plan()
+    each = [
+        expected_step_bytes(request=plan.request, decision=plan.decision, active_rows_per_layer=list(rows))
+        for rows in rows_per_step
+    ]
+    totals = bytes_given_rows(plan, rows_total=map(sum, zip(*rows_per_step, strict=True)), steps=len(rows_per_step))
+    by_way = tuple(sum(size for (way, _), size in totals.items() if way == which) for which in ("h2d", "d2h"))
+    assert by_way == tuple(map(sum, zip(*each, strict=True)))
+
+
+# --- the verdict ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_as_modelled_passes(plan: Plan) -> None:
+    verdict = audited(plan, sample_report(plan))
+    assert verdict.passed
+    assert verdict.transfer_exact
+    assert verdict.steps == 2
+    assert all(check.equal for check in verdict.transfer)
+    assert {check.category for check in verdict.transfer} >= {"rows", "rows_refetched", "probes", "router_norm"}
+    assert row(verdict, "device_allocated_bytes_given_rows").ratio == 1.0
+
+
+@pytest.mark.parametrize("way", ["h2d", "d2h"])
+def test_one_byte_too_many_fails(plan: Plan, way: str) -> None:
+    field = f"{way}_bytes_total"
+    counted = getattr(sample_report(plan).observed.transfer, field)
+    verdict = audited(plan, sample_report(plan, **{field: counted + 1}))
+    assert not verdict.passed
+    assert not verdict.transfer_exact
+    assert [one.quantity for one in verdict.rows if one.holds is False] == [f"{way}_bytes_given_rows"]
+
+
+def test_a_category_that_differs_is_named(plan: Plan) -> None:
+    report = sample_report(plan)
+    entries = tuple(
+        entry.model_copy(update={"num_bytes": entry.num_bytes + 4}) if entry.category == "probes" else entry
+        for entry in report.observed.transfer.entries
+    )
+    verdict = audited(plan, sample_report(plan, entries=entries))
+    assert [check.category for check in verdict.transfer if not check.equal] == ["probes"]
+
+
+def test_host_bytes_must_be_exact(plan: Plan) -> None:
+    report = sample_report(plan)
+    host = report.observed.host_memory.model_copy(update={"total_bytes": report.observed.host_memory.total_bytes - 1})
+    observed = report.observed.model_copy(update={"host_memory": host})
+    verdict = audited(plan, report.model_copy(update={"observed": observed}))
+    assert row(verdict, "host_adapter_bytes").holds is False
+    assert not verdict.passed
+
+
+def with_device_memory(report: Report, **changes: int) -> Report:
+    memory = report.observed.device_memory.model_copy(update=changes)
+    return report.model_copy(update={"observed": report.observed.model_copy(update={"device_memory": memory})})
+
+
+def test_allocated_peak_is_judged_within_its_tolerance(plan: Plan) -> None:
+    report = sample_report(plan)
+    peak = report.observed.device_memory.peak_allocated_bytes
+    # 4 % above what the rows that were seen make: |p - 1.04 p| / 1.04 p = 3.8 %
+    above = with_device_memory(report, peak_allocated_bytes=round(peak * 1.04))
+    assert not audited(plan, above).passed
+    assert audited(plan, above, tolerance_fraction=0.05).passed
+
+
+def test_reserved_above_the_budget_fails(plan: Plan) -> None:
+    budget = plan.prediction.device_memory.allocator_budget_bytes
+    report = sample_report(plan)
+    assert audited(plan, with_device_memory(report, peak_reserved_bytes=budget)).passed
+    over = audited(plan, with_device_memory(report, peak_reserved_bytes=budget + 1))
+    assert row(over, "device_budget_bytes").holds is False
+
+
+def test_times_and_rows_are_only_shown_unless_asked_for(plan: Plan) -> None:
+    report = sample_report(plan)
+    verdict = audited(plan, report)
+    for quantity in ("step_seconds", "active_rows_per_layer", "prefetch_recall", "cpu_busy_seconds"):
+        assert row(verdict, quantity).holds is None
+    predicted = row(verdict, "step_seconds").predicted
+    wide, narrow = (abs(predicted - 0.01) / 0.01 * factor for factor in (1.01, 0.99))
+    assert audited(plan, report, tolerances={"step_seconds": wide}).passed
+    missed = audited(plan, report, tolerances={"step_seconds": narrow})
+    assert row(missed, "step_seconds").holds is False
+    assert not missed.passed
+
+
+def test_an_unknown_quantity_lists_near_names(plan: Plan) -> None:
+    with pytest.raises(UsageError, match=r"unknown quantity in --tolerance 'step_second'; did you mean step_seconds"):
+        audited(plan, sample_report(plan), tolerances={"step_second": 0.1})
+
+
+def test_bases(plan: Plan) -> None:
+    verdict = audited(plan, sample_report(plan))
+    exact = row(verdict, "h2d_bytes_given_rows")
+    assert (exact.predicted_basis, exact.observed_basis) == ("counted", "counted")
+    planned = row(verdict, "h2d_bytes_per_step")
+    assert planned.predicted_basis == plan.prediction.sparsity.basis
+    assert weakest_basis(["counted", "measured"]) == "measured"
+    assert weakest_basis(["assumed", "counted"]) == "assumed"
+    assert weakest_basis([]) == "counted"
+
+
+# --- what is refused, and what is left out --------------------------------------------------------------------------
+
+
+def test_a_report_of_another_plan_is_refused(plan: Plan) -> None:
+    other = sample_plan(grad_accum=4)
+    with pytest.raises(UsageError, match=f"of the plan with digest {plan.content_digest()[:12]}, not of this one"):
+        audited(other, sample_report(plan))
+
+
+def test_a_report_of_another_number_of_layers_is_refused(plan: Plan) -> None:
+    report = sample_report(plan)
+    observed = report.observed.model_copy(update={"active_rows": report.observed.active_rows[:2]})
+    with pytest.raises(UsageError, match="active rows of 2 layers, but the plan's model has 3"):
+        audited(plan, report.model_copy(update={"observed": observed}))
+
+
+def test_steps_are_those_the_counters_cover(plan: Plan) -> None:
+    report = sample_report(plan)
+    resumed = report.training.model_copy(update={"steps": 10})  # eight of them before this process
+    assert measured_steps(report.model_copy(update={"training": resumed})) == len(ROWS_PER_STEP)
+
+
+def test_a_report_without_a_step_is_refused(plan: Plan) -> None:
+    report = sample_report(plan)
+    idle = tuple(layer.model_copy(update={"mean": 0.0, "max": 0, "total": 0}) for layer in report.observed.active_rows)
+    empty = report.model_copy(
+        update={
+            "observed": report.observed.model_copy(update={"active_rows": idle}),
+            "training": report.training.model_copy(update={"steps": 0}),
+        }
+    )
+    with pytest.raises(UsageError, match="covers no step"):
+        measured_steps(empty)
+
+
+def test_without_the_gpu_profile_the_line_is_left_out_and_said(plan: Plan) -> None:
+    verdict = audit(plan, sample_report(plan), gpu=None)
+    assert "device_allocated_bytes_given_rows" not in [one.quantity for one in verdict.rows]
+    assert any("GPU profile 'emulated' has changed" in note for note in verdict.notes)
+
+
+def test_gpu_of_finds_the_profile_by_its_digest(plan: Plan) -> None:
+    assert gpu_of(plan) == sample_profiles().gpu
+    changed = plan.inputs.profiles[0].model_copy(update={"digest": "0" * 64})
+    inputs = plan.inputs.model_copy(update={"profiles": (changed,)})
+    assert gpu_of(plan.model_copy(update={"inputs": inputs})) is None
+    assert gpu_of(plan.model_copy(update={"request": plan.request.model_copy(update={"gpu": "gone"})})) is None
+
+
+def test_a_rehearsal_has_no_time(plan: Plan) -> None:
+    report = sample_report(plan)
+    observed = report.observed.model_copy(update={"step_seconds": None, "busy_seconds": {}, "prefetch_recall": None})
+    verdict = audited(plan, report.model_copy(update={"observed": observed, "rehearsal": True}))
+    assert not {"step_seconds", "prefetch_recall"} & {one.quantity for one in verdict.rows}
+    assert verdict.passed
+    assert any(note.startswith("a rehearsal") for note in verdict.notes)
+
+
+# --- --tolerance ----------------------------------------------------------------------------------------------------
+
+
+def test_tolerances_are_parsed() -> None:
+    assert parse_tolerances(()) == (0.03, {})
+    assert parse_tolerances(("0.1", "step_seconds=0.25")) == (0.1, {"step_seconds": 0.25})
+
+
+@pytest.mark.parametrize("text", ["x", "-0.1", "nan", "inf", "step_seconds=", ""])
+def test_bad_tolerances_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a fraction of 0 or more"):
+        parse_tolerances((text,))
