@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama, tied, own head size": GATED | {"model_type": "llama", "tie_word_embeddings": True, "head_dim": 10},
     "mistral, heads do not divide D": GATED
     | {"model_type": "mistral", "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8},
-    "mistral, kv heads absent": GATED | {"model_type": "mistral", "num_attention_heads": 8},
+    "mistral, kv heads absent": GATED | {"model_type": "mistral", "hidden_size": 32, "num_attention_heads": 16},
     "qwen2, kv heads null": GATED | {"model_type": "qwen2", "num_key_value_heads": None},
     "qwen3, head size absent": GATED | {"model_type": "qwen3", "num_key_value_heads": 2},
     "qwen3, biases": GATED | {"model_type": "qwen3", "num_key_value_heads": 2, "attention_bias": True},
@@ -185,7 +185,7 @@ def test_what_is_read_beside_the_sizes() -> None:
 def test_null_kv_heads_are_as_many_as_heads() -> None:
     null = GATED | {"model_type": "mistral", "num_key_value_heads": None}
     assert shape(null).num_kv_heads == 4  # absent, it would be Mistral's 8
-    assert shape(GATED | {"model_type": "mistral", "num_attention_heads": 8}).num_kv_heads == 8
+    assert shape(VARIANTS["mistral, kv heads absent"]).num_kv_heads == 8
 
 
 def test_every_supported_type_has_a_built_in_model() -> None:

@@ -342,6 +342,7 @@ def number(value: float, source: str = "measured by me") -> dict[str, Any]:
         (changed_gpu(memory_bytes_per_second=number(0)), "memory_bytes_per_second: value is not above zero"),
         (changed_gpu(memory_bytes_per_second=number(-1)), "memory_bytes_per_second.value: .*greater than or equal"),
         (changed_gpu(matmul_efficiency=number(1.5)), "matmul_efficiency: value is above 1"),
+        (changed_gpu(memory_efficiency=number(0)), "memory_efficiency: value is not above zero"),
         (changed_gpu(fp32_flops_per_second=number(1, "")), "fp32_flops_per_second.source: .*at least 1 character"),
         (changed_gpu(tflops=71), "tflops: unknown field"),
         ({"key": "mine"}, "name: missing; architecture: missing"),
