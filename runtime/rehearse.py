@@ -6,6 +6,8 @@ nothing is read: what comes out are the books of allocation and transfer. Active
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,13 +28,34 @@ _NO_NVML = "a rehearsal: no GPU was used"
 
 def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_version: str) -> Report:
     """Run one step and the transfers of one optimizer step under fake tensors; ``config`` is the model's."""
-    with FakeTensorMode(allow_non_fake_inputs=False):
+    with FakeTensorMode(), _unpacked_sequences():
         model = model_from_config(plan, config)
         rows = plan.prediction.sparsity.active_rows_per_layer
         session = open_session(plan, model, EmulatedDevice(budget_bytes), seed=0, router=PlannedRouter(rows))
         _fake_step(session)
         _fake_optimizer_step(session)
         return _report(session, rows, meft_version)
+
+
+@contextmanager
+def _unpacked_sequences() -> Iterator[None]:
+    """Tell transformers what it cannot read from fake position ids: no sequence is packed.
+
+    Left to itself it builds a mask in case there were one, and repeats keys and values because of the mask; a real step
+    does neither.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    original = getattr(masking_utils, name, None)
+    if original is None:  # a version without the check
+        yield
+        return
+    setattr(masking_utils, name, lambda *_args, **_kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, original)
 
 
 def _fake_step(session: Session) -> None:
