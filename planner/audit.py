@@ -256,7 +256,7 @@ def _device_rows(plan: Plan, report: Report, gpu: GpuProfile | None, tolerance_f
     if gpu is not None:
         rows.append(
             _row(
-                "device_allocated_bytes_given_rows",
+                "device_bytes_given_rows",
                 _allocated_given_rows(plan, report, gpu),
                 observed.peak_allocated_bytes,
                 bases=(ledger, seen),

@@ -69,14 +69,14 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 @click.option(
     "--keep-outputs/--drop-outputs",
     default=None,
-    help="The loop holds on to the model's outputs, so logits and KV cache live through backward. [default: drop]",
+    help="Stock loops hold on to the model's outputs, so that logits live through backward. [default: keep]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
 def estimate_command(*, method: MethodName, as_json: bool, **given: Any) -> None:
     """What one configuration of a method needs, whether or not it fits."""
     _check_applies(method, given)
     rank, targets = given.pop("rank"), given.pop("target_modules")
-    loop = {"padded": bool(given.pop("padding")), "outputs_kept": bool(given.pop("keep_outputs"))}
+    loop = {"padded": bool(given.pop("padding")), "outputs_kept": given.pop("keep_outputs") is not False}
     options = RequestOptions.taken_from(given)
     if method == "meft":
         estimate, notes = _estimate_meft(options)
@@ -119,7 +119,7 @@ def compare_methods(planned: Planning) -> MethodComparison:
     ]
     notes = [
         "device: peak reserved; traffic and step: per micro-batch, the optimizer's share included",
-        f"dense methods: fp32 adapters, AdamW, {base} weights (QLoRA: nf4, double-quantized), no padding",
+        f"dense methods: fp32 adapters, AdamW, {base} weights (QLoRA: nf4, double-quantized), no padding, outputs kept",
     ]
     if len(names) < len(DENSE_NAMES):
         notes.append("qlora: its kernels need a CUDA device")

@@ -139,7 +139,8 @@ class DenseChoice:
     adapter_dtype: AdapterDtype = "fp32"
     activation_checkpointing: bool = False
     padded: bool = False
-    outputs_kept: bool = False
+    outputs_kept: bool = True
+    """Stock loops hold on to the model's outputs through backward, as measured runs show: 2 bytes per bf16 logit."""
 
 
 def estimate_dense(choice: DenseChoice, *, request: Request, gpu: GpuProfile, link: LinkProfile) -> Estimate:

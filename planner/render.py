@@ -84,13 +84,20 @@ def section(title: str, body: RenderableType) -> RenderableType:
     return Group(Text(title, style="bold"), Padding(body, (0, 0, 0, 2)))
 
 
-def grid(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> Table:
-    """A table without lines; ``right`` are columns of numbers."""
-    table = Table(box=None, show_header=any(headers), header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
-    numbers = set(right)
+def grid(
+    headers: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Iterable[int] = (),
+    wrapping: int | None = None,
+    gap: int = 2,
+) -> Table:
+    """A table without lines; ``right`` are columns of numbers, ``wrapping`` the one to wrap (else the last)."""
+    table = Table(box=None, show_header=any(headers), header_style="dim", pad_edge=False, padding=(0, gap, 0, 0))
+    numbers, wraps = set(right), len(headers) - 1 if wrapping is None else wrapping
     for index, header in enumerate(headers):
         table.add_column(
-            Text(header), justify="right" if index in numbers else "left", no_wrap=index < len(headers) - 1
+            Text(header), justify="right" if index in numbers else "left", no_wrap=index != wraps, overflow="fold"
         )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))

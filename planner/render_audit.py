@@ -14,8 +14,9 @@ def audit_view(audit: Audit, *, verbose: bool) -> RenderableType:
     """Predicted, observed and ratio with the basis of each, then the verdict."""
     steps = f"{audit.steps} step{'s' * (audit.steps != 1)}"
     head = f"Predicted against observed on {audit.device_name}, {steps}"
-    headers = ("quantity", "predicted", "observed", "ratio", "basis", "rule", "")
-    parts: list[RenderableType] = [Text(head, style="bold"), grid(headers, map(_line, audit.rows), right=(1, 2, 3))]
+    headers = ("quantity", "predicted", "observed", "ratio", "basis", "rule")
+    table = grid(headers, map(_line, audit.rows), right=(1, 2, 3), wrapping=0, gap=1)
+    parts: list[RenderableType] = [Text(head, style="bold"), table]
     if verbose or not audit.transfer_exact:
         parts.append(section("Transfer by category, given the observed rows", _categories(audit.transfer)))
     exact = "equal" if audit.transfer_exact else "DO NOT equal"
@@ -29,9 +30,8 @@ def audit_view(audit: Audit, *, verbose: bool) -> RenderableType:
 
 def _line(row: AuditRow) -> tuple[str, ...]:
     ratio = "-" if row.ratio is None else f"{row.ratio:.3f}"
-    mark = {True: "ok", False: "MISSED", None: ""}[row.holds]
     basis = f"{row.predicted_basis}|{row.observed_basis}"
-    return (row.quantity, _shown(row, row.predicted), _shown(row, row.observed), ratio, basis, _rule(row), mark)
+    return (row.quantity, _shown(row, row.predicted), _shown(row, row.observed), ratio, basis, _rule(row))
 
 
 def _shown(row: AuditRow, value: float) -> str:
@@ -41,13 +41,14 @@ def _shown(row: AuditRow, value: float) -> str:
         return percent(value)
     if "bytes" not in row.quantity:
         return f"{value:,.1f}"
-    return f"{value:,.0f} B" if row.rule == "exact" else format_bytes(value)
+    return f"{value:,.0f}" if row.rule == "exact" else format_bytes(value)
 
 
 def _rule(row: AuditRow) -> str:
-    if row.rule == "within":
-        return f"within {percent(row.tolerance_fraction or 0.0)}"
-    return {"exact": "exact", "at most": "at most", "shown": ""}[row.rule]
+    if row.holds is None:
+        return ""
+    rule = f"within {percent(row.tolerance_fraction)}" if row.tolerance_fraction is not None else row.rule
+    return f"{rule}: {'ok' if row.holds else 'MISSED'}"
 
 
 def _categories(checks: tuple[CategoryCheck, ...]) -> RenderableType:

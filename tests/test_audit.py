@@ -68,7 +68,7 @@ def test_a_run_as_modelled_passes(plan: Plan) -> None:
     assert verdict.steps == 2
     assert all(check.equal for check in verdict.transfer)
     assert {check.category for check in verdict.transfer} >= {"rows", "rows_refetched", "probes", "router_norm"}
-    assert row(verdict, "device_allocated_bytes_given_rows").ratio == 1.0
+    assert row(verdict, "device_bytes_given_rows").ratio == 1.0
 
 
 @pytest.mark.parametrize("way", ["h2d", "d2h"])
@@ -188,7 +188,7 @@ def test_a_report_without_a_step_is_refused(plan: Plan) -> None:
 
 def test_without_the_gpu_profile_the_line_is_left_out_and_said(plan: Plan) -> None:
     verdict = audit(plan, sample_report(plan), gpu=None)
-    assert "device_allocated_bytes_given_rows" not in [one.quantity for one in verdict.rows]
+    assert "device_bytes_given_rows" not in [one.quantity for one in verdict.rows]
     assert any("GPU profile 'emulated' has changed" in note for note in verdict.notes)
 
 

@@ -1,0 +1,466 @@
+"""``meft-plan`` as it is typed: what it writes and prints, what it refuses and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from plan_samples import sample_plan, sample_report
+
+import meft.planner.cli_request as cli_request
+from meft.planner.cli import command
+from meft.planner.cli_options import RequestOptions
+from meft.planner.cli_request import default_gpu, machine_memory_bytes, planning
+from meft.planner.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_UNEXPECTED, EXIT_USAGE
+from meft.planner.plan import Plan
+from meft.planner.profiles import gpu_names, load_gpu
+from meft.planner.search import make_plan
+
+GIB = 1 << 30
+SMALL = ["--model", "smollm2-135m", "--gpu", "emulated", "--host-mem", "4GB", "--seq-len", "64", "--top-k", "32"]
+"""A search of a few thousand decisions."""
+
+
+@pytest.fixture(autouse=True)
+def _in_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # no wrapping between words that tests look for
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(command, list(arguments))
+
+
+def refused(*arguments: str, exit_code: int = EXIT_USAGE) -> str:
+    """The one line on standard error."""
+    result = run(*arguments)
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("meft-plan: ")
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+# --- planning -------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_alone_plans_the_papers_model() -> None:
+    result = run("--gpu-mem", "24GB", "--host-mem", "64GB")
+    assert result.exit_code == EXIT_DONE, result.output
+    plan = Plan.load("plan.json")
+    request = plan.request
+    assert (request.model.name, request.batch_size, request.seq_len) == ("llama-7b", 2, 256)
+    assert (request.gpu_mem_bytes, request.host_mem_bytes) == (24 * GIB, 64 * GIB)
+    assert (request.weights_dtype, request.adapter_dtype, request.gpu) == ("bf16", "bf16", "rtx-3090")
+    assert "rtx-3090 stands in for the card: no --gpu was given" in result.stdout
+    assert "meft-run plan.json --model DIR --data FILE.jsonl" in result.stdout
+    assert result.stdout.rstrip().endswith("wrote plan.json")
+
+
+def test_the_alias_is_the_same_command() -> None:
+    run("--gpu-mem", "1GB", *SMALL)
+    first = Path("plan.json").read_bytes()
+    assert run("plan", "--gpu-mem", "1GB", *SMALL, "-o", "again.json").exit_code == EXIT_DONE
+    assert Path("again.json").read_bytes() == first
+
+
+def test_json_is_the_plan_and_nothing_else() -> None:
+    result = run("--gpu-mem", "1GB", *SMALL, "--json", "-o", "there/p.json")
+    assert result.stdout == Path("there/p.json").read_text()
+    assert Plan.from_json(result.stdout, source="stdout") == Plan.load("there/p.json")
+
+
+def test_fixed_choices_are_kept() -> None:
+    fixed = ["--adapter-width", "1000", "--prefetch-depth", "2", "--routing", "exact", "--rows-in-backward", "retained"]
+    assert run("--gpu-mem", "2GB", *SMALL, *fixed, "--activation-checkpointing").exit_code == EXIT_DONE
+    decision = Plan.load("plan.json").decision
+    assert (decision.adapter_width, decision.top_k, decision.prefetch_depth) == (1000, 32, 2)
+    assert (decision.routing, decision.rows_in_backward) == ("exact", "retained")
+    assert decision.activation_checkpointing
+
+
+def test_the_emulated_device_computes_in_fp32() -> None:
+    run("--gpu-mem", "1GB", *SMALL)
+    request = Plan.load("plan.json").request
+    assert (request.weights_dtype, request.adapter_dtype, request.link) == ("fp32", "fp32", "emulated")
+
+
+def test_a_picture_and_a_trace() -> None:
+    result = run("--gpu-mem", "1GB", *SMALL, "--plot", "plan.png", "--trace", "trace.json")
+    assert result.exit_code == EXIT_DONE, result.output
+    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+    events = json.loads(Path("trace.json").read_text())["traceEvents"]
+    ends = max(event["ts"] + event["dur"] for event in events if event["ph"] == "X")
+    assert ends == pytest.approx(Plan.load("plan.json").prediction.timing.step_seconds * 1e6)
+    assert result.stdout.rstrip().endswith("wrote plan.json\nwrote plan.png\nwrote trace.json")
+
+
+def test_a_local_config_is_a_model() -> None:
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 128}
+    Path("mine").mkdir()
+    Path("mine/config.json").write_text(json.dumps(config))
+    small = ["--gpu", "emulated", "--gpu-mem", "64MiB", "--host-mem", "64MiB", "--seq-len", "32", "--max-slowdown", "9"]
+    result = run("--model", "mine", *small)
+    assert result.exit_code == EXIT_DONE, result.output
+    request = Plan.load("plan.json").request
+    assert request.model.name == "mine"
+    assert Path(request.model_path or "").samefile("mine")
+    assert f"--model {request.model_path}" in result.stdout
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "Give --gpu-mem (such as --gpu-mem 24GB), --gpu (such as --gpu rtx-3090)"),
+        (["--gpu-mem", "foo"], "--gpu-mem: 'foo' is not a size; give a positive size such as 24GB"),
+        (["--gpu-mem", "-1GB"], "--gpu-mem: '-1GB' is not a size"),
+        (["--gpu-mem", "0"], "--gpu-mem: '0' is not above zero"),
+        (["--gpu-mem", "9999999TB"], "more than 1 PiB"),
+        (["--gpu-mem", "24GB", "--host-mem", "lots"], "--host-mem: 'lots' is not a size"),
+        (["--gpu-mem", "24GB", "--model", "lama-7b"], "unknown model 'lama-7b'; did you mean llama-7b"),
+        (["--gpu-mem", "24GB", "--model", "none/config.json"], "model none/config.json: no such file"),
+        (["--gpu", "rtx-3900"], "unknown GPU 'rtx-3900'; did you mean rtx-3090"),
+        (["--gpu-mem", "24GB", "--link", "pcie-9"], "unknown link 'pcie-9'"),
+        (["--gpu-mem", "24GB", "--host", "toaster"], "unknown host 'toaster'"),
+        (["--gpu-mem", "24GB", "--sparsity", "x"], "unknown sparsity profile 'x'"),
+        (["--gpu", "rtx-3090", "--gpu-mem", "80GB"], "80.00 GiB is more than rtx-3090 has (24.00 GiB)"),
+        (["--gpu-mem", "24GB", "--batch-size", "0"], "'--batch-size': 0 is not in the range 1<=x<="),
+        (["--gpu-mem", "24GB", "--seq-len", "-5"], "'--seq-len': -5 is not in the range"),
+        (["--gpu-mem", "24GB", "--seq-len", "4096"], "--seq-len 4096: llama-7b has 2048 positions"),
+        (["--gpu-mem", "24GB", "--prefetch-depth", "32"], "--prefetch-depth 32: llama-7b has 32 layers"),
+        (["--gpu-mem", "24GB", "--top-k", "9", "--adapter-width", "8"], "--top-k 9: there are 8 rows"),
+        (["--gpu-mem", "24GB", "--max-slowdown", "nan"], "'--max-slowdown': nan is not a finite number"),
+        (["--gpu-mem", "24GB", "--max-slowdown", "0.5"], "'--max-slowdown': 0.5 is not in the range"),
+        (["--gpu-mem", "24GB", "--min-trainable", "10"], "'--min-trainable': 10.0 is not in the range"),
+        (["--gpu-mem", "24GB", "--objective", "fun"], "'fun' is not one of 'capacity', 'speed'"),
+        (["--gpu-mem", "24GB", "--weights-dtype", "int8"], "'int8' is not one of 'fp32', 'bf16', 'nf4'"),
+        (["--gpu-mem", "24GB", "--double-quant"], "--double-quant: the weights are bf16"),
+        (["--gpu", "emulated"], "GPU emulated has no memory of its own"),
+        (["--gpu", "emulated", "--gpu-mem", "1GB", "--weights-dtype", "nf4"], "it needs a CUDA device"),
+        (["--gpu", "emulated", "--gpu-mem", "1GB", "--attention", "flash"], "it needs a CUDA device"),
+        (["--gpu-mem", "24GB", "--plot", "plan.jpeg"], "must end in one of .png, .svg, .pdf"),
+        (["--gpu-mme", "24GB"], "No such option '--gpu-mme'"),
+        (["comapre"], "unknown command 'comapre'; did you mean compare"),
+        (["audit", "none.json", "none.json"], "plan none.json: no such file"),
+        (["audit", "none.json"], "Missing argument 'REPORT'"),
+        (["estimate", "--method", "lore"], "'lore' is not one of 'meft'"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments: list[str], says: str) -> None:
+    assert says in refused(*arguments)
+    assert not Path("plan.json").exists()
+
+
+def test_an_output_that_cannot_be_written() -> None:
+    Path("taken").write_text("")
+    assert "-o taken/plan.json: cannot be written" in refused("--gpu-mem", "1GB", *SMALL, "-o", "taken/plan.json")
+
+
+def test_an_unexpected_error_is_one_line_and_debugging_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("meft.planner.cli_plan.make_plan", broken)
+    line = refused("--gpu-mem", "24GB", exit_code=EXIT_UNEXPECTED)
+    assert line == "meft-plan: unexpected RuntimeError: two lines (MEFT_DEBUG=1 shows where)"
+    monkeypatch.setenv("MEFT_DEBUG", "1")
+    assert isinstance(run("--gpu-mem", "24GB").exception, RuntimeError)
+
+
+# --- nothing fits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--gpu", "rtx-3060-12gb", "--host-mem", "64GB"],
+        ["--gpu-mem", "24GB", "--host-mem", "100MB"],
+        ["--gpu-mem", "500MB", *SMALL, "--no-activation-checkpointing"],
+        ["--gpu-mem", "1GB", *SMALL, "--adapter-width", "8192", "--max-slowdown", "1.01"],
+    ],
+    ids=["device", "host", "flags", "slowdown"],
+)
+def test_infeasible_prints_a_command_that_works(arguments: list[str]) -> None:
+    line = refused(*arguments, exit_code=EXIT_INFEASIBLE)
+    assert line.startswith("meft-plan: no plan fits: ")
+    nearest = shlex.split(line.split("the nearest that fits: ")[1])
+    assert nearest[0] == "meft-plan"
+    result = run(*nearest[1:])
+    assert result.exit_code == EXIT_DONE, result.output
+    Plan.load("plan.json")
+
+
+def test_infeasible_as_json() -> None:
+    result = run("--gpu-mem", "24GB", "--host-mem", "100MB", "--json", "-o", "my plan.json")
+    assert result.exit_code == EXIT_INFEASIBLE
+    verdict = json.loads(result.stdout)
+    assert (verdict["feasible"], verdict["binding"], verdict["limit"]) == (False, "host memory", 100 << 20)
+    assert verdict["needed"] > verdict["limit"]
+    assert shlex.split(verdict["command"])[-2] == "--host-mem"
+    assert "-o 'my plan.json'" in verdict["command"]
+    assert "--json" in verdict["command"]
+    assert not Path("my plan.json").exists()
+
+
+# --- defaults -------------------------------------------------------------------------------------------------------
+
+
+def options(**given: Any) -> RequestOptions:
+    names = ("model", "gpu", "gpu_mem", "host", "link", "sparsity", "weights_dtype", "double_quant", "adapter_dtype")
+    fields = dict.fromkeys((*names, "activation_checkpointing"), None) | {"host_mem": 64 * GIB}
+    workload = {"batch_size": 2, "seq_len": 256, "grad_accum": 32, "attention": "sdpa"}
+    return RequestOptions.taken_from(fields | workload | given)
+
+
+def test_a_card_alone_has_what_nvml_reports() -> None:
+    planned = planning(options(gpu="rtx-4090"))
+    assert planned.request.gpu_mem_bytes == load_gpu("rtx-4090").total_bytes
+    assert planned.profiles.link.key == load_gpu("rtx-4090").link
+
+
+def test_the_box_may_say_a_little_more_than_nvml() -> None:
+    total = load_gpu("rtx-4090").total_bytes
+    assert total < 24 * GIB
+    planned = planning(options(gpu="NVIDIA GeForce RTX 4090", gpu_mem=24 * GIB))
+    assert (planned.request.gpu, planned.request.gpu_mem_bytes) == ("rtx-4090", total)
+    assert any("NVML's total" in note for note in planned.notes)
+    assert planning(options(gpu="rtx-4090", gpu_mem=12 * GIB)).request.gpu_mem_bytes == 12 * GIB
+
+
+def test_the_stand_in_card_holds_the_budget() -> None:
+    largest = max(load_gpu(name).total_bytes for name in gpu_names() if name != "emulated")
+    for budget in (GIB, 24 * GIB, 32 * GIB, 48 * GIB, 80 * GIB):
+        assert default_gpu(budget).total_bytes * 1.1 >= budget
+    assert default_gpu(8 * GIB).key == default_gpu(24 * GIB).key == "rtx-3090"
+    assert default_gpu(1000 * GIB).total_bytes == largest
+
+
+def test_without_host_mem_it_is_this_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_request, "machine_memory_bytes", lambda: 10 * GIB)
+    planned = planning(options(gpu="rtx-3090", host_mem=None))
+    assert (planned.request.host_mem_bytes, planned.request.host_mem_basis) == (10 * GIB, "this machine")
+    assert any("this machine's RAM, 10.00 GiB" in note for note in planned.notes)
+    emulated = planning(options(gpu="emulated", gpu_mem=4 * GIB, host_mem=None))
+    assert emulated.request.host_mem_bytes == 6 * GIB  # the emulated device lives in the same RAM
+    line = refused("--gpu", "emulated", "--gpu-mem", "10GB", "--model", "gpt2")
+    assert "lives in this machine's RAM, which is 10.00 GiB" in line
+
+
+def test_a_containers_share_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(cli_request, "_CGROUP_LIMITS", (tmp_path / "none", limit))
+    limit.write_text("max\n")
+    whole = machine_memory_bytes()
+    limit.write_text(f"{GIB // 4}\n")
+    assert machine_memory_bytes() == GIB // 4 < whole
+
+
+def test_a_profile_of_ones_own(tmp_path: Path) -> None:
+    profile = load_gpu("rtx-3090").model_copy(update={"key": "mine"})
+    (tmp_path / "mine.json").write_text(profile.canonical_json())
+    planned = planning(options(gpu="mine.json"))
+    assert (planned.profiles.gpu.key, planned.request.gpu) == ("mine", "mine.json")
+
+
+def test_a_profile_with_nan_is_refused(tmp_path: Path) -> None:
+    text = load_gpu("rtx-3090").canonical_json().replace("0.85", "NaN", 1)
+    assert "NaN" in text
+    (tmp_path / "mine.json").write_text(text)
+    assert "NaN is not a finite number" in refused("--gpu", "mine.json")
+
+
+# --- estimate and compare -------------------------------------------------------------------------------------------
+
+
+def estimated(*arguments: str) -> dict[str, Any]:
+    result = run("estimate", *arguments, "--json")
+    assert result.exit_code == EXIT_DONE, result.output
+    content: dict[str, Any] = json.loads(result.stdout)
+    return content
+
+
+@pytest.mark.parametrize("method", ["meft", "parallel-adapter", "lora", "qlora", "full"])
+def test_every_method_has_an_estimate(method: str) -> None:
+    content = estimated("--method", method, "--model", "qwen2.5-0.5b", "--host-mem", "64GB")
+    assert content["method"] == method
+    assert content["resident_bytes"] < content["peak_allocated_bytes"] < content["peak_reserved_bytes"]
+    assert content["process_bytes"]["low_bytes"] < content["process_bytes"]["high_bytes"]
+    assert all(entry["because"] and entry["basis"] for entry in content["entries"])
+    assert content["leaves_out"]
+    assert not Path("plan.json").exists()
+
+
+def test_estimate_takes_its_configuration() -> None:
+    content = estimated(
+        *("--method", "lora", "--rank", "8", "--target-modules", "q_proj,v_proj", "--model", "qwen2.5-0.5b"),
+        *("--weights-dtype", "fp16", "--activation-checkpointing", "--adapter-dtype", "bf16"),
+    )
+    assert (content["size"], content["targets"], content["weights_dtype"]) == (8, ["q", "v"], "fp16")
+    assert (content["activation_checkpointing"], content["adapter_dtype"]) == (True, "bf16")
+    # D = 896, 14 heads of 64 and 2 key-value heads, 24 layers: 8 * ((896 + 896) + (896 + 128)) * 24
+    assert content["trainable_parameters"] == 8 * (1792 + 1024) * 24
+
+
+def test_estimate_of_meft_takes_a_decision_and_does_not_ask_whether_it_fits() -> None:
+    fixed = ["--adapter-width", "2048", "--top-k", "16", "--prefetch-depth", "1", "--routing", "exact"]
+    content = estimated("--method", "meft", *fixed, "--gpu-mem", "2GB", "--host-mem", "1GB")
+    decision = content["decision"]
+    assert (decision["adapter_width"], decision["top_k"], decision["routing"]) == (2048, 16, "exact")
+    assert not content["fits"]
+    assert content["allocator_budget_bytes"] < 2 * GIB
+
+
+def test_qlora_is_lora_on_nf4() -> None:
+    same = ["--rank", "16", "--target-modules", "q,v", "--model", "qwen2.5-0.5b"]
+    qlora = estimated("--method", "qlora", *same, "--no-double-quant")
+    lora = estimated("--method", "lora", *same, "--weights-dtype", "nf4")
+    assert qlora["entries"] == lora["entries"]
+    assert qlora["weights_dtype"] == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--method", "full", "--rank", "8"], "--rank does not go with --method full; it is of lora, qlora"),
+        (["--method", "lora", "--top-k", "8"], "--top-k does not go with --method lora; it is of meft"),
+        (["--method", "meft", "--keep-outputs"], "--keep-outputs does not go with --method meft"),
+        (["--method", "qlora", "--weights-dtype", "bf16"], "qlora has nf4 weights"),
+        (["--method", "full", "--weights-dtype", "nf4"], "full trains its weights"),
+        (["--method", "lora", "--target-modules", "qq"], "unknown linear layer in --target-modules 'qq'"),
+        (["--method", "meft", "--weights-dtype", "int8"], "the runtime trains beside fp32, bf16 or nf4"),
+    ],
+)
+def test_an_estimate_refuses_what_does_not_go_together(arguments: list[str], says: str) -> None:
+    assert says in refused("estimate", *arguments)
+
+
+def test_compare_shows_every_method() -> None:
+    result = run("compare", "--gpu-mem", "24GB", "--host-mem", "64GB")
+    assert result.exit_code == EXIT_DONE, result.output
+    for method in ("meft", "parallel-adapter", "lora", "qlora", "full"):
+        assert result.stdout.count(f"\n  {method} ") == 2
+    assert not Path("plan.json").exists()
+
+
+def test_compare_as_json_says_what_binds_where_meft_does_not_fit() -> None:
+    result = run("compare", "--gpu-mem", "24GB", "--host-mem", "100MB", "--json")
+    rows = {row["method"]: row for row in json.loads(result.stdout)["rows"]}
+    assert rows["meft"]["largest"] is None
+    assert rows["meft"]["largest_because"].startswith("host memory: ")
+    assert not rows["meft"]["usual"]["fits"]
+    assert rows["lora"]["largest"]["size"] > rows["lora"]["usual"]["size"]
+
+
+# --- audit ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def audited_files() -> list[str]:
+    plan = sample_plan()
+    plan.save("p.json")
+    sample_report(plan).save("r.json")
+    return ["audit", "p.json", "r.json"]
+
+
+def test_an_audit_passes_with_0_and_fails_with_1(audited_files: list[str]) -> None:
+    passed = run(*audited_files)
+    assert passed.exit_code == EXIT_DONE, passed.output
+    assert "PASSED" in passed.stdout
+    plan = Plan.load("p.json")
+    counted = sample_report(plan).observed.transfer.d2h_bytes_total
+    sample_report(plan, d2h_bytes_total=counted + 1).save("r.json")
+    failed = run(*audited_files)
+    assert failed.exit_code == EXIT_UNEXPECTED
+    assert "FAILED: d2h_bytes_given_rows missed" in failed.stdout
+
+
+def test_an_audit_as_json(audited_files: list[str]) -> None:
+    content = json.loads(run(*audited_files, "--json").stdout)
+    assert content["passed"]
+    assert content["transfer_exact"]
+    assert content["plan_digest"] == sample_plan().content_digest()
+    row = next(row for row in content["rows"] if row["quantity"] == "h2d_bytes_given_rows")
+    assert row["predicted"] == row["observed"]
+
+
+def test_an_audit_takes_tolerances(audited_files: list[str]) -> None:
+    assert run(*audited_files, "--tolerance", "step_seconds=0").exit_code == EXIT_UNEXPECTED
+    assert "unknown quantity in --tolerance 'speed'" in refused(*audited_files, "--tolerance", "speed=0.1")
+
+
+def test_an_audit_refuses_the_report_of_another_plan(audited_files: list[str]) -> None:
+    sample_plan(grad_accum=3).save("p.json")
+    assert "not of this one" in refused(*audited_files)
+
+
+def test_an_edited_plan_is_refused(audited_files: list[str]) -> None:
+    text = Path("p.json").read_text()
+    Path("p.json").write_text(text.replace('"adapter_width": 16', '"adapter_width": 32'))
+    assert "plan p.json: its digest does not match its content" in refused(*audited_files)
+    Path("p.json").write_text(text[: len(text) // 2])
+    assert "is it truncated?" in refused(*audited_files)
+
+
+# --- as processes ---------------------------------------------------------------------------------------------------
+
+_LOADED = """
+import sys
+from meft.planner.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert end.code in (None, 0), end.code
+print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["--gpu-mem", "24GB", "--host-mem", "64GB"], ["compare", "--help"]]
+)
+def test_a_start_loads_nothing_heavy(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", _LOADED, *arguments], capture_output=True, text=True, check=True)
+    loaded = set(done.stderr.split())
+    assert not loaded & {"torch", "transformers", "numba", "scipy", "matplotlib"}
+    assert "click" in loaded
+
+
+def meft_plan(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    program = [str(Path(sys.executable).with_name("meft-plan")), *arguments]
+    return subprocess.run(program, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+def test_help_names_planning_and_the_commands() -> None:
+    done = meft_plan("--help")
+    assert done.returncode == EXIT_DONE
+    for text in ("--gpu-mem SIZE", "GB = GiB = 2^30 bytes", "estimate", "compare", "audit", "Exit codes: 0 done"):
+        assert text in done.stdout
+
+
+def test_the_installed_program_plans_and_refuses() -> None:
+    done = meft_plan("--gpu-mem", "1GB", *SMALL)
+    assert (done.returncode, done.stderr) == (EXIT_DONE, "")
+    assert "\x1b" not in done.stdout  # piped: no colours
+    plan = Plan.load("plan.json")
+    again = make_plan(plan.request, planning(_options_of(plan)).profiles, meft_version=plan.meft_version)
+    assert again == plan
+    bad = meft_plan("--gpu-mem", "foo")
+    assert (bad.returncode, bad.stdout) == (EXIT_USAGE, "")
+    assert bad.stderr.startswith("meft-plan: --gpu-mem: 'foo' is not a size")
+    assert meft_plan("--gpu-mem", "24GB", "--host-mem", "100MB").returncode == EXIT_INFEASIBLE
+
+
+def _options_of(plan: Plan) -> RequestOptions:
+    request = plan.request
+    return options(model=request.model.name, gpu=request.gpu, gpu_mem=request.gpu_mem_bytes, seq_len=request.seq_len)

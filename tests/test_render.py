@@ -1,0 +1,199 @@
+"""Tables: their sums are the ledger's, and piped they are plain."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from plan_samples import sample_plan, sample_profiles, sample_report
+
+from meft.planner.audit import audit
+from meft.planner.errors import UsageError
+from meft.planner.ledger import STEP_PHASES
+from meft.planner.plan import MemoryEntry, ParetoPoint, Plan
+from meft.planner.plot import check_format, plot_plan
+from meft.planner.render import (
+    GROUPS,
+    OTHER,
+    count,
+    grid,
+    grouped_bytes,
+    limits_used,
+    next_command,
+    percent,
+    plan_view,
+    show,
+)
+from meft.planner.render_audit import audit_view
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return sample_plan()
+
+
+def shown(capsys: pytest.CaptureFixture[str], view: object) -> str:
+    show(view)  # type: ignore[arg-type]
+    return capsys.readouterr().out
+
+
+def entry(phase: str, category: str, num_bytes: int) -> MemoryEntry:
+    fields = {"place": "device", "phase": phase, "category": category, "num_bytes": num_bytes}
+    return MemoryEntry.model_validate(fields | {"basis": "counted", "because": "a test"})
+
+
+# --- groups of the ledger -------------------------------------------------------------------------------------------
+
+
+def test_resident_counts_in_every_phase_and_the_rest_in_its_own() -> None:
+    entries = [entry("resident", "linear_weights", 100), entry("loss", "loss_chain", 7), entry("loss", "new_term", 5)]
+    groups = grouped_bytes(entries)
+    assert groups["frozen model"] == dict.fromkeys(STEP_PHASES, 100)
+    assert groups["logits and loss"] == {"forward": 0, "loss": 7, "backward": 0, "optimizer_step": 0}
+    assert groups[OTHER]["loss"] == 5
+    assert "router" not in groups  # nothing in it
+
+
+def test_the_groups_add_up_to_the_peak(plan: Plan) -> None:
+    memory = plan.prediction.device_memory
+    groups = grouped_bytes(memory.entries)
+    totals = [sum(by_phase[phase] for by_phase in groups.values()) for phase in STEP_PHASES]
+    assert max(totals) == memory.peak_allocated_bytes
+    assert STEP_PHASES[totals.index(max(totals))] == memory.peak_phase
+
+
+def test_every_category_of_the_ledger_has_a_group(plan: Plan) -> None:
+    assert OTHER not in grouped_bytes(plan.prediction.device_memory.entries)
+    categories = [category for group in GROUPS.values() for category in group]
+    assert len(categories) == len(set(categories))
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(1_610_612_736, "1.61 B"), (2_500_000, "2.50 M"), (4_096, "4.10 k"), (17, "17")]
+)
+def test_counts(number: int, text: str) -> None:
+    assert count(number) == text
+
+
+def test_percent() -> None:
+    assert percent(0.2394) == "23.9 %"
+
+
+def test_limits_used_puts_the_tightest_first(plan: Plan) -> None:
+    prediction, request = plan.prediction, plan.request
+    used = dict(limits_used(plan))
+    assert used["host memory"] == prediction.host_memory.total_bytes / request.host_mem_bytes
+    assert used["slowdown"] == prediction.timing.slowdown / request.max_slowdown
+    at_cap = prediction.device_memory.peak_reserved_bytes_at_cap
+    assert at_cap is not None
+    assert used["device memory"] == at_cap / prediction.device_memory.allocator_budget_bytes
+    assert list(used.values()) == sorted(used.values(), reverse=True)
+
+
+# --- what is printed ------------------------------------------------------------------------------------------------
+
+
+def test_piped_output_is_plain_and_narrow(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, plan_view(plan, path=Path("plan.json"), notes=["a note"], verbose=False))
+    assert "\x1b" not in text
+    assert all(line == line.rstrip() and len(line) <= 100 for line in text.splitlines())
+    assert len(text.splitlines()) <= 50
+    assert "a note" in text
+
+
+def test_columns_are_obeyed(plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    text = shown(capsys, plan_view(plan, path=Path("plan.json"), notes=[], verbose=True))
+    assert max(map(len, text.splitlines())) <= 60
+
+
+def test_a_plan_shows_its_decision_and_what_to_type_next(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, plan_view(plan, path=Path("out/my plan.json"), notes=[], verbose=False))
+    assert re.search(r"adapter width +16 ", text)
+    assert re.search(r"routing +key-experts  4 experts of 4 rows, 2 probed: 50.0 % of rows scored", text)
+    assert "meft-run 'out/my plan.json' --model DIR --data FILE.jsonl --device emulated" in text
+    step = plan.prediction.transfer
+    assert f"{step.whole_adapter_offload_ratio:.2f} times as much" in text
+
+
+def test_the_next_command_names_the_models_folder(plan: Plan) -> None:
+    request = plan.request.model_copy(update={"model_path": "models/tiny", "gpu": "rtx-3090"})
+    command = next_command(plan.model_copy(update={"request": request}), Path("p.json"))
+    assert command == "meft-run p.json --model models/tiny --data FILE.jsonl"
+
+
+def test_what_was_asked_for_is_said(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    request = plan.request.model_copy(update={"top_k": 2, "adapter_width": 16})
+    text = shown(
+        capsys, plan_view(plan.model_copy(update={"request": request}), path=Path("p"), notes=[], verbose=False)
+    )
+    assert re.search(r"adapter width.*\(as asked\)", text)
+    assert re.search(r"top K.*\(as asked\)", text)
+    assert not re.search(r"routing.*\(as asked\)", text)
+
+
+def test_verbose_gives_every_number_with_its_source(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    number = plan.inputs.numbers[0]
+    brief = shown(capsys, plan_view(plan, path=Path("p"), notes=[], verbose=False))
+    full = shown(capsys, plan_view(plan, path=Path("p"), notes=[], verbose=True))
+    assert number.name not in brief
+    assert number.name in full
+    assert " ".join(number.source.split()[:2]) in full
+    assert "row_staging" in full
+
+
+def test_trade_offs_show_the_plan_first_and_both_ends(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    widths = (1_000, 2_000, 3_000, 4_000, 5_000, 6_000)
+    points = tuple(
+        ParetoPoint(
+            decision=plan.decision.model_copy(update={"adapter_width": width}),
+            trainable_parameters=width,
+            step_seconds=1.0,
+            peak_reserved_bytes=1,
+            host_bytes=1,
+        )
+        for width in widths
+    )
+    search = plan.search.model_copy(update={"pareto": points})
+    text = shown(capsys, plan_view(plan.model_copy(update={"search": search}), path=Path("p"), notes=[], verbose=False))
+    lines = text[text.index("Trade-offs") : text.index("What this rests on")].splitlines()[2:]
+    assert [line.split()[0] for line in lines] == ["16*", "6,000", "4,000", "3,000", "1,000"]
+
+
+def test_markup_in_names_is_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "[bold]x[/bold]" in shown(capsys, grid(("",), [("[bold]x[/bold]",)]))
+
+
+def test_an_audit_names_what_missed(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    report = sample_report(plan)
+    gpu = sample_profiles().gpu
+    passed = shown(capsys, audit_view(audit(plan, report, gpu=gpu), verbose=False))
+    assert "PASSED: all 6 judged quantities hold" in passed
+    assert "Transfer by category" not in passed
+    counted = report.observed.transfer.h2d_bytes_total + 8
+    failed = shown(
+        capsys, audit_view(audit(plan, sample_report(plan, h2d_bytes_total=counted), gpu=gpu), verbose=False)
+    )
+    assert re.search(r"h2d_bytes_given_rows .* exact: MISSED", failed)
+    assert "DO NOT equal" in failed
+    assert "FAILED: h2d_bytes_given_rows missed, 5 of 6 hold" in failed
+    assert "Transfer by category" in failed  # shown unasked when something differs
+
+
+# --- the picture ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "start"), [("p.png", b"\x89PNG"), ("p.svg", b"<?xml"), ("p.pdf", b"%PDF")])
+def test_a_picture_in_each_format(plan: Plan, tmp_path: Path, name: str, start: bytes) -> None:
+    path = tmp_path / "new folder" / name
+    plot_plan(plan, [], path)
+    assert path.read_bytes().startswith(start)
+
+
+def test_other_formats_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"--plot p.txt: the name must end in one of .png, .svg, .pdf"):
+        check_format(Path("p.txt"))
