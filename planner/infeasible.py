@@ -172,14 +172,12 @@ def _combined(request: Request, gpu: GpuProfile) -> Iterator[Request]:
 
 
 def _raised(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Request | None:
-    """The request with every exceeded budget raised; None where the card has no more memory."""
+    """The request with every exceeded budget raised, a card's up to what it has; None where there is no more."""
     update: dict[str, float] = {name: _rounded(name, needed) for name, needed in needs.items()}
     if "gpu_mem_bytes" in update:
         wanted, total = update["gpu_mem_bytes"], gpu.memory_total_bytes
         if total is not None:
             update["gpu_mem_bytes"] = min(wanted, int(total.value))
-            if update["gpu_mem_bytes"] < needs["gpu_mem_bytes"]:
-                return None
         elif request.host_mem_basis == "this machine":
             # The emulated device lives in the same memory: what it gets is the host's no more.
             left = request.host_mem_bytes - (wanted - request.gpu_mem_bytes)

@@ -187,14 +187,14 @@ def expert_counts(adapter_width: int) -> tuple[int, ...]:
     """Divisors of ``R`` nearest in ratio to multiples of its square root, ascending; 1 only for ``R = 1``."""
     small = [count for count in range(1, math.isqrt(adapter_width) + 1) if adapter_width % count == 0]
     divisors = sorted({*small, *(adapter_width // count for count in small)})[1:] or [1]
-    return tuple(_nearest(divisors, factor * math.sqrt(adapter_width)) for factor in EXPERTS_PER_ROOT)
+    return tuple(_nearest(divisors, square=factor * factor * adapter_width) for factor in EXPERTS_PER_ROOT)
 
 
-def _nearest(ascending: list[int], target: float) -> int:
-    """The number nearest in ratio, the smaller of two as near."""
-    place = bisect.bisect_left(ascending, target)
-    around = ascending[max(place - 1, 0) : place + 1]
-    return min(around, key=lambda number: max(number / target, target / number))
+def _nearest(ascending: list[int], *, square: float) -> int:
+    """The number nearest in ratio to the root of ``square``; of two as near, whose product it is, the smaller."""
+    place = bisect.bisect_right(ascending, square, key=lambda number: number * number)
+    lower, upper = ascending[max(place - 1, 0)], ascending[min(place, len(ascending) - 1)]
+    return upper if lower * upper < square else lower
 
 
 def probe_counts(*, adapter_width: Ints, num_experts: Ints, top_k: Ints) -> NDArray[np.int64]:

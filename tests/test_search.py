@@ -1,0 +1,574 @@
+"""The search: against brute force on small grids, what must hold of every winner, fronts, verdicts and their advice."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planner_records import (
+    GIB,
+    decision_of,
+    gpu_profile,
+    host_profile,
+    link_profile,
+    request_of,
+    sourced,
+    sparsity_profile,
+    tiny_shape,
+)
+
+from meft.planner.errors import UsageError
+from meft.planner.infeasible import Limit
+from meft.planner.pareto import pareto_front, thinned
+from meft.planner.plan import Decision, Plan, Request
+from meft.planner.profiles import SourcedRange
+from meft.planner.search import Infeasible, ProfileSet, make_plan, predict, weigh
+
+KIB = 1 << 10
+LIMITLESS = {"gpu_mem_bytes": 1 << 40, "host_mem_bytes": 1 << 40, "max_slowdown": 1e9}
+
+
+def profiles_of(*alphas: float, **changes: Any) -> ProfileSet:
+    whole = ProfileSet(gpu_profile(), link_profile(), host_profile(), sparsity_profile(*alphas or (0.5,)))
+    return replace(whole, **changes)
+
+
+def tiny_request(**changes: Any) -> Request:
+    """Three layers of D = 8, T = 8, fp32: budgets of some tens of KiB decide."""
+    small = {"batch_size": 2, "seq_len": 4, "grad_accum": 2, "weights_dtype": "fp32", "adapter_dtype": "fp32"}
+    return request_of(model=tiny_shape(), **(small | LIMITLESS | changes))
+
+
+def planned(request: Request, profiles: ProfileSet | None = None) -> Plan:
+    found = make_plan(request, profiles or profiles_of(), meft_version="test")
+    assert isinstance(found, Plan), found
+    return found
+
+
+def refused(request: Request, profiles: ProfileSet | None = None) -> Infeasible:
+    found = make_plan(request, profiles or profiles_of(), meft_version="test")
+    assert isinstance(found, Infeasible), found.decision
+    return found
+
+
+# --- against brute force ---------------------------------------------------------------------------------------------
+
+
+def all_decisions(request: Request, profiles: ProfileSet) -> list[Decision]:
+    space = weigh(request, profiles).space
+    grid = itertools.product(*(range(length) for length in space.shape))
+    return [space.decision(index) for index in grid if space.is_new[index[3:]]]
+
+
+def fits(request: Request, decision: Decision, profiles: ProfileSet) -> bool:
+    prediction = predict(request, decision, profiles)
+    device = prediction.device_memory
+    return (
+        device.peak_reserved_bytes_at_cap <= device.allocator_budget_bytes
+        and prediction.host_memory.total_bytes <= request.host_mem_bytes
+        and prediction.timing.slowdown <= request.max_slowdown
+        and (request.objective == "capacity" or prediction.trainable_fraction >= request.min_trainable_fraction)
+    )
+
+
+def preference(request: Request, decision: Decision, profiles: ProfileSet) -> tuple[float, ...]:
+    prediction = predict(request, decision, profiles)
+    capacity = (-decision.adapter_width, -decision.top_k)
+    rest = (-decision.active_rows_cap, prediction.device_memory.peak_reserved_bytes_at_cap)
+    step = round(prediction.timing.step_seconds, 12)
+    return (*capacity, step, *rest) if request.objective == "capacity" else (step, *capacity, *rest)
+
+
+SMALL_GRIDS = [
+    {"adapter_width": 16, "top_k": 3},
+    {"adapter_width": 16, "top_k": 3, "objective": "speed", "min_trainable_fraction": 0.0},
+    {"top_k": 4, "routing": "exact", "prefetch_depth": 1, "activation_checkpointing": False},
+    {"routing": "exact", "prefetch_depth": 0, "activation_checkpointing": True, "rows_in_backward": "refetched"},
+    {
+        "top_k": 3,
+        "routing": "key-experts",
+        "prefetch_depth": 2,
+        "rows_in_backward": "retained",
+        "activation_checkpointing": False,
+        "objective": "speed",
+    },
+]
+
+
+@pytest.mark.parametrize("grid", SMALL_GRIDS)
+def test_the_winner_is_the_one_that_brute_force_finds(grid):
+    # The budgets are set amid what the decisions need, so that each of them cuts some off.
+    profiles = profiles_of(0.9, 0.4, 0.6)
+    loose = weigh(tiny_request(**grid), profiles)
+    amid = {
+        "gpu_mem_bytes": int(np.quantile(loose.reserved_bytes, 0.7)),
+        "host_mem_bytes": int(np.quantile(np.broadcast_to(loose.host_bytes, loose.space.shape), 0.8)),
+        "max_slowdown": max(1.0, float(np.quantile(loose.limits[-1].needed, 0.7))),
+    }
+    request = tiny_request(**grid, **amid)
+    everything = all_decisions(request, profiles)
+    fitting = [decision for decision in everything if fits(request, decision, profiles)]
+    plan = planned(request, profiles)
+    assert (plan.search.candidates, plan.search.feasible) == (len(everything), len(fitting))
+    assert 0 < len(fitting) < len(everything)
+    best = min(preference(request, decision, profiles) for decision in fitting)
+    assert preference(request, plan.decision, profiles) == best
+
+
+@settings(max_examples=20)
+@given(data=st.data(), serial=st.booleans())
+def test_every_candidate_is_weighed_as_it_is_predicted(data, serial):
+    # One set of terms: an array's element and the scalar prediction of the same decision agree.
+    profiles = profiles_of(0.9, 0.4, 0.6, gpu=gpu_profile(shares_host_cores=serial))
+    request = tiny_request(adapter_width=data.draw(st.integers(1, 40)))
+    weighed = weigh(request, profiles)
+    index = tuple(data.draw(st.integers(0, length - 1)) for length in weighed.space.shape)
+    prediction = predict(request, weighed.space.decision(index), profiles)
+    assert weighed.at(weighed.allocated_bytes, index) == prediction.device_memory.peak_allocated_bytes_at_cap
+    assert weighed.at(weighed.reserved_bytes, index) == prediction.device_memory.peak_reserved_bytes_at_cap
+    assert weighed.at(weighed.host_bytes, index) == prediction.host_memory.total_bytes
+    assert weighed.at(weighed.trainable_parameters, index) == prediction.trainable_parameters
+    assert weighed.at(weighed.step_seconds, index) == pytest.approx(prediction.timing.step_seconds, rel=1e-12)
+    assert weighed.at(weighed.limits[-1].needed, index) == pytest.approx(prediction.timing.slowdown, rel=1e-12)
+
+
+# --- what must hold of every winner ----------------------------------------------------------------------------------
+
+BUDGETS = st.fixed_dictionaries(
+    {
+        "gpu_mem_bytes": st.integers(40 * KIB, 200 * KIB),
+        "host_mem_bytes": st.integers(2 * KIB, 100 * KIB),
+        "max_slowdown": st.floats(1.0, 100.0),
+    }
+)
+NARROW = {"prefetch_depth": 1, "rows_in_backward": "refetched"}
+
+
+@settings(max_examples=20)
+@given(budgets=BUDGETS, name=st.sampled_from(["gpu_mem_bytes", "host_mem_bytes", "max_slowdown"]), more=st.floats(1, 3))
+def test_a_larger_budget_never_takes_anything_away(budgets, name, more):
+    larger = budgets | {name: type(budgets[name])(budgets[name] * more)}
+    before, after = (
+        make_plan(tiny_request(**NARROW, **given_budgets), profiles_of(), meft_version="test")
+        for given_budgets in (budgets, larger)
+    )
+    if isinstance(before, Infeasible):
+        return
+    assert isinstance(after, Plan)
+    assert after.decision.adapter_width >= before.decision.adapter_width
+    assert after.search.feasible >= before.search.feasible
+    assert after.search.candidates == before.search.candidates
+
+
+@settings(max_examples=15)
+@given(budgets=BUDGETS, objective=st.sampled_from(["capacity", "speed"]))
+def test_a_plan_keeps_its_limits_and_a_verdict_s_advice_makes_one(budgets, objective):
+    request, profiles = tiny_request(objective=objective, **NARROW, **budgets), profiles_of()
+    found = make_plan(request, profiles, meft_version="test")
+    if isinstance(found, Plan):
+        assert fits(request, found.decision, profiles)
+    elif found.suggestion:
+        assert make_plan(with_options(request, found.suggestion), profiles, meft_version="test").kind == "plan"
+
+
+def test_the_same_request_gives_the_same_plan():
+    assert planned(tiny_request()).to_json() == planned(tiny_request()).to_json()
+
+
+def test_a_plan_survives_json():
+    plan = planned(tiny_request())
+    assert Plan.from_json(plan.to_json(), source="test") == plan
+
+
+def test_the_search_may_not_disagree_with_the_prediction(monkeypatch):
+    def slower(*arguments):
+        honest = predict(*arguments)
+        timing = honest.timing.model_copy(update={"step_seconds": 1.001 * honest.timing.step_seconds})
+        return honest.model_copy(update={"timing": timing})
+
+    monkeypatch.setattr("meft.planner.search.predict", slower)
+    with pytest.raises(RuntimeError, match="the search found step seconds"):
+        planned(tiny_request())
+
+
+def test_planning_loads_neither_torch_nor_scipy_nor_matplotlib():
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+        "from test_search import planned, tiny_request; planned(tiny_request()); "
+        "print([name for name in ('torch', 'transformers', 'numba', 'scipy', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- the two objectives ----------------------------------------------------------------------------------------------
+
+
+def test_capacity_takes_the_widest_adapter_then_the_largest_k():
+    # No limit binds: 4D = 32 rows, and K = 32 of the 8, 16, 32 that there are.
+    decision = planned(tiny_request()).decision
+    assert (decision.adapter_width, decision.top_k) == (32, 32)
+
+
+def test_speed_takes_the_fastest_step_that_trains_enough():
+    frozen = tiny_shape().num_parameters
+    # The least width whose 2*R*D*L = 48 R weights are half the model's; K = 8 is the least, and the fastest.
+    plan = planned(tiny_request(objective="speed", min_trainable_fraction=0.5))
+    assert plan.prediction.trainable_fraction >= 0.5
+    narrower = planned(tiny_request(objective="speed", min_trainable_fraction=0.1))
+    assert narrower.prediction.timing.step_seconds <= plan.prediction.timing.step_seconds
+    assert plan.decision.top_k == 8
+    assert plan.prediction.trainable_parameters >= frozen / 2
+
+
+def test_of_equal_steps_the_larger_cap_is_taken_as_it_drops_fewer_rows():
+    # All caps of a decision take the same time, and memory is no object: the whole width.
+    decision = planned(tiny_request(adapter_width=32, top_k=2)).decision
+    assert decision.active_rows_cap == 32
+
+
+# --- the Pareto front ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)), max_size=30))
+def test_the_front_is_what_nothing_beats(points):
+    most, least, also = (np.array([point[axis] for point in points], dtype=np.int64) for axis in range(3))
+    front = pareto_front(most, least.astype(np.float64), also).tolist()
+    as_costs = [(-a, b, c) for a, b, c in points]
+
+    def beaten(place: int) -> bool:
+        mine = as_costs[place]
+        return any(
+            all(x <= y for x, y in zip(other, mine, strict=True)) and (other != mine or before < place)
+            for before, other in enumerate(as_costs)
+        )
+
+    assert sorted(front) == [place for place in range(len(points)) if not beaten(place)]
+    assert [as_costs[place][:2] for place in front] == sorted(as_costs[place][:2] for place in front)
+
+
+def test_a_thinned_front_starts_at_a_place_and_keeps_both_ends():
+    assert thinned(100, near=50, most=6, neighbours=3) == [
+        50,
+        49,
+        51,
+        0,
+        48,
+        99,
+    ]  # of the other 97 the middle one, place 48
+    assert thinned(4, near=3, most=6, neighbours=3) == [3, 2, 1, 0]
+    assert thinned(1, near=0, most=6, neighbours=3) == [0]
+
+
+def test_a_plan_shows_its_winner_and_what_could_be_had_instead():
+    plan = planned(tiny_request(max_slowdown=50.0))
+    points = plan.search.pareto
+    assert points[0].decision == plan.decision
+    assert 1 < len({point.decision for point in points}) == len(points) <= 12
+    for point in points:
+        prediction = predict(plan.request, point.decision, profiles_of())
+        assert point.trainable_parameters == prediction.trainable_parameters
+        assert point.step_seconds == pytest.approx(prediction.timing.step_seconds, rel=1e-12)
+        assert point.peak_reserved_bytes == prediction.device_memory.peak_reserved_bytes_at_cap
+        assert point.host_bytes == prediction.host_memory.total_bytes
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def with_options(request: Request, options: dict[str, str]) -> Request:
+    """The request as ``meft-plan`` would make it with these options."""
+    fields: dict[str, Any] = {}
+    for option, value in options.items():
+        name = option.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if name == "activation_checkpointing":
+            assert value == ""
+            fields[name] = not option.startswith("--no-")
+        elif name in ("gpu_mem", "host_mem"):
+            units = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
+            fields[f"{name}_bytes"] = int(value[:-3]) * units[value[-3:]]
+        elif name == "min_trainable":
+            fields["min_trainable_fraction"] = float(value)
+        else:
+            fields[name] = float(value) if "." in value else int(value) if value.isdecimal() else value
+    return Request.model_validate(request.model_dump() | fields)
+
+
+def test_device_memory_binds_and_the_card_has_more():
+    # The 7B model in bf16 takes 12.55 GiB alone; the test card has 24 GiB.
+    request = request_of(gpu_mem_bytes=12 * GIB, adapter_width=6144)
+    verdict = refused(request)
+    assert verdict.binding == "device memory"
+    assert verdict.limit == 12 * GIB < verdict.needed < 18 * GIB
+    assert verdict.message.startswith("device memory: the nearest needs 1")
+    assert verdict.message.endswith("more than 12.00 GiB (--gpu-mem)")
+    assert list(verdict.suggestion) == ["--gpu-mem"]
+    assert planned(with_options(request, verdict.suggestion)).request.gpu_mem_bytes - GIB < verdict.needed
+
+
+def test_the_need_of_device_memory_is_exact():
+    request = request_of(gpu_mem_bytes=12 * GIB, adapter_width=6144)
+    needed = int(refused(request).needed)
+    planned(request.model_copy(update={"gpu_mem_bytes": needed}))
+    refused(request.model_copy(update={"gpu_mem_bytes": needed - 1}))
+
+
+def test_the_context_counts_against_the_card():
+    context = SourcedRange(low_bytes=0, high_bytes=GIB, basis="assumed", source="test")
+    request = request_of(gpu_mem_bytes=12 * GIB, adapter_width=6144)
+    with_context = refused(request, profiles_of(gpu=gpu_profile(context=context)))
+    assert with_context.needed == refused(request).needed + GIB
+
+
+def test_a_card_that_is_too_small_gets_a_smaller_batch():
+    # 64 sequences do not fit the card's 24 GiB; no advice to have more than that.
+    request = request_of(batch_size=64, adapter_width=6144)
+    verdict = refused(request)
+    assert verdict.binding == "device memory"
+    assert list(verdict.suggestion) == ["--batch-size"]
+    planned(with_options(request, verdict.suggestion))
+    batch_size = int(verdict.suggestion["--batch-size"])
+    assert batch_size in (32, 16, 8, 4, 2, 1)
+    refused(request.model_copy(update={"batch_size": 2 * batch_size}))
+
+
+def test_checkpointing_that_was_switched_off_is_switched_on():
+    small = profiles_of(gpu=gpu_profile(memory_total_bytes=sourced(20 * GIB)))
+    request = request_of(
+        gpu_mem_bytes=20 * GIB, batch_size=1, seq_len=2048, activation_checkpointing=False, adapter_width=6144
+    )
+    verdict = refused(request, small)
+    assert verdict.suggestion == {"--activation-checkpointing": ""}
+    assert planned(with_options(request, verdict.suggestion), small).decision.activation_checkpointing
+
+
+def test_fewer_tokens_where_nothing_else_helps():
+    small = profiles_of(gpu=gpu_profile(memory_total_bytes=sourced(15 * GIB)))
+    request = request_of(
+        gpu_mem_bytes=15 * GIB, batch_size=1, seq_len=2048, activation_checkpointing=True, adapter_width=6144
+    )
+    verdict = refused(request, small)
+    assert list(verdict.suggestion) == ["--seq-len"]
+    planned(with_options(request, verdict.suggestion), small)
+
+
+def test_weights_that_are_too_large_are_quantized():
+    small = profiles_of(gpu=gpu_profile(memory_total_bytes=sourced(8 * GIB)))
+    request = request_of(gpu_mem_bytes=8 * GIB, adapter_width=6144)
+    verdict = refused(request, small)
+    assert verdict.suggestion == {"--weights-dtype": "nf4", "--adapter-dtype": "bf16"}
+    planned(with_options(request, verdict.suggestion), small)
+
+
+def test_there_is_no_advice_where_nothing_helps():
+    small = profiles_of(gpu=gpu_profile(memory_total_bytes=sourced(GIB)))
+    verdict = refused(request_of(gpu_mem_bytes=GIB, adapter_width=6144, top_k=64), small)
+    assert verdict.binding == "device memory"
+    assert verdict.suggestion == {}
+
+
+def test_the_emulated_device_takes_its_memory_from_the_machine_s_own():
+    # Of 16 GiB the device has 15 and the host the rest; what --gpu-mem gets more, the host budget gets less.
+    emulated = profiles_of(gpu=gpu_profile(memory_total_bytes=None, shares_host_cores=True))
+    request = request_of(
+        gpu_mem_bytes=14 * GIB,
+        host_mem_bytes=40 * GIB,
+        host_mem_basis="this machine",
+        adapter_width=6144,
+        max_slowdown=99,
+    )
+    assert list(refused(request, emulated).suggestion) == ["--gpu-mem"]
+    tight = request.model_copy(update={"host_mem_bytes": 24 * GIB + GIB // 2})  # tables 24 GiB, buffers below 512 MiB
+    assert "--gpu-mem" not in refused(tight, emulated).suggestion
+
+
+def test_host_memory_binds():
+    # fp32 weights, two moments and gradients of 32 layers x 8192 numbers: 4 MiB per row; 6144 rows: 24 GiB and buffers
+    request = request_of(host_mem_bytes=20 * GIB, adapter_width=6144)
+    verdict = refused(request)
+    assert verdict.binding == "host memory"
+    assert 24 * GIB < verdict.needed < 24.2 * GIB
+    assert verdict.suggestion == {"--host-mem": "25GiB"}
+    planned(with_options(request, verdict.suggestion))
+
+
+def test_ram_that_is_there_is_not_wished_larger_before_all_else():
+    request = request_of(host_mem_bytes=20 * GIB, host_mem_basis="this machine", adapter_width=6144)
+    verdict = refused(request)
+    assert list(verdict.suggestion) == ["--adapter-width"]
+    # 5120 rows are 20 GiB without a buffer; the next multiple of 128 below is 4992
+    assert verdict.suggestion["--adapter-width"] == "4992"
+    planned(with_options(request, verdict.suggestion))
+
+
+def test_slowdown_binds():
+    request = request_of(max_slowdown=1.0, adapter_width=8192, top_k=256)
+    verdict = refused(request)
+    assert verdict.binding == "slowdown"
+    assert verdict.needed > verdict.limit == 1.0
+    assert verdict.message == (
+        f"slowdown: the nearest takes {verdict.needed:.3f} times its baseline, the limit is 1.000 (--max-slowdown)"
+    )
+    assert float(verdict.suggestion["--max-slowdown"]) - verdict.needed < 0.01
+    planned(with_options(request, verdict.suggestion))
+
+
+def test_trainable_share_binds_for_speed_alone():
+    fixed = {"adapter_width": 2048, "top_k": 64, "max_slowdown": 100.0}  # 2*2048*4096*32 of 6.74e9: 7.97 %
+    planned(request_of(**fixed))
+    request = request_of(objective="speed", routing="exact", **fixed)
+    verdict = refused(request)
+    assert verdict.binding == "trainable share"
+    assert (
+        verdict.message
+        == "trainable share: the nearest trains 7.97% of the model, the least is 10.00% (--min-trainable)"
+    )
+    assert verdict.suggestion == {"--min-trainable": "0.079"}
+    planned(with_options(request, verdict.suggestion))
+
+
+def test_one_limit_is_raised_rather_than_two_by_less():
+    # 10 % of the model takes 10 GiB of host memory (2.5 over); 8.7 % and 8.5 GiB would be nearer to both limits.
+    request = request_of(objective="speed", host_mem_bytes=8 * GIB, top_k=64, max_slowdown=100.0)
+    verdict = refused(request)
+    assert verdict.message.count("the nearest") == len(verdict.suggestion) == 1
+    planned(with_options(request, verdict.suggestion))
+
+
+def test_two_limits_that_bind_are_both_told_and_raised():
+    request = request_of(gpu_mem_bytes=12 * GIB, host_mem_bytes=20 * GIB, adapter_width=6144)
+    verdict = refused(request)
+    assert verdict.message.count("the nearest needs") == 2
+    assert set(verdict.suggestion) == {"--gpu-mem", "--host-mem"}
+    planned(with_options(request, verdict.suggestion))
+
+
+def test_excess_is_a_share_of_the_limit():
+    most = Limit("host memory", "host_mem_bytes", np.array([50, 100, 150]), 100)
+    assert most.excess().tolist() == [0, 0, 0.5]
+    least = Limit("trainable share", "min_trainable_fraction", np.array([0.05, 0.1, 0.2]), 0.1, at_least=True)
+    assert least.excess().tolist() == [1.0, 0, 0]
+
+
+# --- requests that are refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights_dtype": "fp16"}, "weights_dtype fp16: the runtime trains beside fp32, bf16 or nf4"),
+        ({"weights_dtype": "int8"}, "weights_dtype int8"),
+        ({"adapter_width": 4, "top_k": 5}, "top_k 5 is above adapter_width 4"),
+        ({"prefetch_depth": 3}, "prefetch_depth 3: tiny has 3 layers; give at most 2"),
+    ],
+)
+def test_a_request_that_cannot_be_run_is_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        make_plan(tiny_request(**changes), profiles_of(), meft_version="test")
+
+
+def test_a_sparsity_profile_of_another_model_is_refused():
+    with pytest.raises(UsageError, match="has 2 layers but the model has 3"):
+        make_plan(tiny_request(), profiles_of(0.5, 0.6), meft_version="test")
+
+
+# --- the prediction of one decision ----------------------------------------------------------------------------------
+
+
+def test_given_rows_take_the_place_of_expected_ones():
+    request = tiny_request()
+    decision = decision_of(adapter_width=32, top_k=4, active_rows_cap=20)
+    expected = predict(request, decision, profiles_of())
+    given_rows = predict(request, decision, profiles_of(), active_rows_per_layer=[4, 20, 5])
+    assert given_rows.sparsity.active_rows_per_layer == (4, 20, 5)
+    assert given_rows.sparsity.basis == "measured"
+    # rows and row gradients, [A, 2D] fp32 each way; no look-ahead, so the three layers' queries are the same
+    assert given_rows.transfer.h2d_bytes_per_step - expected.transfer.h2d_bytes_per_step == 64 * (
+        29 - sum(expected.sparsity.active_rows_per_layer)
+    )
+    # the window of two micro-batches has no fewer rows than one and no more than two
+    assert given_rows.sparsity.window_active_rows_per_layer[0] == 8
+    assert given_rows.sparsity.window_active_rows_per_layer[1] >= 20
+    assert given_rows.device_memory.peak_allocated_bytes_at_cap == expected.device_memory.peak_allocated_bytes_at_cap
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([4, 4], "for 2 layers, the model has 3"), ([4, 21, 4], "the cap 20"), ([4, -1, 4], "between 0 and the cap")],
+)
+def test_given_rows_must_be_possible(rows, message):
+    decision = decision_of(adapter_width=32, top_k=4, active_rows_cap=20)
+    with pytest.raises(ValueError, match=message):
+        predict(tiny_request(), decision, profiles_of(), active_rows_per_layer=rows)
+
+
+def test_no_batch_needs_more_than_at_the_cap():
+    device = predict(
+        tiny_request(), decision_of(adapter_width=32, top_k=4, active_rows_cap=20), profiles_of()
+    ).device_memory
+    assert device.peak_allocated_bytes < device.peak_allocated_bytes_at_cap
+    assert device.peak_reserved_bytes < device.peak_reserved_bytes_at_cap
+
+
+def test_routers_are_trained_too():
+    # 3 layers of D = 8: 2*32*8*3 keys and values; 4 experts: 4*8*3 router weights
+    exact = decision_of(adapter_width=32, top_k=4, active_rows_cap=20)
+    gated = decision_of(
+        adapter_width=32, top_k=4, active_rows_cap=20, routing="key-experts", num_experts=4, num_probes=2
+    )
+    assert predict(tiny_request(), exact, profiles_of()).trainable_parameters == 1536
+    prediction = predict(tiny_request(), gated, profiles_of())
+    assert prediction.trainable_parameters == 1536 + 96
+    assert prediction.trainable_fraction == prediction.trainable_parameters / tiny_shape().num_parameters
+
+
+def test_pinned_buffers_are_for_cards_alone():
+    # Pinned buffers are rounded up to powers of two: 20 rows of 64 bytes are 1280, pinned 2048.
+    decision = decision_of(adapter_width=32, top_k=4, active_rows_cap=20)
+    emulated = profiles_of(gpu=gpu_profile(shares_host_cores=True))
+    staging = [
+        next(
+            e.num_bytes for e in predict(tiny_request(), decision, p).host_memory.entries if e.category == "row_staging"
+        )
+        for p in (profiles_of(), emulated)
+    ]
+    assert staging == [2048, 1280]
+
+
+# --- where the numbers come from -------------------------------------------------------------------------------------
+
+
+def test_a_plan_names_its_profiles_by_digest():
+    profiles = profiles_of()
+    used = {profile.kind: profile for profile in planned(tiny_request(), profiles).inputs.profiles}
+    assert set(used) == {"gpu", "link", "host", "sparsity", "model"}
+    assert used["host"].digest == profiles.host.content_digest()
+    assert used["model"].digest == tiny_shape().content_digest()
+
+
+def test_a_plan_lists_the_numbers_it_rests_on_and_no_others():
+    names = {number.name: number for number in planned(tiny_request(rows_in_backward="retained")).inputs.numbers}
+    assert names["gpu.fp32_flops_per_second"].value == 25e12
+    assert names["sparsity.alpha"].value == 0.5
+    assert names["allocator.unused_reserved_fraction"].basis == "assumed"
+    assert "gpu.bf16_flops_per_second" not in names  # weights and adapter are fp32
+    assert "link.duplex_h2d_bytes_per_second" not in names  # retained rows do not meet their gradients
+    refetched = planned(tiny_request(rows_in_backward="refetched", prefetch_depth=0, adapter_dtype="bf16"))
+    names = {number.name: number for number in refetched.inputs.numbers}
+    assert "link.duplex_h2d_bytes_per_second" in names
+    assert "gpu.bf16_flops_per_second" in names
+
+
+def test_a_profile_of_many_layers_is_summed_up():
+    numbers = {n.name: n.value for n in planned(tiny_request(), profiles_of(0.4, 0.5, 0.9)).inputs.numbers}
+    assert (numbers["sparsity.alpha_lowest"], numbers["sparsity.alpha_highest"]) == (0.4, 0.9)
+    assert numbers["sparsity.alpha_mean"] == pytest.approx(0.6)
