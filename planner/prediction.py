@@ -11,7 +11,6 @@ from meft.planner.host_memory import host_memory
 from meft.planner.memory import ASSUMED_UNUSED_RESERVED_FRACTION, predict_device_memory
 from meft.planner.plan import (
     Decision,
-    DeviceMemory,
     Inputs,
     NumberUsed,
     Prediction,
@@ -61,7 +60,9 @@ def predict(
         key_experts=decision.routing == "key-experts",
     )
     return Prediction(
-        device_memory=_device_memory(request, decision, profiles.gpu, rows),
+        device_memory=predict_device_memory(
+            request=request, decision=decision, gpu=profiles.gpu, active_rows_per_layer=rows
+        ),
         host_memory=host_memory(request=request, decision=decision, pinned=profiles.pinned),
         transfer=step_transfer(request=request, decision=decision, active_rows_per_layer=rows),
         timing=step_timing(
@@ -83,26 +84,6 @@ def trainable_parameters(request: Request, *, adapter_width: Ints, num_experts: 
     """Keys and values of every row, and for Key-Experts the routers: ``L * (2*R + N) * D``."""
     vectors = 2 * adapter_width + num_experts * key_experts
     return request.model.num_layers * request.model.hidden_size * vectors
-
-
-def _device_memory(
-    request: Request, decision: Decision, gpu: GpuProfile, active_rows_per_layer: Sequence[int]
-) -> DeviceMemory:
-    """The expected ledger, and the peaks that no batch exceeds."""
-    expected = predict_device_memory(
-        request=request, decision=decision, gpu=gpu, active_rows_per_layer=active_rows_per_layer
-    )
-    at_cap = predict_device_memory(
-        request=request,
-        decision=decision,
-        gpu=gpu,
-        active_rows_per_layer=[decision.active_rows_cap] * request.model.num_layers,
-    )
-    peaks = {
-        "peak_allocated_bytes_at_cap": at_cap.peak_allocated_bytes,
-        "peak_reserved_bytes_at_cap": at_cap.peak_reserved_bytes,
-    }
-    return expected.model_copy(update=peaks)
 
 
 def _sparsity(request: Request, decision: Decision, profile: SparsityProfile, given: Sequence[int] | None) -> Sparsity:
