@@ -162,12 +162,13 @@ def _changes(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Iter
 
 
 def _combined(request: Request, gpu: GpuProfile) -> Iterator[Request]:
-    """Smaller weights, then one sequence at a time with checkpointing and ever fewer tokens, then both."""
+    """Smaller weights, then one sequence at a time with checkpointing, whole or down to a quarter, then both."""
     lighter = [request.model_copy(update=update) for update in _lighter_weights(request, gpu)]
     yield from lighter
     for start in (request, *lighter):
         one = start.model_copy(update={"batch_size": 1, "activation_checkpointing": None})
-        for seq_len in (request.seq_len, *_halvings(request.seq_len, SHORTEST_SEQUENCE)):
+        shorter = _halvings(request.seq_len, max(request.seq_len // 4, SHORTEST_SEQUENCE))
+        for seq_len in (request.seq_len, *shorter):
             yield one.model_copy(update={"seq_len": seq_len})
 
 

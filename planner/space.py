@@ -27,7 +27,8 @@ from meft.planner.sparsity import active_rows_per_layer, highest_active_rows
 
 WIDTHS_PER_HIDDEN_SIZE = 4
 """Widths go up to ``4D``, twice the paper's widest (8464 for D = 4096); wider adapters can be asked for by width."""
-MAX_WIDTH_STEP = 128
+WIDTH_STEP = 128
+"""Between widths; finer for small models, coarser where there would be 256 widths or more."""
 TOP_KS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
 EXPERTS_PER_ROOT = (0.5, 1.0, 2.0, 4.0)
 """``N / sqrt(R)``: scoring ``N`` experts and then ``P * R/N`` rows costs least at ``sqrt(P)``, and routers take less
@@ -167,11 +168,12 @@ def active_rows_caps(
 
 
 def adapter_widths(request: Request) -> tuple[int, ...]:
-    """Widths to weigh: multiples of a power of two near ``D/8`` up to ``4D``, none with more weights than the model."""
+    """Widths to weigh: multiples of a power of two up to ``4D``, none with more weights than the model."""
     if request.adapter_width is not None:
         return (request.adapter_width,)
     hidden_size, least = request.model.hidden_size, request.top_k or 1
-    step = min(MAX_WIDTH_STEP, 1 << max(hidden_size.bit_length() - 4, 0))
+    power = 1 << (hidden_size.bit_length() - 1)
+    step = min(max(WIDTH_STEP, power // 32), max(power // 8, 1))
     widest = min(WIDTHS_PER_HIDDEN_SIZE * hidden_size, widest_adapter(request))
     widths = tuple(width for width in range(step, widest + 1, step) if width >= least)
     return widths or (-(-least // step) * step,)

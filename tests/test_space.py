@@ -36,14 +36,15 @@ def tiny_request(**changes: Any):
 @pytest.mark.parametrize(
     ("hidden_size", "first", "step", "last"),
     [
-        (4096, 128, 128, 16384),  # D/8 = 512, above the largest step; 4D
+        (4096, 128, 128, 16384),  # 4D; D/8 = 512 is above the usual step, D/32 no more than it
+        (8192, 256, 256, 32768),  # D/32
         (576, 64, 64, 2304),  # D/8 = 72, the power of two below is 64
         (768, 64, 64, 3072),
         (8, 1, 1, 32),
     ],
 )
 def test_widths_are_multiples_of_a_step_up_to_four_times_the_hidden_size(hidden_size, first, step, last):
-    widths = adapter_widths(request_of(model=llama_7b(hidden_size=hidden_size)))
+    widths = adapter_widths(request_of(model=llama_7b(hidden_size=hidden_size, intermediate_size=4 * hidden_size)))
     assert widths == tuple(range(first, last + 1, step))
 
 
