@@ -23,11 +23,14 @@ from meft.planner.profiles import (
 )
 from meft.planner.schema import validated
 from meft.planner.search import ProfileSet
-from meft.planner.units import format_bytes
+from meft.planner.units import GIB, format_bytes
 
 BOX_OVER_NVML = 1.1
 """A card's box may print up to a tenth more than NVML reports (48 GB: 45.0 GiB with ECC on an L40S)."""
 EMULATED = "emulated"
+HOST_RESERVE_BYTES = 2 * GIB
+HOST_RESERVE_FRACTION = 0.1
+"""Of this machine's RAM: what the system, Python with torch, and loading a model take. Assumed."""
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -147,10 +150,12 @@ def _host_budget(options: RequestOptions, budget: _Budget) -> tuple[int, tuple[s
     if options.host_mem is not None:
         return options.host_mem, ()
     total = machine_memory_bytes()
-    note = f"host memory: this machine's RAM, {format_bytes(total)} (--host-mem plans for another)"
+    reserve = max(HOST_RESERVE_BYTES, round(total * HOST_RESERVE_FRACTION))
+    note = f"host memory: this machine's RAM, {format_bytes(total)}, less {format_bytes(reserve)} for all else"
+    note += " (--host-mem plans for another)"
     if not budget.gpu.shares_host_cores:
-        return total, (note,)
-    left = total - budget.gpu_mem_bytes
+        return total - reserve, (note,)
+    left = total - reserve - budget.gpu_mem_bytes
     if left <= 0:
         raise UsageError(
             f"--gpu-mem {format_bytes(budget.gpu_mem_bytes)}: the emulated device lives in this machine's RAM, which "

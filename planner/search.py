@@ -4,8 +4,9 @@ A decision is feasible if the reserved peak with every layer's active rows *at t
 the allocator's budget; if tables and buffers fit the host; and if a step takes no more than ``max_slowdown`` times the
 baseline's. For the objective ``speed`` the trainable share has a least value too.
 
-``capacity`` looks for the widest adapter and then the largest K, ``speed`` for the shortest step. Ties go on through
-the rest, so the order is total: the same request and profiles give the same plan.
+``capacity`` looks for the widest adapter, then the largest K, then the least time per row that is chosen as exact
+routing would (step time over the recall of looking ahead: fetching sooner must save more than it misses); ``speed`` for
+the shortest step. Ties go on through the rest, so the order is total: the same request and profiles give the same plan.
 
 Cheap limits come first: memory is computed for the whole grid of :mod:`meft.planner.space`, and only what fits is
 simulated. The winner is predicted again by the functions of a single decision, and that is what the plan reports.
@@ -66,7 +67,7 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
         search=SearchSummary(
             candidates=weighed.space.num_candidates,
             feasible=int(weighed.feasible.sum()),
-            pareto=tuple(weighed.point(index) for index in weighed.front(winner)),
+            pareto=tuple(weighed.point(index) for index in weighed.front(winner, request)),
         ),
     )
 
@@ -116,6 +117,13 @@ class Weighed:
         """The candidates that keep every limit."""
         return self.within & self.space.is_new
 
+    def ranked_seconds(self, request: Request) -> NDArray[np.float64]:
+        """Step time as the objective counts it: as it is, or for ``capacity`` over the recall of looking ahead."""
+        if request.objective == "speed":
+            return self.step_seconds
+        seconds: NDArray[np.float64] = self.step_seconds / self.space.recall_axis
+        return seconds
+
     def at(self, values: _Values, index: tuple[int, ...]) -> float:
         """One decision's value."""
         value: float = np.broadcast_to(values, self.space.shape)[index].item()
@@ -124,13 +132,13 @@ class Weighed:
     def best(self, request: Request) -> tuple[int, ...]:
         """Grid index of the feasible decision that the objective prefers."""
         widest, most_rows_per_token = -self.space.adapter_width, -self.space.top_k
-        order: list[_Values] = [widest, most_rows_per_token, self.step_seconds]
+        order: list[_Values] = [widest, most_rows_per_token, self.ranked_seconds(request)]
         if request.objective == "speed":
-            order = [self.step_seconds, widest, most_rows_per_token]
+            order = [order[-1], *order[:-1]]
         return _first(self.feasible, [*order, -self.space.caps, self.reserved_bytes])
 
-    def front(self, winner: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Grid indices of decisions that no other beats in capacity (width, then K), speed and device memory at once,
+    def front(self, winner: tuple[int, ...], request: Request) -> list[tuple[int, ...]]:
+        """Grid indices of decisions that no other beats in capacity (width, then K), time and device memory at once,
         thinned: the winner first, then its neighbours. All leave as much room for active rows as the winner, that is,
         their caps are at its place of the cap axis; otherwise the smallest caps would always win.
         """
@@ -138,7 +146,7 @@ class Weighed:
         index = np.nonzero(self.within[:, :, :, cap])
         routing, top_k = index[-1], self.space.top_k
         capacity = (self.space.adapter_width * (1 + top_k.max()) + top_k)[routing]
-        seconds = self.step_seconds[:, :, :, 0][index]
+        seconds = self.ranked_seconds(request)[:, :, :, 0][index]
         front = pareto_front(capacity, seconds, self.reserved_bytes[:, :, :, cap][index])
         order = [(*(int(axis[place]) for axis in index[:-1]), cap, int(routing[place])) for place in front]
         near = order.index(winner)

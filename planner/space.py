@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from meft.planner.plan import Decision, Request, RowsInBackward
 from meft.planner.profiles import SparsityProfile
 from meft.planner.quantities import Ints
-from meft.planner.sparsity import active_rows_per_layer, highest_active_rows
+from meft.planner.sparsity import active_rows_per_layer, highest_active_rows, prefetch_recall
 
 WIDTHS_PER_HIDDEN_SIZE = 4
 """Widths go up to ``4D``, twice the paper's widest (8464 for D = 4096); wider adapters can be asked for by width."""
 WIDTH_STEP = 128
 """Between widths; finer for small models, coarser where there would be 256 widths or more."""
-TOP_KS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
+TOP_KS = (16, 32, 48, 64, 96, 128, 192, 256)
+"""The paper's Figure 6 at width 4096: exact match 0.387 at K = 4, 0.391 to 0.425 from 16 up; fewer are for who asks."""
 EXPERTS_PER_ROOT = (0.5, 1.0, 2.0, 4.0)
 """``N / sqrt(R)``: scoring ``N`` experts and then ``P * R/N`` rows costs least at ``sqrt(P)``, and routers take less
 memory the fewer experts there are. 4 is what most of the paper's configurations have."""
@@ -51,6 +52,8 @@ class Space:
     """The grid. Arrays are ``[routings]`` unless stated; ``caps`` and ``is_new`` are ``[caps, routings]``."""
 
     prefetch_depths: tuple[int, ...]
+    prefetch_recall: NDArray[np.float64]
+    """Share of the exact choice that look-ahead finds, ``[depths]``."""
     activation_checkpointing: tuple[bool, ...]
     rows_in_backward: tuple[RowsInBackward, ...]
     caps: NDArray[np.int64]
@@ -81,6 +84,11 @@ class Space:
     def depth_axis(self) -> NDArray[np.int64]:
         """Prefetch depths along their axis, ready to broadcast."""
         return np.array(self.prefetch_depths).reshape(-1, 1, 1, 1, 1)
+
+    @property
+    def recall_axis(self) -> NDArray[np.float64]:
+        """Recall of looking ahead, along the axis of prefetch depths."""
+        return self.prefetch_recall.reshape(-1, 1, 1, 1, 1)
 
     @property
     def checkpointing_axis(self) -> NDArray[np.bool_]:
@@ -118,8 +126,10 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
     window = active_rows_per_layer(sparsity, num_layers, tokens=window_tokens, top_k=top_k, adapter_width=width)
     caps = active_rows_caps(request, sparsity, adapter_width=width, active_rows=step, window_active_rows=window)
     checkpointing = request.activation_checkpointing
+    depths = prefetch_depths(request, sparsity)
     return Space(
-        prefetch_depths=prefetch_depths(request, sparsity),
+        prefetch_depths=depths,
+        prefetch_recall=np.asarray(prefetch_recall(sparsity, prefetch_depth=np.array(depths))),
         activation_checkpointing=(False, True) if checkpointing is None else (checkpointing,),
         rows_in_backward=ROWS_IN_BACKWARD if request.rows_in_backward is None else (request.rows_in_backward,),
         caps=caps,

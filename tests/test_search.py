@@ -83,8 +83,10 @@ def preference(request: Request, decision: Decision, profiles: ProfileSet) -> tu
     prediction = predict(request, decision, profiles)
     capacity = (-decision.adapter_width, -decision.top_k)
     rest = (-decision.active_rows_cap, prediction.device_memory.peak_reserved_bytes_at_cap)
-    step = round(prediction.timing.step_seconds, 12)
-    return (*capacity, step, *rest) if request.objective == "capacity" else (step, *capacity, *rest)
+    step = prediction.timing.step_seconds
+    if request.objective == "speed":
+        return (round(step, 12), *capacity, *rest)
+    return (*capacity, round(step / prediction.sparsity.prefetch_recall, 12), *rest)
 
 
 SMALL_GRIDS = [
@@ -220,12 +222,12 @@ def test_capacity_takes_the_widest_adapter_then_the_largest_k():
 
 def test_speed_takes_the_fastest_step_that_trains_enough():
     frozen = tiny_shape().num_parameters
-    # The least width whose 2*R*D*L = 48 R weights are half the model's; K = 8 is the least, and the fastest.
+    # The least width whose 2*R*D*L = 48 R weights are half the model's; K = 16 is the least, and the fastest.
     plan = planned(tiny_request(objective="speed", min_trainable_fraction=0.5))
     assert plan.prediction.trainable_fraction >= 0.5
     narrower = planned(tiny_request(objective="speed", min_trainable_fraction=0.1))
     assert narrower.prediction.timing.step_seconds <= plan.prediction.timing.step_seconds
-    assert plan.decision.top_k == 8
+    assert plan.decision.top_k == 16
     assert plan.prediction.trainable_parameters >= frozen / 2
 
 
