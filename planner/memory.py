@@ -384,11 +384,11 @@ def _backward_start_rows(step: _Step) -> tuple[Row, ...]:
 
 
 def _backward_end_rows(step: _Step) -> tuple[Row, ...]:
-    """Layer 0 goes backward."""
+    """Layer 0 goes backward; of the layers' inputs only its own is left."""
     whole = int(step.trained.whole_first_layer)
     held = _layer_rows(step, whole=whole, layers=1, trained=step.trained.kept_most)
-    shared = _shared_rows("backward", step, inputs=1)
-    return held + shared + _transient_rows(step, gradients=step.trained.gradients)
+    shared = _shared_rows("backward", step, inputs=1 - _inputs_kept_twice(step))
+    return held + shared + _transient_rows(step, gradients=step.trained.last_gradients)
 
 
 def _optimizer_rows(step: _Step) -> tuple[Row, ...]:
@@ -496,18 +496,17 @@ def _final_norm_moment(step: _Step) -> Ints:
 
 
 def _adapter_moment(step: _Step) -> Ints:
-    """The adapter of the last layer, beside the gradient of the layer's output."""
+    """What is trained in the last layer, beside the gradient of the layer's output."""
     return step.hidden + step.trained.backward - step.frozen.norms_after_ffn
 
 
-def _freed_before_ffn(step: _Step) -> Ints:
-    if not step.trained.frees_before_ffn:
-        return step.frozen.norms_after_ffn
-    return step.frozen.norms_after_ffn + choose(step.checkpointing, step.trained.kept_most, step.trained.kept_last)
+def _free_before_ffn(step: _Step) -> Ints:
+    free = choose(step.checkpointing, step.trained.free_most, step.trained.free_last)
+    return step.frozen.norms_after_ffn + free
 
 
 def _ffn_moment(step: _Step) -> Ints:
-    """The FFN of the last layer, beside the gradient of its output and the one that the adapter made of its input."""
+    """The FFN of the last layer, beside the gradient of its output."""
     ffn = act.mlp_backward_bytes(
         tokens=step.workload.tokens,
         intermediate_size=step.shape.intermediate_size,
@@ -515,14 +514,13 @@ def _ffn_moment(step: _Step) -> Ints:
         activation=step.shape.activation,
         compute_bytes=step.workload.compute_bytes,
     )
-    beside = 0 if step.trained.frees_before_ffn else step.trained.backward
-    return 2 * step.hidden + ffn + beside - _freed_before_ffn(step)
+    return step.hidden + ffn + step.trained.beside_ffn - _free_before_ffn(step)
 
 
 def _attention_moment(step: _Step) -> Ints:
     """The attention of the last layer: its FFN is done, and unless the two are parallel the norm between them."""
     whole, parallel = min(step.whole_layers, 1), step.shape.parallel_blocks
-    freed = whole * (step.frozen.ffn + (0 if parallel else step.norm)) + _freed_before_ffn(step)
+    freed = whole * (step.frozen.ffn + (0 if parallel else step.norm)) + _free_before_ffn(step)
     attention = act.attention_backward_bytes(
         step.shape,
         tokens=step.workload.tokens,

@@ -17,7 +17,7 @@ from meft.planner.architecture import ModelShape
 from meft.planner.ledger import Row
 from meft.planner.plan import Attention, WeightsDtype
 from meft.planner.quantities import COMPUTE_DTYPE_BYTES, Flags, Ints
-from meft.planner.terms_weights import LinearName, linear_parameters, linear_sizes
+from meft.planner.terms_weights import LinearName, linear_sizes
 
 
 @dataclass(frozen=True)
@@ -92,24 +92,28 @@ Method = SparseAdapter | ParallelAdapter | Lora | Full
 class Trained:
     """What a method adds to a step.
 
-    ``kept_*``: for backward by all layers, by the last, and by the one that keeps most. ``held``: from forward to
-    backward whether or not activations are checkpointed. ``frees_before_ffn``: its backward is over before the FFN's
-    begins, so the last layer's share is free again. ``whole_first_layer``: gradients flow through all of layer 0, not
-    from its FFN on.
+    ``kept_*``: for backward by all layers, by the last, and by the one that keeps most; ``free_*``: how much of that
+    is free again when the layer's FFN goes backward, and ``beside_ffn`` what the method holds then. ``held``: from
+    forward to backward whether or not activations are checkpointed. ``first_gradients`` and ``last_gradients``: those
+    that are there when the FFN of the last layer, and of layer 0, goes backward. ``whole_first_layer``: gradients flow
+    through all of layer 0, not from its FFN on.
     """
 
     resident: tuple[Row, ...]
     kept_all: Ints
     kept_last: Ints
     kept_most: Ints
+    free_last: Ints
+    free_most: Ints
     forward: Ints
     backward: Ints
+    beside_ffn: Ints = 0
     held: Ints = 0
     gradients: Ints = 0
     first_gradients: Ints = 0
+    last_gradients: Ints = 0
     optimizer_temporary: Ints = 0
     head_inputs: Ints = 0
-    frees_before_ffn: bool = True
     whole_first_layer: bool = False
 
 
@@ -134,13 +138,17 @@ def _sparse_adapter(shape: ModelShape, workload: Workload, method: SparseAdapter
         return per_layer + ada.adapter_activations_bytes(tokens=tokens, active_rows=active_rows, e=e)
 
     total = _plain(method.active_rows.sum(axis=0))
+    kept_last = of_rows(_plain(method.active_rows[-1]))
     most = _plain(method.active_rows.max(axis=0))
     router = _router_bytes(shape, method)
     return Trained(
         resident=_sparse_adapter_resident(shape, method),
         kept_all=(shape.num_layers - 1) * per_layer + of_rows(total),
-        kept_last=of_rows(_plain(method.active_rows[-1])),
+        kept_last=kept_last,
         kept_most=of_rows(most),
+        free_last=kept_last,
+        free_most=of_rows(most),
+        beside_ffn=tokens * shape.hidden_size * workload.compute_bytes,
         held=_routing_bytes(shape, workload, method, active_rows=total),
         forward=ada.adapter_forward_bytes(
             tokens=tokens,
@@ -208,63 +216,71 @@ def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[
 def _parallel_adapter(shape: ModelShape, workload: Workload, method: ParallelAdapter) -> Trained:
     tokens, hidden, width, e = workload.tokens, shape.hidden_size, method.adapter_width, method.adapter_bytes
     kept = ada.parallel_adapter_saved_bytes(tokens=tokens, hidden_size=hidden, adapter_width=width, e=e)
-    backward = ada.parallel_adapter_backward_bytes(tokens=tokens, hidden_size=hidden, adapter_width=width, e=e)
-    weights = e * ada.parallel_adapter_parameters(
-        num_layers=shape.num_layers, hidden_size=shape.hidden_size, adapter_width=width
-    )
+    weights = e * ada.parallel_adapter_parameters(num_layers=shape.num_layers, hidden_size=hidden, adapter_width=width)
     return Trained(
         resident=_trained_resident(weights),
         kept_all=shape.num_layers * kept,
         kept_last=kept,
         kept_most=kept,
-        forward=workload.tokens * shape.hidden_size * e,
-        backward=backward,
+        free_last=kept,
+        free_most=kept,
+        forward=tokens * hidden * e,
+        backward=ada.parallel_adapter_backward_bytes(tokens=tokens, hidden_size=hidden, adapter_width=width, e=e),
+        beside_ffn=tokens * hidden * workload.compute_bytes,
         gradients=weights,
         first_gradients=weights // shape.num_layers,
+        last_gradients=weights,
         optimizer_temporary=weights,
     )
 
 
 def _lora(shape: ModelShape, workload: Workload, method: Lora) -> Trained:
-    q, e = workload.compute_bytes, method.adapter_bytes
+    tokens, rank, q, e = workload.tokens, method.rank, workload.compute_bytes, method.adapter_bytes
     targets = tuple(target for target in method.targets if target in linear_sizes(shape))
     eager = act.attention_used(shape, workload.attention) == "eager"
-    kept = ada.lora_saved_bytes(shape, tokens=workload.tokens, rank=method.rank, targets=targets, eager=eager, e=e, q=q)
-    backward = ada.lora_backward_bytes(shape, tokens=workload.tokens, rank=method.rank, targets=targets, e=e, q=q)
-    weights = e * ada.lora_parameters(shape, rank=method.rank, targets=targets)
+    kept = ada.lora_saved_bytes(shape, tokens=tokens, rank=rank, targets=targets, eager=eager, e=e, q=q)
+    free = ada.lora_freed_bytes(shape, tokens=tokens, rank=rank, targets=targets, e=e)
+    added = ada.lora_backward_bytes(shape, tokens=tokens, rank=rank, targets=targets, e=e, q=q)
+    weights = e * ada.lora_parameters(shape, rank=rank, targets=targets)
     return Trained(
         resident=_trained_resident(weights),
         kept_all=shape.num_layers * kept,
         kept_last=kept,
         kept_most=kept,
-        forward=backward,
-        backward=backward,
+        free_last=free,
+        free_most=free,
+        forward=added,
+        backward=added,
         gradients=weights,
         first_gradients=weights // shape.num_layers,
+        last_gradients=weights,
         optimizer_temporary=weights,
-        frees_before_ffn=False,
         whole_first_layer=True,
     )
 
 
 def _full(shape: ModelShape, workload: Workload) -> Trained:
-    q = workload.compute_bytes
+    tokens, q = workload.tokens, workload.compute_bytes
     eager = act.attention_used(shape, workload.attention) == "eager"
-    kept = ada.full_saved_bytes(shape, tokens=workload.tokens, eager=eager, q=q)
+    kept = ada.full_saved_bytes(shape, tokens=tokens, eager=eager, q=q)
     weights = shape.num_parameters * q
-    head = shape.embedding_parameters * q
+    free = tokens * shape.intermediate_size * q
+    down = shape.hidden_size * shape.intermediate_size
+    after_down = shape.linear_parameters_per_layer - down + shape.head_parameters
     return Trained(
         resident=_trained_resident(weights, of_the_model=True),
         kept_all=shape.num_layers * kept,
         kept_last=kept,
         kept_most=kept,
+        free_last=free,
+        free_most=free,
         forward=0,
         backward=0,
         gradients=weights,
-        first_gradients=head + linear_parameters(shape) * q // shape.num_layers,
+        first_gradients=q * (shape.embedding_parameters + down),
+        last_gradients=weights - q * after_down,
         optimizer_temporary=weights,
-        head_inputs=2 * workload.tokens * shape.hidden_size * q,
-        frees_before_ffn=False,
+        head_inputs=2 * tokens * shape.hidden_size * q,
         whole_first_layer=True,
     )
 

@@ -148,13 +148,19 @@ def lora_saved_bytes(
     return ranks + tokens * q * sum(shared.values())
 
 
+def lora_freed_bytes(shape: ModelShape, *, tokens: Ints, rank: Ints, targets: tuple[LinearName, ...], e: int) -> Ints:
+    """What one layer's LoRA has given back when the FFN's product is taken apart: the down projection's share."""
+    return tokens * (shape.intermediate_size + rank) * e if "down" in targets else 0
+
+
 def lora_backward_bytes(
     shape: ModelShape, *, tokens: Ints, rank: Ints, targets: tuple[LinearName, ...], e: int, q: int
 ) -> Ints:
-    """The widest target's gradient: of its output in LoRA's dtype when that differs, of its input, and ``[T, r]``."""
+    """The widest target's gradients: of its input by both ways, of ``[T, r]``, and, when LoRA has a dtype of its own,
+    of its output cast and scaled."""
     sizes = linear_sizes(shape)
-    cast = e if e != q else 0
-    widest = max(sizes[target][1] * cast + sizes[target][0] * e for target in targets)
+    cast = 2 * e if e != q else 0
+    widest = max(sizes[target][1] * cast + sizes[target][0] * (e + q) for target in targets)
     return tokens * (widest + rank * e)
 
 
