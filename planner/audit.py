@@ -11,7 +11,7 @@ Letters: ``L`` layers, ``A_l`` active rows of layer ``l``.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -88,11 +88,13 @@ def audit(
 ) -> Audit:
     """Compare a report with the plan that it ran.
 
-    ``gpu`` is the plan's GPU profile, to work out device memory again from the observed rows; without it that line is
-    left out. ``tolerances`` judge quantities by name with a tolerance of their own. Raises :class:`UsageError` for a
-    report of another plan, a report without a step, and a tolerance for an unknown quantity.
+    ``gpu`` is the plan's GPU profile, to work out device memory again from the observed rows; without it, or if it no
+    longer gives the plan's own peak, that line is left out. ``tolerances`` judge quantities by name with a tolerance of
+    their own. Raises :class:`UsageError` for a report of another plan, a report without a step, and a tolerance for an
+    unknown quantity.
     """
     _check_belongs(plan, report)
+    gpu = gpu if gpu is not None and _reproduces(plan, gpu) else None
     steps = measured_steps(report)
     rows = (
         *_device_rows(plan, report, gpu, tolerance_fraction),
@@ -257,7 +259,7 @@ def _device_rows(plan: Plan, report: Report, gpu: GpuProfile | None, tolerance_f
         rows.append(
             _row(
                 "device_bytes_given_rows",
-                _allocated_given_rows(plan, report, gpu),
+                _allocated_given_rows(plan, [layer.max for layer in report.observed.active_rows], gpu),
                 observed.peak_allocated_bytes,
                 bases=(ledger, seen),
                 because="allocated peak, with the most rows that each layer had",
@@ -297,10 +299,16 @@ def _device_rows(plan: Plan, report: Report, gpu: GpuProfile | None, tolerance_f
     return tuple(rows)
 
 
-def _allocated_given_rows(plan: Plan, report: Report, gpu: GpuProfile) -> int:
-    most = [layer.max for layer in report.observed.active_rows]
-    memory = predict_device_memory(request=plan.request, decision=plan.decision, gpu=gpu, active_rows_per_layer=most)
+def _allocated_given_rows(plan: Plan, rows: Sequence[int], gpu: GpuProfile) -> int:
+    memory = predict_device_memory(request=plan.request, decision=plan.decision, gpu=gpu, active_rows_per_layer=rows)
     return memory.peak_allocated_bytes
+
+
+def _reproduces(plan: Plan, gpu: GpuProfile) -> bool:
+    """Whether this version and this profile still say what the plan says of its own rows."""
+    prediction = plan.prediction
+    peak = _allocated_given_rows(plan, prediction.sparsity.active_rows_per_layer, gpu)
+    return peak == prediction.device_memory.peak_allocated_bytes
 
 
 def _host_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
@@ -444,7 +452,10 @@ def _notes(plan: Plan, report: Report, gpu: GpuProfile | None) -> tuple[str, ...
         cap = plan.decision.active_rows_cap
         notes.append(f"active_rows_cap {cap} dropped {observed.dropped_rows:,} rows, summed over layers and steps")
     if gpu is None:
-        notes.append(f"GPU profile {plan.request.gpu!r} has changed since the plan: allocated given rows is left out")
+        notes.append(
+            f"device memory given the observed rows is left out: the plan's peak does not follow from this version of "
+            f"meft and the GPU profile {plan.request.gpu!r}"
+        )
     if report.device.budget_bytes != plan.prediction.device_memory.allocator_budget_bytes:
         notes.append("the run had another device budget than the plan")
     return tuple(notes)

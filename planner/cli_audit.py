@@ -82,10 +82,8 @@ def parse_tolerances(texts: tuple[str, ...]) -> tuple[float, dict[str, float]]:
 
 
 def gpu_of(plan: Plan) -> GpuProfile | None:
-    """The plan's GPU profile, if it is still what the plan was made with."""
+    """The plan's GPU profile, if it is still there."""
     try:
-        gpu = load_gpu(plan.request.gpu)
+        return load_gpu(plan.request.gpu)
     except UsageError:
         return None
-    digests = {used.digest for used in plan.inputs.profiles if used.kind == "gpu"}
-    return gpu if gpu.content_digest() in digests else None

@@ -30,7 +30,8 @@ BOX_OVER_NVML = 1.1
 EMULATED = "emulated"
 HOST_RESERVE_BYTES = 2 * GIB
 HOST_RESERVE_FRACTION = 0.1
-"""Of this machine's RAM: what the system, Python with torch, and loading a model take. Assumed."""
+"""Of this machine's RAM, never more than half of it: what the system, Python with torch, and loading a model take.
+Assumed."""
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -150,7 +151,7 @@ def _host_budget(options: RequestOptions, budget: _Budget) -> tuple[int, tuple[s
     if options.host_mem is not None:
         return options.host_mem, ()
     total = machine_memory_bytes()
-    reserve = max(HOST_RESERVE_BYTES, round(total * HOST_RESERVE_FRACTION))
+    reserve = min(max(HOST_RESERVE_BYTES, round(total * HOST_RESERVE_FRACTION)), total // 2)
     note = f"host memory: this machine's RAM, {format_bytes(total)}, less {format_bytes(reserve)} for all else"
     note += " (--host-mem plans for another)"
     if not budget.gpu.shares_host_cores:
@@ -159,7 +160,7 @@ def _host_budget(options: RequestOptions, budget: _Budget) -> tuple[int, tuple[s
     if left <= 0:
         raise UsageError(
             f"--gpu-mem {format_bytes(budget.gpu_mem_bytes)}: the emulated device lives in this machine's RAM, which "
-            f"is {format_bytes(total)}; give less, or --host-mem to plan for another machine"
+            f"has {format_bytes(total - reserve)} to spare; give less, or --host-mem to plan for another machine"
         )
     return left, (f"{note}, less the emulated device's {format_bytes(budget.gpu_mem_bytes)}",)
 

@@ -11,6 +11,7 @@ from meft.planner.audit import Audit, AuditRow, audit, bytes_given_rows, measure
 from meft.planner.cli_audit import gpu_of, parse_tolerances
 from meft.planner.errors import UsageError
 from meft.planner.plan import Plan
+from meft.planner.profiles import GpuProfile
 from meft.planner.report import Report
 from meft.planner.transfer import expected_step_bytes
 
@@ -22,6 +23,10 @@ def plan() -> Plan:
 
 def audited(plan: Plan, report: Report, **options: object) -> Audit:
     return audit(plan, report, gpu=sample_profiles().gpu, **options)  # type: ignore[arg-type]
+
+
+def audited_with(plan: Plan, gpu: GpuProfile) -> Audit:
+    return audit(plan, sample_report(plan), gpu=gpu)
 
 
 def row(verdict: Audit, quantity: str) -> AuditRow:
@@ -187,17 +192,26 @@ def test_a_report_without_a_step_is_refused(plan: Plan) -> None:
 
 
 def test_without_the_gpu_profile_the_line_is_left_out_and_said(plan: Plan) -> None:
+    missing = plan.request.model_copy(update={"gpu": "gone"})
+    assert gpu_of(plan) == sample_profiles().gpu
+    assert gpu_of(plan.model_copy(update={"request": missing})) is None
     verdict = audit(plan, sample_report(plan), gpu=None)
     assert "device_bytes_given_rows" not in [one.quantity for one in verdict.rows]
-    assert any("GPU profile 'emulated' has changed" in note for note in verdict.notes)
+    assert any("and the GPU profile 'emulated'" in note for note in verdict.notes)
 
 
-def test_gpu_of_finds_the_profile_by_its_digest(plan: Plan) -> None:
-    assert gpu_of(plan) == sample_profiles().gpu
-    changed = plan.inputs.profiles[0].model_copy(update={"digest": "0" * 64})
-    inputs = plan.inputs.model_copy(update={"profiles": (changed,)})
-    assert gpu_of(plan.model_copy(update={"inputs": inputs})) is None
-    assert gpu_of(plan.model_copy(update={"request": plan.request.model_copy(update={"gpu": "gone"})})) is None
+def test_a_gpu_profile_that_no_longer_gives_the_plans_peak_is_not_used(plan: Plan) -> None:
+    gpu = sample_profiles().gpu
+    workspaces = gpu.workspace_bytes.model_copy(update={"value": 4096.0})
+    quantities = [
+        one.quantity for one in audited_with(plan, gpu.model_copy(update={"workspace_bytes": workspaces})).rows
+    ]
+    assert "device_bytes_given_rows" not in quantities
+    faster = gpu.fp32_flops_per_second.model_copy(update={"value": 1e15})  # which memory does not depend on
+    quantities = [
+        one.quantity for one in audited_with(plan, gpu.model_copy(update={"fp32_flops_per_second": faster})).rows
+    ]
+    assert "device_bytes_given_rows" in quantities
 
 
 def test_a_rehearsal_has_no_time(plan: Plan) -> None:

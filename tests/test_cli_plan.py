@@ -197,6 +197,9 @@ def test_infeasible_prints_a_command_that_works(arguments: list[str]) -> None:
     assert line.startswith("meft-plan: no plan fits: ")
     nearest = shlex.split(line.split("the nearest that fits: ")[1])
     assert nearest[0] == "meft-plan"
+    named = [word for word in nearest if word.startswith("--")]
+    assert len(named) == len(set(named))  # changed, not repeated
+    assert {word for word in arguments if word.startswith("--")} <= {*named, "--no-activation-checkpointing"}
     result = run(*nearest[1:])
     assert result.exit_code == EXIT_DONE, result.output
     Plan.load("plan.json")
@@ -250,12 +253,14 @@ def test_the_stand_in_card_holds_the_budget() -> None:
 def test_without_host_mem_it_is_this_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_request, "machine_memory_bytes", lambda: 10 * GIB)
     planned = planning(options(gpu="rtx-3090", host_mem=None))
-    assert (planned.request.host_mem_bytes, planned.request.host_mem_basis) == (10 * GIB, "this machine")
-    assert any("this machine's RAM, 10.00 GiB" in note for note in planned.notes)
+    assert (planned.request.host_mem_bytes, planned.request.host_mem_basis) == (8 * GIB, "this machine")
+    assert any("this machine's RAM, 10.00 GiB, less 2.00 GiB for all else" in note for note in planned.notes)
     emulated = planning(options(gpu="emulated", gpu_mem=4 * GIB, host_mem=None))
-    assert emulated.request.host_mem_bytes == 6 * GIB  # the emulated device lives in the same RAM
+    assert emulated.request.host_mem_bytes == 4 * GIB  # the emulated device lives in the same RAM
     line = refused("--gpu", "emulated", "--gpu-mem", "10GB", "--model", "gpt2")
-    assert "lives in this machine's RAM, which is 10.00 GiB" in line
+    assert "lives in this machine's RAM, which has 8.00 GiB to spare" in line
+    monkeypatch.setattr(cli_request, "machine_memory_bytes", lambda: 2 * GIB)
+    assert planning(options(gpu="rtx-3090", host_mem=None)).request.host_mem_bytes == GIB
 
 
 def test_a_containers_share_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
