@@ -143,6 +143,8 @@ class HostProfile(Record):
     """Scores per second that top-K selection and the union over tokens go through."""
     overhead_seconds_per_layer: Sourced
     """Python and synchronisation per layer and direction, once per routed layer."""
+    overhead_seconds_per_expert: Sourced
+    """Python per expert that some token probes: Key-Experts routing goes through them one after the other."""
 
 
 class LayerSparsity(Record):

@@ -307,15 +307,19 @@ def copy_seconds(num_bytes: Ints, *, rate: Floats, latency: float) -> Floats:
     return latency + num_bytes / rate
 
 
-def route_seconds(host: HostProfile, *, tokens: int, hidden_size: int, scored_rows: Ints) -> Floats:
+def route_seconds(
+    host: HostProfile, *, tokens: int, hidden_size: int, scored_rows: Ints, visited_experts: Ints
+) -> Floats:
     """Choosing one layer's rows: ``2*T*D`` flops per scored row, top K over the scores, and Python around it.
 
-    ``scored_rows`` is ``P * R/N`` per token; exact routing is one expert that everybody probes.
+    ``scored_rows`` is ``P * R/N`` per token; exact routing is one expert that everybody probes. ``visited_experts``
+    are those whose tokens are scored together, one after the other: 0 for exact routing.
     """
     scores = tokens * scored_rows
     arithmetic = 2 * hidden_size * scores / host.gemm_flops_per_second.value
     selection = scores / host.select_scores_per_second.value
-    return arithmetic + selection + host.overhead_seconds_per_layer.value
+    python = host.overhead_seconds_per_layer.value + visited_experts * host.overhead_seconds_per_expert.value
+    return arithmetic + selection + python
 
 
 def gather_seconds(host: HostProfile, *, active_rows: Ints, hidden_size: int, adapter_dtype_bytes: int) -> Floats:
@@ -360,11 +364,12 @@ def step_costs(
     """
     rows = distinct_layers(active_rows)
     scored_rows = num_probes * (adapter_width // num_experts)
+    visited_experts = np.where(key_experts, np.minimum(num_experts, request.tokens_per_step * num_probes), 0)
     window_rows: Ints = window_active_rows.sum(axis=0)
     return StepCosts(
         gpu=_gpu_costs(request, gpu_rates(gpu, request), num_experts, key_experts, rows),
         link=_link_costs(request, link, num_probes, key_experts, refetched, rows),
-        host=_host_costs(request, host, scored_rows, rows, window_rows),
+        host=_host_costs(request, host, scored_rows, visited_experts, rows, window_rows),
     )
 
 
@@ -424,11 +429,22 @@ def _link_costs(
 
 
 def _host_costs(
-    request: Request, host: HostProfile, scored_rows: Ints, rows: NDArray[np.int64], window_rows: Ints
+    request: Request,
+    host: HostProfile,
+    scored_rows: Ints,
+    visited_experts: Ints,
+    rows: NDArray[np.int64],
+    window_rows: Ints,
 ) -> HostSeconds:
     hidden_size, element_bytes = request.model.hidden_size, ADAPTER_DTYPE_BYTES[request.adapter_dtype]
     return HostSeconds(
-        route=route_seconds(host, tokens=request.tokens_per_step, hidden_size=hidden_size, scored_rows=scored_rows),
+        route=route_seconds(
+            host,
+            tokens=request.tokens_per_step,
+            hidden_size=hidden_size,
+            scored_rows=scored_rows,
+            visited_experts=visited_experts,
+        ),
         gather=np.asarray(
             gather_seconds(host, active_rows=rows, hidden_size=hidden_size, adapter_dtype_bytes=element_bytes)
         ),

@@ -132,6 +132,7 @@ def host_profile(scale: float = 1.0, **changes: Any) -> HostProfile:
         "gemm_flops_per_second": sourced(500e9 * scale),
         "select_scores_per_second": sourced(1e9 * scale),
         "overhead_seconds_per_layer": sourced(1e-4 / scale),
+        "overhead_seconds_per_expert": sourced(1e-6 / scale),
     }
     return HostProfile(**(values | changes))
 
