@@ -153,7 +153,7 @@ def _host_budget(options: RequestOptions, budget: _Budget) -> tuple[int, tuple[s
     total = machine_memory_bytes()
     reserve = min(max(HOST_RESERVE_BYTES, round(total * HOST_RESERVE_FRACTION)), total // 2)
     note = f"host memory: this machine's RAM, {format_bytes(total)}, less {format_bytes(reserve)} for all else"
-    note += " (--host-mem plans for another)"
+    note += "; or give --host-mem"
     if not budget.gpu.shares_host_cores:
         return total - reserve, (note,)
     left = total - reserve - budget.gpu_mem_bytes

@@ -93,7 +93,7 @@ def _draw_pareto(axes: Axes, plan: Plan) -> None:
         ylabel="trainable parameters, millions",
     )
     axes.set_ylim(bottom=0)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
     _quiet(axes)
 
 
