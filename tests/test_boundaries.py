@@ -1,0 +1,318 @@
+"""The boundaries between packages, and between this repository and the machine it was written on."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import functools
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("planner", "runtime", "profiles")
+
+HEAVY = {"torch", "transformers", "numba"}
+LIGHT = {"pydantic", "click", "numpy", "psutil", "rich"}
+ONLY_IN_FUNCTIONS = {"scipy", "matplotlib"}
+
+RECORDS_AND_PROFILES = {
+    "schema",
+    "plan",
+    "report",
+    "profiles",
+    "models",
+    "architecture",
+    "errors",
+    "units",
+    "files",
+}
+ALLOCATOR_IS_USED_BY = {"books", "exchange"}
+"""The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it, and
+the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
+
+WITH_EFFECTS = {"files", "schema", "profiles", "models", "plot", "render"}
+"""Planner modules that read, write or print. With the command line they are all there are: any other is pure."""
+EFFECTS = {
+    "asyncio",
+    "datetime",
+    "glob",
+    "importlib",
+    "io",
+    "logging",
+    "os",
+    "pathlib",
+    "platform",
+    "psutil",
+    "random",
+    "secrets",
+    "shutil",
+    "socket",
+    "subprocess",
+    "sys",
+    "tempfile",
+    "threading",
+    "time",
+    "uuid",
+}
+MODELS_OF_THE_DESIGN = ("sparsity", "transfer", "host_memory", "timing", "lanes", "memory", "search", "allocator")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import of ``module``; ``in_function`` if it waits for a call, ``for_types`` if it never runs."""
+
+    module: str
+    names: tuple[str, ...]
+    place: str
+    in_function: bool
+    for_types: bool
+
+    @property
+    def top(self) -> str:
+        return self.module.partition(".")[0]
+
+    @property
+    def modules(self) -> set[str]:
+        """The module, and what could be its submodules: ``from meft import runtime`` imports ``meft.runtime``."""
+        return {self.module, *(f"{self.module}.{name}" for name in self.names)}
+
+
+@functools.cache
+def imports_of(path: Path) -> list[Import]:
+    """Every import of a file, wherever it stands, and ``import_module`` of a name that is written out."""
+    return list(_walk(ast.parse(path.read_text(encoding="utf-8")), path, in_function=False, for_types=False))
+
+
+def _walk(node: ast.AST, path: Path, *, in_function: bool, for_types: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        place = f"{path.relative_to(ROOT)}:{getattr(child, 'lineno', 0)}"
+        for module, names in _imported(child):
+            yield Import(module, names, place, in_function, for_types)
+        inside = in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typed = for_types or (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"))
+        yield from _walk(child, path, in_function=inside, for_types=typed)
+
+
+def _imported(node: ast.AST) -> list[tuple[str, tuple[str, ...]]]:
+    if isinstance(node, ast.Import):
+        return [(alias.name, ()) for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [("." * node.level + (node.module or ""), tuple(alias.name for alias in node.names))]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        return [(str(name.value), ()) for name in node.args[:1] if isinstance(name, ast.Constant)]
+    return []
+
+
+def sources(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found
+    return found
+
+
+def all_imports(package: str) -> list[Import]:
+    return [each for path in sources(package) for each in imports_of(path)]
+
+
+# --- rule 1: the planner is light ------------------------------------------------------------------------------------
+
+
+def test_the_planner_imports_nothing_heavy_even_lazily() -> None:
+    assert [each for each in all_imports("planner") if each.top in HEAVY] == []
+    assert [each for each in all_imports("planner") if any(_is_runtime(module) for module in each.modules)] == []
+
+
+def _is_runtime(module: str) -> bool:
+    return module == "meft.runtime" or module.startswith("meft.runtime.")
+
+
+def test_the_planner_imports_light_libraries_and_the_rest_only_in_functions() -> None:
+    others = [
+        each
+        for each in all_imports("planner")
+        if each.top not in {*sys.stdlib_module_names, *LIGHT, "meft"} and not each.for_types
+    ]
+    assert {each.top for each in others} <= ONLY_IN_FUNCTIONS
+    assert [each for each in others if not each.in_function] == []
+
+
+def test_the_scan_sees_imports_wherever_they_hide(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "planner").mkdir()
+    path = tmp_path / "planner" / "module.py"
+    path.write_text(
+        "import torch.nn\n"
+        "def late():\n    from torch import nn\n    importlib.import_module('torch')\n"
+        "from ..runtime import books\nfrom meft import runtime\n"
+        "if TYPE_CHECKING:\n    import scipy\n"
+    )
+    first, late, named, relative, from_parent, typed = imports_of(path)
+    assert (first.top, late.top, named.top) == ("torch",) * 3
+    assert (first.in_function, late.in_function) == (False, True)
+    assert "meft.runtime" in from_parent.modules
+    assert relative.module == "..runtime"  # which no module may have: see the next test
+    assert typed.for_types
+
+
+def test_no_module_uses_relative_imports() -> None:
+    """Absolute names only, which is what the other tests read."""
+    for package in PACKAGES:
+        for path in sources(package):
+            assert [each for each in imports_of(path) if each.module.startswith(".")] == []
+
+
+# --- rule 2: the runtime knows records and profiles, no models -------------------------------------------------------
+
+
+def planner_modules(each: Import) -> set[str]:
+    """Modules of the planner that an import reaches."""
+    modules = {path.stem for path in sources("planner")} - {"__init__"}
+    reached = {module.split(".")[2] for module in each.modules if module.startswith("meft.planner.")}
+    return reached & modules
+
+
+def test_the_runtime_imports_only_records_and_profiles_from_the_planner() -> None:
+    for path in sources("runtime"):
+        allowed = RECORDS_AND_PROFILES | ({"allocator"} if path.stem in ALLOCATOR_IS_USED_BY else set())
+        for each in imports_of(path):
+            assert planner_modules(each) <= allowed, each.place
+
+
+def test_the_exception_is_still_needed() -> None:
+    users = {
+        path.stem for path in sources("runtime") for each in imports_of(path) if "allocator" in planner_modules(each)
+    }
+    assert users == ALLOCATOR_IS_USED_BY
+
+
+def test_profiles_are_data() -> None:
+    assert all_imports("profiles") == []
+
+
+# --- rule 3: the models are pure -------------------------------------------------------------------------------------
+
+
+def pure_modules() -> list[Path]:
+    return [path for path in sources("planner") if path.stem not in WITH_EFFECTS and not path.stem.startswith("cli")]
+
+
+def test_the_models_of_the_design_are_among_the_pure_modules() -> None:
+    assert set(MODELS_OF_THE_DESIGN) <= {path.stem for path in pure_modules()}
+
+
+@pytest.mark.parametrize("path", pure_modules(), ids=lambda path: path.stem)
+def test_a_pure_module_has_no_clock_files_or_randomness(path) -> None:
+    assert [each for each in imports_of(path) if each.top in EFFECTS] == []
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert called.isdisjoint({"open", "print", "input", "exec", "eval"})
+    attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert attributes.isdisjoint({"np.random", "numpy.random"})
+
+
+# --- rule 4: a fast start --------------------------------------------------------------------------------------------
+
+ASK_WHAT_WAS_LOADED = """
+import importlib, sys
+module, *sys.argv = sys.argv[1:]
+code = 0
+try:
+    importlib.import_module(module).main()
+except SystemExit as end:
+    code = end.code or 0
+print("loaded:", *sorted({name.partition(".")[0] for name in sys.modules}))
+sys.exit(code)
+"""
+
+
+def loaded_by(module: str, *arguments: str, folder: Path) -> set[str]:
+    """Top-level modules in memory when the command has ended, which must have been with success."""
+    command = [sys.executable, "-c", ASK_WHAT_WAS_LOADED, module, *arguments]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    last = ended.stdout.splitlines()[-1]
+    assert last.startswith("loaded: ")
+    return set(last.split()[1:])
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        pytest.param("meft.planner.cli", ("meft-plan", "--help"), id="meft-plan --help"),
+        pytest.param("meft.planner.cli", ("meft-plan", "--gpu-mem", "24GB", "--host-mem", "64GB"), id="meft-plan"),
+        pytest.param("meft.runtime.cli", ("meft-run", "--help"), id="meft-run --help"),
+    ],
+)
+def test_a_command_starts_without_torch(module, arguments, tmp_path) -> None:
+    loaded = loaded_by(module, *arguments, folder=tmp_path)
+    assert module.partition(".")[0] in loaded
+    assert loaded.isdisjoint(HEAVY | ONLY_IN_FUNCTIONS)
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------
+
+
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_package_folder_lies_at_the_top_and_maps_to_its_package() -> None:
+    setuptools = pyproject()["tool"]["setuptools"]
+    assert setuptools["package-dir"] == {f"meft.{name}": name for name in PACKAGES}
+    assert sorted(setuptools["packages"]) == sorted(setuptools["package-dir"])
+    with_init = {path.parent.relative_to(ROOT).as_posix() for path in tracked_files() if path.name == "__init__.py"}
+    assert with_init == set(PACKAGES)  # a subpackage would have to be listed to be installed
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_is_imported_from_its_folder(name) -> None:
+    module = importlib.import_module(f"meft.{name}")
+    assert Path(module.__file__).resolve().parent == ROOT / name
+
+
+def test_every_data_file_of_a_package_is_installed() -> None:
+    patterns = pyproject()["tool"]["setuptools"]["package-data"]
+    for path in tracked_files():
+        package, _, name = path.relative_to(ROOT).as_posix().partition("/")
+        if package in PACKAGES and path.suffix != ".py":
+            assert any(_matches(name, pattern) for pattern in patterns[f"meft.{package}"]), path
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As setuptools globs: a star does not cross folders."""
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
+# --- the repository and the machine ----------------------------------------------------------------------------------
+
+
+def tracked_files() -> list[Path]:
+    """Files that git has, less those that are deleted in the working tree."""
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError:
+        pytest.skip("git is not installed, so there is no list of the repository's files")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"not a git checkout: {error.stderr.strip()}")
+    paths = [ROOT / name for name in listed.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def this_machines_paths() -> list[str]:
+    """Home and the folder of the checkout. One that is the root of the file system says nothing."""
+    return sorted({str(path) for path in (Path.home(), ROOT.parent, ROOT) if path != Path(path.anchor)})
+
+
+def test_no_file_holds_a_path_of_this_machine() -> None:
+    pattern = re.compile("|".join(rf"(?<![\w.-]){re.escape(path)}(?![\w-])" for path in this_machines_paths()).encode())
+    holding = {path.relative_to(ROOT).as_posix(): pattern.search(path.read_bytes()) for path in tracked_files()}
+    assert len(holding) > 50
+    assert {name: found[0] for name, found in holding.items() if found} == {}
