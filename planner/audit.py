@@ -95,7 +95,7 @@ def audit(
     """
     _check_belongs(plan, report)
     gpu = gpu if gpu is not None and _reproduces(plan, gpu) else None
-    steps = measured_steps(report)
+    steps = report.observed.steps
     rows = (
         *_device_rows(plan, report, gpu, tolerance_fraction),
         *_host_rows(plan, report),
@@ -124,20 +124,6 @@ def weakest_basis(bases: Iterable[Basis]) -> Basis:
     """The basis of a number made from numbers of these: assumed if one is, else measured if one is, else counted."""
     order: tuple[Basis, ...] = ("counted", "measured", "assumed")
     return max(bases, key=order.index, default="counted")
-
-
-def measured_steps(report: Report) -> int:
-    """Steps that the report's counters cover: a resumed run's lists of losses are longer.
-
-    Raises :class:`UsageError` when there is none.
-    """
-    steps = next((round(layer.total / layer.mean) for layer in report.observed.active_rows if layer.total), 0)
-    steps = steps or report.training.steps
-    if steps < 1:
-        raise UsageError(
-            "report: it covers no step, so there is nothing to compare; run the plan with --steps 1 or more"
-        )
-    return steps
 
 
 def bytes_given_rows(plan: Plan, *, rows_total: Iterable[int], steps: int) -> dict[tuple[Direction, str], int]:

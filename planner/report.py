@@ -65,6 +65,8 @@ class ActiveRows(Record):
 class Observed(Record):
     """What the run measured and counted."""
 
+    steps: Count
+    """Steps that this process measured: fewer than ``training.steps`` when the run was resumed."""
     device_memory: ObservedDeviceMemory
     host_memory: ObservedHostMemory
     transfer: ObservedTransfer

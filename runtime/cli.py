@@ -100,11 +100,13 @@ def main() -> None:
 
 def print_report(report: Report, path: Path) -> None:
     """The comparison as a table, and what the run did, on standard output."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(title=f"predicted against observed on: {report.device.name}", title_justify="left")
+    console.print(f"Predicted against observed on the {report.device.name}", soft_wrap=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("quantity")
     for name in ("predicted", "observed", "ratio"):
         table.add_column(name, justify="right")
@@ -125,7 +127,7 @@ def _summary(report: Report) -> list[str]:
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     steps = f"{report.training.steps} steps, {report.training.optimizer_steps} optimizer steps"
     lines = [f"loss {first:.3f} -> {last:.3f} (means of the first and last {tenth} of {steps})"]
-    if observed.prefetch_recall is not None:
+    if observed.prefetch_recall not in (None, 1.0):
         lines.append(f"look-ahead routing found {observed.prefetch_recall:.1%} of the exact choice")
     if observed.dropped_rows:
         lines.append(f"active_rows_cap cost {observed.dropped_rows:,} rows: plan again with a higher cap if that hurts")

@@ -67,7 +67,7 @@ class EmulatedDevice:
     """The CPU with a device's books: same code, storages kept apart, budget enforced, transfers counted."""
 
     kind: Literal["cuda", "emulated"] = "emulated"
-    name = "emulated device (computes on this machine's CPU)"
+    name = "emulated device (this machine's CPU)"
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes

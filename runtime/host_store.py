@@ -80,7 +80,7 @@ class HostStore:
         """Sum of squares of the window's gradients over all layers."""
         total = 0.0
         for layer in range(self.num_layers):
-            for rows in in_chunks(self.touched_rows(layer)):
+            for rows in in_chunks(self.touched_rows(layer), self.layers[layer].gradients):
                 total += float(self.layers[layer].gradients[rows].double().square().sum())
         return total
 
@@ -109,13 +109,14 @@ _CATEGORIES = {
     "touched": "touched_flags",
 }
 
-ROWS_PER_CHUNK = 1024
-"""Rows handled at once where a temporary copy is needed: it bounds host memory without slowing the arithmetic."""
+CHUNK_BYTES = 4 << 20
+"""Size of a temporary copy of rows: small enough that the C library reuses its memory instead of mapping new pages."""
 
 
-def in_chunks(rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Split a row list so that temporaries stay small."""
-    yield from rows.split(ROWS_PER_CHUNK)
+def in_chunks(rows: torch.Tensor, table: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Split a row list so that a copy of its rows of ``table [R, 2D]`` stays small."""
+    row_bytes = table.shape[1] * table.element_size()
+    yield from rows.split(max(1, CHUNK_BYTES // row_bytes))
 
 
 def _empty_tables(adapter_width: int, hidden_size: int, dtype: torch.dtype) -> LayerTables:

@@ -33,7 +33,7 @@ def update_touched_rows(
     """
     updated = 0
     for layer, tables in enumerate(store.layers):
-        for rows in in_chunks(store.touched_rows(layer)):
+        for rows in in_chunks(store.touched_rows(layer), tables.gradients):
             _update_rows(tables, rows, settings, learning_rate=learning_rate, gradient_scale=gradient_scale)
             updated += rows.shape[0]
     return updated

@@ -79,6 +79,7 @@ def _fake_optimizer_step(session: Session) -> None:
 def _report(session: Session, rows: tuple[int, ...], meft_version: str) -> Report:
     request = session.plan.request
     observed = Observed(
+        steps=1,
         device_memory=device_memory(session.device.peaks(), MemoryReading(None, _NO_NVML)),
         host_memory=host_memory(session),
         transfer=transfer(session, steps=1, windows=1, pcie=PcieReading(None, None, _NO_NVML)),

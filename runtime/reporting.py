@@ -52,6 +52,7 @@ def build_report(
     """Report of a training run (at least one step)."""
     session, measured = trainer.session, trainer.measured
     observed = Observed(
+        steps=measured.steps,
         device_memory=device_memory(trainer.measured.peaks, memory),
         host_memory=host_memory(session),
         transfer=transfer(session, steps=measured.steps, windows=len(measured.optimizer_seconds), pcie=pcie),

@@ -123,6 +123,7 @@ def sample_report(plan: Plan, *, rows_per_step: Sequence[Sequence[int]] = ROWS_P
             budget_bytes=plan.prediction.device_memory.allocator_budget_bytes,
         ),
         observed=Observed(
+            steps=len(rows_per_step),
             device_memory=_device_memory(plan, [layer.max for layer in layers]),
             host_memory=ObservedHostMemory(
                 entries=(), total_bytes=plan.prediction.host_memory.total_bytes, process_rss_bytes=None

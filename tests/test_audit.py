@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_samples import ROWS_PER_STEP, SHAPE, sample_plan, sample_profiles, sample_report
+from plan_samples import SHAPE, sample_plan, sample_profiles, sample_report
 
-from meft.planner.audit import Audit, AuditRow, audit, bytes_given_rows, measured_steps, weakest_basis
+from meft.planner.audit import Audit, AuditRow, audit, bytes_given_rows, weakest_basis
 from meft.planner.cli_audit import gpu_of, parse_tolerances
 from meft.planner.errors import UsageError
 from meft.planner.plan import Plan
@@ -175,20 +175,7 @@ def test_a_report_of_another_number_of_layers_is_refused(plan: Plan) -> None:
 def test_steps_are_those_the_counters_cover(plan: Plan) -> None:
     report = sample_report(plan)
     resumed = report.training.model_copy(update={"steps": 10})  # eight of them before this process
-    assert measured_steps(report.model_copy(update={"training": resumed})) == len(ROWS_PER_STEP)
-
-
-def test_a_report_without_a_step_is_refused(plan: Plan) -> None:
-    report = sample_report(plan)
-    idle = tuple(layer.model_copy(update={"mean": 0.0, "max": 0, "total": 0}) for layer in report.observed.active_rows)
-    empty = report.model_copy(
-        update={
-            "observed": report.observed.model_copy(update={"active_rows": idle}),
-            "training": report.training.model_copy(update={"steps": 0}),
-        }
-    )
-    with pytest.raises(UsageError, match="covers no step"):
-        measured_steps(empty)
+    assert audited(plan, report.model_copy(update={"training": resumed})).rows == audited(plan, report).rows
 
 
 def test_without_the_gpu_profile_the_line_is_left_out_and_said(plan: Plan) -> None:
