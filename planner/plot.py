@@ -66,7 +66,7 @@ def _draw_memory(axes: Axes, plan: Plan) -> None:
     axes.axhline(budget, color="#c44e52", linewidth=1.6)
     axes.text(3.45, budget, f"budget {budget:.2f}", color="#c44e52", ha="right", va="bottom")
     axes.axhline(reserved, color="#555555", linewidth=1.2, linestyle="--")
-    axes.text(3.45, reserved, f"reserved peak {reserved:.2f}", color="#555555", ha="right", va="bottom")
+    axes.text(3.45, reserved * 0.995, f"reserved peak {reserved:.2f}", color="#555555", ha="right", va="top")
     axes.set(title="Device memory by phase", ylabel=name, ylim=(0, max(budget, reserved) * 1.1))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, reverse=True)
     _quiet(axes)

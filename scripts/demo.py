@@ -37,24 +37,24 @@ def main(gpu_mem: str, steps: int, questions: int, output_dir: Path) -> None:
     """Plan, run and audit on the embedded model; takes a few minutes on two cores."""
     started = time.monotonic()
     try:
-        model = smollm2_folder(click.echo)
+        smollm2_folder(click.echo)
     except MeftError as error:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(error.exit_code) from error
-    for title, command in _commands(model, gpu_mem, steps, questions, output_dir):
+    for title, command in _commands(gpu_mem, steps, questions, output_dir):
         _run(title, command)
     _say_what_is_left(output_dir, time.monotonic() - started)
 
 
-def _commands(model: Path, gpu_mem: str, steps: int, questions: int, folder: Path) -> list[tuple[str, list[str]]]:
+def _commands(gpu_mem: str, steps: int, questions: int, folder: Path) -> list[tuple[str, list[str]]]:
     plan, data, report = str(folder / "plan.json"), str(folder / "airports.jsonl"), str(folder / "report.json")
     make_questions = [sys.executable, os.path.relpath(SCRIPTS / "make_airport_questions.py")]
     facts = [*make_questions, "--num", str(questions), "-o", data]
-    find_plan = ["meft-plan", "--model", str(model), "--gpu", "emulated", "--gpu-mem", gpu_mem]
-    find_plan += ["--batch-size", "2", "--seq-len", "64", "--grad-accum", "2"]
-    find_plan += ["-o", plan, "--plot", str(folder / "plan.png")]
-    train = ["meft-run", plan, "--model", str(model), "--data", data, "--device", "emulated"]
-    train += ["--steps", str(steps), "--output-dir", str(folder)]
+    find_plan = ["meft-plan", "--model", "smollm2-135m", "--gpu", "emulated", "--gpu-mem", gpu_mem]
+    find_plan += ["--batch-size", "4", "--seq-len", "64", "--grad-accum", "2", "--top-k", "32"]
+    find_plan += ["--sparsity", "smollm2-airports", "-o", plan, "--plot", str(folder / "plan.png")]
+    train = ["meft-run", plan, "--data", data, "--device", "emulated", "--steps", str(steps)]
+    train += ["--learning-rate", "2e-3", "--warmup", "0.1", "--output-dir", str(folder)]
     return [
         ("Facts that the model does not know", facts),
         ("What fits the budget?", find_plan),
