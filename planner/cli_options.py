@@ -77,7 +77,7 @@ class RequestOptions:
     weights_dtype: WeightsDtype | None
     double_quant: bool | None
     adapter_dtype: AdapterDtype | None
-    attention: Attention
+    attention: Attention | None
     activation_checkpointing: bool | None
     objective: Objective = "capacity"
     max_slowdown: float | None = None
@@ -149,7 +149,11 @@ def _workload_options(command: Command, *, weights: tuple[str, ...]) -> Command:
             type=click.Choice(get_args(AdapterDtype)),
             help="In which rows travel and compute. [default: fp32 beside fp32 weights, else bf16]",
         ),
-        click.option("--attention", type=click.Choice(get_args(Attention)), default="sdpa", show_default=True),
+        click.option(
+            "--attention",
+            type=click.Choice(get_args(Attention)),
+            help="[default: sdpa; eager for Gemma 2, which transformers does not run with sdpa]",
+        ),
         click.option(
             "--activation-checkpointing/--no-activation-checkpointing",
             default=None,

@@ -10,7 +10,7 @@ from meft.planner.architecture import ModelShape
 from meft.planner.cli_options import RequestOptions
 from meft.planner.errors import UsageError
 from meft.planner.models import load_model
-from meft.planner.plan import AdapterDtype, Request, WeightsDtype
+from meft.planner.plan import AdapterDtype, Attention, Request, WeightsDtype
 from meft.planner.profiles import (
     GpuProfile,
     gpu_names,
@@ -28,6 +28,8 @@ from meft.planner.units import GIB, format_bytes
 BOX_OVER_NVML = 1.1
 """A card's box may print up to a tenth more than NVML reports (48 GB: 45.0 GiB with ECC on an L40S)."""
 EMULATED = "emulated"
+WITHOUT_SDPA = ("gemma2",)
+"""Model types that transformers runs with eager or flash attention only: they cap attention scores."""
 HOST_RESERVE_BYTES = 2 * GIB
 HOST_RESERVE_FRACTION = 0.1
 """Of this machine's RAM, never more than half of it: what the system, Python with torch, and loading a model take.
@@ -81,7 +83,7 @@ def planning(options: RequestOptions) -> Planning:
         "host_mem_basis": "this machine" if options.host_mem is None else "given",
         "weights_dtype": weights,
         "adapter_dtype": adapter,
-        **_passed_on(options),
+        **_passed_on(options, shape),
     }
     return Planning(
         request=validated(Request, fields, source="options"),
@@ -178,14 +180,14 @@ def _dtype_notes(gpu: GpuProfile, weights: WeightsDtype) -> tuple[str, ...]:
     return ()
 
 
-def _passed_on(options: RequestOptions) -> dict[str, Any]:
+def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
     """Options that are the request's fields as they stand, where they were given."""
     names = {
         "batch_size": options.batch_size,
         "seq_len": options.seq_len,
         "grad_accum": options.grad_accum,
         "double_quant": options.double_quant,
-        "attention": options.attention,
+        "attention": options.attention or _usual_attention(shape),
         "activation_checkpointing": options.activation_checkpointing,
         "objective": options.objective,
         "max_slowdown": options.max_slowdown,
@@ -199,7 +201,13 @@ def _passed_on(options: RequestOptions) -> dict[str, Any]:
     return {name: value for name, value in names.items() if value is not None}
 
 
+def _usual_attention(shape: ModelShape) -> Attention:
+    return "eager" if shape.model_type in WITHOUT_SDPA else "sdpa"
+
+
 def _check_model(options: RequestOptions, shape: ModelShape) -> None:
+    if options.attention == "sdpa" and shape.model_type in WITHOUT_SDPA:
+        raise UsageError(f"--attention sdpa: transformers does not run {shape.name} with it; give eager or flash")
     if options.seq_len > shape.max_positions:
         raise UsageError(
             f"--seq-len {options.seq_len}: {shape.name} has {shape.max_positions} positions; give at most that"

@@ -33,6 +33,8 @@ from meft.planner.prediction import ProfileSet, inputs_used, predict, trainable_
 from meft.planner.space import CAP_AXIS, Space, enumerate_space
 from meft.planner.timing import step_costs
 
+WITHOUT_MLP_MODULE = ("opt",)
+"""Model types whose FFN is linear layers among the block's others."""
 PARETO_POINTS = 12
 PARETO_NEAR = 6
 """Points of the front kept at the winner and around it; the others spread over the rest of it."""
@@ -79,6 +81,11 @@ def check_request(request: Request) -> None:
         raise UsageError(
             f"weights_dtype {request.weights_dtype}: the runtime trains beside fp32, bf16 or nf4 weights; give one of "
             f"them"
+        )
+    if shape.model_type in WITHOUT_MLP_MODULE:
+        raise UsageError(
+            f"model {shape.name}: its blocks have no FFN module of their own, which the runtime's adapter sits beside; "
+            f"plan for another model (meft-plan estimate prices this one)"
         )
     if width is not None and top_k is not None and top_k > width:
         raise UsageError(
