@@ -217,7 +217,7 @@ class CachingAllocator:
                     self.reserved_bytes -= block.size
                 else:
                     kept.append(key)
-            pool.free_keys = kept
+            pool.free_keys[:] = kept  # in place: malloc, which flushes in mid-search, goes on with this list
 
     def install(self, segments: Iterable[Segment]) -> dict[int, int]:
         """Start warm, from recorded segments; returns the handle of each live block by its recorded address.

@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meft.planner.allocator import CachingAllocator, round_block
+from meft.planner.allocator import CachingAllocator
 from meft.planner.errors import MeftError
 
 DEFAULT_CATEGORY = "activations"
@@ -48,6 +48,8 @@ class DeviceBooks(TorchDispatchMode):
         super().__init__()
         self.allocator = CachingAllocator(capacity_bytes)
         self._live: dict[int, _Entry] = {}
+        self._departed: list[int] = []
+        self._busy = False
         self._bytes_by_category: defaultdict[str, int] = defaultdict(int)
         self._peak_by_category: dict[str, int] = {}
         self._peak_bytes = 0
@@ -100,7 +102,7 @@ class DeviceBooks(TorchDispatchMode):
     def reset_peaks(self) -> None:
         """Start a new measurement of the peaks from what is live now."""
         self.allocator.reset_peaks()
-        self._peak_bytes = 0
+        self._peak_bytes, self._peak_by_category = 0, {}
         self._note_peak()
 
     def _enter(self, tensor: torch.Tensor) -> None:
@@ -108,16 +110,32 @@ class DeviceBooks(TorchDispatchMode):
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._live or num_bytes == 0:
             return
-        handle = self.allocator.malloc(num_bytes)
-        watcher = weakref.ref(storage, lambda _: self._leave(key))
-        self._live[key] = _Entry(handle, round_block(num_bytes), self._category, watcher)
-        self._bytes_by_category[self._category] += round_block(num_bytes)
-        self._note_peak()
+        before, self._busy = self.allocator.allocated_bytes, True
+        try:
+            handle = self.allocator.malloc(num_bytes)
+            block_bytes = self.allocator.allocated_bytes - before
+            watcher = weakref.ref(storage, lambda _: self._leave(key))
+            self._live[key] = _Entry(handle, block_bytes, self._category, watcher)
+            self._bytes_by_category[self._category] += block_bytes
+            self._note_peak()
+        finally:
+            self._busy = False
+            self._release_departed()
 
     def _leave(self, key: int) -> None:
-        entry = self._live.pop(key)
-        self.allocator.free(entry.handle)
-        self._bytes_by_category[entry.category] -= entry.num_bytes
+        """Torch frees a storage. The garbage collector may do so at any moment, even amid the books' own work."""
+        self._departed.append(key)
+        self._release_departed()
+
+    def _release_departed(self) -> None:
+        while self._departed and not self._busy:
+            self._busy = True
+            try:
+                entry = self._live.pop(self._departed.pop())
+                self.allocator.free(entry.handle)
+                self._bytes_by_category[entry.category] -= entry.num_bytes
+            finally:
+                self._busy = False
 
     def _note_peak(self) -> None:
         if self.allocator.allocated_bytes > self._peak_bytes:
