@@ -54,13 +54,14 @@ _BECAUSE = {
     "ffn": "inputs of the FFN's activation and product; frozen linear layers keep nothing",
     "adapter": "what the trained part keeps: its inputs and activations",
     "layer_inputs": "activation checkpointing keeps each layer's input and recomputes the rest",
+    "embeddings": "token embeddings before positions are added, which require a gradient when checkpointing",
     "rotary_tables": "cosines and sines [1, S, d], shared by all layers",
     "attention_mask": "[B, 1, S, S] for padded batches: bool for sdpa, additive for eager",
     "kv_cache": "keys and values that only the kept outputs hold",
     "routing": "Key-Experts: probes [T, P] of every layer and the expert of each active row, int32",
     "forward_temporaries": "the FFN's product and output, the residual, the adapter's output",
     "final_norm": "the input of the final norm",
-    "loss_chain": "12 bytes per logit: fp32 log-probabilities, their gradient and the logits' gradient",
+    "loss_chain": "12 bytes per logit: fp32 log-probabilities and two gradients; or the head's gradient beside theirs",
     "logits": "the kept outputs hold the logits",
     "logit_softcap": "the tanh of the capped logits",
     "backward_temporaries": "gradients in flight at backward's worst moment, net of what is free by then",
@@ -245,8 +246,15 @@ class _Step:
 
     @property
     def whole_layers(self) -> int:
-        """Layers that keep everything; layer 0 keeps only what follows its FFN when the gradient starts there."""
+        """Without checkpointing, layers that keep everything: layer 0 keeps only what follows its FFN when the gradient
+        starts there."""
         return self.shape.num_layers - (0 if self.trained.whole_first_layer else 1)
+
+    @property
+    def one_whole_layer(self) -> Ints:
+        """1 if the last layer keeps everything; 0 if it is the first as well. With checkpointing transformers makes the
+        embeddings' output require a gradient, so that every layer is whole."""
+        return choose(self.checkpointing, 1, min(self.whole_layers, 1))
 
     @property
     def checkpointing(self) -> Flags:
@@ -352,7 +360,7 @@ def _loss_rows(step: _Step) -> tuple[Row, ...]:
         *_kept_rows("loss", step),
         *_shared_rows("loss", step, inputs=step.shape.num_layers),
         _row("loss", "final_norm", step.norm + step.trained.head_inputs),
-        _row("loss", "loss_chain", chain),
+        _row("loss", "loss_chain", largest(chain, step.logits + step.trained.head_gradients)),
         _row("loss", "logits", step.logits if step.workload.outputs_kept else 0),
         _row("loss", "logit_softcap", step.logits if step.shape.logit_softcap else 0),
         _row("loss", "gradients", step.trained.gradients if step.workload.grad_accum > 1 else 0),
@@ -373,7 +381,7 @@ def _backward_start_rows(step: _Step) -> tuple[Row, ...]:
     """The last layer goes backward; with checkpointing it has been recomputed."""
     trained = step.trained
     kept = _layer_rows(step, whole=step.whole_layers, layers=step.shape.num_layers, trained=trained.kept_all)
-    one = _layer_rows(step, whole=min(step.whole_layers, 1), layers=1, trained=trained.kept_most)
+    one = _layer_rows(step, whole=1, layers=1, trained=trained.kept_most)
     held = tuple(
         _row("backward", first.category, choose(step.checkpointing, first.num_bytes, every.num_bytes))
         for first, every in zip(one, kept, strict=True)
@@ -385,7 +393,7 @@ def _backward_start_rows(step: _Step) -> tuple[Row, ...]:
 
 def _backward_end_rows(step: _Step) -> tuple[Row, ...]:
     """Layer 0 goes backward; of the layers' inputs only its own is left."""
-    whole = int(step.trained.whole_first_layer)
+    whole = choose(step.checkpointing, 1, int(step.trained.whole_first_layer))
     held = _layer_rows(step, whole=whole, layers=1, trained=step.trained.kept_most)
     shared = _shared_rows("backward", step, inputs=1 - _inputs_kept_twice(step))
     return held + shared + _transient_rows(step, gradients=step.trained.last_gradients)
@@ -404,7 +412,7 @@ def _kept_rows(phase: Phase, step: _Step) -> tuple[Row, ...]:
     return tuple(_row(phase, row.category, choose(step.checkpointing, 0, row.num_bytes)) for row in rows)
 
 
-def _layer_rows(step: _Step, *, whole: int, layers: int, trained: Ints) -> tuple[Row, ...]:
+def _layer_rows(step: _Step, *, whole: Ints, layers: int, trained: Ints) -> tuple[Row, ...]:
     """What ``layers`` layers keep, of which ``whole`` keep everything before their FFN and in it."""
     frozen = step.frozen
     return (
@@ -435,6 +443,7 @@ def _shared_rows(phase: Phase, step: _Step, *, inputs: int) -> tuple[Row, ...]:
     )
     return (
         _row(phase, "layer_inputs", choose(step.checkpointing, layer_inputs, 0)),
+        _row(phase, "embeddings", choose(step.checkpointing, step.hidden if shape.learned_positions else 0, 0)),
         _row(phase, "rotary_tables", rotary),
         _row(phase, "attention_mask", masks if phase == "forward" else choose(step.checkpointing, masks, 0)),
         _row(phase, "kv_cache", _kv_cache_bytes(step)),
@@ -464,8 +473,7 @@ def _transient_rows(step: _Step, *, gradients: Ints) -> tuple[Row, ...]:
 
 def _inputs_kept_twice(step: _Step) -> int:
     """1 if a recomputed layer's first norm keeps the layer's own input, not a copy of it in fp32."""
-    same = step.shape.norm == "layernorm" or step.workload.compute_bytes == act.FP32_BYTES
-    return int(same and step.whole_layers > 0)
+    return int(step.shape.norm == "layernorm" or step.workload.compute_bytes == act.FP32_BYTES)
 
 
 # --- the worst moment of backward -----------------------------------------------------------------------------------
@@ -475,7 +483,7 @@ def _backward_temporaries(step: _Step) -> Ints:
     """What backward adds at the worst of five moments near its start, each net of what is free by then."""
     moments = [_final_norm_moment(step), _adapter_moment(step), _ffn_moment(step), _attention_moment(step)]
     if act.norms_after_ffn(step.shape):
-        moments.append(step.hidden + _norm_backward_bytes(step))
+        moments.append(step.hidden + _norm_backward_bytes(step) - _gradients_made_later(step))
     return largest(*moments)
 
 
@@ -489,10 +497,16 @@ def _norm_backward_bytes(step: _Step) -> Ints:
 
 
 def _final_norm_moment(step: _Step) -> Ints:
-    """The final norm goes backward: all layers are whole, but with checkpointing none is recomputed yet."""
-    before_ffn = min(step.whole_layers, 1) * (step.frozen.total - step.frozen.norms_after_ffn)
-    one_layer = before_ffn + step.frozen.norms_after_ffn + step.trained.kept_most
-    return step.norm + _norm_backward_bytes(step) - choose(step.checkpointing, one_layer, 0)
+    """The final norm goes backward: all layers are whole, but with checkpointing none is recomputed yet, and no layer
+    has made gradients."""
+    one_layer = step.frozen.total + step.trained.kept_most
+    before = step.norm + _norm_backward_bytes(step) - choose(step.checkpointing, one_layer, 0)
+    return before - _gradients_made_later(step)
+
+
+def _gradients_made_later(step: _Step) -> Ints:
+    """The layer's gradients, before the layer has made them; when they are summed, the sum is there from the start."""
+    return step.trained.first_gradients - step.trained.head_gradients if step.workload.grad_accum == 1 else 0
 
 
 def _adapter_moment(step: _Step) -> Ints:
@@ -519,8 +533,8 @@ def _ffn_moment(step: _Step) -> Ints:
 
 def _attention_moment(step: _Step) -> Ints:
     """The attention of the last layer: its FFN is done, and unless the two are parallel the norm between them."""
-    whole, parallel = min(step.whole_layers, 1), step.shape.parallel_blocks
-    freed = whole * (step.frozen.ffn + (0 if parallel else step.norm)) + _free_before_ffn(step)
+    parallel = step.shape.parallel_blocks
+    freed = step.one_whole_layer * (step.frozen.ffn + (0 if parallel else step.norm)) + _free_before_ffn(step)
     attention = act.attention_backward_bytes(
         step.shape,
         tokens=step.workload.tokens,

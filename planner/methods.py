@@ -95,8 +95,8 @@ class Trained:
     ``kept_*``: for backward by all layers, by the last, and by the one that keeps most; ``free_*``: how much of that
     is free again when the layer's FFN goes backward, and ``beside_ffn`` what the method holds then. ``held``: from
     forward to backward whether or not activations are checkpointed. ``first_gradients`` and ``last_gradients``: those
-    that are there when the FFN of the last layer, and of layer 0, goes backward. ``whole_first_layer``: gradients flow
-    through all of layer 0, not from its FFN on.
+    that are there when the FFN of the last layer, and of layer 0, goes backward; ``head_gradients`` precede them.
+    ``whole_first_layer``: gradients flow through all of layer 0, not from its FFN on.
     """
 
     resident: tuple[Row, ...]
@@ -112,6 +112,7 @@ class Trained:
     gradients: Ints = 0
     first_gradients: Ints = 0
     last_gradients: Ints = 0
+    head_gradients: Ints = 0
     optimizer_temporary: Ints = 0
     head_inputs: Ints = 0
     whole_first_layer: bool = False
@@ -225,7 +226,14 @@ def _parallel_adapter(shape: ModelShape, workload: Workload, method: ParallelAda
         free_last=kept,
         free_most=kept,
         forward=tokens * hidden * e,
-        backward=ada.parallel_adapter_backward_bytes(tokens=tokens, hidden_size=hidden, adapter_width=width, e=e),
+        backward=ada.parallel_adapter_backward_bytes(
+            tokens=tokens,
+            hidden_size=hidden,
+            adapter_width=width,
+            e=e,
+            q=workload.compute_bytes,
+            summed=workload.grad_accum > 1,
+        ),
         beside_ffn=tokens * hidden * workload.compute_bytes,
         gradients=weights,
         first_gradients=weights // shape.num_layers,
@@ -275,10 +283,11 @@ def _full(shape: ModelShape, workload: Workload) -> Trained:
         free_last=free,
         free_most=free,
         forward=0,
-        backward=0,
+        backward=free + (q * down if workload.grad_accum > 1 else 0),
         gradients=weights,
         first_gradients=q * (shape.embedding_parameters + down),
         last_gradients=weights - q * after_down,
+        head_gradients=q * shape.embedding_parameters,
         optimizer_temporary=weights,
         head_inputs=2 * tokens * shape.hidden_size * q,
         whole_first_layer=True,

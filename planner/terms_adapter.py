@@ -119,9 +119,25 @@ def parallel_adapter_saved_bytes(*, tokens: Ints, hidden_size: int, adapter_widt
     return tokens * (hidden_size + adapter_width) * e
 
 
-def parallel_adapter_backward_bytes(*, tokens: Ints, hidden_size: int, adapter_width: Ints, e: int) -> Ints:
-    """Gradients ``[T, R]`` before and after the ReLU, and the input's ``[T, D]``."""
-    return tokens * (2 * adapter_width + hidden_size) * e
+def parallel_adapter_backward_bytes(
+    *, tokens: Ints, hidden_size: int, adapter_width: Ints, e: int, q: int, summed: bool
+) -> Ints:
+    """What one layer's dense adapter adds in backward to its two gradients: the worst of its moments.
+
+    At the values: the gradient ``[T, R]`` of their input, and of the output if it had to be cast; at the ReLU: two
+    ``[T, R]``; at the keys: one and the input's ``[T, D]``; at last that and its cast. Before the keys their gradient
+    is still to be made; gradients that are ``summed`` over micro-batches are made apart, one at a time.
+    """
+    activations, hidden = tokens * adapter_width * e, tokens * hidden_size
+    cast_in, cast_out = (hidden * e, hidden * q) if e != q else (0, 0)
+    matrix = adapter_width * hidden_size * e
+    to_be_made, apart = (0, matrix) if summed else (matrix, 0)
+    return largest(
+        cast_in + activations + apart - to_be_made,
+        2 * activations - to_be_made,
+        activations + hidden * e + apart,
+        hidden * e + cast_out,
+    )
 
 
 def lora_parameters(shape: ModelShape, *, rank: Ints, targets: tuple[LinearName, ...]) -> Ints:
@@ -156,11 +172,11 @@ def lora_freed_bytes(shape: ModelShape, *, tokens: Ints, rank: Ints, targets: tu
 def lora_backward_bytes(
     shape: ModelShape, *, tokens: Ints, rank: Ints, targets: tuple[LinearName, ...], e: int, q: int
 ) -> Ints:
-    """The widest target's gradients: of its input by both ways, of ``[T, r]``, and, when LoRA has a dtype of its own,
-    of its output cast and scaled."""
+    """The widest target's gradients: of its output cast and scaled, when LoRA has a dtype of its own, or later of its
+    input by both ways; and of ``[T, r]``."""
     sizes = linear_sizes(shape)
     cast = 2 * e if e != q else 0
-    widest = max(sizes[target][1] * cast + sizes[target][0] * (e + q) for target in targets)
+    widest = max(max(sizes[target][1] * cast, sizes[target][0] * (e + q)) for target in targets)
     return tokens * (widest + rank * e)
 
 

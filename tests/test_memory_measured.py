@@ -1,0 +1,218 @@
+"""The device-memory ledger against traced storages of real models: random weights, one real step each."""
+
+from __future__ import annotations
+
+import pytest
+from planner_records import gpu_profile
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from sessions import EXPERTS, open_small, random_examples, small_plan  # noqa: E402
+from storage_tracker import StorageTracker  # noqa: E402
+
+from meft.planner.architecture import shape_from_config  # noqa: E402
+from meft.planner.ledger import peak_bytes  # noqa: E402
+from meft.planner.memory import device_ledger, predict_device_memory  # noqa: E402
+from meft.planner.methods import Full, Lora, ParallelAdapter, Workload  # noqa: E402
+from meft.runtime.data import collate  # noqa: E402
+
+TOLERANCE = 0.015
+LORA_TOLERANCE = 0.02
+"""LoRA on the FFN under checkpointing peaks while it recomputes forward, which the ledger does not follow."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LARGE_VOCABULARY, SMALL_VOCABULARY = 4096, 64
+"""With the large one the loss is the peak, with the small one backward is."""
+
+
+def config_of(model_type: str, *, vocab_size: int) -> transformers.PreTrainedConfig:
+    """Four layers of width 64, grouped heads where the architecture has them, no dropout."""
+    common = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 192,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    grouped = {"num_key_value_heads": 2}
+    own = {
+        "gpt2": {"n_inner": 192, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        "gemma2": grouped | {"head_dim": 32},
+        "qwen3": grouped | {"head_dim": 16},
+        "phi": {"attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    }
+    return transformers.AutoConfig.for_model(model_type, **(common | own.get(model_type, grouped)))
+
+
+class DenseAdapter(torch.nn.Module):
+    """A parallel adapter as one writes it down."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.keys = torch.nn.Linear(hidden_size, width, bias=False)
+        self.values = torch.nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.values(torch.relu(self.keys(hidden.to(self.keys.weight.dtype)))).to(hidden.dtype)
+
+
+class LoraLinear(torch.nn.Module):
+    """LoRA as PEFT runs it: the input cast, two products, scaled, added, cast back."""
+
+    def __init__(self, base: torch.nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Linear(base.in_features, rank, bias=False)
+        self.up = torch.nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        output = self.base(hidden)
+        added = self.up(self.down(hidden.to(self.down.weight.dtype))) * 2.0
+        return (output + added).to(output.dtype)
+
+
+def with_dense_adapters(model, width: int) -> None:
+    for module in [module for name, module in model.named_modules() if name.endswith(".mlp")]:
+        module.adapter = DenseAdapter(model.config.hidden_size, width)
+        module.register_forward_hook(lambda module, args, output: output + module.adapter(args[0]))
+
+
+def with_lora(model, rank: int, targets) -> None:
+    for layer in model.model.layers:
+        for target in targets:
+            parent = layer.mlp if target in ("gate", "up", "down") else layer.self_attn
+            setattr(parent, f"{target}_proj", LoraLinear(getattr(parent, f"{target}_proj"), rank))
+
+
+def build(model_type: str, method, workload: Workload, vocab_size: int):
+    """A model of random weights with ``method`` attached, ready to train."""
+    torch.manual_seed(0)
+    config = config_of(model_type, vocab_size=vocab_size)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=workload.attention)
+    model = model.to(DTYPES[workload.weights_dtype]).requires_grad_(isinstance(method, Full))
+    if isinstance(method, ParallelAdapter):
+        with_dense_adapters(model, method.adapter_width)
+    if isinstance(method, Lora):
+        with_lora(model, method.rank, method.targets)
+        model.enable_input_require_grads()
+    if workload.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def measured_peak(model, workload: Workload) -> int:
+    """The peak of the second training step, when the optimizer's states exist."""
+    ids = torch.randint(0, model.config.vocab_size, (workload.batch_size, workload.seq_len))
+    mask = torch.ones_like(ids)
+    if workload.padded:
+        mask[0, -3:] = 0
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
+    tracker = StorageTracker(resident=[*model.parameters(), *model.buffers()])
+    with tracker:
+        inputs = {"input_ids": ids.clone(), "labels": ids.clone()}
+        if workload.padded:
+            inputs["attention_mask"] = mask.clone()
+        for _ in range(2):
+            begin = len(tracker.events)
+            for _ in range(workload.grad_accum):
+                loss = model(**inputs, use_cache=False).loss
+                loss.backward()
+                del loss
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return tracker.peak_bytes(since=begin)
+
+
+def check(model_type: str, method, workload: Workload, vocab_size: int, *, tolerance: float = TOLERANCE) -> None:
+    model = build(model_type, method, workload, vocab_size)
+    shape = shape_from_config(model.config.to_dict(), name=model_type)
+    predicted = int(peak_bytes(device_ledger(shape=shape, workload=workload, method=method)))
+    assert predicted == pytest.approx(measured_peak(model, workload), rel=tolerance)
+
+
+@pytest.mark.parametrize("vocab_size", [LARGE_VOCABULARY, SMALL_VOCABULARY])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("batch", "length", "attention", "padded"),
+    [(1, 64, "sdpa", False), (2, 32, "sdpa", True), (2, 64, "eager", True)],
+)
+def test_llama(batch, length, attention, padded, dtype, checkpointing, vocab_size) -> None:
+    workload = Workload(
+        batch_size=batch,
+        seq_len=length,
+        weights_dtype=dtype,
+        attention=attention,
+        activation_checkpointing=checkpointing,
+        padded=padded,
+    )
+    check("llama", ParallelAdapter(adapter_width=96, adapter_bytes=4), workload, vocab_size)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "mistral", "gemma2", "gpt2", "phi"])
+def test_other_architectures(model_type, dtype, checkpointing) -> None:
+    attention = "eager" if model_type == "gemma2" else "sdpa"
+    workload = Workload(
+        batch_size=1,
+        seq_len=64,
+        weights_dtype=dtype,
+        attention=attention,
+        activation_checkpointing=checkpointing,
+        padded=False,
+    )
+    check(model_type, ParallelAdapter(adapter_width=32, adapter_bytes=4), workload, SMALL_VOCABULARY)
+
+
+@pytest.mark.parametrize("vocab_size", [LARGE_VOCABULARY, SMALL_VOCABULARY])
+@pytest.mark.parametrize("accum", [1, 2])
+@pytest.mark.parametrize(("dtype", "checkpointing"), [("fp32", False), ("bf16", False), ("bf16", True)])
+@pytest.mark.parametrize(
+    "method",
+    [Full(), Lora(rank=4), Lora(rank=4, targets=("up", "down")), ParallelAdapter(adapter_width=256)],
+    ids=["full", "lora", "lora-ffn", "parallel-adapter"],
+)
+def test_dense_methods(method, dtype, checkpointing, accum, vocab_size) -> None:
+    workload = Workload(
+        batch_size=2,
+        seq_len=64,
+        weights_dtype=dtype,
+        activation_checkpointing=checkpointing,
+        grad_accum=accum,
+        padded=False,
+    )
+    check("llama", method, workload, vocab_size, tolerance=LORA_TOLERANCE if isinstance(method, Lora) else TOLERANCE)
+
+
+DECISIONS = [
+    ({}, {}),
+    ({"prefetch_depth": 2, "rows_in_backward": "refetched"}, {}),
+    (EXPERTS | {"prefetch_depth": 1}, {}),
+    (EXPERTS | {"rows_in_backward": "refetched", "activation_checkpointing": True}, {}),
+    ({"activation_checkpointing": True}, {"adapter_dtype": "bf16"}),
+    (EXPERTS, {"adapter_dtype": "bf16"}),
+]
+
+
+@pytest.mark.parametrize(("choice", "request_changes"), DECISIONS)
+def test_the_runtime_on_the_emulated_device(glass_folder, choice, request_changes) -> None:
+    plan = small_plan(glass_folder, choice=choice, batch_size=2, seq_len=64, **request_changes)
+    session = open_small(glass_folder, plan)
+    batch = collate(random_examples(2, length=64), seq_len=64, pad_id=0)
+    allocator = session.device.books.allocator
+    session.step(batch, loss_scale=1.0)
+    session.optimizer_step(learning_rate=1e-3, max_norm=None)
+    session.device.reset_peaks()
+    session.step(batch, loss_scale=1.0)
+    predicted = predict_device_memory(
+        request=plan.request,
+        decision=plan.decision,
+        gpu=gpu_profile(),
+        active_rows_per_layer=session.exchange.counters.active_rows,
+    )
+    assert predicted.peak_allocated_bytes == pytest.approx(allocator.peak_requested_bytes, rel=TOLERANCE)
