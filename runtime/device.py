@@ -136,7 +136,8 @@ class CudaDevice:
 
     def adopt(self, module: torch.nn.Module) -> torch.nn.Module:
         """Move the module to the GPU."""
-        return module.to(self.torch_device)
+        with self.scope():
+            return module.to(self.torch_device)
 
     def synchronize(self) -> None:
         """Wait for every stream."""
