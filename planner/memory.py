@@ -534,7 +534,8 @@ def _ffn_moment(step: _Step) -> Ints:
 def _attention_moment(step: _Step) -> Ints:
     """The attention of the last layer: its FFN is done, and unless the two are parallel the norm between them."""
     parallel = step.shape.parallel_blocks
-    freed = step.one_whole_layer * (step.frozen.ffn + (0 if parallel else step.norm)) + _free_before_ffn(step)
+    before: Ints = step.frozen.ffn if parallel else step.frozen.ffn + step.norm
+    freed: Ints = step.one_whole_layer * before + _free_before_ffn(step)
     attention = act.attention_backward_bytes(
         step.shape,
         tokens=step.workload.tokens,

@@ -128,15 +128,17 @@ def parallel_adapter_backward_bytes(
     ``[T, R]``; at the keys: one and the input's ``[T, D]``; at last that and its cast. Before the keys their gradient
     is still to be made; gradients that are ``summed`` over micro-batches are made apart, one at a time.
     """
-    activations, hidden = tokens * adapter_width * e, tokens * hidden_size
-    cast_in, cast_out = (hidden * e, hidden * q) if e != q else (0, 0)
-    matrix = adapter_width * hidden_size * e
-    to_be_made, apart = (0, matrix) if summed else (matrix, 0)
+    activations: Ints = tokens * adapter_width * e
+    hidden: Ints = tokens * hidden_size
+    casts = int(e != q)
+    matrix: Ints = adapter_width * hidden_size * e
+    apart: Ints = matrix if summed else 0
+    to_be_made: Ints = 0 if summed else matrix
     return largest(
-        cast_in + activations + apart - to_be_made,
+        casts * hidden * e + activations + apart - to_be_made,
         2 * activations - to_be_made,
         activations + hidden * e + apart,
-        hidden * e + cast_out,
+        hidden * (e + casts * q),
     )
 
 
