@@ -57,15 +57,17 @@ def _host_problems(plan: Plan, machine: Machine, device_kind: str) -> list[str]:
     if needed <= machine.available_host_bytes:
         return []
     return [
-        f"host memory: {what} take {format_bytes(needed)}, {format_bytes(machine.available_host_bytes)} are available; "
-        f"close other programs or plan again with a smaller --host-mem"
+        f"host memory: {format_bytes(needed)} are needed for {what}, {format_bytes(machine.available_host_bytes)} are "
+        f"available; close other programs or plan again with a smaller --host-mem"
     ]
 
 
 def _device_problems(plan: Plan, machine: Machine, device_kind: str, budget_bytes: int) -> list[str]:
     request, problems = plan.request, []
     if device_kind == "cuda":
-        if machine.cuda_total_bytes is not None and budget_bytes > machine.cuda_total_bytes:
+        if machine.cuda_total_bytes is None:
+            problems.append("--device cuda: torch sees no CUDA device here; use --device emulated, or install a GPU")
+        elif budget_bytes > machine.cuda_total_bytes:
             problems.append(
                 f"device memory: the plan's budget is {format_bytes(budget_bytes)}, the GPU has "
                 f"{format_bytes(machine.cuda_total_bytes)}; plan again with a smaller --gpu-mem"

@@ -1,0 +1,154 @@
+"""Preflight: every reason why a machine cannot run a plan, all of them at once, and what is only worth a note."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from make_plan import hand_plan
+from plan_samples import SHAPE
+from sparse_setup import decision
+
+from meft.planner.errors import EXIT_MACHINE, MachineError
+from meft.planner.plan import Plan
+from meft.runtime.preflight import Machine, check
+
+GIB = 1 << 30
+LAPTOP = Machine(available_host_bytes=8 * GIB, cuda_total_bytes=None, supports_bf16=True, packages=frozenset())
+WORKSTATION = Machine(
+    available_host_bytes=64 * GIB,
+    cuda_total_bytes=24 * GIB,
+    supports_bf16=True,
+    packages=frozenset({"bitsandbytes", "flash_attn"}),
+)
+
+
+def plan_of(*, host_bytes: int = GIB, peak_bytes: int = GIB, **request: Any) -> Plan:
+    """A plan that needs so much memory."""
+    plan = hand_plan(SHAPE, decision(), **request)
+    prediction = plan.prediction
+    host = prediction.host_memory.model_copy(update={"total_bytes": host_bytes})
+    device = prediction.device_memory.model_copy(update={"peak_allocated_bytes": peak_bytes})
+    changed = prediction.model_copy(update={"host_memory": host, "device_memory": device})
+    return plan.model_copy(update={"prediction": changed})
+
+
+def problems(plan: Plan, machine: Machine, *, device_kind: str, budget_bytes: int = 4 * GIB) -> list[str]:
+    """What the error lists, one problem each."""
+    with pytest.raises(MachineError, match=r"^this machine cannot run the plan: ") as caught:
+        check(plan, machine, device_kind=device_kind, budget_bytes=budget_bytes)
+    assert caught.value.exit_code == EXIT_MACHINE
+    assert "\n" not in str(caught.value)
+    return str(caught.value).removeprefix("this machine cannot run the plan: ").replace("; ", "\n").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("machine", "device_kind"), [pytest.param(LAPTOP, "emulated"), pytest.param(WORKSTATION, "cuda")]
+)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_plan_that_fits_gives_no_notes(machine, device_kind, dtype) -> None:
+    plan = plan_of(weights_dtype=dtype, adapter_dtype=dtype)
+    assert check(plan, machine, device_kind=device_kind, budget_bytes=4 * GIB) == []
+
+
+# --- host memory -----------------------------------------------------------------------------------------------------
+
+
+def test_the_adapters_home_must_fit_the_host() -> None:
+    plan = plan_of(host_bytes=64 * GIB + 1)
+    (what, try_this) = problems(plan, WORKSTATION, device_kind="cuda")
+    assert what == "host memory: 64.00 GiB are needed for the adapter's home, 64.00 GiB are available"
+    assert try_this == "close other programs or plan again with a smaller --host-mem"
+    assert check(plan_of(host_bytes=64 * GIB), WORKSTATION, device_kind="cuda", budget_bytes=4 * GIB) == []
+
+
+def test_the_emulated_device_lies_in_host_memory_too() -> None:
+    plan = plan_of(host_bytes=6 * GIB, peak_bytes=2 * GIB)
+    assert check(plan, LAPTOP, device_kind="emulated", budget_bytes=4 * GIB) == []
+    tighter = replace(LAPTOP, available_host_bytes=8 * GIB - 1)
+    (what, _) = problems(plan, tighter, device_kind="emulated")
+    needed = "8.00 GiB are needed for the adapter's home and the emulated device"
+    assert what == f"host memory: {needed}, 8.00 GiB are available"
+    with_gpu = replace(WORKSTATION, available_host_bytes=6 * GIB)  # on a card the device's memory is its own
+    assert check(plan, with_gpu, device_kind="cuda", budget_bytes=4 * GIB) == []
+
+
+# --- the device ------------------------------------------------------------------------------------------------------
+
+
+def test_cuda_needs_a_cuda_device() -> None:
+    listed = problems(plan_of(), LAPTOP, device_kind="cuda")
+    assert listed[0].startswith("--device cuda: torch sees no CUDA device here")
+    assert listed[1] == "use --device emulated, or install a GPU"
+
+
+def test_the_budget_must_not_exceed_the_card() -> None:
+    (what, try_this) = problems(plan_of(), WORKSTATION, device_kind="cuda", budget_bytes=25 * GIB)
+    assert what == "device memory: the plan's budget is 25.00 GiB, the GPU has 24.00 GiB"
+    assert try_this == "plan again with a smaller --gpu-mem"
+    assert check(plan_of(), WORKSTATION, device_kind="cuda", budget_bytes=24 * GIB) == []
+    assert check(plan_of(), WORKSTATION, device_kind="emulated", budget_bytes=25 * GIB) == []
+
+
+@pytest.mark.parametrize("dtypes", [("bf16", "fp32"), ("fp32", "bf16")])
+def test_bf16_of_weights_or_adapter_needs_a_card_that_has_it(dtypes) -> None:
+    old_card = replace(WORKSTATION, supports_bf16=False)
+    plan = plan_of(weights_dtype=dtypes[0], adapter_dtype=dtypes[1])
+    (what, try_this) = problems(plan, old_card, device_kind="cuda")
+    assert (what, try_this) == ("bf16: this GPU does not support it", "plan again with fp32 weights and adapter")
+    assert check(plan, old_card, device_kind="emulated", budget_bytes=4 * GIB) == []
+    single = plan_of(weights_dtype="fp32", adapter_dtype="fp32")
+    assert check(single, old_card, device_kind="cuda", budget_bytes=4 * GIB) == []
+
+
+@pytest.mark.parametrize(
+    ("request_of", "package", "message"),
+    [
+        ({"weights_dtype": "nf4"}, "bitsandbytes", "nf4 weights: they need a CUDA device and the package bitsandbytes"),
+        ({"attention": "flash"}, "flash_attn", "attention flash: it needs a CUDA device and the package flash-attn"),
+    ],
+)
+def test_what_needs_a_package_needs_cuda_too(request_of, package, message) -> None:
+    plan = plan_of(**request_of)
+    assert check(plan, WORKSTATION, device_kind="cuda", budget_bytes=4 * GIB) == []
+    without = replace(WORKSTATION, packages=WORKSTATION.packages - {package})
+    assert problems(plan, without, device_kind="cuda")[0] == message
+    assert problems(plan, WORKSTATION, device_kind="emulated")[0] == message
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+@pytest.mark.parametrize("device_kind", ["cuda", "emulated"])
+def test_weights_that_the_runtime_does_not_train_beside_are_refused(dtype, device_kind) -> None:
+    what, _ = problems(plan_of(weights_dtype=dtype), WORKSTATION, device_kind=device_kind)
+    assert what == f"{dtype} weights: the runtime trains beside fp32, bf16 or nf4"
+
+
+# --- together --------------------------------------------------------------------------------------------------------
+
+
+def test_all_problems_are_told_at_once() -> None:
+    poor = Machine(available_host_bytes=GIB, cuda_total_bytes=2 * GIB, supports_bf16=False, packages=frozenset())
+    plan = plan_of(host_bytes=2 * GIB, weights_dtype="nf4", adapter_dtype="bf16", attention="flash")
+    with pytest.raises(MachineError) as caught:
+        check(plan, poor, device_kind="cuda", budget_bytes=4 * GIB)
+    found = [str(caught.value).find(what) for what in ("host memory:", "device memory:", "bf16:", "nf4 ", "flash:")]
+    assert found == sorted(found)
+    assert found[0] > 0
+
+
+def test_a_budget_below_the_predicted_peak_is_worth_a_note() -> None:
+    # Not a refusal: the prediction may be wrong, and the device will say so itself.
+    notes = check(plan_of(peak_bytes=3 * GIB), LAPTOP, device_kind="emulated", budget_bytes=3 * GIB - 1)
+    assert len(notes) == 1
+    assert "the budget of 3.00 GiB is below the predicted peak of 3.00 GiB" in notes[0]
+    assert "expect a device out-of-memory error" in notes[0]
+    assert check(plan_of(peak_bytes=3 * GIB), LAPTOP, device_kind="emulated", budget_bytes=3 * GIB) == []
+
+
+def test_this_machine_is_looked_at() -> None:
+    here = Machine.here()
+    assert here.available_host_bytes > 0
+    assert (here.cuda_total_bytes is None) == (not torch.cuda.is_available())
+    assert here.packages <= {"bitsandbytes", "flash_attn"}
