@@ -26,6 +26,12 @@ settings.register_profile(
 settings.load_profile("meft")
 
 
+@pytest.fixture(autouse=True)
+def _plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is printed is as wide as in a pipe, whatever terminal or test runner the tests run under."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def glass_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with the tiny model of tests/glass.py and its tokenizer; do not write into it."""
