@@ -111,6 +111,8 @@ def parse_json(text: str, *, source: str) -> Any:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UsageError(f"{source}: not valid JSON at {where} ({error.msg}); is it truncated?") from None
+    except RecursionError:
+        raise UsageError(f"{source}: nested too deeply to be read") from None
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None
 
