@@ -1,4 +1,4 @@
-"""A small sparse adapter on the emulated device, for tests that compare it with the oracle."""
+"""A small sparse adapter on the emulated device, or on CUDA, for tests that compare it with the oracle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from meft.planner.plan import Decision
 from meft.runtime.adapter import AttachedAdapter, attach
-from meft.runtime.device import EmulatedDevice
+from meft.runtime.device import CudaDevice, EmulatedDevice
 from meft.runtime.engine import TransferEngine
 from meft.runtime.exchange import RowExchange
 from meft.runtime.host_store import HostStore
@@ -62,7 +62,7 @@ class Tower(nn.Module):
 
 @dataclass
 class Setup:
-    device: EmulatedDevice
+    device: EmulatedDevice | CudaDevice
     engine: TransferEngine
     store: HostStore
     exchange: RowExchange
@@ -70,13 +70,25 @@ class Setup:
     adapter: AttachedAdapter
     weights: list[nn.Parameter]
 
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device: itself, entered in the emulated device's books, or its copy on CUDA."""
+        if isinstance(self.device, EmulatedDevice):
+            self.device.books.adopt(tensor)
+        return tensor.to(self.device.torch_device)
+
 
 def sparse_setup(
-    chosen: Decision, *, num_layers: int = 3, hidden_size: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0
+    chosen: Decision,
+    *,
+    num_layers: int = 3,
+    hidden_size: int = 8,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    device: EmulatedDevice | CudaDevice | None = None,
 ) -> Setup:
     """A tower with a sparse adapter of random rows attached; everything in ``dtype``."""
     torch.manual_seed(seed)
-    device = EmulatedDevice(AMPLE_BYTES)
+    device = device or EmulatedDevice(AMPLE_BYTES)
     engine = TransferEngine(device)
     store = HostStore(num_layers=num_layers, adapter_width=chosen.adapter_width, hidden_size=hidden_size, dtype=dtype)
     for tables in store.layers:
@@ -86,20 +98,21 @@ def sparse_setup(
     gated = chosen.routing == "key-experts"
     shape = (chosen.num_experts, hidden_size) if gated else ()
     with device.scope():
-        weights = [nn.Parameter(0.3 * torch.randn(shape, dtype=dtype)) for _ in range(num_layers)]
+        random = [0.3 * torch.randn(shape, dtype=dtype) for _ in range(num_layers)]
+        weights = [nn.Parameter(weight.to(device.torch_device)) for weight in random]
     router = TopKRouter(chosen.top_k, chosen.active_rows_cap, chosen.num_experts)
     exchange = RowExchange(device, engine, store, router, chosen, dtype, weights if gated else [])
     return Setup(device, engine, store, exchange, model, attach(model, exchange, weights), weights)
 
 
 def run_step(setup: Setup, hidden: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One forward and backward of ``hidden [T, D]``; returns the output and the input's gradient."""
-    device_hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
-    for tensor in (device_hidden, grad):
-        setup.device.books.adopt(tensor)
+    """One forward and backward of ``hidden [T, D]``; returns the output and the input's gradient, on the host."""
+    device_hidden = setup.put(hidden.detach().clone()).requires_grad_(hidden.requires_grad)
+    device_grad = setup.put(grad)
     with setup.device.scope():
         output = setup.model(device_hidden)
         setup.exchange.begin_backward()
-        output.backward(grad)
+        output.backward(device_grad)
         setup.exchange.finish_backward()
-    return output.detach(), device_hidden.grad
+    input_grad = device_hidden.grad
+    return output.detach().cpu(), None if input_grad is None else input_grad.cpu()

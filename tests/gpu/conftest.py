@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the helpers that the other tests use
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # the helpers that the other tests use
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mine = [item for item in items if HERE in item.path.parents]
+    if not mine:
+        return
     import torch
 
-    if torch.cuda.is_available():
-        return
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
+    if not torch.cuda.is_available():
+        for item in mine:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def own_memory() -> Iterator[None]:
+    """Each test finds the allocator empty and unlimited: a device's budget is a setting of the process."""
+    import torch
+
+    yield
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
