@@ -1,0 +1,58 @@
+"""One training run whose memory is asked for, as a measured run would state itself."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from meft.planner.architecture import ModelShape
+from meft.planner.plan import AdapterDtype, Attention, WeightsDtype
+from meft.planner.schema import Count, Record
+
+MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full"]
+METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
+OptimizerName = Literal["adamw", "adamw-fused", "adamw-8bit", "paged-adamw-8bit", "sgd"]
+LossName = Literal["hf", "fused-ce", "fused-linear-ce"]
+Autocast = Literal["bf16", "fp16", "none"]
+
+
+class TrainingSetup(Record):
+    """The method, the dtypes and the workload of one run. What a method has no use for is null or empty.
+
+    ``optimizer``: ``adamw`` is torch's multi-tensor (foreach) AdamW, ``adamw-fused`` its fused one, the 8-bit ones are
+    those of bitsandbytes (the paged one keeps its states outside the caching allocator), ``sgd`` has no momentum.
+
+    ``loss``: ``hf`` is transformers' own (logits upcast to fp32), ``fused-ce`` keeps logits in the compute dtype and
+    makes their gradient in place, ``fused-linear-ce`` never holds the logits.
+    """
+
+    model: ModelShape
+    method: MethodName
+    rank: Count | None = None
+    target_modules: tuple[str, ...] = ()
+    """Names of the model's own linear modules that LoRA adapts, such as ``q_proj``."""
+    adapter_width: Count | None = None
+    top_k: Count | None = None
+    active_rows: Count | None = None
+    """MEFT: rows per layer that every micro-batch activates."""
+    weights_dtype: WeightsDtype = "bf16"
+    double_quant: bool = False
+    kbit_preparation: bool = False
+    """What PEFT's ``prepare_model_for_kbit_training`` does: every 16-bit parameter that is left becomes fp32."""
+    autocast: Autocast = "none"
+    adapter_dtype: AdapterDtype = "fp32"
+    batch_size: Count = 1
+    seq_len: Count = 1024
+    grad_accum: Count = 1
+    activation_checkpointing: bool = False
+    attention: Attention = "sdpa"
+    optimizer: OptimizerName = "adamw"
+    loss: LossName = "hf"
+    padded: bool = False
+    """Batches are padded, so that a mask tensor exists."""
+    outputs_kept: bool = True
+    """The loop holds on to the model's outputs, so that logits and (without checkpointing) the KV cache stay alive."""
+
+    @property
+    def tokens(self) -> int:
+        """``T = B * S``."""
+        return self.batch_size * self.seq_len
