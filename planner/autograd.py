@@ -5,7 +5,7 @@ backward needs, and let the rest go out of scope. The reference counts of Python
 in torch, and the tape records every allocation and release in order.
 
 The engine follows torch's: nodes run latest first, gradients that meet at a node are summed (into the first of them
-when nothing else holds it), a node gives up what it keeps once it has run, and a leaf takes its gradient without a copy.
+when nothing else holds it), a node gives up what it keeps once it has run, and a leaf takes its gradient as it is.
 
 >>> tape = Tape()
 >>> x = tape.parameter(100, 4, "weights")
@@ -61,9 +61,7 @@ class Tensor:
 
     __slots__ = ("index", "itemsize", "node", "numel", "storage")
 
-    def __init__(
-        self, storage: Storage, numel: int, itemsize: int, node: Node | None = None, index: int = 0
-    ) -> None:
+    def __init__(self, storage: Storage, numel: int, itemsize: int, node: Node | None = None, index: int = 0) -> None:
         self.storage = storage
         self.numel = numel
         self.itemsize = itemsize
@@ -378,12 +376,12 @@ class _Engine:
             buffer = self._buffers.setdefault(node, [None] * node.num_outputs)
             held = buffer[edge.index]
             buffer[edge.index] = None
-            buffer[edge.index] = grad if held is None else self._sum(held, grad)
+            buffer[edge.index] = grad if held is None else self._sum(held)
         self._pending[node] -= 1
         if not self._pending[node] and node in self._buffers:
             self._push(node)
 
-    def _sum(self, held: Tensor, grad: Tensor) -> Tensor:
+    def _sum(self, held: Tensor) -> Tensor:
         alone = sys.getrefcount(held.storage) <= _REFERENCES_OF_ONE_HOLDER
         if self.tape.sums_in_place and alone and held.storage.num_bytes == held.numel * held.itemsize:
             return held
