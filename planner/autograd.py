@@ -107,14 +107,13 @@ class Leaf(Node):
     __slots__ = ("grad",)
 
     def __init__(self, phase: Phase) -> None:
-        super().__init__(sys.maxsize, (), self.accumulate, phase)
+        super().__init__(sys.maxsize, (), None, phase)
         self.grad: Tensor | None = None
 
-    def accumulate(self, gradient: Tensor) -> Gradients:
+    def accumulate(self, gradient: Tensor | None) -> None:
         """Take the gradient as it is; adding to an earlier one needs no memory."""
         if self.grad is None:
             self.grad = gradient
-        return ()
 
 
 class Edge:
@@ -309,7 +308,9 @@ class _Engine:
         while self._ready:
             node = heapq.heappop(self._ready)[2]
             self.tape.phase = "backward" if node.phase == "forward" else node.phase
-            if node.expand is not None:
+            if isinstance(node, Leaf):
+                node.accumulate(*self._buffers.pop(node))
+            elif node.expand is not None:
                 self._replace(node)
             else:
                 self._execute(node)
@@ -352,8 +353,7 @@ class _Engine:
         grads = run(*self._buffers.pop(node))
         outputs = [self._fitted(grad, edge) for grad, edge in zip(grads, node.inputs, strict=True)]
         del grads, run
-        if not isinstance(node, Leaf):
-            node.backward = None
+        node.backward = None
         for edge in reversed(node.inputs):
             grad = outputs.pop()
             if edge is not None:

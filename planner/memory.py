@@ -297,7 +297,6 @@ def _frozen_layer(shape: ModelShape, workload: Workload) -> _Frozen:
             seq_len=workload.seq_len,
             compute_bytes=q,
             attention=workload.attention,
-            padded=False,
         ),
         ffn=act.mlp_saved_bytes(
             tokens=tokens,
@@ -418,7 +417,6 @@ def _shared_rows(phase: Phase, step: _Step, *, inputs: int) -> tuple[Row, ...]:
         seq_len=workload.seq_len,
         compute_bytes=q,
         attention=workload.attention,
-        padded=False,
     )
     return (
         _row(phase, "layer_inputs", choose(step.checkpointing, layer_inputs, 0)),
