@@ -6,6 +6,7 @@ import pytest
 
 from meft.planner.cublas import Workspace, cublas_workspace
 from meft.planner.errors import UsageError
+from meft.planner.profiles import gpu_names, load_gpu
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,9 @@ def test_after_2_13_a_product_gives_its_workspace_back_unless_they_are_cached() 
 def test_what_is_not_in_the_table_is_refused(architecture: str, version: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         cublas_workspace(architecture, version)
+
+
+@pytest.mark.parametrize("name", [name for name in gpu_names() if name != "emulated"])
+def test_the_profiles_hold_what_torch_2_13_takes(name: str) -> None:
+    card = load_gpu(name)
+    assert card.workspace_bytes.value == cublas_workspace(card.architecture, "2.13.0").num_bytes
