@@ -50,6 +50,8 @@ MIN_BLOCK_BYTES = 512
 NO_BLOCK = 0
 """The handle of a request for 0 bytes: torch gives such a tensor a null pointer and no block."""
 
+WHAT_TO_DO = "; plan again with a smaller budget, batch or sequence, or raise --gpu-mem"
+
 
 def round_block(num_bytes: int) -> int:
     """Size of the block that serves a request, in bytes: the next multiple of 512, at least 512.
@@ -92,7 +94,10 @@ class LiveBlock:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A recorded segment, or a mapped stretch of a virtual range; whatever its live blocks leave is free."""
+    """A recorded segment, or a mapped stretch of a virtual range; whatever its live blocks leave is free.
+
+    A stretch of 0 bytes only says that its virtual range reaches down to there.
+    """
 
     address: int
     num_bytes: int
@@ -145,7 +150,9 @@ class CachingAllocator:
         """
         if num_bytes <= 0:
             return _no_block(num_bytes)
-        size = num_bytes + 511 & -512 if self._divisions == 1 else round_to_division(num_bytes, self._divisions)
+        size = num_bytes + 511 & -512
+        if self._divisions != 1:
+            size = round_to_division(num_bytes, self._divisions)
         try:
             pool = (self._small if size <= SMALL_LIMIT_BYTES else self._large)[stream]
         except KeyError:
@@ -154,18 +161,22 @@ class CachingAllocator:
         index = bisect_left(keys, size << ADDRESS_BITS)
         if not self._best_fit_is_taken:
             index = self._taken(pool, index, size)
-        block = (
-            self._blocks[keys.pop(index) & ADDRESS_MASK] if index < len(keys) else self._extend(pool, size, num_bytes)
-        )
-        if block.size - size > pool.unsplit_bytes and size < self._split_limit:
-            insort(keys, pool.cut(block, size).free_key)
+        if index < len(keys):
+            block = self._blocks[keys.pop(index) & ADDRESS_MASK]
+        else:
+            block = self._extend(pool, size, num_bytes)
+        rest_bytes = block.size - size
+        if rest_bytes > pool.unsplit_bytes and size < self._split_limit:
+            rest = pool.cut(block, size)
+            key = rest.free_key = rest_bytes << ADDRESS_BITS | rest.address
+            insort(keys, key)
         block.requested = num_bytes
-        self.requested_bytes += num_bytes
-        self.allocated_bytes += block.size
-        if self.allocated_bytes > self.peak_allocated_bytes:
-            self.peak_allocated_bytes = self.allocated_bytes
-        if self.requested_bytes > self.peak_requested_bytes:
-            self.peak_requested_bytes = self.requested_bytes
+        requested = self.requested_bytes = self.requested_bytes + num_bytes
+        allocated = self.allocated_bytes = self.allocated_bytes + block.size
+        if allocated > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = allocated
+        if requested > self.peak_requested_bytes:
+            self.peak_requested_bytes = requested
         return block.address
 
     def free(self, handle: int) -> None:
@@ -214,6 +225,8 @@ class CachingAllocator:
             pool = self._pools[segment.pool].get(segment.stream) or self._new_pool(segment.pool, segment.stream)
             if segment.expandable:
                 address = self._stretch_address(pool, segment, first_of.setdefault(pool, segment))
+                if not segment.num_bytes:
+                    continue
                 block = self._range(pool).place(address, segment.num_bytes)
             else:
                 block = self._add_segment(pool, segment.address + shift, segment.num_bytes)
@@ -330,7 +343,7 @@ class CachingAllocator:
         return self._lowest_address
 
     def _add_segment(self, pool: Pool, address: int, num_bytes: int) -> Block:
-        block = self._blocks[address] = Block(address, num_bytes, pool)
+        block = self._blocks[address] = Block(pool, address, num_bytes)
         return block
 
     def _give_back(self, block: Block) -> None:
@@ -348,8 +361,7 @@ class CachingAllocator:
         return DeviceOutOfMemory(
             f"device out of memory: {format_bytes(num_bytes)} requested ({what}{format_bytes(needed)}), "
             f"{format_bytes(self.allocated_bytes)} allocated, {format_bytes(self.reserved_bytes)} reserved, "
-            f"capacity {format_bytes(capacity)}, {format_bytes(short)} short; plan again with a smaller budget, "
-            f"batch or sequence, or raise --gpu-mem"
+            f"capacity {format_bytes(capacity)}, {format_bytes(short)} short{WHAT_TO_DO}"
         )
 
 

@@ -39,22 +39,30 @@ UNMAPPED = -1
 
 
 class Block:
-    """A stretch of memory; ``requested`` is what was asked for, None while it is free, ``UNMAPPED`` in a hole."""
+    """A stretch of memory between its neighbours.
 
-    __slots__ = ("address", "following", "pool", "preceding", "requested", "size")
+    ``requested`` is what was asked for, None while it is free, ``UNMAPPED`` in a hole. ``free_key`` is where it stands
+    on the free list.
+    """
 
-    def __init__(self, address: int, size: int, pool: Pool) -> None:
+    __slots__ = ("address", "following", "free_key", "pool", "preceding", "requested", "size")
+    free_key: int
+
+    def __init__(
+        self,
+        pool: Pool,
+        address: int,
+        size: int,
+        requested: int | None = None,
+        preceding: Block | None = None,
+        following: Block | None = None,
+    ) -> None:
+        self.pool = pool
         self.address = address
         self.size = size
-        self.pool = pool
-        self.requested: int | None = None
-        self.preceding: Block | None = None
-        self.following: Block | None = None
-
-    @property
-    def free_key(self) -> int:
-        """Sorts by size, then address."""
-        return self.size << ADDRESS_BITS | self.address
+        self.requested = requested
+        self.preceding = preceding
+        self.following = following
 
     @property
     def room(self) -> int:
@@ -91,7 +99,8 @@ class Pool:
 
     def remember(self, block: Block) -> None:
         """Put a free block on the free list."""
-        insort(self.free_keys, block.free_key)
+        key = block.free_key = block.size << ADDRESS_BITS | block.address
+        insort(self.free_keys, key)
 
     def forget(self, block: Block) -> None:
         """Take a block off the free list."""
@@ -99,12 +108,12 @@ class Pool:
 
     def cut(self, block: Block, size: int) -> Block:
         """Shorten a block to ``size`` bytes and return the rest of it as the next block, not yet on the free list."""
-        rest = self.blocks[block.address + size] = Block(block.address + size, block.size - size, self)
-        rest.requested = block.requested
-        rest.preceding, rest.following = block, block.following
-        if rest.following is not None:
-            rest.following.preceding = rest
-        block.size, block.following = size, rest
+        address, following = block.address + size, block.following
+        rest = self.blocks[address] = Block(self, address, block.size - size, block.requested, block, following)
+        if following is not None:
+            following.preceding = rest
+        block.size = size
+        block.following = rest
         return rest
 
     def join(self, first: Block, second: Block) -> None:
@@ -116,17 +125,21 @@ class Pool:
         del self.blocks[second.address]
 
     def release(self, block: Block) -> Block:
-        """Make a block free: merge it with its free neighbours and put it on the free list. Returns what it became."""
+        """Make a block free: merge it with its free neighbours and put it on the free list. Returns what it became.
+
+        :meth:`forget` and :meth:`remember` are written out: this is half of what a replay does.
+        """
         block.requested = None
-        following, preceding = block.following, block.preceding
+        keys, following, preceding = self.free_keys, block.following, block.preceding
         if following is not None and following.requested is None:
-            self.forget(following)
+            del keys[bisect_left(keys, following.free_key)]
             self.join(block, following)
         if preceding is not None and preceding.requested is None:
-            self.forget(preceding)
+            del keys[bisect_left(keys, preceding.free_key)]
             self.join(preceding, block)
             block = preceding
-        self.remember(block)
+        key = block.free_key = block.size << ADDRESS_BITS | block.address
+        insort(keys, key)
         return block
 
 
@@ -142,8 +155,7 @@ class VirtualRange:
         self.unit_bytes = UNIT_BYTES[pool.name]
         self._pool = pool
         length = RANGE_BYTES // self.unit_bytes * self.unit_bytes
-        hole = pool.blocks[start] = Block(start, length, pool)
-        hole.requested = UNMAPPED
+        hole = pool.blocks[start] = Block(pool, start, length, UNMAPPED)
         self.holes = [hole]
 
     def grow(self, size: int, take: Callable[[int], bool]) -> Block | None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import itertools
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_allocator import NaiveAllocator, NoMemory
+from recordings import TRACE_NAMES, load_trace
 
 from meft.planner.allocator import (
     NO_BLOCK,
@@ -27,21 +23,11 @@ from meft.planner.allocator import (
     round_to_division,
 )
 from meft.planner.allocator_settings import AllocatorSettings, parse_settings
-from meft.planner.blocks import LARGE_SEGMENT_BYTES, SMALL_SEGMENT_BYTES
+from meft.planner.blocks import SMALL_SEGMENT_BYTES
 from meft.planner.errors import DeviceOutOfMemory, UsageError
+from meft.planner.recording import Recording
 
 MIB = 2**20
-TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
-TRACE_NAMES = (
-    "attn_peak_cold",
-    "bert_eval",
-    "cs336_compile_train_small",
-    "cs336_medium_infer_ctx1024",
-    "cs336_medium_train_ctx512",
-    "cs336_train_magma",
-    "decomfl_cold_start",
-    "fno_counterfactual",
-)
 
 
 # --- rounding -----------------------------------------------------------------------------------------------------
@@ -578,126 +564,35 @@ def test_freeing_everything_restores_whole_segments(steps: list[tuple[str, int, 
     assert allocator.reserved_bytes == 0
 
 
-# --- recorded streams ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Event:
-    """One line of a recording: what happened, and what was allocated and reserved afterwards."""
-
-    action: str
-    address: int
-    num_bytes: int
-    stream: int
-    allocated_bytes: int
-    reserved_bytes: int
-
-
-def read_events(lines: Iterable[str]) -> list[Event]:
-    columns = ("addr", "bytes", "stream", "total_allocated_after", "total_reserved_after")
-    return [Event(row["action"], *(int(row[name]) for name in columns)) for row in csv.DictReader(lines)]
-
-
-def read_segments(text: str) -> list[Segment]:
-    return [
-        Segment(
-            row["addr"],
-            row["size"],
-            row["stream"],
-            row["pool"],
-            tuple(LiveBlock(block["addr"], block["size"], block["requested"]) for block in row["live"]),
-        )
-        for row in json.loads(text)
-    ]
-
-
-def replay(
-    allocator: CachingAllocator, handles: dict[int, int], events: Iterable[Event]
-) -> Iterator[tuple[int, Event]]:
-    """Replay a recording; yields each (index, event) at which the allocator must agree with what was recorded.
-
-    Segments are the model's own business: a ``segment_alloc`` must follow from the ``alloc`` behind it. A run of
-    ``segment_free`` is one flush of the cache and is compared at its end.
-    """
-    listed = list(events)
-    for index, event in enumerate(listed):
-        if event.action == "alloc":
-            handles[event.address] = allocator.malloc(event.num_bytes, event.stream)
-        elif event.action == "free":
-            allocator.free(handles.pop(event.address))
-        elif event.action == "segment_free":
-            allocator.empty_cache()
-            if index + 1 < len(listed) and listed[index + 1].action == "segment_free":
-                continue
-        elif event.action == "segment_alloc":
-            continue
-        yield index, event
-
-
-def load_trace(name: str) -> tuple[list[Event], list[Segment]]:
-    if not TRACES.is_dir():
-        pytest.skip("needs the recorded allocator traces in ../shared/traces")
-    with gzip.open(TRACES / f"{name}.csv.gz", "rt") as lines:
-        events = read_events(lines)
-    return events, read_segments(gzip.decompress((TRACES / f"{name}.init.json.gz").read_bytes()).decode())
-
-
-@pytest.mark.parametrize("name", TRACE_NAMES)
-def test_reserved_is_exact_at_every_event_of_a_recording(name: str) -> None:
-    events, segments = load_trace(name)
-    allocator = CachingAllocator()
-    handles = allocator.install(segments)
-    compared = 0
-    for index, event in replay(allocator, handles, events):
-        assert allocator.reserved_bytes == event.reserved_bytes, f"event {index}: {event}"
-        compared += 1
-    assert compared == sum(event.action in ("alloc", "free") for event in events) > 0
-    assert allocator.peak_allocated_bytes == max(event.allocated_bytes for event in events)
+# --- recorded streams: that reserved is exact is in test_replay.py ------------------------------------------------
 
 
 class RecordedPlacement(CachingAllocator):
     """The allocator with new segments where the recorded driver put them, which no rule predicts."""
 
-    def __init__(self, events: list[Event]) -> None:
+    def __init__(self, recording: Recording) -> None:
         super().__init__()
-        self.recorded = iter([event for event in events if event.action == "segment_alloc"])
+        rows = zip(recording.actions, recording.addresses, recording.sizes, strict=True)
+        self.recorded = ((address, size) for action, address, size in rows if action == "segment_alloc")
         self.shift = 0
 
     def _place_segment(self, segment_bytes: int) -> int:
-        event = next(self.recorded)
-        assert event.num_bytes == segment_bytes
-        return event.address + self.shift
+        address, size = next(self.recorded)
+        assert size == segment_bytes
+        return address + self.shift
 
 
 @pytest.mark.parametrize("name", TRACE_NAMES)
 def test_every_block_gets_its_recorded_address_when_segments_lie_where_they_lay(name: str) -> None:
-    events, segments = load_trace(name)
-    allocator = RecordedPlacement(events)
-    handles = allocator.install(segments)
-    allocator.shift = next((handle - address for address, handle in handles.items()), 0)
-    for index, event in replay(allocator, handles, events):
-        if event.action == "alloc":
-            assert handles[event.address] == event.address + allocator.shift, f"event {index}: {event}"
-        assert allocator.allocated_bytes == event.allocated_bytes, f"event {index}: {event}"
-
-
-def test_replay_takes_a_run_of_segment_frees_as_one_flush() -> None:
-    # 30 MiB allocated and freed, then 20; both segments go back in one flush, reported segment by segment.
-    text = f"""action,addr,bytes,stream,total_allocated_after,total_reserved_after
-segment_alloc,700,{30 * MIB},0,0,{30 * MIB}
-alloc,700,{30 * MIB},0,{30 * MIB},{30 * MIB}
-segment_alloc,100,{20 * MIB},0,{30 * MIB},{50 * MIB}
-alloc,100,{20 * MIB},0,{50 * MIB},{50 * MIB}
-free,700,{30 * MIB},0,{20 * MIB},{50 * MIB}
-free,100,{20 * MIB},0,0,{50 * MIB}
-segment_free,700,{30 * MIB},0,0,{20 * MIB}
-segment_free,100,{LARGE_SEGMENT_BYTES},0,0,0
-segment_alloc,100,{LARGE_SEGMENT_BYTES},0,0,{20 * MIB}
-alloc,100,{2 * MIB},0,{2 * MIB},{20 * MIB}
-"""
-    allocator = CachingAllocator()
-    seen = [
-        (index, allocator.reserved_bytes == event.reserved_bytes)
-        for index, event in replay(allocator, {}, read_events(text.splitlines()))
-    ]
-    assert seen == [(1, True), (3, True), (4, True), (5, True), (7, True), (9, True)]
+    recording = load_trace(name)
+    assert recording.allocated_bytes is not None
+    allocator = RecordedPlacement(recording)
+    handles = allocator.install(recording.segments)
+    shift = allocator.shift = next((handle - address for address, handle in handles.items()), 0)
+    rows = zip(recording.actions, recording.addresses, recording.sizes, recording.allocated_bytes, strict=True)
+    for index, (action, address, size, allocated) in enumerate(rows):
+        if action == "alloc":
+            assert allocator.malloc(size) == address + shift, recording.place(index)
+        elif action == "free":
+            allocator.free(address + shift)
+        assert allocator.allocated_bytes == allocated, recording.place(index)
