@@ -63,7 +63,7 @@ def replay_command(
     else:
         from meft.planner.render import show
 
-        show(_view(result, trace, capacity))
+        show(_view(result, trace, capacity, warm=recording.start_is_given))
     if result.out_of_memory is not None:
         raise DeviceOutOfMemory(_line(recording, result.out_of_memory))
 
@@ -87,7 +87,7 @@ def _line(recording: Recording, ended: OutOfMemory) -> str:
     return f"event {ended.event} of {len(recording)} ({place}): {ended.message}; give a larger --capacity"
 
 
-def _view(result: ReplayResult, trace: Path, capacity: int | None) -> RenderableType:
+def _view(result: ReplayResult, trace: Path, capacity: int | None, *, warm: bool) -> RenderableType:
     """Simulated beside recorded."""
     from rich.console import Group
 
@@ -104,5 +104,7 @@ def _view(result: ReplayResult, trace: Path, capacity: int | None) -> Renderable
     exact = f"reserved is as recorded at {result.exact_events:,} of {result.events:,} events"
     if result.first_inexact_event is not None:
         exact += f", first not at event {result.first_inexact_event:,}"
-    head = lines([f"Replay of {trace}: {mode}, {limit}", exact])
-    return Group(head, grid(("", "simulated", "recorded"), rows, right=(1, 2)))
+    texts = [f"Replay of {trace}: {mode}, {limit}", exact]
+    if result.exact_events == 0 and not warm:
+        texts.append("it may start warm: its start state goes with it as --init INIT.json")
+    return Group(lines(texts), grid(("", "simulated", "recorded"), rows, right=(1, 2)))
