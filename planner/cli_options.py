@@ -87,6 +87,7 @@ class RequestOptions:
     prefetch_depth: int | None = None
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
+    context_overhead: int | None = None
 
     @classmethod
     def taken_from(cls, given: dict[str, Any]) -> RequestOptions:
@@ -108,6 +109,11 @@ def budget_options(command: Command) -> Command:
         click.option("--host", metavar="NAME", help="Class of host: its CPU rates."),
         click.option("--link", metavar="NAME", help="Class of host-device link. [default: the card's slot]"),
         click.option("--sparsity", metavar="NAME|FILE", help="Profile of how many rows a batch activates."),
+        click.option(
+            "--context-overhead",
+            type=SIZE,
+            help="What CUDA's context and modules take beside torch's allocator. [default: the card's range]",
+        ),
     )
 
 

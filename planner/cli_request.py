@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from meft.planner.models import load_model
 from meft.planner.plan import AdapterDtype, Attention, Request, WeightsDtype
 from meft.planner.profiles import (
     GpuProfile,
+    SourcedRange,
     gpu_names,
     load_defaults,
     load_gpu,
@@ -61,7 +62,7 @@ def planning(options: RequestOptions) -> Planning:
     """
     defaults = load_defaults()
     shape, _, model_path = load_model(options.model if options.model is not None else defaults.model)
-    budget = _gpu_budget(options)
+    budget = _with_context(_gpu_budget(options), options.context_overhead)
     gpu = budget.gpu
     host_name = options.host or (EMULATED if gpu.shares_host_cores else defaults.host)
     host, link = load_host(host_name), load_link(options.link or gpu.link)
@@ -142,6 +143,22 @@ def _gpu_budget(options: RequestOptions) -> _Budget:
             f"give at most that, or leave --gpu-mem out"
         )
     return _Budget(gpu, name, gpu.total_bytes, (f"GPU memory: NVML's total of {gpu.key}, a little below --gpu-mem",))
+
+
+def _with_context(budget: _Budget, overhead_bytes: int | None) -> _Budget:
+    """The card with what the user says of its context, which is one figure and no range."""
+    if overhead_bytes is None:
+        return budget
+    gpu, given = budget.gpu, f"--context-overhead {format_bytes(overhead_bytes)}"
+    if gpu.shares_host_cores:
+        raise UsageError(f"{given}: --gpu {gpu.key} has no CUDA context; leave it out")
+    if overhead_bytes >= budget.gpu_mem_bytes:
+        memory = format_bytes(budget.gpu_mem_bytes)
+        raise UsageError(f"{given} leaves nothing of the {memory} of GPU memory; give less, such as 600MiB")
+    context = SourcedRange(
+        low_bytes=overhead_bytes, high_bytes=overhead_bytes, basis="measured", source="given on the command line"
+    )
+    return replace(budget, gpu=gpu.model_copy(update={"context": context}))
 
 
 def _reference(given: str, key: str) -> str:

@@ -38,7 +38,7 @@ ALLOCATOR_IS_USED_BY = {"books", "exchange"}
 """The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it, and
 the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
 
-WITH_EFFECTS = {"files", "schema", "profiles", "models", "plot", "render"}
+WITH_EFFECTS = {"files", "recording_files", "schema", "profiles", "models", "plot", "render"}
 """Planner modules that read, write or print. With the command line they are all there are: any other is pure."""
 EFFECTS = {
     "asyncio",
@@ -62,7 +62,10 @@ EFFECTS = {
     "time",
     "uuid",
 }
-MODELS_OF_THE_DESIGN = ("sparsity", "transfer", "host_memory", "timing", "lanes", "memory", "search", "allocator")
+MODELS_OF_THE_DESIGN = (
+    *("sparsity", "transfer", "host_memory", "timing", "lanes", "memory", "search"),
+    *("allocator", "blocks", "recording", "history", "replay"),
+)
 
 
 @dataclass(frozen=True)
