@@ -31,7 +31,9 @@ def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_vers
     with FakeTensorMode(), _unpacked_sequences():
         model = model_from_config(plan, config)
         rows = plan.prediction.sparsity.active_rows_per_layer
-        session = open_session(plan, model, EmulatedDevice(budget_bytes), seed=0, router=PlannedRouter(rows))
+        session = open_session(
+            plan, model, EmulatedDevice(budget_bytes), seed=0, router=PlannedRouter(rows), compiled=False
+        )
         _fake_step(session)
         _fake_optimizer_step(session)
         return _report(session, rows, meft_version)

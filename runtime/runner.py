@@ -17,7 +17,7 @@ from meft.planner.models import load_model
 from meft.planner.plan import Plan
 from meft.planner.report import Report
 from meft.planner.units import format_bytes
-from meft.runtime import model_loading, preflight
+from meft.runtime import kernels, model_loading, preflight
 from meft.runtime.checkpoint import latest_checkpoint, save_adapter
 from meft.runtime.data import Dataset, load_dataset, pad_token_id
 from meft.runtime.device import CudaDevice, Device, EmulatedDevice
@@ -78,6 +78,7 @@ def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
     tokenizer = model_loading.load_tokenizer(folder)
     dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
     display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+    kernels.warm_up(display.say)
     nvml = NvmlReader.open(0) if kind == "cuda" else NvmlUnavailable("emulated device: there is no GPU to ask")
     session = _open_session(plan, options, folder, kind)
     display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")

@@ -15,7 +15,8 @@ from meft.runtime.device import Device
 from meft.runtime.engine import TransferEngine
 from meft.runtime.exchange import RowExchange, StepCounters
 from meft.runtime.host_store import HostStore
-from meft.runtime.optimizer import AdamWSettings, clip_scale, update_touched_rows
+from meft.runtime.kernels import HostKernels
+from meft.runtime.optimizer import AdamWSettings, clip_scale, update_layer
 from meft.runtime.router import Router, TopKRouter
 
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -69,8 +70,10 @@ class Session:
         started = time.perf_counter()
         self.engine.per = "optimizer_step"
         norm, scale = clip_scale(self._squared_norm(), max_norm)
-        updated = update_touched_rows(self.store, self.settings, learning_rate=learning_rate, gradient_scale=scale)
-        self.store.clear_gradients()
+        updated = sum(
+            update_layer(self.store, layer, self.settings, learning_rate=learning_rate, gradient_scale=scale)
+            for layer in range(self.store.num_layers)
+        )
         if self.router_optimizer is not None:
             self._update_routers(self.router_optimizer, learning_rate, scale)
         self.engine.per = "step"
@@ -133,17 +136,25 @@ def open_session(
     seed: int,
     settings: AdamWSettings | None = None,
     router: Router | None = None,
+    compiled: bool = True,
 ) -> Session:
     """Put ``model`` on the device with a fresh adapter beside it, as the plan decides.
 
-    ``router`` replaces the plan's own (a rehearsal passes one that needs no data).
+    ``router`` replaces the plan's own (a rehearsal passes one that needs no data). ``compiled=False`` does the host's
+    work with the readable code.
     """
     decision, shape = plan.decision, plan.request.model
     settings = settings or AdamWSettings()
     model = device.adopt(model)
     _set_checkpointing(model, decision)
     engine = TransferEngine(device)
-    store = HostStore(num_layers=shape.num_layers, adapter_width=decision.adapter_width, hidden_size=shape.hidden_size)
+    kernels = HostKernels() if compiled else None
+    store = HostStore(
+        num_layers=shape.num_layers,
+        adapter_width=decision.adapter_width,
+        hidden_size=shape.hidden_size,
+        kernels=kernels,
+    )
     store.initialise(seed=seed)
     weights = _graph_weights(decision, shape.num_layers, shape.hidden_size, device, seed)
     routers = weights if decision.routing == "key-experts" else []
@@ -151,7 +162,7 @@ def open_session(
         device=device,
         engine=engine,
         store=store,
-        router=router or TopKRouter(decision.top_k, decision.active_rows_cap, decision.num_experts),
+        router=router or TopKRouter(decision.top_k, decision.active_rows_cap, decision.num_experts, kernels),
         decision=decision,
         adapter_dtype=ADAPTER_DTYPES[plan.request.adapter_dtype],
         router_weights=routers,
