@@ -26,13 +26,13 @@ Times are plain numbers or arrays over candidates: one program serves the search
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.chrome import Event
 from meft.planner.plan import LANES, Lane
 from meft.planner.quantities import Floats
 
@@ -41,15 +41,6 @@ CHUNK_CANDIDATES = 8192
 
 
 # --- lanes -----------------------------------------------------------------------------------------------------------
-
-
-class Event(NamedTuple):
-    """One task of a simulated step."""
-
-    lane: Lane
-    name: str
-    start_seconds: float
-    end_seconds: float
 
 
 class Lanes:
@@ -89,26 +80,6 @@ class Lanes:
         for free in self._free.values():
             end = np.maximum(end, free)
         return end
-
-
-def chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
-    """The events as a Chrome trace (chrome://tracing, Perfetto): one row per lane; tasks that take no time left out."""
-    names = [
-        {"name": "thread_name", "ph": "M", "pid": 0, "tid": LANES.index(lane), "args": {"name": lane}} for lane in LANES
-    ]
-    tasks = [
-        {
-            "name": event.name,
-            "ph": "X",
-            "pid": 0,
-            "tid": LANES.index(event.lane),
-            "ts": event.start_seconds * 1e6,
-            "dur": (event.end_seconds - event.start_seconds) * 1e6,
-        }
-        for event in events
-        if event.end_seconds > event.start_seconds
-    ]
-    return {"displayTimeUnit": "ms", "traceEvents": [*names, *tasks]}
 
 
 # --- the program -----------------------------------------------------------------------------------------------------

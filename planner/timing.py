@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.architecture import ModelShape
-from meft.planner.lanes import Event, GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
+from meft.planner.chrome import Event
+from meft.planner.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
 from meft.planner.plan import Attention, Decision, Request, Timing, WeightsDtype
 from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, MASTER_BYTES, Flags, Floats, Ints, Reals
@@ -466,7 +467,7 @@ def step_timing(
     window_active_rows_per_layer: Sequence[int],
     events: list[Event] | None = None,
 ) -> Timing:
-    """The time of one decision; ``events`` collects its tasks, for :func:`meft.planner.lanes.chrome_trace`."""
+    """The time of one decision; ``events`` collects its tasks, for :func:`meft.planner.chrome.chrome_trace`."""
     refetched = decision.rows_in_backward == "refetched"
     num_layers = request.model.num_layers
     costs = step_costs(

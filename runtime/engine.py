@@ -104,16 +104,24 @@ class TransferEngine:
         name: str = "",
         point: Copy = COPY_DONE,
         after: Iterable[Job] = (),
+        per: Per | None = None,
     ) -> Copy:
-        """Issue a copy that begins when the device has passed ``point`` and the jobs ``after`` are over."""
-        per = self.per
+        """Issue a copy that begins when the device has passed ``point`` and the jobs ``after`` are over.
+
+        It is counted as ``per``, by default the kind of step that runs now.
+        """
+        counted_as = per or self.per
 
         def work() -> Any:
             source, target = views()
             if source.shape != target.shape or source.dtype != target.dtype:
-                raise ValueError(f"{category}: {source.shape} {source.dtype} does not fit {target.shape} {target.dtype}")
+                raise ValueError(
+                    f"{category}: {source.shape} {source.dtype} does not fit {target.shape} {target.dtype}"
+                )
             num_bytes = source.numel() * source.element_size()
-            self.counted_bytes[direction, category, per] += num_bytes  # a key belongs to one lane, that is, one thread
+            self.counted_bytes[direction, category, counted_as] += (
+                num_bytes  # a key belongs to one lane, that is, one thread
+            )
             if self._streams:
                 return self._copy_on_stream(source, target, direction, point)
             return self._copy_here(source, target, direction, num_bytes)

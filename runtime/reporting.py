@@ -35,6 +35,8 @@ _WHY = {
     "rows_refetched": "active rows to the device again, backward",
     "row_experts": "the expert of each active row",
     "row_gradients": "gradients of the active rows to the host",
+    "row_positions": "where the active rows that were kept on the device lie",
+    "window_gradients": "gradients summed on the device over the window, to the host",
     "inputs": "token ids and labels",
     "loss": "the loss, for the report",
     "router_norm": "squared norm of the routers' gradients, for clipping",
@@ -193,22 +195,16 @@ def device_memory(peaks: MemoryPeaks, memory: MemoryReading) -> ObservedDeviceMe
     )
 
 
-def _optimizer_share(trainer: Trainer) -> float:
-    """Optimizer seconds per step."""
-    return sum(trainer.measured.optimizer_seconds) / max(1, trainer.measured.steps)
-
-
 def _step_seconds(trainer: Trainer) -> float:
-    return statistics.median(trainer.measured.step_seconds) + _optimizer_share(trainer)
+    """Per step, optimizer step included: the median over windows, without the first if there are others."""
+    windows = trainer.measured.window_seconds
+    return statistics.median(windows[1:] or windows)
 
 
 def _busy_seconds(trainer: Trainer) -> dict[Lane, float]:
-    """Mean busy seconds per step of the lanes that were measured; the emulated device's own is what is left."""
-    measured = trainer.measured
-    copies = {way: seconds / measured.steps for way, seconds in trainer.session.engine.busy_seconds().items()}
-    host = statistics.fmean(measured.host_seconds)
-    busy: dict[Lane, float] = {"h2d": copies["h2d"], "d2h": copies["d2h"], "cpu": host + _optimizer_share(trainer)}
-    if trainer.session.device.kind == "emulated":
-        whole = statistics.fmean(measured.step_seconds)
-        busy["gpu"] = max(0.0, whole - host - copies["h2d"] - copies["d2h"])
-    return busy
+    """Mean busy seconds per step of the lanes that were measured."""
+    session, steps = trainer.session, max(1, trainer.measured.steps)
+    busy: dict[Lane, float] = {**session.engine.busy_seconds(), "cpu": session.clock.busy_seconds["cpu"]}
+    if session.device.kind == "emulated":
+        busy["gpu"] = session.clock.busy_seconds["gpu"]
+    return {lane: seconds / steps for lane, seconds in busy.items()}
