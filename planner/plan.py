@@ -187,6 +187,12 @@ class Sparsity(Record):
     active_rows_per_layer: tuple[Index, ...]
     window_active_rows_per_layer: tuple[Index, ...]
     """Rows touched in one accumulation window: what the optimizer updates."""
+    missing_rows_per_layer: tuple[Index, ...] = ()
+    """With cached rows: those of a micro-batch that have to travel, the mean over the window. Empty: all of them."""
+    overflow_rows_per_layer: tuple[Index, ...] = ()
+    """With cached rows: missing ones that there is no room to keep."""
+    kept_rows_per_layer: tuple[Index, ...] = ()
+    """With cached rows: how many are on the device at the window's end."""
     prefetch_recall: Fraction
     basis: Basis
 

@@ -91,13 +91,13 @@ class DeviceRows:
         made.used = [COPY_DONE] * num_layers
         if decision.cached_rows:
             made.kept = [made.new_rows("kept_rows", decision.cached_rows) for _ in range(num_layers)]
-            made.hits = [made._new_indices("row_positions") for _ in range(num_layers)]
+            made.hits = [made._new_indices("row_indices") for _ in range(num_layers)]
         if decision.gradients_on_device:
             made.sums = [made.new_rows("gradient_sums", decision.cached_rows, sums_dtype) for _ in range(num_layers)]
             if dtype != sums_dtype:
                 made.cast = made.new_rows("gradient_sums", CAST_ROWS, sums_dtype)
         if decision.routing == "key-experts":
-            made.experts = [made._new_indices("row_experts") for _ in range(num_layers)]
+            made.experts = [made._new_indices("row_indices") for _ in range(num_layers)]
         return made
 
     def new_rows(self, category: str, count: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -21,6 +21,7 @@ from meft.runtime.model_loading import model_from_config
 from meft.runtime.nvml import MemoryReading, PcieReading
 from meft.runtime.reporting import active_rows, assemble, device_memory, host_memory, transfer
 from meft.runtime.router import PlannedRouter
+from meft.runtime.row_cache import PlannedCache
 from meft.runtime.session import Session, open_session
 
 _NO_NVML = "a rehearsal: no GPU was used"
@@ -37,6 +38,20 @@ def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_vers
         _fake_step(session)
         _fake_optimizer_step(session)
         return _report(session, rows, meft_version)
+
+
+def _planned_cache(plan: Plan) -> PlannedCache | None:
+    """The mean micro-batch of the plan's window; None where no rows are cached."""
+    decision, sparsity = plan.decision, plan.prediction.sparsity
+    if not decision.cached_rows:
+        return None
+    return PlannedCache(
+        adapter_width=decision.adapter_width,
+        cached_rows=decision.cached_rows,
+        missing=sparsity.missing_rows_per_layer,
+        overflow=sparsity.overflow_rows_per_layer,
+        kept=sparsity.kept_rows_per_layer,
+    )
 
 
 @contextmanager

@@ -39,8 +39,8 @@ class LaneClock:
         self._since = time.perf_counter()
 
     def restart(self) -> None:
-        """Forget the tasks: those of the next step are wanted."""
-        self._tasks.clear()
+        """Forget the tasks so far: those of the next step are wanted."""
+        self._tasks = []
 
     def events(self) -> list[Event]:
         """The tasks kept, in order of their beginning, from 0 s on."""

@@ -169,6 +169,8 @@ class Trainer:
         rate = self._learning_rate(len(self.history.learning_rates))
         end = WindowEnd(learning_rate=rate, max_norm=self.options.max_norm)
         for step in range(first, last):
+            if step == self.options.steps - 1:
+                self.session.clock.restart()  # of the tasks, those of the last step are kept
             batch = self.batch(step)
             closing = end if step == last - 1 else None
             result = self.session.step(batch, loss_scale=1 / (last - first), window_end=closing)
