@@ -54,7 +54,7 @@ NUM_AXES = 6
 
 @dataclass(frozen=True)
 class Space:
-    """The grid. Arrays are ``[routings]`` unless stated; ``caps`` and ``is_new`` are ``[caps, routings]``."""
+    """The grid. Arrays are ``[routings]`` unless stated; ``caps`` is ``[caps, routings]``."""
 
     cached_rows: NDArray[np.int64]
     """``[caches, routings]``."""
@@ -67,7 +67,8 @@ class Space:
     rows_in_backward: tuple[RowsInBackward, ...]
     caps: NDArray[np.int64]
     is_new: NDArray[np.bool_]
-    """False for a cap that repeats a smaller one's value, and so is no candidate."""
+    """``[caches, 1, 1, 1, caps, routings]``: false where a cap or a number of cached rows repeats a smaller one, and so
+    is no candidate."""
     adapter_width: NDArray[np.int64]
     top_k: NDArray[np.int64]
     num_experts: NDArray[np.int64]
@@ -87,7 +88,7 @@ class Space:
     @property
     def num_candidates(self) -> int:
         """Different decisions in the grid."""
-        return int(np.prod(self.shape[:CAP_AXIS])) * int(self.is_new.sum())
+        return int(np.prod(self.shape[1:CAP_AXIS])) * int(self.is_new.sum())
 
     @property
     def cached_axis(self) -> NDArray[np.int64]:
@@ -149,15 +150,17 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
     checkpointing = request.activation_checkpointing
     depths = prefetch_depths(request, sparsity)
     caches = CACHES if request.grad_accum > 1 else CACHES[:1]  # in a window of one micro-batch nothing comes twice
+    cached = cached_rows(sparsity, adapter_width=width, window_active_rows=window, caches=caches)
+    on_device = tuple(on_device for _, on_device in caches)
     return Space(
-        cached_rows=cached_rows(sparsity, adapter_width=width, window_active_rows=window, caches=caches),
-        gradients_on_device=tuple(on_device for _, on_device in caches),
+        cached_rows=cached,
+        gradients_on_device=on_device,
         prefetch_depths=depths,
         prefetch_recall=np.asarray(prefetch_recall(sparsity, prefetch_depth=np.array(depths))),
         activation_checkpointing=(False, True) if checkpointing is None else (checkpointing,),
         rows_in_backward=ROWS_IN_BACKWARD if request.rows_in_backward is None else (request.rows_in_backward,),
         caps=caps,
-        is_new=_is_new(caps.T).T,
+        is_new=_is_new_cache(cached, on_device)[:, None, None, None, None, :] & _is_new(caps.T).T,
         adapter_width=width,
         top_k=top_k,
         num_experts=routings.num_experts,
@@ -296,6 +299,16 @@ def _routings(request: Request) -> _Routings:
         num_probes=listed(probes),
         key_experts=np.repeat([False, True], [len(exactly), len(by_experts)]),
     )
+
+
+def _is_new_cache(cached: NDArray[np.int64], on_device: tuple[bool, ...]) -> NDArray[np.bool_]:
+    """``[caches, routings]``: false where an earlier cache of the same kind has as many rows."""
+    new = np.ones(cached.shape, np.bool_)
+    for later, rows in enumerate(cached):
+        for earlier in range(later):
+            if on_device[earlier] == on_device[later]:
+                new[later] &= rows != cached[earlier]
+    return new
 
 
 def _is_new(ascending: NDArray[np.int64]) -> NDArray[np.bool_]:

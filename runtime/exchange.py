@@ -116,6 +116,7 @@ class RowExchange:
         self._accumulated: list[Job | None] = [None] * num_layers
         self._updated: list[Job | None] = [None] * num_layers
         self._sums_sent: set[int] = set()
+        self._kept = [0] * num_layers
         self._token_mask: torch.Tensor | None = None
         self._next_token_mask: torch.Tensor | None = None
         self.observer: Callable[[int, torch.Tensor], None] | None = None
@@ -251,11 +252,15 @@ class RowExchange:
 
     # --- the end of a window -----------------------------------------------------------------------------------
 
-    def close_window(self) -> None:
-        """Send the gradient sums that the last backward did not; inside the device's scope."""
+    def close_window(self) -> list[int]:
+        """Send the gradient sums that the last backward did not; how many rows of each layer were kept.
+
+        Inside the device's scope, before the optimizer.
+        """
         for layer in range(len(self.layers)):
             self._send_sums(layer)
         self._sums_sent.clear()
+        return [self._kept[layer] for layer in range(len(self.layers))]
 
     def squared_norm(self, layer: int) -> Job:
         """A job that sums the squares of the layer's gradients of the window, once they have all arrived."""
@@ -321,6 +326,7 @@ class RowExchange:
         def place() -> Placement:
             selection: Selection = choice.result()
             placement = self._row_cache.place(target, selection.rows)
+            self._kept[target] = placement.first_position + placement.num_admitted
             counters.active_rows[target] = placement.num_rows
             counters.missing_rows[target] = placement.num_missing
             counters.overflow_rows[target] = placement.num_overflow

@@ -58,7 +58,7 @@ def build_report(
         device_memory=device_memory(trainer.measured.peaks, memory),
         host_memory=host_memory(session),
         transfer=transfer(session, steps=measured.steps, windows=len(measured.optimizer_seconds), pcie=pcie),
-        active_rows=active_rows(measured.active_rows),
+        active_rows=_with_cached(active_rows(measured.active_rows), trainer),
         dropped_rows=measured.dropped_rows,
         prefetch_recall=recall,
         step_seconds=_step_seconds(trainer),
@@ -166,6 +166,22 @@ def active_rows(per_step: Sequence[Sequence[int]]) -> tuple[ActiveRows, ...]:
     return tuple(
         ActiveRows(layer=layer, mean=statistics.fmean(counts), max=max(counts), total=sum(counts))
         for layer, counts in enumerate(zip(*per_step, strict=True))
+    )
+
+
+def _with_cached(layers: tuple[ActiveRows, ...], trainer: Trainer) -> tuple[ActiveRows, ...]:
+    """The layers, with what travelled and what was kept if rows were cached."""
+    if not trainer.session.plan.decision.cached_rows:
+        return layers
+    measured = trainer.measured
+    kinds = {
+        "missing_total": measured.missing_rows,
+        "overflow_total": measured.overflow_rows,
+        "kept_total": measured.kept_rows,
+    }
+    totals = {name: [sum(counts) for counts in zip(*rows, strict=True)] for name, rows in kinds.items()}
+    return tuple(
+        layer.model_copy(update={name: total[layer.layer] for name, total in totals.items()}) for layer in layers
     )
 
 

@@ -94,7 +94,7 @@ class Session:
         started = time.perf_counter()
         self.engine.per = "optimizer_step"
         with self.device.scope():
-            self.exchange.close_window()
+            kept = self.exchange.close_window()
         layers = range(self.store.num_layers)
         early, self._early = self._early, []
         norms = [norm for norm, _ in early] or [self.exchange.squared_norm(layer) for layer in layers]
@@ -107,7 +107,7 @@ class Session:
         if self.router_optimizer is not None:
             self._update_routers(self.router_optimizer, learning_rate, scale)
         self.engine.per = "step"
-        return OptimizerResult(norm, updates, time.perf_counter() - started)
+        return OptimizerResult(norm, updates, kept, time.perf_counter() - started)
 
     def drain(self) -> None:
         """Wait until no lane has anything left to do."""
@@ -194,6 +194,8 @@ class OptimizerResult:
 
     gradient_norm: float
     updates: list[Job]
+    kept_rows: list[int]
+    """Rows of each layer that were on the device at the window's end."""
     seconds: float
 
     @property

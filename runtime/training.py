@@ -57,6 +57,8 @@ class Measurements:
     active_rows: list[list[int]] = field(default_factory=list)
     missing_rows: list[list[int]] = field(default_factory=list)
     overflow_rows: list[list[int]] = field(default_factory=list)
+    kept_rows: list[list[int]] = field(default_factory=list)
+    """Rows on the device at the end of each window: windows x layers."""
     dropped_rows: int = 0
     tokens: int = 0
     peaks: MemoryPeaks = field(default_factory=lambda: MemoryPeaks(0, 0))
@@ -177,6 +179,7 @@ class Trainer:
             self._note_step(result, batch)
             self.on_step(Progress(step + 1, self.options.steps, result.loss))
         outcome = self.session.optimizer_step(learning_rate=rate, max_norm=self.options.max_norm)
+        self.measured.kept_rows.append(outcome.kept_rows)
         self.history.learning_rates.append(rate)
         self.history.gradient_norms.append(outcome.gradient_norm)
         self.measured.optimizer_seconds.append(outcome.seconds)
