@@ -21,7 +21,7 @@ STEPS = 50
 LONGEST_DELAY_SECONDS = 4e-4
 LATE = {"h2d": ("h2d",), "d2h": ("d2h",), "cpu": ("cpu",), "all": ("h2d", "d2h", "cpu", "gpu"), "gpu": ("gpu",)}
 """Lanes that are delayed: a slow lane lets all others run ahead of it."""
-SLOW_TASK_SECONDS = 2e-3
+SLOW_TASK_SECONDS = 1e-2
 SLOW = ("adamw", "accumulate", "row gradients", "gather", "queries")
 """Tasks that in one run each are slower than all else, so that whoever should have waited for them does not."""
 CACHED = {"cached_rows": 40, "gradients_on_device": True}
@@ -78,19 +78,15 @@ def assert_bit_equal(own, other) -> None:
 
 CHOICES = [
     ({"prefetch_depth": 0, "rows_in_backward": "refetched"}, "all", 1.0),
-    ({"prefetch_depth": 1, "rows_in_backward": "refetched", **EXPERTS}, "all", 1.0),
-    ({"prefetch_depth": 2, "rows_in_backward": "refetched", **EXPERTS}, "h2d", None),
-    ({"prefetch_depth": 2, "rows_in_backward": "retained"}, "d2h", None),
     ({"prefetch_depth": 1, "rows_in_backward": "retained", **EXPERTS, **CACHED}, "cpu", 1.0),
-    ({"prefetch_depth": 1, "rows_in_backward": "refetched", **CACHED}, "all", None),
-    ({"prefetch_depth": 0, "rows_in_backward": "retained", **EXPERTS, "cached_rows": 128}, "gpu", 1.0),
-    ({"prefetch_depth": 2, "rows_in_backward": "refetched", "activation_checkpointing": True, **CACHED}, "all", None),
+    ({"prefetch_depth": 2, "rows_in_backward": "refetched", **EXPERTS}, "h2d", None),
+    ({"prefetch_depth": 1, "rows_in_backward": "refetched", "activation_checkpointing": True, **CACHED}, "d2h", None),
 ]
 
 
 @pytest.mark.parametrize(("choice", "late", "max_norm"), CHOICES)
 def test_fifty_steps_are_the_sequential_ones_bit_for_bit(glass_folder, choice, late, max_norm) -> None:
-    plan = small_plan(glass_folder, choice=choice, grad_accum=3, seq_len=8)
+    plan = small_plan(glass_folder, choice=choice, grad_accum=3, seq_len=8, batch_size=1)
     delays = Delays(LATE[late], seed=len(str(choice)))
     overlapped = trained(plan, glass_folder, Overlapped(delay=delays), delays=delays, max_norm=max_norm)
     sequential = trained(plan, glass_folder, Sequential(), max_norm=max_norm)
@@ -105,8 +101,8 @@ def test_fifty_steps_are_the_sequential_ones_bit_for_bit(glass_folder, choice, l
 def test_whoever_needs_a_slow_task_waits_for_it(glass_folder, slow) -> None:
     choice = {"prefetch_depth": 1, "rows_in_backward": "refetched", **CACHED, "cached_rows": 20}
     plan = small_plan(glass_folder, choice=choice, grad_accum=2, seq_len=8, batch_size=1)
-    overlapped = trained(plan, glass_folder, Overlapped(delay=Delays((), 0, slow)), steps=10)
-    assert_bit_equal(overlapped, trained(plan, glass_folder, Sequential(), steps=10))
+    overlapped = trained(plan, glass_folder, Overlapped(delay=Delays((), 0, slow)), steps=4)
+    assert_bit_equal(overlapped, trained(plan, glass_folder, Sequential(), steps=4))
 
 
 def test_device_memory_peaks_do_not_depend_on_the_lanes_luck(glass_folder) -> None:
