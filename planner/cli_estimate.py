@@ -71,6 +71,7 @@ class EstimateRequest(Record):
     gpu: str | None = None
     gpu_mem: int | str | None = None
     host_mem: int | str | None = None
+    context_overhead: int | str | None = None
     host: str | None = None
     link: str | None = None
     sparsity: str | None = None
@@ -302,6 +303,7 @@ def _options(asked: EstimateRequest) -> RequestOptions:
         gpu=asked.gpu,
         gpu_mem=_size(asked.gpu_mem, "--gpu-mem"),
         host_mem=_size(asked.host_mem, "--host-mem"),
+        context_overhead=_size(asked.context_overhead, "--context-overhead"),
         host=asked.host,
         link=asked.link,
         sparsity=asked.sparsity,

@@ -60,7 +60,7 @@ _BECAUSE = {
     "embeddings": "token embeddings before positions are added, which require a gradient when checkpointing",
     "rotary_tables": "cosines and sines [1, S, d], shared by all layers",
     "attention_mask": "[B, 1, S, S], additive, for eager attention",
-    "routing": "Key-Experts: probes [T, P] of every layer and the expert of each active row, int32",
+    "routing": "Key-Experts: probes [T, P] of every layer, int32",
     "forward_temporaries": "the FFN's product and output, the residual, the adapter's output",
     "final_norm": "the input of the final norm",
     "loss_chain": "12 bytes per logit: fp32 log-probabilities and two gradients",
@@ -94,6 +94,8 @@ def predict_device_memory(
         num_experts=decision.num_experts,
         num_probes=decision.num_probes,
         adapter_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
+        cached_rows=decision.cached_rows,
+        gradients_on_device=decision.gradients_on_device,
     )
     checkpointing = decision.activation_checkpointing
     memory = device_memory(
@@ -120,6 +122,8 @@ def peak_allocated_bytes(
     key_experts: Flags,
     retained: Flags,
     activation_checkpointing: Flags,
+    cached_rows: Ints = 0,
+    gradients_on_device: Flags = False,
 ) -> Ints:
     """Peak allocated device bytes of MEFT for one decision or, with arrays, for many.
 
@@ -134,6 +138,8 @@ def peak_allocated_bytes(
         num_experts=num_experts,
         num_probes=num_probes,
         adapter_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
+        cached_rows=cached_rows,
+        gradients_on_device=gradients_on_device,
     )
     return peak_bytes(_request_ledger(request, gpu, method, activation_checkpointing=activation_checkpointing))
 

@@ -52,6 +52,8 @@ class SparseAdapter:
     num_experts: Ints
     num_probes: Ints
     adapter_bytes: int
+    cached_rows: Ints = 0
+    gradients_on_device: Flags = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
         free_last=kept_last,
         free_most=of_rows(most),
         beside_ffn=tokens * shape.hidden_size * workload.compute_bytes,
-        held=_routing_bytes(shape, workload, method, active_rows=total),
+        held=_routing_bytes(shape, workload, method),
         forward=ada.adapter_forward_bytes(
             tokens=tokens,
             hidden_size=shape.hidden_size,
@@ -121,10 +123,10 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
     )
 
 
-def _routing_bytes(shape: ModelShape, workload: Workload, method: SparseAdapter, *, active_rows: Ints) -> Ints:
-    probes = ada.probes_bytes(tokens=workload.tokens, num_probes=method.num_probes, key_experts=method.key_experts)
-    experts = ada.row_experts_bytes(active_rows=active_rows, key_experts=method.key_experts)
-    return shape.num_layers * probes + experts
+def _routing_bytes(shape: ModelShape, workload: Workload, method: SparseAdapter) -> Ints:
+    return shape.num_layers * ada.probes_bytes(
+        tokens=workload.tokens, num_probes=method.num_probes, key_experts=method.key_experts
+    )
 
 
 def _router_bytes(shape: ModelShape, method: SparseAdapter) -> Ints:
@@ -153,7 +155,29 @@ def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[
         e=method.adapter_bytes,
     )
     router = _router_bytes(shape, method)
+    kept = ada.kept_rows_bytes(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        cached_rows=method.cached_rows,
+        e=method.adapter_bytes,
+    )
+    sums = ada.gradient_sums_bytes(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        cached_rows=method.cached_rows,
+        gradients_on_device=method.gradients_on_device,
+        e=method.adapter_bytes,
+    )
+    indices = ada.row_indices_bytes(
+        num_layers=shape.num_layers,
+        active_rows_cap=method.active_rows_cap,
+        cached_rows=method.cached_rows,
+        key_experts=method.key_experts,
+    )
     return (
+        Row("resident", "kept_rows", kept, "rows [C, 2D] per layer that stay through an accumulation window"),
+        Row("resident", "gradient_sums", sums, "fp32 sums [C, 2D] per layer of the kept rows' gradients"),
+        Row("resident", "row_indices", indices, "int32 [cap] per layer: each row's expert, each kept row's place"),
         Row("resident", "row_staging", staging, "buffers [cap, 2D] for rows: p+1, or one per layer when retained"),
         Row("resident", "row_gradients", gradients, "min(p, 1)+1 buffers [cap, 2D] for row gradients"),
         Row("resident", "router_weights", router, "Key-Experts routers, fp32 [N, D] per layer"),

@@ -60,6 +60,12 @@ class ActiveRows(Record):
     max: Index
     total: Index
     """Sum over steps: with it the transfer model gives the counted bytes exactly (see ``meft-plan audit``)."""
+    missing_total: Index | None = None
+    """With rows cached on the device: those that travelled, summed over steps."""
+    overflow_total: Index | None = None
+    """Those that were not kept."""
+    kept_total: Index | None = None
+    """Rows kept at the end of each window, summed over windows."""
 
 
 class Observed(Record):

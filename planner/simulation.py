@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from meft.planner.architecture import ModelShape
 from meft.planner.autograd import FP32, HALF, INT64, Leaf, Tape, Tensor
+from meft.planner.cublas import USUAL_BYTES
 from meft.planner.decoder import BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.linears import Linear, linear_layers
 from meft.planner.operators import Operators, QuantizedWeights, Weights
@@ -19,9 +20,6 @@ from meft.planner.plan import Phase
 from meft.planner.setup import TrainingSetup
 from meft.planner.stream import Stream
 from meft.planner.terms_weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK
-
-CUBLAS_WORKSPACE_BYTES = 8_519_680
-"""What cuBLAS takes per handle and stream; see :mod:`meft.planner.allocator`."""
 
 ITEM_BYTES = {"fp32": FP32, "bf16": HALF, "fp16": HALF, "nf4": HALF, "int8": HALF}
 NF4_CODE_NUMBERS = 16
@@ -38,9 +36,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
 """Order of a block's modules where it is not attention, FFN, norms."""
 
 
-def simulate(
-    setup: TrainingSetup, *, workspace_bytes: int = CUBLAS_WORKSPACE_BYTES, sums_in_place: bool = True
-) -> Stream:
+def simulate(setup: TrainingSetup, *, workspace_bytes: int = USUAL_BYTES, sums_in_place: bool = True) -> Stream:
     """The stream of a run of any method but MEFT, whose rows the runtime manages itself.
 
     Raises :class:`ValueError` for MEFT.

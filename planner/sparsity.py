@@ -11,6 +11,8 @@ Layers are the first axis of every array that has them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -99,6 +101,61 @@ def capped(rows: NDArray[np.int64], *, cap: Ints) -> NDArray[np.int64]:
     return np.broadcast_to(np.minimum(distinct_layers(rows), cap), np.broadcast_shapes(rows.shape, np.shape(cap)))
 
 
+@dataclass(frozen=True)
+class WindowRows:
+    """Rows of an accumulation window of which up to ``C`` per layer stay on the device. All ``[L, ...]``.
+
+    ``missing`` and ``overflow`` are means over the window's micro-batches, rounded.
+    """
+
+    missing: NDArray[np.int64]
+    overflow: NDArray[np.int64]
+    kept: NDArray[np.int64]
+
+
+def window_rows(
+    profile: SparsityProfile,
+    num_layers: int,
+    *,
+    tokens: Ints,
+    top_k: Ints,
+    adapter_width: Ints,
+    grad_accum: int,
+    cached_rows: Ints,
+    active_rows_cap: Ints,
+) -> WindowRows:
+    """What travels when a layer keeps the first ``C`` rows that the window activates.
+
+    The union of ``m`` micro-batches is that of ``m * T`` tokens, so the next one brings what the union grows by. Once
+    ``C`` are kept, every further micro-batch is taken to miss as many as the next one would have: micro-batches are
+    alike, and those kept are the rows of the first ones.
+    """
+
+    def union(micro_batches: int) -> NDArray[np.int64]:
+        rows = active_rows_per_layer(
+            profile, num_layers, tokens=tokens * micro_batches, top_k=top_k, adapter_width=adapter_width
+        )
+        return np.minimum(distinct_layers(rows), active_rows_cap * micro_batches)
+
+    before = np.zeros_like(union(1))
+    missing = overflow = before.astype(np.float64)
+    missed: NDArray[np.int64] = union(1)
+    for micro_batch in range(1, grad_accum + 1):
+        after = union(micro_batch)
+        full = before >= cached_rows
+        missed = np.where(full, missed, after - before)
+        missing = missing + missed
+        overflow = overflow + np.where(full, missed, np.maximum(after - cached_rows, 0))
+        before = after
+    shape = (num_layers, *np.broadcast_shapes(before.shape[1:], np.shape(cached_rows)))
+
+    def mean(total: NDArray[np.float64]) -> NDArray[np.int64]:
+        return np.broadcast_to(np.rint(total / grad_accum).astype(np.int64), shape)
+
+    kept = np.broadcast_to(np.minimum(before, cached_rows), shape)
+    return WindowRows(missing=mean(missing), overflow=mean(overflow), kept=kept)
+
+
 def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: Decision) -> Sparsity:
     """Active rows of a micro-batch and of an accumulation window, per layer, under the decision's cap."""
     num_layers, tokens = request.model.num_layers, request.tokens_per_step
@@ -106,9 +163,27 @@ def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: De
     step = active_rows_per_layer(profile, num_layers, tokens=tokens, top_k=top_k, adapter_width=width)
     window_tokens = tokens * request.grad_accum
     window = active_rows_per_layer(profile, num_layers, tokens=window_tokens, top_k=top_k, adapter_width=width)
+    cached: dict[str, tuple[int, ...]] = {}
+    if decision.cached_rows:
+        rows = window_rows(
+            profile,
+            num_layers,
+            tokens=tokens,
+            top_k=top_k,
+            adapter_width=width,
+            grad_accum=request.grad_accum,
+            cached_rows=decision.cached_rows,
+            active_rows_cap=cap,
+        )
+        cached = {
+            "missing_rows_per_layer": tuple(rows.missing.tolist()),
+            "overflow_rows_per_layer": tuple(rows.overflow.tolist()),
+            "kept_rows_per_layer": tuple(rows.kept.tolist()),
+        }
     return Sparsity(
         active_rows_per_layer=tuple(capped(step, cap=cap).tolist()),
         window_active_rows_per_layer=tuple(capped(window, cap=cap * request.grad_accum).tolist()),
         prefetch_recall=float(prefetch_recall(profile, prefetch_depth=decision.prefetch_depth)),
         basis=profile.basis,
+        **cached,
     )

@@ -13,6 +13,8 @@ from meft.planner.activations import choose, largest, smallest
 from meft.planner.quantities import INDEX_BYTES, MASTER_BYTES, Flags, Ints
 
 INT64_BYTES = 8
+CAST_ROWS = 256
+"""Row gradients are cast to the sums' dtype so many rows at a time."""
 
 # --- MEFT: on the device for good -----------------------------------------------------------------------------------
 
@@ -33,17 +35,31 @@ def row_gradients_bytes(
     return buffers * active_rows_cap * 2 * hidden_size * e
 
 
+def kept_rows_bytes(*, num_layers: int, hidden_size: int, cached_rows: Ints, e: int) -> Ints:
+    """Rows that stay on the device through an accumulation window, ``[C, 2D]`` per layer."""
+    return num_layers * cached_rows * 2 * hidden_size * e
+
+
+def gradient_sums_bytes(
+    *, num_layers: int, hidden_size: int, cached_rows: Ints, gradients_on_device: Flags, e: int
+) -> Ints:
+    """Their gradients' fp32 sums, and where those are wider than the gradients a buffer to cast some rows at a time."""
+    cast = CAST_ROWS if e != MASTER_BYTES else 0
+    return choose(gradients_on_device, (num_layers * cached_rows + cast) * 2 * hidden_size * MASTER_BYTES, 0)
+
+
+def row_indices_bytes(*, num_layers: int, active_rows_cap: Ints, cached_rows: Ints, key_experts: Flags) -> Ints:
+    """Per layer int32 ``[cap]``: the expert of each active row (Key-Experts), and the place of each cached one."""
+    one = num_layers * active_rows_cap * INDEX_BYTES
+    return choose(key_experts, one, 0) + choose(cached_rows > 0, one, 0)
+
+
 def router_weights_bytes(*, num_layers: int, hidden_size: int, num_experts: Ints, key_experts: Flags) -> Ints:
     """The Key-Experts routers, fp32 ``[N, D]`` per layer; their gradients, and each of their moments, take the same."""
     return choose(key_experts, num_layers * num_experts * hidden_size * MASTER_BYTES, 0)
 
 
 # --- MEFT: kept for backward ----------------------------------------------------------------------------------------
-
-
-def row_experts_bytes(*, active_rows: Ints, key_experts: Flags) -> Ints:
-    """Key-Experts: the expert of each active row, int32."""
-    return choose(key_experts, active_rows * INDEX_BYTES, 0)
 
 
 def probes_bytes(*, tokens: Ints, num_probes: Ints, key_experts: Flags) -> Ints:

@@ -58,6 +58,19 @@ _LABELS = {
     show_default=True,
     help="Optimizer steps between checkpoints; 0: only at the end.",
 )
+@click.option(
+    "--schedule",
+    type=click.Choice(["overlapped", "sequential"]),
+    default="overlapped",
+    show_default=True,
+    help="Transfers, host and device at once, or one after the other; the results are the same.",
+)
+@click.option(
+    "--link-gbps",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Emulated device: slow each direction of the link down to so many GB/s.",
+)
+@click.option("--trace", type=_PATH, help="Write the last step's tasks as a Chrome trace (chrome://tracing, Perfetto).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 @click.version_option(version("meft"), prog_name="meft-run")
 def command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> None:

@@ -21,6 +21,7 @@ from meft.runtime.model_loading import model_from_config
 from meft.runtime.nvml import MemoryReading, PcieReading
 from meft.runtime.reporting import active_rows, assemble, device_memory, host_memory, transfer
 from meft.runtime.router import PlannedRouter
+from meft.runtime.row_cache import PlannedCache
 from meft.runtime.session import Session, open_session
 
 _NO_NVML = "a rehearsal: no GPU was used"
@@ -31,10 +32,26 @@ def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_vers
     with FakeTensorMode(), _unpacked_sequences():
         model = model_from_config(plan, config)
         rows = plan.prediction.sparsity.active_rows_per_layer
-        session = open_session(plan, model, EmulatedDevice(budget_bytes), seed=0, router=PlannedRouter(rows))
+        session = open_session(
+            plan, model, EmulatedDevice(budget_bytes), seed=0, router=PlannedRouter(rows), compiled=False
+        )
         _fake_step(session)
         _fake_optimizer_step(session)
         return _report(session, rows, meft_version)
+
+
+def _planned_cache(plan: Plan) -> PlannedCache | None:
+    """The mean micro-batch of the plan's window; None where no rows are cached."""
+    decision, sparsity = plan.decision, plan.prediction.sparsity
+    if not decision.cached_rows:
+        return None
+    return PlannedCache(
+        adapter_width=decision.adapter_width,
+        cached_rows=decision.cached_rows,
+        missing=sparsity.missing_rows_per_layer,
+        overflow=sparsity.overflow_rows_per_layer,
+        kept=sparsity.kept_rows_per_layer,
+    )
 
 
 @contextmanager
@@ -64,13 +81,14 @@ def _fake_step(session: Session) -> None:
     batch = Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3)))
     session.device.reset_peaks()
     with session.device.scope():
-        loss = session.forward_backward(batch, loss_scale=1.0)
-        session.engine.bring_scalar(loss, category="loss")
+        session.forward_backward(batch, loss_scale=1.0)
 
 
 def _fake_optimizer_step(session: Session) -> None:
     """Only what crosses the link: the update itself is arithmetic, and there are no numbers."""
     session.engine.per = "optimizer_step"
+    with session.device.scope():
+        session.exchange.close_window()
     if session.router_weights:
         with session.device.scope(), torch.no_grad():
             session.engine.bring_scalar(session.squared_router_norm(), category="router_norm")

@@ -128,13 +128,24 @@ def test_eager_attention_keeps_probabilities_twice_below_fp32() -> None:
     assert sizes(fp32, "loss")["attention"] == 2 * 4 * (2 * 3 * 4 * 4 + 2 * 4 * 4)
 
 
+def test_cached_rows_and_the_sums_of_their_gradients() -> None:
+    method = sparse(cached_rows=9, gradients_on_device=True)
+    resident = sizes(device_ledger(shape=tiny_shape(), workload=tiny_workload(), method=method), "resident")
+    assert resident["kept_rows"] == 3 * 9 * 2 * 8 * 2
+    assert resident["gradient_sums"] == (3 * 9 + 256) * 2 * 8 * 4  # fp32, and 256 rows to cast bf16 gradients in
+    assert resident["row_indices"] == 3 * 6 * 4
+    fp32 = device_ledger(shape=tiny_shape(), workload=tiny_workload(), method=sparse(cached_rows=9, adapter_bytes=4))
+    assert "gradient_sums" not in sizes(fp32, "resident")
+
+
 def test_key_experts_adds_routers_gates_and_routing() -> None:
     method = sparse(key_experts=True, num_experts=3, num_probes=2)
     ledger = device_ledger(shape=tiny_shape(), workload=tiny_workload(), method=method)
     resident, loss = sizes(ledger, "resident"), sizes(ledger, "loss")
     assert (resident["router_weights"], resident["router_moments"]) == (3 * 3 * 8 * 4, 2 * 3 * 3 * 8 * 4)
     assert loss["adapter"] == 3 * 4 * (8 + 5 + 3) * 2  # gate scores [4, 3] beside input and activations
-    assert loss["routing"] == 3 * (4 * 2 * 4) + 15 * 4  # int32 probes [4, 2] per layer, int32 expert of 15 rows
+    assert loss["routing"] == 3 * (4 * 2 * 4)  # int32 probes [4, 2] per layer
+    assert resident["row_indices"] == 3 * 6 * 4  # int32 expert of up to 6 rows per layer
 
 
 @pytest.mark.parametrize(
