@@ -98,15 +98,20 @@ def budget_options(command: Command) -> Command:
     """The card, the host and what connects them."""
     return apply_options(
         command,
-        click.option("--gpu", metavar="NAME", help="Card whose memory and rates to plan for, or 'emulated'."),
+        click.option(
+            "--gpu",
+            metavar="NAME|FILE",
+            help="Card whose memory and rates to plan for, or 'emulated', or a file of "
+            "meft-profile: then host, link and sparsity are read from it too unless given.",
+        ),
         click.option(
             "--gpu-mem",
             type=SIZE,
             help="GPU memory, as printed on the card's box: GB = GiB = 2^30 bytes here. MiB, GiB and bytes work too.",
         ),
         click.option("--host-mem", type=SIZE, help="Host memory for the adapter. [default: this machine's RAM]"),
-        click.option("--host", metavar="NAME", help="Class of host: its CPU rates."),
-        click.option("--link", metavar="NAME", help="Class of host-device link. [default: the card's slot]"),
+        click.option("--host", metavar="NAME|FILE", help="Class of host: its CPU rates."),
+        click.option("--link", metavar="NAME|FILE", help="Class of host-device link. [default: the card's slot]"),
         click.option("--sparsity", metavar="NAME|FILE", help="Profile of how many rows a batch activates."),
     )
 

@@ -13,6 +13,7 @@ from meft.planner.models import load_model
 from meft.planner.plan import AdapterDtype, Attention, Request, WeightsDtype
 from meft.planner.profiles import (
     GpuProfile,
+    Section,
     gpu_names,
     load_defaults,
     load_gpu,
@@ -20,6 +21,7 @@ from meft.planner.profiles import (
     load_link,
     load_sparsity,
     looks_like_path,
+    sections_in,
 )
 from meft.planner.schema import validated
 from meft.planner.search import ProfileSet
@@ -63,9 +65,12 @@ def planning(options: RequestOptions) -> Planning:
     shape, _, model_path = load_model(options.model if options.model is not None else defaults.model)
     budget = _gpu_budget(options)
     gpu = budget.gpu
-    host_name = options.host or (EMULATED if gpu.shares_host_cores else defaults.host)
-    host, link = load_host(host_name), load_link(options.link or gpu.link)
-    sparsity_name = options.sparsity or defaults.sparsity
+    beside = _beside_the_gpu(options)
+    usual_host = EMULATED if gpu.shares_host_cores else defaults.host
+    host_name = options.host or beside.get("host", usual_host)
+    link_name = options.link or beside.get("link", gpu.link)
+    sparsity_name = options.sparsity or beside.get("sparsity", defaults.sparsity)
+    host, link = load_host(host_name), load_link(link_name)
     sparsity = load_sparsity(sparsity_name)
     weights, adapter = _dtypes(options, gpu)
     _check_model(options, shape)
@@ -76,7 +81,7 @@ def planning(options: RequestOptions) -> Planning:
         "model_path": model_path,
         "gpu": budget.gpu_name,
         "host": _reference(host_name, host.key),
-        "link": _reference(options.link or gpu.link, link.key),
+        "link": _reference(link_name, link.key),
         "sparsity": _reference(sparsity_name, sparsity.key),
         "gpu_mem_bytes": budget.gpu_mem_bytes,
         "host_mem_bytes": host_mem_bytes,
@@ -88,7 +93,7 @@ def planning(options: RequestOptions) -> Planning:
     return Planning(
         request=validated(Request, fields, source="options"),
         profiles=ProfileSet(gpu=gpu, link=link, host=host, sparsity=sparsity),
-        notes=(*budget.notes, *host_notes, *_dtype_notes(gpu, weights)),
+        notes=(*budget.notes, *_beside_notes(options, beside), *host_notes, *_dtype_notes(gpu, weights)),
     )
 
 
@@ -142,6 +147,19 @@ def _gpu_budget(options: RequestOptions) -> _Budget:
             f"give at most that, or leave --gpu-mem out"
         )
     return _Budget(gpu, name, gpu.total_bytes, (f"GPU memory: NVML's total of {gpu.key}, a little below --gpu-mem",))
+
+
+def _beside_the_gpu(options: RequestOptions) -> dict[Section, str]:
+    """Profiles that the file of ``--gpu`` holds besides: they were measured on the same machine."""
+    if options.gpu is None or not looks_like_path(options.gpu):
+        return {}
+    return dict.fromkeys(sections_in(options.gpu), options.gpu)
+
+
+def _beside_notes(options: RequestOptions, beside: dict[Section, str]) -> tuple[str, ...]:
+    given = {"gpu": options.gpu, "host": options.host, "link": options.link, "sparsity": options.sparsity}
+    taken = [section for section in beside if given[section] is None]
+    return (f"{' and '.join(taken)}: from {options.gpu} too",) if taken else ()
 
 
 def _reference(given: str, key: str) -> str:

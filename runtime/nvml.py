@@ -366,6 +366,37 @@ class _Library:
             self.call("nvmlShutdown")
 
 
+class NvmlSession:
+    """NVML for a few questions to one card: ``session(function, *arguments)``, open within its ``with``.
+
+    Raises :class:`NvmlFailure` where NVML, the card or the answer is not there. Tests pass their own ``nvml``.
+    """
+
+    def __init__(self, identity: DeviceIdentity, *, nvml: Any = None) -> None:
+        self._identity = identity
+        self._nvml = nvml
+
+    def __enter__(self) -> NvmlSession:
+        try:
+            self._library = _Library(importlib.import_module("pynvml") if self._nvml is None else self._nvml)
+        except ImportError as error:
+            raise NvmlFailure("nvidia-ml-py is not installed") from error
+        self._library.call("nvmlInit")
+        try:
+            self._handle = self._library.find(self._identity)
+        except NvmlFailure:
+            self._library.shut_down()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._library.shut_down()
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        """Ask the card."""
+        return self._library.call(name, self._handle, *arguments)
+
+
 class _Device:
     """The questions put to one card. Every method raises :class:`NvmlFailure`."""
 

@@ -28,6 +28,7 @@ RECORDS_AND_PROFILES = {
     "plan",
     "report",
     "profiles",
+    "profile_file",
     "models",
     "architecture",
     "errors",
@@ -248,6 +249,7 @@ def loaded_by(module: str, *arguments: str, folder: Path) -> set[str]:
         pytest.param("meft.planner.cli", ("meft-plan", "--help"), id="meft-plan --help"),
         pytest.param("meft.planner.cli", ("meft-plan", "--gpu-mem", "24GB", "--host-mem", "64GB"), id="meft-plan"),
         pytest.param("meft.runtime.cli", ("meft-run", "--help"), id="meft-run --help"),
+        pytest.param("meft.runtime.profile_cli", ("meft-profile", "--help"), id="meft-profile --help"),
     ],
 )
 def test_a_command_starts_without_torch(module, arguments, tmp_path) -> None:
