@@ -87,6 +87,7 @@ class RequestOptions:
     prefetch_depth: int | None = None
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
+    active_rows_quantile: float | None = None
 
     @classmethod
     def taken_from(cls, given: dict[str, Any]) -> RequestOptions:
@@ -172,6 +173,11 @@ def search_options(command: Command) -> Command:
             "--min-trainable",
             type=FiniteRange(0.0, 1.0),
             help="Least trainable parameters for --objective speed, as a fraction of the model. [default: 0.1]",
+        ),
+        click.option(
+            "--active-rows-quantile",
+            type=FiniteRange(0.5, 1.0, min_open=True, max_open=True),
+            help="Share of micro-batches whose active rows the cap must hold. [default: 0.99]",
         ),
     )
 

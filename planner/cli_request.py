@@ -215,6 +215,7 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "prefetch_depth": options.prefetch_depth,
         "routing": options.routing,
         "rows_in_backward": options.rows_in_backward,
+        "active_rows_quantile": options.active_rows_quantile,
     }
     return {name: value for name, value in names.items() if value is not None}
 

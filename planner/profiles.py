@@ -149,10 +149,24 @@ class HostProfile(Record):
     """Python per expert that some token probes: Key-Experts routing goes through them one after the other."""
 
 
+TYPICAL_TOKENS = 512
+TYPICAL_SHARE = 1 / 32
+"""Where a layer's law is centred: the default micro-batch, and K = 64 of R = 2048."""
+
+
 class LayerSparsity(Record):
-    """Union growth of one layer: ``A/R = 1 - (1 - K/R)^(T^alpha)``."""
+    """Union growth of one layer: ``A/R = 1 - (1 - K/R)^q`` with ``q(T, K/R)`` effective tokens; see
+    :mod:`meft.planner.sparsity`. With ``alpha`` alone it is ``q = T^alpha``."""
 
     alpha: Annotated[float, Field(gt=0.0, le=1.0)]
+    """How effective tokens grow with tokens: ``q ~ T^alpha`` at a share ``K/R`` of 1/32."""
+    log_level: Annotated[float, Field(ge=0.0)] | None = None
+    """``ln q`` at 512 tokens and that share; None: ``alpha * ln 512``."""
+    level_slope: float = 0.0
+    level_curve: float = 0.0
+    """How ``ln q`` changes with ``ln(K/R)``, linearly and squared."""
+    alpha_slope: float = 0.0
+    """How ``alpha`` changes with ``ln(K/R)``."""
 
 
 class SparsityProfile(Record):
@@ -165,7 +179,13 @@ class SparsityProfile(Record):
     source: Text
     layers: Annotated[tuple[LayerSparsity, ...], Field(min_length=1)]
     spread_fraction: Fraction
-    """How far above the mean the active rows of a batch may lie, as a fraction of the mean."""
+    """How far above the mean the active rows of a batch may lie, as a fraction of the mean: in 99 of 100 batches they
+    lie no higher."""
+    filled_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of a micro-batch's positions that hold tokens: padding activates nothing."""
+    least_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
+    greatest_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Range of ``K/R`` that was measured; beyond it the law of its end holds."""
     prefetch_recall_by_depth: Annotated[tuple[Fraction, ...], Field(min_length=1)]
     """Recall for depth 0, 1, 2, ...; depth 0 is exact, so the first is 1."""
 

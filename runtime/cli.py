@@ -133,6 +133,10 @@ def _summary(report: Report) -> list[str]:
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     steps = f"{report.training.steps} steps, {report.training.optimizer_steps} optimizer steps"
     lines = [f"loss {first:.3f} -> {last:.3f} (means of the first and last {tenth} of {steps})"]
+    busiest = max(observed.active_rows, key=lambda layer: layer.max)
+    if busiest.p99 is not None:
+        counts = f"mean {busiest.mean:,.0f}, median {busiest.median:,.0f}, p99 {busiest.p99:,.0f}, max {busiest.max:,}"
+        lines.append(f"active rows of the busiest layer, {busiest.layer}: {counts} over {observed.steps} steps")
     if observed.prefetch_recall not in (None, 1.0):
         lines.append(f"look-ahead routing found {observed.prefetch_recall:.1%} of the exact choice")
     if observed.dropped_rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 from collections.abc import Sequence
@@ -162,9 +163,21 @@ def transfer(session: Session, *, steps: int, windows: int, pcie: PcieReading) -
 def active_rows(per_step: Sequence[Sequence[int]]) -> tuple[ActiveRows, ...]:
     """Per layer over the steps."""
     return tuple(
-        ActiveRows(layer=layer, mean=statistics.fmean(counts), max=max(counts), total=sum(counts))
+        ActiveRows(
+            layer=layer,
+            mean=statistics.fmean(counts),
+            median=statistics.median(counts),
+            p99=_percentile_99(counts),
+            max=max(counts),
+            total=sum(counts),
+        )
         for layer, counts in enumerate(zip(*per_step, strict=True))
     )
+
+
+def _percentile_99(counts: Sequence[int]) -> float:
+    """The smallest count that 99 % of the batches do not exceed."""
+    return float(sorted(counts)[math.ceil(0.99 * len(counts)) - 1])
 
 
 def device_entries(by_category: dict[str, int]) -> tuple[MemoryEntry, ...]:
