@@ -44,6 +44,8 @@ class FitError:
     """Of the point with the largest mean over layers."""
     worst: float
     """Of any layer at any point."""
+    worst_total: float
+    """Of the mean over layers of the rows, which traffic follows, at the worst point."""
     points: int
 
 
@@ -111,10 +113,12 @@ def predicted_fractions(layers: Sequence[LayerSparsity], points: UnionPoints) ->
 
 def fit_error(layers: Sequence[LayerSparsity], points: UnionPoints) -> FitError:
     """How far the laws are from measured points."""
-    relative = np.abs(predicted_fractions(layers, points) / points.fractions - 1)
+    predicted = predicted_fractions(layers, points)
+    relative = np.abs(predicted / points.fractions - 1)
     return FitError(
         mean=float(relative.mean()),
         worst_point=float(relative.mean(axis=0).max()),
         worst=float(relative.max()),
+        worst_total=float(np.abs(predicted.mean(axis=0) / points.fractions.mean(axis=0) - 1).max()),
         points=points.tokens.size,
     )

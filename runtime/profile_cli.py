@@ -88,8 +88,9 @@ def sparsity(output: Path, **given: Any) -> None:
     measured.save(output)
     show_measurements(measured)
     click.echo(
-        f"the fit is {error.mean:.1%} off on text and points (T, K, R) that it did not see, {error.worst_point:.1%} at "
-        f"the worst of {error.points} points (means over layers)"
+        f"on text and {error.points} points (T, K, R) that the fit did not see, a layer's rows are {error.mean:.1%} "
+        f"off in the mean, {error.worst_point:.1%} at the worst point; all layers' together {error.worst_total:.1%} at "
+        f"most"
     )
     _say_how_to_plan(measured, output)
 
@@ -198,16 +199,23 @@ def show_measurements(file: ProfileFile) -> None:
     for name in ("what", "median", "quartiles", "n", "with"):
         table.add_column(name, justify="right" if name in ("median", "n") else "left")
     for each in file.measurements:
-        quartiles = f"{_number(each.low_quartile)} to {_number(each.high_quartile)}"
-        median = f"{_number(each.median)} {each.unit}"
-        table.add_row(each.name, median, quartiles, str(each.repetitions), each.detail)
+        low, median, high = (_shown(value, each.unit) for value in (each.low_quartile, each.median, each.high_quartile))
+        table.add_row(each.name, f"{median}{_unit(each.unit)}", f"{low} to {high}", str(each.repetitions), each.detail)
     console.print(table)
     for warning in file.warnings:
         console.print(f"warning: {warning}", soft_wrap=True, markup=False)
 
 
-def _number(value: float) -> str:
-    """Three digits with an SI prefix."""
+def _unit(unit: str) -> str:
+    return {"share": "", "rows": ""}.get(unit, f" {unit}")
+
+
+def _shown(value: float, unit: str) -> str:
+    """A share as percent, rows in full, anything else with three digits and an SI prefix."""
+    if unit == "share":
+        return f"{value:.1%}"
+    if unit == "rows":
+        return f"{value:,.0f}"
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m")):
         if abs(value) >= factor:
             return f"{value / factor:.3g}{prefix}"

@@ -116,8 +116,9 @@ def _source(request: SparsityRequest, error: FitError, date: str, torch_version:
     return (
         f"meft-profile sparsity --model {Path(request.model).name} {data}: {rows}; fitted to {request.tokens:,} tokens "
         f"in sequences of up to {request.seq_len}; on other text and at {error.points} points (T, K, R) that the fit "
-        f"did not see, active rows are {error.mean:.1%} off (mean over layers and points; {error.worst_point:.1%} at "
-        f"the worst point); spread_fraction: {SPREAD_QUANTILE:.0%} of batches of {TYPICAL[0]} tokens lie within it; "
+        f"did not see, the rows of a layer are {error.mean:.1%} off (mean over layers and points), and the mean of all "
+        f"layers' rows {error.worst_total:.1%} at the worst point; "
+        f"spread_fraction: {SPREAD_QUANTILE:.0%} of batches of {TYPICAL[0]} tokens lie within it; "
         f"{date}, torch {torch_version}"
     )
 
@@ -345,6 +346,8 @@ def _measurements(halves: Sequence[Half], error: FitError) -> Iterator[Measureme
         yield measurement(f"traffic of the hottest {hot:.0%} of rows", "share", "spread over layers", values)
     yield measurement("error of active rows, mean", "share", f"{error.points} unseen points", [error.mean])
     yield measurement("error of active rows, worst point", "share", "mean over layers", [error.worst_point])
+    detail = "of the mean of all layers' rows, which traffic follows"
+    yield measurement("error of total rows, worst point", "share", detail, [error.worst_total])
 
 
 def _nearest(wanted: int, measured: Sequence[int]) -> int:

@@ -128,7 +128,7 @@ def test_the_command_writes_a_profile_that_planning_reads(glass_folder, text, tm
     words = ("--model", glass_folder, "--data", text, "--text", "--tokens", 4096, "--seq-len", 128, "-o", path)
     code, output = run(*words)
     assert code == 0, output
-    assert "that it did not see" in output
+    assert "that the fit did not see" in output
     profile, file = load_sparsity(str(path)), ProfileFile.load(path)
     assert len(profile.layers) == 4
     assert profile.prefetch_recall_by_depth[0] == 1

@@ -66,6 +66,8 @@ def test_errors_by_hand() -> None:
     assert error.worst_point == pytest.approx(0.15)
     assert error.worst == pytest.approx(0.2)
     assert error.points == 2
+    by_hand = [1 / ((1 / 1.1 + 1 / 1.2) / 2) - 1, 0.0]  # both layers have the same rows
+    assert error.worst_total == pytest.approx(max(by_hand))
 
 
 # --- the law -------------------------------------------------------------------------------------------------------
