@@ -167,6 +167,8 @@ class LayerSparsity(Record):
     """How ``ln q`` changes with ``ln(K/R)``, linearly and squared."""
     alpha_slope: float = 0.0
     """How ``alpha`` changes with ``ln(K/R)``."""
+    growth_curve: float = 0.0
+    """How ``ln q`` bends with ``ln T``, between 64 and 2048 tokens; beyond them it goes on straight."""
 
 
 class SparsityProfile(Record):

@@ -4,8 +4,8 @@ Each token takes ``K`` of ``R`` rows. Were the picks of ``T`` tokens independent
 ``(1 - K/R)^T`` of the rows out; tokens of a text agree, so it grows as if there were only ``q`` of them:
 
     A / R = 1 - (1 - K/R)^q            1 <= q <= T
-    ln q  = log_level + level_slope*s + level_curve*s^2 + (alpha + alpha_slope*s) * ln(T/512)
-    s     = ln(K/R) - ln(1/32)
+    ln q  = log_level + level_slope*s + level_curve*s^2 + (alpha + alpha_slope*s) * t + growth_curve * t^2
+    s     = ln(K/R) - ln(1/32),   t = ln(T/512)
 
 per layer. That ``A/R`` depends on ``K`` and ``R`` by their ratio alone was measured (SmolLM2, R from 256 to 4096 and K
 from 8 to 128 agree along equal ratios). Where only ``alpha`` is known, ``q = T^alpha``.
@@ -29,6 +29,8 @@ from meft.planner.plan import Decision, Request, Sparsity
 from meft.planner.profiles import TYPICAL_SHARE, TYPICAL_TOKENS, LayerSparsity, SparsityProfile
 from meft.planner.quantities import Floats, Ints, Reals
 
+BENT_FROM, BENT_UP_TO = math.log(64 / TYPICAL_TOKENS), math.log(2048 / TYPICAL_TOKENS)
+"""Range of ``t`` in which growth may bend: what is measured."""
 SPREAD_QUANTILE = 0.99
 """What a profile's ``spread_fraction`` stands for."""
 
@@ -69,6 +71,7 @@ class LayerLaws:
     level_slope: NDArray[np.float64]
     level_curve: NDArray[np.float64]
     alpha_slope: NDArray[np.float64]
+    growth_curve: NDArray[np.float64]
     least_share: float = 1e-6
     greatest_share: float = 1.0
 
@@ -79,9 +82,18 @@ class LayerLaws:
         offset = np.log(measured_share) - math.log(TYPICAL_SHARE)
         growth = np.clip(self.alpha + self.alpha_slope * offset, 0.0, 1.0)
         level = self.log_level + offset * (self.level_slope + offset * self.level_curve)
-        log_effective = level + growth * (log_tokens - math.log(TYPICAL_TOKENS))
+        log_effective = level + grown(log_tokens - math.log(TYPICAL_TOKENS), growth=growth, curve=self.growth_curve)
         effective: Floats = np.exp(np.clip(log_effective, 0.0, log_tokens))
         return effective
+
+
+def grown(log_tokens: Floats, *, growth: Floats, curve: Floats) -> Floats:
+    """``growth * t + curve * t^2`` within the range of a bend, straight beyond it, and falling nowhere."""
+    curve = np.clip(curve, -growth / (2 * BENT_UP_TO), growth / (2 * -BENT_FROM))
+    bent = np.clip(log_tokens, BENT_FROM, BENT_UP_TO)
+    slope = np.clip(growth + 2 * curve * bent, 0.0, 1.0)
+    total: Floats = growth * bent + curve * bent * bent + slope * (log_tokens - bent)
+    return total
 
 
 def layer_laws(layers: Sequence[LayerSparsity], *, axes: int = 0) -> LayerLaws:
@@ -99,6 +111,7 @@ def layer_laws(layers: Sequence[LayerSparsity], *, axes: int = 0) -> LayerLaws:
         level_slope=column(layer.level_slope for layer in layers),
         level_curve=column(layer.level_curve for layer in layers),
         alpha_slope=column(layer.alpha_slope for layer in layers),
+        growth_curve=column(layer.growth_curve for layer in layers),
     )
 
 

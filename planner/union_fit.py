@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.profiles import TYPICAL_SHARE, TYPICAL_TOKENS, LayerSparsity
-from meft.planner.sparsity import layer_laws, union_fraction
+from meft.planner.sparsity import grown, layer_laws, union_fraction
 
 POINTS_FOR_SHARES = 6
 """Points of as many as three shares from which the law's dependence on ``K/R`` is fitted; fewer leave it out."""
@@ -52,7 +52,7 @@ class FitError:
 def fit_layers(points: UnionPoints) -> tuple[LayerSparsity, ...]:
     """The law of each layer, by least squares of the relative error of ``A``.
 
-    With points of three shares or more all five parameters, with fewer level and growth. Raises :class:`ValueError`
+    With points of three shares or more all six parameters, with fewer level and growth. Raises :class:`ValueError`
     for points of fewer than two token counts: growth does not follow from them.
     """
     if len(np.unique(points.tokens)) < 2:
@@ -68,22 +68,23 @@ def _fit_layer(
 
     offset = np.log(shares) - math.log(TYPICAL_SHARE)
     alpha, level = _first_guess(tokens, shares, fractions)
-    start = [alpha, level, 0.0, 0.0, 0.0] if with_shares else [alpha, level]
+    start = [alpha, level, 0.0, 0.0, 0.0, 0.0] if with_shares else [alpha, level]
     log_tokens = np.log(tokens)
 
     def residuals(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        given = np.concatenate([values, np.zeros(5 - len(values))])
+        given = np.concatenate([values, np.zeros(6 - len(values))])
         growth = np.clip(given[0] + given[4] * offset, 0.0, 1.0)
-        log_effective = given[1] + offset * (given[2] + offset * given[3]) + growth * (log_tokens - _LOG_TYPICAL)
+        level = given[1] + offset * (given[2] + offset * given[3])
+        log_effective = level + grown(log_tokens - _LOG_TYPICAL, growth=growth, curve=given[5])
         effective = np.exp(np.clip(log_effective, 0.0, log_tokens))
         relative: NDArray[np.float64] = union_fraction(shares, effective_tokens=effective) / fractions - 1
         return relative
 
-    lowest, highest = [1e-4, 0.0, -5.0, -5.0, -1.0], [1.0, 30.0, 5.0, 5.0, 1.0]
+    lowest, highest = [1e-4, 0.0, -5.0, -5.0, -1.0, -0.3], [1.0, 30.0, 5.0, 5.0, 1.0, 0.3]
     bounds = (lowest[: len(start)], highest[: len(start)])
     found = least_squares(residuals, np.clip(start, *bounds), bounds=bounds, x_scale=0.1).x
-    rounded = [round(float(value), _DIGITS) for value in found] + [0.0] * (5 - len(found))
-    names = ("alpha", "log_level", "level_slope", "level_curve", "alpha_slope")
+    rounded = [round(float(value), _DIGITS) for value in found] + [0.0] * (6 - len(found))
+    names = ("alpha", "log_level", "level_slope", "level_curve", "alpha_slope", "growth_curve")
     return LayerSparsity(**dict(zip(names, rounded, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""The law of active rows with its five parameters: found again from its own points, and fitted to published unions."""
+"""The law of active rows with its six parameters: found again from its own points, and fitted to published unions."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ laws = st.builds(
     level_slope=st.floats(-0.2, 0.2),
     level_curve=st.floats(-0.05, 0.05),
     alpha_slope=st.floats(-0.03, 0.03),
+    growth_curve=st.floats(-0.04, 0.04),
 )
 
 
@@ -101,6 +102,15 @@ def test_a_law_by_hand() -> None:
     assert rows(law, tokens=2048, top_k=64, width=2048) == round(2048 * (1 - (31 / 32) ** (2 * math.exp(3))))
     level = 3 + 0.7 * math.log(2) + 0.1 * math.log(2) ** 2
     assert rows(law, tokens=512, top_k=128, width=2048) == round(2048 * (1 - (15 / 16) ** math.exp(level)))
+
+
+def test_a_bent_law_by_hand() -> None:
+    """At 2048 tokens, t = ln 4, the bend adds 0.03 t^2; beyond them the law goes on with the slope it has there."""
+    law = LayerSparsity(alpha=0.5, log_level=2.0, growth_curve=-0.03)
+    end = 2 + 0.5 * math.log(4) - 0.03 * math.log(4) ** 2
+    assert rows(law, tokens=2048, top_k=64, width=2048) == round(2048 * (1 - (31 / 32) ** math.exp(end)))
+    beyond = end + (0.5 - 2 * 0.03 * math.log(4)) * math.log(2)
+    assert rows(law, tokens=4096, top_k=64, width=2048) == round(2048 * (1 - (31 / 32) ** math.exp(beyond)))
 
 
 def test_padding_activates_nothing() -> None:
