@@ -93,7 +93,7 @@ def audit(
     their own. Raises :class:`UsageError` for a report of another plan, a report without a step, and a tolerance for an
     unknown quantity.
     """
-    _check_belongs(plan, report)
+    check_belongs(plan, report)
     gpu = gpu if gpu is not None and _reproduces(plan, gpu) else None
     steps = report.observed.steps
     rows = (
@@ -196,7 +196,8 @@ def category_checks(plan: Plan, report: Report, steps: int) -> tuple[CategoryChe
     )
 
 
-def _check_belongs(plan: Plan, report: Report) -> None:
+def check_belongs(plan: Plan, report: Report) -> None:
+    """Raise :class:`UsageError` for a report of another plan or model."""
     digest = plan.content_digest()
     if report.plan_digest != digest:
         raise UsageError(
@@ -412,6 +413,17 @@ def _estimated_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
             because="mean over layers and steps",
         )
     ]
+    highest = [layer.p99 for layer in observed.active_rows if layer.p99 is not None]
+    if highest and sparsity.quantile_rows_per_layer:
+        rows.append(
+            _row(
+                "active_rows_p99",
+                max(sparsity.quantile_rows_per_layer),
+                max(highest),
+                bases=(sparsity.basis, "counted"),
+                because=f"busiest layer; planned for {sparsity.quantile:.4g} of batches, observed 99 of 100",
+            )
+        )
     if observed.prefetch_recall is not None:
         rows.append(
             _row(

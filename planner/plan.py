@@ -51,6 +51,8 @@ class Request(Record):
     objective: Objective = "capacity"
     max_slowdown: Annotated[float, Field(ge=1.0)] = 1 / 0.63
     min_trainable_fraction: Fraction = 0.10
+    active_rows_quantile: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.99
+    """Share of micro-batches whose active rows no cap may cut: they vary from batch to batch."""
     adapter_width: Count | None = None
     top_k: Count | None = None
     prefetch_depth: Index | None = None
@@ -193,6 +195,9 @@ class Sparsity(Record):
     """With cached rows: missing ones that there is no room to keep."""
     kept_rows_per_layer: tuple[Index, ...] = ()
     """With cached rows: how many are on the device at the window's end."""
+    quantile: Fraction | None = None
+    quantile_rows_per_layer: tuple[Index, ...] = ()
+    """Rows that this share of micro-batches does not exceed, as the sparsity profile's spread says."""
     prefetch_recall: Fraction
     basis: Basis
 

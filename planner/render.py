@@ -218,10 +218,13 @@ def _why_width(plan: Plan) -> str:
 
 
 def _why_cap(plan: Plan) -> str:
-    rows = plan.prediction.sparsity.active_rows_per_layer
-    most = max(rows)
+    sparsity = plan.prediction.sparsity
+    rows, most = sparsity.active_rows_per_layer, max(sparsity.active_rows_per_layer)
     spare = plan.decision.active_rows_cap / most - 1 if most else 0.0
-    return f"{most:,} expected{' in the busiest layer' if min(rows) != most else ''}, {percent(spare)} room above"
+    why = f"{most:,} expected{' in the busiest layer' if min(rows) != most else ''}, {percent(spare)} room above"
+    if sparsity.quantile is not None and sparsity.quantile_rows_per_layer:
+        why += f"; {percent(sparsity.quantile)} of batches need at most {max(sparsity.quantile_rows_per_layer):,}"
+    return why
 
 
 def _why_prefetch(plan: Plan) -> str:

@@ -57,6 +57,9 @@ class ActiveRows(Record):
 
     layer: Index
     mean: float
+    median: float | None = None
+    p99: float | None = None
+    """99 of 100 batches had no more; the largest where there were fewer than 100. Null in reports of older versions."""
     max: Index
     total: Index
     """Sum over steps: with it the transfer model gives the counted bytes exactly (see ``meft-plan audit``)."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from meft.planner.plan import Decision, Request, RowsInBackward
 from meft.planner.profiles import SparsityProfile
 from meft.planner.quantities import Ints
-from meft.planner.sparsity import active_rows_per_layer, highest_active_rows, prefetch_recall
+from meft.planner.sparsity import active_rows_per_layer, highest_active_rows, prefetch_recall, spread_at
 
 WIDTHS_PER_HIDDEN_SIZE = 4
 """Widths go up to ``4D``, twice the paper's widest (8464 for D = 4096); wider adapters can be asked for by width."""
@@ -205,11 +205,14 @@ def active_rows_caps(
 ) -> NDArray[np.int64]:
     """Caps ``[caps, routings]``, ascending: multiples of the most rows that a batch is expected to activate, and ``R``.
 
-    That most is the busiest layer's, with the profile's spread. Active rows are ``[L, routings]``.
+    That most is the busiest layer's, with the profile's spread at the request's quantile of batches. Active rows are
+    ``[L, routings]``.
     """
     busiest = active_rows.max(axis=0)
     highest = highest_active_rows(
-        active_rows=busiest, spread_fraction=sparsity.spread_fraction, adapter_width=adapter_width
+        active_rows=busiest,
+        spread_fraction=spread_at(sparsity.spread_fraction, quantile=request.active_rows_quantile),
+        adapter_width=adapter_width,
     )
     per_step_of_window = -(-window_active_rows.max(axis=0) // request.grad_accum)
     least = np.maximum(highest, per_step_of_window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 from collections.abc import Sequence
@@ -164,7 +165,14 @@ def transfer(session: Session, *, steps: int, windows: int, pcie: PcieReading) -
 def active_rows(per_step: Sequence[Sequence[int]]) -> tuple[ActiveRows, ...]:
     """Per layer over the steps."""
     return tuple(
-        ActiveRows(layer=layer, mean=statistics.fmean(counts), max=max(counts), total=sum(counts))
+        ActiveRows(
+            layer=layer,
+            mean=statistics.fmean(counts),
+            median=statistics.median(counts),
+            p99=_percentile_99(counts),
+            max=max(counts),
+            total=sum(counts),
+        )
         for layer, counts in enumerate(zip(*per_step, strict=True))
     )
 
@@ -183,6 +191,11 @@ def _with_cached(layers: tuple[ActiveRows, ...], trainer: Trainer) -> tuple[Acti
     return tuple(
         layer.model_copy(update={name: total[layer.layer] for name, total in totals.items()}) for layer in layers
     )
+
+
+def _percentile_99(counts: Sequence[int]) -> float:
+    """The smallest count that 99 % of the batches do not exceed."""
+    return float(sorted(counts)[math.ceil(0.99 * len(counts)) - 1])
 
 
 def device_entries(by_category: dict[str, int]) -> tuple[MemoryEntry, ...]:

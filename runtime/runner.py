@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -81,23 +81,31 @@ def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
     model_loading.check_model_folder(plan, folder)
     checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
     kind = _device_kind(options)
-    for note in preflight.check(plan, preflight.Machine.here(), device_kind=kind, budget_bytes=_budget(plan, options)):
-        display.say(f"note: {note}")
-    tokenizer = model_loading.load_tokenizer(folder)
-    dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
-    display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
-    kernels.warm_up(display.say)
-    nvml = NvmlReader.open(0) if kind == "cuda" else NvmlUnavailable("emulated device: there is no GPU to ask")
-    session = _open_session(plan, options, folder, kind)
-    try:
-        display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")
-        trainer = _trainer(session, dataset, options, pad_token_id(tokenizer), display)
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-            display.say(f"resumed from {checkpoint} after step {len(trainer.history.losses)}")
-        return _train(trainer, nvml, options, display)
-    finally:
-        session.close()
+    with closing(_open_nvml(kind)) as nvml:
+        machine = preflight.Machine.here()
+        for note in preflight.check(plan, machine, device_kind=kind, budget_bytes=_budget(plan, options)):
+            display.say(f"note: {note}")
+        tokenizer = model_loading.load_tokenizer(folder)
+        dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
+        display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+        kernels.warm_up(display.say)
+        with closing(_open_session(plan, options, folder, kind)) as session:
+            display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")
+            trainer = _trainer(session, dataset, options, pad_token_id(tokenizer), display)
+            if checkpoint is not None:
+                trainer.resume(checkpoint)
+                display.say(f"resumed from {checkpoint} after step {len(trainer.history.losses)}")
+            return _train(trainer, nvml, options, display)
+
+
+def _open_nvml(kind: DeviceKind) -> NvmlReader | NvmlUnavailable:
+    """The reader, opened before anything allocates: its growth counts from what the card holds then.
+
+    Preflight comes later, as even asking torch for bf16 allocates on cards that have none.
+    """
+    if kind == "cuda":
+        return NvmlReader.open(0)
+    return NvmlUnavailable("emulated device: there is no GPU to ask")
 
 
 def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOptions, display: Display) -> Report:
@@ -106,8 +114,8 @@ def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOpt
     nvml.start_pcie()
     with _stopping_on_signals(trainer, display):
         trainer.run()
-    memory, pcie = nvml.process_memory(), nvml.pcie_bytes()
-    nvml.close()
+    reserved = torch.cuda.memory_reserved() if trainer.session.device.kind == "cuda" else 0
+    memory, pcie = nvml.process_memory(at_least_bytes=reserved), nvml.pcie_bytes()
     save_adapter(trainer.session, options.output_dir / "adapter", meft_version=version("meft"))
     if trainer.stop_requested:
         display.say(f"stopped after step {len(trainer.history.losses)}; go on with --resume")
