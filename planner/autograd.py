@@ -197,7 +197,11 @@ class Tape:
 
     def differentiates(self, *inputs: Tensor | None) -> bool:
         """Whether an operator on these inputs has a backward."""
-        return self._graph != "off" and any(each is not None and each.node is not None for each in inputs)
+        if self._graph != "off":
+            for each in inputs:
+                if each is not None and each.node is not None:
+                    return True
+        return False
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:

@@ -26,7 +26,8 @@ NF4_CODE_NUMBERS = 16
 DYNAMIC_CODE_NUMBERS = 256
 NUM_STEPS = 2
 MICRO_BATCHES_THAT_DIFFER = 2
-"""The first of an accumulation window makes the gradients; in all others they are there."""
+"""The first of an accumulation window makes the gradients; in all others they are there. The first step, which is
+there to make the optimizer's states, has one."""
 
 _PARTS: dict[str, tuple[str, ...]] = {
     "gpt2": ("norm 0", "attention", "norm 1", "ffn"),
@@ -209,7 +210,7 @@ class _Run:
         outputs: _Outputs | None = None
         inputs: tuple[Tensor, ...] = ()
         for step in range(1, NUM_STEPS + 1):
-            for _ in range(min(self.setup.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
+            for _ in range(1 if step == 1 else min(self.setup.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
                 self._phase("forward")
                 inputs = tuple(self.tape.new(self.setup.tokens, INT64, "inputs") for _ in range(2))
                 outputs = self._forward()
