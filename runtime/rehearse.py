@@ -28,7 +28,7 @@ _NO_NVML = "a rehearsal: no GPU was used"
 
 def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_version: str) -> Report:
     """Run one step and the transfers of one optimizer step under fake tensors; ``config`` is the model's."""
-    with FakeTensorMode(), _unpacked_sequences():
+    with FakeTensorMode(), unpacked_sequences():
         model = model_from_config(plan, config)
         rows = plan.prediction.sparsity.active_rows_per_layer
         session = open_session(plan, model, EmulatedDevice(budget_bytes), seed=0, router=PlannedRouter(rows))
@@ -38,7 +38,7 @@ def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_vers
 
 
 @contextmanager
-def _unpacked_sequences() -> Iterator[None]:
+def unpacked_sequences() -> Iterator[None]:
     """Tell transformers what it cannot read from fake position ids: no sequence is packed.
 
     Left to itself it builds a mask in case there were one, and repeats keys and values because of the mask; a real step

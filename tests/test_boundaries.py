@@ -33,6 +33,8 @@ RECORDS_AND_PROFILES = {
     "errors",
     "units",
     "files",
+    "setup",
+    "stream",
 }
 ALLOCATOR_IS_USED_BY = {"books", "exchange"}
 """The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it, and
