@@ -22,6 +22,7 @@ from meft.planner.stream import Stream
 from meft.runtime.model_loading import COMPUTE_DTYPES
 from meft.runtime.rehearse import unpacked_sequences
 from meft.runtime.trace_books import CudaBooks
+from meft.runtime.trace_functions import CudaFunctions
 from meft.runtime.trace_methods import attach_method
 from meft.runtime.trace_scopes import Scopes, decoder_layers, first_tensor
 
@@ -92,6 +93,7 @@ class _Run:
             stack.enter_context(unpacked_sequences())
             stack.enter_context(self.scopes.following(model))
             stack.enter_context(self._phases(model))
+            stack.enter_context(CudaFunctions())
             stack.enter_context(self.books)
             for step in range(1, STEPS + 1):
                 self._step(model, optimizer, step)
