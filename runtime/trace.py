@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,15 +21,22 @@ from meft.planner.setup import TrainingSetup
 from meft.planner.stream import Stream
 from meft.runtime.model_loading import COMPUTE_DTYPES
 from meft.runtime.rehearse import unpacked_sequences
+from meft.runtime.trace_autocast import cuda_lists
 from meft.runtime.trace_books import CudaBooks
-from meft.runtime.trace_functions import CudaFunctions
+from meft.runtime.trace_flash import flash_attention_package, use_flash_attention
+from meft.runtime.trace_functions import cuda_functions
+from meft.runtime.trace_loading import build_model, load, prepare_for_kbit_training
+from meft.runtime.trace_losses import use_loss
 from meft.runtime.trace_methods import attach_method
+from meft.runtime.trace_optimizers import keeps_steps_on_host, make_optimizer, state_tensors
 from meft.runtime.trace_scopes import Scopes, decoder_layers, first_tensor
 
 WORKSPACE_BYTES = 8_519_680
 """cuBLAS's workspace below Hopper: 4096 KiB x 2 + 16 KiB x 8, torch's default CUBLAS_WORKSPACE_CONFIG."""
 STEPS = 2
 """In the first step the optimizer has no state yet."""
+MICRO_BATCHES = 2
+"""At most so many per step: from the second on, gradients are added to those that are there."""
 
 
 def trace_training(setup: TrainingSetup, config: dict[str, Any], *, workspace_bytes: int = WORKSPACE_BYTES) -> Stream:
@@ -63,71 +70,82 @@ class _Run:
         self.batch: dict[str, torch.Tensor] = {}
 
     def trace(self) -> Stream:
-        model = _build_model(self.setup, self.config)
-        self._adopt(model, trained="other_weights")
+        """The whole run."""
+        setup = self.setup
+        model = build_model(setup, self.config)
+        load(self.books, model, setup)
         self.log.moment("loaded")
-        model = attach_method(model, self.setup)
-        self._adopt(model, trained="trainable_weights")
+        if setup.kbit_preparation:
+            prepare_for_kbit_training(self.books, model, setup)
+        elif setup.activation_checkpointing:
+            model.activation_checkpointing_enable()  # type: ignore[operator]  # with transformers' own defaults
+        model = attach_method(model, setup)
+        self._adopt_new(model)
         self.log.moment("attached")
-        model.train()
-        self._train(model)
+        if setup.attention == "flash":
+            use_flash_attention(model)
+        use_loss(model, setup.loss)
+        self._train(model.train())
         return self.log.stream()
 
-    def _adopt(self, model: nn.Module, *, trained: str) -> None:
-        """Enter what is new of a model's parameters and buffers."""
-        linear = {id(weight) for weight in linear_weights(model)}
-        for name, parameter in model.named_parameters():
-            kind = "linear_weights" if id(parameter) in linear and "lora_" not in name else trained
-            with self.books.category(kind):
+    def _adopt_new(self, model: nn.Module) -> None:
+        with self.books.category("trainable_weights"):
+            for parameter in model.parameters():
                 self.books.adopt(parameter)
-        with self.books.category("rotary_frequencies"):
-            for buffer in model.buffers():
-                self.books.adopt(buffer)
 
     def _train(self, model: nn.Module) -> None:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(lambda p: self.books.recategorise(p.grad, "gradients"))
+            parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
+        optimizer = make_optimizer(self.setup.optimizer, parameters)
         with ExitStack() as stack:
-            stack.enter_context(unpacked_sequences())
-            stack.enter_context(self.scopes.following(model))
-            stack.enter_context(self._phases(model))
-            stack.enter_context(CudaFunctions())
+            for context in (unpacked_sequences(), flash_attention_package(), cuda_lists(), cuda_functions()):
+                stack.enter_context(context)
+            for context in (self.scopes.following(model), self._phases(model)):
+                stack.enter_context(context)
             stack.enter_context(self.books)
             for step in range(1, STEPS + 1):
-                self._step(model, optimizer, step)
+                for _ in range(min(self.setup.grad_accum, MICRO_BATCHES)):
+                    self._micro_batch(model, step)
+                self._optimizer_step(optimizer)
+                self.log.moment(f"optimizer_step_{step}")
 
-    def _step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def _gradient_is_there(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self.books.recategorise(parameter.grad, "gradients")
+
+    def _micro_batch(self, model: nn.Module, step: int) -> None:
         self.scopes.enter("forward", default="forward_temporaries")
         with self.books.category("inputs"):
             self.batch = self._new_batch()
-        self.outputs = model(**self.batch)
+        with self._autocast():
+            self.outputs = model(**self.batch)
         loss = self.outputs.loss
         self.log.moment(f"forward_{step}")
         if not self.setup.outputs_kept:
             self.outputs = None
         with self.books.autograd_thread():
             loss.backward()
-        del loss
         self.log.moment(f"backward_{step}")
-        self._optimizer_step(optimizer)
-        self.log.moment(f"optimizer_step_{step}")
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.setup.autocast == "none":
+            return nullcontext()
+        return torch.autocast("cpu", COMPUTE_DTYPES[self.setup.autocast])
 
     def _optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.scopes.enter("optimizer_step", default="optimizer_temporary")
-        self.books.scalars_on_host = True
+        self.books.scalars_on_host = keeps_steps_on_host(self.setup.optimizer)
         optimizer.step()
         self.books.scalars_on_host = False
-        for state in optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    self.books.recategorise(value, "optimizer_moments")
+        for tensor in state_tensors(optimizer):
+            self.books.recategorise(tensor, "optimizer_moments")
         optimizer.zero_grad(set_to_none=True)
 
     def _new_batch(self) -> dict[str, torch.Tensor]:
+        names = ("input_ids", "labels", *(["attention_mask"] if self.setup.padded else []))
         shape = (self.setup.batch_size, self.setup.seq_len)
-        return {name: torch.zeros(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+        return {name: torch.zeros(shape, dtype=torch.int64) for name in names}
 
     @contextmanager
     def _phases(self, model: nn.Module) -> Iterator[None]:
@@ -151,23 +169,6 @@ class _Run:
             yield
         finally:
             handle.remove()
-
-
-def _build_model(setup: TrainingSetup, config: dict[str, Any]) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    options = dict(config)
-    made = AutoConfig.for_model(options.pop("model_type"), **options)
-    dtype = COMPUTE_DTYPES[setup.weights_dtype]
-    model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=setup.attention)
-    return model
-
-
-def linear_weights(model: nn.Module) -> list[torch.Tensor]:
-    """Weights of the decoder layers' linear modules (GPT-2's are called Conv1D)."""
-    modules = decoder_layers(model).modules()
-    linear = (each for each in modules if isinstance(each, nn.Linear) or type(each).__name__ == "Conv1D")
-    return [each.get_parameter("weight") for each in linear]
 
 
 def peak_holders(stream: Stream, n: int = 20) -> list[tuple[int, int, str, str]]:

@@ -23,6 +23,8 @@ Kernel = Literal["flash", "efficient", "math"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _MAX_FLASH_HEAD = 256
+_FLASH_ROWS = 128
+"""Rows of the backward pass's workspace are rounded up to this, or as many are added to each sequence."""
 _EFFICIENT_ALIGNMENT_BYTES = 16
 """Rows of queries, keys and values must start on such a boundary."""
 _EFFICIENT_MASK_ALIGNMENT = 8
@@ -115,46 +117,48 @@ def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 
 
 class FlashAttention(torch.autograd.Function):
-    """FlashAttention 2 over ``[B, S, H, d]``, as torch has it built in and as the package ``flash-attn`` runs it.
+    """FlashAttention 2 over ``[B, S, H, d]``, as torch has it built in and as the package ``flash-attn`` runs it; or
+    over ``[T, H, d]``, ``num_sequences`` of varying length one after the other.
 
     Kept: query, key, value, output, the log-sum-exp and the state of the random numbers. In backward the gradients of
     grouped keys and values are made for every query head first and summed then; the query's is summed in fp32.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_sequences: int = 0
+    ) -> torch.Tensor:
         """Output like ``query``."""
-        batch, length, heads, _ = query.shape
+        *batch, length, heads, _ = query.shape
         output = torch.empty_like(query)
-        log_sum_exp = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
+        log_sum_exp = torch.empty((*batch, heads, length), dtype=torch.float32, device=query.device)
         random_state = torch.empty(2, dtype=torch.int64, device=query.device)
         ctx.save_for_backward(query, key, value, output, log_sum_exp, random_state)
+        ctx.num_sequences = num_sequences
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients laid out like their tensors."""
         query, key, value, output, _, _ = ctx.saved_tensors
         held = (grad_output.contiguous(), output.contiguous())
         gradients = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-        workspace = _flash_backward_workspace(query, key)
+        workspace = _flash_backward_workspace(query, key, ctx.num_sequences)
         del held, workspace
-        return gradients
+        return (*gradients, None)
 
 
-def _flash_backward_workspace(query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
-    """What ``mha_bwd`` of flash_api.cpp allocates: the row sums, the query's gradient in fp32, and for grouped heads the
+def _flash_backward_workspace(query: torch.Tensor, key: torch.Tensor, num_sequences: int) -> list[torch.Tensor]:
+    """What ``mha_bwd`` of flash_api.cpp allocates: row sums, the query's gradient in fp32, and for grouped heads the
     gradients of keys and values for all query heads."""
-    batch, length, heads, head_size = query.shape
-    rows = -(-length // 128) * 128
-    columns = _round_head_size(head_size)
-    workspace = [
-        torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device),
-        torch.empty((batch, rows, heads, columns), dtype=torch.float32, device=query.device),
-    ]
-    if key.shape[2] != heads:
-        expanded = (batch, key.shape[1], heads, head_size)
+    *batch, length, heads, head_size = query.shape
+    rows = length + _FLASH_ROWS * num_sequences if num_sequences else -(-length // _FLASH_ROWS) * _FLASH_ROWS
+    sums = (*batch, heads, rows)
+    accumulated = (*batch, rows, heads, _round_head_size(head_size))
+    workspace = [torch.empty(shape, dtype=torch.float32, device=query.device) for shape in (sums, accumulated)]
+    if key.shape[-2] != heads:
+        expanded = (*key.shape[:-2], heads, head_size)
         workspace += [torch.empty(expanded, dtype=key.dtype, device=key.device) for _ in range(2)]
     return workspace
 

@@ -78,6 +78,10 @@ class CudaBooks(DeviceBooks):
         if entry is not None and entry.logged is not None:
             self.log.recategorise(entry.logged, category)
 
+    def entered_as(self, tensor: torch.Tensor) -> str:
+        """The category of a tensor in the books."""
+        return self._live[tensor.untyped_storage()._cdata].category
+
     @contextmanager
     def autograd_thread(self) -> Iterator[None]:
         """Backward, which on CUDA runs in a thread of its own."""

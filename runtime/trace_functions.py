@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from meft.runtime.trace_attention import scaled_dot_product_attention
 from meft.runtime.trace_autocast import autocast_dtype
 
 aten = torch.ops.aten
+
+
+@contextmanager
+def cuda_functions() -> Iterator[None]:
+    """Inside, the functions below stand in ``torch.nn.functional``.
+
+    They are put there rather than into a torch function mode, because such a mode is off within ``backward``, where
+    activation checkpointing runs layers again.
+    """
+    replaced = {
+        "scaled_dot_product_attention": scaled_dot_product_attention,
+        "dropout": _dropout,
+        "softmax": _softmax,
+    }
+    with ExitStack() as stack:
+        for name, function in replaced.items():
+            stack.enter_context(mock.patch.object(F, name, function))
+        yield
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
@@ -32,19 +50,3 @@ def _softmax(
     if input.dtype == torch.float16 and dtype == torch.float32:
         return aten._softmax(input, dim, True)  # type: ignore[no-any-return]
     return aten.softmax(input, dim, dtype)  # type: ignore[no-any-return]
-
-
-_REPLACED: dict[Any, Callable[..., Any]] = {
-    F.scaled_dot_product_attention: scaled_dot_product_attention,
-    F.dropout: _dropout,
-    F.softmax: _softmax,
-}
-
-
-class CudaFunctions(TorchFunctionMode):
-    """While active, replaces the functions above."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``func``, or what stands for it."""
-        del types
-        return _REPLACED.get(func, func)(*args, **(kwargs or {}))

@@ -14,6 +14,7 @@ from meft.planner.errors import UsageError
 from meft.planner.setup import TrainingSetup
 from meft.runtime.adapter import ffn_modules
 from meft.runtime.session import ADAPTER_DTYPES
+from meft.runtime.trace_linear4bit import Linear4bit, LoraLinear4bit
 
 
 class DenseAdapter(nn.Module):
@@ -32,26 +33,14 @@ class DenseAdapter(nn.Module):
 
 
 def attach_method(model: nn.Module, setup: TrainingSetup) -> nn.Module:
-    """Freeze what the method freezes, attach what it trains, and enable checkpointing where it is asked for.
+    """Freeze what the method freezes and attach what it trains; returns the model to train, which PEFT wraps.
 
-    Returns the model to train, which PEFT wraps. New parameters are made now, all others are as they were.
+    New parameters are made now, all others are as they were.
     """
-    if setup.method == "full":
-        _enable_checkpointing(model, setup)
-        return model
     if setup.method == "parallel-adapter":
         model.requires_grad_(False)
         _attach_dense_adapters(model, setup)
-        _enable_checkpointing(model, setup)
-        return model
-    _enable_checkpointing(model, setup)
-    return _with_lora(model, setup)
-
-
-def _enable_checkpointing(model: nn.Module, setup: TrainingSetup) -> None:
-    """With transformers' own defaults, which in version 5 are non-reentrant."""
-    if setup.activation_checkpointing:
-        model.activation_checkpointing_enable()  # type: ignore[operator]
+    return model if setup.method in ("full", "parallel-adapter") else _with_lora(model, setup)
 
 
 def _attach_dense_adapters(model: nn.Module, setup: TrainingSetup) -> None:
@@ -82,17 +71,29 @@ def _place_beside(entry: nn.Module, exit_: nn.Module, adapter: nn.Module) -> Non
 def _with_lora(model: nn.Module, setup: TrainingSetup) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    if setup.rank is None or not setup.target_modules:
+        raise UsageError(f"rank and target_modules: {setup.method} needs both")
     config = LoraConfig(
-        r=setup.rank or 0,
-        lora_alpha=2 * (setup.rank or 0),
+        r=setup.rank,
+        lora_alpha=2 * setup.rank,
         target_modules=list(setup.target_modules),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
     )
+    config._register_custom_module({Linear4bit: LoraLinear4bit})
+    fp32 = setup.adapter_dtype == "fp32"
     with warnings.catch_warnings(), _parameters_replaced_by_casts():
         warnings.simplefilter("ignore")  # about fan_in_fan_out of GPT-2's Conv1D, which PEFT sets itself
-        return get_peft_model(model, config, autocast_adapter_dtype=setup.adapter_dtype == "fp32")
+        try:
+            adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=fp32)
+        except ValueError as error:
+            raise UsageError(f"target_modules {', '.join(setup.target_modules)}: {error}") from error
+        if not fp32:  # PEFT gives adapters the dtype of their layer, but beside quantized ones fp32
+            for name, module in adapted.named_modules():
+                if name.endswith(("lora_A.default", "lora_B.default")):
+                    module.to(ADAPTER_DTYPES[setup.adapter_dtype])
+    return adapted
 
 
 @contextmanager
