@@ -36,7 +36,7 @@ ACTIVATION_CHAINS: dict[str, tuple[int, int]] = {
 with a kernel of its own (silu, gelu, gelu_pytorch_tanh, relu ...) is :data:`FUSED_ACTIVATION`."""
 
 SOFT_CAPPED_ATTENTION = frozenset({"gemma2"})
-"""Model types that cap attention scores by a tanh, which transformers only does eagerly."""
+"""Model types that cap attention scores by a tanh, which transformers does eagerly and in flash attention."""
 
 EAGER_SOFTMAX_AS_COMPUTED = frozenset({"gpt2"})
 """Model types whose eager softmax stays in the dtype of the hidden states instead of going through fp32."""
@@ -187,8 +187,8 @@ def soft_capped_attention(shape: ModelShape) -> bool:
 
 
 def attention_used(shape: ModelShape, attention: Attention) -> Attention:
-    """The attention that runs: a soft cap exists eagerly only."""
-    return "eager" if soft_capped_attention(shape) else attention
+    """The attention that runs: sdpa has no soft cap."""
+    return "eager" if soft_capped_attention(shape) and attention == "sdpa" else attention
 
 
 def makes_mask(shape: ModelShape, *, attention: Attention, padded: bool) -> bool:

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import click
 
 from meft.planner.cli_audit import audit_command
-from meft.planner.cli_methods import compare_command, estimate_command
+from meft.planner.cli_compare import compare_command
+from meft.planner.cli_estimate import estimate_command
 from meft.planner.cli_plan import plan_command
 from meft.planner.errors import EXIT_UNEXPECTED, MeftError, unknown_name
 

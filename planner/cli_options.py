@@ -96,7 +96,7 @@ class RequestOptions:
 
 def budget_options(command: Command) -> Command:
     """The card, the host and what connects them."""
-    return _apply(
+    return apply_options(
         command,
         click.option("--gpu", metavar="NAME", help="Card whose memory and rates to plan for, or 'emulated'."),
         click.option(
@@ -112,17 +112,8 @@ def budget_options(command: Command) -> Command:
 
 
 def workload_options(command: Command) -> Command:
-    """The model and what a step trains on, with weights that the runtime takes."""
-    return _workload_options(command, weights=RUNNABLE_WEIGHTS)
-
-
-def all_weights_workload_options(command: Command) -> Command:
-    """The same with every kind of weights that can be priced."""
-    return _workload_options(command, weights=get_args(WeightsDtype))
-
-
-def _workload_options(command: Command, *, weights: tuple[str, ...]) -> Command:
-    return _apply(
+    """The model and what a step trains on."""
+    return apply_options(
         command,
         click.option(
             "--model", metavar="NAME|DIR|FILE", help="Built-in name, model folder, or config.json. [default: llama-7b]"
@@ -138,7 +129,7 @@ def _workload_options(command: Command, *, weights: tuple[str, ...]) -> Command:
         ),
         click.option(
             "--weights-dtype",
-            type=click.Choice(weights),
+            type=click.Choice(RUNNABLE_WEIGHTS),
             help="Of the frozen model. [default: bf16; fp32 on the emulated device]",
         ),
         click.option(
@@ -164,7 +155,7 @@ def _workload_options(command: Command, *, weights: tuple[str, ...]) -> Command:
 
 def search_options(command: Command) -> Command:
     """What to look for, and choices that are made already."""
-    return _apply(
+    return apply_options(
         decision_options(command),
         click.option("--objective", type=click.Choice(get_args(Objective)), default="capacity", show_default=True),
         click.option(
@@ -182,7 +173,7 @@ def search_options(command: Command) -> Command:
 
 def decision_options(command: Command) -> Command:
     """Parts of a decision that the user may fix."""
-    return _apply(
+    return apply_options(
         command,
         click.option("--adapter-width", type=click.IntRange(1, MAX_WIDTH), help="Rows per layer."),
         click.option("--top-k", type=click.IntRange(1, MAX_WIDTH), help="Rows per token."),
@@ -192,7 +183,8 @@ def decision_options(command: Command) -> Command:
     )
 
 
-def _apply(command: Command, *decorators: Callable[[Any], Any]) -> Command:
+def apply_options(command: Command, *decorators: Callable[[Any], Any]) -> Command:
+    """Add options to a command, in the order in which its help lists them."""
     for decorator in reversed(decorators):
         command = decorator(command)
     return command

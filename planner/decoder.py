@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from meft.planner import activations as act
 from meft.planner.architecture import ModelShape
-from meft.planner.autograd import BOOL, FP32, Tensor
+from meft.planner.autograd import BOOL, FP32, HALF, Tensor
 from meft.planner.linears import Place
 from meft.planner.operators import Operators, QuantizedWeights, Weights
 from meft.planner.setup import TrainingSetup
@@ -204,7 +204,9 @@ class Decoder:
         return result
 
     def _lora_added(self, x: Tensor, lora: Lora) -> Tensor:
-        low = self.ops.linear(x, lora.down, "adapter")
+        dropped = self.ops.dropout(x, "adapter", active=self.setup.lora_dropout)
+        low = self.ops.linear(dropped, lora.down, "adapter")
+        del dropped
         return self.ops.scale(self.ops.linear(low, lora.up, "adapter"), "adapter")
 
     # --- FFN --------------------------------------------------------------------------------------------------------
@@ -329,6 +331,8 @@ class Decoder:
             return self._eager_attention(q, k, v, mask)
         if ops.autocast_bytes is not None:
             q, k, v = (ops.cast(each, ops.autocast_bytes, "attention") for each in (q, k, v))
+        if setup.attention == "flash":  # transformers casts what is fp32, which the kernel does not take
+            q, k, v = (ops.cast(each, HALF, "attention") for each in (q, k, v))
         sizes = {"batch_size": setup.batch_size, "seq_len": setup.seq_len, "num_heads": shape.num_heads}
         half = q.itemsize != FP32
         if setup.attention == "flash" or (mask is None and half and shape.head_dim <= LARGEST_FLASH_HEAD):

@@ -27,6 +27,8 @@ ITEM_BYTES = {"fp32": FP32, "bf16": HALF, "fp16": HALF, "nf4": HALF, "int8": HAL
 NF4_CODE_NUMBERS = 16
 DYNAMIC_CODE_NUMBERS = 256
 NUM_STEPS = 2
+MICRO_BATCHES_THAT_DIFFER = 2
+"""The first of an accumulation window makes the gradients; in all others they are there."""
 
 _PARTS: dict[str, tuple[str, ...]] = {
     "gpt2": ("norm 0", "attention", "norm 1", "ffn"),
@@ -211,7 +213,7 @@ class _Run:
         outputs: _Outputs | None = None
         inputs: tuple[Tensor, ...] = ()
         for step in range(1, NUM_STEPS + 1):
-            for _ in range(self.setup.grad_accum):
+            for _ in range(min(self.setup.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
                 self._phase("forward")
                 inputs = tuple(self.tape.new(self.setup.tokens, INT64, "inputs") for _ in range(2))
                 outputs = self._forward()
@@ -223,6 +225,7 @@ class _Run:
             self.tape.mark(f"backward_{step}")
             self._phase("optimizer_step")
             self.optimizer.step()
+            self.tape.mark(f"updated_{step}")
             self._zero_gradients()
             self.tape.mark(f"optimizer_step_{step}")
         del outputs, inputs
@@ -244,7 +247,11 @@ class _Run:
         return _Outputs(loss, logits, cache)
 
     def _loss(self, logits: Tensor) -> Tensor:
-        return self.ops.cross_entropy(self.ops.cast(logits, FP32, "loss_chain"))
+        wide = self.ops.cast(logits, FP32, "loss_chain")
+        if self.setup.loss != "hf-shifted-logits":
+            return self.ops.cross_entropy(wide)
+        last_left_out = wide.numel // self.setup.seq_len * (self.setup.seq_len - 1)
+        return self.ops.cross_entropy(self.ops.copy(self.ops.slice(wide, last_left_out), "loss_chain"))
 
     def _fused_loss(self, logits: Tensor) -> Tensor:
         """A kernel that writes the logits' gradient over the logits."""
