@@ -74,11 +74,11 @@ class _Run:
         setup = self.setup
         model = build_model(setup, self.config)
         load(self.books, model, setup)
-        self.log.moment("loaded")
         if setup.kbit_preparation:
             prepare_for_kbit_training(self.books, model, setup)
         elif setup.activation_checkpointing:
             model.activation_checkpointing_enable()  # type: ignore[operator]  # with transformers' own defaults
+        self.log.moment("loaded")
         model = attach_method(model, setup)
         self._adopt_new(model)
         self.log.moment("attached")
@@ -107,8 +107,7 @@ class _Run:
             for step in range(1, STEPS + 1):
                 for _ in range(min(self.setup.grad_accum, MICRO_BATCHES)):
                     self._micro_batch(model, step)
-                self._optimizer_step(optimizer)
-                self.log.moment(f"optimizer_step_{step}")
+                self._optimizer_step(optimizer, step)
 
     def _gradient_is_there(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
@@ -133,14 +132,16 @@ class _Run:
             return nullcontext()
         return torch.autocast("cpu", COMPUTE_DTYPES[self.setup.autocast])
 
-    def _optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _optimizer_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         self.scopes.enter("optimizer_step", default="optimizer_temporary")
         self.books.scalars_on_host = keeps_steps_on_host(self.setup.optimizer)
         optimizer.step()
         self.books.scalars_on_host = False
         for tensor in state_tensors(optimizer):
             self.books.recategorise(tensor, "optimizer_moments")
+        self.log.moment(f"updated_{step}")
         optimizer.zero_grad(set_to_none=True)
+        self.log.moment(f"optimizer_step_{step}")
 
     def _new_batch(self) -> dict[str, torch.Tensor]:
         names = ("input_ids", "labels", *(["attention_mask"] if self.setup.padded else []))
@@ -164,11 +165,21 @@ class _Run:
             del gradient
             self.scopes.enter("backward", default="backward_temporaries")
 
-        handle = decoder_layers(model)[-1].register_forward_hook(loss_begins)
+        def mask_is_there(module: nn.Module, args: Any, kwargs: Any) -> None:
+            del module, args
+            if isinstance(kwargs.get("attention_mask"), torch.Tensor):
+                self.books.recategorise(kwargs["attention_mask"], "attention_mask")
+
+        layers = decoder_layers(model)
+        handles = [
+            layers[0].register_forward_pre_hook(mask_is_there, with_kwargs=True),
+            layers[-1].register_forward_hook(loss_begins),
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def peak_holders(stream: Stream, n: int = 20) -> list[tuple[int, int, str, str]]:

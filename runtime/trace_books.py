@@ -28,6 +28,18 @@ from meft.runtime.trace_kernels import FIX_OUTPUTS, GEMMS, passing_bytes
 
 aten = torch.ops.aten
 _ENGINE = "_engine_run_backward"
+_WEIGHTS = ("linear_weights", "other_weights", "trainable_weights")
+_MADE_AS: list[str] = []
+
+
+@contextmanager
+def made_as(category: str) -> Iterator[None]:
+    """For stand-ins that do not know the books: what is allocated inside is entered under ``category``."""
+    _MADE_AS.append(category)
+    try:
+        yield
+    finally:
+        _MADE_AS.pop()
 
 
 class CudaBooks(DeviceBooks):
@@ -53,6 +65,9 @@ class CudaBooks(DeviceBooks):
         output = func(*args, **kwargs)
         if func in FIX_OUTPUTS:
             output = FIX_OUTPUTS[func](output)
+        if func is aten._to_copy.default and self._is_weight(args[0]):
+            with self.category("autocast_weights"):
+                self._enter(output, func)
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and not (self.scalars_on_host and leaf.dim() == 0):
                 self._enter(leaf, func)
@@ -63,8 +78,10 @@ class CudaBooks(DeviceBooks):
         return output
 
     def category_of(self, tensor: torch.Tensor, func: Any) -> str:
-        """The category set by :meth:`category`, or what the trace says."""
-        return self._categorise() if self._category is None else super().category_of(tensor, func)
+        """The category set by :meth:`category`, or by :func:`made_as`, or what the trace says."""
+        if self._category is not None:
+            return super().category_of(tensor, func)
+        return _MADE_AS[-1] if _MADE_AS else self._categorise()
 
     def pass_by(self, num_bytes: int, label: str) -> None:
         """A temporary inside one operator."""
@@ -96,6 +113,10 @@ class CudaBooks(DeviceBooks):
             self._threads_with_workspace.add(self._in_autograd_thread)
             self.log.allocated(self._workspace_bytes, "cublas_workspaces", "workspace")
             self.allocator.malloc(self._workspace_bytes)
+
+    def _is_weight(self, tensor: torch.Tensor) -> bool:
+        entry = self._live.get(tensor.untyped_storage()._cdata)
+        return entry is not None and entry.category in _WEIGHTS
 
     def _is_accumulation(self, args: Any) -> bool:
         """Whether the engine itself adds: not Python code. (No derivative formula in C++ adds.)"""

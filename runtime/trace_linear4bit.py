@@ -19,6 +19,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from meft.runtime.trace_books import made_as
+
 BLOCK = 64
 NESTED_BLOCK = 256
 _TABLE_ENTRIES = 16
@@ -51,8 +53,9 @@ class QuantizedWeight:
 
     def written_out(self) -> torch.Tensor:
         """The weight in its own dtype; with double quantization the maxima are written out first."""
-        maxima = torch.empty_like(self.maxima, dtype=torch.float32) if self.nested else self.maxima
-        weight = torch.empty(self.shape, dtype=self.dtype)
+        with made_as("dequantized_weight"):
+            maxima = torch.empty_like(self.maxima, dtype=torch.float32) if self.nested else self.maxima
+            weight = torch.empty(self.shape, dtype=self.dtype)
         del maxima
         return weight
 

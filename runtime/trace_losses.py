@@ -95,6 +95,8 @@ def use_loss(model: nn.Module, name: LossName) -> None:
         core = core.get_base_model()
     if name == "fused-ce":
         core.loss_function = _fused_cross_entropy
+    elif name == "hf-shifted-logits":
+        core.loss_function = _cross_entropy_of_shifted_logits
     elif name == "fused-linear-ce":
         core.forward = partial(_forward_without_logits, core)
 
@@ -102,6 +104,17 @@ def use_loss(model: nn.Module, name: LossName) -> None:
 def _fused_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
     loss: torch.Tensor = FusedCrossEntropy.apply(logits.view(-1, vocab_size), shifted(labels))
     return loss
+
+
+def _cross_entropy_of_shifted_logits(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any
+) -> torch.Tensor:
+    """As transformers did until 4.48: the logits without each sequence's last are copied in fp32."""
+    logits = logits.float()
+    shift_logits = logits[..., :-1, :].contiguous()
+    shift_labels = labels[..., 1:].contiguous()
+    shift_logits = shift_logits.view(-1, vocab_size)
+    return nn.functional.cross_entropy(shift_logits, shift_labels.view(-1), ignore_index=IGNORED)
 
 
 def _forward_without_logits(core: Any, input_ids: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> Any:

@@ -17,6 +17,10 @@ from meft.runtime.session import ADAPTER_DTYPES
 from meft.runtime.trace_linear4bit import Linear4bit, LoraLinear4bit
 
 
+LORA_DROPOUT = 0.1
+"""Any rate above 0 needs the same memory."""
+
+
 class DenseAdapter(nn.Module):
     """A parallel adapter trained on the device, ``ReLU(h K^T) V^T`` in its own dtype; ``K [R, D]``, ``V [D, R]``."""
 
@@ -77,7 +81,7 @@ def _with_lora(model: nn.Module, setup: TrainingSetup) -> nn.Module:
         r=setup.rank,
         lora_alpha=2 * setup.rank,
         target_modules=list(setup.target_modules),
-        lora_dropout=0.0,
+        lora_dropout=LORA_DROPOUT if setup.lora_dropout else 0.0,
         bias="none",
         task_type="CAUSAL_LM",
     )

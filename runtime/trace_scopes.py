@@ -26,7 +26,13 @@ _BY_NAME = {
     "lora_A": "adapter",
     "lora_B": "adapter",
 }
-_BY_CLASS_SUFFIX = {"RMSNorm": "norms", "LayerNorm": "norms", "DenseAdapter": "adapter"}
+_BY_CLASS_SUFFIX = {
+    "RMSNorm": "norms",
+    "LayerNorm": "norms",
+    "DenseAdapter": "adapter",
+    "Embedding": "layer_inputs",
+    "RotaryEmbedding": "rotary_tables",
+}
 
 
 def module_categories(model: nn.Module) -> dict[int, str]:
@@ -41,7 +47,7 @@ def module_categories(model: nn.Module) -> dict[int, str]:
                 category = by_class
         if category is not None:
             found[id(module)] = category
-    return found
+    return found | {id(layer): "layer_inputs" for layer in decoder_layers(model)}
 
 
 class Scopes:
