@@ -29,10 +29,6 @@ class EventLog:
         came = self._events[self._index_of[number]]
         self._events.append(StreamEvent(number, -came.num_bytes, self.phase, came.category, came.label))
 
-    def passing(self, num_bytes: int, category: str, label: str) -> None:
-        """A temporary inside one operator: comes and goes at once."""
-        self.released(self.allocated(num_bytes, category, label))
-
     def recategorise(self, number: int, category: str) -> None:
         """It has turned out what a tensor is."""
         index = self._index_of[number]

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from meft.runtime.books import DeviceBooks
 from meft.runtime.event_log import EventLog
-from meft.runtime.trace_kernels import FIX_OUTPUTS, GEMMS, passing_bytes
+from meft.runtime.trace_kernels import GEMMS, Temporaries, fixed_output, passing_bytes
 
 aten = torch.ops.aten
 _ENGINE = "_engine_run_backward"
@@ -62,9 +62,7 @@ class CudaBooks(DeviceBooks):
         """Run ``func`` as CUDA would, as far as memory goes."""
         if func is aten.add.Tensor and self._is_accumulation(args) and self._is_unshared(args[0]):
             return args[0]  # written into the first gradient: nothing is allocated
-        output = func(*args, **kwargs)
-        if func in FIX_OUTPUTS:
-            output = FIX_OUTPUTS[func](output)
+        output = fixed_output(func, func(*args, **kwargs))
         if func is aten._to_copy.default and self._is_weight(args[0]):
             with self.category("autocast_weights"):
                 self._enter(output, func)
@@ -73,8 +71,7 @@ class CudaBooks(DeviceBooks):
                 self._enter(leaf, func)
         if func in GEMMS:
             self._take_workspace()
-        for label, num_bytes in passing_bytes(func, args, kwargs, output):
-            self.pass_by(num_bytes, label)
+        self._pass_by(passing_bytes(func, args, output))
         return output
 
     def category_of(self, tensor: torch.Tensor, func: Any) -> str:
@@ -83,11 +80,13 @@ class CudaBooks(DeviceBooks):
             return super().category_of(tensor, func)
         return _MADE_AS[-1] if _MADE_AS else self._categorise()
 
-    def pass_by(self, num_bytes: int, label: str) -> None:
-        """A temporary inside one operator."""
-        handle = self.allocator.malloc(num_bytes)
-        self.log.passing(num_bytes, self._categorise(), label)
-        self.allocator.free(handle)
+    def _pass_by(self, temporaries: Temporaries) -> None:
+        """Temporaries inside one operator: all are there before the first goes."""
+        handles = [self.allocator.malloc(num_bytes) for _, num_bytes in temporaries]
+        numbers = [self.log.allocated(num_bytes, self._categorise(), label) for label, num_bytes in temporaries]
+        for handle, number in zip(reversed(handles), reversed(numbers), strict=True):
+            self.allocator.free(handle)
+            self.log.released(number)
 
     def recategorise(self, tensor: torch.Tensor, category: str) -> None:
         """It has turned out what a tensor is."""

@@ -16,7 +16,6 @@ from meft.runtime.adapter import ffn_modules
 from meft.runtime.session import ADAPTER_DTYPES
 from meft.runtime.trace_linear4bit import Linear4bit, LoraLinear4bit
 
-
 LORA_DROPOUT = 0.1
 """Any rate above 0 needs the same memory."""
 
