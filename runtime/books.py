@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,6 +27,7 @@ from meft.planner.errors import MeftError
 from meft.runtime.event_log import EventLog
 
 DEFAULT_CATEGORY = "activations"
+_DEVICE_OF = torch.ops.prim.device.default
 
 
 class WrongPlaceError(MeftError):
@@ -62,9 +64,16 @@ class DeviceBooks(TorchDispatchMode):
         self._category: str | None = None
         self._host_depth = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while the books are open, so torch need not guard every operator against it."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``; on the device side check its inputs and enter its new storages."""
-        if self._host_depth or func.namespace == "prim":  # prim: questions about a tensor, such as its device
+        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):  # asked for at every turn
+            return args[0].fake_device
+        if self._host_depth or func.namespace == "prim":  # prim: other questions about a tensor
             return func(*args, **(kwargs or {}))
         if self._is_host_view(func, args, kwargs):
             return func(*args, **(kwargs or {}))

@@ -55,7 +55,6 @@ class CudaBooks(DeviceBooks):
         self._workspace_bytes = workspace_bytes
         self._categorise = categorise
         self._threads_with_workspace: set[bool] = set()
-        self._in_autograd_thread = False
         self._unshared = _references_of_unshared()
 
     def execute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -98,18 +97,10 @@ class CudaBooks(DeviceBooks):
         """The category of a tensor in the books."""
         return self._live[tensor.untyped_storage()._cdata].category
 
-    @contextmanager
-    def autograd_thread(self) -> Iterator[None]:
-        """Backward, which on CUDA runs in a thread of its own."""
-        self._in_autograd_thread = True
-        try:
-            yield
-        finally:
-            self._in_autograd_thread = False
-
     def _take_workspace(self) -> None:
-        if self._workspace_bytes and self._in_autograd_thread not in self._threads_with_workspace:
-            self._threads_with_workspace.add(self._in_autograd_thread)
+        thread = _in_backward()
+        if self._workspace_bytes and thread not in self._threads_with_workspace:
+            self._threads_with_workspace.add(thread)
             self.log.allocated(self._workspace_bytes, "cublas_workspaces", "workspace")
             self.allocator.malloc(self._workspace_bytes)
 
@@ -119,11 +110,16 @@ class CudaBooks(DeviceBooks):
 
     def _is_accumulation(self, args: Any) -> bool:
         """Whether the engine itself adds: not Python code. (No derivative formula in C++ adds.)"""
-        return self._in_autograd_thread and not torch.is_grad_enabled() and len(args) == 2 and _engine_calls()
+        return _in_backward() and not torch.is_grad_enabled() and len(args) == 2 and _engine_calls()
 
     def _is_unshared(self, gradient: torch.Tensor) -> bool:
         """Autograd's condition for adding in place: nothing else holds the tensor or its storage, and it is dense."""
         return _references(gradient) == self._unshared and _is_dense(gradient)
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs, recomputed layers included: on CUDA in a thread of its own."""
+    return torch._C._current_graph_task_id() != -1
 
 
 # --- gradients that meet -----------------------------------------------------------------------------------------

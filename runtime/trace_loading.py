@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from meft.planner.errors import UsageError
 from meft.planner.setup import TrainingSetup
 from meft.runtime.model_loading import COMPUTE_DTYPES
 from meft.runtime.trace_books import CudaBooks
+from meft.runtime.trace_flash import use_flash_attention
 from meft.runtime.trace_linear4bit import Linear4bit
 from meft.runtime.trace_scopes import decoder_layers
 
@@ -25,7 +27,13 @@ def build_model(setup: TrainingSetup, config: dict[str, Any]) -> nn.Module:
     made = AutoConfig.for_model(options.pop("model_type"), **options)
     dtype = COMPUTE_DTYPES.get(setup.weights_dtype, QUANTIZED_DTYPE)
     kernel = "eager" if setup.attention == "eager" else "sdpa"
-    model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=kernel)
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=kernel)
+    except ValueError as error:
+        reason = str(error).partition(". ")[0]
+        raise UsageError(f"attention {setup.attention}: not for {setup.model.name}; transformers: {reason}") from error
+    if setup.attention == "flash":
+        use_flash_attention(model)
     return model
 
 

@@ -87,6 +87,14 @@ class Scopes:
                 handle.remove()
             self._stack.clear()
 
+    def push(self, category: str) -> None:
+        """Until :meth:`pop`, this is the innermost category."""
+        self._stack.append(category)
+
+    def pop(self) -> None:
+        """End what :meth:`push` began."""
+        self._stack.pop()
+
     def _entered(self, module: nn.Module, args: Any) -> None:
         del args
         self._stack.append(self._categories.get(id(module)))
