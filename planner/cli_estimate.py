@@ -219,15 +219,23 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
 
 
 def usual_meft(planned: Planning, *, active_rows: int | None = None) -> Estimate:
-    """The paper's width and K where the request leaves them open, priced under the request's real budget."""
+    """The paper's width and K where the request leaves them open: what the planner makes of the card's memory, or,
+    where nothing fits, the leanest that it weighs."""
     request = planned.request
     width = request.adapter_width or USUAL_SIZES["meft"].size
     top_k = request.top_k or min(USUAL_TOP_K, width or USUAL_TOP_K)
     fixed = request.model_copy(update={"adapter_width": width, "top_k": top_k})
-    found = make_plan(without_limits(fixed), planned.profiles, meft_version=version("meft"))
+    unlimited = without_limits(fixed)
+    on_the_card = unlimited.model_copy(update={"gpu_mem_bytes": request.gpu_mem_bytes})
+    found = make_plan(on_the_card, planned.profiles, meft_version=version("meft"))
+    if isinstance(found, Infeasible):
+        found = make_plan(unlimited, planned.profiles, meft_version=version("meft"))
     if isinstance(found, Infeasible):
         raise InfeasibleError(f"no such configuration: {found.message}")
-    decision = found.decision if active_rows is None else _with_rows(found.decision, active_rows)
+    lean = {"cached_rows": 0, "gradients_on_device": False} if found.request == unlimited else {}
+    decision = found.decision.model_copy(update=lean)
+    if active_rows is not None:
+        decision = _with_rows(decision, active_rows)
     rows = None if active_rows is None else [active_rows] * request.model.num_layers
     return estimate_meft(request, decision, predict(request, decision, planned.profiles, rows))
 

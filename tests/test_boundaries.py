@@ -35,6 +35,8 @@ RECORDS_AND_PROFILES = {
     "units",
     "files",
     "chrome",
+    "setup",
+    "stream",
 }
 ALLOCATOR_IS_USED_BY = {"books", "exchange"}
 """The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it, and
