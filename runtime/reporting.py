@@ -233,7 +233,12 @@ def _step_seconds(trainer: Trainer) -> float:
 def _busy_seconds(trainer: Trainer) -> dict[Lane, float]:
     """Mean busy seconds per step of the lanes that were measured."""
     session, steps = trainer.session, max(1, trainer.measured.steps)
-    busy: dict[Lane, float] = {**session.engine.busy_seconds(), "cpu": session.clock.busy_seconds["cpu"]}
+    copies = session.engine.busy_seconds()
+    busy: dict[Lane, float] = {
+        "h2d": copies["h2d"],
+        "d2h": copies["d2h"],
+        "cpu": session.clock.busy_seconds["cpu"],
+    }
     if session.device.kind == "emulated":
         busy["gpu"] = session.clock.busy_seconds["gpu"]
     return {lane: seconds / steps for lane, seconds in busy.items()}
