@@ -40,7 +40,7 @@ ALLOCATOR_IS_USED_BY = {"books", "exchange"}
 """The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it, and
 the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
 
-WITH_EFFECTS = {"files", "schema", "profiles", "models", "plot", "render"}
+WITH_EFFECTS = {"files", "schema", "profiles", "models", "plot", "render", "verification"}
 """Planner modules that read, write or print. With the command line they are all there are: any other is pure."""
 EFFECTS = {
     "asyncio",
