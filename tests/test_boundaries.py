@@ -48,7 +48,7 @@ PROFILING_IS_USED_BY = {
 }
 """Measuring ends in a fit, and calibrating in predictions: the commands of meft-profile call those models."""
 
-WITH_EFFECTS = {"files", "recording_files", "schema", "profiles", "models", "plot", "render"}
+WITH_EFFECTS = {"files", "recording_files", "schema", "profiles", "models", "plot", "render", "verification"}
 """Planner modules that read, write or print. With the command line they are all there are: any other is pure."""
 EFFECTS = {
     "asyncio",
@@ -73,7 +73,7 @@ EFFECTS = {
     "uuid",
 }
 COUNTS_REFERENCES = {"autograd": {"sys"}}
-"""Whether anything else holds a storage decides, as in torch, if gradients are summed in place; only Python can tell."""
+"""Whether anything else holds a storage decides, as in torch, if gradients are summed in place."""
 MODELS_OF_THE_DESIGN = (
     *("sparsity", "transfer", "host_memory", "timing", "lanes", "memory", "search"),
     *("allocator", "blocks", "recording", "history", "replay", "simulation", "decoder", "operators", "stream"),
