@@ -285,8 +285,11 @@ class _Run:
         for start in range(0, setup.tokens, rows):
             size = min(rows, setup.tokens - start)
             logits = tape.new(size * shape.vocab_size, weight.itemsize, "logits")
-            product = tape.like(weight, "loss_chain") if trained else None
-            del logits, product
+            if trained:  # the chunk's share of the head's gradient, and its copy in fp32
+                product = tape.like(weight, "loss_chain")
+                wide = tape.new(weight.numel, FP32, "loss_chain")
+                del product, wide
+            del logits
         kept = (gradient.detached(), None if of_head is None else of_head.detached())
         del gradient, of_head
         return tape.connect(
