@@ -102,6 +102,21 @@ class Training(Record):
     seed: int
 
 
+class Evaluation(Record):
+    """A task's scores at one moment of a run, each the mean over the items, in [0, 1]."""
+
+    task: str
+    metric: Literal["em", "iou", "math"]
+    optimizer_steps: Index
+    """Optimizer steps that the run had done."""
+    items: Count
+    left_out: Index
+    """Entries of the file without a usable gold answer."""
+    scores: dict[str, Fraction]
+    max_new_tokens: Count
+    seconds: Seconds
+
+
 class Report(File):
     """``report.json``."""
 
@@ -116,3 +131,5 @@ class Report(File):
     training: Training
     versions: dict[str, str]
     layers: Count
+    evaluations: tuple[Evaluation, ...] = ()
+    """What ``--eval`` found, during training and after it."""

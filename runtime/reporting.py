@@ -205,7 +205,9 @@ def _step_seconds(trainer: Trainer) -> float:
 def _busy_seconds(trainer: Trainer) -> dict[Lane, float]:
     """Mean busy seconds per step of the lanes that were measured; the emulated device's own is what is left."""
     measured = trainer.measured
-    copies = {way: seconds / measured.steps for way, seconds in trainer.session.engine.busy_seconds().items()}
+    outside = measured.copy_seconds_outside
+    busy_copying = trainer.session.engine.busy_seconds()
+    copies = {way: max(0.0, seconds - outside[way]) / measured.steps for way, seconds in busy_copying.items()}
     host = statistics.fmean(measured.host_seconds)
     busy: dict[Lane, float] = {"h2d": copies["h2d"], "d2h": copies["d2h"], "cpu": host + _optimizer_share(trainer)}
     if trainer.session.device.kind == "emulated":

@@ -59,8 +59,8 @@ class Session:
         No attention mask travels: padding is on the right, so causal attention keeps it from every real token, and
         the labels keep it from the loss.
         """
-        input_ids = self._to_device(batch.input_ids)
-        labels = self._to_device(batch.labels)
+        input_ids = self.to_device(batch.input_ids)
+        labels = self.to_device(batch.labels)
         loss: torch.Tensor = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
         return loss
 
@@ -98,7 +98,8 @@ class Session:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
 
-    def _to_device(self, host: torch.Tensor) -> torch.Tensor:
+    def to_device(self, host: torch.Tensor) -> torch.Tensor:
+        """A host tensor's copy on the device, inside the device's scope, counted as an input."""
         with self.device.host():
             source = host.pin_memory() if self.device.kind == "cuda" else host
         with self.device.category("inputs"):
