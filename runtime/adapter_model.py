@@ -229,11 +229,11 @@ def _device(name: DeviceName, plan: Plan) -> Device:
 def _restorer(base: nn.Module) -> Callable[[], None]:
     """Puts back what opening a session changes besides hooks and ``requires_grad``: modes and checkpointing."""
     modes = [(module, module.training) for module in base.modules()]
-    checkpointing = bool(getattr(base, "is_gradient_checkpointing", False))
+    checkpointing = bool(getattr(base, "is_activation_checkpointing", False))
 
     def restore() -> None:
-        if not checkpointing and getattr(base, "is_gradient_checkpointing", False):
-            base.gradient_checkpointing_disable()  # type: ignore[operator]
+        if not checkpointing and getattr(base, "is_activation_checkpointing", False):
+            base.activation_checkpointing_disable()  # type: ignore[operator]
         for module, training in modes:
             module.training = training
 
