@@ -100,6 +100,19 @@ class Training(Record):
     learning_rate_per_optimizer_step: tuple[float, ...]
     gradient_norm_per_optimizer_step: tuple[float, ...]
     seed: int
+    key_init: Literal["random", "ffn"] = "random"
+
+
+class ExpertLoad(Record):
+    """How a layer's rows and experts were used since training began: from how often each row was updated."""
+
+    layer: Index
+    num_experts: Count
+    dead_experts: Index
+    """Experts none of whose rows was ever active."""
+    dead_rows: Index
+    busiest_share: Fraction
+    """Share of all row updates that went to the busiest expert; ``1 / num_experts`` is an even load."""
 
 
 class Evaluation(Record):
@@ -133,3 +146,5 @@ class Report(File):
     layers: Count
     evaluations: tuple[Evaluation, ...] = ()
     """What ``--eval`` found, during training and after it."""
+    expert_load: tuple[ExpertLoad, ...] = ()
+    """Per layer; empty for a rehearsal."""

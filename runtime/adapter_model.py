@@ -34,6 +34,7 @@ from meft.planner.plan import Plan
 from meft.runtime import checkpoint
 from meft.runtime.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.inference import LayerRows, attach_rows, serving
+from meft.runtime.initialise import KeyInit
 from meft.runtime.optimizer import AdamWSettings
 from meft.runtime.row_optimizer import RowOptimizer
 from meft.runtime.session import Session, open_session
@@ -79,6 +80,7 @@ class AdapterModel(nn.Module):
         device: DeviceName = "auto",
         seed: int = 0,
         settings: AdamWSettings | None = None,
+        key_init: KeyInit = "random",
         adapter: str | Path | None = None,
     ) -> AdapterModel:
         """A new adapter beside ``base`` as the plan decides, on the device, in training mode.
@@ -95,7 +97,7 @@ class AdapterModel(nn.Module):
             listed = ", ".join(f"{name} {mine} in the plan, {here} here" for name, (mine, here) in differences.items())
             raise UsageError(f"the plan was made for {loaded.request.model.name}, which this model is not: {listed}")
         restore = _restorer(base)
-        session = open_session(loaded, base, _device(device, loaded), seed=seed, settings=settings)
+        session = open_session(loaded, base, _device(device, loaded), seed=seed, settings=settings, key_init=key_init)
         if adapter is not None:
             checkpoint.load_adapter(session, Path(adapter))
 

@@ -83,6 +83,13 @@ class RunGroup(click.Group):
 @click.option("--max-grad-norm", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0: no clipping.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
+    "--key-init",
+    type=click.Choice(["random", "ffn"]),
+    default="random",
+    show_default=True,
+    help="Where the adapter's keys begin: anywhere, or at rows of the model's own FFN.",
+)
+@click.option(
     "--save-every",
     type=click.IntRange(min=0),
     default=100,
@@ -186,6 +193,10 @@ def _summary(report: Report) -> list[str]:
         lines.append(f"look-ahead routing found {observed.prefetch_recall:.1%} of the exact choice")
     if observed.dropped_rows:
         lines.append(f"active_rows_cap cost {observed.dropped_rows:,} rows: plan again with a higher cap if that hurts")
+    dead = sum(layer.dead_experts for layer in report.expert_load)
+    if dead:
+        experts = sum(layer.num_experts for layer in report.expert_load)
+        lines.append(f"{dead:,} of {experts:,} experts were never used: fewer experts, or more probes, would use them")
     if report.evaluations:
         lines.append(evaluation_line(report.evaluations[-1]))
     if observed.device_memory.process_bytes is None:

@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from meft.planner.report import Evaluation
-from meft.runtime.data import Example, collate
+from meft.runtime.data import Batch, Example, collate
 from meft.runtime.generation import GenerationOptions, Generator, SessionGenerator, answers
 from meft.runtime.inference import serving
 from meft.runtime.metrics import Metric, scores
@@ -93,14 +91,19 @@ class EvaluationSchedule:
             self.on_result(result)
 
 
-def mean_loss(session: Session, examples: Sequence[Example], *, batch_size: int, seq_len: int, pad_id: int) -> float:
-    """Mean loss per trained token over examples that are not trained on, with the adapter as at inference."""
+def mean_loss(
+    batch_loss: Callable[[Batch], float], examples: Sequence[Example], *, batch_size: int, seq_len: int, pad_id: int
+) -> float:
+    """Mean loss per trained token over examples; ``batch_loss`` gives a batch's mean over its trained tokens."""
     total, tokens = 0.0, 0
-    with serving(session):
-        for first in range(0, len(examples), batch_size):
-            batch = collate(examples[first : first + batch_size], seq_len=seq_len, pad_id=pad_id)
-            with session.device.scope(), torch.no_grad():
-                loss = session.engine.read_scalar(session.loss(batch), category="loss")
-            total += loss * batch.num_trained_tokens
-            tokens += batch.num_trained_tokens
+    for first in range(0, len(examples), batch_size):
+        batch = collate(examples[first : first + batch_size], seq_len=seq_len, pad_id=pad_id)
+        total += batch_loss(batch) * batch.num_trained_tokens
+        tokens += batch.num_trained_tokens
     return total / tokens
+
+
+def session_loss(session: Session, batch: Batch) -> float:
+    """A batch's loss with the adapter as at inference."""
+    with serving(session), session.device.scope():
+        return session.engine.read_scalar(session.loss(batch), category="loss")

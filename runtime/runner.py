@@ -24,6 +24,7 @@ from meft.runtime.data import Dataset, load_dataset, pad_token_id
 from meft.runtime.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.embedded import SMOLLM2_PROFILE, smollm2_folder
 from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
+from meft.runtime.initialise import KeyInit
 from meft.runtime.nvml import NvmlReader, NvmlUnavailable
 from meft.runtime.optimizer import AdamWSettings
 from meft.runtime.rehearse import rehearse
@@ -49,6 +50,7 @@ class RunOptions:
     resume: bool = False
     raw: bool = False
     evaluation: EvaluationOptions | None = None
+    key_init: KeyInit = "random"
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def _open_session(plan: Plan, options: RunOptions, folder: Path, kind: DeviceKin
     torch.manual_seed(options.training.seed)
     device: Device = CudaDevice(_budget(plan, options)) if kind == "cuda" else EmulatedDevice(_budget(plan, options))
     model = model_loading.load_frozen_model(plan, folder)
-    return open_session(plan, model, device, seed=options.training.seed, settings=options.settings)
+    seed, settings = options.training.seed, options.settings
+    return open_session(plan, model, device, seed=seed, settings=settings, key_init=options.key_init)
 
 
 def _trainer(session: Session, dataset: Dataset, options: RunOptions, pad_id: int, display: Display) -> Trainer:

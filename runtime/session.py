@@ -15,6 +15,7 @@ from meft.runtime.device import Device
 from meft.runtime.engine import TransferEngine
 from meft.runtime.exchange import RowExchange, StepCounters
 from meft.runtime.host_store import HostStore
+from meft.runtime.initialise import KeyInit, keys_from_ffn
 from meft.runtime.optimizer import AdamWSettings, clip_scale, update_touched_rows
 from meft.runtime.router import Router, TopKRouter
 
@@ -35,6 +36,7 @@ class Session:
     router_weights: list[nn.Parameter]
     settings: AdamWSettings
     router_optimizer: torch.optim.AdamW | None
+    key_init: KeyInit = "random"
 
     def step(self, batch: Batch, *, loss_scale: float) -> StepResult:
         """One micro-batch forward and backward; gradients are scaled by ``loss_scale``."""
@@ -134,10 +136,12 @@ def open_session(
     seed: int,
     settings: AdamWSettings | None = None,
     router: Router | None = None,
+    key_init: KeyInit = "random",
 ) -> Session:
     """Put ``model`` on the device with a fresh adapter beside it, as the plan decides.
 
-    ``router`` replaces the plan's own (a rehearsal passes one that needs no data).
+    ``router`` replaces the plan's own (a rehearsal passes one that needs no data). ``key_init`` says where keys begin:
+    see :mod:`meft.runtime.initialise`.
     """
     decision, shape = plan.decision, plan.request.model
     settings = settings or AdamWSettings()
@@ -146,6 +150,8 @@ def open_session(
     engine = TransferEngine(device)
     store = HostStore(num_layers=shape.num_layers, adapter_width=decision.adapter_width, hidden_size=shape.hidden_size)
     store.initialise(seed=seed)
+    if key_init == "ffn":
+        keys_from_ffn(store, model, seed=seed)
     weights = _graph_weights(decision, shape.num_layers, shape.hidden_size, device, seed)
     routers = weights if decision.routing == "key-experts" else []
     exchange = RowExchange(
@@ -159,7 +165,7 @@ def open_session(
     )
     optimizer = _router_optimizer(routers, settings, device) if routers else None
     adapter = attach(model, exchange, weights)
-    return Session(plan, device, engine, store, exchange, model, adapter, routers, settings, optimizer)
+    return Session(plan, device, engine, store, exchange, model, adapter, routers, settings, optimizer, key_init)
 
 
 def _set_checkpointing(model: nn.Module, decision: Decision) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from sessions import EXPERTS, open_small, random_examples, small_plan, small_trainer
 
 from meft.planner.errors import UsageError
 from meft.runtime.data import Completion, tokenize_record
-from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator, mean_loss
+from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator, mean_loss, session_loss
 from meft.runtime.generation import (
     GenerationOptions,
     ModelGenerator,
@@ -112,7 +114,7 @@ def test_the_loss_of_examples_is_the_models(glass_folder) -> None:
         with serving(session):
             losses.append((float(session.model(input_ids=ids, labels=ids).loss), len(example.input_ids) - 1))
     expected = sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
-    found = mean_loss(session, examples, batch_size=2, seq_len=32, pad_id=0)
+    found = mean_loss(partial(session_loss, session), examples, batch_size=2, seq_len=32, pad_id=0)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
