@@ -46,6 +46,16 @@ def test_a_run_reports_its_evaluations(folder) -> None:
     assert report.plan_digest == Plan.load(folder / "plan.json").content_digest()
 
 
+def test_a_run_reports_where_keys_began_and_what_was_never_used(folder, glass_folder, tmp_path) -> None:
+    run(folder / "plan.json", "--model", glass_folder, "--data", folder / "facts.jsonl", "--steps", 1,
+        "--output-dir", tmp_path, "--key-init", "ffn")  # fmt: skip
+    report = Report.load(tmp_path / "report.json")
+    assert report.training.key_init == "ffn"
+    assert [load.layer for load in report.expert_load] == [0, 1, 2, 3]
+    for load, rows in zip(report.expert_load, report.observed.active_rows, strict=True):
+        assert load.dead_rows == 128 - rows.total  # one step: the rows that were active are the ones in use
+
+
 def test_evaluate_and_generate_give_what_the_run_saw(folder, glass_folder, tmp_path) -> None:
     adapter = ("--model", glass_folder, "--adapter", folder / "out" / "adapter", "--max-new-tokens", 8)
     said = run("evaluate", folder / "facts.jsonl", *adapter, "--show", 1, "-o", tmp_path / "scores.json")
