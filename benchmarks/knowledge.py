@@ -112,7 +112,8 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         raise click.ClickException(f"--seq-len {run.seq_len}: the longest fact has {longest} tokens")
     session = _open(run, plan, folder)
     trainer, seconds = _train(run, session, examples)
-    return asdict(run) | {
+    session.drain()
+    result = asdict(run) | {
         "exact_match": _scores(session, tokenizer, task, run),
         "forgetting": _forgetting(run, session, tokenizer),
         "loss_per_epoch": _per_epoch(trainer, run),
@@ -120,6 +121,9 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         **_books(session, trainer),
     }
+    if isinstance(session, Session):
+        session.close()
+    return result
 
 
 def _task(run: Run) -> Task:
@@ -173,7 +177,8 @@ def _plan(run: Run, shape: ModelShape) -> Plan:
         raise click.ClickException(plan.message)
     routing = "exact" if run.num_experts == 1 else "key-experts"
     experts = {"num_experts": run.num_experts, "num_probes": run.num_probes, "routing": routing}
-    decision = plan.decision.model_copy(update={"active_rows_cap": run.width, **experts})
+    plain = {"active_rows_cap": run.width, "cached_rows": 0, "gradients_on_device": False, "bf16_copy": False}
+    decision = plan.decision.model_copy(update=plain | experts)
     return plan.model_copy(update={"decision": type(decision).model_validate(decision.model_dump())})
 
 

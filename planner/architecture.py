@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from meft.planner.errors import UsageError
-from meft.planner.schema import Count, Index, Record, validated
+from meft.planner.schema import Count, Fraction, Index, Record, validated
 
 Norm = Literal["rmsnorm", "layernorm"]
 
@@ -53,6 +53,12 @@ class ModelShape(Record):
     """Attention and FFN read the same residual instead of one after the other (Phi, GPT-NeoX)."""
     logit_softcap: bool = False
     """Logits pass through ``c * tanh(logits / c)`` (Gemma 2)."""
+    rotary_fraction: Fraction = 1.0
+    """Share of the head size that positions rotate (Phi: half, GPT-NeoX: a quarter)."""
+    hidden_dropout: bool = False
+    """Dropout on what attention and FFN add to the residual stream."""
+    embedding_dropout: bool = False
+    attention_dropout: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelShape:
@@ -182,6 +188,20 @@ class _Fields:
             raise self.invalid(names[0], value, "text")
         return value
 
+    def fraction(self, *names: str, default: float) -> float:
+        """A number from 0 to 1."""
+        value = self._value(names, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise self.invalid(names[0], value, "a number from 0 to 1")
+        return float(value)
+
+    def rotary_fraction(self, *names: str, default: float) -> float:
+        """The share of a head that is rotated; newer configs have it among their ``rope_parameters``."""
+        parameters = self.config.get("rope_parameters")
+        if isinstance(parameters, Mapping) and parameters.get("partial_rotary_factor") is not None:
+            return _Fields(parameters, self.model).fraction("partial_rotary_factor", default=default)
+        return self.fraction(*names, default=default)
+
     def require(self, name: str, expected: bool) -> None:
         """Refuse a variant whose layers are built differently."""
         if self.flag(name, default=expected) is not expected:
@@ -238,6 +258,7 @@ def _gated(fields: _Fields, *, kv_heads: int | None = None, head_dim: int | None
         "gated_mlp": True,
         "activation": fields.text("hidden_act", default="silu"),
         "norm": "rmsnorm",
+        "attention_dropout": fields.fraction("attention_dropout", default=0.0) > 0,
         "norms_per_layer": 2,
         "qkv_bias": False,
         "output_bias": False,
@@ -285,7 +306,11 @@ def _gemma2(fields: _Fields) -> dict[str, Any]:
 
 
 def _phi3(fields: _Fields) -> dict[str, Any]:
-    return _gated(fields)
+    own = {
+        "rotary_fraction": fields.rotary_fraction("partial_rotary_factor", default=1.0),
+        "hidden_dropout": fields.fraction("resid_pdrop", default=0.0) > 0,
+    }
+    return _gated(fields) | own
 
 
 def _plain(fields: _Fields, *, intermediate_size: int, activation: str, tied: bool) -> dict[str, Any]:
@@ -308,14 +333,28 @@ def _gpt2(fields: _Fields) -> dict[str, Any]:
     activation = fields.text("activation_function", default="gelu_new")
     shape = _plain(fields, intermediate_size=inner, activation=activation, tied=True)
     fields.require("add_cross_attention", False)
-    return shape | {"learned_positions": shape["max_positions"]}
+    own = {
+        "learned_positions": shape["max_positions"],
+        "hidden_dropout": fields.fraction("resid_pdrop", default=0.1) > 0,
+        "embedding_dropout": fields.fraction("embd_pdrop", default=0.1) > 0,
+        "attention_dropout": fields.fraction("attn_pdrop", default=0.1) > 0,
+    }
+    return shape | own
 
 
 def _gpt_neox(fields: _Fields) -> dict[str, Any]:
     activation = fields.text("hidden_act", default="gelu")
     shape = _plain(fields, intermediate_size=fields.size("intermediate_size"), activation=activation, tied=False)
     parallel = fields.flag("use_parallel_residual", default=True)
-    return shape | _attention_bias(fields, default=True) | {"parallel_blocks": parallel}
+    hidden_dropout = fields.fraction("hidden_dropout", default=0.0) > 0
+    own = {
+        "parallel_blocks": parallel,
+        "rotary_fraction": fields.rotary_fraction("rotary_pct", default=0.25),
+        "hidden_dropout": hidden_dropout,
+        "embedding_dropout": hidden_dropout,
+        "attention_dropout": fields.fraction("attention_dropout", default=0.0) > 0,
+    }
+    return shape | _attention_bias(fields, default=True) | own
 
 
 def _phi(fields: _Fields) -> dict[str, Any]:
@@ -327,6 +366,10 @@ def _phi(fields: _Fields) -> dict[str, Any]:
         "head_norms_per_layer": 2 if fields.flag("qk_layernorm", default=False) else 0,
         "head_bias": True,
         "parallel_blocks": True,
+        "rotary_fraction": fields.rotary_fraction("partial_rotary_factor", default=0.5),
+        "hidden_dropout": fields.fraction("resid_pdrop", default=0.0) > 0,
+        "embedding_dropout": fields.fraction("embd_pdrop", default=0.0) > 0,
+        "attention_dropout": fields.fraction("attention_dropout", default=0.0) > 0,
     }
 
 
@@ -341,7 +384,14 @@ def _opt(fields: _Fields) -> dict[str, Any]:
         raise fields.invalid("word_embed_proj_dim", projected, f"hidden_size {shape['hidden_size']}")
     bias = fields.flag("enable_bias", default=True)
     # OPT's position table has two rows more than positions: it was trained with an offset for padding.
-    own = {"learned_positions": shape["max_positions"] + 2, "qkv_bias": bias, "output_bias": bias, "mlp_bias": bias}
+    own = {
+        "learned_positions": shape["max_positions"] + 2,
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "mlp_bias": bias,
+        "hidden_dropout": fields.fraction("dropout", default=0.1) > 0,
+        "attention_dropout": fields.fraction("attention_dropout", default=0.0) > 0,
+    }
     return shape | own
 
 

@@ -87,6 +87,8 @@ class RequestOptions:
     prefetch_depth: int | None = None
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
+    context_overhead: int | None = None
+    active_rows_quantile: float | None = None
 
     @classmethod
     def taken_from(cls, given: dict[str, Any]) -> RequestOptions:
@@ -96,33 +98,34 @@ class RequestOptions:
 
 def budget_options(command: Command) -> Command:
     """The card, the host and what connects them."""
-    return _apply(
+    return apply_options(
         command,
-        click.option("--gpu", metavar="NAME", help="Card whose memory and rates to plan for, or 'emulated'."),
+        click.option(
+            "--gpu",
+            metavar="NAME|FILE",
+            help="Card whose memory and rates to plan for, or 'emulated', or a file of "
+            "meft-profile: then host, link and sparsity are read from it too unless given.",
+        ),
         click.option(
             "--gpu-mem",
             type=SIZE,
             help="GPU memory, as printed on the card's box: GB = GiB = 2^30 bytes here. MiB, GiB and bytes work too.",
         ),
         click.option("--host-mem", type=SIZE, help="Host memory for the adapter. [default: this machine's RAM]"),
-        click.option("--host", metavar="NAME", help="Class of host: its CPU rates."),
-        click.option("--link", metavar="NAME", help="Class of host-device link. [default: the card's slot]"),
+        click.option("--host", metavar="NAME|FILE", help="Class of host: its CPU rates."),
+        click.option("--link", metavar="NAME|FILE", help="Class of host-device link. [default: the card's slot]"),
         click.option("--sparsity", metavar="NAME|FILE", help="Profile of how many rows a batch activates."),
+        click.option(
+            "--context-overhead",
+            type=SIZE,
+            help="What CUDA's context and modules take beside torch's allocator. [default: the card's range]",
+        ),
     )
 
 
 def workload_options(command: Command) -> Command:
-    """The model and what a step trains on, with weights that the runtime takes."""
-    return _workload_options(command, weights=RUNNABLE_WEIGHTS)
-
-
-def all_weights_workload_options(command: Command) -> Command:
-    """The same with every kind of weights that can be priced."""
-    return _workload_options(command, weights=get_args(WeightsDtype))
-
-
-def _workload_options(command: Command, *, weights: tuple[str, ...]) -> Command:
-    return _apply(
+    """The model and what a step trains on."""
+    return apply_options(
         command,
         click.option(
             "--model", metavar="NAME|DIR|FILE", help="Built-in name, model folder, or config.json. [default: llama-7b]"
@@ -138,7 +141,7 @@ def _workload_options(command: Command, *, weights: tuple[str, ...]) -> Command:
         ),
         click.option(
             "--weights-dtype",
-            type=click.Choice(weights),
+            type=click.Choice(RUNNABLE_WEIGHTS),
             help="Of the frozen model. [default: bf16; fp32 on the emulated device]",
         ),
         click.option(
@@ -164,7 +167,7 @@ def _workload_options(command: Command, *, weights: tuple[str, ...]) -> Command:
 
 def search_options(command: Command) -> Command:
     """What to look for, and choices that are made already."""
-    return _apply(
+    return apply_options(
         decision_options(command),
         click.option("--objective", type=click.Choice(get_args(Objective)), default="capacity", show_default=True),
         click.option(
@@ -177,12 +180,17 @@ def search_options(command: Command) -> Command:
             type=FiniteRange(0.0, 1.0),
             help="Least trainable parameters for --objective speed, as a fraction of the model. [default: 0.1]",
         ),
+        click.option(
+            "--active-rows-quantile",
+            type=FiniteRange(0.5, 1.0, min_open=True, max_open=True),
+            help="Share of micro-batches whose active rows the cap must hold. [default: 0.99]",
+        ),
     )
 
 
 def decision_options(command: Command) -> Command:
     """Parts of a decision that the user may fix."""
-    return _apply(
+    return apply_options(
         command,
         click.option("--adapter-width", type=click.IntRange(1, MAX_WIDTH), help="Rows per layer."),
         click.option("--top-k", type=click.IntRange(1, MAX_WIDTH), help="Rows per token."),
@@ -192,7 +200,8 @@ def decision_options(command: Command) -> Command:
     )
 
 
-def _apply(command: Command, *decorators: Callable[[Any], Any]) -> Command:
+def apply_options(command: Command, *decorators: Callable[[Any], Any]) -> Command:
+    """Add options to a command, in the order in which its help lists them."""
     for decorator in reversed(decorators):
         command = decorator(command)
     return command

@@ -12,16 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meft.planner import timing
-from meft.planner.methods import Full, Lora, ParallelAdapter
+from meft.planner.linears import Linear, linear_layers
 from meft.planner.plan import Request
 from meft.planner.profiles import GpuProfile, LinkProfile
-from meft.planner.quantities import COMPUTE_DTYPE_BYTES
-from meft.planner.terms_adapter import lora_parameters, parallel_adapter_parameters
-from meft.planner.terms_weights import linear_sizes
+from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES
+from meft.planner.setup import TrainingSetup
 from meft.planner.timing import GpuRates
 from meft.planner.transfer import INPUT_TENSORS, LOSS_BYTES, input_bytes
-
-DenseMethod = ParallelAdapter | Lora | Full
 
 LORA_FORWARD_LAUNCHES = 5
 """Per adapted linear layer, from PEFT's forward: cast of the input, two products, scaling, sum."""
@@ -37,63 +34,76 @@ class _Layer:
     backward: float
 
 
-def dense_step_seconds(
-    *, request: Request, gpu: GpuProfile, link: LinkProfile, method: DenseMethod, activation_checkpointing: bool
-) -> float:
-    """One micro-batch forward and backward, with its share of the optimizer step and of the copies of its inputs."""
-    rates, num_layers = timing.gpu_rates(gpu, request), request.model.num_layers
-    added = _added(request, rates, method)
+def dense_step_seconds(*, setup: TrainingSetup, request: Request, gpu: GpuProfile, link: LinkProfile) -> float:
+    """One micro-batch forward and backward, with its share of the optimizer step and of the copies of its inputs.
+
+    Autocast, 8-bit optimizers and fused losses are taken to need the time of the plain run.
+    """
+    request = _as_set_up(request, setup)
+    rates, num_layers = timing.gpu_rates(gpu, request), setup.model.num_layers
+    added = _added(setup, request, rates)
     forward = timing.attention_seconds(request, rates) + timing.ffn_seconds(request, rates) + added.forward
     # A parallel adapter starts the graph at layer 0: below it nothing needs a gradient.
-    frozen_layers = num_layers - 1 if isinstance(method, ParallelAdapter) else num_layers
+    frozen_layers = num_layers - 1 if setup.method == "parallel-adapter" else num_layers
     return (
         _input_seconds(request, link)
         + timing.embedding_seconds(request, rates)
-        + num_layers * (forward * (2 if activation_checkpointing else 1) + added.backward)
+        + num_layers * (forward * (2 if setup.activation_checkpointing else 1) + added.backward)
         + frozen_layers * timing.frozen_backward_seconds(request, rates)
         + timing.loss_head_seconds(request, rates)
-        + _optimizer_seconds(request, rates, method) / request.grad_accum
+        + _optimizer_seconds(setup, rates) / setup.grad_accum
     )
 
 
-def _added(request: Request, rates: GpuRates, method: DenseMethod) -> _Layer:
-    if isinstance(method, ParallelAdapter):
-        return _parallel_adapter(request, rates, method)
-    if isinstance(method, Lora):
-        return _lora(request, rates, method)
-    return _weight_gradients(request, rates)
+def _as_set_up(request: Request, setup: TrainingSetup) -> Request:
+    """The request with the setup's workload and dtypes, which is what the model's own terms read."""
+    fields = ("model", "batch_size", "seq_len", "grad_accum", "weights_dtype", "double_quant", "attention")
+    update = {name: getattr(setup, name) for name in (*fields, "adapter_dtype")}
+    return request.model_copy(update=update)
 
 
-def _parallel_adapter(request: Request, rates: GpuRates, method: ParallelAdapter) -> _Layer:
+def _added(setup: TrainingSetup, request: Request, rates: GpuRates) -> _Layer:
+    if setup.method == "parallel-adapter":
+        return _parallel_adapter(setup, rates)
+    if setup.method == "full":
+        return _weight_gradients(request, rates)
+    return _lora(setup, rates)
+
+
+def _parallel_adapter(setup: TrainingSetup, rates: GpuRates) -> _Layer:
     """The sparse adapter's own arithmetic with every row active and no router."""
     sizes = timing.AdapterSizes(
-        tokens=request.tokens_per_step,
-        hidden_size=request.model.hidden_size,
-        element_bytes=method.adapter_bytes,
+        tokens=setup.tokens,
+        hidden_size=setup.model.hidden_size,
+        element_bytes=ADAPTER_DTYPE_BYTES[setup.adapter_dtype],
         num_experts=1,
         key_experts=False,
     )
-    forward = timing.adapter_forward_seconds(rates, sizes, active_rows=method.adapter_width)
-    backward = timing.adapter_backward_seconds(rates, sizes, active_rows=method.adapter_width)
+    width = setup.adapter_width or 0
+    forward = timing.adapter_forward_seconds(rates, sizes, active_rows=width)
+    backward = timing.adapter_backward_seconds(rates, sizes, active_rows=width)
     return _Layer(float(forward), float(backward))
 
 
-def _lora(request: Request, rates: GpuRates, method: Lora) -> _Layer:
+def _lora(setup: TrainingSetup, rates: GpuRates) -> _Layer:
     """Per adapted layer ``2*T*r*(in + out)`` flops forward and twice that backward."""
-    tokens, rank = request.tokens_per_step, method.rank
-    forward = backward = 0.0
-    for name, (inputs, outputs) in linear_sizes(request.model).items():
-        if name not in method.targets:
-            continue
-        flops = 2 * tokens * rank * (inputs + outputs)
-        # Forward reads the input, writes and reads the inner activation, writes, scales and sums the output.
-        numbers = tokens * (inputs + 2 * rank + 4 * outputs) + rank * (inputs + outputs)
-        num_bytes = numbers * method.adapter_bytes
-        forward += float(rates.adapter_seconds(flops=flops, num_bytes=num_bytes, launches=LORA_FORWARD_LAUNCHES))
-        backward += float(
-            rates.adapter_seconds(flops=2 * flops, num_bytes=2 * num_bytes, launches=LORA_BACKWARD_LAUNCHES)
-        )
-    return _Layer(forward, backward)
+    layers = [_lora_layer(setup, rates, layer) for layer in _targeted(setup)]
+    return _Layer(sum(layer.forward for layer in layers), sum(layer.backward for layer in layers))
+
+
+def _lora_layer(setup: TrainingSetup, rates: GpuRates, layer: Linear) -> _Layer:
+    tokens, rank, both = setup.tokens, setup.rank or 0, layer.inputs + layer.outputs
+    flops = 2 * tokens * rank * both
+    # Forward reads the input, writes and reads the inner activation, writes, scales and sums the output.
+    numbers = tokens * (layer.inputs + 2 * rank + 4 * layer.outputs) + rank * both
+    num_bytes = numbers * ADAPTER_DTYPE_BYTES[setup.adapter_dtype]
+    forward = rates.adapter_seconds(flops=flops, num_bytes=num_bytes, launches=LORA_FORWARD_LAUNCHES)
+    backward = rates.adapter_seconds(flops=2 * flops, num_bytes=2 * num_bytes, launches=LORA_BACKWARD_LAUNCHES)
+    return _Layer(float(forward), float(backward))
+
+
+def _targeted(setup: TrainingSetup) -> list[Linear]:
+    return [layer for layer in linear_layers(setup.model) if layer.name in setup.target_modules]
 
 
 def _weight_gradients(request: Request, rates: GpuRates) -> _Layer:
@@ -104,24 +114,21 @@ def _weight_gradients(request: Request, rates: GpuRates) -> _Layer:
         rates.frozen_seconds(
             flops=2 * num_parameters * request.tokens_per_step,
             num_bytes=2 * num_parameters * COMPUTE_DTYPE_BYTES[request.weights_dtype],
-            launches=len(linear_sizes(request.model)),
+            launches=len(linear_layers(request.model)),
         ),
     )
 
 
-def _optimizer_seconds(request: Request, rates: GpuRates, method: DenseMethod) -> float:
+def _optimizer_seconds(setup: TrainingSetup, rates: GpuRates) -> float:
     """AdamW reads and writes weight and moments and reads the gradient, in the parameters' dtype."""
-    shape = request.model
-    if isinstance(method, ParallelAdapter):
-        width = method.adapter_width
-        parameters = parallel_adapter_parameters(
-            num_layers=shape.num_layers, hidden_size=shape.hidden_size, adapter_width=width
-        )
-        num_bytes = parameters * method.adapter_bytes
-    elif isinstance(method, Lora):
-        num_bytes = lora_parameters(shape, rank=method.rank, targets=method.targets) * method.adapter_bytes
+    shape, element_bytes = setup.model, ADAPTER_DTYPE_BYTES[setup.adapter_dtype]
+    if setup.method == "parallel-adapter":
+        num_bytes = shape.num_layers * 2 * (setup.adapter_width or 0) * shape.hidden_size * element_bytes
+    elif setup.method == "full":
+        num_bytes = shape.num_parameters * COMPUTE_DTYPE_BYTES[setup.weights_dtype]
     else:
-        num_bytes = shape.num_parameters * COMPUTE_DTYPE_BYTES[request.weights_dtype]
+        per_rank = sum(layer.inputs + layer.outputs for layer in _targeted(setup))
+        num_bytes = shape.num_layers * (setup.rank or 0) * per_rank * element_bytes
     return float(rates.adapter_seconds(flops=0.0, num_bytes=timing.ADAMW_ARRAYS * num_bytes, launches=0))
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from meft.planner.comparison import Estimate, MethodComparison, MethodRow
+from meft.planner.comparison import MethodComparison, MethodRow
+from meft.planner.estimates import Estimate
 from meft.planner.plan import MemoryEntry
 from meft.planner.render import count, grid, ledger, lines, percent, section
 from meft.planner.units import format_bytes, format_seconds
@@ -106,5 +107,19 @@ def _configuration(estimate: Estimate) -> str:
     texts.append(f"{estimate.weights_dtype}{' double-quantized' if estimate.double_quant else ''} weights")
     if estimate.adapter_dtype is not None:
         texts.append(f"{estimate.adapter_dtype} adapter")
-    texts.append(f"checkpointing {'on' if estimate.activation_checkpointing else 'off'}")
+    texts += _loop(estimate)
     return ", ".join(texts)
+
+
+def _loop(estimate: Estimate) -> list[str]:
+    """How it is trained, where that is not the plain way."""
+    texts = [f"checkpointing {'on' if estimate.activation_checkpointing else 'off'}", f"{estimate.attention} attention"]
+    if estimate.kbit_preparation:
+        texts.append("k-bit preparation")
+    if estimate.autocast != "none":
+        texts.append(f"{estimate.autocast} autocast")
+    if estimate.optimizer != "adamw":
+        texts.append(estimate.optimizer)
+    if estimate.loss != "hf":
+        texts.append(f"{estimate.loss} loss")
+    return texts

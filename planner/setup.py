@@ -11,7 +11,7 @@ from meft.planner.schema import Count, Record
 MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
 OptimizerName = Literal["adamw", "adamw-fused", "adamw-8bit", "paged-adamw-8bit", "sgd"]
-LossName = Literal["hf", "fused-ce", "fused-linear-ce"]
+LossName = Literal["hf", "hf-shifted-logits", "fused-ce", "fused-linear-ce"]
 Autocast = Literal["bf16", "fp16", "none"]
 
 
@@ -21,8 +21,9 @@ class TrainingSetup(Record):
     ``optimizer``: ``adamw`` is torch's multi-tensor (foreach) AdamW, ``adamw-fused`` its fused one, the 8-bit ones are
     those of bitsandbytes (the paged one keeps its states outside the caching allocator), ``sgd`` has no momentum.
 
-    ``loss``: ``hf`` is transformers' own (logits upcast to fp32), ``fused-ce`` keeps logits in the compute dtype and
-    makes their gradient in place, ``fused-linear-ce`` never holds the logits.
+    ``loss``: ``hf`` is transformers' own (logits upcast to fp32), ``hf-shifted-logits`` that of versions that shifted
+    the logits instead of the labels (4.48), and so copied them in fp32; ``fused-ce`` keeps logits in the compute dtype
+    and makes their gradient in place, ``fused-linear-ce`` never holds the logits.
     """
 
     model: ModelShape
@@ -30,6 +31,8 @@ class TrainingSetup(Record):
     rank: Count | None = None
     target_modules: tuple[str, ...] = ()
     """Names of the model's own linear modules that LoRA adapts, such as ``q_proj``."""
+    lora_dropout: bool = False
+    """LoRA drops out of its inputs, which keeps a mask and a copy for every target."""
     adapter_width: Count | None = None
     top_k: Count | None = None
     active_rows: Count | None = None

@@ -34,7 +34,8 @@ class Stream:
     """Events in order; ``moments`` names places in it: the number of events that precede the moment.
 
     Moments are ``loaded`` (frozen weights are there), ``attached`` (what is trained is too), and per step ``n`` from 1
-    ``forward_n``, ``backward_n`` and ``optimizer_step_n``, each at the end of what it names.
+    ``forward_n``, ``backward_n``, ``updated_n`` (gradients are still there) and ``optimizer_step_n`` (they are
+    cleared), each at the end of what it names.
     """
 
     events: Sequence[StreamEvent]
@@ -47,18 +48,28 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class StreamPeaks:
-    """Peaks of a stream, in bytes; ``at_moment`` gives (allocated, peak allocated so far) at each moment.
+class PhaseLedger:
+    """What is alive at the largest moment of one phase: whole blocks, and requested bytes by category."""
 
-    ``ledger`` holds, for each phase, the requested bytes by category at the largest moment of that phase.
-    """
+    allocated_bytes: int
+    by_category: Mapping[str, int]
+
+    @property
+    def rounding_bytes(self) -> int:
+        """What blocks hold above the requests: rounding to 512 bytes, and remainders too small to be split off."""
+        return self.allocated_bytes - sum(self.by_category.values())
+
+
+@dataclass(frozen=True)
+class StreamPeaks:
+    """Peaks of a stream, in bytes; ``at_moment`` gives (allocated, peak allocated so far) at each moment."""
 
     requested_bytes: int
     allocated_bytes: int
     reserved_bytes: int
     num_retries: int
     at_moment: Mapping[str, tuple[int, int]]
-    ledger: Mapping[Phase, Mapping[str, int]]
+    ledger: Mapping[Phase, PhaseLedger]
 
 
 def stream_peaks(stream: Stream, *, capacity_bytes: int | None = None) -> StreamPeaks:
@@ -69,58 +80,45 @@ def stream_peaks(stream: Stream, *, capacity_bytes: int | None = None) -> Stream
     """
     allocator = CachingAllocator(capacity_bytes)
     handles: dict[int, int] = {}
-    moments_by_index: dict[int, list[str]] = {}
-    for name, index in stream.moments.items():
-        moments_by_index.setdefault(index, []).append(name)
-    at_moment: dict[str, tuple[int, int]] = {}
-
-    def note(index: int) -> None:
-        for name in moments_by_index.get(index, ()):
-            at_moment[name] = (allocator.allocated_bytes, allocator.peak_allocated_bytes)
-
+    largest: dict[Phase, tuple[int, int]] = {}
+    at: dict[int, tuple[int, int]] = {}
+    moments = set(stream.moments.values())
     for index, event in enumerate(stream.events):
-        if index in moments_by_index:
-            note(index)
-        if event.num_bytes > 0:
-            if event.tensor in handles:
-                raise ValueError(f"tensor {event.tensor} comes twice")
-            handles[event.tensor] = allocator.malloc(event.num_bytes)
-        elif event.tensor in handles:
-            allocator.free(handles.pop(event.tensor))
-        else:
-            raise ValueError(f"tensor {event.tensor} goes but never came")
-    note(len(stream.events))
+        if index in moments:
+            at[index] = (allocator.allocated_bytes, allocator.peak_allocated_bytes)
+        _replay(event, allocator, handles)
+        if event.phase not in largest or allocator.allocated_bytes > largest[event.phase][0]:
+            largest[event.phase] = (allocator.allocated_bytes, index + 1)
+    at[len(stream.events)] = (allocator.allocated_bytes, allocator.peak_allocated_bytes)
     return StreamPeaks(
         requested_bytes=allocator.peak_requested_bytes,
         allocated_bytes=allocator.peak_allocated_bytes,
         reserved_bytes=allocator.peak_reserved_bytes,
         num_retries=allocator.num_retries,
-        at_moment=at_moment,
-        ledger=ledger_at_phase_peaks(stream),
+        at_moment={name: at[index] for name, index in stream.moments.items()},
+        ledger={
+            phase: PhaseLedger(allocated, live_by_category(stream, passed))
+            for phase, (allocated, passed) in largest.items()
+        },
     )
 
 
-def ledger_at_phase_peaks(stream: Stream) -> dict[Phase, dict[str, int]]:
-    """Requested bytes by category at the largest moment of each phase that occurs in the stream."""
-    return {phase: live_by_category(stream, upto) for phase, upto in _phase_peaks(stream).items()}
-
-
-def live_by_category(stream: Stream, upto: int) -> dict[str, int]:
-    """Requested bytes by category of the tensors that are there after the first ``upto`` events."""
+def live_by_category(stream: Stream, passed: int) -> dict[str, int]:
+    """Requested bytes by category of the tensors that are there after the first ``passed`` events."""
     category_of: dict[int, str] = {}
     live: Counter[str] = Counter()
-    for event in stream.events[:upto]:
+    for event in stream.events[:passed]:
         category = category_of.setdefault(event.tensor, event.category)
         live[category] += event.num_bytes
     return {category: num_bytes for category, num_bytes in live.items() if num_bytes}
 
 
-def _phase_peaks(stream: Stream) -> dict[Phase, int]:
-    """How many events have passed at the largest moment of each phase."""
-    total = 0
-    best: dict[Phase, tuple[int, int]] = {}
-    for passed, event in enumerate(stream.events, start=1):
-        total += event.num_bytes
-        if event.phase not in best or total > best[event.phase][0]:
-            best[event.phase] = (total, passed)
-    return {phase: passed for phase, (_, passed) in best.items()}
+def _replay(event: StreamEvent, allocator: CachingAllocator, handles: dict[int, int]) -> None:
+    if event.num_bytes > 0:
+        if event.tensor in handles:
+            raise ValueError(f"tensor {event.tensor} comes twice")
+        handles[event.tensor] = allocator.malloc(event.num_bytes)
+    elif event.tensor in handles:
+        allocator.free(handles.pop(event.tensor))
+    else:
+        raise ValueError(f"tensor {event.tensor} goes but never came")

@@ -35,6 +35,7 @@ from meft.runtime import checkpoint
 from meft.runtime.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.inference import LayerRows, attach_rows, serving
 from meft.runtime.initialise import KeyInit
+from meft.runtime.lanes import Overlapped
 from meft.runtime.optimizer import AdamWSettings
 from meft.runtime.row_optimizer import RowOptimizer
 from meft.runtime.session import Session, open_session
@@ -97,11 +98,21 @@ class AdapterModel(nn.Module):
             listed = ", ".join(f"{name} {mine} in the plan, {here} here" for name, (mine, here) in differences.items())
             raise UsageError(f"the plan was made for {loaded.request.model.name}, which this model is not: {listed}")
         restore = _restorer(base)
-        session = open_session(loaded, base, _device(device, loaded), seed=seed, settings=settings, key_init=key_init)
+        session = open_session(
+            loaded,
+            base,
+            _device(device, loaded),
+            seed=seed,
+            settings=settings,
+            schedule=Overlapped(),
+            key_init=key_init,
+        )
         if adapter is not None:
             checkpoint.load_adapter(session, Path(adapter))
 
         def detach() -> None:
+            session.drain()
+            session.close()
             session.adapter.detach()
             restore()
 
@@ -167,10 +178,7 @@ class AdapterModel(nn.Module):
         del set_to_none
         self.finish_backward()
         if self._session:
-            self.session.store.clear_gradients()
-        for router in self.routers:
-            if router.grad is not None:
-                router.grad.zero_()
+            self.session.forget_gradients()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter folder, whole or not at all; :meth:`from_pretrained` reads it."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,8 @@ from meft.runtime.device import Device
 from meft.runtime.engine import TransferEngine
 from meft.runtime.exchange import StepCounters
 from meft.runtime.optimizer import AdamWSettings, clip_scale
-from meft.runtime.session import OptimizerResult, StepResult
+from meft.runtime.session import OptimizerResult, StepResult, WindowEnd
+from meft.runtime.timeline import LaneClock
 
 Baseline = Literal["none", "lora", "parallel-adapter", "full"]
 TRAINED = "trained_weights"
@@ -44,20 +45,22 @@ class BaselineSession:
     trained: list[nn.Parameter]
     settings: AdamWSettings
     optimizer: torch.optim.AdamW | None
+    clock: LaneClock = field(default_factory=LaneClock)
 
     @property
     def trainable_parameters(self) -> int:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.trained)
 
-    def step(self, batch: Batch, *, loss_scale: float) -> StepResult:
+    def step(self, batch: Batch, *, loss_scale: float, window_end: WindowEnd | None = None) -> StepResult:
         """One micro-batch forward and backward; gradients are scaled by ``loss_scale``."""
+        del window_end
         started = time.perf_counter()
         with self.device.scope():
             loss = self._loss(batch)
             (loss * loss_scale).backward()
             value = self.engine.read_scalar(loss, category="loss")
-        return StepResult(value, time.perf_counter() - started, StepCounters([]))
+        return StepResult(value, time.perf_counter() - started, StepCounters([], [], []))
 
     def loss(self, batch: Batch) -> float:
         """The loss on a batch that is not trained on."""
@@ -85,7 +88,10 @@ class BaselineSession:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.engine.per = "step"
-        return OptimizerResult(norm, 0, time.perf_counter() - started)
+        return OptimizerResult(norm, [], [], time.perf_counter() - started)
+
+    def drain(self) -> None:
+        """Nothing is under way: all is done in order."""
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         ids, labels = (self._to_device(part) for part in (batch.input_ids, batch.labels))

@@ -4,6 +4,8 @@ A :class:`DeviceBooks` is a torch dispatch mode. While it is active, and outside
 operator allocates lies on the device: its storage is entered, passed through the caching allocator model, and taken
 out when torch frees it. A device operator that is handed a host tensor is refused, as CUDA would refuse it, so
 nothing crosses the link except through the transfer engine.
+
+With an :class:`~meft.runtime.event_log.EventLog` the books also write down every storage that comes and goes, in order.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meft.planner.allocator import CachingAllocator
 from meft.planner.errors import MeftError
+from meft.runtime.event_log import EventLog
 
 DEFAULT_CATEGORY = "activations"
+_DEVICE_OF = torch.ops.prim.device.default
 
 
 class WrongPlaceError(MeftError):
@@ -35,6 +40,8 @@ class _Entry:
     num_bytes: int
     category: str
     watcher: weakref.ref[Any]
+    logged: int | None = None
+    """The storage's number in the log."""
 
 
 class DeviceBooks(TorchDispatchMode):
@@ -44,8 +51,9 @@ class DeviceBooks(TorchDispatchMode):
     :class:`~meft.planner.errors.DeviceOutOfMemory` from the operator that allocated.
     """
 
-    def __init__(self, capacity_bytes: int | None = None) -> None:
+    def __init__(self, capacity_bytes: int | None = None, log: EventLog | None = None) -> None:
         super().__init__()
+        self.log = log
         self.allocator = CachingAllocator(capacity_bytes)
         self._live: dict[int, _Entry] = {}
         self._departed: list[int] = []
@@ -53,19 +61,30 @@ class DeviceBooks(TorchDispatchMode):
         self._bytes_by_category: defaultdict[str, int] = defaultdict(int)
         self._peak_by_category: dict[str, int] = {}
         self._peak_bytes = 0
-        self._category = DEFAULT_CATEGORY
+        self._category: str | None = None
         self._host_depth = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while the books are open, so torch need not guard every operator against it."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``; on the device side check its inputs and enter its new storages."""
-        if self._host_depth or func.namespace == "prim":  # prim: questions about a tensor, such as its device
+        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):  # asked for at every turn
+            return args[0].fake_device
+        if self._host_depth or func.namespace == "prim":  # prim: other questions about a tensor
             return func(*args, **(kwargs or {}))
         if self._is_host_view(func, args, kwargs):
             return func(*args, **(kwargs or {}))
-        output = func(*args, **(kwargs or {}))
+        return self.execute(func, args, kwargs or {})
+
+    def execute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a device operator and enter its new storages."""
+        output = func(*args, **kwargs)
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor):
-                self._enter(leaf)
+                self._enter(leaf, func)
         return output
 
     @contextmanager
@@ -105,18 +124,25 @@ class DeviceBooks(TorchDispatchMode):
         self._peak_bytes, self._peak_by_category = 0, {}
         self._note_peak()
 
-    def _enter(self, tensor: torch.Tensor) -> None:
+    def category_of(self, tensor: torch.Tensor, func: Any) -> str:
+        """What a new storage is entered as; ``func`` is the operator that made it, None for one adopted."""
+        del tensor, func
+        return self._category or DEFAULT_CATEGORY
+
+    def _enter(self, tensor: torch.Tensor, func: Any = None) -> None:
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._live or num_bytes == 0:
             return
+        category = self.category_of(tensor, func)
         before, self._busy = self.allocator.allocated_bytes, True
         try:
             handle = self.allocator.malloc(num_bytes)
             block_bytes = self.allocator.allocated_bytes - before
             watcher = weakref.ref(storage, lambda _: self._leave(key))
-            self._live[key] = _Entry(handle, block_bytes, self._category, watcher)
-            self._bytes_by_category[self._category] += block_bytes
+            logged = None if self.log is None else self.log.allocated(num_bytes, category, operator_label(func, tensor))
+            self._live[key] = _Entry(handle, block_bytes, category, watcher, logged)
+            self._bytes_by_category[category] += block_bytes
             self._note_peak()
         finally:
             self._busy = False
@@ -133,6 +159,8 @@ class DeviceBooks(TorchDispatchMode):
             try:
                 entry = self._live.pop(self._departed.pop())
                 self.allocator.free(entry.handle)
+                if self.log is not None and entry.logged is not None:
+                    self.log.released(entry.logged)
                 self._bytes_by_category[entry.category] -= entry.num_bytes
             finally:
                 self._busy = False
@@ -155,3 +183,9 @@ class DeviceBooks(TorchDispatchMode):
                 f"move it through the transfer engine"
             )
         return False
+
+
+def operator_label(func: Any, tensor: torch.Tensor) -> str:
+    """An operator and what it made, such as ``mm [512, 4096] bfloat16``."""
+    name = "adopted" if func is None else str(func).removeprefix("aten.").partition(".")[0]
+    return f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

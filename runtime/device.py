@@ -79,10 +79,10 @@ class EmulatedDevice:
     kind: Literal["cuda", "emulated"] = "emulated"
     name = "emulated device (this machine's CPU)"
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, books: DeviceBooks | None = None) -> None:
         self.budget_bytes = budget_bytes
         self.torch_device = torch.device("cpu")
-        self.books = DeviceBooks(budget_bytes)
+        self.books = books or DeviceBooks(budget_bytes)
 
     def scope(self) -> AbstractContextManager[object]:
         """Activate the books."""

@@ -83,7 +83,7 @@ class EvaluationSchedule:
     on_result: Callable[[Evaluation], None] = lambda _: None
     results: list[Evaluation] = field(default_factory=list)
 
-    def after_window(self, session: Session, optimizer_steps: int, *, last: bool) -> None:
+    def after_window(self, session: Session, optimizer_steps: int, last: bool) -> None:
         """To be called after each optimizer step."""
         if last or (self.every and optimizer_steps % self.every == 0):
             result = self.evaluator.evaluate(SessionGenerator(session), optimizer_steps=optimizer_steps)

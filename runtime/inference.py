@@ -53,6 +53,7 @@ def serving(session: Session) -> Iterator[None]:
     """Inference with a session's adapter: model in eval mode, transfers counted apart from the training steps'."""
     model, engine = session.model, session.engine
     was_training, per = model.training, engine.per
+    session.drain()  # rows may still be updated
     engine.per = "probe"
     model.eval()
     session.adapter.serving = _Served(session, _rows_of(session)).output

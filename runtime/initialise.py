@@ -35,6 +35,7 @@ def keys_from_ffn(store: HostStore, model: nn.Module, *, seed: int) -> None:
         rows = ffn_rows(block, hidden_size=store.hidden_size)
         chosen = _choice(store.adapter_width, len(rows), generator)
         tables.keys.copy_(rows[chosen].to("cpu", tables.keys.dtype))
+    store.refresh_copies()
 
 
 def ffn_rows(block: nn.Module, *, hidden_size: int) -> torch.Tensor:

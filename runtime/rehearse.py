@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meft.planner.plan import Plan
@@ -21,6 +22,7 @@ from meft.runtime.model_loading import model_from_config
 from meft.runtime.nvml import MemoryReading, PcieReading
 from meft.runtime.reporting import active_rows, assemble, device_memory, host_memory, transfer
 from meft.runtime.router import PlannedRouter
+from meft.runtime.row_cache import PlannedCache
 from meft.runtime.session import Session, open_session
 
 _NO_NVML = "a rehearsal: no GPU was used"
@@ -28,17 +30,35 @@ _NO_NVML = "a rehearsal: no GPU was used"
 
 def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_version: str) -> Report:
     """Run one step and the transfers of one optimizer step under fake tensors; ``config`` is the model's."""
-    with FakeTensorMode(), _unpacked_sequences():
-        model = model_from_config(plan, config)
-        rows = plan.prediction.sparsity.active_rows_per_layer
-        session = open_session(plan, model, EmulatedDevice(budget_bytes), seed=0, router=PlannedRouter(rows))
-        _fake_step(session)
-        _fake_optimizer_step(session)
-        return _report(session, rows, meft_version)
+    with FakeTensorMode(), unpacked_sequences():
+        session = rehearsal_session(plan, model_from_config(plan, config), EmulatedDevice(budget_bytes))
+        rehearse_step(session)
+        rehearse_optimizer_step(session)
+        return _report(session, plan.prediction.sparsity.active_rows_per_layer, meft_version)
+
+
+def rehearsal_session(plan: Plan, model: nn.Module, device: EmulatedDevice) -> Session:
+    """A session that needs no data: its active rows are the plan's own."""
+    router = PlannedRouter(plan.prediction.sparsity.active_rows_per_layer)
+    return open_session(plan, model, device, seed=0, router=router, cache=_planned_cache(plan), compiled=False)
+
+
+def _planned_cache(plan: Plan) -> PlannedCache | None:
+    """The mean micro-batch of the plan's window; None where no rows are cached."""
+    decision, sparsity = plan.decision, plan.prediction.sparsity
+    if not decision.cached_rows:
+        return None
+    return PlannedCache(
+        adapter_width=decision.adapter_width,
+        cached_rows=decision.cached_rows,
+        missing=sparsity.missing_rows_per_layer,
+        overflow=sparsity.overflow_rows_per_layer,
+        kept=sparsity.kept_rows_per_layer,
+    )
 
 
 @contextmanager
-def _unpacked_sequences() -> Iterator[None]:
+def unpacked_sequences() -> Iterator[None]:
     """Tell transformers what it cannot read from fake position ids: no sequence is packed.
 
     Left to itself it builds a mask in case there were one, and repeats keys and values because of the mask; a real step
@@ -58,19 +78,21 @@ def _unpacked_sequences() -> Iterator[None]:
         setattr(masking_utils, name, original)
 
 
-def _fake_step(session: Session) -> None:
+def rehearse_step(session: Session) -> None:
+    """One micro-batch forward and backward."""
     request = session.plan.request
     shape = (request.batch_size, request.seq_len)
     batch = Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3)))
     session.device.reset_peaks()
     with session.device.scope():
-        loss = session.forward_backward(batch, loss_scale=1.0)
-        session.engine.bring_scalar(loss, category="loss")
+        session.forward_backward(batch, loss_scale=1.0)
 
 
-def _fake_optimizer_step(session: Session) -> None:
+def rehearse_optimizer_step(session: Session) -> None:
     """Only what crosses the link: the update itself is arithmetic, and there are no numbers."""
     session.engine.per = "optimizer_step"
+    with session.device.scope():
+        session.exchange.close_window()
     if session.router_weights:
         with session.device.scope(), torch.no_grad():
             session.engine.bring_scalar(session.squared_router_norm(), category="router_norm")

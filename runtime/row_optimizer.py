@@ -48,13 +48,11 @@ class RowOptimizer(torch.optim.Optimizer):
         """Forget gradients that no step has used."""
         del set_to_none
         self._finish_backward()
-        self.session.store.clear_gradients()
-        for weight in self.session.router_weights:
-            if weight.grad is not None:
-                weight.grad.zero_()
+        self.session.forget_gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and step counts of rows and routers, and the groups."""
+        self.session.drain()
         counts = [tables.step_counts for tables in self.session.store.layers]
         stepped = any(bool(count.any()) for count in counts)
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]

@@ -1,0 +1,396 @@
+"""A reverse-mode differentiation of nothing but memory: tensors without numbers, freed when the last reference goes.
+
+Operators (:mod:`meft.planner.operators`) are written the way torch runs them: they make tensors, keep what their
+backward needs, and let the rest go out of scope. The reference counts of Python then give the lifetimes, as they do
+in torch, and the tape records every allocation and release in order.
+
+The engine follows torch's: nodes run latest first, gradients that meet at a node are summed (into the first of them
+when nothing else holds it), a node gives up what it keeps once it has run, and a leaf takes its gradient as it is.
+
+>>> tape = Tape()
+>>> x = tape.parameter(100, 4, "weights")
+>>> y = tape.unary(x, "activations", saves=x)
+>>> tape.backward(y, tape.new(100, 4, "gradients"))
+>>> [event.num_bytes for event in tape.events]
+[400, 400, 400, 400, -400]
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from meft.planner.plan import Phase
+from meft.planner.stream import StreamEvent
+
+FP32 = 4
+HALF = 2
+INT64 = 8
+BOOL = 1
+
+GRADIENTS = "gradients"
+TEMPORARIES = "backward_temporaries"
+
+_REFERENCES_OF_ONE_HOLDER = 2
+"""What ``sys.getrefcount`` says of a storage that one tensor holds: that tensor, and the call's own argument."""
+
+
+class Storage:
+    """Bytes on the device; they are released with the last reference."""
+
+    __slots__ = ("num_bytes", "number", "tape")
+
+    def __init__(self, tape: Tape, number: int, num_bytes: int) -> None:
+        self.tape = tape
+        self.number = number
+        self.num_bytes = num_bytes
+
+    def __del__(self) -> None:
+        self.tape.released(self)
+
+
+class Tensor:
+    """A shape of ``numel`` elements of ``itemsize`` bytes over a storage; ``node`` made it if it requires a gradient.
+
+    Views are tensors that share a storage. ``index`` tells the outputs of one node apart.
+    """
+
+    __slots__ = ("index", "itemsize", "node", "numel", "storage")
+
+    def __init__(self, storage: Storage, numel: int, itemsize: int, node: Node | None = None, index: int = 0) -> None:
+        self.storage = storage
+        self.numel = numel
+        self.itemsize = itemsize
+        self.node = node
+        self.index = index
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient flows to it."""
+        return self.node is not None
+
+    def detached(self) -> Tensor:
+        """The same bytes outside the graph: what a node keeps."""
+        return Tensor(self.storage, self.numel, self.itemsize)
+
+    def view(self, numel: int | None = None) -> Tensor:
+        """A view in the graph, of fewer elements when ``numel`` says so."""
+        return Tensor(self.storage, self.numel if numel is None else numel, self.itemsize, self.node, self.index)
+
+
+Gradients = tuple[Tensor | None, ...]
+Backward = Callable[..., Gradients]
+
+
+class Node:
+    """One operator's backward: takes the gradients of its outputs, gives those of its inputs."""
+
+    __slots__ = ("backward", "expand", "inputs", "num_outputs", "phase", "sequence")
+
+    def __init__(self, sequence: int, inputs: tuple[Edge | None, ...], backward: Backward | None, phase: Phase) -> None:
+        self.sequence = sequence
+        self.inputs = inputs
+        self.backward = backward
+        self.phase = phase
+        self.num_outputs = 1
+        self.expand: Callable[[], Tensor] | None = None
+        """Of a checkpointed region: computes it again and returns its output, whose graph takes this node's place."""
+
+
+class Leaf(Node):
+    """Where a gradient ends: it becomes ``grad``, or is added to the one that is there."""
+
+    __slots__ = ("grad",)
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__(sys.maxsize, (), None, phase)
+        self.grad: Tensor | None = None
+
+    def accumulate(self, gradient: Tensor | None) -> None:
+        """Take the gradient as it is; adding to an earlier one needs no memory."""
+        if self.grad is None:
+            self.grad = gradient
+
+
+class Edge:
+    """From a node to the maker of one of its inputs, with that input's shape: gradients are fitted to it."""
+
+    __slots__ = ("index", "itemsize", "node", "numel")
+
+    def __init__(self, tensor: Tensor, node: Node) -> None:
+        self.node = node
+        self.index = tensor.index
+        self.numel = tensor.numel
+        self.itemsize = tensor.itemsize
+
+
+class Tape:
+    """Makes tensors and nodes, and records what comes and goes.
+
+    ``phase`` and ``category`` label what is made; ``sums_in_place`` is torch's own rule for gradients that meet (a
+    dispatch mode, such as a tracer, switches it off in torch).
+    """
+
+    def __init__(self, *, sums_in_place: bool = True) -> None:
+        self.events: list[StreamEvent] = []
+        self.phase: Phase = "resident"
+        self.sums_in_place = sums_in_place
+        self.moments: dict[str, int] = {}
+        self._numbers = 0
+        self._sequence = 0
+        self._graph: Literal["record", "count", "off"] = "record"
+        self._num_saved = 0
+        self._stop_after: int | None = None
+
+    # --- tensors ----------------------------------------------------------------------------------------------------
+
+    def new(self, numel: int, itemsize: int, category: str) -> Tensor:
+        """A tensor of its own storage."""
+        num_bytes = 0 if self._stopped else numel * itemsize
+        self._numbers += 1
+        if num_bytes:
+            self.events.append(StreamEvent(self._numbers, num_bytes, self.phase, category))
+        return Tensor(Storage(self, self._numbers, num_bytes), numel, itemsize)
+
+    def like(self, tensor: Tensor, category: str) -> Tensor:
+        """A new tensor of the same shape."""
+        return self.new(tensor.numel, tensor.itemsize, category)
+
+    def parameter(self, numel: int, itemsize: int, category: str, *, trained: bool = True) -> Tensor:
+        """A weight; a trained one is a leaf."""
+        weight = self.new(numel, itemsize, category)
+        return self.as_leaf(weight) if trained else weight
+
+    def as_leaf(self, tensor: Tensor) -> Tensor:
+        """The tensor made to require a gradient."""
+        tensor.node = Leaf(self.phase)
+        return tensor
+
+    def released(self, storage: Storage) -> None:
+        """A storage's last reference is gone."""
+        if storage.num_bytes:
+            self.events.append(StreamEvent(storage.number, -storage.num_bytes, self.phase, ""))
+
+    def mark(self, moment: str) -> None:
+        """Name this place in the stream."""
+        self.moments[moment] = len(self.events)
+
+    # --- the graph --------------------------------------------------------------------------------------------------
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """What a node keeps of a tensor."""
+        self._num_saved += 1
+        return tensor.detached()
+
+    def connect(self, output: Tensor, inputs: Sequence[Tensor | None], backward: Backward) -> Tensor:
+        """Make ``output`` the result of ``inputs``: its node keeps whatever ``backward`` refers to."""
+        if not self.differentiates(*inputs):
+            return output
+        edges = tuple(None if each is None or each.node is None else Edge(each, each.node) for each in inputs)
+        self._sequence += 1
+        output.node = Node(self._sequence, edges, backward if self._graph == "record" else None, self.phase)
+        return output
+
+    def differentiates(self, *inputs: Tensor | None) -> bool:
+        """Whether an operator on these inputs has a backward."""
+        if self._graph != "off":
+            for each in inputs:
+                if each is not None and each.node is not None:
+                    return True
+        return False
+
+    @contextmanager
+    def no_grad(self) -> Iterator[None]:
+        """Operators inside have no backward."""
+        before, self._graph = self._graph, "off"
+        try:
+            yield
+        finally:
+            self._graph = before
+
+    def unary(self, x: Tensor, category: str, *, saves: Tensor | None = None) -> Tensor:
+        """An elementwise operator that keeps ``saves``, and whose backward makes one gradient."""
+        out = self.like(x, category)
+        return self.connect(out, (x,), self.one_gradient(None if saves is None else self.save(saves)))
+
+    def one_gradient(self, *kept: Tensor | None, numel: int | None = None, itemsize: int | None = None) -> Backward:
+        """A backward that holds ``kept`` and makes one new gradient, of the incoming one's shape unless given."""
+
+        def backward(grad: Tensor) -> Gradients:
+            _ = kept
+            return (self.new(numel or grad.numel, itemsize or grad.itemsize, TEMPORARIES),)
+
+        return backward
+
+    # --- activation checkpointing -----------------------------------------------------------------------------------
+
+    def checkpoint(self, region: Callable[[Tensor], Tensor], x: Tensor, *, reentrant: bool) -> Tensor:
+        """Run ``region`` keeping its input alone, and compute it again when its gradient is asked for."""
+        return self._checkpoint_reentrant(region, x) if reentrant else self._checkpoint(region, x)
+
+    def _checkpoint(self, region: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Recomputation stops at the last tensor that the region keeps: what follows is not computed again."""
+        before, self._graph = self._graph, "count"
+        saved_before = self._num_saved
+        try:
+            out = region(x)
+        finally:
+            self._graph = before
+        num_saved = self._num_saved - saved_before
+        if out.node is None:
+            return out
+        self._sequence += 1
+        node = Node(self._sequence, (None if x.node is None else Edge(x, x.node),), None, self.phase)
+
+        def expand() -> Tensor:
+            self._num_saved, self._stop_after = 0, num_saved
+            try:
+                return region(x)
+            finally:
+                self._stop_after = None
+
+        node.expand = expand
+        out.node, out.index = node, 0
+        return out
+
+    def _checkpoint_reentrant(self, region: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The region is differentiated by an engine of its own, which holds input, output and incoming gradient."""
+        with self.no_grad():
+            out = region(x)
+        kept = self.save(x)
+
+        def backward(grad: Tensor) -> Gradients:
+            inner = self.as_leaf(kept.detached())
+            output = region(inner)
+            self.backward(output, grad)
+            return (inner.node.grad if isinstance(inner.node, Leaf) else None,)
+
+        return self.connect(out, (x,), backward)
+
+    @property
+    def _stopped(self) -> bool:
+        return self._stop_after is not None and self._num_saved >= self._stop_after
+
+    # --- the engine -------------------------------------------------------------------------------------------------
+
+    def backward(self, root: Tensor, grad: Tensor) -> None:
+        """Differentiate ``root``, whose gradient is ``grad``; leaves have theirs afterwards."""
+        if root.node is None:
+            raise ValueError("the root requires no gradient: nothing is trained")
+        before = self.phase
+        engine = _Engine(self)
+        engine.start(root, grad)
+        del grad
+        engine.run()
+        self.phase = before
+
+
+class _Engine:
+    """One run of backward."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self._pending: Counter[Node] = Counter()
+        self._known: set[Node] = set()
+        self._buffers: dict[Node, list[Tensor | None]] = {}
+        self._ready: list[tuple[int, int, Node]] = []
+        self._ticket = 0
+
+    def start(self, root: Tensor, grad: Tensor) -> None:
+        node = root.node
+        assert node is not None
+        self._explore(node)
+        self._buffers[node] = [None] * node.num_outputs
+        self._buffers[node][root.index] = grad
+        self._push(node)
+
+    def run(self) -> None:
+        while self._ready:
+            node = heapq.heappop(self._ready)[2]
+            self.tape.phase = "backward" if node.phase == "forward" else node.phase
+            if isinstance(node, Leaf):
+                node.accumulate(*self._buffers.pop(node))
+            elif node.expand is not None:
+                self._replace(node)
+            else:
+                self._execute(node)
+
+    def _explore(self, root: Node) -> None:
+        """Count how many nodes each node waits for."""
+        stack = [root]
+        self._known.add(root)
+        while stack:
+            for edge in stack.pop().inputs:
+                if edge is not None:
+                    self._pending[edge.node] += 1
+                    if edge.node not in self._known:
+                        self._known.add(edge.node)
+                        stack.append(edge.node)
+
+    def _replace(self, node: Node) -> None:
+        """Compute a checkpointed region again and go on with the graph that this made."""
+        expand = node.expand
+        node.expand = None
+        (grad,) = self._buffers.pop(node)
+        assert expand is not None
+        assert grad is not None
+        for edge in node.inputs:
+            if edge is not None:
+                self._pending[edge.node] -= 1
+        root = expand()
+        del expand
+        inner = root.node
+        assert inner is not None
+        self._explore(inner)
+        self._buffers[inner] = [grad]
+        del grad, root
+        self._push(inner)
+
+    def _execute(self, node: Node) -> None:
+        run = node.backward
+        if run is None:
+            raise RuntimeError("backward runs a second time over the same graph")
+        grads = run(*self._buffers.pop(node))
+        outputs = [self._fitted(grad, edge) for grad, edge in zip(grads, node.inputs, strict=True)]
+        del grads, run
+        node.backward = None
+        for edge in reversed(node.inputs):
+            grad = outputs.pop()
+            if edge is not None:
+                self._deliver(edge, grad)
+
+    def _fitted(self, grad: Tensor | None, edge: Edge | None) -> Tensor | None:
+        """Summed over what was broadcast, and cast, to the shape and type of the input."""
+        if grad is None or edge is None:
+            return None
+        category = GRADIENTS if isinstance(edge.node, Leaf) else TEMPORARIES
+        if grad.numel > edge.numel:
+            grad = self.tape.new(edge.numel, grad.itemsize, category)
+        if grad.itemsize != edge.itemsize:
+            grad = self.tape.new(edge.numel, edge.itemsize, category)
+        return grad
+
+    def _deliver(self, edge: Edge, grad: Tensor | None) -> None:
+        node = edge.node
+        if grad is not None:
+            buffer = self._buffers.setdefault(node, [None] * node.num_outputs)
+            held = buffer[edge.index]
+            buffer[edge.index] = None
+            buffer[edge.index] = grad if held is None else self._sum(held)
+        self._pending[node] -= 1
+        if not self._pending[node] and node in self._buffers:
+            self._push(node)
+
+    def _sum(self, held: Tensor) -> Tensor:
+        alone = sys.getrefcount(held.storage) <= _REFERENCES_OF_ONE_HOLDER
+        if self.tape.sums_in_place and alone and held.storage.num_bytes == held.numel * held.itemsize:
+            return held
+        return self.tape.like(held, TEMPORARIES)
+
+    def _push(self, node: Node) -> None:
+        self._ticket += 1
+        heapq.heappush(self._ready, (-node.sequence, self._ticket, node))

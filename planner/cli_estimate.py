@@ -1,0 +1,350 @@
+"""``meft-plan estimate``: what one configuration of a method needs, from options or from one JSON object."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import click
+from pydantic import Field
+
+from meft.planner.cli_options import (
+    MAX_BATCH_SIZE,
+    MAX_GRAD_ACCUM,
+    MAX_SEQ_LEN,
+    MAX_WIDTH,
+    Command,
+    RequestOptions,
+    apply_options,
+    budget_options,
+    decision_options,
+)
+from meft.planner.cli_request import Planning, planning
+from meft.planner.comparison import USUAL_SIZES, USUAL_TOP_K, without_limits
+from meft.planner.errors import InfeasibleError, UsageError, unknown_name
+from meft.planner.estimates import Estimate, estimate_dense, estimate_meft
+from meft.planner.linears import passed_over, resolve_targets
+from meft.planner.plan import AdapterDtype, Attention, Decision, Routing, RowsInBackward, WeightsDtype
+from meft.planner.profiles import load_defaults
+from meft.planner.schema import Record, parse_json, read_text, validated
+from meft.planner.search import Infeasible, make_plan, predict
+from meft.planner.setup import METHOD_NAMES, Autocast, LossName, MethodName, OptimizerName, TrainingSetup
+from meft.planner.units import parse_bytes
+
+MAX_RANK = 1 << 16
+WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")
+USUAL_GRAD_ACCUM = {"meft": 32}
+"""Where nothing is said: MEFT's is the paper's, a dense method updates after every micro-batch."""
+
+_DENSE = ("parallel-adapter", "lora", "qlora", "full")
+_LORA = ("lora", "qlora")
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "rank": _LORA,
+    "target_modules": _LORA,
+    "lora_dropout": _LORA,
+    "kbit_preparation": _LORA,
+    "adapter_width": ("meft", "parallel-adapter"),
+    "adapter_dtype": ("meft", "parallel-adapter", *_LORA),
+    "top_k": ("meft",),
+    "active_rows": ("meft",),
+    "prefetch_depth": ("meft",),
+    "routing": ("meft",),
+    "rows_in_backward": ("meft",),
+    "autocast": _DENSE,
+    "optimizer": _DENSE,
+    "loss": _DENSE,
+    "keep_outputs": _DENSE,
+    "padding": _DENSE,
+}
+_WHAT_MEFT_RUNS = {"autocast": "none", "optimizer": "adamw", "loss": "hf"}
+"""What the runtime does whatever is asked: saying it is no error."""
+
+
+class EstimateRequest(Record):
+    """What ``--request`` takes, and what the options amount to. ``None`` is what was not said."""
+
+    method: MethodName
+    model: str | None = None
+    gpu: str | None = None
+    gpu_mem: int | str | None = None
+    host_mem: int | str | None = None
+    context_overhead: int | str | None = None
+    host: str | None = None
+    link: str | None = None
+    sparsity: str | None = None
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)] | None = None
+    target_modules: tuple[str, ...] | str | None = None
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    adapter_width: Annotated[int, Field(ge=1, le=MAX_WIDTH, strict=True)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_WIDTH, strict=True)] | None = None
+    active_rows: Annotated[int, Field(ge=1, le=MAX_WIDTH, strict=True)] | None = None
+    prefetch_depth: Annotated[int, Field(ge=0, strict=True)] | None = None
+    routing: Routing | None = None
+    rows_in_backward: RowsInBackward | None = None
+    weights_dtype: WeightsDtype | None = None
+    double_quant: bool | None = None
+    kbit_preparation: bool | None = None
+    autocast: Autocast | None = None
+    adapter_dtype: AdapterDtype | None = None
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE, strict=True)] = 2
+    seq_len: Annotated[int, Field(ge=1, le=MAX_SEQ_LEN, strict=True)] = 256
+    grad_accum: Annotated[int, Field(ge=1, le=MAX_GRAD_ACCUM, strict=True)] | None = None
+    activation_checkpointing: bool | None = None
+    attention: Attention | None = None
+    optimizer: OptimizerName | None = None
+    loss: LossName | None = None
+    padding: bool | None = None
+    keep_outputs: bool | None = None
+
+    @property
+    def target_names(self) -> tuple[str, ...] | None:
+        """The targets as a list, however they were given."""
+        if isinstance(self.target_modules, str):
+            return tuple(self.target_modules.replace(",", " ").split())
+        return self.target_modules
+
+
+def setup_options(command: Command) -> Command:
+    """The method's own options and the workload's."""
+    option = click.option
+    return apply_options(
+        command,
+        option("--rank", type=click.IntRange(1, MAX_RANK), help="Of lora and qlora. [default: 16; 64]"),
+        option(
+            "--target-modules",
+            metavar="NAMES",
+            help="Linear layers that LoRA adapts, by the names of their modules (q_proj,v_proj; c_attn), or attention, "
+            "ffn, all-linear. [default: attention; all-linear for qlora]",
+        ),
+        option("--lora-dropout", type=click.FloatRange(0.0, 1.0, max_open=True), help="[default: 0]"),
+        option("--active-rows", type=click.IntRange(1, MAX_WIDTH), help="MEFT: rows per layer that a batch activates."),
+        option("--model", metavar="NAME|DIR|FILE", help="Name, folder, or config.json. [default: llama-7b]"),
+        option("--weights-dtype", type=click.Choice(WEIGHTS), help="[default: bf16; nf4 for qlora]"),
+        option("--double-quant/--no-double-quant", default=None, help="Quantize nf4's scales too."),
+        option(
+            "--kbit-preparation/--no-kbit-preparation",
+            default=None,
+            help="PEFT's prepare_model_for_kbit_training: what is not quantized becomes fp32.",
+        ),
+        option("--autocast", type=click.Choice(get_args(Autocast)), help="[default: none]"),
+        option("--adapter-dtype", type=click.Choice(get_args(AdapterDtype)), help="[default: fp32; MEFT: bf16]"),
+        option("--batch-size", type=click.IntRange(1, MAX_BATCH_SIZE), help="[default: 2]"),
+        option("--seq-len", type=click.IntRange(1, MAX_SEQ_LEN), help="[default: 256]"),
+        option("--grad-accum", type=click.IntRange(1, MAX_GRAD_ACCUM), help="Steps per update. [default: 1; MEFT: 32]"),
+        option("--activation-checkpointing/--no-activation-checkpointing", default=None, help="[default: off]"),
+        option("--attention", type=click.Choice(get_args(Attention)), help="[default: sdpa; eager for Gemma 2]"),
+        option("--optimizer", type=click.Choice(get_args(OptimizerName)), help="[default: adamw, multi-tensor]"),
+        option("--loss", type=click.Choice(get_args(LossName)), help="[default: hf, which upcasts the logits]"),
+        option("--padding/--no-padding", default=None, help="Batches are padded, so masks exist. [default: no]"),
+        option(
+            "--keep-outputs/--drop-outputs",
+            default=None,
+            help="The loop holds the model's outputs, and the logits with them, as stock loops do. [default: keep]",
+        ),
+    )
+
+
+@click.command("estimate", short_help="What one configuration of a method needs.")
+@click.option("--method", type=click.Choice(METHOD_NAMES), help="Required, here or in --request.")
+@click.option(
+    "--request",
+    "request_file",
+    metavar="FILE",
+    help="A JSON object in place of options, or beside them: the options' names with underscores. - reads it from "
+    "standard input.",
+)
+@setup_options
+@decision_options
+@budget_options
+@click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
+def estimate_command(*, request_file: str | None, as_json: bool, **given: Any) -> None:
+    """What one configuration of a method needs, whether or not it fits."""
+    asked = _asked(request_file, given)
+    estimate, notes = estimate_of(asked)
+    if as_json:
+        click.echo(estimate.model_dump_json(indent=2))
+        return
+    from meft.planner.render import show
+    from meft.planner.render_methods import estimate_view
+
+    show(estimate_view(estimate, notes=notes))
+
+
+def estimate_of(asked: EstimateRequest) -> tuple[Estimate, tuple[str, ...]]:
+    """The estimate, and what was taken for granted. Raises :class:`UsageError` for what does not go together."""
+    _check_applies(asked)
+    if asked.method == "meft":
+        return _estimate_meft(asked)
+    planned, setup, notes = dense_setup(asked)
+    profiles = planned.profiles
+    return estimate_dense(setup, request=planned.request, gpu=profiles.gpu, link=profiles.link), notes
+
+
+def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[str, ...]]:
+    """The run that a request for a dense method describes, on which card, and notes."""
+    weights, double_quant = _weights(asked)
+    planned = _planning(replace(_options(asked), weights_dtype=weights, double_quant=double_quant))
+    shape, usual = planned.request.model, USUAL_SIZES[asked.method]
+    names = asked.target_names or (usual.targets,)
+    lora = asked.method in _LORA
+    setup = TrainingSetup(
+        model=shape,
+        method=asked.method,
+        rank=(asked.rank or usual.size) if lora else None,
+        target_modules=resolve_targets(shape, names) if lora else (),
+        lora_dropout=bool(asked.lora_dropout),
+        adapter_width=(asked.adapter_width or usual.size) if asked.method == "parallel-adapter" else None,
+        weights_dtype=weights,
+        double_quant=double_quant,
+        kbit_preparation=bool(asked.kbit_preparation),
+        autocast=asked.autocast or "none",
+        adapter_dtype=asked.adapter_dtype or "fp32",
+        batch_size=asked.batch_size,
+        seq_len=asked.seq_len,
+        grad_accum=asked.grad_accum or 1,
+        activation_checkpointing=bool(asked.activation_checkpointing),
+        attention=planned.request.attention,
+        optimizer=asked.optimizer or "adamw",
+        loss=asked.loss or "hf",
+        padded=bool(asked.padding),
+        outputs_kept=asked.keep_outputs is not False,
+    )
+    _check_setup(setup)
+    ignored = passed_over(shape, names) if lora else ()
+    notes = tuple(f"target {name}: {shape.name} has no such layer, as PEFT it is passed over" for name in ignored)
+    return planned, setup, (*notes, *planned.notes)
+
+
+def usual_meft(planned: Planning, *, active_rows: int | None = None) -> Estimate:
+    """The paper's width and K where the request leaves them open: what the planner makes of the card's memory, or,
+    where nothing fits, the leanest that it weighs."""
+    request = planned.request
+    width = request.adapter_width or USUAL_SIZES["meft"].size
+    top_k = request.top_k or min(USUAL_TOP_K, width or USUAL_TOP_K)
+    fixed = request.model_copy(update={"adapter_width": width, "top_k": top_k})
+    unlimited = without_limits(fixed)
+    on_the_card = unlimited.model_copy(update={"gpu_mem_bytes": request.gpu_mem_bytes})
+    found = make_plan(on_the_card, planned.profiles, meft_version=version("meft"))
+    if isinstance(found, Infeasible):
+        found = make_plan(unlimited, planned.profiles, meft_version=version("meft"))
+    if isinstance(found, Infeasible):
+        raise InfeasibleError(f"no such configuration: {found.message}")
+    lean = {"cached_rows": 0, "gradients_on_device": False} if found.request == unlimited else {}
+    decision = found.decision.model_copy(update=lean)
+    if active_rows is not None:
+        decision = _with_rows(decision, active_rows)
+    rows = None if active_rows is None else [active_rows] * request.model.num_layers
+    return estimate_meft(request, decision, predict(request, decision, planned.profiles, rows))
+
+
+def _with_rows(decision: Decision, active_rows: int) -> Decision:
+    if not decision.top_k <= active_rows <= decision.adapter_width:
+        limits = f"--top-k {decision.top_k} and --adapter-width {decision.adapter_width}"
+        raise UsageError(f"--active-rows {active_rows}: it is not between {limits}")
+    return decision.model_copy(update={"active_rows_cap": active_rows})
+
+
+def _asked(request_file: str | None, given: dict[str, Any]) -> EstimateRequest:
+    """The request file's fields, with what the command line says in their place."""
+    options = {name: value for name, value in given.items() if value is not None}
+    content: dict[str, Any] = {}
+    source = "options"
+    if request_file is not None:
+        source = "--request standard input" if request_file == "-" else f"--request {request_file}"
+        content = _request_content(request_file, source)
+    if "method" not in content and "method" not in options:
+        raise UsageError(f"--method: which one? Give one of {', '.join(METHOD_NAMES)}")
+    return validated(EstimateRequest, content | options, source=source)
+
+
+def _request_content(request_file: str, source: str) -> dict[str, Any]:
+    text = sys.stdin.read() if request_file == "-" else read_text(Path(request_file), kind="--request file")
+    content = parse_json(text, source=source)
+    if not isinstance(content, dict):
+        raise UsageError(f"{source}: expected a JSON object, found {type(content).__name__}")
+    for name in content:
+        if name not in EstimateRequest.model_fields:
+            raise unknown_name(f"field in {source}", name, EstimateRequest.model_fields)
+    return content
+
+
+def _check_applies(asked: EstimateRequest) -> None:
+    for name, methods in _ONLY_FOR.items():
+        value = getattr(asked, name)
+        if value is None or asked.method in methods:
+            continue
+        if asked.method == "meft" and value == _WHAT_MEFT_RUNS.get(name):
+            continue
+        option = "--" + name.replace("_", "-")
+        raise UsageError(f"{option} does not go with --method {asked.method}; it is of {', '.join(methods)}")
+
+
+def _weights(asked: EstimateRequest) -> tuple[WeightsDtype, bool]:
+    """The weights' dtype, and whether their scales are quantized too."""
+    given = asked.weights_dtype
+    if given == "int8":
+        raise UsageError(f"weights_dtype int8: estimate knows {', '.join(WEIGHTS)}")
+    if asked.method == "qlora" and given not in (None, "nf4"):
+        raise UsageError(f"--weights-dtype {given}: qlora has nf4 weights; use --method lora")
+    if asked.method == "full" and given == "nf4":
+        raise UsageError("--weights-dtype nf4: full trains its weights; give fp32, bf16 or fp16")
+    weights: WeightsDtype = given or ("nf4" if asked.method == "qlora" else "bf16")
+    if asked.double_quant and weights != "nf4":
+        raise UsageError(f"--double-quant: the weights are {weights}; it goes with --weights-dtype nf4")
+    return weights, asked.method == "qlora" if asked.double_quant is None else asked.double_quant
+
+
+def _check_setup(setup: TrainingSetup) -> None:
+    if setup.attention == "flash" and setup.weights_dtype == "fp32" and setup.autocast == "none":
+        raise UsageError(
+            "--attention flash: it computes in 16 bits, the weights are fp32; give sdpa, or --autocast bf16"
+        )
+
+
+def _options(asked: EstimateRequest) -> RequestOptions:
+    """The request's budgets and workload, for the look-up of names and the checks that a plan has."""
+    return RequestOptions(
+        model=asked.model,
+        gpu=asked.gpu,
+        gpu_mem=_size(asked.gpu_mem, "--gpu-mem"),
+        host_mem=_size(asked.host_mem, "--host-mem"),
+        context_overhead=_size(asked.context_overhead, "--context-overhead"),
+        host=asked.host,
+        link=asked.link,
+        sparsity=asked.sparsity,
+        batch_size=asked.batch_size,
+        seq_len=asked.seq_len,
+        grad_accum=asked.grad_accum or USUAL_GRAD_ACCUM.get(asked.method, 1),
+        weights_dtype=asked.weights_dtype,
+        double_quant=asked.double_quant,
+        adapter_dtype=asked.adapter_dtype,
+        attention=asked.attention,
+        activation_checkpointing=bool(asked.activation_checkpointing),
+        adapter_width=asked.adapter_width if asked.method == "meft" else None,
+        top_k=asked.top_k,
+        prefetch_depth=asked.prefetch_depth,
+        routing=asked.routing,
+        rows_in_backward=asked.rows_in_backward,
+    )
+
+
+def _size(given: int | str | None, field: str) -> int | None:
+    return None if given is None else parse_bytes(str(given), field=field)
+
+
+def _estimate_meft(asked: EstimateRequest) -> tuple[Estimate, tuple[str, ...]]:
+    """A MEFT decision with what was given, and the planner's choice, unbound by any budget, for the rest."""
+    planned = _planning(_options(asked))
+    return usual_meft(planned, active_rows=asked.active_rows), planned.notes
+
+
+def _planning(options: RequestOptions) -> Planning:
+    """As for a plan, but the default card will do where none is named."""
+    if options.gpu is None and options.gpu_mem is None:
+        default = load_defaults().gpu
+        planned = planning(replace(options, gpu=default))
+        return replace(planned, notes=(f"card {default}: no --gpu was given", *planned.notes))
+    return planning(options)

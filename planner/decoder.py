@@ -1,0 +1,401 @@
+"""The decoders of transformers as operators: embedding, blocks, head, in the order in which transformers runs them.
+
+Local variables live as long as in the modelling code they follow, since they decide what is alive at a peak.
+Letters: ``T`` tokens, ``S`` sequence length, ``D`` hidden size, ``H`` heads, ``G`` key-value heads, ``d`` head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from meft.planner import activations as act
+from meft.planner.architecture import ModelShape
+from meft.planner.autograd import BOOL, FP32, HALF, Tensor
+from meft.planner.linears import Place
+from meft.planner.operators import Operators, QuantizedWeights, Weights
+from meft.planner.setup import TrainingSetup
+
+LayerKey = tuple[Place, str]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The two factors beside one linear layer, and whether that layer is quantized."""
+
+    down: Weights
+    up: Weights
+
+
+@dataclass
+class BlockWeights:
+    """Weights of one block. ``norms`` are in the order of use; each is (weight, bias or None)."""
+
+    linears: dict[LayerKey, Weights | QuantizedWeights] = field(default_factory=dict)
+    norms: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    head_norms: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    lora: dict[LayerKey, Lora] = field(default_factory=dict)
+    adapter: tuple[Weights, Weights] | None = None
+
+
+@dataclass
+class ModelWeights:
+    """All weights of a model; a tied head is the embedding."""
+
+    embedding: Tensor
+    positions: Tensor | None
+    blocks: list[BlockWeights]
+    final_norm: tuple[Tensor, Tensor | None]
+    head: Weights
+
+
+@dataclass
+class Shared:
+    """What the blocks of one forward share: rotary tables, masks, and the cache that is kept alive."""
+
+    rotary: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+    cache: list[tuple[Tensor, Tensor]] | None
+
+
+@dataclass
+class Decoder:
+    """One model on one tape."""
+
+    ops: Operators
+    setup: TrainingSetup
+    weights: ModelWeights
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model."""
+        return self.setup.model
+
+    # --- the model --------------------------------------------------------------------------------------------------
+
+    def hidden_states(self, cache: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+        """Everything up to the last block; ``cache`` receives keys and values when transformers makes one."""
+        x = self._embedded()
+        shared = Shared(self._rotary_tables(x.itemsize), self._mask(x.itemsize), cache)
+        for block in self.weights.blocks:
+            x = self._block(x, block, shared)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final norm and head; a soft cap is three tensors more."""
+        logits = self.ops.linear(self.final_hidden(x), self.weights.head, "logits")
+        if not self.shape.logit_softcap:
+            return logits
+        logits = self.ops.scale(logits, "logits")
+        logits = self.ops.keeps_output(logits, "logits")
+        return self.ops.scale(logits, "logits")
+
+    def final_hidden(self, x: Tensor) -> Tensor:
+        """What the head is given."""
+        return self._norm(x, self.weights.final_norm, self.shape.hidden_size)
+
+    def _embedded(self) -> Tensor:
+        ops, shape, setup = self.ops, self.shape, self.setup
+        x = ops.embedding(self.weights.embedding, setup.tokens, shape.hidden_size)
+        if setup.activation_checkpointing and not x.requires_grad:
+            x = ops.tape.as_leaf(x)  # transformers makes the embedding's output require a gradient
+        if shape.model_type in SCALED_EMBEDDINGS:
+            x = ops.scale(x, "embeddings")
+        if self.weights.positions is not None:
+            positions = ops.embedding(self.weights.positions, setup.seq_len, shape.hidden_size)
+            x = ops.add(x, positions, "layer_inputs")
+        return ops.dropout(x, "layer_inputs", active=shape.embedding_dropout)
+
+    def _rotary_tables(self, itemsize: int) -> tuple[Tensor, Tensor] | None:
+        shape, tape = self.shape, self.ops.tape
+        if shape.learned_positions:
+            return None
+        numel = self.setup.seq_len * int(shape.head_dim * shape.rotary_fraction)
+        cosines, sines = (tape.new(numel, FP32, "rotary_tables") for _ in range(2))
+        with tape.no_grad():
+            return self.ops.cast(cosines, itemsize, "rotary_tables"), self.ops.cast(sines, itemsize, "rotary_tables")
+
+    def _mask(self, itemsize: int) -> Tensor | None:
+        """Additive for eager attention, of bytes for a padded batch."""
+        setup, shape = self.setup, self.shape
+        attention = act.attention_used(shape, setup.attention)
+        if not act.makes_mask(shape, attention=setup.attention, padded=setup.padded):
+            return None
+        copies = act.MASKS_PER_MODEL.get(shape.model_type, 1)
+        numel = copies * setup.batch_size * setup.seq_len**2
+        return self.ops.tape.new(numel, itemsize if attention == "eager" else BOOL, "attention_mask")
+
+    # --- one block --------------------------------------------------------------------------------------------------
+
+    def _block(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
+        def region(inner: Tensor) -> Tensor:
+            return self._layer(inner, block, shared)
+
+        if not self.setup.activation_checkpointing:
+            return region(x)
+        shared.cache = None
+        return self.ops.tape.checkpoint(region, x, reentrant=False)
+
+    def _layer(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
+        if self.shape.parallel_blocks:
+            return self._parallel_layer(x, block, shared)
+        residual = x
+        x = self._norm(x, block.norms[0], self.shape.hidden_size)
+        x, _probabilities = self._attention(x, block, shared)
+        if len(block.norms) == 4:
+            x = self._norm(x, block.norms[1], self.shape.hidden_size)
+        x = self._dropped(x)
+        x = self.ops.add(residual, x, "layer_inputs")
+        residual = x
+        x = self._norm(x, block.norms[-2 if len(block.norms) == 4 else 1], self.shape.hidden_size)
+        x = self._ffn_with_adapter(x, block)
+        if len(block.norms) == 4:
+            x = self._norm(x, block.norms[3], self.shape.hidden_size)
+        x = self._dropped(x)
+        return self.ops.add(residual, x, "layer_inputs")
+
+    def _parallel_layer(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
+        """Phi norms once for both; GPT-NeoX norms for each, and adds in another order."""
+        residual, width = x, self.shape.hidden_size
+        normalised = self._norm(x, block.norms[0], width)
+        if len(block.norms) == 1:
+            attended, _probabilities = self._attention(normalised, block, shared)
+            attended = self._dropped(attended)
+            added = self._dropped(self._ffn_with_adapter(normalised, block))
+        else:
+            attended, _probabilities = self._attention(normalised, block, shared)
+            del normalised
+            attended = self._dropped(attended)
+            added = self._dropped(self._ffn_with_adapter(self._norm(x, block.norms[1], width), block))
+        return self.ops.add(self.ops.add(attended, added, "layer_inputs"), residual, "layer_inputs")
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return self.ops.dropout(x, "layer_inputs", active=self.shape.hidden_dropout)
+
+    def _norm(self, x: Tensor, weights: tuple[Tensor, Tensor | None], width: int) -> Tensor:
+        weight, bias = weights
+        if bias is not None:
+            return self.ops.layer_norm(x, weight, bias, width)
+        return self.ops.rms_norm(x, weight, width, weight_in_fp32=self.shape.model_type in SCALED_EMBEDDINGS)
+
+    def _linear(self, x: Tensor, block: BlockWeights, key: LayerKey) -> Tensor:
+        """A linear layer, with what LoRA adds to it."""
+        layer, lora = block.linears[key], block.lora.get(key)
+        if lora is None:
+            return self.ops.linear(x, layer, key[0])
+        if isinstance(layer, QuantizedWeights):
+            return self._quantized_lora(x, layer, lora, key[0])
+        result = self.ops.linear(x, layer, key[0])
+        outer = result.itemsize
+        x = self.ops.cast(x, lora.down.weight.itemsize, "adapter")
+        result = self.ops.add(result, self._lora_added(x, lora), key[0])
+        return self.ops.cast(result, outer, key[0])
+
+    def _quantized_lora(self, x: Tensor, layer: QuantizedWeights, lora: Lora, place: Place) -> Tensor:
+        """PEFT copies what a 4-bit layer gives, and casts itself only outside autocast."""
+        result = self.ops.copy(self.ops.linear(x, layer, place), place)
+        outer = result.itemsize
+        autocast = self.ops.autocast_bytes is not None
+        if not autocast:
+            x = self.ops.cast(x, lora.down.weight.itemsize, "adapter")
+        added = self._lora_added(x, lora)
+        if not autocast:
+            added = self.ops.cast(added, outer, "adapter")
+        return self.ops.add(result, added, place)
+
+    def _lora_added(self, x: Tensor, lora: Lora) -> Tensor:
+        dropped = self.ops.dropout(x, "adapter", active=self.setup.lora_dropout)
+        low = self.ops.linear(dropped, lora.down, "adapter")
+        del dropped
+        return self.ops.scale(self.ops.linear(low, lora.up, "adapter"), "adapter")
+
+    # --- FFN --------------------------------------------------------------------------------------------------------
+
+    def _ffn_with_adapter(self, x: Tensor, block: BlockWeights) -> Tensor:
+        output = self._ffn(x, block)
+        if block.adapter is None:
+            return output
+        keys, values = block.adapter
+        wide = self.ops.cast(x, keys.weight.itemsize, "adapter")
+        added = self.ops.linear(wide, keys, "adapter")
+        del wide
+        added = self.ops.keeps_output(added, "adapter")
+        added = self.ops.linear(added, values, "adapter")
+        added = self.ops.cast(added, x.itemsize, "adapter")
+        return self.ops.add(output, added, "ffn")
+
+    def _ffn(self, x: Tensor, block: BlockWeights) -> Tensor:
+        names = [name for place, name in block.linears if place == "ffn"]
+        if not self.shape.gated_mlp:
+            up, down = names
+            hidden = self._linear(x, block, ("ffn", up))
+            hidden = self._activation(hidden)
+            return self._linear(hidden, block, ("ffn", down))
+        if len(names) == 2:
+            both = self._linear(x, block, ("ffn", names[0]))
+            half = both.numel // 2
+            gate, up_states = self.ops.split(both, (half, half))
+            del both
+            up_states = self.ops.multiply(up_states, self._activation(gate), "ffn")
+            return self._linear(up_states, block, ("ffn", names[1]))
+        gate_name, up, down = names
+        activated = self._activation(self._linear(x, block, ("ffn", gate_name)))
+        return self._linear(self._product(activated, self._linear(x, block, ("ffn", up))), block, ("ffn", down))
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.ops.multiply(a, b, "ffn")
+
+    def _activation(self, x: Tensor) -> Tensor:
+        ops, name = self.ops, self.shape.activation
+        if name in ("gelu_new", "gelu_accurate"):
+            half = ops.scale(x, "ffn")
+            cube = ops.scale(ops.power(x, "ffn"), "ffn")
+            inner = ops.scale(ops.add(x, cube, "ffn"), "ffn")
+            del cube
+            return ops.multiply(half, ops.shift(ops.keeps_output(inner, "ffn"), "ffn"), "ffn")
+        if name == "gelu_fast":
+            half = ops.scale(x, "ffn")
+            slope = ops.scale(x, "ffn")
+            bend = ops.shift(ops.multiply(ops.scale(x, "ffn"), x, "ffn"), "ffn")
+            inner = ops.multiply(slope, bend, "ffn")
+            del slope, bend
+            return ops.multiply(half, ops.shift(ops.keeps_output(inner, "ffn"), "ffn"), "ffn")
+        if name == "gelu_python":
+            half = ops.scale(x, "ffn")
+            error = ops.keeps_input(ops.scale(x, "ffn"), "ffn")
+            return ops.multiply(half, ops.shift(error, "ffn"), "ffn")
+        if name == "quick_gelu":
+            return ops.multiply(x, ops.keeps_output(ops.scale(x, "ffn"), "ffn"), "ffn")
+        if name == "relu2":
+            return ops.power(ops.keeps_output(x, "ffn"), "ffn")
+        return ops.keeps_output(x, "ffn") if name in KEEPS_OUTPUT else ops.keeps_input(x, "ffn")
+
+    # --- attention --------------------------------------------------------------------------------------------------
+
+    def _attention(self, x: Tensor, block: BlockWeights, shared: Shared) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self._query_key_value(x, block)
+        if shared.rotary is not None:
+            q, k = self._rotated(q, k, shared.rotary)
+        if shared.cache is not None:
+            k, v = self.ops.copy(k, "attention"), self.ops.copy(v, "attention")
+            shared.cache.append((k, v))
+        output, probabilities = self._attend(q, k, v, shared.mask)
+        names = [name for place, name in block.linears if place == "attention"]
+        output = self._linear(output, block, ("attention", _output_name(names)))
+        return output, probabilities
+
+    def _query_key_value(self, x: Tensor, block: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
+        shape, setup = self.shape, self.setup
+        queries, keys = setup.tokens * shape.query_size, setup.tokens * shape.kv_size
+        if shape.model_type == "phi3":
+            joint = self._linear(x, block, ("attention", "qkv_proj"))
+            return self.ops.slice(joint, queries), self.ops.slice(joint, keys), self.ops.slice(joint, keys)
+        joint_name = next((name for _, name in block.linears if name in ("c_attn", "query_key_value")), None)
+        if joint_name is not None:
+            joint = self._linear(x, block, ("attention", joint_name))
+            q, k, v = self.ops.split(joint, (queries, keys, keys))
+            return q, k, v
+        q = self._linear(x, block, ("attention", "q_proj"))
+        if block.head_norms:
+            q = self._norm(q, block.head_norms[0], shape.head_dim)
+        if shape.model_type == "opt":
+            q = self.ops.scale(q, "attention")
+        k = self._linear(x, block, ("attention", "k_proj"))
+        if block.head_norms:
+            k = self._norm(k, block.head_norms[1], shape.head_dim)
+        return q, k, self._linear(x, block, ("attention", "v_proj"))
+
+    def _rotated(self, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        fraction = self.shape.rotary_fraction
+        if self.shape.model_type not in PARTIAL_ROTARY:
+            q_rotated = self._rotate(q, tables)
+            return q_rotated, self._rotate(k, tables)
+        q_part, q_rest = (self.ops.slice(q, int(q.numel * part)) for part in (fraction, 1 - fraction))
+        k_part, k_rest = (self.ops.slice(k, int(k.numel * part)) for part in (fraction, 1 - fraction))
+        q_part, k_part = self._rotate(q_part, tables), self._rotate(k_part, tables)
+        q = self.ops.concatenate((q_part, q_rest), "attention")
+        return q, self.ops.concatenate((k_part, k_rest), "attention")
+
+    def _rotate(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        cosines, sines = tables
+        straight = self.ops.multiply(x, cosines, "attention")
+        return self.ops.add(straight, self.ops.multiply(self._rotate_half(x), sines, "attention"), "attention")
+
+    def _rotate_half(self, x: Tensor) -> Tensor:
+        first, second = self.ops.slice(x, x.numel // 2), self.ops.slice(x, x.numel // 2)
+        return self.ops.concatenate((self.ops.scale(second, "attention"), first), "attention")
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        ops, shape, setup = self.ops, self.shape, self.setup
+        if act.attention_used(shape, setup.attention) == "eager":
+            return self._eager_attention(q, k, v, mask)
+        if ops.autocast_bytes is not None:
+            q, k, v = (ops.cast(each, ops.autocast_bytes, "attention") for each in (q, k, v))
+        if setup.attention == "flash":  # transformers casts what is fp32, which the kernel does not take
+            q, k, v = (ops.cast(each, HALF, "attention") for each in (q, k, v))
+        sizes = {"batch_size": setup.batch_size, "seq_len": setup.seq_len, "num_heads": shape.num_heads}
+        half = q.itemsize != FP32
+        if setup.attention == "flash" or (mask is None and half and shape.head_dim <= LARGEST_FLASH_HEAD):
+            return ops.flash_attention(q, k, v, head_dim=shape.head_dim, **sizes), None
+        groups = shape.num_heads // shape.num_kv_heads
+        if mask is None and groups > 1:
+            return self._math_attention(q, k, v), None
+        k, v = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
+        additive = None if mask is None else ops.tape.new(mask.numel, q.itemsize, "attention")
+        return ops.efficient_attention(q, k, v, additive_mask=additive, **sizes), None
+
+    def _math_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Grouped heads without a mask go to sdpa as they are, where only flash takes them: in fp32 there remains the
+        composite of plain products, with a mask of its own and heads written out."""
+        ops, shape, setup = self.ops, self.shape, self.setup
+        groups = shape.num_heads // shape.num_kv_heads
+        scores_numel = setup.tokens * shape.num_heads * setup.seq_len
+        query = ops.scale(q, "attention")
+        mask = ops.tape.new(setup.seq_len**2, q.itemsize, "attention_mask")
+        keys, values = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
+        scores = ops.batched_product(query, ops.scale(keys, "attention"), scores_numel, "attention")
+        probabilities = ops.safe_softmax(scores, "attention")
+        del scores
+        output = ops.batched_product(probabilities, values, q.numel, "attention")
+        del probabilities, mask, keys, values, query
+        return ops.copy(output, "attention")
+
+    def _eager_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        ops, shape, setup = self.ops, self.shape, self.setup
+        groups = shape.num_heads // shape.num_kv_heads
+        scores_numel = setup.tokens * shape.num_heads * setup.seq_len
+        keys, values = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
+        scores = ops.scale(self._bmm(q, keys, scores_numel, merged=groups > 1), "attention")
+        if act.soft_capped_attention(shape):
+            scores = ops.scale(scores, "attention")
+            scores = ops.keeps_output(scores, "attention")
+            scores = ops.scale(scores, "attention")
+        if mask is not None:
+            scores = ops.add(scores, mask.detached(), "attention")
+        outer = q.itemsize
+        if shape.model_type not in act.EAGER_SOFTMAX_AS_COMPUTED or ops.autocast_bytes is not None:
+            scores = ops.keeps_output(ops.cast(scores, FP32, "attention"), "attention")
+            scores = ops.cast(scores, outer, "attention")
+        else:
+            scores = ops.keeps_output(scores, "attention")
+        scores = ops.dropout(scores, "attention", active=shape.attention_dropout)
+        output = self._bmm(scores, values, q.numel, merged=groups > 1)
+        output = ops.copy(output, "attention")
+        return output, scores
+
+    def _bmm(self, a: Tensor, b: Tensor, numel: int, *, merged: bool) -> Tensor:
+        """A product per batch and head: heads that are strided must be copied to be merged with the batch."""
+        if self.setup.batch_size > 1 and not merged:
+            b = self.ops.copy(b, "attention")
+        return self.ops.batched_product(a, b, numel, "attention")
+
+
+LARGEST_FLASH_HEAD = 256
+KEEPS_OUTPUT = frozenset({"relu", "tanh", "sigmoid"})
+SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2"})
+"""Model types that scale their embeddings and multiply by a norm's weight in fp32."""
+PARTIAL_ROTARY = frozenset({"phi", "gpt_neox"})
+OUTPUT_NAMES = frozenset({"o_proj", "dense", "out_proj", "c_proj"})
+
+
+def _output_name(names: list[str]) -> str:
+    return next(name for name in names if name in OUTPUT_NAMES)

@@ -1,0 +1,294 @@
+"""What one configuration of a method needs: an :class:`Estimate` of memory, traffic and time.
+
+The dense methods (``parallel-adapter``, ``lora``, ``qlora``, ``full``) are simulated, event by event, and replayed
+through the allocator; MEFT is priced by its own ledger, as in a plan.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from meft.planner.architecture import ModelShape
+from meft.planner.dense_timing import dense_step_seconds
+from meft.planner.linears import linear_layers
+from meft.planner.plan import (
+    AdapterDtype,
+    Attention,
+    ByteRange,
+    Decision,
+    DeviceMemory,
+    MemoryEntry,
+    Phase,
+    Prediction,
+    Request,
+    WeightsDtype,
+)
+from meft.planner.profiles import GpuProfile, LinkProfile
+from meft.planner.schema import Basis, Bytes, Count, Rate, Record, Seconds
+from meft.planner.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
+from meft.planner.simulation import simulate
+from meft.planner.stream import Stream, StreamPeaks, stream_peaks
+from meft.planner.transfer import LOSS_BYTES, input_bytes
+
+_EVERYWHERE = (
+    "what a kernel allocates and frees within itself, but for attention's backward and the cuBLAS workspaces",
+    "evaluation, generation, gradient clipping, and other processes on the card",
+)
+
+RESIDENT = (
+    "linear_weights",
+    "other_weights",
+    "rotary_frequencies",
+    "trainable_weights",
+    "optimizer_moments",
+    "cublas_workspaces",
+)
+"""Categories that stay from one step to the next."""
+
+BECAUSE = {
+    "linear_weights": "the blocks' linear layers, as stored",
+    "other_weights": "embeddings, head, norms, biases: never below 16 bits",
+    "rotary_frequencies": "two fp32 buffers of half a head",
+    "trainable_weights": "what is trained beside the model",
+    "optimizer_moments": "the optimizer's states",
+    "cublas_workspaces": "cuBLAS workspaces: one per thread that multiplies, forward's and autograd's",
+    "inputs": "token ids, labels, and the labels shifted",
+    "embeddings": "token embeddings, before positions are added or they are scaled",
+    "layer_inputs": "the residual stream between layers, and dropout's masks on it",
+    "norms": "what norms keep and make (RMSNorm: in fp32)",
+    "attention": "query, key, value, output and log-sum-exp, or scores and probabilities; rotary products on the way",
+    "ffn": "the FFN's products and activations",
+    "adapter": "what the trained part keeps and makes: inputs in its dtype, activations, dropout",
+    "rotary_tables": "cosines and sines [1, S, d], shared by all layers",
+    "attention_mask": "[B, 1, S, S] for padded batches and eager attention",
+    "autocast_weights": "autocast's 16-bit copies of fp32 weights",
+    "dequantized_weight": "a quantized linear layer, written out to be multiplied",
+    "logits": "the logits in the head's dtype; a loop that holds the outputs holds them",
+    "loss_chain": "the loss: fp32 logits, log-probabilities, and their gradients",
+    "gradients": "gradients of the trained parameters",
+    "backward_temporaries": "gradients of activations on their way",
+    "optimizer_temporary": "AdamW's multi-tensor step: one temporary as large as the parameters it updates",
+    "block_rounding": "blocks are multiples of 512 bytes, and a remainder of up to 1 MiB is not split off",
+}
+
+
+class Estimate(Record):
+    """What one configuration needs. Bytes and seconds are per step: one micro-batch forward and backward."""
+
+    method: MethodName
+    model: str
+    size_name: Literal["adapter_width", "rank"] | None
+    size: Count | None
+    targets: tuple[str, ...]
+    weights_dtype: WeightsDtype
+    double_quant: bool
+    kbit_preparation: bool
+    adapter_dtype: AdapterDtype | None
+    autocast: Autocast
+    attention: Attention
+    activation_checkpointing: bool
+    optimizer: OptimizerName
+    loss: LossName
+    decision: Decision | None
+    """MEFT's remaining choices."""
+    trainable_parameters: Count
+    trainable_fraction: Rate
+    """Trainable parameters over the frozen model's; full fine-tuning has 1."""
+    resident_bytes: Bytes
+    peak_phase: Phase
+    peak_allocated_bytes: Bytes
+    peak_reserved_bytes: Bytes
+    reserved_basis: Basis
+    peak_reserved_bytes_at_cap: Bytes | None
+    """With MEFT's active rows at their cap, which no batch exceeds; null for the dense methods."""
+    process_bytes: ByteRange
+    allocator_budget_bytes: Bytes
+    fits: bool
+    """Reserved (at the cap) within the budget, and the adapter within host memory."""
+    entries: tuple[MemoryEntry, ...]
+    host_bytes: Bytes
+    host_entries: tuple[MemoryEntry, ...]
+    h2d_bytes_per_step: Bytes
+    d2h_bytes_per_step: Bytes
+    step_seconds: Seconds
+    leaves_out: tuple[str, ...]
+
+
+def estimate_dense(setup: TrainingSetup, *, request: Request, gpu: GpuProfile, link: LinkProfile) -> Estimate:
+    """What a dense method needs; of the request only the budgets and names matter, ``setup`` says the rest."""
+    peaks = dense_peaks(setup, gpu)
+    memory = simulated_memory(peaks, gpu=gpu, gpu_mem_bytes=request.gpu_mem_bytes)
+    parameters = trainable_parameters(setup)
+    adapter = setup.method == "parallel-adapter"
+    return _estimate(
+        memory,
+        setup=setup,
+        host_budget_bytes=request.host_mem_bytes,
+        size_name=None if setup.method == "full" else "adapter_width" if adapter else "rank",
+        size=setup.adapter_width if adapter else setup.rank,
+        targets=setup.target_modules,
+        adapter_dtype=None if setup.method == "full" else setup.adapter_dtype,
+        decision=None,
+        trainable_parameters=parameters,
+        trainable_fraction=parameters / setup.model.num_parameters,
+        host_bytes=0,
+        host_entries=(),
+        h2d_bytes_per_step=input_bytes(tokens=setup.tokens),
+        d2h_bytes_per_step=LOSS_BYTES,
+        step_seconds=dense_step_seconds(setup=setup, request=request, gpu=gpu, link=link),
+        leaves_out=_left_out(setup),
+    )
+
+
+def estimate_meft(request: Request, decision: Decision, prediction: Prediction) -> Estimate:
+    """What a MEFT decision needs, in the terms of the other methods."""
+    setup = meft_setup(request, decision)
+    return _estimate(
+        prediction.device_memory,
+        setup=setup,
+        host_budget_bytes=request.host_mem_bytes,
+        size_name="adapter_width",
+        size=decision.adapter_width,
+        targets=(),
+        adapter_dtype=request.adapter_dtype,
+        decision=decision,
+        trainable_parameters=prediction.trainable_parameters,
+        trainable_fraction=prediction.trainable_fraction,
+        host_bytes=prediction.host_memory.total_bytes,
+        host_entries=prediction.host_memory.entries,
+        h2d_bytes_per_step=prediction.transfer.h2d_bytes_per_step,
+        d2h_bytes_per_step=prediction.transfer.d2h_bytes_per_step,
+        step_seconds=prediction.timing.step_seconds,
+        leaves_out=(*_EVERYWHERE, "on the host: the process itself, the frozen model while it loads, the data"),
+    )
+
+
+def meft_setup(request: Request, decision: Decision) -> TrainingSetup:
+    """The setup that a decision amounts to: AdamW on the host, stock loss, outputs let go."""
+    return TrainingSetup(
+        model=request.model,
+        method="meft",
+        adapter_width=decision.adapter_width,
+        top_k=decision.top_k,
+        weights_dtype=request.weights_dtype,
+        double_quant=request.double_quant,
+        adapter_dtype=request.adapter_dtype,
+        batch_size=request.batch_size,
+        seq_len=request.seq_len,
+        grad_accum=request.grad_accum,
+        activation_checkpointing=decision.activation_checkpointing,
+        attention=request.attention,
+        outputs_kept=False,
+    )
+
+
+def dense_peaks(setup: TrainingSetup, gpu: GpuProfile) -> StreamPeaks:
+    """Peaks and ledger of a dense method on a card (which decides the cuBLAS workspace)."""
+    return stream_peaks(dense_stream(setup, gpu))
+
+
+def dense_stream(setup: TrainingSetup, gpu: GpuProfile) -> Stream:
+    """The simulated run behind an estimate."""
+    return simulate(setup, workspace_bytes=int(gpu.workspace_bytes.value))
+
+
+def simulated_memory(peaks: StreamPeaks, *, gpu: GpuProfile, gpu_mem_bytes: int) -> DeviceMemory:
+    """The record of a replayed stream: its ledger by phase, its peaks, and the process on this GPU."""
+    phase: Phase = max(peaks.ledger, key=lambda each: peaks.ledger[each].allocated_bytes)
+    low, high = gpu.context.low_bytes, gpu.context.high_bytes
+    reserved = peaks.reserved_bytes
+    return DeviceMemory(
+        entries=_entries(peaks, phase),
+        peak_phase=phase,
+        peak_allocated_bytes=peaks.allocated_bytes,
+        peak_reserved_bytes=reserved,
+        reserved_basis="counted",
+        context_bytes=ByteRange(low_bytes=low, high_bytes=high, basis=gpu.context.basis, source=gpu.context.source),
+        process_bytes=ByteRange(
+            low_bytes=reserved + low,
+            high_bytes=reserved + high,
+            basis=gpu.context.basis,
+            source=f"peak reserved and the CUDA context: {gpu.context.source}",
+        ),
+        allocator_budget_bytes=max(gpu_mem_bytes - high, 0),
+    )
+
+
+def trainable_parameters(setup: TrainingSetup) -> int:
+    """Numbers that the optimizer of a dense method updates."""
+    shape = setup.model
+    if setup.method == "full":
+        return shape.num_parameters
+    if setup.method == "parallel-adapter":
+        return shape.num_layers * 2 * (setup.adapter_width or 0) * shape.hidden_size
+    return lora_parameters(shape, rank=setup.rank or 0, targets=setup.target_modules)
+
+
+def lora_parameters(shape: ModelShape, *, rank: int, targets: tuple[str, ...]) -> int:
+    """``r * (inputs + outputs)`` of every targeted linear layer."""
+    layers = [layer for layer in linear_layers(shape) if layer.name in targets]
+    return shape.num_layers * rank * sum(layer.inputs + layer.outputs for layer in layers)
+
+
+def _entries(peaks: StreamPeaks, peak_phase: Phase) -> tuple[MemoryEntry, ...]:
+    """Resident categories as they are at the peak; the others per phase, at each phase's largest moment."""
+    at_peak = peaks.ledger[peak_phase].by_category
+    entries = [_entry("resident", name, at_peak[name]) for name in RESIDENT if at_peak.get(name)]
+    for phase, ledger in peaks.ledger.items():
+        if phase == "resident":
+            continue
+        others = {name: size for name, size in ledger.by_category.items() if name not in RESIDENT}
+        others["block_rounding"] = ledger.rounding_bytes
+        entries += [_entry(phase, name, size) for name, size in others.items() if size]
+    return tuple(entries)
+
+
+def _entry(phase: Phase, category: str, num_bytes: int) -> MemoryEntry:
+    return MemoryEntry(
+        place="device",
+        phase=phase,
+        category=category,
+        num_bytes=num_bytes,
+        basis="counted",
+        because=BECAUSE[category],
+    )
+
+
+def _estimate(
+    memory: DeviceMemory, *, setup: TrainingSetup, host_budget_bytes: int, host_bytes: int, **fields: object
+) -> Estimate:
+    resident = sum(entry.num_bytes for entry in memory.entries if entry.phase == "resident")
+    at_most = memory.peak_reserved_bytes_at_cap or memory.peak_reserved_bytes
+    shared = {
+        "method": setup.method,
+        "model": setup.model.name,
+        "weights_dtype": setup.weights_dtype,
+        "double_quant": setup.double_quant,
+        "kbit_preparation": setup.kbit_preparation,
+        "autocast": setup.autocast,
+        "attention": setup.attention,
+        "activation_checkpointing": setup.activation_checkpointing,
+        "optimizer": setup.optimizer,
+        "loss": setup.loss,
+        "resident_bytes": resident,
+        "peak_phase": memory.peak_phase,
+        "peak_allocated_bytes": memory.peak_allocated_bytes,
+        "peak_reserved_bytes": memory.peak_reserved_bytes,
+        "reserved_basis": memory.reserved_basis,
+        "process_bytes": memory.process_bytes,
+        "allocator_budget_bytes": memory.allocator_budget_bytes,
+        "peak_reserved_bytes_at_cap": memory.peak_reserved_bytes_at_cap,
+        "fits": at_most <= memory.allocator_budget_bytes and host_bytes <= host_budget_bytes,
+        "host_bytes": host_bytes,
+        "entries": memory.entries,
+    }
+    return Estimate.model_validate(shared | fields)
+
+
+def _left_out(setup: TrainingSetup) -> tuple[str, ...]:
+    left_out = [*_EVERYWHERE, "temporaries while the model loads"]
+    if setup.optimizer == "paged-adamw-8bit":
+        left_out.append("states of tensors from 100,000 numbers on, which the paged optimizer keeps outside torch")
+    if not setup.outputs_kept:
+        left_out.append("logits and KV cache that a loop keeps by holding on to the model's outputs")
+    return tuple(left_out)

@@ -1,0 +1,414 @@
+"""The operators of a decoder as torch runs them on CUDA: what each makes, keeps for backward, and makes there.
+
+Sizes are elements; ``T`` tokens, ``S`` sequence length, ``H`` heads, ``G`` key-value heads, ``d`` head size, ``V``
+vocabulary. The rules were read from torch 2.13's derivative formulas and CUDA kernels; ``tests/test_simulation.py``
+holds them against traces of real models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from meft.planner.autograd import BOOL, FP32, GRADIENTS, TEMPORARIES, Backward, Gradients, Leaf, Tape, Tensor
+
+LOG_SUM_EXP_MULTIPLE = 32
+"""The memory-efficient kernel rounds the queries of its log-sum-exp up to this."""
+FLASH_QUERY_MULTIPLE = 128
+"""Flash attention rounds the queries of its backward's fp32 buffers up to this."""
+FLASH_HEAD_MULTIPLE = 32
+"""... and the head size (to 64 above 128)."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A linear layer ``inputs -> outputs``: its weight, and its bias if it has one."""
+
+    inputs: int
+    outputs: int
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """A linear layer in 4 bits, written out in ``compute_bytes`` a weight whenever it is multiplied."""
+
+    inputs: int
+    outputs: int
+    stored: tuple[Tensor, ...]
+    compute_bytes: int
+    bias: Tensor | None = None
+
+
+@dataclass
+class Operators:
+    """Operators on one tape. ``autocast_bytes``: the item size to which autocast casts the inputs of products."""
+
+    tape: Tape
+    autocast_bytes: int | None = None
+    workspace_bytes: int = 0
+    _casts: dict[int, Tensor] = field(default_factory=dict)
+    _workspaces: dict[bool, Tensor] = field(default_factory=dict)
+
+    # --- elementwise ------------------------------------------------------------------------------------------------
+
+    def cast(self, x: Tensor, itemsize: int, category: str) -> Tensor:
+        """``x.to(dtype)``: nothing when it is of that dtype already."""
+        if x.itemsize == itemsize:
+            return x
+        out = self.tape.new(x.numel, itemsize, category)
+        return self.tape.connect(out, (x,), self._gradient_like(x))
+
+    def scale(self, x: Tensor, category: str) -> Tensor:
+        """A product with a number."""
+        return self.tape.unary(x, category)
+
+    def shift(self, x: Tensor, category: str) -> Tensor:
+        """A sum with a number, whose gradient passes."""
+        return self.tape.connect(self.tape.like(x, category), (x,), lambda grad: (grad.detached(),))
+
+    def add(self, a: Tensor, b: Tensor, category: str) -> Tensor:
+        """A sum, in the wider dtype; the gradient is one and the same for both."""
+        out = self.tape.new(max(a.numel, b.numel), max(a.itemsize, b.itemsize), category)
+        return self.tape.connect(out, (a, b), lambda grad: (grad.detached(), grad.detached()))
+
+    def multiply(self, a: Tensor, b: Tensor, category: str) -> Tensor:
+        """A product: each factor is kept if the other needs a gradient."""
+        tape = self.tape
+        out = tape.new(max(a.numel, b.numel), max(a.itemsize, b.itemsize), category)
+        if not tape.differentiates(a, b):
+            return out
+        kept_b = tape.save(b) if a.requires_grad else None
+        kept_a = tape.save(a) if b.requires_grad else None
+
+        def backward(grad: Tensor) -> Gradients:
+            of_a = None if kept_b is None else tape.like(grad, TEMPORARIES)
+            of_b = None if kept_a is None else tape.like(grad, TEMPORARIES)
+            return of_a, of_b
+
+        return tape.connect(out, (a, b), backward)
+
+    def power(self, x: Tensor, category: str) -> Tensor:
+        """``x ** n``: its backward raises, scales and multiplies anew."""
+        tape = self.tape
+        out = tape.like(x, category)
+        kept = tape.save(x)
+
+        def backward(_grad: Tensor) -> Gradients:
+            raised = tape.like(kept, TEMPORARIES)
+            scaled = tape.like(raised, TEMPORARIES)
+            del raised
+            product = tape.like(scaled, TEMPORARIES)
+            del scaled
+            return (product,)
+
+        return tape.connect(out, (x,), backward)
+
+    def keeps_input(self, x: Tensor, category: str) -> Tensor:
+        """A kernel of its own whose backward needs the input (silu, gelu)."""
+        return self.tape.unary(x, category, saves=x)
+
+    def keeps_output(self, x: Tensor, category: str) -> Tensor:
+        """A kernel whose backward needs the output (tanh, relu, sigmoid, rsqrt, softmax)."""
+        out = self.tape.like(x, category)
+        return self.tape.connect(out, (x,), self.tape.one_gradient(self.tape.save(out)))
+
+    def safe_softmax(self, x: Tensor, category: str) -> Tensor:
+        """Softmax whose rows may be all masked: it is computed, such rows are found, and a copy without them kept."""
+        plain = self.tape.like(x, category)
+        masked = self.tape.new(x.numel, BOOL, category)
+        out = self.keeps_output(x, category)
+        del plain, masked
+        return out
+
+    def dropout(self, x: Tensor, category: str, *, active: bool) -> Tensor:
+        """Dropout with a mask of one byte an element; nothing at rate 0."""
+        if not active:
+            return x
+        out = self.tape.like(x, category)
+        mask = self.tape.new(x.numel, BOOL, category)
+        return self.tape.connect(out, (x,), self.tape.one_gradient(self.tape.save(mask)))
+
+    def concatenate(self, parts: tuple[Tensor, ...], category: str) -> Tensor:
+        """A copy that holds all parts; their gradients are views of its own."""
+        out = self.tape.new(sum(part.numel for part in parts), parts[0].itemsize, category)
+        sizes = tuple(part.numel for part in parts)
+        return self.tape.connect(
+            out, parts, lambda grad: tuple(Tensor(grad.storage, size, grad.itemsize) for size in sizes)
+        )
+
+    def slice(self, x: Tensor, numel: int) -> Tensor:
+        """A view of some of the elements; its gradient is as large as the whole."""
+        out = Tensor(x.storage, numel, x.itemsize)
+        return self.tape.connect(out, (x,), self.tape.one_gradient(numel=x.numel))
+
+    def split(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Views of all elements; their gradients are put together."""
+        parts = tuple(Tensor(x.storage, size, x.itemsize) for size in sizes)
+        tape, numel, itemsize = self.tape, x.numel, x.itemsize
+        tape.connect(parts[0], (x,), lambda *_grads: (tape.new(numel, itemsize, TEMPORARIES),))
+        node = parts[0].node
+        if node is not None:
+            node.num_outputs = len(parts)
+            for index, part in enumerate(parts):
+                part.node, part.index = node, index
+        return parts
+
+    def copy(self, x: Tensor, category: str) -> Tensor:
+        """``contiguous`` where the layout asks for it: the gradient passes."""
+        return self.tape.connect(self.tape.like(x, category), (x,), lambda grad: (grad.detached(),))
+
+    # --- products ---------------------------------------------------------------------------------------------------
+
+    def linear(self, x: Tensor, layer: Weights | QuantizedWeights, category: str) -> Tensor:
+        """``x W^T + b``."""
+        if isinstance(layer, QuantizedWeights):
+            return self._quantized_linear(x, layer, category)
+        tape = self.tape
+        x, weight = self._autocast(x, category), self.autocast_weight(layer.weight)
+        bias = None if layer.bias is None else self.autocast_weight(layer.bias)
+        self._use_workspace()
+        out = tape.new(x.numel // layer.inputs * layer.outputs, x.itemsize, category)
+        if not tape.differentiates(x, weight, bias):
+            return out
+        kept_weight = tape.save(weight) if x.requires_grad else None
+        kept_x = tape.save(x) if weight.requires_grad else None
+        of_x, of_weight = _category(x), _category(weight)
+        size_x, size_weight = x.numel, weight.numel
+        bias_size = bias.numel if bias is not None and bias.requires_grad else 0
+
+        def backward(grad: Tensor) -> Gradients:
+            self._use_workspace(backward=True)
+            of_bias = tape.new(bias_size, grad.itemsize, GRADIENTS) if bias_size else None
+            gradient_x = None if kept_weight is None else tape.new(size_x, grad.itemsize, of_x)
+            gradient_weight = None if kept_x is None else tape.new(size_weight, grad.itemsize, of_weight)
+            return gradient_x, gradient_weight, of_bias
+
+        return tape.connect(out, (x, weight, bias), backward)
+
+    def _quantized_linear(self, x: Tensor, layer: QuantizedWeights, category: str) -> Tensor:
+        """bitsandbytes' 4-bit layer: input cast, weight written out and multiplied both ways, output cast back."""
+        tape, outer = self.tape, x.itemsize
+        x = self.cast(x, layer.compute_bytes, category)
+        numel = layer.inputs * layer.outputs
+        self._use_workspace()
+        written = tape.new(numel, layer.compute_bytes, "dequantized_weight")
+        out = tape.new(x.numel // layer.inputs * layer.outputs, x.itemsize, category)
+        del written
+        if tape.differentiates(x):
+            kept = tuple(tape.save(part) for part in layer.stored[:1])
+            size_x = x.numel
+
+            def backward(grad: Tensor) -> Gradients:
+                _ = kept
+                self._use_workspace(backward=True)
+                again = tape.new(numel, grad.itemsize, "dequantized_weight")
+                gradient = tape.new(size_x, grad.itemsize, TEMPORARIES)
+                del again
+                return (gradient,)
+
+            out = tape.connect(out, (x,), backward)
+        del x
+        return self.cast(out, outer, category)
+
+    def batched_product(self, a: Tensor, b: Tensor, numel: int, category: str) -> Tensor:
+        """``bmm``: each factor is kept if the other needs a gradient."""
+        tape = self.tape
+        a, b = self._autocast(a, category), self._autocast(b, category)
+        self._use_workspace()
+        out = tape.new(numel, a.itemsize, category)
+        if not tape.differentiates(a, b):
+            return out
+        kept_a = tape.save(a) if b.requires_grad else None
+        kept_b = tape.save(b) if a.requires_grad else None
+        size_a, size_b = a.numel, b.numel
+
+        def backward(grad: Tensor) -> Gradients:
+            self._use_workspace(backward=True)
+            of_a = None if kept_b is None else tape.new(size_a, grad.itemsize, TEMPORARIES)
+            of_b = None if kept_a is None else tape.new(size_b, grad.itemsize, TEMPORARIES)
+            return of_a, of_b
+
+        return tape.connect(out, (a, b), backward)
+
+    def _autocast(self, x: Tensor, category: str) -> Tensor:
+        return x if self.autocast_bytes is None else self.cast(x, self.autocast_bytes, category)
+
+    def autocast_weight(self, weight: Tensor) -> Tensor:
+        """Autocast's copy of an fp32 weight: kept until the forward ends if the weight is trained, else made anew."""
+        if self.autocast_bytes is None or weight.itemsize == self.autocast_bytes:
+            return weight
+        if not isinstance(weight.node, Leaf):
+            return self.cast(weight, self.autocast_bytes, "autocast_weights")
+        key = weight.storage.number
+        if key not in self._casts:
+            self._casts[key] = self.cast(weight, self.autocast_bytes, "autocast_weights")
+        return self._casts[key]
+
+    def leave_autocast(self) -> None:
+        """The forward is over: autocast forgets its copies of weights (nodes may keep them)."""
+        self._casts.clear()
+
+    def _use_workspace(self, *, backward: bool = False) -> None:
+        """cuBLAS takes its workspace at a thread's first product; autograd's thread has its own."""
+        in_autograd = backward or self.tape.phase == "backward"
+        if self.workspace_bytes and in_autograd not in self._workspaces:
+            self._workspaces[in_autograd] = self.tape.new(self.workspace_bytes, 1, "cublas_workspaces")
+
+    # --- norms ------------------------------------------------------------------------------------------------------
+
+    def rms_norm(self, x: Tensor, weight: Tensor, width: int, *, weight_in_fp32: bool = False) -> Tensor:
+        """RMSNorm as transformers writes it, in fp32; Gemma also multiplies by its weight there."""
+        outer = x.itemsize
+        wide = self.cast(x, FP32, "norms")
+        normalised = self.multiply(wide, self._inverse_root(wide, x.numel // width), "norms")
+        del wide
+        if not weight_in_fp32:
+            return self.multiply(weight, self.cast(normalised, outer, "norms"), "norms")
+        scale = self.shift(self.cast(weight, FP32, "norms"), "norms")
+        normalised = self.multiply(normalised, scale, "norms")
+        return self.cast(normalised, outer, "norms")
+
+    def _inverse_root(self, wide: Tensor, rows: int) -> Tensor:
+        """``rsqrt(mean(x^2) + eps)``, one number a row."""
+        squares = self.power(wide, "norms")
+        mean = self.tape.new(rows, FP32, "norms")
+        mean = self.tape.connect(mean, (squares,), self._gradient_like(squares))
+        del squares
+        return self.keeps_output(self.shift(mean, "norms"), "norms")
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, width: int) -> Tensor:
+        """One kernel: keeps its input, a mean and a factor per row. Autocast runs it in fp32."""
+        tape = self.tape
+        if self.autocast_bytes is not None:
+            x = self.cast(x, FP32, "norms")
+        rows = x.numel // width
+        out = tape.like(x, "norms")
+        mean, factor = tape.new(rows, FP32, "norms"), tape.new(rows, FP32, "norms")
+        if not tape.differentiates(x, weight, bias):
+            return out
+        kept = (tape.save(x), tape.save(mean), tape.save(factor))
+        of_x, trained = x.requires_grad, weight.requires_grad
+
+        def backward(grad: Tensor) -> Gradients:
+            _ = kept
+            gradient = tape.like(grad, TEMPORARIES) if of_x else None
+            of_weight = tape.like(weight_meta, GRADIENTS) if trained else None
+            of_bias = tape.like(weight_meta, GRADIENTS) if trained else None
+            return gradient, of_weight, of_bias
+
+        weight_meta = weight.detached()
+        return tape.connect(out, (x, weight, bias), backward)
+
+    # --- attention --------------------------------------------------------------------------------------------------
+
+    def flash_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, batch_size: int, seq_len: int, num_heads: int, head_dim: int
+    ) -> Tensor:
+        """The flash kernel: keeps query, key, value, output and the log-sum-exp ``[B, H, S]``; heads may be grouped.
+
+        Backward makes the three gradients, the fp32 accumulator of the query's, a row sum, and for grouped heads the
+        key's and value's gradients of every head before they are summed.
+        """
+        tape = self.tape
+        out = tape.like(q, "attention")
+        log_sum_exp = tape.new(batch_size * num_heads * seq_len, FP32, "attention")
+        if not tape.differentiates(q, k, v):
+            return out
+        kept = tuple(tape.save(each) for each in (q, k, v, out, log_sum_exp))
+        rounded_queries = -(-seq_len // FLASH_QUERY_MULTIPLE) * FLASH_QUERY_MULTIPLE
+        head_multiple = FLASH_HEAD_MULTIPLE if head_dim <= 4 * FLASH_HEAD_MULTIPLE else 2 * FLASH_HEAD_MULTIPLE
+        rounded_head = -(-head_dim // head_multiple) * head_multiple
+        rows = batch_size * num_heads * rounded_queries
+
+        def backward(_grad: Tensor) -> Gradients:
+            query, key, value = kept[:3]
+            of_q, of_k, of_v = (tape.like(each, TEMPORARIES) for each in (query, key, value))
+            row_sums = tape.new(rows, FP32, TEMPORARIES)
+            accumulator = tape.new(rows * rounded_head, FP32, TEMPORARIES)
+            expanded = [tape.like(query, TEMPORARIES) for _ in range(2)] if key.numel != query.numel else []
+            del row_sums, accumulator, expanded
+            return of_q, of_k, of_v
+
+        return tape.connect(out, (q, k, v), backward)
+
+    def efficient_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        batch_size: int,
+        seq_len: int,
+        num_heads: int,
+        additive_mask: Tensor | None,
+    ) -> Tensor:
+        """The memory-efficient kernel (fp32, or a mask): as flash, with equal heads and the mask it adds.
+
+        Its backward makes one fp32 ``[T, H d]`` beside the gradients: the query's accumulator of 16-bit inputs, or in
+        fp32 the product of which the row sums are taken.
+        """
+        tape = self.tape
+        out = tape.like(q, "attention")
+        rounded = -(-seq_len // LOG_SUM_EXP_MULTIPLE) * LOG_SUM_EXP_MULTIPLE
+        log_sum_exp = tape.new(batch_size * num_heads * rounded, FP32, "attention")
+        if not tape.differentiates(q, k, v):
+            return out
+        mask = () if additive_mask is None else (tape.save(additive_mask),)
+        kept = (*(tape.save(each) for each in (q, k, v, out, log_sum_exp)), *mask)
+        rows = batch_size * num_heads * seq_len
+
+        def backward(_grad: Tensor) -> Gradients:
+            row_sums = tape.new(rows, FP32, TEMPORARIES)
+            beside = tape.new(kept[0].numel, FP32, TEMPORARIES)
+            if kept[0].itemsize == FP32:
+                del beside
+            of_q, of_k, of_v = (tape.like(each, TEMPORARIES) for each in kept[:3])
+            del row_sums
+            return of_q, of_k, of_v
+
+        return tape.connect(out, (q, k, v), backward)
+
+    def repeat_heads(self, x: Tensor, groups: int) -> Tensor:
+        """Key or value heads written out once per query head of their group."""
+        if groups == 1:
+            return x
+        out = self.tape.new(x.numel * groups, x.itemsize, "attention")
+        return self.tape.connect(out, (x,), self.tape.one_gradient(numel=x.numel))
+
+    # --- ends -------------------------------------------------------------------------------------------------------
+
+    def embedding(self, weight: Tensor, tokens: int, width: int) -> Tensor:
+        """Rows of a table; a trained one gets a dense gradient."""
+        tape = self.tape
+        out = tape.new(tokens * width, weight.itemsize, "embeddings")
+        numel = weight.numel
+
+        def backward(grad: Tensor) -> Gradients:
+            return (tape.new(numel, grad.itemsize, GRADIENTS),)
+
+        return tape.connect(out, (weight,), backward)
+
+    def cross_entropy(self, logits: Tensor) -> Tensor:
+        """As torch runs it: the log-probabilities are kept, and their gradient is as large."""
+        tape = self.tape
+        log_probabilities = tape.like(logits, "loss_chain")
+        kept = tape.save(log_probabilities)
+        log_probabilities = tape.connect(log_probabilities, (logits,), self._gradient_like(kept, "loss_chain"))
+        loss = tape.new(1, FP32, "loss_chain")
+        return tape.connect(loss, (log_probabilities,), self._gradient_like(kept, "loss_chain"))
+
+    def _gradient_like(self, x: Tensor, category: str | None = None) -> Backward:
+        """A backward that makes one gradient of the shape of ``x``, and holds ``x`` only if it is detached."""
+        numel, itemsize, made = x.numel, x.itemsize, category or _category(x)
+        kept = None if x.requires_grad else x
+
+        def backward(_grad: Tensor) -> Gradients:
+            _ = kept
+            return (self.tape.new(numel, itemsize, made),)
+
+        return backward
+
+
+def _category(tensor: Tensor) -> str:
+    return GRADIENTS if isinstance(tensor.node, Leaf) else TEMPORARIES

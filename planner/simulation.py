@@ -1,0 +1,321 @@
+"""One training run, simulated: what is loaded, attached, and then made and freed in two steps, in order.
+
+The second step is the one that repeats: the optimizer's states exist, the previous step's outputs are still held, and
+autograd's thread has its cuBLAS workspace. No number is computed and nothing outside is asked; a 7B model takes some
+tens of milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meft.planner.architecture import ModelShape
+from meft.planner.autograd import FP32, HALF, INT64, Leaf, Tape, Tensor
+from meft.planner.cublas import USUAL_BYTES
+from meft.planner.decoder import BlockWeights, Decoder, Lora, ModelWeights
+from meft.planner.linears import Linear, linear_layers
+from meft.planner.operators import Operators, QuantizedWeights, Weights
+from meft.planner.optimizers import Optimizer
+from meft.planner.plan import Phase
+from meft.planner.setup import TrainingSetup
+from meft.planner.stream import Stream
+from meft.planner.terms_weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK
+
+ITEM_BYTES = {"fp32": FP32, "bf16": HALF, "fp16": HALF, "nf4": HALF, "int8": HALF}
+NF4_CODE_NUMBERS = 16
+DYNAMIC_CODE_NUMBERS = 256
+NUM_STEPS = 2
+MICRO_BATCHES_THAT_DIFFER = 2
+"""The first of an accumulation window makes the gradients; in all others they are there. The first step, which is
+there to make the optimizer's states, has one."""
+
+_PARTS: dict[str, tuple[str, ...]] = {
+    "gpt2": ("norm 0", "attention", "norm 1", "ffn"),
+    "gpt_neox": ("norm 0", "norm 1", "attention", "ffn"),
+    "opt": ("attention", "norm 0", "ffn", "norm 1"),
+}
+"""Order of a block's modules where it is not attention, FFN, norms."""
+
+
+def simulate(setup: TrainingSetup, *, workspace_bytes: int = USUAL_BYTES, sums_in_place: bool = True) -> Stream:
+    """The stream of a run of any method but MEFT, whose rows the runtime manages itself.
+
+    Raises :class:`ValueError` for MEFT.
+    """
+    if setup.method == "meft":
+        raise ValueError("the simulated step knows the dense methods; MEFT has its own ledger")
+    tape = Tape(sums_in_place=sums_in_place)
+    weights = _Loader(tape, setup).load()
+    _Run(tape, setup, weights, workspace_bytes).steps()
+    return Stream(tuple(tape.events), dict(tape.moments))
+
+
+@dataclass
+class _Loader:
+    """Puts the model on the device, prepares it as asked, and attaches what is trained."""
+
+    tape: Tape
+    setup: TrainingSetup
+
+    def load(self) -> ModelWeights:
+        weights = self._model()
+        if self.setup.kbit_preparation:
+            self._widen(weights)
+        self.tape.mark("loaded")
+        self._attach(weights)
+        self.tape.mark("attached")
+        return weights
+
+    @property
+    def _shape(self) -> ModelShape:
+        return self.setup.model
+
+    @property
+    def _trains_model(self) -> bool:
+        return self.setup.method == "full"
+
+    def _model(self) -> ModelWeights:
+        shape = self._shape
+        embedding = self._weight(shape.embedding_parameters)
+        positions = self._weight(shape.position_parameters) if shape.learned_positions else None
+        final_norm = self._norm() if shape.model_type == "opt" else None
+        blocks = [self._block() for _ in range(shape.num_layers)]
+        final_norm = final_norm or self._norm()
+        head_weight = embedding if shape.tied_embeddings else self._weight(shape.embedding_parameters)
+        head_bias = self._weight(shape.vocab_size) if shape.head_bias else None
+        if not shape.learned_positions:
+            rotated = int(shape.head_dim * shape.rotary_fraction)
+            self._frequencies = [self.tape.new(rotated // 2, FP32, "rotary_frequencies") for _ in range(2)]
+        head = Weights(shape.hidden_size, shape.vocab_size, head_weight, head_bias)
+        return ModelWeights(embedding, positions, blocks, final_norm, head)
+
+    def _block(self) -> BlockWeights:
+        shape, block = self._shape, BlockWeights()
+        num_norms = shape.norms_per_layer
+        usual = ("attention", "ffn", *(f"norm {index}" for index in range(num_norms)))
+        for part in _PARTS.get(shape.model_type, usual):
+            if part.startswith("norm"):
+                block.norms.append(self._norm())
+                continue
+            for layer in linear_layers(shape):
+                if layer.place == part:
+                    block.linears[layer.place, layer.name] = self._linear(layer)
+            if part == "attention" and shape.head_norms_per_layer:
+                block.head_norms = [self._norm(shape.head_dim) for _ in range(shape.head_norms_per_layer)]
+        return block
+
+    def _norm(self, width: int | None = None) -> tuple[Tensor, Tensor | None]:
+        width = width or self._shape.hidden_size
+        weight = self._weight(width)
+        return weight, self._weight(width) if self._shape.norm == "layernorm" else None
+
+    def _weight(self, numel: int, category: str = "other_weights") -> Tensor:
+        return self.tape.parameter(numel, ITEM_BYTES[self.setup.weights_dtype], category, trained=self._trains_model)
+
+    def _linear(self, layer: Linear) -> Weights | QuantizedWeights:
+        if self.setup.weights_dtype != "nf4":
+            weight = self._weight(layer.num_weights, "linear_weights")
+            bias = self._weight(layer.outputs) if layer.bias else None
+            return Weights(layer.inputs, layer.outputs, weight, bias)
+        stored = self._quantized(layer.num_weights)
+        bias = self._weight(layer.outputs) if layer.bias else None
+        return QuantizedWeights(layer.inputs, layer.outputs, stored, HALF, bias)
+
+    def _quantized(self, num_weights: int) -> tuple[Tensor, ...]:
+        """As bitsandbytes stores it: packed weights, scales per 64 (in 8 bits with scales of their own if doubly
+        quantized), and the 16 numbers that a code stands for."""
+        tape, category = self.tape, "linear_weights"
+        written = tape.new(num_weights, HALF, category)
+        num_scales = -(-num_weights // NF4_BLOCK)
+        scales = tape.new(num_scales, FP32, category)
+        packed = tape.new(-(-num_weights // 2), 1, category)
+        code = tape.new(NF4_CODE_NUMBERS, FP32, category)
+        del written
+        if not self.setup.double_quant:
+            return packed, scales, code
+        offset = tape.new(1, FP32, category)
+        outer = tape.new(-(-num_scales // DOUBLE_QUANT_BLOCK), FP32, category)
+        return packed, tape.new(num_scales, 1, category), outer, offset, code
+
+    def _widen(self, weights: ModelWeights) -> None:
+        """Every parameter that is not quantized becomes fp32, one after the other."""
+        embedding = weights.embedding
+        self._to_fp32(embedding)
+        if weights.head.weight is not embedding:
+            self._to_fp32(weights.head.weight)
+        for tensor in self._small_parameters(weights):
+            self._to_fp32(tensor)
+
+    def _small_parameters(self, weights: ModelWeights) -> list[Tensor]:
+        found = [weights.positions, *weights.final_norm, weights.head.bias]
+        for block in weights.blocks:
+            for layer in block.linears.values():
+                found += [layer.bias, layer.weight if isinstance(layer, Weights) else None]
+            for norm in (*block.norms, *block.head_norms):
+                found += norm
+        return [tensor for tensor in found if tensor is not None]
+
+    def _to_fp32(self, tensor: Tensor) -> None:
+        if tensor.itemsize != FP32:
+            wide = self.tape.new(tensor.numel, FP32, "other_weights")
+            tensor.storage, tensor.itemsize = wide.storage, FP32
+
+    def _attach(self, weights: ModelWeights) -> None:
+        setup = self.setup
+        for block in weights.blocks:
+            if setup.method in ("lora", "qlora"):
+                for layer in linear_layers(self._shape):
+                    if layer.name in setup.target_modules:
+                        block.lora[layer.place, layer.name] = self._lora(layer)
+            elif setup.method == "parallel-adapter":
+                hidden, width = self._shape.hidden_size, setup.adapter_width or 0
+                block.adapter = (
+                    Weights(hidden, width, self._trained(hidden * width)),
+                    Weights(width, hidden, self._trained(hidden * width)),
+                )
+
+    def _lora(self, layer: Linear) -> Lora:
+        rank = self.setup.rank or 0
+        down = Weights(layer.inputs, rank, self._trained(layer.inputs * rank))
+        return Lora(down, Weights(rank, layer.outputs, self._trained(rank * layer.outputs)))
+
+    def _trained(self, numel: int) -> Tensor:
+        itemsize = ITEM_BYTES[self.setup.adapter_dtype]
+        return self.tape.parameter(numel, itemsize, "trainable_weights")
+
+
+@dataclass
+class _Outputs:
+    """What the model returns and a stock loop holds on to."""
+
+    loss: Tensor
+    logits: Tensor | None
+    cache: list[tuple[Tensor, Tensor]] | None
+
+
+class _Run:
+    """The training loop."""
+
+    def __init__(self, tape: Tape, setup: TrainingSetup, weights: ModelWeights, workspace_bytes: int) -> None:
+        autocast = None if setup.autocast == "none" else HALF
+        self.tape = tape
+        self.setup = setup
+        self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes)
+        self.decoder = Decoder(self.ops, setup, weights)
+        self.trained = _trained_tensors(weights, setup)
+        self.optimizer = Optimizer(tape, setup.optimizer, self.trained)
+
+    def steps(self) -> None:
+        """Optimizer steps of ``grad_accum`` micro-batches each."""
+        outputs: _Outputs | None = None
+        inputs: tuple[Tensor, ...] = ()
+        for step in range(1, NUM_STEPS + 1):
+            for _ in range(1 if step == 1 else min(self.setup.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
+                self._phase("forward")
+                inputs = tuple(self.tape.new(self.setup.tokens, INT64, "inputs") for _ in range(2))
+                outputs = self._forward()
+                self.tape.mark(f"forward_{step}")
+                if not self.setup.outputs_kept:
+                    outputs = _Outputs(outputs.loss, None, None)
+                self.tape.phase = "loss"
+                self.tape.backward(outputs.loss, self.tape.new(1, FP32, "loss_chain"))
+            self.tape.mark(f"backward_{step}")
+            self._phase("optimizer_step")
+            self.optimizer.step()
+            self.tape.mark(f"updated_{step}")
+            self._zero_gradients()
+            self.tape.mark(f"optimizer_step_{step}")
+        del outputs, inputs
+
+    def _forward(self) -> _Outputs:
+        setup = self.setup
+        cache: list[tuple[Tensor, Tensor]] | None = None if setup.activation_checkpointing else []
+        hidden = self.decoder.hidden_states(cache)
+        self._phase("loss")
+        labels = self.tape.new(setup.tokens, INT64, "inputs")
+        if setup.loss == "fused-linear-ce":
+            loss, logits = self._fused_linear_loss(hidden), None
+        else:
+            logits = self.decoder.logits(hidden)
+            del hidden
+            loss = self._fused_loss(logits) if setup.loss == "fused-ce" else self._loss(logits)
+        self.ops.leave_autocast()
+        del labels
+        return _Outputs(loss, logits, cache)
+
+    def _loss(self, logits: Tensor) -> Tensor:
+        wide = self.ops.cast(logits, FP32, "loss_chain")
+        if self.setup.loss != "hf-shifted-logits":
+            return self.ops.cross_entropy(wide)
+        last_left_out = wide.numel // self.setup.seq_len * (self.setup.seq_len - 1)
+        return self.ops.cross_entropy(self.ops.copy(self.ops.slice(wide, last_left_out), "loss_chain"))
+
+    def _fused_loss(self, logits: Tensor) -> Tensor:
+        """A kernel that writes the logits' gradient over the logits."""
+        tape, tokens = self.tape, self.setup.tokens
+        loss = tape.new(tokens, FP32, "loss_chain")
+        log_sum_exp = tape.new(tokens, FP32, "loss_chain")
+        kept = (tape.save(logits), tape.save(log_sum_exp))
+        return tape.connect(loss, (logits,), lambda _grad: (kept[0].detached(),))
+
+    def _fused_linear_loss(self, hidden: Tensor) -> Tensor:
+        """Head and loss in chunks of tokens, gradients and all, while going forward; no more than a chunk's logits
+        exist at once."""
+        setup, shape, ops, tape = self.setup, self.setup.model, self.ops, self.tape
+        normalised = self.decoder.final_hidden(hidden)
+        head = self.decoder.weights.head
+        trained = head.weight.requires_grad
+        gradient = tape.like(normalised, "loss_chain")
+        of_head = tape.like(head.weight, "loss_chain") if trained else None
+        loss = tape.new(setup.tokens, FP32, "loss_chain")
+        rows = fused_linear_chunk(tokens=setup.tokens, vocab_size=shape.vocab_size, hidden_size=shape.hidden_size)
+        weight = ops.autocast_weight(head.weight)
+        for start in range(0, setup.tokens, rows):
+            size = min(rows, setup.tokens - start)
+            logits = tape.new(size * shape.vocab_size, weight.itemsize, "logits")
+            product = tape.like(weight, "loss_chain") if trained else None
+            del logits, product
+        kept = (gradient.detached(), None if of_head is None else of_head.detached())
+        del gradient, of_head
+        return tape.connect(
+            loss, (normalised, head.weight), lambda _grad: tuple(each and each.detached() for each in kept)
+        )
+
+    def _zero_gradients(self) -> None:
+        for tensor in self.trained:
+            if isinstance(tensor.node, Leaf):
+                tensor.node.grad = None
+
+    def _phase(self, phase: Phase) -> None:
+        self.tape.phase = phase
+
+
+def fused_linear_chunk(*, tokens: int, vocab_size: int, hidden_size: int) -> int:
+    """Tokens per chunk of Liger's fused head and loss: so few that a chunk's logits are about as large as the hidden
+    states (the next power of two)."""
+    factor = -(-vocab_size // hidden_size)
+    return int(1 << (-(-tokens // factor) - 1).bit_length())
+
+
+def _trained_tensors(weights: ModelWeights, setup: TrainingSetup) -> list[Tensor]:
+    """The trained parameters, in the order of the modules."""
+    found: list[Tensor | None] = []
+    for block in weights.blocks:
+        for lora in block.lora.values():
+            found += [lora.down.weight, lora.up.weight]
+        found += [layer.weight for layer in block.adapter or ()]
+    if setup.method == "full":
+        found = _all_parameters(weights)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _all_parameters(weights: ModelWeights) -> list[Tensor | None]:
+    found = [weights.embedding, weights.positions]
+    for block in weights.blocks:
+        for layer in block.linears.values():
+            assert isinstance(layer, Weights)
+            found += [layer.weight, layer.bias]
+        for norm in (*block.norms, *block.head_norms):
+            found += norm
+    head = None if weights.head.weight is weights.embedding else weights.head.weight
+    return [*found, *weights.final_norm, head, weights.head.bias]

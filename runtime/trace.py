@@ -1,0 +1,145 @@
+"""The trace: a training run of the real model under fake tensors, as the stream of allocations of a CUDA device.
+
+Nothing is computed and no weight is read: the model's own code, PEFT, torch's autograd and its optimizers run on
+tensors without content, and the books write down every storage that comes and goes. Where CUDA does otherwise than the
+CPU that runs this, the books and the replaced functions follow CUDA.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from meft.planner.plan import Plan
+from meft.planner.setup import TrainingSetup
+from meft.planner.stream import Stream
+from meft.runtime.model_loading import COMPUTE_DTYPES
+from meft.runtime.trace_loading import build_model, load, prepare_for_kbit_training
+from meft.runtime.trace_losses import use_loss
+from meft.runtime.trace_meft import plan_of_setup, trace_meft
+from meft.runtime.trace_methods import attach_method
+from meft.runtime.trace_optimizers import keeps_steps_on_host, make_optimizer, state_tensors
+from meft.runtime.trace_stage import MICRO_BATCHES, STEPS, Stage, without_collection
+
+WORKSPACE_BYTES = 8_519_680
+"""cuBLAS's workspace below Hopper: 4096 KiB x 2 + 16 KiB x 8, torch's default CUBLAS_WORKSPACE_CONFIG."""
+
+
+def trace_training(setup: TrainingSetup, config: dict[str, Any], *, workspace_bytes: int = WORKSPACE_BYTES) -> Stream:
+    """Load, attach and two whole steps of ``setup``; ``config`` is the model's Hugging Face config.
+
+    Raises :class:`~meft.planner.errors.UsageError` for a setup that cannot be run.
+    """
+    if setup.method == "meft":
+        return trace_meft(plan_of_setup(setup), config, workspace_bytes=workspace_bytes)
+    with FakeTensorMode(), without_collection():
+        return _Run(setup, config, workspace_bytes).trace()
+
+
+def trace_plan(plan: Plan, config: dict[str, Any], *, workspace_bytes: int = WORKSPACE_BYTES) -> Stream:
+    """The same for a MEFT plan, with the plan's own active rows."""
+    return trace_meft(plan, config, workspace_bytes=workspace_bytes)
+
+
+class _Run:
+    """One run in the making."""
+
+    def __init__(self, setup: TrainingSetup, config: dict[str, Any], workspace_bytes: int) -> None:
+        self.setup, self.config = setup, config
+        self.stage = Stage(workspace_bytes)
+        self.books = self.stage.books
+        self.outputs: Any = None
+        self.batch: dict[str, torch.Tensor] = {}
+
+    def trace(self) -> Stream:
+        """The whole run."""
+        setup = self.setup
+        model = build_model(setup, self.config)
+        load(self.books, model, setup)
+        if setup.kbit_preparation:
+            prepare_for_kbit_training(self.books, model, setup)
+        elif setup.activation_checkpointing:
+            model.activation_checkpointing_enable()  # type: ignore[operator]  # with transformers' own defaults
+        self.books.log.moment("loaded")
+        model = attach_method(model, setup)
+        with self.books.category("trainable_weights"):
+            for parameter in model.parameters():
+                self.books.adopt(parameter)
+        self.books.log.moment("attached")
+        use_loss(model, setup.loss)
+        self._train(model.train())
+        return self.books.log.stream()
+
+    def _train(self, model: nn.Module) -> None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
+        optimizer = make_optimizer(self.setup.optimizer, parameters)
+        with self.stage.of(model), self.books:
+            for self.stage.step in range(1, STEPS + 1):
+                for _ in range(min(self.setup.grad_accum, MICRO_BATCHES)):
+                    self._micro_batch(model)
+                self.stage.moment("backward")
+                self._optimizer_step(optimizer)
+
+    def _gradient_is_there(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self.books.recategorise(parameter.grad, "gradients")
+
+    def _micro_batch(self, model: nn.Module) -> None:
+        self.stage.begin_micro_batch()
+        with self.books.category("inputs"):
+            self.batch = self._new_batch()
+        with self._autocast():
+            self.outputs = model(**self.batch)
+        loss = self.outputs.loss
+        if not self.setup.outputs_kept:
+            self.outputs = None
+        loss.backward()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.setup.autocast == "none":
+            return nullcontext()
+        return torch.autocast("cpu", COMPUTE_DTYPES[self.setup.autocast])
+
+    def _optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.stage.begin_optimizer_step()
+        self.books.scalars_on_host = keeps_steps_on_host(self.setup.optimizer)
+        optimizer.step()
+        self.books.scalars_on_host = False
+        for tensor in state_tensors(optimizer):
+            self.books.recategorise(tensor, "optimizer_moments")
+        self.stage.moment("updated")
+        optimizer.zero_grad(set_to_none=True)
+        self.stage.moment("optimizer_step")
+
+    def _new_batch(self) -> dict[str, torch.Tensor]:
+        names = ("input_ids", "labels", *(["attention_mask"] if self.setup.padded else []))
+        shape = (self.setup.batch_size, self.setup.seq_len)
+        return {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+
+
+def peak_holders(stream: Stream, n: int = 20) -> list[tuple[int, int, str, str]]:
+    """What is live at the peak of requested bytes, largest first: (bytes, tensors, category, label), ``n`` of them."""
+    live_bytes, peak_bytes, at = 0, 0, 0
+    for passed, event in enumerate(stream.events, start=1):
+        live_bytes += event.num_bytes
+        if live_bytes > peak_bytes:
+            peak_bytes, at = live_bytes, passed
+    live = {}
+    for event in stream.events[:at]:
+        if event.num_bytes > 0:
+            live[event.tensor] = event
+        else:
+            del live[event.tensor]
+    totals: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
+    for event in live.values():
+        totals[event.category, event.label] += event.num_bytes
+        counts[event.category, event.label] += 1
+    return [(total, counts[key], *key) for key, total in totals.most_common(n)]

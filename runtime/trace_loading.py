@@ -1,0 +1,108 @@
+"""A model's weights come to the device, and PEFT's preparation of a quantized model casts what is left of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from meft.planner.errors import UsageError
+from meft.planner.setup import TrainingSetup
+from meft.runtime.model_loading import COMPUTE_DTYPES
+from meft.runtime.trace_books import CudaBooks
+from meft.runtime.trace_flash import use_flash_attention
+from meft.runtime.trace_linear4bit import Linear4bit
+from meft.runtime.trace_scopes import decoder_layers
+
+QUANTIZED_DTYPE = torch.bfloat16
+"""What 4-bit weights are written out to, and what is not quantized is loaded in."""
+
+
+def build_model(setup: TrainingSetup, config: dict[str, Any]) -> nn.Module:
+    """The architecture with empty weights in their dtype; none of it is on the device yet."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = dict(config)
+    made = AutoConfig.for_model(options.pop("model_type"), **options)
+    dtype = COMPUTE_DTYPES.get(setup.weights_dtype, QUANTIZED_DTYPE)
+    kernel = "eager" if setup.attention == "eager" else "sdpa"
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=kernel)
+    except ValueError as error:
+        reason = str(error).partition(". ")[0]
+        raise UsageError(f"attention {setup.attention}: not for {setup.model.name}; transformers: {reason}") from error
+    if setup.attention == "flash":
+        use_flash_attention(model)
+    return model
+
+
+def load(books: CudaBooks, model: nn.Module, setup: TrainingSetup) -> None:
+    """Enter every parameter and buffer, module by module; nf4 weights are brought in 16 bits and quantized there."""
+    layers = decoder_layers(model)
+    linear = {id(module) for module in layers.modules() if is_linear(module)}
+
+    def enter(module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            in_linear = id(module) in linear and parameter.dim() > 1
+            with books.category("linear_weights" if in_linear else "other_weights"):
+                books.adopt(parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            with books.category("rotary_frequencies" if "inv_freq" in name else "other_weights"):
+                books.adopt(buffer)
+        for name, child in module.named_children():
+            if setup.weights_dtype == "nf4" and id(child) in linear:
+                setattr(module, name, _quantized(books, child, double_quant=setup.double_quant))
+            else:
+                enter(child)
+
+    enter(model)
+    if setup.weights_dtype == "nf4":
+        quantized: Any = model
+        quantized.is_loaded_in_4bit = quantized.is_quantized = quantized.config._is_quantized = True
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear module; GPT-2's, with a transposed weight, included."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _quantized(books: CudaBooks, module: nn.Module, *, double_quant: bool) -> Linear4bit:
+    weight, bias = module.get_parameter("weight"), module.bias
+    shape = weight.shape if isinstance(module, nn.Linear) else torch.Size(reversed(weight.shape))
+    assert bias is None or isinstance(bias, nn.Parameter)
+    with books.category("linear_weights"), books:
+        made = Linear4bit(shape, bias, dtype=QUANTIZED_DTYPE, double_quant=double_quant)
+    if bias is not None:
+        with books.category("other_weights"):
+            books.adopt(bias)
+    return made
+
+
+def prepare_for_kbit_training(books: CudaBooks, model: nn.Module, setup: TrainingSetup) -> None:
+    """PEFT's ``prepare_model_for_kbit_training``: all parameters frozen, those in 16 bits cast to fp32 one by one.
+
+    For a quantized model it also enables checkpointing without saying which kind, and torch's default is the reentrant
+    one; in PEFT this comes with the preparation, here only where checkpointing is asked for.
+    """
+    model.requires_grad_(False)
+    for places in _places_of_16_bit_parameters(model):
+        old = places[0][0].get_parameter(places[0][1])
+        with books.category(books.entered_as(old)), books:
+            new = nn.Parameter(old.detach().float(), requires_grad=False)
+        for module, name in places:
+            module.register_parameter(name, new)
+        del old
+    if setup.activation_checkpointing and setup.weights_dtype == "nf4":
+        model.enable_input_require_grads()  # type: ignore[operator]
+        model.activation_checkpointing_enable({})  # type: ignore[operator]
+
+
+def _places_of_16_bit_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """For each such parameter where it is: in more than one place when tied."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                places.setdefault(id(parameter), []).append((module, name))
+    return list(places.values())

@@ -1,0 +1,127 @@
+"""The trace of a MEFT plan: the real session, exchange and adapter on the emulated device, whose books are the trace's.
+
+The rows of the adapter and their optimizer live on the host and do not appear; what the device holds for them does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from meft.planner.errors import UsageError
+from meft.planner.plan import Decision, Plan, Prediction, Request, Sparsity
+from meft.planner.setup import TrainingSetup
+from meft.planner.stream import Stream
+from meft.runtime.device import EmulatedDevice
+from meft.runtime.rehearse import rehearsal_session, rehearse_optimizer_step, rehearse_step
+from meft.runtime.session import Session
+from meft.runtime.trace_loading import build_model, load
+from meft.runtime.trace_stage import MICRO_BATCHES, STEPS, Stage, without_collection
+
+NO_LIMIT_BYTES = 1 << 62
+"""The trace says what is needed; whether it fits is for the allocator to say afterwards."""
+
+
+def trace_meft(plan: Plan, config: dict[str, Any], *, workspace_bytes: int) -> Stream:
+    """Load, attach and two whole steps of ``plan``; ``config`` is the model's Hugging Face config."""
+    setup, stage = _setup_of(plan), Stage(workspace_bytes)
+    with FakeTensorMode(), without_collection():
+        model = build_model(setup, config)
+        load(stage.books, model, setup)
+        stage.log.moment("loaded")
+        session = rehearsal_session(plan, model, EmulatedDevice(NO_LIMIT_BYTES, stage.books))
+        stage.log.moment("attached")
+        _name_adapter(session, stage)
+        with stage.of(model):
+            for stage.step in range(1, STEPS + 1):
+                for _ in range(min(setup.grad_accum, MICRO_BATCHES)):
+                    stage.begin_micro_batch()
+                    rehearse_step(session)
+                stage.moment("backward")
+                stage.begin_optimizer_step()
+                rehearse_optimizer_step(session)
+                stage.moment("updated")
+                stage.moment("optimizer_step")
+        return stage.log.stream()
+
+
+def plan_of_setup(setup: TrainingSetup) -> Plan:
+    """As much of a plan as a session needs, for a setup that leaves the rest open.
+
+    Routing is exact and looks at a layer's own input (prefetch depth 0), the cap is the active rows, and rows are
+    fetched again for backward. It is not a plan that anyone could run elsewhere: nothing is predicted in it.
+    """
+    if setup.adapter_width is None or setup.active_rows is None:
+        raise UsageError("adapter_width and active_rows: the trace of meft needs both")
+    decision = Decision(
+        adapter_width=setup.adapter_width,
+        top_k=setup.top_k or min(64, setup.active_rows),
+        prefetch_depth=0,
+        active_rows_cap=setup.active_rows,
+        num_experts=1,
+        num_probes=1,
+        routing="exact",
+        rows_in_backward="refetched",
+        activation_checkpointing=setup.activation_checkpointing,
+    )
+    request = Request(
+        model=setup.model,
+        gpu="any",
+        host="any",
+        link="any",
+        sparsity="given",
+        gpu_mem_bytes=NO_LIMIT_BYTES,
+        host_mem_bytes=NO_LIMIT_BYTES,
+        host_mem_basis="given",
+        batch_size=setup.batch_size,
+        seq_len=setup.seq_len,
+        grad_accum=setup.grad_accum,
+        weights_dtype=setup.weights_dtype,
+        double_quant=setup.double_quant,
+        adapter_dtype=setup.adapter_dtype,
+        attention=setup.attention,
+    )
+    rows = (setup.active_rows,) * setup.model.num_layers
+    sparsity = Sparsity(
+        active_rows_per_layer=rows, window_active_rows_per_layer=rows, prefetch_recall=1.0, basis="assumed"
+    )
+    prediction = _incomplete(Prediction, sparsity=sparsity)
+    plan: Plan = _incomplete(Plan, request=request, decision=decision, prediction=prediction)
+    return plan
+
+
+def _incomplete(record: type[Any], **fields: Any) -> Any:
+    """A record of which only some fields are there."""
+    return record.model_construct(**fields)
+
+
+def _setup_of(plan: Plan) -> TrainingSetup:
+    """What of a plan decides how its model is loaded."""
+    request = plan.request
+    return TrainingSetup(
+        model=request.model,
+        method="meft",
+        weights_dtype=request.weights_dtype,
+        double_quant=request.double_quant,
+        attention=request.attention,
+        batch_size=request.batch_size,
+        seq_len=request.seq_len,
+        grad_accum=request.grad_accum,
+    )
+
+
+def _name_adapter(session: Session, stage: Stage) -> None:
+    """What is allocated from the exchange's ``before_adapter`` to its ``after_adapter`` belongs to the adapter."""
+    before, after = session.exchange.before_adapter, session.exchange.after_adapter
+
+    def named(layer: int) -> None:
+        before(layer)
+        stage.scopes.push("adapter")
+
+    def unnamed(layer: int) -> None:
+        stage.scopes.pop()
+        after(layer)
+
+    exchange: Any = session.exchange
+    exchange.before_adapter, exchange.after_adapter = named, unnamed
