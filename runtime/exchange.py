@@ -293,6 +293,10 @@ class RowExchange:
         job = self._updated[layer] = self._host_job(f"adamw {layer}", work, after=jobs, urgency=LATER)
         return job
 
+    def forget_kept_rows(self, layer: int) -> None:
+        """The layer's rows on the device, and their sums, are of no window any more."""
+        self._row_cache.clear(layer)
+
     # --- host side ---------------------------------------------------------------------------------------------
 
     def host_buffer_bytes(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,12 @@ from meft.planner.report import Report
 from meft.planner.units import format_bytes
 from meft.runtime import kernels, model_loading, preflight
 from meft.runtime.checkpoint import latest_checkpoint, save_adapter
+from meft.runtime.cli_use import evaluation_line
 from meft.runtime.data import Dataset, load_dataset, pad_token_id
 from meft.runtime.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.embedded import SMOLLM2_PROFILE, smollm2_folder
+from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
+from meft.runtime.initialise import KeyInit
 from meft.runtime.lanes import Overlapped, Sequential
 from meft.runtime.nvml import NvmlReader, NvmlUnavailable
 from meft.runtime.optimizer import AdamWSettings
@@ -54,6 +58,8 @@ class RunOptions:
     link_gbps: float | None = None
     trace: Path | None = None
     """Where the Chrome trace of the last step goes."""
+    evaluation: EvaluationOptions | None = None
+    key_init: KeyInit = "random"
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ def run_rehearsal(plan: Plan, options: RunOptions, display: Display) -> Report:
 def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
     """Train the plan's adapter and report; the adapter and checkpoints go to ``options.output_dir``."""
     if options.data is None:
-        raise UsageError("--data: what should it learn? Give a JSONL file, or --rehearse to run without data")
+        hint = "; to score without training: meft-run evaluate" if options.evaluation else ""
+        raise UsageError(f"--data: what should it learn? Give a JSONL file, or --rehearse to run without data{hint}")
     folder = _model_folder(plan, options, display)
     model_loading.check_model_folder(plan, folder)
     checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
@@ -88,6 +95,7 @@ def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
         tokenizer = model_loading.load_tokenizer(folder)
         dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
         display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+        schedule = _schedule(options, tokenizer, display)
         kernels.warm_up(display.say)
         with closing(_open_session(plan, options, folder, kind)) as session:
             display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")
@@ -95,7 +103,18 @@ def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
             if checkpoint is not None:
                 trainer.resume(checkpoint)
                 display.say(f"resumed from {checkpoint} after step {len(trainer.history.losses)}")
-            return _train(trainer, nvml, options, display)
+            if schedule is not None:
+                trainer.after_window = partial(schedule.after_window, session)
+            report = _train(trainer, nvml, options, display)
+            return report.model_copy(update={"evaluations": () if schedule is None else tuple(schedule.results)})
+
+
+def _schedule(options: RunOptions, tokenizer: Any, display: Display) -> EvaluationSchedule | None:
+    """When and what to evaluate, read before anything is loaded for long."""
+    if options.evaluation is None:
+        return None
+    evaluator = make_evaluator(options.evaluation, tokenizer, raw=options.raw, seed=options.training.seed)
+    return EvaluationSchedule(evaluator, options.evaluation.every, lambda result: display.say(evaluation_line(result)))
 
 
 def _open_nvml(kind: DeviceKind) -> NvmlReader | NvmlUnavailable:
@@ -141,6 +160,7 @@ def _open_session(plan: Plan, options: RunOptions, folder: Path, kind: DeviceKin
         schedule=Overlapped() if options.schedule == "overlapped" else Sequential(),
         link_gbps=options.link_gbps,
         clock=LaneClock(keep=options.trace is not None),
+        key_init=options.key_init,
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from meft.planner.errors import MeftError, UsageError
+from meft.planner.plan import Direction
 from meft.runtime.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from meft.runtime.data import Batch, Example, batch_indices, collate
 from meft.runtime.device import MemoryPeaks
@@ -62,6 +63,8 @@ class Measurements:
     dropped_rows: int = 0
     tokens: int = 0
     peaks: MemoryPeaks = field(default_factory=lambda: MemoryPeaks(0, 0))
+    copy_seconds_outside: dict[Direction, float] = field(default_factory=lambda: {"h2d": 0.0, "d2h": 0.0})
+    """Copies of evaluations, which are no part of a step."""
 
     @property
     def steps(self) -> int:
@@ -89,6 +92,9 @@ class Trainer:
     meft_version: str
     output: Path | None = None
     on_step: Callable[[Progress], None] = lambda _: None
+    after_window: Callable[[int, bool], None] | None = None
+    """Called with the optimizer steps done, and whether that was the last; what it needs of the device is not counted
+    as training's."""
     history: History = field(default_factory=History)
     measured: Measurements = field(default_factory=Measurements)
     stop_requested: bool = False
@@ -101,15 +107,14 @@ class Trainer:
             for first, last in self._windows():
                 self._run_window(first, last)
                 window = len(self.history.learning_rates)
-                due = self.options.save_every and window % self.options.save_every == 0
-                if self.stop_requested or due:
+                ends = self.stop_requested or last == self.options.steps
+                if ends or (self.options.save_every and window % self.options.save_every == 0):
                     self.save()
-                if self.stop_requested:
+                self._after_window(window, last=ends)
+                if ends:
                     return
-            self.save()
-            self.session.drain()
         finally:
-            self.measured.peaks = self.session.device.peaks()
+            self.measured.peaks = self.measured.peaks.larger(self.session.device.peaks())
 
     def save(self) -> None:
         """Write a checkpoint of the present state, if there is somewhere to write it."""
@@ -165,6 +170,21 @@ class Trainer:
         size = self.session.plan.request.grad_accum
         for first in range(len(self.history.losses), self.options.steps, size):
             yield first, min(first + size, self.options.steps)
+
+    def _after_window(self, optimizer_steps: int, *, last: bool) -> None:
+        """Let others use the device, and keep their use out of the peaks and seconds of training."""
+        if self.after_window is None:
+            return
+        device, engine = self.session.device, self.session.engine
+        self.measured.peaks = self.measured.peaks.larger(device.peaks())
+        before = engine.busy_seconds()
+        try:
+            self.after_window(optimizer_steps, last)
+        finally:
+            for way, seconds in engine.busy_seconds().items():
+                self.measured.copy_seconds_outside[way] += seconds - before[way]
+            device.empty_cache()
+            device.reset_peaks()
 
     def _run_window(self, first: int, last: int) -> None:
         started = time.perf_counter()
