@@ -150,9 +150,7 @@ def compare(rows: Iterable[dict[str, str]]) -> list[Row]:
                 replayed[key] = stream_peaks(dense_stream(setup, gpu))
             number = predicted(row, replayed[key])
         metric = f"{_short_metric(row['metric'])} {row['measured_at']}"
-        found.append(
-            Row(row["row_id"], row["source"], _run(row), metric, int(float(row["value_bytes"])), number, why)
-        )
+        found.append(Row(row["row_id"], row["source"], _run(row), metric, int(float(row["value_bytes"])), number, why))
     return sorted(found, key=lambda each: (each.predicted_bytes is None, -abs(each.error_fraction or 0.0)))
 
 
@@ -163,7 +161,8 @@ def card(row: dict[str, str]) -> GpuProfile:
 
 def _run(row: dict[str, str]) -> str:
     model, autocast = row["model"].split("/")[-1], "autocast, " if row["compute"].startswith("bf16") else ""
-    return f"{model} {row['method']}, {autocast}{int(float(row['micro_batch']))} x {row['seq_len']}, {row['loss_logits'][:24]}"
+    batch = f"{int(float(row['micro_batch']))} x {row['seq_len']}"
+    return f"{model} {row['method']}, {autocast}{batch}, {_loss(row)} loss"
 
 
 def _short_metric(metric: str) -> str:

@@ -85,19 +85,14 @@ def norm_saved_bytes(*, tokens: Ints, width: int, layernorm: bool, compute_bytes
 def fused_attention_saved_bytes(
     *,
     tokens: Ints,
-    seq_len: Ints,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
     compute_bytes: int,
-    masked: bool,
 ) -> Ints:
-    """sdpa or flash: query, key, value, output ``[T, heads, d]``, the log-sum-exp per query and head, and with a mask
-    tensor its conversion to an additive ``[B, 1, S, S]``, which every layer makes anew. Grouped key-value heads are
-    repeated to all heads when there is a mask tensor."""
+    """sdpa or flash: query, key, value, output ``[T, heads, d]``, and the log-sum-exp per query and head."""
     heads = 2 * num_heads + 2 * num_kv_heads
-    mask = seq_len * compute_bytes if masked else 0
-    return tokens * (heads * head_dim * compute_bytes + FP32_BYTES * num_heads + mask)
+    return tokens * (heads * head_dim * compute_bytes + FP32_BYTES * num_heads)
 
 
 def eager_attention_saved_bytes(
@@ -198,13 +193,12 @@ def makes_mask(shape: ModelShape, *, attention: Attention, padded: bool) -> bool
 
 
 def masks_bytes(
-    shape: ModelShape, *, batch_size: Ints, seq_len: Ints, compute_bytes: int, attention: Attention, padded: bool
+    shape: ModelShape, *, batch_size: Ints, seq_len: Ints, compute_bytes: int, attention: Attention
 ) -> Ints:
-    """The mask tensors that all layers share: bool for sdpa, additive for eager attention."""
-    if not makes_mask(shape, attention=attention, padded=padded):
+    """The additive masks that all layers of eager attention share; without padding the fused kernels need none."""
+    if attention_used(shape, attention) != "eager":
         return 0
-    element_bytes = compute_bytes if attention_used(shape, attention) == "eager" else 1
-    one = mask_bytes(batch_size=batch_size, seq_len=seq_len, element_bytes=element_bytes)
+    one = mask_bytes(batch_size=batch_size, seq_len=seq_len, element_bytes=compute_bytes)
     return MASKS_PER_MODEL.get(shape.model_type, 1) * one
 
 
@@ -239,7 +233,7 @@ def head_norms_saved_bytes(shape: ModelShape, *, tokens: Ints, compute_bytes: in
 
 
 def attention_saved_bytes(
-    shape: ModelShape, *, tokens: Ints, seq_len: Ints, compute_bytes: int, attention: Attention, padded: bool
+    shape: ModelShape, *, tokens: Ints, seq_len: Ints, compute_bytes: int, attention: Attention
 ) -> Ints:
     """What one layer's attention keeps, without its norms."""
     if attention_used(shape, attention) == "eager":
@@ -252,18 +246,14 @@ def attention_saved_bytes(
             fp32=shape.model_type not in EAGER_SOFTMAX_AS_COMPUTED,
             soft_capped=soft_capped_attention(shape),
         )
-    masked = makes_mask(shape, attention=attention, padded=padded)
-    repeated = masked and shape.num_kv_heads < shape.num_heads
     fused = fused_attention_saved_bytes(
         tokens=tokens,
-        seq_len=seq_len,
         num_heads=shape.num_heads,
-        num_kv_heads=shape.num_heads if repeated else shape.num_kv_heads,
+        num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         compute_bytes=compute_bytes,
-        masked=masked,
     )
-    if shape.model_type in FUSED_QKV_ROTARY and not repeated:
+    if shape.model_type in FUSED_QKV_ROTARY:
         fused = fused + tokens * (shape.query_size + shape.kv_size) * compute_bytes
     return fused
 

@@ -1,4 +1,4 @@
-"""PyTorch's native CUDA caching allocator as a small deterministic machine (default mode, torch 2.0 to 2.13).
+"""PyTorch's native CUDA caching allocator as a small deterministic machine (torch 2.0 to 2.13).
 
 Feed it the allocations and frees of a program and it says what ``torch.cuda.memory_allocated`` and
 ``memory_reserved`` would have been after each. Nothing here touches a device or imports torch.
@@ -16,37 +16,41 @@ The rules, in the order a request meets them:
 5. A freed block merges with its free neighbours in the segment. The segment stays reserved.
 
 New segments lie below all earlier ones. That matters only for ties, and is what real recordings show.
+
+With *expandable segments* a pool has one virtual range instead of segments. 2: from the best fit on, the next larger
+block is taken instead while it can grow less far, by mapping the hole behind it. 3: at the lowest address where free
+memory and holes make enough room, what is missing is mapped in units of 2 MiB (small) or 20 MiB (large). 4: any
+remainder is split off, in both pools. A flush unmaps every whole unit that is free.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
+from meft.planner.allocator_settings import NO_SPLIT_LIMIT, AllocatorSettings
+from meft.planner.blocks import (
+    ADDRESS_BITS,
+    ADDRESS_MASK,
+    RANGE_BYTES,
+    SEGMENTS_END,
+    SMALL_LIMIT_BYTES,
+    UNIT_BYTES,
+    Block,
+    Pool,
+    PoolName,
+    VirtualRange,
+)
 from meft.planner.errors import DeviceOutOfMemory
-from meft.planner.units import MIB, format_bytes
+from meft.planner.units import format_bytes
 
 MIN_BLOCK_BYTES = 512
-SMALL_LIMIT_BYTES = 1 * MIB
-"""Blocks up to this size live in the small pool; also what may stay unsplit in a block of the large pool."""
-SMALL_SEGMENT_BYTES = 2 * MIB
-LARGE_SEGMENT_BYTES = 20 * MIB
-BIG_REQUEST_BYTES = 10 * MIB
-"""Blocks from this size on get a segment of their own size, rounded up to ``SEGMENT_ROUND_BYTES``."""
-SEGMENT_ROUND_BYTES = 2 * MIB
 
 NO_BLOCK = 0
 """The handle of a request for 0 bytes: torch gives such a tensor a null pointer and no block."""
 
-PoolName = Literal["small", "large"]
-
-# Addresses are the model's own and never used twice, so there must be room for many flushes: 2**59 bytes below the
-# first segment are millions of times the memory of a card.
-_ADDRESS_BITS = 60
-_ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
-_FIRST_SEGMENT_END = 1 << 59
+WHAT_TO_DO = "; plan again with a smaller budget, batch or sequence, or raise --gpu-mem"
 
 
 def round_block(num_bytes: int) -> int:
@@ -58,6 +62,18 @@ def round_block(num_bytes: int) -> int:
     return max(-(-num_bytes // MIN_BLOCK_BYTES), 1) * MIN_BLOCK_BYTES
 
 
+def round_to_division(num_bytes: int, divisions: int) -> int:
+    """The block where ``roundup_power2_divisions`` is set: a step between powers of two, each cut in ``divisions``.
+
+    >>> [round_to_division(n * 1024, 4) for n in (1, 1200, 1537, 2048)]
+    [1024, 1310720, 1835008, 2097152]
+    """
+    if divisions == 1 or num_bytes <= MIN_BLOCK_BYTES * divisions:
+        return round_block(num_bytes)
+    step = (1 << (num_bytes.bit_length() - 1)) // divisions
+    return -(-num_bytes // step) * step
+
+
 def pinned_bytes(num_bytes: int) -> int:
     """Pinned host memory behind a request, in bytes: the next power of two (the host cache never splits a block).
 
@@ -65,28 +81,6 @@ def pinned_bytes(num_bytes: int) -> int:
     True
     """
     return 1 << (num_bytes - 1).bit_length() if num_bytes > 0 else 0
-
-
-@dataclass(frozen=True, slots=True)
-class PoolRule:
-    """What makes a pool: the largest remainder that is not split off a block."""
-
-    name: PoolName
-    unsplit_bytes: int
-
-    def segment_bytes(self, block_bytes: int) -> int:
-        """Size of the new segment reserved for a block, in bytes."""
-        if self.name == "small":
-            return SMALL_SEGMENT_BYTES
-        if block_bytes < BIG_REQUEST_BYTES:
-            return LARGE_SEGMENT_BYTES
-        return -(-block_bytes // SEGMENT_ROUND_BYTES) * SEGMENT_ROUND_BYTES
-
-
-POOL_RULES = {
-    "small": PoolRule("small", unsplit_bytes=0),
-    "large": PoolRule("large", unsplit_bytes=SMALL_LIMIT_BYTES),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,59 +94,44 @@ class LiveBlock:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A recorded segment; whatever its live blocks leave is free."""
+    """A recorded segment, or a mapped stretch of a virtual range; whatever its live blocks leave is free.
+
+    A stretch of 0 bytes only says that its virtual range reaches down to there.
+    """
 
     address: int
     num_bytes: int
     stream: int
     pool: PoolName
     live: tuple[LiveBlock, ...]
-
-
-@dataclass(slots=True, eq=False)
-class _Pool:
-    """The free blocks of one pool and stream, as sorted keys: size above, address below, so best fit is a bisection."""
-
-    rule: PoolRule
-    free_keys: list[int] = field(default_factory=list)
-
-
-class _Block:
-    """A stretch of one segment, linked to its neighbours there; ``requested`` is None while it is free."""
-
-    __slots__ = ("address", "following", "pool", "preceding", "requested", "size")
-
-    def __init__(self, address: int, size: int, pool: _Pool) -> None:
-        self.address = address
-        self.size = size
-        self.pool = pool
-        self.requested: int | None = None
-        self.preceding: _Block | None = None
-        self.following: _Block | None = None
-
-    @property
-    def free_key(self) -> int:
-        return self.size << _ADDRESS_BITS | self.address
+    expandable: bool = False
 
 
 class CachingAllocator:
     """One device's caching allocator. Handles are the addresses of blocks, as in torch.
 
     ``allocated_bytes`` counts whole blocks (rounded, with unsplit remainders), ``requested_bytes`` what was asked for,
-    ``reserved_bytes`` the segments; each has a peak. ``num_retries`` counts flushes forced by ``capacity_bytes``.
+    ``reserved_bytes`` the segments or what is mapped; each has a peak. ``num_retries`` counts flushes forced by
+    ``capacity_bytes``, the memory that the device has for this allocator.
     """
 
-    def __init__(self, capacity_bytes: int | None = None) -> None:
+    def __init__(self, capacity_bytes: int | None = None, settings: AllocatorSettings | None = None) -> None:
         if capacity_bytes is not None and capacity_bytes <= 0:
             raise ValueError(f"capacity_bytes is {capacity_bytes}; it must be above 0, or None for no limit")
         self.capacity_bytes = capacity_bytes
+        self.settings = settings or AllocatorSettings()
         self.allocated_bytes = 0
         self.requested_bytes = 0
         self.reserved_bytes = 0
         self.num_retries = 0
-        self._pools: dict[tuple[PoolName, int], _Pool] = {}
-        self._blocks: dict[int, _Block] = {}
-        self._lowest_address = _FIRST_SEGMENT_END
+        self._pools: dict[PoolName, dict[int, Pool]] = {"small": {}, "large": {}}
+        self._small, self._large = self._pools["small"], self._pools["large"]
+        self._blocks: dict[int, Block] = {}
+        self._lowest_address = SEGMENTS_END
+        self._num_ranges = 0
+        self._split_limit = self.settings.max_split_bytes or NO_SPLIT_LIMIT
+        self._divisions = self.settings.roundup_power2_divisions
+        self._best_fit_is_taken = not self.settings.expandable_segments and self._split_limit == NO_SPLIT_LIMIT
         self.reset_peaks()
 
     def reset_peaks(self) -> None:
@@ -160,6 +139,8 @@ class CachingAllocator:
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_requested_bytes = self.requested_bytes
         self.peak_reserved_bytes = self.reserved_bytes
+
+    # malloc and free are where replaying a recording spends its time: they do without calls where they can.
 
     def malloc(self, num_bytes: int, stream: int = 0) -> int:
         """Allocate and return the block's handle; 0 bytes take no block and return ``NO_BLOCK``.
@@ -169,18 +150,33 @@ class CachingAllocator:
         """
         if num_bytes <= 0:
             return _no_block(num_bytes)
-        size = round_block(num_bytes)
-        pool = self._pool("small" if size <= SMALL_LIMIT_BYTES else "large", stream)
+        size = num_bytes + 511 & -512
+        if self._divisions != 1:
+            size = round_to_division(num_bytes, self._divisions)
+        try:
+            pool = (self._small if size <= SMALL_LIMIT_BYTES else self._large)[stream]
+        except KeyError:
+            pool = self._new_pool("small" if size <= SMALL_LIMIT_BYTES else "large", stream)
         keys = pool.free_keys
-        index = bisect_left(keys, size << _ADDRESS_BITS)
+        index = bisect_left(keys, size << ADDRESS_BITS)
+        if not self._best_fit_is_taken:
+            index = self._taken(pool, index, size)
         if index < len(keys):
-            block = self._blocks[keys.pop(index) & _ADDRESS_MASK]
+            block = self._blocks[keys.pop(index) & ADDRESS_MASK]
         else:
-            block = self._reserve(pool, size, num_bytes)
-        if block.size - size > pool.rule.unsplit_bytes:
-            rest = self._cut(block, size)
-            insort(keys, rest.free_key)
-        self._occupy(block, num_bytes)
+            block = self._extend(pool, size, num_bytes)
+        rest_bytes = block.size - size
+        if rest_bytes > pool.unsplit_bytes and size < self._split_limit:
+            rest = pool.cut(block, size)
+            key = rest.free_key = rest_bytes << ADDRESS_BITS | rest.address
+            insort(keys, key)
+        block.requested = num_bytes
+        requested = self.requested_bytes = self.requested_bytes + num_bytes
+        allocated = self.allocated_bytes = self.allocated_bytes + block.size
+        if allocated > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = allocated
+        if requested > self.peak_requested_bytes:
+            self.peak_requested_bytes = requested
         return block.address
 
     def free(self, handle: int) -> None:
@@ -188,154 +184,203 @@ class CachingAllocator:
 
         Raises :class:`ValueError` for a handle that is not allocated (freed twice, or never given out).
         """
-        if handle == NO_BLOCK:
-            return
         block = self._blocks.get(handle)
-        if block is None or block.requested is None:
+        if block is None or block.requested is None or block.requested < 0:
+            if handle == NO_BLOCK:
+                return
             raise ValueError(f"handle {handle} is not an allocated block: freed twice, or never given out")
         self.allocated_bytes -= block.size
         self.requested_bytes -= block.requested
-        block.requested = None
-        following, preceding = block.following, block.preceding
-        if following is not None and following.requested is None:
-            _forget_free(following)
-            self._join(block, following)
-        if preceding is not None and preceding.requested is None:
-            _forget_free(preceding)
-            self._join(preceding, block)
-            block = preceding
-        insort(block.pool.free_keys, block.free_key)
+        block.pool.release(block)
 
     def empty_cache(self) -> None:
-        """Give every wholly free segment, of all pools and streams, back to the device."""
-        for pool in self._pools.values():
-            kept = []
-            for key in pool.free_keys:
-                block = self._blocks[key & _ADDRESS_MASK]
-                if block.preceding is None and block.following is None:
-                    del self._blocks[block.address]
-                    self.reserved_bytes -= block.size
-                else:
-                    kept.append(key)
-            pool.free_keys[:] = kept  # in place: malloc, which flushes in mid-search, goes on with this list
+        """Give every wholly free segment and free unit, of all pools and streams, back to the device."""
+        for pools in self._pools.values():
+            for pool in pools.values():
+                for block in pool.free_blocks():
+                    if pool.virtual_range is not None and block.address >= SEGMENTS_END:
+                        self.reserved_bytes -= pool.virtual_range.shrink(block)
+                    elif block.preceding is None and block.following is None:
+                        self._give_back(block)
 
     def install(self, segments: Iterable[Segment]) -> dict[int, int]:
         """Start warm, from recorded segments; returns the handle of each live block by its recorded address.
 
-        The segments keep their order and distances but move to the top of the address range, so that new ones fit
-        below them. The peaks start from what is installed.
+        Segments keep their order and distances but move to the top of the address range, so that new ones fit
+        below them. Mapped stretches keep their distances in the virtual range of their pool and stream, the first at
+        its start. The peaks start from what is installed.
         Raises :class:`ValueError` when this allocator is not fresh, when segments or blocks overlap or leave their
-        segment, or when they exceed the capacity.
+        segment, when they exceed the capacity, or when stretches cannot be of one virtual range.
         """
         if self._blocks:
             raise ValueError("install recorded segments into a fresh allocator, before the first malloc")
         ordered = sorted(segments, key=lambda segment: segment.address)
         _check_recorded(ordered, self.capacity_bytes)
-        shift = _FIRST_SEGMENT_END - (ordered[-1].address + ordered[-1].num_bytes) if ordered else 0
+        fixed = [segment for segment in ordered if not segment.expandable]
+        shift = SEGMENTS_END - (fixed[-1].address + fixed[-1].num_bytes) if fixed else 0
+        self._lowest_address = min((segment.address + shift for segment in fixed), default=SEGMENTS_END)
+        first_of: dict[Pool, Segment] = {}
         handles: dict[int, int] = {}
         for segment in ordered:
-            handles |= self._install_segment(segment, shift)
-        self._lowest_address = min(self._blocks, default=_FIRST_SEGMENT_END)
+            pool = self._pools[segment.pool].get(segment.stream) or self._new_pool(segment.pool, segment.stream)
+            if segment.expandable:
+                address = self._stretch_address(pool, segment, first_of.setdefault(pool, segment))
+                if not segment.num_bytes:
+                    continue
+                block = self._range(pool).place(address, segment.num_bytes)
+            else:
+                block = self._add_segment(pool, segment.address + shift, segment.num_bytes)
+            self.reserved_bytes += segment.num_bytes
+            handles |= self._carve(block, segment)
         self.reset_peaks()
         return handles
 
-    def _install_segment(self, segment: Segment, shift: int) -> dict[int, int]:
-        """Carve one recorded segment, moved by ``shift``, into its live blocks and the free blocks between them."""
-        block = self._add_segment(segment.address + shift, segment.num_bytes, self._pool(segment.pool, segment.stream))
+    def _carve(self, block: Block, segment: Segment) -> dict[int, int]:
+        """Cut a segment's one block into its live blocks and the free blocks between them."""
+        pool, shift = block.pool, block.address - segment.address
         handles: dict[int, int] = {}
         for live in sorted(segment.live, key=lambda live: live.address):
             handles[live.address] = address = live.address + shift
+            before = None
             if address > block.address:
-                free, block = block, self._cut(block, address - block.address)
-                insort(free.pool.free_keys, free.free_key)
-            rest = self._cut(block, live.num_bytes) if live.num_bytes < block.size else None
-            self._occupy(block, live.requested_bytes)
+                before, block = block, pool.cut(block, address - block.address)
+            rest = pool.cut(block, live.num_bytes) if live.num_bytes < block.size else None
+            block.requested = live.requested_bytes
+            if before is not None:
+                pool.release(before)
+            self.requested_bytes += live.requested_bytes
+            self.allocated_bytes += block.size
             if rest is None:
                 return handles
             block = rest
-        insort(block.pool.free_keys, block.free_key)
+        pool.release(block)
         return handles
 
-    def _pool(self, name: PoolName, stream: int) -> _Pool:
-        pool = self._pools.get((name, stream))
-        if pool is None:
-            pool = self._pools[name, stream] = _Pool(POOL_RULES[name])
+    def _stretch_address(self, pool: Pool, segment: Segment, first: Segment) -> int:
+        """Where a recorded stretch lies in the virtual range of its pool, whose first stretch is ``first``."""
+        unit, offset = UNIT_BYTES[pool.name], segment.address - first.address
+        if not self.settings.expandable_segments:
+            raise ValueError("the recorded segments are expandable; turn expandable segments on")
+        if offset % unit or segment.num_bytes % unit or offset + segment.num_bytes > RANGE_BYTES // 2:
+            raise ValueError(
+                f"segment at {segment.address} of {segment.num_bytes} bytes is not of whole {format_bytes(unit)} units "
+                f"of the range that begins at {first.address}"
+            )
+        return self._range(pool).start + offset
+
+    def _new_pool(self, name: PoolName, stream: int) -> Pool:
+        unsplit = SMALL_LIMIT_BYTES if name == "large" and not self.settings.expandable_segments else 0
+        pool = self._pools[name][stream] = Pool(name, unsplit, self._blocks)
         return pool
 
-    def _reserve(self, pool: _Pool, block_bytes: int, num_bytes: int) -> _Block:
-        """Reserve a new segment, flushing the cache once if the capacity asks for it; returns it as one block."""
-        segment_bytes = pool.rule.segment_bytes(block_bytes)
-        if not self._fits(segment_bytes):
+    def _range(self, pool: Pool) -> VirtualRange:
+        if pool.virtual_range is None:
+            pool.virtual_range = VirtualRange(pool, SEGMENTS_END + self._num_ranges * RANGE_BYTES)
+            self._num_ranges += 1
+        return pool.virtual_range
+
+    def _taken(self, pool: Pool, index: int, size: int) -> int:
+        """Which free block serves ``size`` bytes when the best fit is at ``index``, where settings have a say."""
+        keys = pool.free_keys
+        if index == len(keys):
+            return index
+        if self.settings.expandable_segments:
+            return _least_room(pool, index)
+        found = keys[index] >> ADDRESS_BITS
+        rounding = self.settings.max_non_split_rounding_bytes
+        limit = self._split_limit if size < self._split_limit else size + rounding
+        return index if found < limit else len(keys)
+
+    def _extend(self, pool: Pool, size: int, num_bytes: int) -> Block:
+        """Reserve memory for a block, flushing the cache if the capacity asks for it."""
+        block = self._try_extend(pool, size)
+        if block is None and self._release_oversize(pool, size):
+            block = self._try_extend(pool, size)
+        if block is None:
             self.empty_cache()
             self.num_retries += 1
-            if not self._fits(segment_bytes):
-                raise self._out_of_memory(num_bytes, segment_bytes)
-        block = self._add_segment(self._place_segment(segment_bytes), segment_bytes, pool)
-        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+            block = self._try_extend(pool, size)
+        if block is None:
+            raise self._out_of_memory(pool, size, num_bytes)
         return block
 
-    def _fits(self, segment_bytes: int) -> bool:
-        return self.capacity_bytes is None or self.reserved_bytes + segment_bytes <= self.capacity_bytes
+    def _try_extend(self, pool: Pool, size: int) -> Block | None:
+        """A new free block of at least ``size`` bytes, not on the free list; None where the capacity has none."""
+        if self.settings.expandable_segments:
+            return self._range(pool).grow(size, self._take)
+        segment_bytes = pool.segment_bytes(size)
+        if not self._take(segment_bytes):
+            return None
+        return self._add_segment(pool, self._place_segment(segment_bytes), segment_bytes)
+
+    def _take(self, num_bytes: int) -> bool:
+        """Reserve bytes of the device, if it has them."""
+        if self.capacity_bytes is not None and self.reserved_bytes + num_bytes > self.capacity_bytes:
+            return False
+        self.reserved_bytes += num_bytes
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        return True
+
+    def _release_oversize(self, pool: Pool, size: int) -> bool:
+        """Before a flush: give back the smallest oversize block that would do, else the largest until they would."""
+        if self._split_limit == NO_SPLIT_LIMIT:
+            return False
+        wanted = max(size, self._split_limit)
+        whole = [block for block in pool.free_blocks() if block.preceding is None and block.following is None]
+        oversize = [block for block in whole if block.size >= self._split_limit]
+        enough = [block for block in oversize if block.size >= wanted]
+        released = 0
+        for block in enough[:1] or reversed(oversize):
+            if released >= wanted:
+                break
+            released += block.size
+            self._give_back(block)
+        return released >= wanted
 
     def _place_segment(self, segment_bytes: int) -> int:
         """Address of a new segment: below all earlier ones."""
         self._lowest_address -= segment_bytes
         return self._lowest_address
 
-    def _add_segment(self, address: int, num_bytes: int, pool: _Pool) -> _Block:
-        block = self._blocks[address] = _Block(address, num_bytes, pool)
-        self.reserved_bytes += num_bytes
+    def _add_segment(self, pool: Pool, address: int, num_bytes: int) -> Block:
+        block = self._blocks[address] = Block(pool, address, num_bytes)
         return block
 
-    def _occupy(self, block: _Block, num_bytes: int) -> None:
-        """Mark a block, already off the free list, as allocated for a request of ``num_bytes``."""
-        block.requested = num_bytes
-        self.requested_bytes += num_bytes
-        self.allocated_bytes += block.size
-        if self.allocated_bytes > self.peak_allocated_bytes:
-            self.peak_allocated_bytes = self.allocated_bytes
-        if self.requested_bytes > self.peak_requested_bytes:
-            self.peak_requested_bytes = self.requested_bytes
+    def _give_back(self, block: Block) -> None:
+        """Return a segment that is one free block to the device."""
+        block.pool.forget(block)
+        del self._blocks[block.address]
+        self.reserved_bytes -= block.size
 
-    def _cut(self, block: _Block, size: int) -> _Block:
-        """Shorten a block to ``size`` bytes and return the rest of it as the next block, not yet on the free list."""
-        rest = _Block(block.address + size, block.size - size, block.pool)
-        rest.preceding, rest.following = block, block.following
-        if rest.following is not None:
-            rest.following.preceding = rest
-        block.size, block.following = size, rest
-        self._blocks[rest.address] = rest
-        return rest
-
-    def _join(self, first: _Block, second: _Block) -> None:
-        """Undo a cut: ``first`` takes over ``second``, its next block. Neither may be on the free list."""
-        first.size += second.size
-        first.following = second.following
-        if first.following is not None:
-            first.following.preceding = first
-        del self._blocks[second.address]
-
-    def _out_of_memory(self, num_bytes: int, segment_bytes: int) -> DeviceOutOfMemory:
-        capacity = self.capacity_bytes or 0
-        short = self.reserved_bytes + segment_bytes - capacity
+    def _out_of_memory(self, pool: Pool, size: int, num_bytes: int) -> DeviceOutOfMemory:
+        capacity, what = self.capacity_bytes or 0, "a new segment of "
+        needed = pool.segment_bytes(size)
+        if self.settings.expandable_segments:
+            needed, what = self._range(pool).missing_bytes(size), "mapping another "
+        short = self.reserved_bytes + needed - capacity
         return DeviceOutOfMemory(
-            f"device out of memory: {format_bytes(num_bytes)} requested (a new segment of "
-            f"{format_bytes(segment_bytes)}), {format_bytes(self.allocated_bytes)} allocated, "
-            f"{format_bytes(self.reserved_bytes)} reserved, capacity {format_bytes(capacity)}, "
-            f"{format_bytes(short)} short; plan again with a smaller budget, batch or sequence, or raise --gpu-mem"
+            f"device out of memory: {format_bytes(num_bytes)} requested ({what}{format_bytes(needed)}), "
+            f"{format_bytes(self.allocated_bytes)} allocated, {format_bytes(self.reserved_bytes)} reserved, "
+            f"capacity {format_bytes(capacity)}, {format_bytes(short)} short{WHAT_TO_DO}"
         )
+
+
+def _least_room(pool: Pool, index: int) -> int:
+    """With virtual ranges: from the best fit go on while the next larger free block can grow less far."""
+    blocks, keys = pool.blocks, pool.free_keys
+    block = blocks[keys[index] & ADDRESS_MASK]
+    while block.address >= SEGMENTS_END and index + 1 < len(keys):
+        larger = blocks[keys[index + 1] & ADDRESS_MASK]
+        if larger.room >= block.room:
+            break
+        block, index = larger, index + 1
+    return index
 
 
 def _no_block(num_bytes: int) -> int:
     if num_bytes < 0:
         raise ValueError(f"cannot allocate {num_bytes} bytes; give 0 or more")
     return NO_BLOCK
-
-
-def _forget_free(block: _Block) -> None:
-    """Take a free block off its pool's free list."""
-    keys = block.pool.free_keys
-    del keys[bisect_left(keys, block.free_key)]
 
 
 def _check_recorded(segments: list[Segment], capacity_bytes: int | None) -> None:

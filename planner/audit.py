@@ -23,7 +23,7 @@ from meft.planner.plan import Direction, Plan
 from meft.planner.profiles import GpuProfile
 from meft.planner.report import Report
 from meft.planner.schema import Basis, Bytes, Record
-from meft.planner.transfer import Categories, step_bytes_by_category
+from meft.planner.transfer import Categories, step_bytes_by_category, window_gradient_bytes
 
 DEFAULT_TOLERANCE_FRACTION = 0.03
 """What the closed-form ledger promises of the allocated peak."""
@@ -93,7 +93,7 @@ def audit(
     their own. Raises :class:`UsageError` for a report of another plan, a report without a step, and a tolerance for an
     unknown quantity.
     """
-    _check_belongs(plan, report)
+    check_belongs(plan, report)
     gpu = gpu if gpu is not None and _reproduces(plan, gpu) else None
     steps = report.observed.steps
     rows = (
@@ -126,25 +126,59 @@ def weakest_basis(bases: Iterable[Basis]) -> Basis:
     return max(bases, key=order.index, default="counted")
 
 
-def bytes_given_rows(plan: Plan, *, rows_total: Iterable[int], steps: int) -> dict[tuple[Direction, str], int]:
+def bytes_given_rows(
+    plan: Plan,
+    *,
+    rows_total: Iterable[int],
+    steps: int,
+    missing_total: Iterable[int] | None = None,
+    overflow_total: Iterable[int] | None = None,
+) -> dict[tuple[Direction, str], int]:
     """Bytes by category over ``steps`` micro-batches whose active rows, summed over them, are ``rows_total [L]``.
 
-    A step's bytes are a constant plus a multiple of each layer's rows, so sums of rows give sums of bytes.
+    A step's bytes are a constant plus a multiple of each layer's rows, so sums of rows give sums of bytes. Without
+    cached rows all of them are missing, and overflow.
     """
-    totals = np.array(list(rows_total), dtype=np.int64)
-    with_rows, without = (_categories(plan, rows) for rows in (totals, np.zeros_like(totals)))
+    active = np.array(list(rows_total), dtype=np.int64)
+    missing, overflow = (
+        active if given is None else np.array(list(given), dtype=np.int64) for given in (missing_total, overflow_total)
+    )
+    nothing = np.zeros_like(active)
+    with_rows, without = _categories(plan, active, missing, overflow), _categories(plan, nothing, nothing, nothing)
     return {key: int(with_rows[key]) + (steps - 1) * int(without[key]) for key in with_rows}
+
+
+def _bytes_of_report(plan: Plan, report: Report, steps: int) -> dict[tuple[Direction, str], int]:
+    layers = report.observed.active_rows
+    return bytes_given_rows(
+        plan,
+        rows_total=[layer.total for layer in layers],
+        missing_total=[layer.total if layer.missing_total is None else layer.missing_total for layer in layers],
+        overflow_total=[layer.total if layer.overflow_total is None else layer.overflow_total for layer in layers],
+        steps=steps,
+    )
+
+
+def _per_optimizer_step(plan: Plan, report: Report) -> dict[tuple[Direction, str], int]:
+    """Bytes by category of an optimizer step: as predicted, but the gradient sums of the rows that were kept."""
+    entries = [entry for entry in plan.prediction.transfer.entries if entry.per == "optimizer_step"]
+    found = {(entry.direction, entry.category): entry.num_bytes for entry in entries}
+    kept = [layer.kept_total for layer in report.observed.active_rows if layer.kept_total is not None]
+    if kept and plan.decision.gradients_on_device:
+        total = window_gradient_bytes(request=plan.request, decision=plan.decision, kept_rows_per_layer=kept)
+        windows = -(-report.observed.steps // plan.request.grad_accum)
+        found["d2h", "window_gradients"] = round(total / windows)
+    return found
 
 
 def category_checks(plan: Plan, report: Report, steps: int) -> tuple[CategoryCheck, ...]:
     """Every category that was predicted or counted, per step and per optimizer step."""
-    totals = bytes_given_rows(plan, rows_total=(layer.total for layer in report.observed.active_rows), steps=steps)
+    totals = _bytes_of_report(plan, report, steps)
     predicted: dict[tuple[Direction, str, Literal["step", "optimizer_step"]], int] = {
         (way, name, "step"): round(size / steps) for (way, name), size in totals.items()
     }
-    for entry in plan.prediction.transfer.entries:
-        if entry.per == "optimizer_step":
-            predicted[entry.direction, entry.category, "optimizer_step"] = entry.num_bytes
+    for (way, name), size in _per_optimizer_step(plan, report).items():
+        predicted[way, name, "optimizer_step"] = size
     counted = {
         (entry.direction, entry.category, entry.per): entry.num_bytes for entry in report.observed.transfer.entries
     }
@@ -162,7 +196,8 @@ def category_checks(plan: Plan, report: Report, steps: int) -> tuple[CategoryChe
     )
 
 
-def _check_belongs(plan: Plan, report: Report) -> None:
+def check_belongs(plan: Plan, report: Report) -> None:
+    """Raise :class:`UsageError` for a report of another plan or model."""
     digest = plan.content_digest()
     if report.plan_digest != digest:
         raise UsageError(
@@ -178,7 +213,9 @@ def _by_direction(totals: Mapping[tuple[Direction, str], int]) -> list[int]:
     return [sum(size for (way, _), size in totals.items() if way == direction) for direction in _DIRECTIONS]
 
 
-def _categories(plan: Plan, rows: NDArray[np.int64]) -> Categories:
+def _categories(
+    plan: Plan, rows: NDArray[np.int64], missing: NDArray[np.int64], overflow: NDArray[np.int64]
+) -> Categories:
     decision = plan.decision
     return step_bytes_by_category(
         request=plan.request,
@@ -187,6 +224,9 @@ def _categories(plan: Plan, rows: NDArray[np.int64]) -> Categories:
         key_experts=decision.routing == "key-experts",
         refetched=decision.rows_in_backward == "refetched",
         active_rows=rows,
+        missing_rows=missing,
+        overflow_rows=overflow,
+        gradients_on_device=decision.gradients_on_device,
     )
 
 
@@ -311,13 +351,11 @@ def _host_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
 
 
 def _exact_transfer_rows(plan: Plan, report: Report, steps: int) -> tuple[AuditRow, ...]:
-    observed, predicted = report.observed.transfer, plan.prediction.transfer
-    totals = bytes_given_rows(plan, rows_total=(layer.total for layer in report.observed.active_rows), steps=steps)
+    observed, once = report.observed.transfer, _per_optimizer_step(plan, report)
+    totals = _bytes_of_report(plan, report, steps)
     given_rows = zip(_by_direction(totals), (observed.h2d_bytes_total, observed.d2h_bytes_total), strict=True)
-    per_optimizer_step = (
-        (predicted.h2d_bytes_per_optimizer_step, observed.h2d_bytes_per_optimizer_step),
-        (predicted.d2h_bytes_per_optimizer_step, observed.d2h_bytes_per_optimizer_step),
-    )
+    seen_once = (observed.h2d_bytes_per_optimizer_step, observed.d2h_bytes_per_optimizer_step)
+    per_optimizer_step = tuple(zip(_by_direction(once), seen_once, strict=True))
     counted: tuple[Basis, Basis] = ("counted", "counted")
     return (
         *(
@@ -375,6 +413,17 @@ def _estimated_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
             because="mean over layers and steps",
         )
     ]
+    highest = [layer.p99 for layer in observed.active_rows if layer.p99 is not None]
+    if highest and sparsity.quantile_rows_per_layer:
+        rows.append(
+            _row(
+                "active_rows_p99",
+                max(sparsity.quantile_rows_per_layer),
+                max(highest),
+                bases=(sparsity.basis, "counted"),
+                because=f"busiest layer; planned for {sparsity.quantile:.4g} of batches, observed 99 of 100",
+            )
+        )
     if observed.prefetch_recall is not None:
         rows.append(
             _row(

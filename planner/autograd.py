@@ -5,7 +5,7 @@ backward needs, and let the rest go out of scope. The reference counts of Python
 in torch, and the tape records every allocation and release in order.
 
 The engine follows torch's: nodes run latest first, gradients that meet at a node are summed (into the first of them
-when nothing else holds it), a node gives up what it keeps once it has run, and a leaf takes its gradient without a copy.
+when nothing else holds it), a node gives up what it keeps once it has run, and a leaf takes its gradient as it is.
 
 >>> tape = Tape()
 >>> x = tape.parameter(100, 4, "weights")
@@ -61,9 +61,7 @@ class Tensor:
 
     __slots__ = ("index", "itemsize", "node", "numel", "storage")
 
-    def __init__(
-        self, storage: Storage, numel: int, itemsize: int, node: Node | None = None, index: int = 0
-    ) -> None:
+    def __init__(self, storage: Storage, numel: int, itemsize: int, node: Node | None = None, index: int = 0) -> None:
         self.storage = storage
         self.numel = numel
         self.itemsize = itemsize
@@ -109,14 +107,13 @@ class Leaf(Node):
     __slots__ = ("grad",)
 
     def __init__(self, phase: Phase) -> None:
-        super().__init__(sys.maxsize, (), self.accumulate, phase)
+        super().__init__(sys.maxsize, (), None, phase)
         self.grad: Tensor | None = None
 
-    def accumulate(self, gradient: Tensor) -> Gradients:
+    def accumulate(self, gradient: Tensor | None) -> None:
         """Take the gradient as it is; adding to an earlier one needs no memory."""
         if self.grad is None:
             self.grad = gradient
-        return ()
 
 
 class Edge:
@@ -200,7 +197,11 @@ class Tape:
 
     def differentiates(self, *inputs: Tensor | None) -> bool:
         """Whether an operator on these inputs has a backward."""
-        return self._graph != "off" and any(each is not None and each.node is not None for each in inputs)
+        if self._graph != "off":
+            for each in inputs:
+                if each is not None and each.node is not None:
+                    return True
+        return False
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:
@@ -311,7 +312,9 @@ class _Engine:
         while self._ready:
             node = heapq.heappop(self._ready)[2]
             self.tape.phase = "backward" if node.phase == "forward" else node.phase
-            if node.expand is not None:
+            if isinstance(node, Leaf):
+                node.accumulate(*self._buffers.pop(node))
+            elif node.expand is not None:
                 self._replace(node)
             else:
                 self._execute(node)
@@ -354,8 +357,7 @@ class _Engine:
         grads = run(*self._buffers.pop(node))
         outputs = [self._fitted(grad, edge) for grad, edge in zip(grads, node.inputs, strict=True)]
         del grads, run
-        if not isinstance(node, Leaf):
-            node.backward = None
+        node.backward = None
         for edge in reversed(node.inputs):
             grad = outputs.pop()
             if edge is not None:
@@ -378,12 +380,12 @@ class _Engine:
             buffer = self._buffers.setdefault(node, [None] * node.num_outputs)
             held = buffer[edge.index]
             buffer[edge.index] = None
-            buffer[edge.index] = grad if held is None else self._sum(held, grad)
+            buffer[edge.index] = grad if held is None else self._sum(held)
         self._pending[node] -= 1
         if not self._pending[node] and node in self._buffers:
             self._push(node)
 
-    def _sum(self, held: Tensor, grad: Tensor) -> Tensor:
+    def _sum(self, held: Tensor) -> Tensor:
         alone = sys.getrefcount(held.storage) <= _REFERENCES_OF_ONE_HOLDER
         if self.tape.sums_in_place and alone and held.storage.num_bytes == held.numel * held.itemsize:
             return held

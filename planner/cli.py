@@ -17,6 +17,7 @@ from meft.planner.cli_audit import audit_command
 from meft.planner.cli_compare import compare_command
 from meft.planner.cli_estimate import estimate_command
 from meft.planner.cli_plan import plan_command
+from meft.planner.cli_replay import replay_command
 from meft.planner.errors import EXIT_UNEXPECTED, MeftError, unknown_name
 
 PROGRAM = "meft-plan"
@@ -69,7 +70,7 @@ class PlannerGroup(click.Group):
 
 @click.group(
     cls=PlannerGroup,
-    commands=[plan_command, estimate_command, compare_command, audit_command],
+    commands=[plan_command, estimate_command, compare_command, audit_command, replay_command],
     context_settings={"help_option_names": ["-h", "--help"]},
     options_metavar="",
     subcommand_metavar="[COMMAND] [OPTIONS]",

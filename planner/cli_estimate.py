@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from meft.planner.cli_options import (
     MAX_GRAD_ACCUM,
     MAX_SEQ_LEN,
     MAX_WIDTH,
+    Command,
     RequestOptions,
     apply_options,
     budget_options,
@@ -22,7 +24,7 @@ from meft.planner.cli_options import (
 )
 from meft.planner.cli_request import Planning, planning
 from meft.planner.comparison import USUAL_SIZES, USUAL_TOP_K, without_limits
-from meft.planner.errors import InfeasibleError, UsageError
+from meft.planner.errors import InfeasibleError, UsageError, unknown_name
 from meft.planner.estimates import Estimate, estimate_dense, estimate_meft
 from meft.planner.linears import passed_over, resolve_targets
 from meft.planner.plan import AdapterDtype, Attention, Decision, Routing, RowsInBackward, WeightsDtype
@@ -69,6 +71,7 @@ class EstimateRequest(Record):
     gpu: str | None = None
     gpu_mem: int | str | None = None
     host_mem: int | str | None = None
+    context_overhead: int | str | None = None
     host: str | None = None
     link: str | None = None
     sparsity: str | None = None
@@ -104,39 +107,39 @@ class EstimateRequest(Record):
         return self.target_modules
 
 
-def setup_options(command: Any) -> Any:
+def setup_options(command: Command) -> Command:
     """The method's own options and the workload's."""
-    flags = click.option
+    option = click.option
     return apply_options(
         command,
-        flags("--rank", type=click.IntRange(1, MAX_RANK), help="Of lora and qlora. [default: 16; 64]"),
-        flags(
+        option("--rank", type=click.IntRange(1, MAX_RANK), help="Of lora and qlora. [default: 16; 64]"),
+        option(
             "--target-modules",
             metavar="NAMES",
             help="Linear layers that LoRA adapts, by the names of their modules (q_proj,v_proj; c_attn), or attention, "
             "ffn, all-linear. [default: attention; all-linear for qlora]",
         ),
-        flags("--lora-dropout", type=click.FloatRange(0.0, 1.0, max_open=True), help="[default: 0]"),
-        flags("--active-rows", type=click.IntRange(1, MAX_WIDTH), help="MEFT: rows per layer that a batch activates."),
-        flags("--model", metavar="NAME|DIR|FILE", help="Name, folder, or config.json. [default: llama-7b]"),
-        flags("--weights-dtype", type=click.Choice(WEIGHTS), help="[default: bf16; nf4 for qlora]"),
-        flags("--double-quant/--no-double-quant", default=None, help="Quantize nf4's scales too."),
-        flags(
+        option("--lora-dropout", type=click.FloatRange(0.0, 1.0, max_open=True), help="[default: 0]"),
+        option("--active-rows", type=click.IntRange(1, MAX_WIDTH), help="MEFT: rows per layer that a batch activates."),
+        option("--model", metavar="NAME|DIR|FILE", help="Name, folder, or config.json. [default: llama-7b]"),
+        option("--weights-dtype", type=click.Choice(WEIGHTS), help="[default: bf16; nf4 for qlora]"),
+        option("--double-quant/--no-double-quant", default=None, help="Quantize nf4's scales too."),
+        option(
             "--kbit-preparation/--no-kbit-preparation",
             default=None,
             help="PEFT's prepare_model_for_kbit_training: what is not quantized becomes fp32.",
         ),
-        flags("--autocast", type=click.Choice(get_args(Autocast)), help="[default: none]"),
-        flags("--adapter-dtype", type=click.Choice(get_args(AdapterDtype)), help="[default: fp32; MEFT: bf16]"),
-        flags("--batch-size", type=click.IntRange(1, MAX_BATCH_SIZE), help="[default: 2]"),
-        flags("--seq-len", type=click.IntRange(1, MAX_SEQ_LEN), help="[default: 256]"),
-        flags("--grad-accum", type=click.IntRange(1, MAX_GRAD_ACCUM), help="Steps per update. [default: 1; MEFT: 32]"),
-        flags("--activation-checkpointing/--no-activation-checkpointing", default=None, help="[default: off]"),
-        flags("--attention", type=click.Choice(get_args(Attention)), help="[default: sdpa; eager for Gemma 2]"),
-        flags("--optimizer", type=click.Choice(get_args(OptimizerName)), help="[default: adamw, multi-tensor]"),
-        flags("--loss", type=click.Choice(get_args(LossName)), help="[default: hf, which upcasts the logits]"),
-        flags("--padding/--no-padding", default=None, help="Batches are padded, so masks exist. [default: no]"),
-        flags(
+        option("--autocast", type=click.Choice(get_args(Autocast)), help="[default: none]"),
+        option("--adapter-dtype", type=click.Choice(get_args(AdapterDtype)), help="[default: fp32; MEFT: bf16]"),
+        option("--batch-size", type=click.IntRange(1, MAX_BATCH_SIZE), help="[default: 2]"),
+        option("--seq-len", type=click.IntRange(1, MAX_SEQ_LEN), help="[default: 256]"),
+        option("--grad-accum", type=click.IntRange(1, MAX_GRAD_ACCUM), help="Steps per update. [default: 1; MEFT: 32]"),
+        option("--activation-checkpointing/--no-activation-checkpointing", default=None, help="[default: off]"),
+        option("--attention", type=click.Choice(get_args(Attention)), help="[default: sdpa; eager for Gemma 2]"),
+        option("--optimizer", type=click.Choice(get_args(OptimizerName)), help="[default: adamw, multi-tensor]"),
+        option("--loss", type=click.Choice(get_args(LossName)), help="[default: hf, which upcasts the logits]"),
+        option("--padding/--no-padding", default=None, help="Batches are padded, so masks exist. [default: no]"),
+        option(
             "--keep-outputs/--drop-outputs",
             default=None,
             help="The loop holds the model's outputs, and the logits with them, as stock loops do. [default: keep]",
@@ -243,17 +246,21 @@ def _asked(request_file: str | None, given: dict[str, Any]) -> EstimateRequest:
     source = "options"
     if request_file is not None:
         source = "--request standard input" if request_file == "-" else f"--request {request_file}"
-        text = click.get_text_stream("stdin").read() if request_file == "-" else _request_text(request_file)
-        content = parse_json(text, source=source)
-        if not isinstance(content, dict):
-            raise UsageError(f"{source}: expected a JSON object, found {type(content).__name__}")
+        content = _request_content(request_file, source)
     if "method" not in content and "method" not in options:
         raise UsageError(f"--method: which one? Give one of {', '.join(METHOD_NAMES)}")
     return validated(EstimateRequest, content | options, source=source)
 
 
-def _request_text(request_file: str) -> str:
-    return read_text(Path(request_file), kind="--request file")
+def _request_content(request_file: str, source: str) -> dict[str, Any]:
+    text = sys.stdin.read() if request_file == "-" else read_text(Path(request_file), kind="--request file")
+    content = parse_json(text, source=source)
+    if not isinstance(content, dict):
+        raise UsageError(f"{source}: expected a JSON object, found {type(content).__name__}")
+    for name in content:
+        if name not in EstimateRequest.model_fields:
+            raise unknown_name(f"field in {source}", name, EstimateRequest.model_fields)
+    return content
 
 
 def _check_applies(asked: EstimateRequest) -> None:
@@ -284,7 +291,9 @@ def _weights(asked: EstimateRequest) -> tuple[WeightsDtype, bool]:
 
 def _check_setup(setup: TrainingSetup) -> None:
     if setup.attention == "flash" and setup.weights_dtype == "fp32" and setup.autocast == "none":
-        raise UsageError("--attention flash: it computes in 16 bits, the weights are fp32; give sdpa, or --autocast bf16")
+        raise UsageError(
+            "--attention flash: it computes in 16 bits, the weights are fp32; give sdpa, or --autocast bf16"
+        )
 
 
 def _options(asked: EstimateRequest) -> RequestOptions:
@@ -294,6 +303,7 @@ def _options(asked: EstimateRequest) -> RequestOptions:
         gpu=asked.gpu,
         gpu_mem=_size(asked.gpu_mem, "--gpu-mem"),
         host_mem=_size(asked.host_mem, "--host-mem"),
+        context_overhead=_size(asked.context_overhead, "--context-overhead"),
         host=asked.host,
         link=asked.link,
         sparsity=asked.sparsity,

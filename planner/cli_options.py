@@ -87,6 +87,8 @@ class RequestOptions:
     prefetch_depth: int | None = None
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
+    context_overhead: int | None = None
+    active_rows_quantile: float | None = None
 
     @classmethod
     def taken_from(cls, given: dict[str, Any]) -> RequestOptions:
@@ -98,16 +100,26 @@ def budget_options(command: Command) -> Command:
     """The card, the host and what connects them."""
     return apply_options(
         command,
-        click.option("--gpu", metavar="NAME", help="Card whose memory and rates to plan for, or 'emulated'."),
+        click.option(
+            "--gpu",
+            metavar="NAME|FILE",
+            help="Card whose memory and rates to plan for, or 'emulated', or a file of "
+            "meft-profile: then host, link and sparsity are read from it too unless given.",
+        ),
         click.option(
             "--gpu-mem",
             type=SIZE,
             help="GPU memory, as printed on the card's box: GB = GiB = 2^30 bytes here. MiB, GiB and bytes work too.",
         ),
         click.option("--host-mem", type=SIZE, help="Host memory for the adapter. [default: this machine's RAM]"),
-        click.option("--host", metavar="NAME", help="Class of host: its CPU rates."),
-        click.option("--link", metavar="NAME", help="Class of host-device link. [default: the card's slot]"),
+        click.option("--host", metavar="NAME|FILE", help="Class of host: its CPU rates."),
+        click.option("--link", metavar="NAME|FILE", help="Class of host-device link. [default: the card's slot]"),
         click.option("--sparsity", metavar="NAME|FILE", help="Profile of how many rows a batch activates."),
+        click.option(
+            "--context-overhead",
+            type=SIZE,
+            help="What CUDA's context and modules take beside torch's allocator. [default: the card's range]",
+        ),
     )
 
 
@@ -167,6 +179,11 @@ def search_options(command: Command) -> Command:
             "--min-trainable",
             type=FiniteRange(0.0, 1.0),
             help="Least trainable parameters for --objective speed, as a fraction of the model. [default: 0.1]",
+        ),
+        click.option(
+            "--active-rows-quantile",
+            type=FiniteRange(0.5, 1.0, min_open=True, max_open=True),
+            help="Share of micro-batches whose active rows the cap must hold. [default: 0.99]",
         ),
     )
 

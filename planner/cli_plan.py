@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
+from meft.planner.chrome import Event, chrome_trace
 from meft.planner.cli_options import (
     PATH,
     RequestOptions,
@@ -20,7 +21,6 @@ from meft.planner.cli_options import (
 from meft.planner.cli_request import Planning, planning
 from meft.planner.errors import InfeasibleError, UsageError
 from meft.planner.files import write_atomic
-from meft.planner.lanes import Event, chrome_trace
 from meft.planner.models import load_model
 from meft.planner.plan import Plan
 from meft.planner.search import Infeasible, make_plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from meft.planner.models import load_model
 from meft.planner.plan import AdapterDtype, Attention, Request, WeightsDtype
 from meft.planner.profiles import (
     GpuProfile,
+    Section,
+    SourcedRange,
     gpu_names,
     load_defaults,
     load_gpu,
@@ -20,6 +22,7 @@ from meft.planner.profiles import (
     load_link,
     load_sparsity,
     looks_like_path,
+    sections_in,
 )
 from meft.planner.schema import validated
 from meft.planner.search import ProfileSet
@@ -61,11 +64,14 @@ def planning(options: RequestOptions) -> Planning:
     """
     defaults = load_defaults()
     shape, _, model_path = load_model(options.model if options.model is not None else defaults.model)
-    budget = _gpu_budget(options)
+    budget = _with_context(_gpu_budget(options), options.context_overhead)
     gpu = budget.gpu
-    host_name = options.host or (EMULATED if gpu.shares_host_cores else defaults.host)
-    host, link = load_host(host_name), load_link(options.link or gpu.link)
-    sparsity_name = options.sparsity or defaults.sparsity
+    beside = _beside_the_gpu(options)
+    usual_host = EMULATED if gpu.shares_host_cores else defaults.host
+    host_name = options.host or beside.get("host", usual_host)
+    link_name = options.link or beside.get("link", gpu.link)
+    sparsity_name = options.sparsity or beside.get("sparsity", defaults.sparsity)
+    host, link = load_host(host_name), load_link(link_name)
     sparsity = load_sparsity(sparsity_name)
     weights, adapter = _dtypes(options, gpu)
     _check_model(options, shape)
@@ -76,7 +82,7 @@ def planning(options: RequestOptions) -> Planning:
         "model_path": model_path,
         "gpu": budget.gpu_name,
         "host": _reference(host_name, host.key),
-        "link": _reference(options.link or gpu.link, link.key),
+        "link": _reference(link_name, link.key),
         "sparsity": _reference(sparsity_name, sparsity.key),
         "gpu_mem_bytes": budget.gpu_mem_bytes,
         "host_mem_bytes": host_mem_bytes,
@@ -88,7 +94,7 @@ def planning(options: RequestOptions) -> Planning:
     return Planning(
         request=validated(Request, fields, source="options"),
         profiles=ProfileSet(gpu=gpu, link=link, host=host, sparsity=sparsity),
-        notes=(*budget.notes, *host_notes, *_dtype_notes(gpu, weights)),
+        notes=(*budget.notes, *_beside_notes(options, beside), *host_notes, *_dtype_notes(gpu, weights)),
     )
 
 
@@ -144,6 +150,35 @@ def _gpu_budget(options: RequestOptions) -> _Budget:
     return _Budget(gpu, name, gpu.total_bytes, (f"GPU memory: NVML's total of {gpu.key}, a little below --gpu-mem",))
 
 
+def _with_context(budget: _Budget, overhead_bytes: int | None) -> _Budget:
+    """The card with what the user says of its context, which is one figure and no range."""
+    if overhead_bytes is None:
+        return budget
+    gpu, given = budget.gpu, f"--context-overhead {format_bytes(overhead_bytes)}"
+    if gpu.shares_host_cores:
+        raise UsageError(f"{given}: --gpu {gpu.key} has no CUDA context; leave it out")
+    if overhead_bytes >= budget.gpu_mem_bytes:
+        memory = format_bytes(budget.gpu_mem_bytes)
+        raise UsageError(f"{given} leaves nothing of the {memory} of GPU memory; give less, such as 600MiB")
+    context = SourcedRange(
+        low_bytes=overhead_bytes, high_bytes=overhead_bytes, basis="measured", source="given on the command line"
+    )
+    return replace(budget, gpu=gpu.model_copy(update={"context": context}))
+
+
+def _beside_the_gpu(options: RequestOptions) -> dict[Section, str]:
+    """Profiles that the file of ``--gpu`` holds besides: they were measured on the same machine."""
+    if options.gpu is None or not looks_like_path(options.gpu):
+        return {}
+    return dict.fromkeys(sections_in(options.gpu), options.gpu)
+
+
+def _beside_notes(options: RequestOptions, beside: dict[Section, str]) -> tuple[str, ...]:
+    given = {"gpu": options.gpu, "host": options.host, "link": options.link, "sparsity": options.sparsity}
+    taken = [section for section in beside if given[section] is None]
+    return (f"{' and '.join(taken)}: from {options.gpu} too",) if taken else ()
+
+
 def _reference(given: str, key: str) -> str:
     """What finds the profile again: its key, or the file it came from."""
     return given if looks_like_path(given) else key
@@ -197,6 +232,7 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "prefetch_depth": options.prefetch_depth,
         "routing": options.routing,
         "rows_in_backward": options.rows_in_backward,
+        "active_rows_quantile": options.active_rows_quantile,
     }
     return {name: value for name, value in names.items() if value is not None}
 

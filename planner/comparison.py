@@ -144,29 +144,46 @@ def _first_that_fits(variants: Sequence[TrainingSetup], estimate: Callable[[Trai
 
 
 def _largest(variants: Sequence[TrainingSetup], *, budget_bytes: int, gpu: GpuProfile) -> TrainingSetup | None:
-    """The largest size over the variants; at equal size the first of them."""
+    """The largest size over the variants; at equal size the first of them.
+
+    The last variant, which checkpoints, holds the most: the others are only asked from its size on.
+    """
     best: TrainingSetup | None = None
-    best_size = 0
-    for variant in variants:
-        size = _largest_of(variant, budget_bytes=budget_bytes, gpu=gpu, above=best_size)
-        if size > best_size:
-            best, best_size = sized(variant, size), size
+    at_least = 0
+    for variant in reversed(variants):
+        size = _largest_of(variant, budget_bytes=budget_bytes, gpu=gpu, at_least=at_least)
+        if size:
+            best, at_least = sized(variant, size), size
     return best
 
 
-def _largest_of(setup: TrainingSetup, *, budget_bytes: int, gpu: GpuProfile, above: int) -> int:
-    """The largest size that fits, 0 when none does or none is ``above``: by halving, as memory grows with size."""
+def _largest_of(setup: TrainingSetup, *, budget_bytes: int, gpu: GpuProfile, at_least: int) -> int:
+    """The largest size that fits; 0 when none does from ``at_least`` on.
+
+    Memory grows with size and nearly in proportion, so the line between the ends of the bracket says where to look
+    next, and then one size further, which ends the search when it does not fit.
+    """
     sizes = candidate_sizes(setup)
 
-    def fits(index: int) -> bool:
-        return dense_peaks(sized(setup, sizes[index]), gpu).reserved_bytes <= budget_bytes
+    def above(index: int) -> int:
+        return dense_peaks(sized(setup, sizes[index]), gpu).reserved_bytes - budget_bytes
 
-    low = next((index for index, size in enumerate(sizes) if size > above), len(sizes)) - 1
-    high = len(sizes)
+    low = next((index for index, size in enumerate(sizes) if size >= at_least), len(sizes) - 1)
+    high = len(sizes) - 1
+    if (at_low := above(low)) > 0:
+        return 0
+    if (at_high := above(high)) <= 0:
+        return sizes[high]
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return sizes[low] if low >= 0 else 0
+        guess = low + int((high - low) * at_low / (at_low - at_high))
+        guess = min(max(guess, low + 1), high - 1)
+        if (found := above(guess)) > 0:
+            high, at_high = guess, found
+            continue
+        low, at_low = guess, found
+        if low + 1 < high and (found := above(low + 1)) > 0:
+            return sizes[low]
+    return sizes[low]
 
 
 def _why_largest(method: DenseName, largest: Estimate | None) -> str:

@@ -200,8 +200,7 @@ class Decoder:
         added = self._lora_added(x, lora)
         if not autocast:
             added = self.ops.cast(added, outer, "adapter")
-        result = self.ops.add(result, added, place)
-        return result
+        return self.ops.add(result, added, place)
 
     def _lora_added(self, x: Tensor, lora: Lora) -> Tensor:
         dropped = self.ops.dropout(x, "adapter", active=self.setup.lora_dropout)
@@ -338,13 +337,29 @@ class Decoder:
         if setup.attention == "flash" or (mask is None and half and shape.head_dim <= LARGEST_FLASH_HEAD):
             return ops.flash_attention(q, k, v, head_dim=shape.head_dim, **sizes), None
         groups = shape.num_heads // shape.num_kv_heads
+        if mask is None and groups > 1:
+            return self._math_attention(q, k, v), None
         k, v = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
         additive = None if mask is None else ops.tape.new(mask.numel, q.itemsize, "attention")
         return ops.efficient_attention(q, k, v, additive_mask=additive, **sizes), None
 
-    def _eager_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _math_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Grouped heads without a mask go to sdpa as they are, where only flash takes them: in fp32 there remains the
+        composite of plain products, with a mask of its own and heads written out."""
+        ops, shape, setup = self.ops, self.shape, self.setup
+        groups = shape.num_heads // shape.num_kv_heads
+        scores_numel = setup.tokens * shape.num_heads * setup.seq_len
+        query = ops.scale(q, "attention")
+        mask = ops.tape.new(setup.seq_len**2, q.itemsize, "attention_mask")
+        keys, values = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
+        scores = ops.batched_product(query, ops.scale(keys, "attention"), scores_numel, "attention")
+        probabilities = ops.safe_softmax(scores, "attention")
+        del scores
+        output = ops.batched_product(probabilities, values, q.numel, "attention")
+        del probabilities, mask, keys, values, query
+        return ops.copy(output, "attention")
+
+    def _eager_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         ops, shape, setup = self.ops, self.shape, self.setup
         groups = shape.num_heads // shape.num_kv_heads
         scores_numel = setup.tokens * shape.num_heads * setup.seq_len
@@ -384,4 +399,3 @@ OUTPUT_NAMES = frozenset({"o_proj", "dense", "out_proj", "c_proj"})
 
 def _output_name(names: list[str]) -> str:
     return next(name for name in names if name in OUTPUT_NAMES)
-

@@ -17,8 +17,11 @@ import numpy as np
 from meft.planner import allocator
 from meft.planner.plan import Decision, HostMemory, MemoryEntry, Request
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, INDEX_BYTES, MASTER_BYTES, Flags, Ints
+from meft.planner.transfer import layers_queried
 
 _FLAG_BYTES = 1
+_ROW_BYTES = 8
+_BF16_BYTES = 2
 _MOMENTS = 2
 
 _BECAUSE = {
@@ -29,11 +32,21 @@ _BECAUSE = {
     "touched_flags": "bool per row: has a gradient in this window",
     "row_staging": "p+1 buffers [cap, 2D] that gathered rows leave from",
     "gradient_landing": "min(p, 1)+1 buffers [cap, 2D] where row gradients arrive",
-    "query_landing": "one buffer [T, D] where hidden states arrive",
+    "adapter_bf16_copy": "bf16 copy of all rows, to gather from",
+    "cache_index": "int32 per row and int64 per cached row: which rows are on the device, and where",
+    "query_landing": "p+1 buffers [T, D] where hidden states arrive, or as many as layers send one",
     "probes_landing": "Key-Experts: p+1 buffers [T, P] int32 where the probed experts arrive",
-    "row_experts_landing": "Key-Experts: one buffer [cap] int32 that the active rows' experts leave from",
+    "row_experts_landing": "Key-Experts: p+1 buffers [cap] int32 that the active rows' experts leave from",
+    "row_positions_landing": "p+1 buffers [cap] int32 that the places of cached rows leave from",
 }
-_STAGING = ("row_staging", "gradient_landing", "query_landing", "probes_landing", "row_experts_landing")
+_STAGING = (
+    "row_staging",
+    "gradient_landing",
+    "query_landing",
+    "probes_landing",
+    "row_experts_landing",
+    "row_positions_landing",
+)
 
 
 def table_bytes(*, num_layers: Ints, adapter_width: Ints, hidden_size: Ints) -> Ints:
@@ -49,6 +62,11 @@ def step_count_bytes(*, num_layers: Ints, adapter_width: Ints) -> Ints:
 def touched_flag_bytes(*, num_layers: Ints, adapter_width: Ints) -> Ints:
     """One bool per row."""
     return num_layers * adapter_width * _FLAG_BYTES
+
+
+def cache_index_bytes(*, num_layers: Ints, adapter_width: Ints, cached_rows: Ints) -> Ints:
+    """A place per row and a row per place, where rows are cached at all."""
+    return (cached_rows > 0) * num_layers * (adapter_width * INDEX_BYTES + cached_rows * _ROW_BYTES)
 
 
 def row_buffer_bytes(*, active_rows_cap: Ints, hidden_size: Ints, adapter_dtype_bytes: Ints, pinned: bool) -> Ints:
@@ -92,6 +110,8 @@ def host_bytes_by_category(
     num_probes: Ints,
     key_experts: Flags,
     pinned: bool,
+    cached_rows: Ints = 0,
+    bf16_copy: Flags = False,
 ) -> dict[str, Ints]:
     """Every category's bytes; the decision is numbers or arrays of candidates."""
     num_layers, hidden_size = request.model.num_layers, request.model.hidden_size
@@ -110,17 +130,23 @@ def host_bytes_by_category(
     )
     probes = request.tokens_per_step * num_probes * INDEX_BYTES
     slots = ring_slots(prefetch_depth=prefetch_depth, num_layers=num_layers)
+    queried = layers_queried(num_layers=num_layers, prefetch_depth=prefetch_depth)
+    indices = buffer_bytes(active_rows_cap * INDEX_BYTES, pinned=pinned)
+    copied = bf16_copy if request.adapter_dtype == "bf16" else 0
     return {
         "adapter_weights": table,
+        "adapter_bf16_copy": copied * (table // MASTER_BYTES * _BF16_BYTES),
+        "cache_index": cache_index_bytes(num_layers=num_layers, adapter_width=adapter_width, cached_rows=cached_rows),
         "adapter_moments": _MOMENTS * table,
         "adapter_gradients": table,
         "step_counts": step_count_bytes(num_layers=num_layers, adapter_width=adapter_width),
         "touched_flags": touched_flag_bytes(num_layers=num_layers, adapter_width=adapter_width),
         "row_staging": slots * row_buffer,
         "gradient_landing": gradient_slots(prefetch_depth=prefetch_depth, num_layers=num_layers) * row_buffer,
-        "query_landing": query_buffer,
+        "query_landing": _smaller(slots, queried) * query_buffer,
         "probes_landing": key_experts * slots * buffer_bytes(probes, pinned=pinned),
-        "row_experts_landing": key_experts * buffer_bytes(active_rows_cap * INDEX_BYTES, pinned=pinned),
+        "row_experts_landing": key_experts * slots * indices,
+        "row_positions_landing": (cached_rows > 0) * slots * indices,
     }
 
 
@@ -133,6 +159,8 @@ def host_total_bytes(
     num_probes: Ints,
     key_experts: Flags,
     pinned: bool,
+    cached_rows: Ints = 0,
+    bf16_copy: Flags = False,
 ) -> Ints:
     """All of it, for the search."""
     total: Ints = sum(
@@ -144,6 +172,8 @@ def host_total_bytes(
             num_probes=num_probes,
             key_experts=key_experts,
             pinned=pinned,
+            cached_rows=cached_rows,
+            bf16_copy=bf16_copy,
         ).values()
     )
     return total
@@ -159,9 +189,16 @@ def host_memory(*, request: Request, decision: Decision, pinned: bool) -> HostMe
         num_probes=decision.num_probes,
         key_experts=decision.routing == "key-experts",
         pinned=pinned,
+        cached_rows=decision.cached_rows,
+        bf16_copy=decision.bf16_copy,
     )
     entries = tuple(_entry(name, int(num_bytes), pinned=pinned) for name, num_bytes in sizes.items() if num_bytes)
     return HostMemory(entries=entries, total_bytes=sum(entry.num_bytes for entry in entries))
+
+
+def _smaller(a: Ints, b: Ints) -> Ints:
+    smaller = np.minimum(a, b)
+    return int(smaller) if np.ndim(smaller) == 0 else smaller
 
 
 def _entry(category: str, num_bytes: int, *, pinned: bool) -> MemoryEntry:

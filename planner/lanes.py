@@ -1,15 +1,16 @@
 """The runtime's program of one step on four lanes, simulated. What each task costs: :mod:`meft.planner.timing`.
 
 Lanes are ``gpu``, ``h2d``, ``d2h`` and ``cpu``. Each does its tasks in the order in which the runtime issues them; a
-task starts when its lane is free and what it needs is done, so nothing is left to chance. The host is one thread that
-works *and* launches: a gpu task issued after host work starts after it. On the emulated device all lanes are the same
-cores and every task waits for the one before.
+task starts when its lane is free and what it needs is done, so nothing is left to chance. *Overlapped*, the host's work
+has a thread of its own; in *sequence* one thread works and launches: a gpu task issued after host work starts after it.
+On the emulated device all lanes are the same cores and every task waits for the one before.
 
 Forward, layer ``l`` (``p`` is the prefetch depth): attention; its result, the hidden state at the FFN's entry, leaves
 for the host (with the best experts for Key-Experts); the FFN; the adapter, once its rows are there. Layer 0's hidden
 state serves layers ``0 .. p``, layer ``l``'s serves layer ``l + p``, the last ``p`` layers send none. A layer's own
-rows are chosen and gathered while the device computes the FFN, the rows of later layers while it computes FFN and
-adapter. A ring slot is never waited for here: layer ``l + p`` takes that of layer ``l - 1``, done long ago.
+rows are chosen and gathered while the device computes the FFN, the rows of later layers at once too, or in sequence
+while it computes FFN and adapter. Rows cached on the device are copied there beside those that travelled. A ring slot
+is never waited for here: layer ``l + p`` takes that of layer ``l - 1``, done long ago.
 
 Backward, from the last layer down: with checkpointing, the layer's forward again; the adapter's backward, once the
 gradient slot it writes to has been emptied (1 slot, or 2 with look-ahead); row gradients to the host; if rows are
@@ -26,13 +27,13 @@ Times are plain numbers or arrays over candidates: one program serves the search
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.chrome import Event
 from meft.planner.plan import LANES, Lane
 from meft.planner.quantities import Floats
 
@@ -41,15 +42,6 @@ CHUNK_CANDIDATES = 8192
 
 
 # --- lanes -----------------------------------------------------------------------------------------------------------
-
-
-class Event(NamedTuple):
-    """One task of a simulated step."""
-
-    lane: Lane
-    name: str
-    start_seconds: float
-    end_seconds: float
 
 
 class Lanes:
@@ -91,26 +83,6 @@ class Lanes:
         return end
 
 
-def chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
-    """The events as a Chrome trace (chrome://tracing, Perfetto): one row per lane; tasks that take no time left out."""
-    names = [
-        {"name": "thread_name", "ph": "M", "pid": 0, "tid": LANES.index(lane), "args": {"name": lane}} for lane in LANES
-    ]
-    tasks = [
-        {
-            "name": event.name,
-            "ph": "X",
-            "pid": 0,
-            "tid": LANES.index(event.lane),
-            "ts": event.start_seconds * 1e6,
-            "dur": (event.end_seconds - event.start_seconds) * 1e6,
-        }
-        for event in events
-        if event.end_seconds > event.start_seconds
-    ]
-    return {"displayTimeUnit": "ms", "traceEvents": [*names, *tasks]}
-
-
 # --- the program -----------------------------------------------------------------------------------------------------
 
 
@@ -132,14 +104,19 @@ class _Seconds:
             varies = isinstance(seconds, np.ndarray) and seconds.ndim > layer_axes
             return seconds[..., candidates] if isinstance(seconds, np.ndarray) and varies else seconds
 
-        return replace(self, **{field.name: taken(field.name, getattr(self, field.name)) for field in fields(self)})
+        return replace(self, **{each.name: taken(each.name, getattr(self, each.name)) for each in fields(self)})
+
+
+def _nothing() -> NDArray[np.float64]:
+    """No seconds, whatever the layer."""
+    return np.zeros(1)
 
 
 @dataclass(frozen=True)
 class GpuSeconds(_Seconds):
     """Tasks of the gpu lane. One layer's, but for the embedding, the head with the loss, and the optimizer's share."""
 
-    PER_LAYER: ClassVar = frozenset(("adapter_forward", "adapter_backward"))
+    PER_LAYER: ClassVar = frozenset(("adapter_forward", "adapter_backward", "assemble", "sum_gradients"))
 
     embedding: Floats
     attention: Floats
@@ -150,11 +127,15 @@ class GpuSeconds(_Seconds):
     adapter_backward: NDArray[np.float64]
     frozen_backward: Floats
     router_adamw: Floats
+    assemble: NDArray[np.float64] = field(default_factory=_nothing)
+    """Cached rows: bringing those on the device and those that travelled together."""
+    sum_gradients: NDArray[np.float64] = field(default_factory=_nothing)
+    """Adding row gradients to their sums on the device."""
 
 
 @dataclass(frozen=True)
 class LinkSeconds(_Seconds):
-    """Copies, of both directions; ``router_norm`` is a step's share."""
+    """Copies, of both directions; ``router_norm`` and sums of row gradients are a step's share."""
 
     PER_LAYER: ClassVar = frozenset(("rows", "rows_refetched", "row_gradients"))
 
@@ -173,12 +154,14 @@ class LinkSeconds(_Seconds):
 class HostSeconds(_Seconds):
     """Tasks of the cpu lane; ``adamw`` is a step's share."""
 
-    PER_LAYER: ClassVar = frozenset(("gather", "accumulate"))
+    PER_LAYER: ClassVar = frozenset(("gather", "accumulate", "gather_again"))
 
     route: Floats
     gather: NDArray[np.float64]
     accumulate: NDArray[np.float64]
     adamw: Floats
+    gather_again: NDArray[np.float64] | None = None
+    """In backward, where it is not what :attr:`gather` is."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +197,9 @@ class _Program:
         prefetch_depth: int,
         checkpointing: bool,
         refetched: bool,
+        overlapped: bool,
     ) -> None:
+        self.overlapped = overlapped
         self.gpu, self.link, self.host = costs.gpu, costs.link, costs.host
         self.run = lanes.run
         self.num_layers = num_layers
@@ -228,6 +213,10 @@ class _Program:
         self.row_gradients = self._by_layer(costs.link.row_gradients)
         self.gather = self._by_layer(costs.host.gather)
         self.accumulate = self._by_layer(costs.host.accumulate)
+        again = costs.host.gather if costs.host.gather_again is None else costs.host.gather_again
+        self.gather_again = self._by_layer(again)
+        self.assemble = self._by_layer(costs.gpu.assemble)
+        self.sum_gradients = self._by_layer(costs.gpu.sum_gradients)
         self.rows_there: list[Floats] = [0.0] * num_layers
         """When each layer's rows are on the device."""
 
@@ -240,9 +229,9 @@ class _Program:
         self.run("gpu", "embedding", self.gpu.embedding, inputs)
         for layer in range(self.num_layers):
             self.forward(layer)
-        self.run("gpu", "head and loss", self.gpu.loss_head)
+        loss = self.run("gpu", "head and loss", self.gpu.loss_head)
+        self.run("d2h", "loss", self.link.loss, loss)
         backward_done = self.backward()
-        self.run("d2h", "loss", self.link.loss, backward_done)
         self.optimizer_share(backward_done)
 
     def forward(self, layer: int) -> None:
@@ -251,12 +240,16 @@ class _Program:
         targets = range(0 if layer == 0 else layer + self.depth, last + 1)
         hidden = self.run("gpu", f"attention {layer}", self.gpu.attention)
         arrived = self.send_queries(layer, targets, hidden)
+        if self.overlapped:
+            for target in targets:
+                self.fetch(target, arrived[target])
         self.run("gpu", f"ffn {layer}", self.gpu.ffn)
-        if layer in targets:
+        if not self.overlapped and layer in targets:
             self.fetch(layer, arrived[layer])
-        self.run("gpu", f"adapter {layer}", self.adapter_forward[layer], self.rows_there[layer])
+        seconds = self.adapter_forward[layer] + self.assemble[layer]
+        self.run("gpu", f"adapter {layer}", seconds, self.rows_there[layer])
         for target in targets:
-            if target != layer:
+            if not self.overlapped and target != layer:
                 self.fetch(target, arrived[target])
 
     def send_queries(self, layer: int, targets: range, hidden: Floats) -> dict[int, Floats]:
@@ -274,17 +267,30 @@ class _Program:
         self.rows_there[layer] = self.run("h2d", f"rows {layer}", self.rows[layer], gathered)
 
     def backward(self) -> Floats:
-        """Every layer from the last down, then the gradients still on their way; returns when the gpu is done."""
+        """Every layer from the last down, then the gradients still on their way; returns when the gpu is done.
+
+        A gradient buffer is free once its last content has left and, in sequence, was added up; overlapped, only the
+        next copy waits for that.
+        """
         slots = min(self.depth, 1) + 1
         done: Floats = 0.0
         arrived: dict[int, Floats] = {}
+        left: dict[int, Floats] = {}
+        added: dict[int, Floats] = {}
         for layer in reversed(range(self.num_layers)):
             self.recompute(layer)
-            emptied = self.accumulate_gradients(layer + slots, arrived)
-            done = self.run(
-                "gpu", f"adapter backward {layer}", self.adapter_backward[layer], self.rows_there[layer], emptied
-            )
-            arrived[layer] = self.run("d2h", f"row gradients {layer}", self.row_gradients[layer], done)
+            if not self.overlapped:
+                added[layer + slots] = self.accumulate_gradients(layer + slots, arrived)
+            emptied = (left if self.overlapped else added).get(layer + slots, 0.0)
+            seconds = self.adapter_backward[layer] + self.sum_gradients[layer]
+            if self.refetched:
+                seconds = seconds + self.assemble[layer]
+            done = self.run("gpu", f"adapter backward {layer}", seconds, self.rows_there[layer], emptied)
+            if self.overlapped:
+                added[layer + 1] = self.accumulate_gradients(layer + 1, arrived)
+            landing_free = added.get(layer + slots, 0.0)
+            copied = self.run("d2h", f"row gradients {layer}", self.row_gradients[layer], done, landing_free)
+            arrived[layer] = left[layer] = copied
             self.refetch(layer - self.depth - 1, done)
             if layer:
                 self.run("gpu", f"backward {layer}", self.gpu.frozen_backward)
@@ -308,7 +314,7 @@ class _Program:
     def refetch(self, layer: int, slot_free: Floats) -> None:
         """Send the rows of a layer that left the ring once more."""
         if self.refetched and layer >= 0:
-            gathered = self.run("cpu", f"gather {layer} again", self.gather[layer])
+            gathered = self.run("cpu", f"gather {layer} again", self.gather_again[layer])
             self.rows_there[layer] = self.run(
                 "h2d", f"rows {layer} again", self.rows_refetched[layer], gathered, slot_free
             )
@@ -328,15 +334,17 @@ def simulate(
     checkpointing: bool,
     refetched: bool,
     serial: bool,
+    overlapped: bool = True,
     host_launches: bool = True,
     events: list[Event] | None = None,
 ) -> StepTime:
     """Simulate one step of candidates that share the discrete choices given here.
 
-    ``host_launches=False`` asks what a host worker thread of its own would bring. ``events`` collects the tasks of a
-    single decision.
+    ``overlapped=False`` is the sequential schedule, whose one thread launches the gpu's tasks and does the host's work,
+    each when its turn comes; ``host_launches=False`` asks what a worker alone would bring it. ``events`` collects the
+    tasks of a single decision.
     """
-    lanes = Lanes(serial=serial, host_launches=host_launches, events=events)
+    lanes = Lanes(serial=serial, host_launches=host_launches and not overlapped, events=events)
     program = _Program(
         costs,
         lanes,
@@ -344,6 +352,7 @@ def simulate(
         prefetch_depth=prefetch_depth,
         checkpointing=checkpointing,
         refetched=refetched,
+        overlapped=overlapped,
     )
     program.step()
     return StepTime(step_seconds=lanes.end_seconds(), busy_seconds=lanes.busy)

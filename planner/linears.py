@@ -72,8 +72,27 @@ _SHORT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"} | {
     "down": "down_proj",
 }
 _OF_ANY_ARCHITECTURE = frozenset(
-    "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv_proj gate_up_proj c_attn c_proj c_fc dense fc1 fc2 "
-    "query_key_value dense_h_to_4h dense_4h_to_h out_proj".split()
+    [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "qkv_proj",
+        "gate_up_proj",
+        "c_attn",
+        "c_proj",
+        "c_fc",
+        "dense",
+        "fc1",
+        "fc2",
+        "query_key_value",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+        "out_proj",
+    ]
 )
 
 

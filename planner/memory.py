@@ -1,4 +1,7 @@
-"""The device-memory ledger: what lies on the device in each phase of a training step, and why.
+"""The device-memory ledger of MEFT: what lies on the device in each phase of a training step, and why.
+
+The closed form that the search weighs candidates with. The dense methods are simulated event by event instead
+(:mod:`meft.planner.simulation`).
 
 The phases of a step are ``forward`` (the layers), ``loss`` (head, logits and loss, both ways), ``backward`` (the
 layers) and ``optimizer_step``; ``resident`` rows count in all of them. Peak allocated is the resident sum plus the
@@ -31,7 +34,7 @@ from meft.planner import terms_weights as wts
 from meft.planner.activations import choose, largest
 from meft.planner.architecture import ModelShape
 from meft.planner.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
-from meft.planner.methods import Method, SparseAdapter, Trained, Workload, trained_by
+from meft.planner.methods import SparseAdapter, Trained, Workload, trained_by
 from meft.planner.plan import ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Request
 from meft.planner.profiles import GpuProfile
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, Flags, Ints
@@ -56,18 +59,15 @@ _BECAUSE = {
     "layer_inputs": "activation checkpointing keeps each layer's input and recomputes the rest",
     "embeddings": "token embeddings before positions are added, which require a gradient when checkpointing",
     "rotary_tables": "cosines and sines [1, S, d], shared by all layers",
-    "attention_mask": "[B, 1, S, S] for padded batches: bool for sdpa, additive for eager",
-    "kv_cache": "keys and values that only the kept outputs hold",
-    "routing": "Key-Experts: probes [T, P] of every layer and the expert of each active row, int32",
+    "attention_mask": "[B, 1, S, S], additive, for eager attention",
+    "routing": "Key-Experts: probes [T, P] of every layer, int32",
     "forward_temporaries": "the FFN's product and output, the residual, the adapter's output",
     "final_norm": "the input of the final norm",
-    "loss_chain": "12 bytes per logit: fp32 log-probabilities and two gradients; or the head's gradient beside theirs",
-    "logits": "the kept outputs hold the logits",
+    "loss_chain": "12 bytes per logit: fp32 log-probabilities and two gradients",
     "logit_softcap": "the tanh of the capped logits",
     "backward_temporaries": "gradients in flight at backward's worst moment, net of what is free by then",
     "dequantized_weight": "the largest quantized linear layer, written out to be multiplied",
-    "gradients": "gradients of the trained parameters",
-    "optimizer_temporary": "AdamW's multi-tensor step: one temporary as large as the parameters it updates",
+    "optimizer_temporary": "AdamW's step on the routers",
 }
 
 
@@ -94,6 +94,8 @@ def predict_device_memory(
         num_experts=decision.num_experts,
         num_probes=decision.num_probes,
         adapter_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
+        cached_rows=decision.cached_rows,
+        gradients_on_device=decision.gradients_on_device,
     )
     checkpointing = decision.activation_checkpointing
     memory = device_memory(
@@ -120,6 +122,8 @@ def peak_allocated_bytes(
     key_experts: Flags,
     retained: Flags,
     activation_checkpointing: Flags,
+    cached_rows: Ints = 0,
+    gradients_on_device: Flags = False,
 ) -> Ints:
     """Peak allocated device bytes of MEFT for one decision or, with arrays, for many.
 
@@ -134,6 +138,8 @@ def peak_allocated_bytes(
         num_experts=num_experts,
         num_probes=num_probes,
         adapter_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
+        cached_rows=cached_rows,
+        gradients_on_device=gradients_on_device,
     )
     return peak_bytes(_request_ledger(request, gpu, method, activation_checkpointing=activation_checkpointing))
 
@@ -168,9 +174,9 @@ def device_memory(ledger: Sequence[Row], *, gpu: GpuProfile, gpu_mem_bytes: int)
 
 
 def device_ledger(
-    *, shape: ModelShape, workload: Workload, method: Method, gpu: GpuProfile | None = None
+    *, shape: ModelShape, workload: Workload, method: SparseAdapter, gpu: GpuProfile | None = None
 ) -> tuple[Row, ...]:
-    """Every line of a step's device memory for one method; ``gpu`` adds its cuBLAS workspaces."""
+    """Every line of a step's device memory; ``gpu`` adds its cuBLAS workspaces."""
     step = _Step(shape, workload, _frozen_layer(shape, workload), trained_by(shape, workload, method))
     workspaces = () if gpu is None else (workspace_row(gpu),)
     return (
@@ -201,8 +207,6 @@ def _request_ledger(
         double_quant=request.double_quant,
         attention=request.attention,
         activation_checkpointing=activation_checkpointing,
-        grad_accum=request.grad_accum,
-        padded=False,
     )
     return device_ledger(shape=request.model, workload=workload, method=method, gpu=gpu)
 
@@ -246,9 +250,9 @@ class _Step:
 
     @property
     def whole_layers(self) -> int:
-        """Without checkpointing, layers that keep everything: layer 0 keeps only what follows its FFN when the gradient
-        starts there."""
-        return self.shape.num_layers - (0 if self.trained.whole_first_layer else 1)
+        """Without checkpointing, layers that keep everything: layer 0, where the gradient ends, keeps only what follows
+        its FFN."""
+        return self.shape.num_layers - 1
 
     @property
     def one_whole_layer(self) -> Ints:
@@ -299,7 +303,6 @@ def _frozen_layer(shape: ModelShape, workload: Workload) -> _Frozen:
             seq_len=workload.seq_len,
             compute_bytes=q,
             attention=workload.attention,
-            padded=workload.padded,
         ),
         ffn=act.mlp_saved_bytes(
             tokens=tokens,
@@ -335,7 +338,6 @@ def _forward_rows(step: _Step) -> tuple[Row, ...]:
         *_kept_rows("forward", step),
         *_shared_rows("forward", step, inputs=step.shape.num_layers),
         _row("forward", "forward_temporaries", _forward_temporaries(step)),
-        _row("forward", "gradients", step.trained.gradients if step.workload.grad_accum > 1 else 0),
     )
 
 
@@ -359,25 +361,13 @@ def _loss_rows(step: _Step) -> tuple[Row, ...]:
     return (
         *_kept_rows("loss", step),
         *_shared_rows("loss", step, inputs=step.shape.num_layers),
-        _row("loss", "final_norm", step.norm + step.trained.head_inputs),
-        _row("loss", "loss_chain", largest(chain, step.logits + step.trained.head_gradients)),
-        _row("loss", "logits", step.logits if step.workload.outputs_kept else 0),
+        _row("loss", "final_norm", step.norm),
+        _row("loss", "loss_chain", chain),
         _row("loss", "logit_softcap", step.logits if step.shape.logit_softcap else 0),
-        _row("loss", "gradients", step.trained.gradients if step.workload.grad_accum > 1 else 0),
     )
 
 
 def _backward_rows(step: _Step) -> tuple[Row, ...]:
-    """Backward at its worse end: near the start all that was kept is there, near the end all gradients are."""
-    start, end = _backward_start_rows(step), _backward_end_rows(step)
-    at_end = sum(row.num_bytes for row in end) > sum(row.num_bytes for row in start)
-    return tuple(
-        _row("backward", first.category, choose(at_end, last.num_bytes, first.num_bytes))
-        for first, last in zip(start, end, strict=True)
-    )
-
-
-def _backward_start_rows(step: _Step) -> tuple[Row, ...]:
     """The last layer goes backward; with checkpointing it has been recomputed."""
     trained = step.trained
     kept = _layer_rows(step, whole=step.whole_layers, layers=step.shape.num_layers, trained=trained.kept_all)
@@ -387,23 +377,17 @@ def _backward_start_rows(step: _Step) -> tuple[Row, ...]:
         for first, every in zip(one, kept, strict=True)
     )
     shared = _shared_rows("backward", step, inputs=step.shape.num_layers - _inputs_kept_twice(step))
-    gradients = trained.gradients if step.workload.grad_accum > 1 else trained.first_gradients
-    return held + shared + _transient_rows(step, gradients=gradients)
-
-
-def _backward_end_rows(step: _Step) -> tuple[Row, ...]:
-    """Layer 0 goes backward; of the layers' inputs only its own is left."""
-    whole = choose(step.checkpointing, 1, int(step.trained.whole_first_layer))
-    held = _layer_rows(step, whole=whole, layers=1, trained=step.trained.kept_most)
-    shared = _shared_rows("backward", step, inputs=1 - _inputs_kept_twice(step))
-    return held + shared + _transient_rows(step, gradients=step.trained.last_gradients)
+    dequantized = wts.dequantized_bytes(step.shape, dtype=step.workload.weights_dtype)
+    return (
+        *held,
+        *shared,
+        _row("backward", "backward_temporaries", _backward_temporaries(step)),
+        _row("backward", "dequantized_weight", dequantized),
+    )
 
 
 def _optimizer_rows(step: _Step) -> tuple[Row, ...]:
-    return (
-        _row("optimizer_step", "gradients", step.trained.gradients),
-        _row("optimizer_step", "optimizer_temporary", step.trained.optimizer_temporary),
-    )
+    return (_row("optimizer_step", "optimizer_temporary", step.trained.optimizer_temporary),)
 
 
 def _kept_rows(phase: Phase, step: _Step) -> tuple[Row, ...]:
@@ -424,7 +408,7 @@ def _layer_rows(step: _Step, *, whole: Ints, layers: int, trained: Ints) -> tupl
 
 
 def _shared_rows(phase: Phase, step: _Step, *, inputs: int) -> tuple[Row, ...]:
-    """What layers share: rotary tables, masks, a KV cache the loop keeps alive; with checkpointing, layer inputs."""
+    """What layers share: rotary tables and masks; with checkpointing, layer inputs."""
     shape, workload = step.shape, step.workload
     q = workload.compute_bytes
     layer_inputs = act.layer_inputs_bytes(
@@ -439,35 +423,13 @@ def _shared_rows(phase: Phase, step: _Step, *, inputs: int) -> tuple[Row, ...]:
         seq_len=workload.seq_len,
         compute_bytes=q,
         attention=workload.attention,
-        padded=workload.padded,
     )
     return (
         _row(phase, "layer_inputs", choose(step.checkpointing, layer_inputs, 0)),
         _row(phase, "embeddings", choose(step.checkpointing, step.hidden if shape.learned_positions else 0, 0)),
         _row(phase, "rotary_tables", rotary),
         _row(phase, "attention_mask", masks if phase == "forward" else choose(step.checkpointing, masks, 0)),
-        _row(phase, "kv_cache", _kv_cache_bytes(step)),
         _row(phase, "routing", step.trained.held),
-    )
-
-
-def _kv_cache_bytes(step: _Step) -> Ints:
-    """Keys and values that only the cache still holds: those that were repeated for attention."""
-    shape, workload = step.shape, step.workload
-    masked = act.makes_mask(shape, attention=workload.attention, padded=workload.padded)
-    if not (workload.outputs_kept and masked and shape.num_kv_heads < shape.num_heads):
-        return 0
-    cache = 2 * shape.num_layers * workload.tokens * shape.kv_size * workload.compute_bytes
-    return choose(step.checkpointing, 0, cache)
-
-
-def _transient_rows(step: _Step, *, gradients: Ints) -> tuple[Row, ...]:
-    dequantized = wts.dequantized_bytes(step.shape, dtype=step.workload.weights_dtype)
-    return (
-        _row("backward", "backward_temporaries", _backward_temporaries(step)),
-        _row("backward", "dequantized_weight", dequantized),
-        _row("backward", "logits", step.logits if step.workload.outputs_kept else 0),
-        _row("backward", "gradients", gradients),
     )
 
 
@@ -483,7 +445,7 @@ def _backward_temporaries(step: _Step) -> Ints:
     """What backward adds at the worst of five moments near its start, each net of what is free by then."""
     moments = [_final_norm_moment(step), _adapter_moment(step), _ffn_moment(step), _attention_moment(step)]
     if act.norms_after_ffn(step.shape):
-        moments.append(step.hidden + _norm_backward_bytes(step) - _gradients_made_later(step))
+        moments.append(step.hidden + _norm_backward_bytes(step))
     return largest(*moments)
 
 
@@ -497,16 +459,9 @@ def _norm_backward_bytes(step: _Step) -> Ints:
 
 
 def _final_norm_moment(step: _Step) -> Ints:
-    """The final norm goes backward: all layers are whole, but with checkpointing none is recomputed yet, and no layer
-    has made gradients."""
+    """The final norm goes backward: all layers are whole, but with checkpointing none is recomputed yet."""
     one_layer = step.frozen.total + step.trained.kept_most
-    before = step.norm + _norm_backward_bytes(step) - choose(step.checkpointing, one_layer, 0)
-    return before - _gradients_made_later(step)
-
-
-def _gradients_made_later(step: _Step) -> Ints:
-    """The layer's gradients, before the layer has made them; when they are summed, the sum is there from the start."""
-    return step.trained.first_gradients - step.trained.head_gradients if step.workload.grad_accum == 1 else 0
+    return step.norm + _norm_backward_bytes(step) - choose(step.checkpointing, one_layer, 0)
 
 
 def _adapter_moment(step: _Step) -> Ints:

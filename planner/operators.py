@@ -94,7 +94,7 @@ class Operators:
         out = tape.like(x, category)
         kept = tape.save(x)
 
-        def backward(grad: Tensor) -> Gradients:
+        def backward(_grad: Tensor) -> Gradients:
             raised = tape.like(kept, TEMPORARIES)
             scaled = tape.like(raised, TEMPORARIES)
             del raised
@@ -112,6 +112,14 @@ class Operators:
         """A kernel whose backward needs the output (tanh, relu, sigmoid, rsqrt, softmax)."""
         out = self.tape.like(x, category)
         return self.tape.connect(out, (x,), self.tape.one_gradient(self.tape.save(out)))
+
+    def safe_softmax(self, x: Tensor, category: str) -> Tensor:
+        """Softmax whose rows may be all masked: it is computed, such rows are found, and a copy without them kept."""
+        plain = self.tape.like(x, category)
+        masked = self.tape.new(x.numel, BOOL, category)
+        out = self.keeps_output(x, category)
+        del plain, masked
+        return out
 
     def dropout(self, x: Tensor, category: str, *, active: bool) -> Tensor:
         """Dropout with a mask of one byte an element; nothing at rate 0."""
@@ -313,7 +321,7 @@ class Operators:
         rounded_head = -(-head_dim // head_multiple) * head_multiple
         rows = batch_size * num_heads * rounded_queries
 
-        def backward(grad: Tensor) -> Gradients:
+        def backward(_grad: Tensor) -> Gradients:
             query, key, value = kept[:3]
             of_q, of_k, of_v = (tape.like(each, TEMPORARIES) for each in (query, key, value))
             row_sums = tape.new(rows, FP32, TEMPORARIES)
@@ -350,7 +358,7 @@ class Operators:
         kept = (*(tape.save(each) for each in (q, k, v, out, log_sum_exp)), *mask)
         rows = batch_size * num_heads * seq_len
 
-        def backward(grad: Tensor) -> Gradients:
+        def backward(_grad: Tensor) -> Gradients:
             row_sums = tape.new(rows, FP32, TEMPORARIES)
             beside = tape.new(kept[0].numel, FP32, TEMPORARIES)
             if kept[0].itemsize == FP32:

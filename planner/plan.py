@@ -51,6 +51,8 @@ class Request(Record):
     objective: Objective = "capacity"
     max_slowdown: Annotated[float, Field(ge=1.0)] = 1 / 0.63
     min_trainable_fraction: Fraction = 0.10
+    active_rows_quantile: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.99
+    """Share of micro-batches whose active rows no cap may cut: they vary from batch to batch."""
     adapter_width: Count | None = None
     top_k: Count | None = None
     prefetch_depth: Index | None = None
@@ -75,6 +77,12 @@ class Decision(Record):
     routing: Routing
     rows_in_backward: RowsInBackward
     activation_checkpointing: bool
+    cached_rows: Index = 0
+    """Rows per layer that stay on the device through an accumulation window: the first that it activates."""
+    gradients_on_device: bool = False
+    """Gradients of cached rows are summed on the device and sent once per window."""
+    bf16_copy: bool = False
+    """The host keeps a bf16 copy of the rows to gather from (for a bf16 adapter)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Decision:
@@ -91,6 +99,10 @@ class Decision(Record):
             raise ValueError("exact routing scores every row: num_experts and num_probes must be 1")
         if self.num_probes * (self.adapter_width // self.num_experts) < self.top_k:
             raise ValueError(f"the {self.num_probes} probed experts hold fewer rows than top_k {self.top_k}")
+        if self.cached_rows > self.adapter_width:
+            raise ValueError(f"cached_rows {self.cached_rows} is above adapter_width {self.adapter_width}")
+        if self.gradients_on_device and not self.cached_rows:
+            raise ValueError("gradients_on_device sums the gradients of cached rows, but cached_rows is 0")
         return self
 
 
@@ -177,6 +189,15 @@ class Sparsity(Record):
     active_rows_per_layer: tuple[Index, ...]
     window_active_rows_per_layer: tuple[Index, ...]
     """Rows touched in one accumulation window: what the optimizer updates."""
+    missing_rows_per_layer: tuple[Index, ...] = ()
+    """With cached rows: those of a micro-batch that have to travel, the mean over the window. Empty: all of them."""
+    overflow_rows_per_layer: tuple[Index, ...] = ()
+    """With cached rows: missing ones that there is no room to keep."""
+    kept_rows_per_layer: tuple[Index, ...] = ()
+    """With cached rows: how many are on the device at the window's end."""
+    quantile: Fraction | None = None
+    quantile_rows_per_layer: tuple[Index, ...] = ()
+    """Rows that this share of micro-batches does not exceed, as the sparsity profile's spread says."""
     prefetch_recall: Fraction
     basis: Basis
 

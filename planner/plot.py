@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meft.planner.chrome import Event
 from meft.planner.errors import UsageError
-from meft.planner.lanes import Event
 from meft.planner.ledger import STEP_PHASES
 from meft.planner.plan import LANES, Lane, Plan
 from meft.planner.render import count, grouped_bytes

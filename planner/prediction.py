@@ -64,7 +64,14 @@ def predict(
             request=request, decision=decision, gpu=profiles.gpu, active_rows_per_layer=rows
         ),
         host_memory=host_memory(request=request, decision=decision, pinned=profiles.pinned),
-        transfer=step_transfer(request=request, decision=decision, active_rows_per_layer=rows),
+        transfer=step_transfer(
+            request=request,
+            decision=decision,
+            active_rows_per_layer=rows,
+            missing_rows_per_layer=sparsity.missing_rows_per_layer,
+            overflow_rows_per_layer=sparsity.overflow_rows_per_layer,
+            kept_rows_per_layer=sparsity.kept_rows_per_layer,
+        ),
         timing=step_timing(
             request=request,
             decision=decision,
@@ -73,6 +80,9 @@ def predict(
             host=profiles.host,
             active_rows_per_layer=rows,
             window_active_rows_per_layer=sparsity.window_active_rows_per_layer,
+            missing_rows_per_layer=sparsity.missing_rows_per_layer,
+            overflow_rows_per_layer=sparsity.overflow_rows_per_layer,
+            kept_rows_per_layer=sparsity.kept_rows_per_layer,
         ),
         sparsity=sparsity,
         trainable_parameters=int(trainable),
@@ -105,6 +115,13 @@ def _sparsity(request: Request, decision: Decision, profile: SparsityProfile, gi
         "window_active_rows_per_layer": tuple(window.tolist()),
         "basis": "measured",
     }
+    if decision.cached_rows:
+        missing = np.minimum(expected.missing_rows_per_layer, rows)
+        overflow = np.minimum(expected.overflow_rows_per_layer, missing)
+        update |= {
+            "missing_rows_per_layer": tuple(missing.tolist()),
+            "overflow_rows_per_layer": tuple(overflow.tolist()),
+        }
     return expected.model_copy(update=update)
 
 

@@ -1,7 +1,7 @@
 """Profiles: what is known of GPUs, links, hosts and sparsity, each number with its basis and source.
 
-The built-in ones are the JSON files of :mod:`meft.profiles`; a user's own is a JSON file of one record, given by its
-path wherever a name is accepted. Letters: ``e`` bytes per number in the adapter's dtype.
+The built-in ones are the JSON files of :mod:`meft.profiles`; a user's own is a JSON file of one record or a file of
+``meft-profile``, given by its path wherever a name is accepted. Letters: ``e`` bytes per number in the adapter's dtype.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -29,6 +29,8 @@ from meft.planner.schema import (
 )
 
 Text = Annotated[str, Field(min_length=1)]
+Section = Literal["host", "gpu", "link", "sparsity"]
+"""What a file of ``meft-profile`` may hold."""
 
 
 class Sourced(Record):
@@ -147,10 +149,26 @@ class HostProfile(Record):
     """Python per expert that some token probes: Key-Experts routing goes through them one after the other."""
 
 
+TYPICAL_TOKENS = 512
+TYPICAL_SHARE = 1 / 32
+"""Where a layer's law is centred: the default micro-batch, and K = 64 of R = 2048."""
+
+
 class LayerSparsity(Record):
-    """Union growth of one layer: ``A/R = 1 - (1 - K/R)^(T^alpha)``."""
+    """Union growth of one layer: ``A/R = 1 - (1 - K/R)^q`` with ``q(T, K/R)`` effective tokens; see
+    :mod:`meft.planner.sparsity`. With ``alpha`` alone it is ``q = T^alpha``."""
 
     alpha: Annotated[float, Field(gt=0.0, le=1.0)]
+    """How effective tokens grow with tokens: ``q ~ T^alpha`` at a share ``K/R`` of 1/32."""
+    log_level: Annotated[float, Field(ge=0.0)] | None = None
+    """``ln q`` at 512 tokens and that share; None: ``alpha * ln 512``."""
+    level_slope: float = 0.0
+    level_curve: float = 0.0
+    """How ``ln q`` changes with ``ln(K/R)``, linearly and squared."""
+    alpha_slope: float = 0.0
+    """How ``alpha`` changes with ``ln(K/R)``."""
+    growth_curve: float = 0.0
+    """How ``ln q`` bends with ``ln T``, between 64 and 2048 tokens; beyond them it goes on straight."""
 
 
 class SparsityProfile(Record):
@@ -163,7 +181,13 @@ class SparsityProfile(Record):
     source: Text
     layers: Annotated[tuple[LayerSparsity, ...], Field(min_length=1)]
     spread_fraction: Fraction
-    """How far above the mean the active rows of a batch may lie, as a fraction of the mean."""
+    """How far above the mean the active rows of a batch may lie, as a fraction of the mean: in 99 of 100 batches they
+    lie no higher."""
+    filled_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of a micro-batch's positions that hold tokens: padding activates nothing."""
+    least_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
+    greatest_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Range of ``K/R`` that was measured; beyond it the law of its end holds."""
     prefetch_recall_by_depth: Annotated[tuple[Fraction, ...], Field(min_length=1)]
     """Recall for depth 0, 1, 2, ...; depth 0 is exact, so the first is 1."""
 
@@ -267,12 +291,43 @@ def looks_like_path(reference: str) -> bool:
 
 def _load(record: type[P], kind: str, collection: str, name_or_path: str) -> P:
     if looks_like_path(name_or_path):
-        path = Path(name_or_path).expanduser()
-        source = f"{kind} file {path}"
-        return validated(record, parse_json(read_text(path, kind=f"{kind} file"), source=source), source=source)
+        return _from_file(record, kind, Path(name_or_path).expanduser())
     entries = _entries(collection)
     key = find_name(kind, name_or_path, {key: entry.get("aliases", ()) for key, entry in entries.items()})
     return validated(record, {"key": key} | entries[key], source=f"built-in {kind} {key}")
+
+
+def _from_file(record: type[P], kind: str, path: Path) -> P:
+    """A profile of one record, or its section of a file that ``meft-profile`` wrote."""
+    from meft.planner.profile_file import is_profile_file, section_of
+
+    source = f"{kind} file {path}"
+    text = read_text(path, kind=f"{kind} file")
+    content = parse_json(text, source=source)
+    if not is_profile_file(content):
+        return validated(record, content, source=source)
+    sections: dict[type[Record], Section] = {
+        GpuProfile: "gpu",
+        LinkProfile: "link",
+        HostProfile: "host",
+        SparsityProfile: "sparsity",
+    }
+    found: P = section_of(text, sections[record], source=str(path))
+    return found
+
+
+def sections_in(reference: str) -> tuple[Section, ...]:
+    """Which profiles the file at a path holds besides its own; none for a profile of one record.
+
+    Raises :class:`UsageError` for a file that cannot be read.
+    """
+    from meft.planner.profile_file import ProfileFile, is_profile_file
+
+    path = Path(reference).expanduser()
+    text = read_text(path, kind="profile file")
+    if not is_profile_file(parse_json(text, source=f"profile file {path}")):
+        return ()
+    return ProfileFile.from_json(text, source=str(path)).sections()
 
 
 @cache
@@ -309,9 +364,11 @@ __all__ = [
     "HostProfile",
     "LayerSparsity",
     "LinkProfile",
+    "Section",
     "Sourced",
     "SourcedRange",
     "SparsityProfile",
+    "Text",
     "find_name",
     "gpu_names",
     "host_names",
@@ -323,6 +380,7 @@ __all__ = [
     "load_sparsity",
     "looks_like_path",
     "profile_text",
+    "sections_in",
     "sourced_numbers",
     "sparsity_names",
 ]

@@ -26,7 +26,7 @@ PARETO_ROWS = 5
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "frozen model": ("linear_weights", "other_weights", "rotary_frequencies", "dequantized_weight"),
-    "active rows and their gradients": ("row_staging", "row_gradients"),
+    "active rows and their gradients": ("row_staging", "row_gradients", "row_indices", "kept_rows", "gradient_sums"),
     "router": ("router_weights", "router_gradients", "router_moments"),
     "trained on the device": ("trainable_weights", "optimizer_moments", "gradients"),
     "kept for backward": (
@@ -199,6 +199,7 @@ def _decision(plan: Plan) -> RenderableType:
         ("prefetch depth", str(decision.prefetch_depth), _why_prefetch(plan)),
         ("routing", decision.routing, _given(plan.request.routing, _why_routing(plan))),
         ("rows in backward", decision.rows_in_backward, _given(plan.request.rows_in_backward, _why_backward(plan))),
+        ("rows cached", f"{decision.cached_rows:,}", _why_cached(plan)),
         ("checkpointing", "on" if decision.activation_checkpointing else "off", _why_checkpointing(plan)),
     ]
     return grid(("", "", ""), rows, right=(1,))
@@ -218,10 +219,13 @@ def _why_width(plan: Plan) -> str:
 
 
 def _why_cap(plan: Plan) -> str:
-    rows = plan.prediction.sparsity.active_rows_per_layer
-    most = max(rows)
+    sparsity = plan.prediction.sparsity
+    rows, most = sparsity.active_rows_per_layer, max(sparsity.active_rows_per_layer)
     spare = plan.decision.active_rows_cap / most - 1 if most else 0.0
-    return f"{most:,} expected{' in the busiest layer' if min(rows) != most else ''}, {percent(spare)} room above"
+    why = f"{most:,} expected{' in the busiest layer' if min(rows) != most else ''}, {percent(spare)} room above"
+    if sparsity.quantile is not None and sparsity.quantile_rows_per_layer:
+        why += f"; {percent(sparsity.quantile)} of batches need at most {max(sparsity.quantile_rows_per_layer):,}"
+    return why
 
 
 def _why_prefetch(plan: Plan) -> str:
@@ -248,6 +252,15 @@ def _why_backward(plan: Plan) -> str:
     if plan.decision.rows_in_backward == "retained":
         return "kept until backward, so they travel once"
     return "fetched again, so the device holds few layers' rows at a time"
+
+
+def _why_cached(plan: Plan) -> str:
+    if not plan.decision.cached_rows:
+        return "every active row travels in every step"
+    sparsity = plan.prediction.sparsity
+    share = sum(sparsity.missing_rows_per_layer) / max(1, sum(sparsity.active_rows_per_layer))
+    gradients = ", their gradients once per window" if plan.decision.gradients_on_device else ""
+    return f"per layer, through a window of {plan.request.grad_accum}: {percent(share)} of rows travel{gradients}"
 
 
 def _why_checkpointing(plan: Plan) -> str:

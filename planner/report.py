@@ -57,9 +57,18 @@ class ActiveRows(Record):
 
     layer: Index
     mean: float
+    median: float | None = None
+    p99: float | None = None
+    """99 of 100 batches had no more; the largest where there were fewer than 100. Null in reports of older versions."""
     max: Index
     total: Index
     """Sum over steps: with it the transfer model gives the counted bytes exactly (see ``meft-plan audit``)."""
+    missing_total: Index | None = None
+    """With rows cached on the device: those that travelled, summed over steps."""
+    overflow_total: Index | None = None
+    """Those that were not kept."""
+    kept_total: Index | None = None
+    """Rows kept at the end of each window, summed over windows."""
 
 
 class Observed(Record):

@@ -31,6 +31,7 @@ from meft.planner.pareto import pareto_front, thinned
 from meft.planner.plan import Decision, ParetoPoint, Plan, Prediction, Request, SearchSummary
 from meft.planner.prediction import ProfileSet, inputs_used, predict, trainable_parameters
 from meft.planner.space import CAP_AXIS, Space, enumerate_space
+from meft.planner.sparsity import window_rows
 from meft.planner.timing import step_costs
 
 WITHOUT_MLP_MODULE = ("opt",)
@@ -150,11 +151,11 @@ class Weighed:
         their caps are at its place of the cap axis; otherwise the smallest caps would always win.
         """
         cap = winner[CAP_AXIS]
-        index = np.nonzero(self.within[:, :, :, cap])
+        index = np.nonzero(self.within[:, :, :, :, cap])
         routing, top_k = index[-1], self.space.top_k
         capacity = (self.space.adapter_width * (1 + top_k.max()) + top_k)[routing]
-        seconds = self.ranked_seconds(request)[:, :, :, 0][index]
-        front = pareto_front(capacity, seconds, self.reserved_bytes[:, :, :, cap][index])
+        seconds = self.ranked_seconds(request)[:, :, :, :, 0][index]
+        front = pareto_front(capacity, seconds, self.reserved_bytes[:, :, :, :, cap][index])
         order = [(*(int(axis[place]) for axis in index[:-1]), cap, int(routing[place])) for place in front]
         near = order.index(winner)
         return [order[place] for place in thinned(len(order), near=near, most=PARETO_POINTS, neighbours=PARETO_NEAR)]
@@ -217,6 +218,8 @@ def _allocated_bytes(space: Space, request: Request, profiles: ProfileSet) -> ND
         key_experts=space.key_experts,
         retained=space.retained_axis,
         activation_checkpointing=space.checkpointing_axis,
+        cached_rows=space.cached_axis,
+        gradients_on_device=space.on_device_axis,
     )
     return np.broadcast_to(peak, space.shape)
 
@@ -231,6 +234,7 @@ def _host_bytes(space: Space, request: Request, profiles: ProfileSet) -> NDArray
             num_probes=space.num_probes,
             key_experts=space.key_experts,
             pinned=profiles.pinned,
+            cached_rows=space.cached_axis,
         )
     )
 
@@ -256,30 +260,45 @@ def _cheap_limits(
 def _step_seconds(
     space: Space, request: Request, profiles: ProfileSet, *, wanted: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Step seconds, infinite where not ``wanted`` (``[depths, checkpointing, backward, routings]``), with the cap's
-    axis, along which they do not change, of length 1; and the baseline of each routing.
+    """Step seconds, infinite where not ``wanted`` (``[caches, depths, checkpointing, backward, routings]``), with the
+    cap's axis, along which they do not change, of length 1; and the baseline of each routing.
     """
     seconds = np.full(wanted.shape, math.inf)
     baseline = np.empty(0)
-    for backward, choice in enumerate(space.rows_in_backward):
-        costs = _routing_costs(space, request, profiles, refetched=choice == "refetched")
-        baseline = np.asarray(baseline_seconds(costs, num_layers=request.model.num_layers))
-        for depth, prefetch_depth in enumerate(space.prefetch_depths):
-            for again, checkpointing in enumerate(space.activation_checkpointing):
-                members = np.flatnonzero(wanted[depth, again, backward])
-                seconds[depth, again, backward, members] = simulate_candidates(
-                    costs.take(members),
-                    num_layers=request.model.num_layers,
-                    prefetch_depth=np.full(len(members), prefetch_depth),
-                    checkpointing=np.full(len(members), checkpointing),
-                    refetched=np.full(len(members), choice == "refetched"),
-                    serial=profiles.gpu.shares_host_cores,
-                )
+    for cache in range(wanted.shape[0]):
+        if baseline.size and not wanted[cache].any():
+            continue
+        for backward, choice in enumerate(space.rows_in_backward):
+            costs = _routing_costs(space, request, profiles, cache=cache, refetched=choice == "refetched")
+            baseline = np.asarray(baseline_seconds(costs, num_layers=request.model.num_layers))
+            for depth, prefetch_depth in enumerate(space.prefetch_depths):
+                for again, checkpointing in enumerate(space.activation_checkpointing):
+                    members = np.flatnonzero(wanted[cache, depth, again, backward])
+                    seconds[cache, depth, again, backward, members] = simulate_candidates(
+                        costs.take(members),
+                        num_layers=request.model.num_layers,
+                        prefetch_depth=np.full(len(members), prefetch_depth),
+                        checkpointing=np.full(len(members), checkpointing),
+                        refetched=np.full(len(members), choice == "refetched"),
+                        serial=profiles.gpu.shares_host_cores,
+                    )
     return np.expand_dims(seconds, CAP_AXIS), baseline
 
 
-def _routing_costs(space: Space, request: Request, profiles: ProfileSet, *, refetched: bool) -> StepCosts:
+def _routing_costs(space: Space, request: Request, profiles: ProfileSet, *, cache: int, refetched: bool) -> StepCosts:
     """Costs of every routing; no cap is below the active rows, so the cap is not among what they depend on."""
+    cached = None
+    if space.cached_rows[cache].any():
+        cached = window_rows(
+            profiles.sparsity,
+            request.model.num_layers,
+            tokens=request.tokens_per_step,
+            top_k=space.top_k,
+            adapter_width=space.adapter_width,
+            grad_accum=request.grad_accum,
+            cached_rows=space.cached_rows[cache],
+            active_rows_cap=space.adapter_width,
+        )
     return step_costs(
         request=request,
         gpu=profiles.gpu,
@@ -292,6 +311,8 @@ def _routing_costs(space: Space, request: Request, profiles: ProfileSet, *, refe
         refetched=refetched,
         active_rows=space.active_rows,
         window_active_rows=space.window_active_rows,
+        cached=cached,
+        gradients_on_device=space.gradients_on_device[cache],
     )
 
 

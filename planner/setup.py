@@ -21,9 +21,9 @@ class TrainingSetup(Record):
     ``optimizer``: ``adamw`` is torch's multi-tensor (foreach) AdamW, ``adamw-fused`` its fused one, the 8-bit ones are
     those of bitsandbytes (the paged one keeps its states outside the caching allocator), ``sgd`` has no momentum.
 
-    ``loss``: ``hf`` is transformers' own (logits upcast to fp32), ``hf-shifted-logits`` that of versions which shifted the
-    logits instead of the labels (4.48), and so copied them in fp32; ``fused-ce`` keeps logits in the compute dtype and
-    makes their gradient in place, ``fused-linear-ce`` never holds the logits.
+    ``loss``: ``hf`` is transformers' own (logits upcast to fp32), ``hf-shifted-logits`` that of versions that shifted
+    the logits instead of the labels (4.48), and so copied them in fp32; ``fused-ce`` keeps logits in the compute dtype
+    and makes their gradient in place, ``fused-linear-ce`` never holds the logits.
     """
 
     model: ModelShape

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from meft.planner.architecture import ModelShape
 from meft.planner.autograd import FP32, HALF, INT64, Leaf, Tape, Tensor
+from meft.planner.cublas import USUAL_BYTES
 from meft.planner.decoder import BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.linears import Linear, linear_layers
 from meft.planner.operators import Operators, QuantizedWeights, Weights
@@ -20,15 +21,13 @@ from meft.planner.setup import TrainingSetup
 from meft.planner.stream import Stream
 from meft.planner.terms_weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK
 
-CUBLAS_WORKSPACE_BYTES = 8_519_680
-"""What cuBLAS takes per handle and stream; see :mod:`meft.planner.allocator`."""
-
 ITEM_BYTES = {"fp32": FP32, "bf16": HALF, "fp16": HALF, "nf4": HALF, "int8": HALF}
 NF4_CODE_NUMBERS = 16
 DYNAMIC_CODE_NUMBERS = 256
 NUM_STEPS = 2
 MICRO_BATCHES_THAT_DIFFER = 2
-"""The first of an accumulation window makes the gradients; in all others they are there."""
+"""The first of an accumulation window makes the gradients; in all others they are there. The first step, which is
+there to make the optimizer's states, has one."""
 
 _PARTS: dict[str, tuple[str, ...]] = {
     "gpt2": ("norm 0", "attention", "norm 1", "ffn"),
@@ -38,9 +37,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
 """Order of a block's modules where it is not attention, FFN, norms."""
 
 
-def simulate(
-    setup: TrainingSetup, *, workspace_bytes: int = CUBLAS_WORKSPACE_BYTES, sums_in_place: bool = True
-) -> Stream:
+def simulate(setup: TrainingSetup, *, workspace_bytes: int = USUAL_BYTES, sums_in_place: bool = True) -> Stream:
     """The stream of a run of any method but MEFT, whose rows the runtime manages itself.
 
     Raises :class:`ValueError` for MEFT.
@@ -213,7 +210,7 @@ class _Run:
         outputs: _Outputs | None = None
         inputs: tuple[Tensor, ...] = ()
         for step in range(1, NUM_STEPS + 1):
-            for _ in range(min(self.setup.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
+            for _ in range(1 if step == 1 else min(self.setup.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
                 self._phase("forward")
                 inputs = tuple(self.tape.new(self.setup.tokens, INT64, "inputs") for _ in range(2))
                 outputs = self._forward()

@@ -1,6 +1,7 @@
 """The decisions that a search weighs, as a grid of arrays.
 
-The grid's axes are, in this order, prefetch depth, activation checkpointing, rows retained or refetched, active-rows
+The grid's axes are, in this order, *cache* (how many rows stay on the device through a window, and whether their
+gradients are summed there), prefetch depth, activation checkpointing, rows retained or refetched, active-rows
 cap, and *routing*: a list of every adapter width with each top-K, each number of experts and of probes. What depends on
 a few of the choices is computed along their axes alone and meets the rest by broadcasting.
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from meft.planner.plan import Decision, Request, RowsInBackward
 from meft.planner.profiles import SparsityProfile
 from meft.planner.quantities import Ints
-from meft.planner.sparsity import active_rows_per_layer, highest_active_rows, prefetch_recall
+from meft.planner.sparsity import active_rows_per_layer, highest_active_rows, prefetch_recall, spread_at
 
 WIDTHS_PER_HIDDEN_SIZE = 4
 """Widths go up to ``4D``, twice the paper's widest (8464 for D = 4096); wider adapters can be asked for by width."""
@@ -43,14 +44,22 @@ CAP_MULTIPLES = (1.0, 1.25, 1.5)
 
 ROWS_IN_BACKWARD: tuple[RowsInBackward, ...] = ("refetched", "retained")
 
-CAP_AXIS = 3
-NUM_AXES = 5
+CACHES: tuple[tuple[float, bool], ...] = ((0.0, False), (1.0, False), (0.25, True), (0.5, True), (1.0, True))
+"""Rows cached, over the most that a window is expected to activate in a layer; and whether their gradients are summed
+on the device, which takes three times the memory and saves as much traffic again."""
+
+CAP_AXIS = 4
+NUM_AXES = 6
 
 
 @dataclass(frozen=True)
 class Space:
-    """The grid. Arrays are ``[routings]`` unless stated; ``caps`` and ``is_new`` are ``[caps, routings]``."""
+    """The grid. Arrays are ``[routings]`` unless stated; ``caps`` is ``[caps, routings]``."""
 
+    cached_rows: NDArray[np.int64]
+    """``[caches, routings]``."""
+    gradients_on_device: tuple[bool, ...]
+    """``[caches]``."""
     prefetch_depths: tuple[int, ...]
     prefetch_recall: NDArray[np.float64]
     """Share of the exact choice that look-ahead finds, ``[depths]``."""
@@ -58,7 +67,8 @@ class Space:
     rows_in_backward: tuple[RowsInBackward, ...]
     caps: NDArray[np.int64]
     is_new: NDArray[np.bool_]
-    """False for a cap that repeats a smaller one's value, and so is no candidate."""
+    """``[caches, 1, 1, 1, caps, routings]``: false where a cap or a number of cached rows repeats a smaller one, and so
+    is no candidate."""
     adapter_width: NDArray[np.int64]
     top_k: NDArray[np.int64]
     num_experts: NDArray[np.int64]
@@ -72,13 +82,23 @@ class Space:
     @property
     def shape(self) -> tuple[int, ...]:
         """Lengths of the grid's axes."""
-        choices = (self.prefetch_depths, self.activation_checkpointing, self.rows_in_backward)
+        choices = (self.gradients_on_device, self.prefetch_depths, self.activation_checkpointing, self.rows_in_backward)
         return (*(len(choice) for choice in choices), *self.caps.shape)
 
     @property
     def num_candidates(self) -> int:
         """Different decisions in the grid."""
-        return int(np.prod(self.shape[:CAP_AXIS])) * int(self.is_new.sum())
+        return int(np.prod(self.shape[1:CAP_AXIS])) * int(self.is_new.sum())
+
+    @property
+    def cached_axis(self) -> NDArray[np.int64]:
+        """Cached rows along the axes of caches and routings."""
+        return self.cached_rows[:, None, None, None, None, :]
+
+    @property
+    def on_device_axis(self) -> NDArray[np.bool_]:
+        """Whether gradients are summed on the device, along the axis of caches."""
+        return np.array(self.gradients_on_device).reshape(-1, 1, 1, 1, 1, 1)
 
     @property
     def depth_axis(self) -> NDArray[np.int64]:
@@ -102,7 +122,7 @@ class Space:
 
     def decision(self, index: tuple[int, ...]) -> Decision:
         """The decision at a grid index."""
-        depth, checkpointing, backward, cap, routing = index
+        cache, depth, checkpointing, backward, cap, routing = index
         return Decision(
             adapter_width=int(self.adapter_width[routing]),
             top_k=int(self.top_k[routing]),
@@ -113,6 +133,8 @@ class Space:
             routing="key-experts" if self.key_experts[routing] else "exact",
             rows_in_backward=self.rows_in_backward[backward],
             activation_checkpointing=self.activation_checkpointing[checkpointing],
+            cached_rows=int(self.cached_rows[cache, routing]),
+            gradients_on_device=self.gradients_on_device[cache],
         )
 
 
@@ -127,13 +149,18 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
     caps = active_rows_caps(request, sparsity, adapter_width=width, active_rows=step, window_active_rows=window)
     checkpointing = request.activation_checkpointing
     depths = prefetch_depths(request, sparsity)
+    caches = CACHES if request.grad_accum > 1 else CACHES[:1]  # in a window of one micro-batch nothing comes twice
+    cached = cached_rows(sparsity, adapter_width=width, window_active_rows=window, caches=caches)
+    on_device = tuple(on_device for _, on_device in caches)
     return Space(
+        cached_rows=cached,
+        gradients_on_device=on_device,
         prefetch_depths=depths,
         prefetch_recall=np.asarray(prefetch_recall(sparsity, prefetch_depth=np.array(depths))),
         activation_checkpointing=(False, True) if checkpointing is None else (checkpointing,),
         rows_in_backward=ROWS_IN_BACKWARD if request.rows_in_backward is None else (request.rows_in_backward,),
         caps=caps,
-        is_new=_is_new(caps.T).T,
+        is_new=_is_new_cache(cached, on_device)[:, None, None, None, None, :] & _is_new(caps.T).T,
         adapter_width=width,
         top_k=top_k,
         num_experts=routings.num_experts,
@@ -151,6 +178,23 @@ def prefetch_depths(request: Request, sparsity: SparsityProfile) -> tuple[int, .
     return tuple(range(min(len(sparsity.prefetch_recall_by_depth), request.model.num_layers)))
 
 
+def cached_rows(
+    sparsity: SparsityProfile,
+    *,
+    adapter_width: NDArray[np.int64],
+    window_active_rows: NDArray[np.int64],
+    caches: tuple[tuple[float, bool], ...],
+) -> NDArray[np.int64]:
+    """Rows cached per layer ``[caches, routings]``: shares of the busiest layer's window, with the profile's spread."""
+    most = highest_active_rows(
+        active_rows=window_active_rows.max(axis=0),
+        spread_fraction=sparsity.spread_fraction,
+        adapter_width=adapter_width,
+    )
+    rows: NDArray[np.int64] = np.stack([np.ceil(share * most).astype(np.int64) for share, _ in caches])
+    return rows
+
+
 def active_rows_caps(
     request: Request,
     sparsity: SparsityProfile,
@@ -161,11 +205,14 @@ def active_rows_caps(
 ) -> NDArray[np.int64]:
     """Caps ``[caps, routings]``, ascending: multiples of the most rows that a batch is expected to activate, and ``R``.
 
-    That most is the busiest layer's, with the profile's spread. Active rows are ``[L, routings]``.
+    That most is the busiest layer's, with the profile's spread at the request's quantile of batches. Active rows are
+    ``[L, routings]``.
     """
     busiest = active_rows.max(axis=0)
     highest = highest_active_rows(
-        active_rows=busiest, spread_fraction=sparsity.spread_fraction, adapter_width=adapter_width
+        active_rows=busiest,
+        spread_fraction=spread_at(sparsity.spread_fraction, quantile=request.active_rows_quantile),
+        adapter_width=adapter_width,
     )
     per_step_of_window = -(-window_active_rows.max(axis=0) // request.grad_accum)
     least = np.maximum(highest, per_step_of_window)
@@ -255,6 +302,16 @@ def _routings(request: Request) -> _Routings:
         num_probes=listed(probes),
         key_experts=np.repeat([False, True], [len(exactly), len(by_experts)]),
     )
+
+
+def _is_new_cache(cached: NDArray[np.int64], on_device: tuple[bool, ...]) -> NDArray[np.bool_]:
+    """``[caches, routings]``: false where an earlier cache of the same kind has as many rows."""
+    new = np.ones(cached.shape, np.bool_)
+    for later, rows in enumerate(cached):
+        for earlier in range(later):
+            if on_device[earlier] == on_device[later]:
+                new[later] &= rows != cached[earlier]
+    return new
 
 
 def _is_new(ascending: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -1,54 +1,127 @@
 """How many adapter rows a batch activates, and how well look-ahead finds them.
 
 Each token takes ``K`` of ``R`` rows. Were the picks of ``T`` tokens independent, their union would leave
-``(1 - K/R)^T`` of the rows out; tokens of a text agree, so it grows as if there were only ``T^alpha`` of them:
+``(1 - K/R)^T`` of the rows out; tokens of a text agree, so it grows as if there were only ``q`` of them:
 
-    A / R = 1 - (1 - K/R)^(T^alpha)            0 < alpha <= 1, measured per layer
+    A / R = 1 - (1 - K/R)^q            1 <= q <= T
+    ln q  = log_level + level_slope*s + level_curve*s^2 + (alpha + alpha_slope*s) * t + growth_curve * t^2
+    s     = ln(K/R) - ln(1/32),   t = ln(T/512)
 
-Letters: ``T`` tokens, ``R`` adapter rows per layer, ``K`` rows per token, ``A`` active rows, ``L`` layers.
-Layers are the first axis of every array that has them.
+per layer. That ``A/R`` depends on ``K`` and ``R`` by their ratio alone was measured (SmolLM2, R from 256 to 4096 and K
+from 8 to 128 agree along equal ratios). Where only ``alpha`` is known, ``q = T^alpha``.
+
+Letters: ``T`` tokens, ``R`` adapter rows per layer, ``K`` rows per token, ``A`` active rows, ``L`` layers, ``q``
+effective tokens. Layers are the first axis of every array that has them.
 """
 
 from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.errors import UsageError
 from meft.planner.plan import Decision, Request, Sparsity
-from meft.planner.profiles import SparsityProfile
-from meft.planner.quantities import Floats, Ints
+from meft.planner.profiles import TYPICAL_SHARE, TYPICAL_TOKENS, LayerSparsity, SparsityProfile
+from meft.planner.quantities import Floats, Ints, Reals
+
+BENT_FROM, BENT_UP_TO = math.log(64 / TYPICAL_TOKENS), math.log(2048 / TYPICAL_TOKENS)
+"""Range of ``t`` in which growth may bend: what is measured."""
+SPREAD_QUANTILE = 0.99
+"""What a profile's ``spread_fraction`` stands for."""
 
 
 def active_fraction(*, tokens: Ints, top_k: Ints, adapter_width: Ints, alpha: Floats) -> Floats:
-    """``A / R`` in ``[K/R, 1]``, exactly ``K/R`` for one token and exactly 1 for ``K = R``.
+    """``A / R`` of the law with ``alpha`` alone, in ``[K/R, 1]``."""
+    return union_fraction(top_k / adapter_width, effective_tokens=np.power(tokens, alpha))
+
+
+def union_fraction(share: Floats, *, effective_tokens: Floats) -> Floats:
+    """``A / R`` for ``share = K/R``: exactly that share for one token, and exactly 1 for ``K = R``.
 
     Written as the first token's share plus what the others add, which is what makes both ends exact.
     """
-    share = top_k / adapter_width
-    other_tokens = np.power(tokens, alpha) - 1.0
-    fraction: Floats = share + (1.0 - share) * (1.0 - np.power(1.0 - share, other_tokens))
+    fraction: Floats = share + (1.0 - share) * (1.0 - np.power(1.0 - share, effective_tokens - 1.0))
     return fraction
 
 
 def active_rows(*, tokens: Ints, top_k: Ints, adapter_width: Ints, alpha: Floats) -> Ints:
-    """``A``, the nearest whole number of rows; between ``K`` and the smaller of ``R`` and ``T*K``."""
+    """``A`` of the law with ``alpha`` alone; between ``K`` and the smaller of ``R`` and ``T*K``."""
     fraction = active_fraction(tokens=tokens, top_k=top_k, adapter_width=adapter_width, alpha=alpha)
-    rows = np.clip(np.rint(fraction * adapter_width), top_k, np.minimum(adapter_width, tokens * top_k))
+    return _whole_rows(fraction, tokens=tokens, top_k=top_k, adapter_width=adapter_width)
+
+
+def _whole_rows(fraction: Floats, *, tokens: Reals, top_k: Ints, adapter_width: Ints) -> Ints:
+    """The nearest whole number, within what is possible."""
+    most = np.maximum(np.minimum(adapter_width, np.floor(tokens * top_k)), top_k)
+    rows = np.clip(np.rint(fraction * adapter_width), top_k, most)
     return int(rows) if np.ndim(rows) == 0 else rows.astype(np.int64)
 
 
-def layer_alphas(profile: SparsityProfile, num_layers: int) -> NDArray[np.float64]:
-    """The exponents ``[L]``, or ``[1]`` where one entry serves every layer.
+@dataclass(frozen=True)
+class LayerLaws:
+    """The laws of all layers, each parameter ``[L, 1, ...]`` ready to broadcast over decisions."""
 
-    Raises :class:`UsageError` when the profile has another number of layers.
-    """
+    alpha: NDArray[np.float64]
+    log_level: NDArray[np.float64]
+    level_slope: NDArray[np.float64]
+    level_curve: NDArray[np.float64]
+    alpha_slope: NDArray[np.float64]
+    growth_curve: NDArray[np.float64]
+    least_share: float = 1e-6
+    greatest_share: float = 1.0
+
+    def effective_tokens(self, *, tokens: Reals, share: Floats) -> Floats:
+        """``q``, from 1 to ``T``."""
+        log_tokens = np.log(np.maximum(tokens, 1.0))
+        measured_share = np.clip(share, self.least_share, self.greatest_share)
+        offset = np.log(measured_share) - math.log(TYPICAL_SHARE)
+        growth = np.clip(self.alpha + self.alpha_slope * offset, 0.0, 1.0)
+        level = self.log_level + offset * (self.level_slope + offset * self.level_curve)
+        log_effective = level + grown(log_tokens - math.log(TYPICAL_TOKENS), growth=growth, curve=self.growth_curve)
+        effective: Floats = np.exp(np.clip(log_effective, 0.0, log_tokens))
+        return effective
+
+
+def grown(log_tokens: Floats, *, growth: Floats, curve: Floats) -> Floats:
+    """``growth * t + curve * t^2`` within the range of a bend, straight beyond it, and falling nowhere."""
+    curve = np.clip(curve, -growth / (2 * BENT_UP_TO), growth / (2 * -BENT_FROM))
+    bent = np.clip(log_tokens, BENT_FROM, BENT_UP_TO)
+    slope = np.clip(growth + 2 * curve * bent, 0.0, 1.0)
+    total: Floats = growth * bent + curve * bent * bent + slope * (log_tokens - bent)
+    return total
+
+
+def layer_laws(layers: Sequence[LayerSparsity], *, axes: int = 0) -> LayerLaws:
+    """The laws of layers, with ``axes`` axes after that of the layers."""
+
+    def column(values: Iterable[float]) -> NDArray[np.float64]:
+        return np.array(list(values)).reshape(-1, *(1,) * axes)
+
+    levels = (
+        layer.alpha * math.log(TYPICAL_TOKENS) if layer.log_level is None else layer.log_level for layer in layers
+    )
+    return LayerLaws(
+        alpha=column(layer.alpha for layer in layers),
+        log_level=column(levels),
+        level_slope=column(layer.level_slope for layer in layers),
+        level_curve=column(layer.level_curve for layer in layers),
+        alpha_slope=column(layer.alpha_slope for layer in layers),
+        growth_curve=column(layer.growth_curve for layer in layers),
+    )
+
+
+def check_layers(profile: SparsityProfile, num_layers: int) -> None:
+    """Raise :class:`UsageError` unless the profile has one layer for all or as many as the model."""
     if len(profile.layers) not in (1, num_layers):
         raise UsageError(
             f"sparsity profile {profile.key!r} has {len(profile.layers)} layers but the model has {num_layers}; "
             f"use a profile with {num_layers} layers, or with one that serves every layer"
         )
-    return np.array([layer.alpha for layer in profile.layers])
 
 
 def active_rows_per_layer(
@@ -56,12 +129,17 @@ def active_rows_per_layer(
 ) -> NDArray[np.int64]:
     """``A`` of each layer: ``[L]`` for one decision, ``[L, candidates]`` for arrays of them.
 
-    Where one entry serves every layer the result is a read-only view that holds it once.
+    ``tokens`` are positions; the profile's share of them holds tokens. Where one entry serves every layer the result is
+    a read-only view that holds it once. Raises :class:`UsageError` when the profile has another number of layers.
     """
-    alphas = layer_alphas(profile, num_layers)
+    check_layers(profile, num_layers)
     shape = np.broadcast_shapes(np.shape(tokens), np.shape(top_k), np.shape(adapter_width))
-    alphas = alphas.reshape(-1, *(1,) * len(shape))
-    rows = np.asarray(active_rows(tokens=tokens, top_k=top_k, adapter_width=adapter_width, alpha=alphas))
+    laws = layer_laws(profile.layers, axes=len(shape))
+    laws = replace(laws, least_share=profile.least_share, greatest_share=profile.greatest_share)
+    filled = np.maximum(np.multiply(tokens, profile.filled_fraction), 1.0)
+    share = np.true_divide(top_k, adapter_width)
+    fraction = union_fraction(share, effective_tokens=laws.effective_tokens(tokens=filled, share=share))
+    rows = np.asarray(_whole_rows(fraction, tokens=filled, top_k=top_k, adapter_width=adapter_width))
     return np.broadcast_to(rows, (num_layers, *shape))
 
 
@@ -84,6 +162,15 @@ def highest_active_rows(*, active_rows: Ints, spread_fraction: float, adapter_wi
     return int(rows) if np.ndim(rows) == 0 else rows.astype(np.int64)
 
 
+def spread_at(spread_fraction: float, *, quantile: float) -> float:
+    """How far above the mean the given share of batches lies at the most; ``spread_fraction`` holds for 99 in 100.
+
+    Batches are taken as normally distributed about their mean for any other share.
+    """
+    normal = statistics.NormalDist()
+    return spread_fraction * normal.inv_cdf(quantile) / normal.inv_cdf(SPREAD_QUANTILE)
+
+
 def prefetch_recall(profile: SparsityProfile, *, prefetch_depth: Ints) -> Floats:
     """Share of the exact choice that look-ahead by ``prefetch_depth`` layers finds.
 
@@ -99,6 +186,61 @@ def capped(rows: NDArray[np.int64], *, cap: Ints) -> NDArray[np.int64]:
     return np.broadcast_to(np.minimum(distinct_layers(rows), cap), np.broadcast_shapes(rows.shape, np.shape(cap)))
 
 
+@dataclass(frozen=True)
+class WindowRows:
+    """Rows of an accumulation window of which up to ``C`` per layer stay on the device. All ``[L, ...]``.
+
+    ``missing`` and ``overflow`` are means over the window's micro-batches, rounded.
+    """
+
+    missing: NDArray[np.int64]
+    overflow: NDArray[np.int64]
+    kept: NDArray[np.int64]
+
+
+def window_rows(
+    profile: SparsityProfile,
+    num_layers: int,
+    *,
+    tokens: Ints,
+    top_k: Ints,
+    adapter_width: Ints,
+    grad_accum: int,
+    cached_rows: Ints,
+    active_rows_cap: Ints,
+) -> WindowRows:
+    """What travels when a layer keeps the first ``C`` rows that the window activates.
+
+    The union of ``m`` micro-batches is that of ``m * T`` tokens, so the next one brings what the union grows by. Once
+    ``C`` are kept, every further micro-batch is taken to miss as many as the next one would have: micro-batches are
+    alike, and those kept are the rows of the first ones.
+    """
+
+    def union(micro_batches: int) -> NDArray[np.int64]:
+        rows = active_rows_per_layer(
+            profile, num_layers, tokens=tokens * micro_batches, top_k=top_k, adapter_width=adapter_width
+        )
+        return np.minimum(distinct_layers(rows), active_rows_cap * micro_batches)
+
+    before = np.zeros_like(union(1))
+    missing = overflow = before.astype(np.float64)
+    missed: NDArray[np.int64] = union(1)
+    for micro_batch in range(1, grad_accum + 1):
+        after = union(micro_batch)
+        full = before >= cached_rows
+        missed = np.where(full, missed, after - before)
+        missing = missing + missed
+        overflow = overflow + np.where(full, missed, np.maximum(after - cached_rows, 0))
+        before = after
+    shape = (num_layers, *np.broadcast_shapes(before.shape[1:], np.shape(cached_rows)))
+
+    def mean(total: NDArray[np.float64]) -> NDArray[np.int64]:
+        return np.broadcast_to(np.rint(total / grad_accum).astype(np.int64), shape)
+
+    kept = np.broadcast_to(np.minimum(before, cached_rows), shape)
+    return WindowRows(missing=mean(missing), overflow=mean(overflow), kept=kept)
+
+
 def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: Decision) -> Sparsity:
     """Active rows of a micro-batch and of an accumulation window, per layer, under the decision's cap."""
     num_layers, tokens = request.model.num_layers, request.tokens_per_step
@@ -106,9 +248,32 @@ def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: De
     step = active_rows_per_layer(profile, num_layers, tokens=tokens, top_k=top_k, adapter_width=width)
     window_tokens = tokens * request.grad_accum
     window = active_rows_per_layer(profile, num_layers, tokens=window_tokens, top_k=top_k, adapter_width=width)
+    cached: dict[str, tuple[int, ...]] = {}
+    if decision.cached_rows:
+        rows = window_rows(
+            profile,
+            num_layers,
+            tokens=tokens,
+            top_k=top_k,
+            adapter_width=width,
+            grad_accum=request.grad_accum,
+            cached_rows=decision.cached_rows,
+            active_rows_cap=cap,
+        )
+        cached = {
+            "missing_rows_per_layer": tuple(rows.missing.tolist()),
+            "overflow_rows_per_layer": tuple(rows.overflow.tolist()),
+            "kept_rows_per_layer": tuple(rows.kept.tolist()),
+        }
+    quantile = request.active_rows_quantile
+    spread = spread_at(profile.spread_fraction, quantile=quantile)
+    highest = np.asarray(highest_active_rows(active_rows=step, spread_fraction=spread, adapter_width=width))
     return Sparsity(
+        quantile=quantile,
+        quantile_rows_per_layer=tuple(highest.tolist()),
         active_rows_per_layer=tuple(capped(step, cap=cap).tolist()),
         window_active_rows_per_layer=tuple(capped(window, cap=cap * request.grad_accum).tolist()),
         prefetch_recall=float(prefetch_recall(profile, prefetch_depth=decision.prefetch_depth)),
         basis=profile.basis,
+        **cached,
     )

@@ -34,8 +34,8 @@ class Stream:
     """Events in order; ``moments`` names places in it: the number of events that precede the moment.
 
     Moments are ``loaded`` (frozen weights are there), ``attached`` (what is trained is too), and per step ``n`` from 1
-    ``forward_n``, ``backward_n``, ``updated_n`` (gradients are still there) and ``optimizer_step_n`` (they are cleared),
-    each at the end of what it names.
+    ``forward_n``, ``backward_n``, ``updated_n`` (gradients are still there) and ``optimizer_step_n`` (they are
+    cleared), each at the end of what it names.
     """
 
     events: Sequence[StreamEvent]

@@ -6,38 +6,16 @@ Letters: ``L`` layers, ``D`` hidden size, ``I`` intermediate size, ``V`` vocabul
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from meft.planner.architecture import ModelShape
+from meft.planner.linears import linear_layers
 from meft.planner.plan import WeightsDtype
 from meft.planner.quantities import COMPUTE_DTYPE_BYTES
-
-LinearName = Literal["q", "k", "v", "o", "gate", "up", "down"]
-"""The linear layers of a block; ``gate`` exists in a gated MLP only."""
-LINEAR_NAMES: tuple[LinearName, ...] = get_args(LinearName)
 
 NF4_BLOCK = 64
 """Weights that share one scale; two weights to a byte."""
 DOUBLE_QUANT_BLOCK = 256
 """Scales that share one scale of their own when the first are stored in 8 bits."""
 FP32_BYTES = 4
-
-
-def linear_sizes(shape: ModelShape) -> dict[LinearName, tuple[int, int]]:
-    """Inputs and outputs of each linear layer of a block."""
-    hidden, ffn = shape.hidden_size, shape.intermediate_size
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    sizes: dict[LinearName, tuple[int, int]] = {
-        "q": (hidden, queries),
-        "k": (hidden, keys),
-        "v": (hidden, keys),
-        "o": (queries, hidden),
-        "up": (hidden, ffn),
-        "down": (ffn, hidden),
-    }
-    if shape.gated_mlp:
-        sizes["gate"] = (hidden, ffn)
-    return sizes
 
 
 def linear_parameters(shape: ModelShape) -> int:
@@ -47,12 +25,12 @@ def linear_parameters(shape: ModelShape) -> int:
 
 def linear_outputs(shape: ModelShape) -> int:
     """Output rows of all blocks' linear layers: int8 keeps one fp32 scale for each."""
-    return shape.num_layers * sum(outputs for _, outputs in linear_sizes(shape).values())
+    return shape.num_layers * sum(layer.outputs for layer in linear_layers(shape))
 
 
 def largest_linear(shape: ModelShape) -> int:
     """Weights of the largest linear layer of a block."""
-    return max(inputs * outputs for inputs, outputs in linear_sizes(shape).values())
+    return max(layer.num_weights for layer in linear_layers(shape))
 
 
 def nf4_bytes(*, num_weights: int, double_quant: bool) -> int:

@@ -18,11 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.architecture import ModelShape
-from meft.planner.lanes import Event, GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
+from meft.planner.chrome import Event
+from meft.planner.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
 from meft.planner.plan import Attention, Decision, Request, Timing, WeightsDtype
 from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, MASTER_BYTES, Flags, Floats, Ints, Reals
-from meft.planner.sparsity import distinct_layers
+from meft.planner.sparsity import WindowRows, distinct_layers
+from meft.planner.terms_adapter import CAST_ROWS
 from meft.planner.transfer import (
     INPUT_TENSORS,
     LOSS_BYTES,
@@ -63,6 +65,7 @@ ADAPTER_FORWARD_LAUNCHES = 4  # 2 products, ReLU, sum with the FFN's output
 ADAPTER_BACKWARD_LAUNCHES = 6  # 4 products, ReLU's mask, sum with the FFN's input gradient
 GATE_FORWARD_LAUNCHES = 6  # scores, probe mask (2), masking, gate of each row, product with the activations
 GATE_BACKWARD_LAUNCHES = 12  # gate of each row, 3 elementwise, membership (2), 3 products, probe mask (2), masking
+ASSEMBLE_LAUNCHES = 2  # the rows admitted, the rows kept
 ROUTER_LAUNCHES = 3  # scores, best P, int32
 
 SCORE_BACKWARD_FACTOR: dict[Attention, float] = {"eager": 2.0, "sdpa": 2.5, "flash": 2.5}
@@ -299,6 +302,20 @@ def router_adamw_seconds(rates: GpuRates, sizes: AdapterSizes, *, num_layers: in
     )
 
 
+def assemble_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows: Ints) -> Floats:
+    """Cached rows: each active row copied once on the device, to the others or to those kept."""
+    num_bytes = 2 * 2 * sizes.hidden_size * active_rows * sizes.element_bytes
+    return rates.adapter_seconds(flops=0.0, num_bytes=num_bytes, launches=ASSEMBLE_LAUNCHES)
+
+
+def sum_gradients_seconds(rates: GpuRates, sizes: AdapterSizes, *, rows: Ints) -> Floats:
+    """Row gradients read, cast where they are not fp32, and added to fp32 sums (read and written)."""
+    cast = 2 * MASTER_BYTES if sizes.element_bytes != MASTER_BYTES else 0
+    num_bytes = 2 * sizes.hidden_size * rows * (sizes.element_bytes + cast + 2 * MASTER_BYTES)
+    launches = ASSEMBLE_LAUNCHES + (-(-rows // CAST_ROWS) if cast else 0)
+    return rates.adapter_seconds(flops=0.0, num_bytes=num_bytes, launches=launches)
+
+
 # --- link and host ---------------------------------------------------------------------------------------------------
 
 
@@ -356,26 +373,64 @@ def step_costs(
     refetched: Flags,
     active_rows: NDArray[np.int64],
     window_active_rows: NDArray[np.int64],
+    cached: WindowRows | None = None,
+    gradients_on_device: bool = False,
 ) -> StepCosts:
     """Seconds of every task of a step.
 
     ``active_rows`` of a micro-batch and ``window_active_rows`` of an accumulation window are ``[L, ...]``, the other
-    choices numbers or arrays over the same candidates.
+    choices numbers or arrays over the same candidates. ``cached`` are the window's rows where some stay on the device.
     """
-    rows = distinct_layers(active_rows)
+    moved = _moved_rows(active_rows, cached, gradients_on_device, request.grad_accum)
     scored_rows = num_probes * (adapter_width // num_experts)
     visited_experts = np.where(key_experts, np.minimum(num_experts, request.tokens_per_step * num_probes), 0)
     window_rows: Ints = window_active_rows.sum(axis=0)
     return StepCosts(
-        gpu=_gpu_costs(request, gpu_rates(gpu, request), num_experts, key_experts, rows),
-        link=_link_costs(request, link, num_probes, key_experts, refetched, rows),
-        host=_host_costs(request, host, scored_rows, visited_experts, rows, window_rows),
+        gpu=_gpu_costs(request, gpu_rates(gpu, request), num_experts, key_experts, moved),
+        link=_link_costs(request, link, num_probes, key_experts, refetched, moved),
+        host=_host_costs(request, host, scored_rows, visited_experts, moved, window_rows),
+    )
+
+
+@dataclass(frozen=True)
+class _MovedRows:
+    """Rows of a micro-batch ``[L, ...]``, or ``[1, ...]`` where all layers are alike, by what becomes of them."""
+
+    active: NDArray[np.int64]
+    missing: NDArray[np.int64]
+    overflow: NDArray[np.int64]
+    gradients: NDArray[np.int64]
+    """Whose gradients travel in the step."""
+    summed: NDArray[np.float64]
+    """Whose gradient sums travel at the window's end: a step's share."""
+    is_cached: bool
+    gradients_on_device: bool
+
+
+def _moved_rows(
+    active_rows: NDArray[np.int64], cached: WindowRows | None, gradients_on_device: bool, grad_accum: int
+) -> _MovedRows:
+    active = distinct_layers(active_rows)
+    if cached is None:
+        nothing = np.zeros(active.shape)
+        return _MovedRows(active, active, active, active, nothing, is_cached=False, gradients_on_device=False)
+    missing, overflow = np.minimum(distinct_layers(cached.missing), active), distinct_layers(cached.overflow)
+    kept = distinct_layers(cached.kept) / grad_accum
+    return _MovedRows(
+        active=active,
+        missing=missing,
+        overflow=overflow,
+        gradients=overflow if gradients_on_device else active,
+        summed=kept if gradients_on_device else np.zeros_like(kept),
+        is_cached=True,
+        gradients_on_device=gradients_on_device,
     )
 
 
 def _gpu_costs(
-    request: Request, rates: GpuRates, num_experts: Ints, key_experts: Flags, rows: NDArray[np.int64]
+    request: Request, rates: GpuRates, num_experts: Ints, key_experts: Flags, moved: _MovedRows
 ) -> GpuSeconds:
+    rows = moved.active
     routed = AdapterSizes(
         tokens=request.tokens_per_step,
         hidden_size=request.model.hidden_size,
@@ -393,6 +448,8 @@ def _gpu_costs(
         adapter_backward=np.asarray(adapter_backward_seconds(rates, routed, active_rows=rows)),
         frozen_backward=frozen_backward_seconds(request, rates),
         router_adamw=router_adamw_seconds(rates, routed, num_layers=request.model.num_layers) / request.grad_accum,
+        assemble=np.asarray(assemble_seconds(rates, routed, active_rows=rows) * moved.is_cached),
+        sum_gradients=np.asarray(sum_gradients_seconds(rates, routed, rows=rows) * moved.gradients_on_device),
     )
 
 
@@ -402,28 +459,35 @@ def _link_costs(
     num_probes: Ints,
     key_experts: Flags,
     refetched: Flags,
-    rows: NDArray[np.int64],
+    moved: _MovedRows,
 ) -> LinkSeconds:
     tokens, hidden_size = request.tokens_per_step, request.model.hidden_size
     h2d, d2h, latency = link.h2d_bytes_per_second.value, link.d2h_bytes_per_second.value, link.latency_seconds.value
     h2d_backward = np.where(refetched, link.duplex_h2d_bytes_per_second.value, h2d)
     d2h_backward = np.where(refetched, link.duplex_d2h_bytes_per_second.value, d2h)
-    moved = row_bytes(
-        active_rows=rows, hidden_size=hidden_size, adapter_dtype_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype]
-    )
+    element_bytes = ADAPTER_DTYPE_BYTES[request.adapter_dtype]
+
+    def bytes_of(rows: Ints) -> Ints:
+        return row_bytes(active_rows=rows, hidden_size=hidden_size, adapter_dtype_bytes=element_bytes)
+
     queries = query_bytes(
         tokens=tokens, hidden_size=hidden_size, compute_dtype_bytes=COMPUTE_DTYPE_BYTES[request.weights_dtype]
     )
     probes = probe_bytes(tokens=tokens, num_probes=num_probes)
-    experts = key_experts * copy_seconds(row_expert_bytes(active_rows=rows), rate=h2d, latency=latency)
+    experts = key_experts * copy_seconds(row_expert_bytes(active_rows=moved.active), rate=h2d, latency=latency)
+    hits = row_expert_bytes(active_rows=moved.active - moved.missing)
+    places = moved.is_cached * copy_seconds(hits, rate=h2d, latency=latency)
+    sums = moved.gradients_on_device * copy_seconds(
+        bytes_of(moved.summed), rate=d2h_backward, latency=latency / request.grad_accum
+    )
     return LinkSeconds(
         inputs=copy_seconds(input_bytes(tokens=tokens), rate=h2d, latency=INPUT_COPIES * latency),
         queries=copy_seconds(queries, rate=d2h, latency=latency),
         probes=key_experts * copy_seconds(probes, rate=d2h, latency=latency),
-        rows=np.asarray(copy_seconds(moved, rate=h2d, latency=latency) + experts),
+        rows=np.asarray(copy_seconds(bytes_of(moved.missing), rate=h2d, latency=latency) + experts + places),
         loss=copy_seconds(LOSS_BYTES, rate=d2h, latency=latency),
-        rows_refetched=np.asarray(copy_seconds(moved, rate=h2d_backward, latency=latency)),
-        row_gradients=np.asarray(copy_seconds(moved, rate=d2h_backward, latency=latency)),
+        rows_refetched=np.asarray(copy_seconds(bytes_of(moved.overflow), rate=h2d_backward, latency=latency)),
+        row_gradients=np.asarray(copy_seconds(bytes_of(moved.gradients), rate=d2h_backward, latency=latency) + sums),
         router_norm=key_experts * copy_seconds(NORM_BYTES, rate=d2h, latency=latency) / request.grad_accum,
     )
 
@@ -433,10 +497,16 @@ def _host_costs(
     host: HostProfile,
     scored_rows: Ints,
     visited_experts: Ints,
-    rows: NDArray[np.int64],
+    moved: _MovedRows,
     window_rows: Ints,
 ) -> HostSeconds:
     hidden_size, element_bytes = request.model.hidden_size, ADAPTER_DTYPE_BYTES[request.adapter_dtype]
+
+    def gather(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.asarray(
+            gather_seconds(host, active_rows=rows, hidden_size=hidden_size, adapter_dtype_bytes=element_bytes)
+        )
+
     return HostSeconds(
         route=route_seconds(
             host,
@@ -445,11 +515,15 @@ def _host_costs(
             scored_rows=scored_rows,
             visited_experts=visited_experts,
         ),
-        gather=np.asarray(
-            gather_seconds(host, active_rows=rows, hidden_size=hidden_size, adapter_dtype_bytes=element_bytes)
-        ),
+        gather=gather(moved.missing),
+        gather_again=gather(moved.overflow),
         accumulate=np.asarray(
-            accumulate_seconds(host, active_rows=rows, hidden_size=hidden_size, adapter_dtype_bytes=element_bytes)
+            accumulate_seconds(
+                host,
+                active_rows=moved.gradients + moved.summed,
+                hidden_size=hidden_size,
+                adapter_dtype_bytes=element_bytes,
+            )
         ),
         adamw=adamw_seconds(host, rows=window_rows, hidden_size=hidden_size) / request.grad_accum,
     )
@@ -464,9 +538,20 @@ def step_timing(
     host: HostProfile,
     active_rows_per_layer: Sequence[int],
     window_active_rows_per_layer: Sequence[int],
+    missing_rows_per_layer: Sequence[int] = (),
+    overflow_rows_per_layer: Sequence[int] = (),
+    kept_rows_per_layer: Sequence[int] = (),
+    overlapped: bool = True,
     events: list[Event] | None = None,
 ) -> Timing:
-    """The time of one decision; ``events`` collects its tasks, for :func:`meft.planner.lanes.chrome_trace`."""
+    """The time of one decision; ``events`` collects its tasks, for :func:`meft.planner.chrome.chrome_trace`.
+
+    ``overlapped=False``: under the sequential schedule.
+    """
+    cached = None
+    if decision.cached_rows:
+        by_kind = (missing_rows_per_layer, overflow_rows_per_layer, kept_rows_per_layer)
+        cached = WindowRows(*(np.array(rows, dtype=np.int64) for rows in by_kind))
     refetched = decision.rows_in_backward == "refetched"
     num_layers = request.model.num_layers
     costs = step_costs(
@@ -481,6 +566,8 @@ def step_timing(
         refetched=refetched,
         active_rows=np.array(active_rows_per_layer, dtype=np.int64),
         window_active_rows=np.array(window_active_rows_per_layer, dtype=np.int64),
+        cached=cached,
+        gradients_on_device=decision.gradients_on_device,
     )
     step = simulate(
         costs,
@@ -489,6 +576,7 @@ def step_timing(
         checkpointing=decision.activation_checkpointing,
         refetched=refetched,
         serial=gpu.shares_host_cores,
+        overlapped=overlapped,
         events=events,
     )
     seconds, baseline = float(step.step_seconds), float(baseline_seconds(costs, num_layers=num_layers))

@@ -14,6 +14,11 @@ Per step (one micro-batch, forward and backward), with ``e`` bytes per number of
 and per optimizer step, for Key-Experts, d2h ``router_norm``, 4 bytes: the squared norm that global clipping needs of
 the gradients that stay on the device. Activation checkpointing changes nothing: its recompute uses rows that are there.
 
+With rows cached through an accumulation window only those *missing* on the device travel as ``rows``; where the others
+lie goes with them (``row_positions``, 4 bytes each), and in backward only the *overflow* that was not kept travels
+again. With gradients on the device, ``row_gradients`` are the overflow's alone, and the sums of the rows *kept* travel
+once per optimizer step: ``window_gradients``, ``2D*e`` each.
+
 Letters: ``T`` tokens, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per layer, ``A_l`` active rows of layer
 ``l``, ``P`` probes, ``p`` prefetch depth. Active rows are ``[L]`` for one decision, ``[L, candidates]`` for many.
 """
@@ -41,10 +46,12 @@ _BECAUSE = {
     "inputs": "token ids and labels, int64",
     "queries": "hidden states sent to the host to choose rows: one per layer, less the last p that look-ahead serves",
     "probes": "int32 index of each probed expert, per token and layer",
-    "rows": "keys and values of the active rows, forward",
+    "rows": "keys and values of the active rows, forward; of those that are not on the device already",
+    "row_positions": "int32 place of each active row that is on the device already",
     "row_experts": "int32 expert of each active row, forward",
     "rows_refetched": "active rows again in backward, except those of the last p+1 layers, still in the ring",
     "row_gradients": "gradients of keys and values of the active rows",
+    "window_gradients": "gradients summed on the device over the accumulation window",
     "loss": "the loss, one fp32 number",
     "router_norm": "squared norm of the routers' gradients, one fp32 number for global clipping",
 }
@@ -110,22 +117,35 @@ def step_bytes_by_category(
     key_experts: Flags,
     refetched: Flags,
     active_rows: NDArray[np.int64],
+    missing_rows: NDArray[np.int64] | None = None,
+    overflow_rows: NDArray[np.int64] | None = None,
+    gradients_on_device: Flags = False,
 ) -> Categories:
-    """Every category of a step, zeros included; ``active_rows`` is ``[L, ...]``, the rest numbers or arrays."""
+    """Every category of a step, zeros included; rows are ``[L, ...]``, the rest numbers or arrays.
+
+    Without cached rows all active rows are missing, and overflow.
+    """
+    missing_rows = active_rows if missing_rows is None else missing_rows
+    overflow_rows = active_rows if overflow_rows is None else overflow_rows
     num_layers, hidden_size, tokens = request.model.num_layers, request.model.hidden_size, request.tokens_per_step
     row_dtype, query_dtype = ADAPTER_DTYPE_BYTES[request.adapter_dtype], COMPUTE_DTYPE_BYTES[request.weights_dtype]
     rows: Ints = active_rows.sum(axis=0)
-    again = refetched_rows(active_rows=active_rows, prefetch_depth=prefetch_depth, refetched=refetched)
-    travelling = row_bytes(active_rows=rows, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype)
+    missing: Ints = missing_rows.sum(axis=0)
+    overflow: Ints = overflow_rows.sum(axis=0)
+    again = refetched_rows(active_rows=overflow_rows, prefetch_depth=prefetch_depth, refetched=refetched)
+    gradients: Ints = rows + (overflow - rows) * gradients_on_device
     query = query_bytes(tokens=tokens, hidden_size=hidden_size, compute_dtype_bytes=query_dtype)
     return {
         ("h2d", "inputs"): input_bytes(tokens=tokens),
-        ("h2d", "rows"): travelling,
+        ("h2d", "rows"): row_bytes(active_rows=missing, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype),
+        ("h2d", "row_positions"): (rows - missing) * INDEX_BYTES,
         ("h2d", "row_experts"): row_expert_bytes(active_rows=rows) * key_experts,
         ("h2d", "rows_refetched"): row_bytes(active_rows=again, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype),
         ("d2h", "queries"): layers_queried(num_layers=num_layers, prefetch_depth=prefetch_depth) * query,
         ("d2h", "probes"): num_layers * probe_bytes(tokens=tokens, num_probes=num_probes) * key_experts,
-        ("d2h", "row_gradients"): travelling,
+        ("d2h", "row_gradients"): row_bytes(
+            active_rows=gradients, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype
+        ),
         ("d2h", "loss"): LOSS_BYTES,
     }
 
@@ -137,32 +157,59 @@ def step_bytes(categories: Categories) -> tuple[Ints, Ints]:
     return h2d, d2h
 
 
-def optimizer_step_bytes(*, key_experts: Flags) -> tuple[Ints, Ints]:
-    """``(h2d, d2h)`` bytes of one optimizer step."""
-    return 0, NORM_BYTES * key_experts
+def optimizer_step_bytes(*, key_experts: Flags, window_gradients: Ints = 0) -> tuple[Ints, Ints]:
+    """``(h2d, d2h)`` bytes of one optimizer step; ``window_gradients`` in bytes."""
+    return 0, NORM_BYTES * key_experts + window_gradients
+
+
+def window_gradient_bytes(*, request: Request, decision: Decision, kept_rows_per_layer: Sequence[int]) -> int:
+    """The gradient sums that leave the device once per window."""
+    rows = sum(kept_rows_per_layer) if decision.gradients_on_device else 0
+    e = ADAPTER_DTYPE_BYTES[request.adapter_dtype]
+    return int(row_bytes(active_rows=rows, hidden_size=request.model.hidden_size, adapter_dtype_bytes=e))
 
 
 def expected_step_bytes(
-    *, request: Request, decision: Decision, active_rows_per_layer: Sequence[int]
+    *,
+    request: Request,
+    decision: Decision,
+    active_rows_per_layer: Sequence[int],
+    missing_rows_per_layer: Sequence[int] = (),
+    overflow_rows_per_layer: Sequence[int] = (),
 ) -> tuple[int, int]:
-    """``(h2d, d2h)`` bytes of one micro-batch that activated these rows: what the runtime's counters must show."""
-    categories = _decided(request=request, decision=decision, active_rows_per_layer=active_rows_per_layer)
+    """``(h2d, d2h)`` bytes of one micro-batch that activated these rows: what the runtime's counters must show.
+
+    With cached rows, of which those missing travelled, and the overflow was not kept.
+    """
+    rows = (active_rows_per_layer, missing_rows_per_layer, overflow_rows_per_layer)
+    categories = _decided(request, decision, *rows)
     h2d, d2h = step_bytes(categories)
     return int(h2d), int(d2h)
 
 
-def step_transfer(*, request: Request, decision: Decision, active_rows_per_layer: Sequence[int]) -> Transfer:
-    """The ledger of a decision, without the categories that carry nothing."""
-    categories = _decided(request=request, decision=decision, active_rows_per_layer=active_rows_per_layer)
+def step_transfer(
+    *,
+    request: Request,
+    decision: Decision,
+    active_rows_per_layer: Sequence[int],
+    missing_rows_per_layer: Sequence[int] = (),
+    overflow_rows_per_layer: Sequence[int] = (),
+    kept_rows_per_layer: Sequence[int] = (),
+) -> Transfer:
+    """The ledger of a decision, without the categories that carry nothing; rows as :func:`expected_step_bytes`."""
+    rows = (active_rows_per_layer, missing_rows_per_layer, overflow_rows_per_layer)
+    categories = _decided(request, decision, *rows)
     h2d, d2h = step_bytes(categories)
-    optimizer_h2d, optimizer_d2h = optimizer_step_bytes(key_experts=decision.routing == "key-experts")
+    key_experts = decision.routing == "key-experts"
+    sums = window_gradient_bytes(request=request, decision=decision, kept_rows_per_layer=kept_rows_per_layer)
+    optimizer_h2d, optimizer_d2h = optimizer_step_bytes(key_experts=key_experts, window_gradients=sums)
     entries = [
         TransferEntry(direction=direction, category=name, per="step", num_bytes=int(num_bytes), because=_BECAUSE[name])
         for (direction, name), num_bytes in categories.items()
         if num_bytes
     ]
-    if optimizer_d2h:
-        entries.append(_router_norm_entry(int(optimizer_d2h)))
+    once = {"router_norm": NORM_BYTES * key_experts, "window_gradients": sums}
+    entries += [_optimizer_step_entry(name, num_bytes) for name, num_bytes in once.items() if num_bytes]
     whole = whole_adapter_bytes(
         num_layers=request.model.num_layers,
         adapter_width=decision.adapter_width,
@@ -175,26 +222,33 @@ def step_transfer(*, request: Request, decision: Decision, active_rows_per_layer
         d2h_bytes_per_step=int(d2h),
         h2d_bytes_per_optimizer_step=int(optimizer_h2d),
         d2h_bytes_per_optimizer_step=int(optimizer_d2h),
-        whole_adapter_offload_ratio=float(whole / (h2d + d2h)),
+        whole_adapter_offload_ratio=float(whole / (h2d + d2h + (optimizer_h2d + optimizer_d2h) / request.grad_accum)),
     )
 
 
-def _router_norm_entry(num_bytes: int) -> TransferEntry:
-    because = _BECAUSE["router_norm"]
-    return TransferEntry(
-        direction="d2h", category="router_norm", per="optimizer_step", num_bytes=num_bytes, because=because
-    )
+def _optimizer_step_entry(category: str, num_bytes: int) -> TransferEntry:
+    because = _BECAUSE[category]
+    return TransferEntry(direction="d2h", category=category, per="optimizer_step", num_bytes=num_bytes, because=because)
 
 
-def _decided(*, request: Request, decision: Decision, active_rows_per_layer: Sequence[int]) -> Categories:
-    if len(active_rows_per_layer) != request.model.num_layers:
-        given, needed = len(active_rows_per_layer), request.model.num_layers
-        raise ValueError(f"active rows are given for {given} layers, the model has {needed}")
+def _decided(
+    request: Request,
+    decision: Decision,
+    active: Sequence[int],
+    missing: Sequence[int],
+    overflow: Sequence[int],
+) -> Categories:
+    for name, rows in {"active": active, "missing": missing, "overflow": overflow}.items():
+        if len(rows) != request.model.num_layers and (rows or name == "active"):
+            raise ValueError(f"{name} rows are given for {len(rows)} layers, the model has {request.model.num_layers}")
     return step_bytes_by_category(
         request=request,
         prefetch_depth=decision.prefetch_depth,
         num_probes=decision.num_probes,
         key_experts=decision.routing == "key-experts",
         refetched=decision.rows_in_backward == "refetched",
-        active_rows=np.array(active_rows_per_layer, dtype=np.int64),
+        active_rows=np.array(active, dtype=np.int64),
+        missing_rows=np.array(missing, dtype=np.int64) if missing else None,
+        overflow_rows=np.array(overflow, dtype=np.int64) if overflow else None,
+        gradients_on_device=decision.gradients_on_device,
     )

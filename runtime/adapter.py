@@ -50,6 +50,7 @@ class SparseAdapterFunction(torch.autograd.Function):
         """Send the row gradients off; return the gradients of ``hidden`` and ``weight``."""
         exchange, layer = ctx.exchange, ctx.layer
         inputs, activations, weight, gate = ctx.saved_tensors
+        exchange.before_backward(layer)
         keys, values = exchange.rows(layer).tensor_split(2, dim=1)
         grad_keys, grad_values = exchange.gradient_buffer(layer).tensor_split(2, dim=1)
         grad_output = grad_output.to(inputs.dtype)

@@ -133,6 +133,7 @@ def load_adapter(session: Session, folder: Path) -> None:
     tensors = _load_tensors(path)
     for layer, tables in enumerate(session.store.layers):
         _restore(tables.weights, tensors, f"layers.{layer}.rows", path)
+    session.store.refresh_copies()
     for layer, weight in enumerate(session.router_weights):
         with torch.no_grad():
             _restore(weight, tensors, f"layers.{layer}.router", path)

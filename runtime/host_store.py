@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from meft.runtime.kernels import HostKernels
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,31 @@ class LayerTables:
 
 
 class HostStore:
-    """Rows, moments, gradient accumulators and step counts of all layers; masters in ``dtype`` (fp32 outside tests)."""
+    """Rows, moments, gradient accumulators and step counts of all layers; masters in ``dtype`` (fp32 outside tests).
+
+    ``kernels`` do the work at the speed of memory; without them it is done by the readable code that they must equal.
+    ``bf16_copy`` keeps a bf16 copy of every row to gather from: half as much to read, and as much more to keep.
+    """
 
     def __init__(
-        self, *, num_layers: int, adapter_width: int, hidden_size: int, dtype: torch.dtype = torch.float32
+        self,
+        *,
+        num_layers: int,
+        adapter_width: int,
+        hidden_size: int,
+        dtype: torch.dtype = torch.float32,
+        kernels: HostKernels | None = None,
+        bf16_copy: bool = False,
     ) -> None:
         self.num_layers = num_layers
         self.adapter_width = adapter_width
         self.hidden_size = hidden_size
         self.dtype = dtype
+        self.kernels = kernels
         self.layers = tuple(_empty_tables(adapter_width, hidden_size, dtype) for _ in range(num_layers))
+        self.copies: tuple[torch.Tensor, ...] = ()
+        if bf16_copy:
+            self.copies = tuple(tables.weights.bfloat16() for tables in self.layers)
 
     def initialise(self, *, seed: int) -> None:
         """Keys uniform in +-1/sqrt(D) (what ``torch.nn.Linear`` does), values zero: the adapter starts as nothing."""
@@ -57,11 +76,20 @@ class HostStore:
         for tables in self.layers:
             tables.keys.uniform_(-bound, bound, generator=generator)
             tables.values.zero_()
+        self.refresh_copies()
+
+    def refresh_copies(self) -> None:
+        """Bring the bf16 copies up to date after weights were written other than by the optimizer."""
+        for tables, copy in zip(self.layers, self.copies, strict=False):
+            copy.copy_(tables.weights)
 
     def gather(self, layer: int, rows: torch.Tensor, out: torch.Tensor) -> None:
         """Copy rows ``[A]`` of a layer into ``out [A, 2D]``, converting to its dtype."""
-        weights = self.layers[layer].weights
-        if out.dtype == weights.dtype:
+        from_copy = bool(self.copies) and out.dtype == torch.bfloat16
+        weights = self.copies[layer] if from_copy else self.layers[layer].weights
+        if self.kernels is not None:
+            self.kernels.gather(weights, rows, out)
+        elif out.dtype == weights.dtype:
             torch.index_select(weights, 0, rows, out=out)
         else:
             out.copy_(weights.index_select(0, rows))
@@ -69,6 +97,9 @@ class HostStore:
     def accumulate(self, layer: int, rows: torch.Tensor, gradients: torch.Tensor) -> None:
         """Add the gradients ``[A, 2D]`` of one micro-batch to the window's sum."""
         tables = self.layers[layer]
+        if self.kernels is not None:
+            self.kernels.accumulate(tables.gradients, tables.touched, rows, gradients)
+            return
         tables.gradients.index_add_(0, rows, gradients.to(self.dtype))
         tables.touched[rows] = True
 
@@ -78,11 +109,14 @@ class HostStore:
 
     def squared_gradient_norm(self) -> float:
         """Sum of squares of the window's gradients over all layers."""
-        total = 0.0
-        for layer in range(self.num_layers):
-            for rows in in_chunks(self.touched_rows(layer), self.layers[layer].gradients):
-                total += float(self.layers[layer].gradients[rows].double().square().sum())
-        return total
+        return math.fsum(self.squared_norm_of(layer) for layer in range(self.num_layers))
+
+    def squared_norm_of(self, layer: int) -> float:
+        """Sum of squares of one layer's gradients in this window."""
+        rows, gradients = self.touched_rows(layer), self.layers[layer].gradients
+        if self.kernels is not None:
+            return self.kernels.squared_norm(gradients, rows)
+        return math.fsum(float(gradients[some].double().square().sum()) for some in in_chunks(rows, gradients))
 
     def clear_gradients(self) -> None:
         """Zero the touched rows' gradients and open a new window."""
@@ -97,6 +131,8 @@ class HostStore:
             for name, category in _CATEGORIES.items():
                 table: torch.Tensor = getattr(tables, name)
                 totals[category] += table.numel() * table.element_size()
+        if self.copies:
+            totals["adapter_bf16_copy"] = sum(copy.numel() * copy.element_size() for copy in self.copies)
         return totals
 
 

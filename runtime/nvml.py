@@ -67,14 +67,19 @@ class NvmlFailure(Exception):
     """NVML refused a question; the text is its reason."""
 
 
+class LibraryTooOld(NvmlFailure):
+    """The driver's library lacks the version of a function that nvidia-ml-py calls."""
+
+
 class NvmlUnavailable:
     """Stands in for a reader where there is none: every reading is None, for the same reason."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
-    def process_memory(self) -> MemoryReading:
+    def process_memory(self, *, at_least_bytes: int = 0) -> MemoryReading:
         """No reading."""
+        del at_least_bytes
         return MemoryReading(None, self.reason)
 
     def start_pcie(self) -> None:
@@ -202,11 +207,13 @@ class NvmlReader:
             return NvmlUnavailable(f"NVML not read: {failure}")
         return cls(_Device(library, handle), clock, os.getpid() if pid is None else pid)
 
-    def process_memory(self) -> MemoryReading:
+    def process_memory(self, *, at_least_bytes: int = 0) -> MemoryReading:
         """Device memory of this process: by its own PID, else by what the whole card took since ``open``.
 
         The second serves in a container, where NVML lists the host's PIDs, and on Windows, where it knows no figure
         per process; it also counts what other processes did meanwhile, and misses what was taken before ``open``.
+        ``at_least_bytes`` is what this process is known to hold, its allocator's reserved bytes say: a PID in NVML's
+        list that holds less is another process's, which has the same number on the host.
         """
         try:
             own = self._device.process_bytes(self._pid)
@@ -216,14 +223,18 @@ class NvmlReader:
             return self._device_growth(f"PID {self._pid} is not in NVML's list")
         if None in own:
             return self._device_growth("the driver gives no figure per process")
-        return MemoryReading(sum(num_bytes for num_bytes in own if num_bytes is not None), OWN_PROCESS)
+        num_bytes = sum(each for each in own if each is not None)
+        if num_bytes < at_least_bytes:
+            return self._device_growth(f"NVML's PID {self._pid} holds less than this process has reserved")
+        return MemoryReading(num_bytes, OWN_PROCESS)
 
     def _device_growth(self, because: str) -> MemoryReading:
         if self._used_at_open is None:
             return MemoryReading(None, f"NVML gave no memory use: {because}; at the start: {self._used_failure}")
         used, failure = _attempt(self._device.used_bytes)
         if used is None:
-            return MemoryReading(None, f"NVML gave no memory use: {because}; {failure}")
+            reasons = dict.fromkeys((because, failure))
+            return MemoryReading(None, f"NVML gave no memory use: {'; '.join(reasons)}")
         if used < self._used_at_open:
             return MemoryReading(None, f"NVML gave no memory use: {because}; another process released device memory")
         return MemoryReading(used - self._used_at_open, f"{DEVICE_GROWTH} ({because})")
@@ -309,9 +320,7 @@ class _Library:
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        names = ("NVMLError", "NVMLLibraryMismatchError")
-        self._errors = tuple(getattr(module, name) for name in names if hasattr(module, name))
-        self._open = False
+        self._mismatch: type[Exception] = getattr(module, "NVMLLibraryMismatchError", LibraryTooOld)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of NVML by name; raises :class:`NvmlFailure`."""
@@ -320,7 +329,9 @@ class _Library:
             raise NvmlFailure(f"this nvidia-ml-py has no {name}")
         try:
             return function(*arguments)
-        except self._errors as error:
+        except self._mismatch as error:
+            raise LibraryTooOld(str(error)) from error
+        except self._module.NVMLError as error:
             raise NvmlFailure(str(error)) from error
 
     def constant(self, name: str) -> Any:
@@ -355,6 +366,37 @@ class _Library:
             self.call("nvmlShutdown")
 
 
+class NvmlSession:
+    """NVML for a few questions to one card: ``session(function, *arguments)``, open within its ``with``.
+
+    Raises :class:`NvmlFailure` where NVML, the card or the answer is not there. Tests pass their own ``nvml``.
+    """
+
+    def __init__(self, identity: DeviceIdentity, *, nvml: Any = None) -> None:
+        self._identity = identity
+        self._nvml = nvml
+
+    def __enter__(self) -> NvmlSession:
+        try:
+            self._library = _Library(importlib.import_module("pynvml") if self._nvml is None else self._nvml)
+        except ImportError as error:
+            raise NvmlFailure("nvidia-ml-py is not installed") from error
+        self._library.call("nvmlInit")
+        try:
+            self._handle = self._library.find(self._identity)
+        except NvmlFailure:
+            self._library.shut_down()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._library.shut_down()
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        """Ask the card."""
+        return self._library.call(name, self._handle, *arguments)
+
+
 class _Device:
     """The questions put to one card. Every method raises :class:`NvmlFailure`."""
 
@@ -372,7 +414,10 @@ class _Device:
 
     def process_bytes(self, pid: int) -> list[int | None]:
         """Bytes of each entry of a process (several on a card cut into instances), None where the driver hides it."""
-        processes = self._ask("nvmlDeviceGetComputeRunningProcesses")
+        try:
+            processes = self._ask("nvmlDeviceGetComputeRunningProcesses")
+        except LibraryTooOld:  # a driver before R510 has the list in its second version only
+            processes = self._ask("nvmlDeviceGetComputeRunningProcesses_v2")
         return [process.usedGpuMemory for process in processes if process.pid == pid]
 
     def used_bytes(self) -> int:

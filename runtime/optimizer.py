@@ -7,7 +7,7 @@ touched at every step this is ``torch.optim.AdamW`` (Loshchilov & Hutter 2019), 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -37,6 +37,39 @@ def update_touched_rows(
             _update_rows(tables, rows, settings, learning_rate=learning_rate, gradient_scale=gradient_scale)
             updated += rows.shape[0]
     return updated
+
+
+def update_layer(
+    store: HostStore, layer: int, settings: AdamWSettings, *, learning_rate: float, gradient_scale: float = 1.0
+) -> int:
+    """Update one layer's touched rows, clear their gradients and open a new window; returns how many there were.
+
+    By the store's kernels where it has them, else by the code below, which says what they do.
+    """
+    tables, rows = store.layers[layer], store.touched_rows(layer)
+    copy = store.copies[layer] if store.copies else None
+    if store.kernels is not None:
+        store.kernels.adamw(
+            tables.weights,
+            tables.first_moment,
+            tables.second_moment,
+            tables.gradients,
+            tables.step_counts,
+            rows,
+            learning_rate=learning_rate,
+            gradient_scale=gradient_scale,
+            clear_gradients=True,
+            bf16_copy=copy,
+            **asdict(settings),
+        )
+    else:
+        for some in in_chunks(rows, tables.gradients):
+            _update_rows(tables, some, settings, learning_rate=learning_rate, gradient_scale=gradient_scale)
+        tables.gradients.index_fill_(0, rows, 0.0)
+        if copy is not None:
+            copy[rows] = tables.weights[rows].to(copy.dtype)
+    tables.touched.zero_()
+    return rows.shape[0]
 
 
 def _update_rows(

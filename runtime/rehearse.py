@@ -22,6 +22,7 @@ from meft.runtime.model_loading import model_from_config
 from meft.runtime.nvml import MemoryReading, PcieReading
 from meft.runtime.reporting import active_rows, assemble, device_memory, host_memory, transfer
 from meft.runtime.router import PlannedRouter
+from meft.runtime.row_cache import PlannedCache
 from meft.runtime.session import Session, open_session
 
 _NO_NVML = "a rehearsal: no GPU was used"
@@ -37,9 +38,23 @@ def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_vers
 
 
 def rehearsal_session(plan: Plan, model: nn.Module, device: EmulatedDevice) -> Session:
-    """A session that needs no data: its active rows are the plan's own."""
+    """A session that needs no data: its active rows, and those that stay cached, are the plan's own."""
     router = PlannedRouter(plan.prediction.sparsity.active_rows_per_layer)
-    return open_session(plan, model, device, seed=0, router=router)
+    return open_session(plan, model, device, seed=0, router=router, cache=_planned_cache(plan), compiled=False)
+
+
+def _planned_cache(plan: Plan) -> PlannedCache | None:
+    """The mean micro-batch of the plan's window; None where no rows are cached."""
+    decision, sparsity = plan.decision, plan.prediction.sparsity
+    if not decision.cached_rows:
+        return None
+    return PlannedCache(
+        adapter_width=decision.adapter_width,
+        cached_rows=decision.cached_rows,
+        missing=sparsity.missing_rows_per_layer,
+        overflow=sparsity.overflow_rows_per_layer,
+        kept=sparsity.kept_rows_per_layer,
+    )
 
 
 @contextmanager
@@ -70,13 +85,14 @@ def rehearse_step(session: Session) -> None:
     batch = Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3)))
     session.device.reset_peaks()
     with session.device.scope():
-        loss = session.forward_backward(batch, loss_scale=1.0)
-        session.engine.bring_scalar(loss, category="loss")
+        session.forward_backward(batch, loss_scale=1.0)
 
 
 def rehearse_optimizer_step(session: Session) -> None:
     """Only what crosses the link: the update itself is arithmetic, and there are no numbers."""
     session.engine.per = "optimizer_step"
+    with session.device.scope():
+        session.exchange.close_window()
     if session.router_weights:
         with session.device.scope(), torch.no_grad():
             session.engine.bring_scalar(session.squared_router_norm(), category="router_norm")

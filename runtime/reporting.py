@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ _WHY = {
     "rows_refetched": "active rows to the device again, backward",
     "row_experts": "the expert of each active row",
     "row_gradients": "gradients of the active rows to the host",
+    "row_positions": "where the active rows that were kept on the device lie",
+    "window_gradients": "gradients summed on the device over the window, to the host",
     "inputs": "token ids and labels",
     "loss": "the loss, for the report",
     "router_norm": "squared norm of the routers' gradients, for clipping",
@@ -56,7 +59,7 @@ def build_report(
         device_memory=device_memory(trainer.measured.peaks, memory),
         host_memory=host_memory(session),
         transfer=transfer(session, steps=measured.steps, windows=len(measured.optimizer_seconds), pcie=pcie),
-        active_rows=active_rows(measured.active_rows),
+        active_rows=_with_cached(active_rows(measured.active_rows), trainer),
         dropped_rows=measured.dropped_rows,
         prefetch_recall=recall,
         step_seconds=_step_seconds(trainer),
@@ -162,9 +165,37 @@ def transfer(session: Session, *, steps: int, windows: int, pcie: PcieReading) -
 def active_rows(per_step: Sequence[Sequence[int]]) -> tuple[ActiveRows, ...]:
     """Per layer over the steps."""
     return tuple(
-        ActiveRows(layer=layer, mean=statistics.fmean(counts), max=max(counts), total=sum(counts))
+        ActiveRows(
+            layer=layer,
+            mean=statistics.fmean(counts),
+            median=statistics.median(counts),
+            p99=_percentile_99(counts),
+            max=max(counts),
+            total=sum(counts),
+        )
         for layer, counts in enumerate(zip(*per_step, strict=True))
     )
+
+
+def _with_cached(layers: tuple[ActiveRows, ...], trainer: Trainer) -> tuple[ActiveRows, ...]:
+    """The layers, with what travelled and what was kept if rows were cached."""
+    if not trainer.session.plan.decision.cached_rows:
+        return layers
+    measured = trainer.measured
+    kinds = {
+        "missing_total": measured.missing_rows,
+        "overflow_total": measured.overflow_rows,
+        "kept_total": measured.kept_rows,
+    }
+    totals = {name: [sum(counts) for counts in zip(*rows, strict=True)] for name, rows in kinds.items()}
+    return tuple(
+        layer.model_copy(update={name: total[layer.layer] for name, total in totals.items()}) for layer in layers
+    )
+
+
+def _percentile_99(counts: Sequence[int]) -> float:
+    """The smallest count that 99 % of the batches do not exceed."""
+    return float(sorted(counts)[math.ceil(0.99 * len(counts)) - 1])
 
 
 def device_entries(by_category: dict[str, int]) -> tuple[MemoryEntry, ...]:
@@ -193,22 +224,16 @@ def device_memory(peaks: MemoryPeaks, memory: MemoryReading) -> ObservedDeviceMe
     )
 
 
-def _optimizer_share(trainer: Trainer) -> float:
-    """Optimizer seconds per step."""
-    return sum(trainer.measured.optimizer_seconds) / max(1, trainer.measured.steps)
-
-
 def _step_seconds(trainer: Trainer) -> float:
-    return statistics.median(trainer.measured.step_seconds) + _optimizer_share(trainer)
+    """Per step, optimizer step included: the median over windows, without the first if there are others."""
+    windows = trainer.measured.window_seconds
+    return statistics.median(windows[1:] or windows)
 
 
 def _busy_seconds(trainer: Trainer) -> dict[Lane, float]:
-    """Mean busy seconds per step of the lanes that were measured; the emulated device's own is what is left."""
-    measured = trainer.measured
-    copies = {way: seconds / measured.steps for way, seconds in trainer.session.engine.busy_seconds().items()}
-    host = statistics.fmean(measured.host_seconds)
-    busy: dict[Lane, float] = {"h2d": copies["h2d"], "d2h": copies["d2h"], "cpu": host + _optimizer_share(trainer)}
-    if trainer.session.device.kind == "emulated":
-        whole = statistics.fmean(measured.step_seconds)
-        busy["gpu"] = max(0.0, whole - host - copies["h2d"] - copies["d2h"])
-    return busy
+    """Mean busy seconds per step of the lanes that were measured."""
+    session, steps = trainer.session, max(1, trainer.measured.steps)
+    busy: dict[Lane, float] = {**session.engine.busy_seconds(), "cpu": session.clock.busy_seconds["cpu"]}
+    if session.device.kind == "emulated":
+        busy["gpu"] = session.clock.busy_seconds["gpu"]
+    return {lane: seconds / steps for lane, seconds in busy.items()}

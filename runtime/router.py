@@ -14,9 +14,12 @@ probes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from meft.runtime.kernels import HostKernels
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,15 @@ class Router(Protocol):
 
 @dataclass(frozen=True)
 class TopKRouter:
-    """The router of both routings: exact without probes, Key-Experts with them."""
+    """The router of both routings: exact without probes, Key-Experts with them.
+
+    With ``kernels`` all but the product with every key is compiled.
+    """
 
     top_k: int
     active_rows_cap: int
     num_experts: int
+    kernels: HostKernels | None = None
 
     def select(self, layer: int, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor | None) -> Selection:
         """See :class:`Router`."""
@@ -54,11 +61,26 @@ class TopKRouter:
         if queries.shape[0] == 0:
             return Selection(torch.empty(0, dtype=torch.int64))
         queries = queries.to(keys.dtype)
+        if self.kernels is not None:
+            return self._select_compiled(self.kernels, keys, queries, probes)
         if probes is None:
             scores, rows = (queries @ keys.T).topk(self.top_k, dim=1)
         else:
             scores, rows = self._top_of_probed(keys, queries, probes)
         return capped_union(rows, scores, num_rows=keys.shape[0], cap=self.active_rows_cap)
+
+    def _select_compiled(
+        self, kernels: HostKernels, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor | None
+    ) -> Selection:
+        num_rows = keys.shape[0]
+        if probes is None:
+            probes, scores = torch.zeros(queries.shape[0], 1, dtype=torch.int64), queries @ keys.T
+        else:
+            scores = kernels.probed_scores(keys, queries, probes, num_experts=self.num_experts)
+        rows_per_expert = scores.shape[1] // probes.shape[1]
+        best, rows = kernels.top_rows(scores, probes, rows_per_expert=rows_per_expert, top_k=self.top_k)
+        union, activation = kernels.union(best, rows, num_rows=num_rows)
+        return cut_to_cap(union, activation, cap=self.active_rows_cap)
 
     def _top_of_probed(
         self, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor
@@ -96,7 +118,12 @@ def capped_union(rows: torch.Tensor, scores: torch.Tensor, *, num_rows: int, cap
     chosen = torch.zeros(num_rows, dtype=torch.bool)
     chosen[rows.flatten()] = True
     union = chosen.nonzero().flatten()
+    return cut_to_cap(union, activation[union], cap=cap)
+
+
+def cut_to_cap(union: torch.Tensor, activation: torch.Tensor, *, cap: int) -> Selection:
+    """The ``cap`` rows of ``union`` with the highest ``activation`` (one number per row; ties: the lower row)."""
     if union.shape[0] <= cap:
         return Selection(union)
-    order = activation[union].argsort(descending=True, stable=True)
+    order = activation.argsort(descending=True, stable=True)
     return Selection(union[order[:cap]].sort().values, dropped_rows=union.shape[0] - cap)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,21 +13,24 @@ from typing import Any, Literal
 
 import torch
 
+from meft.planner.chrome import chrome_trace
 from meft.planner.errors import UsageError
 from meft.planner.models import load_model
 from meft.planner.plan import Plan
 from meft.planner.report import Report
 from meft.planner.units import format_bytes
-from meft.runtime import model_loading, preflight
+from meft.runtime import kernels, model_loading, preflight
 from meft.runtime.checkpoint import latest_checkpoint, save_adapter
 from meft.runtime.data import Dataset, load_dataset, pad_token_id
 from meft.runtime.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.embedded import SMOLLM2_PROFILE, smollm2_folder
+from meft.runtime.lanes import Overlapped, Sequential
 from meft.runtime.nvml import NvmlReader, NvmlUnavailable
 from meft.runtime.optimizer import AdamWSettings
 from meft.runtime.rehearse import rehearse
 from meft.runtime.reporting import build_report
 from meft.runtime.session import Session, open_session
+from meft.runtime.timeline import LaneClock
 from meft.runtime.training import Progress, Trainer, TrainingOptions
 
 DeviceKind = Literal["cuda", "emulated"]
@@ -46,6 +50,10 @@ class RunOptions:
     """Another device budget than the plan's."""
     resume: bool = False
     raw: bool = False
+    schedule: Literal["overlapped", "sequential"] = "overlapped"
+    link_gbps: float | None = None
+    trace: Path | None = None
+    """Where the Chrome trace of the last step goes."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +81,31 @@ def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
     model_loading.check_model_folder(plan, folder)
     checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
     kind = _device_kind(options)
-    for note in preflight.check(plan, preflight.Machine.here(), device_kind=kind, budget_bytes=_budget(plan, options)):
-        display.say(f"note: {note}")
-    tokenizer = model_loading.load_tokenizer(folder)
-    dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
-    display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
-    nvml = NvmlReader.open(0) if kind == "cuda" else NvmlUnavailable("emulated device: there is no GPU to ask")
-    session = _open_session(plan, options, folder, kind)
-    display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")
-    trainer = _trainer(session, dataset, options, pad_token_id(tokenizer), display)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        display.say(f"resumed from {checkpoint} after step {len(trainer.history.losses)}")
-    return _train(trainer, nvml, options, display)
+    with closing(_open_nvml(kind)) as nvml:
+        machine = preflight.Machine.here()
+        for note in preflight.check(plan, machine, device_kind=kind, budget_bytes=_budget(plan, options)):
+            display.say(f"note: {note}")
+        tokenizer = model_loading.load_tokenizer(folder)
+        dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
+        display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+        kernels.warm_up(display.say)
+        with closing(_open_session(plan, options, folder, kind)) as session:
+            display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")
+            trainer = _trainer(session, dataset, options, pad_token_id(tokenizer), display)
+            if checkpoint is not None:
+                trainer.resume(checkpoint)
+                display.say(f"resumed from {checkpoint} after step {len(trainer.history.losses)}")
+            return _train(trainer, nvml, options, display)
+
+
+def _open_nvml(kind: DeviceKind) -> NvmlReader | NvmlUnavailable:
+    """The reader, opened before anything allocates: its growth counts from what the card holds then.
+
+    Preflight comes later, as even asking torch for bf16 allocates on cards that have none.
+    """
+    if kind == "cuda":
+        return NvmlReader.open(0)
+    return NvmlUnavailable("emulated device: there is no GPU to ask")
 
 
 def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOptions, display: Display) -> Report:
@@ -94,11 +114,14 @@ def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOpt
     nvml.start_pcie()
     with _stopping_on_signals(trainer, display):
         trainer.run()
-    memory, pcie = nvml.process_memory(), nvml.pcie_bytes()
-    nvml.close()
+    reserved = torch.cuda.memory_reserved() if trainer.session.device.kind == "cuda" else 0
+    memory, pcie = nvml.process_memory(at_least_bytes=reserved), nvml.pcie_bytes()
     save_adapter(trainer.session, options.output_dir / "adapter", meft_version=version("meft"))
     if trainer.stop_requested:
         display.say(f"stopped after step {len(trainer.history.losses)}; go on with --resume")
+    if options.trace is not None:
+        _write_trace(trainer.session, options.trace)
+        display.say(f"wrote {options.trace}, the last step's tasks")
     recall = trainer.measure_recall()
     return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=version("meft"))
 
@@ -106,8 +129,32 @@ def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOpt
 def _open_session(plan: Plan, options: RunOptions, folder: Path, kind: DeviceKind) -> Session:
     torch.manual_seed(options.training.seed)
     device: Device = CudaDevice(_budget(plan, options)) if kind == "cuda" else EmulatedDevice(_budget(plan, options))
+    if options.link_gbps is not None and kind == "cuda":
+        raise UsageError("--link-gbps slows the emulated device's link down; a real link has its own speed")
     model = model_loading.load_frozen_model(plan, folder)
-    return open_session(plan, model, device, seed=options.training.seed, settings=options.settings)
+    return open_session(
+        plan,
+        model,
+        device,
+        seed=options.training.seed,
+        settings=options.settings,
+        schedule=Overlapped() if options.schedule == "overlapped" else Sequential(),
+        link_gbps=options.link_gbps,
+        clock=LaneClock(keep=options.trace is not None),
+    )
+
+
+def _write_trace(session: Session, path: Path) -> None:
+    """The tasks of the last step; on CUDA those of the cpu lane alone, as its streams keep no log."""
+    session.drain()
+    events = session.clock.events()
+    if session.device.kind == "cuda":
+        events = [event for event in events if event.lane == "cpu"]
+    text = json.dumps(chrome_trace(events), separators=(",", ":"))
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--trace {path}: cannot be written ({error.strerror})") from None
 
 
 def _trainer(session: Session, dataset: Dataset, options: RunOptions, pad_id: int, display: Display) -> Trainer:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -12,11 +13,15 @@ from meft.planner.plan import Decision, Plan
 from meft.runtime.adapter import AttachedAdapter, attach
 from meft.runtime.data import Batch
 from meft.runtime.device import Device
-from meft.runtime.engine import TransferEngine
+from meft.runtime.engine import Copy, TransferEngine
 from meft.runtime.exchange import RowExchange, StepCounters
 from meft.runtime.host_store import HostStore
-from meft.runtime.optimizer import AdamWSettings, clip_scale, update_touched_rows
+from meft.runtime.kernels import HostKernels
+from meft.runtime.lanes import Job, Schedule, Sequential
+from meft.runtime.optimizer import AdamWSettings, clip_scale
 from meft.runtime.router import Router, TopKRouter
+from meft.runtime.row_cache import RowCache
+from meft.runtime.timeline import LaneClock
 
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,23 +40,40 @@ class Session:
     router_weights: list[nn.Parameter]
     settings: AdamWSettings
     router_optimizer: torch.optim.AdamW | None
+    clock: LaneClock
+    _early: list[tuple[Job, Job]] = field(default_factory=list)
+    """Norm and update of each layer, where updates began in backward."""
 
-    def step(self, batch: Batch, *, loss_scale: float) -> StepResult:
-        """One micro-batch forward and backward; gradients are scaled by ``loss_scale``."""
+    def step(self, batch: Batch, *, loss_scale: float, window_end: WindowEnd | None = None) -> StepResult:
+        """One micro-batch forward and backward; gradients are scaled by ``loss_scale``.
+
+        ``window_end`` says that this is the window's last and what :meth:`optimizer_step` will be told: gradients
+        summed on the device leave as soon as a layer has them all, and without clipping, which has to know every
+        gradient first, rows are updated while the rest of backward goes on.
+        """
         started = time.perf_counter()
         self.exchange.expect_tokens(batch.attention_mask.flatten().bool())
+        self.exchange.closes_window = window_end is not None
         with self.device.scope():
-            loss = self.forward_backward(batch, loss_scale=loss_scale)
-            value = self.engine.read_scalar(loss, category="loss")
+            _, loss, sent = self.forward_backward(batch, loss_scale=loss_scale, window_end=window_end)
+            sent.wait_on_host()
+            with self.device.host():
+                value = float(loss.item())
         return StepResult(value, time.perf_counter() - started, self.exchange.counters)
 
-    def forward_backward(self, batch: Batch, *, loss_scale: float) -> torch.Tensor:
-        """The step itself, inside the device's scope; returns the loss on the device."""
+    def forward_backward(
+        self, batch: Batch, *, loss_scale: float, window_end: WindowEnd | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Copy]:
+        """The step itself, inside the device's scope; the loss on the device, and on its way to the host."""
         loss = self.loss(batch)
+        value, sent = self.engine.send_scalar(loss, category="loss")
+        if window_end is not None and window_end.max_norm is None:
+            self._update_early(value, sent, window_end.learning_rate)
         self.exchange.begin_backward()
         (loss * loss_scale).backward()
         self.exchange.finish_backward()
-        return loss
+        self.exchange.closes_window, self.exchange.after_last_gradients = False, None
+        return loss, value, sent
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The model's loss on a batch, inside the device's scope.
@@ -65,23 +87,62 @@ class Session:
         return loss
 
     def optimizer_step(self, *, learning_rate: float, max_norm: float | None) -> OptimizerResult:
-        """Clip by the global norm over rows and routers, update both, and open a new window."""
+        """Clip by the global norm over rows and routers, update both, and open a new window.
+
+        Overlapped, rows may still be updated when this returns; the next step, and :meth:`drain`, wait for them.
+        """
         started = time.perf_counter()
         self.engine.per = "optimizer_step"
-        norm, scale = clip_scale(self._squared_norm(), max_norm)
-        updated = update_touched_rows(self.store, self.settings, learning_rate=learning_rate, gradient_scale=scale)
-        self.store.clear_gradients()
+        with self.device.scope():
+            kept = self.exchange.close_window()
+        layers = range(self.store.num_layers)
+        early, self._early = self._early, []
+        norms = [norm for norm, _ in early] or [self.exchange.squared_norm(layer) for layer in layers]
+        squared = math.fsum(norm.result() for norm in norms) + self._squared_norm_of_routers()
+        norm, scale = clip_scale(squared, max_norm)
+        updates = [update for _, update in early] or [
+            self.exchange.update(layer, self.settings, learning_rate=learning_rate, gradient_scale=scale)
+            for layer in layers
+        ]
         if self.router_optimizer is not None:
             self._update_routers(self.router_optimizer, learning_rate, scale)
         self.engine.per = "step"
-        return OptimizerResult(norm, updated, time.perf_counter() - started)
+        return OptimizerResult(norm, updates, kept, time.perf_counter() - started)
 
-    def _squared_norm(self) -> float:
-        total = self.store.squared_gradient_norm()
-        if self.router_weights:
-            with self.device.scope(), torch.no_grad():
-                total += self.engine.read_scalar(self.squared_router_norm(), category="router_norm")
-        return total
+    def drain(self) -> None:
+        """Wait until no lane has anything left to do."""
+        self.engine.schedule.drain()
+
+    def close(self) -> None:
+        """End the lanes and the kernels' threads, whatever they are doing."""
+        self.engine.schedule.close()
+        if self.store.kernels is not None:
+            self.store.kernels.close()
+
+    def _update_early(self, loss: torch.Tensor, sent: Copy, learning_rate: float) -> None:
+        """Update each layer once its last gradients are there, unless the loss was not finite."""
+        early: list[tuple[Job, Job]] = []
+
+        def not_finite() -> bool:
+            sent.wait_on_host()
+            return not math.isfinite(loss.item())
+
+        def after_last_gradients(layer: int) -> None:
+            norm = self.exchange.squared_norm(layer)
+            jobs = (norm,) if sent.job is None else (norm, sent.job)
+            update = self.exchange.update(
+                layer, self.settings, learning_rate=learning_rate, after=jobs, unless=not_finite
+            )
+            early.insert(0, (norm, update))  # backward begins with the last layer
+
+        self._early = early
+        self.exchange.after_last_gradients = after_last_gradients
+
+    def _squared_norm_of_routers(self) -> float:
+        if not self.router_weights:
+            return 0.0
+        with self.device.scope(), torch.no_grad():
+            return self.engine.read_scalar(self.squared_router_norm(), category="router_norm")
 
     def squared_router_norm(self) -> torch.Tensor:
         """Sum of squares of the routers' gradients, on the device."""
@@ -108,6 +169,14 @@ class Session:
 
 
 @dataclass(frozen=True)
+class WindowEnd:
+    """What the optimizer step after a window's last micro-batch will be told."""
+
+    learning_rate: float
+    max_norm: float | None
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one micro-batch gave."""
 
@@ -118,11 +187,21 @@ class StepResult:
 
 @dataclass(frozen=True)
 class OptimizerResult:
-    """What one optimizer step did: the global gradient norm before clipping, and how many rows it updated."""
+    """What one optimizer step did: the global gradient norm before clipping, and how many rows it updates.
+
+    ``seconds`` are those until it returned.
+    """
 
     gradient_norm: float
-    updated_rows: int
+    updates: list[Job]
+    kept_rows: list[int]
+    """Rows of each layer that were on the device at the window's end."""
     seconds: float
+
+    @property
+    def updated_rows(self) -> int:
+        """Waits until they are."""
+        return sum(update.result() for update in self.updates)
 
 
 def open_session(
@@ -133,17 +212,34 @@ def open_session(
     seed: int,
     settings: AdamWSettings | None = None,
     router: Router | None = None,
+    cache: RowCache | None = None,
+    compiled: bool = True,
+    schedule: Schedule | None = None,
+    link_gbps: float | None = None,
+    clock: LaneClock | None = None,
 ) -> Session:
     """Put ``model`` on the device with a fresh adapter beside it, as the plan decides.
 
-    ``router`` replaces the plan's own (a rehearsal passes one that needs no data).
+    ``router`` and ``cache`` replace the plan's own (a rehearsal passes some that need no data). ``compiled=False`` does
+    the host's work with the readable code. ``schedule`` says who does what when, by default one thing after the other;
+    the session's :meth:`~Session.close` closes it. ``clock`` is told of every task.
     """
     decision, shape = plan.decision, plan.request.model
     settings = settings or AdamWSettings()
     model = device.adopt(model)
     _set_checkpointing(model, decision)
-    engine = TransferEngine(device)
-    store = HostStore(num_layers=shape.num_layers, adapter_width=decision.adapter_width, hidden_size=shape.hidden_size)
+    clock = clock or LaneClock()
+    schedule = schedule or Sequential()
+    schedule.on_job = clock
+    engine = TransferEngine(device, schedule, link_gbps=link_gbps)
+    kernels = HostKernels() if compiled else None
+    store = HostStore(
+        num_layers=shape.num_layers,
+        adapter_width=decision.adapter_width,
+        hidden_size=shape.hidden_size,
+        kernels=kernels,
+        bf16_copy=decision.bf16_copy and plan.request.adapter_dtype == "bf16",
+    )
     store.initialise(seed=seed)
     weights = _graph_weights(decision, shape.num_layers, shape.hidden_size, device, seed)
     routers = weights if decision.routing == "key-experts" else []
@@ -151,14 +247,16 @@ def open_session(
         device=device,
         engine=engine,
         store=store,
-        router=router or TopKRouter(decision.top_k, decision.active_rows_cap, decision.num_experts),
+        router=router or TopKRouter(decision.top_k, decision.active_rows_cap, decision.num_experts, kernels),
         decision=decision,
         adapter_dtype=ADAPTER_DTYPES[plan.request.adapter_dtype],
         router_weights=routers,
+        cache=cache,
+        clock=clock if device.kind == "emulated" else None,
     )
     optimizer = _router_optimizer(routers, settings, device) if routers else None
     adapter = attach(model, exchange, weights)
-    return Session(plan, device, engine, store, exchange, model, adapter, routers, settings, optimizer)
+    return Session(plan, device, engine, store, exchange, model, adapter, routers, settings, optimizer, clock)
 
 
 def _set_checkpointing(model: nn.Module, decision: Decision) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from meft.runtime.checkpoint import TrainingState, load_checkpoint, save_checkpo
 from meft.runtime.data import Batch, Example, batch_indices, collate
 from meft.runtime.device import MemoryPeaks
 from meft.runtime.optimizer import scheduled_learning_rate
-from meft.runtime.session import Session, StepResult
+from meft.runtime.session import Session, StepResult, WindowEnd
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,17 @@ class History:
 
 @dataclass
 class Measurements:
-    """What this process measured. ``active_rows`` is steps x layers."""
+    """What this process measured. ``active_rows``, ``missing_rows`` and ``overflow_rows`` are steps x layers."""
 
     step_seconds: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
-    host_seconds: list[float] = field(default_factory=list)
+    window_seconds: list[float] = field(default_factory=list)
+    """Per step, of each whole window: its steps, its optimizer step, and what the lanes had left of the one before."""
     active_rows: list[list[int]] = field(default_factory=list)
+    missing_rows: list[list[int]] = field(default_factory=list)
+    overflow_rows: list[list[int]] = field(default_factory=list)
+    kept_rows: list[list[int]] = field(default_factory=list)
+    """Rows on the device at the end of each window: windows x layers."""
     dropped_rows: int = 0
     tokens: int = 0
     peaks: MemoryPeaks = field(default_factory=lambda: MemoryPeaks(0, 0))
@@ -101,11 +107,13 @@ class Trainer:
                 if self.stop_requested:
                     return
             self.save()
+            self.session.drain()
         finally:
             self.measured.peaks = self.session.device.peaks()
 
     def save(self) -> None:
         """Write a checkpoint of the present state, if there is somewhere to write it."""
+        self.session.drain()
         if self.output is not None and self.history.losses:
             save_checkpoint(self.session, self.output, self._state(), meft_version=self.meft_version)
 
@@ -159,16 +167,25 @@ class Trainer:
             yield first, min(first + size, self.options.steps)
 
     def _run_window(self, first: int, last: int) -> None:
+        started = time.perf_counter()
+        rate = self._learning_rate(len(self.history.learning_rates))
+        end = WindowEnd(learning_rate=rate, max_norm=self.options.max_norm)
         for step in range(first, last):
+            if step == self.options.steps - 1:
+                self.session.clock.restart()  # of the tasks, those of the last step are kept
             batch = self.batch(step)
-            result = self.session.step(batch, loss_scale=1 / (last - first))
+            closing = end if step == last - 1 else None
+            result = self.session.step(batch, loss_scale=1 / (last - first), window_end=closing)
             self._note_step(result, batch)
             self.on_step(Progress(step + 1, self.options.steps, result.loss))
-        rate = self._learning_rate(len(self.history.learning_rates))
         outcome = self.session.optimizer_step(learning_rate=rate, max_norm=self.options.max_norm)
+        self.measured.kept_rows.append(outcome.kept_rows)
         self.history.learning_rates.append(rate)
         self.history.gradient_norms.append(outcome.gradient_norm)
         self.measured.optimizer_seconds.append(outcome.seconds)
+        if last == self.options.steps:
+            self.session.drain()
+        self.measured.window_seconds.append((time.perf_counter() - started) / (last - first))
 
     def _note_step(self, result: StepResult, batch: Batch) -> None:
         if not math.isfinite(result.loss):
@@ -178,8 +195,9 @@ class Trainer:
             )
         self.history.losses.append(result.loss)
         self.measured.step_seconds.append(result.seconds)
-        self.measured.host_seconds.append(result.counters.host_seconds)
         self.measured.active_rows.append(list(result.counters.active_rows))
+        self.measured.missing_rows.append(list(result.counters.missing_rows))
+        self.measured.overflow_rows.append(list(result.counters.overflow_rows))
         self.measured.dropped_rows += result.counters.dropped_rows
         self.measured.tokens += int(batch.attention_mask.sum())
 

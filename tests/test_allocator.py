@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import itertools
-import json
+import random
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_allocator import NaiveAllocator, NoMemory
+from recordings import TRACE_NAMES, load_trace
 
 from meft.planner.allocator import (
-    LARGE_SEGMENT_BYTES,
     NO_BLOCK,
-    SMALL_SEGMENT_BYTES,
     CachingAllocator,
     LiveBlock,
     Segment,
     pinned_bytes,
     round_block,
+    round_to_division,
 )
-from meft.planner.errors import DeviceOutOfMemory
+from meft.planner.allocator_settings import AllocatorSettings, parse_settings
+from meft.planner.blocks import SMALL_SEGMENT_BYTES
+from meft.planner.errors import DeviceOutOfMemory, UsageError
+from meft.planner.recording import Recording
 
 MIB = 2**20
-TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
-TRACE_NAMES = (
-    "attn_peak_cold",
-    "bert_eval",
-    "cs336_compile_train_small",
-    "cs336_medium_infer_ctx1024",
-    "cs336_medium_train_ctx512",
-    "cs336_train_magma",
-    "decomfl_cold_start",
-    "fno_counterfactual",
-)
 
 
 # --- rounding -----------------------------------------------------------------------------------------------------
@@ -278,6 +268,172 @@ def test_impossible_recordings_are_refused() -> None:
         used.install([segment])
 
 
+# --- expandable segments ------------------------------------------------------------------------------------------
+
+EXPANDABLE = AllocatorSettings(expandable_segments=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reserved"),
+    [
+        ((1,), 2 * MIB),  # one unit of the small range
+        ((MIB, MIB, 512), 4 * MIB),  # two fill a unit, the third maps another
+        ((MIB + 1,), 20 * MIB),  # one unit of the large range
+        ((20 * MIB,), 20 * MIB),
+        ((20 * MIB + 1,), 40 * MIB),  # 20 MiB + 512: two units
+        ((15 * MIB, 15 * MIB), 40 * MIB),  # the second grows from the 5 MiB left: 10 more are needed
+        ((15 * MIB, 4 * MIB, 2 * MIB), 40 * MIB),  # 1 MiB left, which is split off all the same
+    ],
+)
+def test_expandable_segments_reserve_whole_units(sizes: tuple[int, ...], reserved: int) -> None:
+    allocator = CachingAllocator(settings=EXPANDABLE)
+    handles = [allocator.malloc(size) for size in sizes]
+    assert allocator.reserved_bytes == allocator.peak_reserved_bytes == reserved
+    assert allocator.allocated_bytes == sum(map(round_block, sizes))  # no remainder stays inside a block
+    for handle in handles:
+        allocator.free(handle)
+    allocator.empty_cache()
+    assert allocator.reserved_bytes == 0
+
+
+def test_a_flush_unmaps_units_that_are_wholly_free_and_growth_fills_the_lowest_hole_first() -> None:
+    allocator = CachingAllocator(settings=EXPANDABLE)
+    front, middle, back = [allocator.malloc(size * MIB) for size in (10, 50, 20)]  # 80 MiB: four units
+    allocator.free(middle)  # 10..60 MiB: the units at 20 and 40 are wholly free, half of the first is not
+    allocator.empty_cache()
+    assert allocator.reserved_bytes == 40 * MIB
+    assert allocator.malloc(48 * MIB) == front + 10 * MIB  # the 10 MiB free and both units again
+    assert allocator.reserved_bytes == 80 * MIB
+    assert allocator.malloc(6 * MIB) == back + 20 * MIB  # 2 MiB are free before ``back``; the range grows at its end
+    assert allocator.reserved_bytes == 100 * MIB
+
+
+def test_the_end_of_a_range_counts_as_what_it_can_grow_to() -> None:
+    allocator = CachingAllocator(settings=EXPANDABLE)
+    first, _, _ = [allocator.malloc(size * MIB) for size in (8, 8, 2)]  # 18 of 20 MiB
+    allocator.free(first)
+    # 2 MiB at the end fit best, but can grow without limit: the 8 MiB at the front, which cannot grow, are taken.
+    assert allocator.malloc(2 * MIB) == first
+
+
+def test_expandable_segments_map_page_by_page_where_memory_is_short() -> None:
+    allocator = CachingAllocator(50 * MIB, EXPANDABLE)
+    kept = allocator.malloc(30 * MIB)  # two units of 20 MiB
+    with pytest.raises(DeviceOutOfMemory, match=r"mapping another 20.0 MiB.*40.0 MiB reserved.*10.0 MiB short"):
+        allocator.malloc(11 * MIB)
+    allocator.malloc(10 * MIB)
+    allocator.free(kept)
+    # 50 of 50 MiB would be needed for both pools; the free unit is unmapped for the small pool's.
+    for _ in range(11):
+        allocator.malloc(MIB)
+    assert (allocator.reserved_bytes, allocator.num_retries) == (32 * MIB, 2)
+
+
+def test_a_recorded_range_is_laid_out_with_its_holes() -> None:
+    live = (LiveBlock(1000 * MIB, 4 * MIB, 4 * MIB), LiveBlock(1010 * MIB, 8 * MIB, 8 * MIB - 100))
+    segments = [
+        Segment(1000 * MIB, 20 * MIB, 0, "large", live, expandable=True),
+        Segment(1040 * MIB, 20 * MIB, 0, "large", (), expandable=True),
+    ]
+    allocator = CachingAllocator(settings=EXPANDABLE)
+    handles = allocator.install(segments)
+    assert (allocator.reserved_bytes, allocator.allocated_bytes) == (40 * MIB, 12 * MIB)
+    # 22 MiB have room from behind the second block: 2 free, the hole of 20, and the 20 behind that.
+    assert allocator.malloc(22 * MIB) == handles[1010 * MIB] + 8 * MIB
+    assert allocator.reserved_bytes == 60 * MIB
+
+
+def test_a_recorded_range_must_be_one() -> None:
+    first = Segment(1000 * MIB, 20 * MIB, 0, "large", (), expandable=True)
+    odd = Segment(1030 * MIB, 20 * MIB, 0, "large", (), expandable=True)
+    with pytest.raises(ValueError, match=r"is not of whole 20\.0 MiB units"):
+        CachingAllocator(settings=EXPANDABLE).install([first, odd])
+    with pytest.raises(ValueError, match="turn expandable segments on"):
+        CachingAllocator().install([first])
+
+
+def test_fixed_segments_from_before_stay_in_use_beside_a_range() -> None:
+    allocator = CachingAllocator(settings=EXPANDABLE)
+    allocator.install([Segment(0, 30 * MIB, 0, "large", ())])
+    allocator.malloc(29 * MIB)
+    assert (allocator.reserved_bytes, allocator.allocated_bytes) == (30 * MIB, 29 * MIB)  # 1 MiB is split off
+    allocator.malloc(2 * MIB)
+    assert allocator.reserved_bytes == 50 * MIB
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_from_the_split_limit_on_are_kept_whole() -> None:
+    allocator = CachingAllocator(settings=AllocatorSettings(max_split_bytes=32 * MIB))
+    handle = allocator.malloc(40 * MIB)
+    allocator.free(handle)
+    allocator.malloc(10 * MIB)  # not from the 40 MiB
+    assert allocator.reserved_bytes == 50 * MIB
+    assert allocator.malloc(33 * MIB) == handle  # 7 MiB too large, less than 20
+    assert allocator.allocated_bytes == 50 * MIB  # and not split
+    allocator.free(handle)
+    allocator.free(allocator.malloc(60 * MIB))
+    assert allocator.malloc(38 * MIB) == handle
+    allocator.malloc(36 * MIB)  # 60 is 24 too large
+    assert allocator.reserved_bytes == 50 * MIB + 60 * MIB + 36 * MIB
+
+
+def test_short_of_memory_oversize_blocks_go_first_the_largest_before_the_others() -> None:
+    allocator = CachingAllocator(142 * MIB, AllocatorSettings(max_split_bytes=32 * MIB))
+    allocator.free(allocator.malloc(4 * MIB))  # 20 MiB, never oversize
+    for handle in [allocator.malloc(size * MIB) for size in (36, 40, 44)]:
+        allocator.free(handle)
+    allocator.malloc(70 * MIB)  # 44 and 40 make 84
+    assert (allocator.reserved_bytes, allocator.num_retries) == (20 * MIB + 36 * MIB + 70 * MIB, 0)
+    allocator.malloc(20 * MIB)  # the 20 MiB
+    allocator.malloc(30 * MIB)  # the 36 MiB, as no request below the limit may take it
+    assert (allocator.reserved_bytes, allocator.num_retries) == (120 * MIB, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "divisions", "block"),
+    [
+        (1200, 4, 1536),  # not above 4 x 512
+        (2049, 4, 2560),  # 2048, 2560, 3072, 3584
+        (5 * MIB + 1, 4, 6 * MIB),
+        (8 * MIB, 4, 8 * MIB),  # a power of two stays
+        (9 * MIB, 2, 12 * MIB),
+        (9 * MIB, 1, 9 * MIB),
+    ],
+)
+def test_requests_round_up_to_a_division_of_a_power_of_two(num_bytes: int, divisions: int, block: int) -> None:
+    assert round_to_division(num_bytes, divisions) == block
+
+
+def test_settings_are_read_as_torch_takes_them() -> None:
+    text = "max_split_size_mb:128, roundup_power2_divisions:8,backend:native,release_lock_on_cudamalloc:True"
+    assert parse_settings(text) == AllocatorSettings(max_split_bytes=128 * MIB, roundup_power2_divisions=8)
+    assert parse_settings("expandable_segments:True") == EXPANDABLE
+    assert parse_settings("max_non_split_rounding_mb:64").max_non_split_rounding_bytes == 64 * MIB
+    assert parse_settings("") == parse_settings("expandable_segments:False") == AllocatorSettings()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("garbage_collection_threshold:0.8", "garbage_collection_threshold:0.8 is not modelled, it goes by the age"),
+        ("backend:cudaMallocAsync", "backend:cudaMallocAsync is not modelled, only the native"),
+        ("roundup_power2_divisions:[256:1,>:4]", "list in brackets, which is not modelled"),
+        ("roundup_power2_divisions:3", "must be a power of two"),
+        ("roundup_power2_divisions:-1", "roundup_power2_divisions:-1 is not a whole number"),
+        ("max_split_size_mb:10", "must be at least 20 MiB"),
+        ("max_split_size_mb:64,expandable_segments:True", "does not go with expandable_segments"),
+        ("max_split_size:64", "did you mean max_split_size_mb"),
+        ("expandable_segments:yes", "neither True nor False"),
+        ("expandable_segments", "'expandable_segments' is not a setting"),
+    ],
+)
+def test_other_settings_are_refused_by_name(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse_settings(text)
+
+
 # --- properties ---------------------------------------------------------------------------------------------------
 
 SIZES = st.one_of(st.integers(0, 4096), st.integers(0, 3 * MIB), st.integers(0, 40 * MIB))
@@ -312,7 +468,67 @@ def run(allocator: CachingAllocator, steps: Iterable[tuple[str, int, int]]) -> I
         yield live
 
 
-@given(STEPS, st.one_of(st.none(), st.integers(2 * MIB, 100 * MIB)))
+CAPACITIES = st.one_of(st.none(), st.integers(2 * MIB, 100 * MIB))
+MODES = {
+    "default": AllocatorSettings(),
+    "expandable": AllocatorSettings(expandable_segments=True),
+    "max_split": AllocatorSettings(max_split_bytes=21 * MIB),
+    "roundup": AllocatorSettings(roundup_power2_divisions=4),
+    "expandable and roundup": AllocatorSettings(expandable_segments=True, roundup_power2_divisions=2),
+}
+EACH_MODE = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+
+
+def naive(capacity: int | None, mode: AllocatorSettings) -> NaiveAllocator:
+    return NaiveAllocator(
+        capacity,
+        expandable=mode.expandable_segments,
+        max_split=mode.max_split_bytes,
+        divisions=mode.roundup_power2_divisions,
+    )
+
+
+def program(seed: int) -> Iterator[tuple[str, int, int]]:
+    """A long program with many sizes, on the edges between the rules too, and three streams, one of them busiest."""
+    chance = random.Random(seed)
+    edges = (512, MIB, MIB + 1, 10 * MIB, 20 * MIB, 21 * MIB, 22 * MIB, 40 * MIB)
+    for _ in range(chance.choice((60, 200))):
+        size = chance.choice((*(chance.randint(0, most) for most in (4096, 2 * MIB, 12 * MIB, 60 * MIB)), *edges))
+        action = chance.choices(("malloc", "free", "empty_cache"), (55, 42, 3))[0]
+        yield action, size, chance.choice((0, 0, 0, 1, 7))
+
+
+@EACH_MODE
+@given(seed=st.integers(0, 2**32), capacity=st.one_of(st.none(), st.integers(2 * MIB, 160 * MIB)))
+@settings(deadline=None, max_examples=60)
+def test_the_allocator_equals_the_naive_one_at_every_event(
+    mode: AllocatorSettings, seed: int, capacity: int | None
+) -> None:
+    fast, plain = CachingAllocator(capacity, mode), naive(capacity, mode)
+    live: list[int] = []
+    for action, number, stream in program(seed):
+        if action == "malloc":
+            try:
+                expected = plain.malloc(number, stream)
+            except NoMemory:
+                with pytest.raises(DeviceOutOfMemory):
+                    fast.malloc(number, stream)
+            else:
+                assert fast.malloc(number, stream) == expected
+                live.append(expected)
+        elif action == "free" and live:
+            handle = live.pop(number % len(live))
+            plain.free(handle)
+            fast.free(handle)
+        elif action == "empty_cache":
+            plain.empty_cache()
+            fast.empty_cache()
+        assert (fast.allocated_bytes, fast.requested_bytes) == (plain.allocated, plain.requested)
+        assert (fast.reserved_bytes, fast.num_retries) == (plain.reserved, plain.retries)
+    assert (fast.peak_allocated_bytes, fast.peak_requested_bytes, fast.peak_reserved_bytes) == plain.peaks
+
+
+@given(STEPS, CAPACITIES)
 @settings(deadline=None, max_examples=150)
 def test_books_hold_at_every_step(steps: list[tuple[str, int, int]], capacity: int | None) -> None:
     allocator = CachingAllocator(capacity)
@@ -334,7 +550,7 @@ def test_live_blocks_never_overlap(steps: list[tuple[str, int, int]]) -> None:
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(stretches))
 
 
-@given(STEPS, st.one_of(st.none(), st.integers(2 * MIB, 100 * MIB)))
+@given(STEPS, CAPACITIES)
 @settings(deadline=None, max_examples=150)
 def test_freeing_everything_restores_whole_segments(steps: list[tuple[str, int, int]], capacity: int | None) -> None:
     allocator = CachingAllocator(capacity)
@@ -348,126 +564,35 @@ def test_freeing_everything_restores_whole_segments(steps: list[tuple[str, int, 
     assert allocator.reserved_bytes == 0
 
 
-# --- recorded streams ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Event:
-    """One line of a recording: what happened, and what was allocated and reserved afterwards."""
-
-    action: str
-    address: int
-    num_bytes: int
-    stream: int
-    allocated_bytes: int
-    reserved_bytes: int
-
-
-def read_events(lines: Iterable[str]) -> list[Event]:
-    columns = ("addr", "bytes", "stream", "total_allocated_after", "total_reserved_after")
-    return [Event(row["action"], *(int(row[name]) for name in columns)) for row in csv.DictReader(lines)]
-
-
-def read_segments(text: str) -> list[Segment]:
-    return [
-        Segment(
-            row["addr"],
-            row["size"],
-            row["stream"],
-            row["pool"],
-            tuple(LiveBlock(block["addr"], block["size"], block["requested"]) for block in row["live"]),
-        )
-        for row in json.loads(text)
-    ]
-
-
-def replay(
-    allocator: CachingAllocator, handles: dict[int, int], events: Iterable[Event]
-) -> Iterator[tuple[int, Event]]:
-    """Replay a recording; yields each (index, event) at which the allocator must agree with what was recorded.
-
-    Segments are the model's own business: a ``segment_alloc`` must follow from the ``alloc`` behind it. A run of
-    ``segment_free`` is one flush of the cache and is compared at its end.
-    """
-    listed = list(events)
-    for index, event in enumerate(listed):
-        if event.action == "alloc":
-            handles[event.address] = allocator.malloc(event.num_bytes, event.stream)
-        elif event.action == "free":
-            allocator.free(handles.pop(event.address))
-        elif event.action == "segment_free":
-            allocator.empty_cache()
-            if index + 1 < len(listed) and listed[index + 1].action == "segment_free":
-                continue
-        elif event.action == "segment_alloc":
-            continue
-        yield index, event
-
-
-def load_trace(name: str) -> tuple[list[Event], list[Segment]]:
-    if not TRACES.is_dir():
-        pytest.skip("needs the recorded allocator traces in ../shared/traces")
-    with gzip.open(TRACES / f"{name}.csv.gz", "rt") as lines:
-        events = read_events(lines)
-    return events, read_segments(gzip.decompress((TRACES / f"{name}.init.json.gz").read_bytes()).decode())
-
-
-@pytest.mark.parametrize("name", TRACE_NAMES)
-def test_reserved_is_exact_at_every_event_of_a_recording(name: str) -> None:
-    events, segments = load_trace(name)
-    allocator = CachingAllocator()
-    handles = allocator.install(segments)
-    compared = 0
-    for index, event in replay(allocator, handles, events):
-        assert allocator.reserved_bytes == event.reserved_bytes, f"event {index}: {event}"
-        compared += 1
-    assert compared == sum(event.action in ("alloc", "free") for event in events) > 0
-    assert allocator.peak_allocated_bytes == max(event.allocated_bytes for event in events)
+# --- recorded streams: that reserved is exact is in test_replay.py ------------------------------------------------
 
 
 class RecordedPlacement(CachingAllocator):
     """The allocator with new segments where the recorded driver put them, which no rule predicts."""
 
-    def __init__(self, events: list[Event]) -> None:
+    def __init__(self, recording: Recording) -> None:
         super().__init__()
-        self.recorded = iter([event for event in events if event.action == "segment_alloc"])
+        rows = zip(recording.actions, recording.addresses, recording.sizes, strict=True)
+        self.recorded = ((address, size) for action, address, size in rows if action == "segment_alloc")
         self.shift = 0
 
     def _place_segment(self, segment_bytes: int) -> int:
-        event = next(self.recorded)
-        assert event.num_bytes == segment_bytes
-        return event.address + self.shift
+        address, size = next(self.recorded)
+        assert size == segment_bytes
+        return address + self.shift
 
 
 @pytest.mark.parametrize("name", TRACE_NAMES)
 def test_every_block_gets_its_recorded_address_when_segments_lie_where_they_lay(name: str) -> None:
-    events, segments = load_trace(name)
-    allocator = RecordedPlacement(events)
-    handles = allocator.install(segments)
-    allocator.shift = next((handle - address for address, handle in handles.items()), 0)
-    for index, event in replay(allocator, handles, events):
-        if event.action == "alloc":
-            assert handles[event.address] == event.address + allocator.shift, f"event {index}: {event}"
-        assert allocator.allocated_bytes == event.allocated_bytes, f"event {index}: {event}"
-
-
-def test_replay_takes_a_run_of_segment_frees_as_one_flush() -> None:
-    # 30 MiB allocated and freed, then 20; both segments go back in one flush, reported segment by segment.
-    text = f"""action,addr,bytes,stream,total_allocated_after,total_reserved_after
-segment_alloc,700,{30 * MIB},0,0,{30 * MIB}
-alloc,700,{30 * MIB},0,{30 * MIB},{30 * MIB}
-segment_alloc,100,{20 * MIB},0,{30 * MIB},{50 * MIB}
-alloc,100,{20 * MIB},0,{50 * MIB},{50 * MIB}
-free,700,{30 * MIB},0,{20 * MIB},{50 * MIB}
-free,100,{20 * MIB},0,0,{50 * MIB}
-segment_free,700,{30 * MIB},0,0,{20 * MIB}
-segment_free,100,{LARGE_SEGMENT_BYTES},0,0,0
-segment_alloc,100,{LARGE_SEGMENT_BYTES},0,0,{20 * MIB}
-alloc,100,{2 * MIB},0,{2 * MIB},{20 * MIB}
-"""
-    allocator = CachingAllocator()
-    seen = [
-        (index, allocator.reserved_bytes == event.reserved_bytes)
-        for index, event in replay(allocator, {}, read_events(text.splitlines()))
-    ]
-    assert seen == [(1, True), (3, True), (4, True), (5, True), (7, True), (9, True)]
+    recording = load_trace(name)
+    assert recording.allocated_bytes is not None
+    allocator = RecordedPlacement(recording)
+    handles = allocator.install(recording.segments)
+    shift = allocator.shift = next((handle - address for address, handle in handles.items()), 0)
+    rows = zip(recording.actions, recording.addresses, recording.sizes, recording.allocated_bytes, strict=True)
+    for index, (action, address, size, allocated) in enumerate(rows):
+        if action == "alloc":
+            assert allocator.malloc(size) == address + shift, recording.place(index)
+        elif action == "free":
+            allocator.free(address + shift)
+        assert allocator.allocated_bytes == allocated, recording.place(index)

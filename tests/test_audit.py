@@ -43,6 +43,7 @@ def test_bytes_given_rows_by_hand(plan: Plan) -> None:
         ("h2d", "inputs"): 2 * (2 * 8 * 4),  # ids and labels, int64, T = 4
         ("h2d", "rows"): 24 * 64,
         ("h2d", "row_experts"): 24 * 4,
+        ("h2d", "row_positions"): 0,
         ("h2d", "rows_refetched"): 8 * 64,  # of the layers l < L-1-p = 1: layer 0
         ("d2h", "queries"): 2 * (2 * 4 * 8 * 4),  # (L-p)*T*D*q
         ("d2h", "probes"): 2 * (3 * 4 * 2 * 4),  # L*T*P*4

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft.planner.allocator import CachingAllocator, round_block
+from meft.planner.allocator import round_block
+from meft.planner.blocks import Pool
 from meft.planner.errors import EXIT_MACHINE, DeviceOutOfMemory
 from meft.runtime.books import DeviceBooks, WrongPlaceError
 
@@ -290,11 +291,11 @@ def test_the_budget_holds_for_the_reserved_memory_that_a_cache_keeps() -> None:
 def test_garbage_collected_in_the_middle_of_an_allocation_is_released_after_it(monkeypatch) -> None:
     # The free block of 1 KiB that is being cut lies beside the one that the collector frees: merging them then and
     # there would hand out memory twice.
-    cut = CachingAllocator._cut
+    cut = Pool.cut
 
-    def collect_and_cut(allocator, block, size):
+    def collect_and_cut(pool, block, size):
         gc.collect()
-        return cut(allocator, block, size)
+        return cut(pool, block, size)
 
     books = DeviceBooks()
     with books:
@@ -302,7 +303,7 @@ def test_garbage_collected_in_the_middle_of_an_allocation_is_released_after_it(m
         cyclic.append(cyclic)  # only the collector can free it
         del free_later, cyclic
         assert allocated(books) == 512
-        monkeypatch.setattr(CachingAllocator, "_cut", collect_and_cut)
+        monkeypatch.setattr(Pool, "cut", collect_and_cut)
         kept = torch.empty(1)
         assert allocated(books) == 512  # the new one; the cycle is gone
     del kept

@@ -28,6 +28,7 @@ RECORDS_AND_PROFILES = {
     "plan",
     "report",
     "profiles",
+    "profile_file",
     "models",
     "architecture",
     "errors",
@@ -35,12 +36,19 @@ RECORDS_AND_PROFILES = {
     "files",
     "setup",
     "stream",
+    "chrome",
 }
 ALLOCATOR_IS_USED_BY = {"books", "exchange"}
 """The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it, and
 the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
 
-WITH_EFFECTS = {"files", "schema", "profiles", "models", "plot", "render", "verification"}
+PROFILING_IS_USED_BY = {
+    "profile_cli": {"calibrate", "prediction"},
+    "sparsity_profile": {"union_fit"},
+}
+"""Measuring ends in a fit, and calibrating in predictions: the commands of meft-profile call those models."""
+
+WITH_EFFECTS = {"files", "recording_files", "schema", "profiles", "models", "plot", "render", "verification"}
 """Planner modules that read, write or print. With the command line they are all there are: any other is pure."""
 EFFECTS = {
     "asyncio",
@@ -64,7 +72,10 @@ EFFECTS = {
     "time",
     "uuid",
 }
-MODELS_OF_THE_DESIGN = ("sparsity", "transfer", "host_memory", "timing", "lanes", "memory", "search", "allocator")
+MODELS_OF_THE_DESIGN = (
+    *("sparsity", "transfer", "host_memory", "timing", "lanes", "memory", "search"),
+    *("allocator", "blocks", "recording", "history", "replay"),
+)
 
 
 @dataclass(frozen=True)
@@ -183,6 +194,7 @@ def planner_modules(each: Import) -> set[str]:
 def test_the_runtime_imports_only_records_and_profiles_from_the_planner() -> None:
     for path in sources("runtime"):
         allowed = RECORDS_AND_PROFILES | ({"allocator"} if path.stem in ALLOCATOR_IS_USED_BY else set())
+        allowed |= PROFILING_IS_USED_BY.get(path.stem, set())
         for each in imports_of(path):
             assert planner_modules(each) <= allowed, each.place
 
@@ -250,6 +262,7 @@ def loaded_by(module: str, *arguments: str, folder: Path) -> set[str]:
         pytest.param("meft.planner.cli", ("meft-plan", "--help"), id="meft-plan --help"),
         pytest.param("meft.planner.cli", ("meft-plan", "--gpu-mem", "24GB", "--host-mem", "64GB"), id="meft-plan"),
         pytest.param("meft.runtime.cli", ("meft-run", "--help"), id="meft-run --help"),
+        pytest.param("meft.runtime.profile_cli", ("meft-profile", "--help"), id="meft-profile --help"),
     ],
 )
 def test_a_command_starts_without_torch(module, arguments, tmp_path) -> None:

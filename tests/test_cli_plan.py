@@ -312,7 +312,7 @@ def test_estimate_takes_its_configuration() -> None:
         *("--method", "lora", "--rank", "8", "--target-modules", "q_proj,v_proj", "--model", "qwen2.5-0.5b"),
         *("--weights-dtype", "fp16", "--activation-checkpointing", "--adapter-dtype", "bf16"),
     )
-    assert (content["size"], content["targets"], content["weights_dtype"]) == (8, ["q", "v"], "fp16")
+    assert (content["size"], content["targets"], content["weights_dtype"]) == (8, ["q_proj", "v_proj"], "fp16")
     assert (content["activation_checkpointing"], content["adapter_dtype"]) == (True, "bf16")
     # D = 896, 14 heads of 64 and 2 key-value heads, 24 layers: 8 * ((896 + 896) + (896 + 128)) * 24
     assert content["trainable_parameters"] == 8 * (1792 + 1024) * 24
@@ -344,11 +344,77 @@ def test_qlora_is_lora_on_nf4() -> None:
         (["--method", "qlora", "--weights-dtype", "bf16"], "qlora has nf4 weights"),
         (["--method", "full", "--weights-dtype", "nf4"], "full trains its weights"),
         (["--method", "lora", "--target-modules", "qq"], "unknown linear layer in --target-modules 'qq'"),
-        (["--method", "meft", "--weights-dtype", "int8"], "the runtime trains beside fp32, bf16 or nf4"),
+        (["--method", "meft", "--autocast", "bf16"], "--autocast does not go with --method meft; it is of"),
+        (["--method", "full", "--kbit-preparation"], "--kbit-preparation does not go with --method full"),
+        (["--method", "lora", "--double-quant"], "it goes with --weights-dtype nf4"),
+        (["--method", "lora", "--weights-dtype", "fp32", "--attention", "flash"], "it computes in 16 bits"),
+        (["--method", "lora", "--weights-dtype", "int8"], "'int8' is not one of"),
+        ([], "--method: which one? Give one of meft"),
+        (["--method", "meft", "--adapter-width", "64", "--top-k", "8", "--active-rows", "65"], "--active-rows 65"),
     ],
 )
 def test_an_estimate_refuses_what_does_not_go_together(arguments: list[str], says: str) -> None:
     assert says in refused("estimate", *arguments)
+
+
+REQUEST = {
+    "method": "qlora",
+    "model": "qwen2.5-0.5b",
+    "rank": 8,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "kbit_preparation": True,
+    "autocast": "bf16",
+    "batch_size": 1,
+    "seq_len": 256,
+    "activation_checkpointing": True,
+    "gpu": "rtx-4080",
+    "gpu_mem": "16GB",
+}
+
+
+def test_estimate_takes_one_json_object_as_file_or_standard_input() -> None:
+    Path("request.json").write_text(json.dumps(REQUEST))
+    options = ["--method", "qlora", "--model", "qwen2.5-0.5b", "--rank", "8", "--target-modules", "q,k,v,o"]
+    options += ["--kbit-preparation", "--autocast", "bf16", "--batch-size", "1", "--seq-len", "256"]
+    by_options = estimated(*options, "--activation-checkpointing", "--gpu", "rtx-4080")
+    assert estimated("--request", "request.json") == by_options
+    piped = CliRunner().invoke(command, ["estimate", "--request", "-", "--json"], input=json.dumps(REQUEST))
+    assert json.loads(piped.stdout) == by_options
+    # canifinetune-01215 measured 1,600,626,937 bytes on an RTX 4080
+    assert by_options["peak_allocated_bytes"] == pytest.approx(1600626937, rel=0.002)
+    assert estimated("--request", "request.json", "--seq-len", "512")["peak_allocated_bytes"] > 2_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"method": "lora", "rnk": 8}', "unknown field in --request request.json 'rnk'; did you mean rank?"),
+        ('{"method": "lora", "rank": 0}', "rank: Input should be greater than or equal to 1"),
+        ('{"method": "lora", "rank": "eight"}', "rank: Input should be a valid integer"),
+        ('{"method": "lore"}', "method: Input should be 'meft'"),
+        ('{"rank": 8}', "--method: which one?"),
+        ('["lora"]', "expected a JSON object, found list"),
+        ('{"method": "lora", ', "not valid JSON"),
+        ('{"method": "lora", "gpu_mem": "lots"}', "--gpu-mem: 'lots' is not a size"),
+    ],
+)
+def test_a_bad_request_is_one_clear_line(content: str, says: str) -> None:
+    Path("request.json").write_text(content)
+    assert says in refused("estimate", "--request", "request.json")
+
+
+def test_estimate_of_meft_with_its_active_rows_given() -> None:
+    sizes = ["--adapter-width", "2048", "--top-k", "16", "--model", "qwen2.5-0.5b"]
+    few = estimated("--method", "meft", *sizes, "--active-rows", "100", "--autocast", "none", "--loss", "hf")
+    many = estimated("--method", "meft", *sizes, "--active-rows", "1000")
+    assert few["decision"]["active_rows_cap"] == 100
+    assert few["peak_allocated_bytes"] < many["peak_allocated_bytes"]
+    assert few["h2d_bytes_per_step"] < many["h2d_bytes_per_step"]
+
+
+def test_a_target_of_another_architecture_is_passed_over_and_said() -> None:
+    result = run("estimate", "--method", "lora", "--model", "qwen2.5-0.5b", "--target-modules", "q_proj,c_attn")
+    assert "target c_attn: qwen2.5-0.5b has no such layer" in " ".join(result.stdout.split())
 
 
 def test_compare_shows_every_method() -> None:

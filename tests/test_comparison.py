@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_samples import sample_plan, sample_profiles, sample_request
 
-from meft.planner.cli_methods import compare_methods, parse_targets
+from meft.planner.cli_compare import compare_methods
 from meft.planner.cli_options import RequestOptions
 from meft.planner.cli_request import planning
-from meft.planner.comparison import (
-    DENSE_NAMES,
-    USUAL_SIZES,
-    DenseChoice,
-    Estimate,
-    MethodRow,
-    compare_dense,
-    dense_method,
-    estimate_dense,
-    estimate_meft,
-    trainable_parameters,
-)
+from meft.planner.comparison import DENSE_NAMES, MethodRow, candidate_sizes, compare_dense, sized, usual_setup
 from meft.planner.dense_timing import dense_step_seconds
 from meft.planner.errors import UsageError
+from meft.planner.estimates import Estimate, estimate_dense, estimate_meft, trainable_parameters
+from meft.planner.linears import resolve_targets
 from meft.planner.models import load_model
 from meft.planner.plan import Request
 from meft.planner.profiles import load_gpu, load_link
+from meft.planner.setup import TrainingSetup
 from meft.planner.timing import gpu_rates, step_timing
 
 GIB = 1 << 30
@@ -50,11 +40,17 @@ def llama() -> Request:
     )
 
 
-def estimated(request: Request, choice: DenseChoice) -> Estimate:
-    return estimate_dense(choice, request=request, gpu=load_gpu("rtx-3090"), link=load_link("pcie-4.0-x16"))
+def setup_of(request: Request, method: str, **changes) -> TrainingSetup:
+    usual = usual_setup(method, request=request, weights_dtype="bf16")  # type: ignore[arg-type]
+    return usual.model_copy(update=changes)
 
 
-LORA = DenseChoice(method="lora", size=8, targets=("q", "v"))
+def lora(request: Request, **changes) -> TrainingSetup:
+    return setup_of(request, "lora", **({"rank": 8, "target_modules": ("q_proj", "v_proj")} | changes))
+
+
+def estimated(request: Request, setup: TrainingSetup) -> Estimate:
+    return estimate_dense(setup, request=request, gpu=load_gpu("rtx-3090"), link=load_link("pcie-4.0-x16"))
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -64,19 +60,18 @@ LORA = DenseChoice(method="lora", size=8, targets=("q", "v"))
 def test_lora_parameters_are_those_the_paper_plots(llama: Request, rank: int, expected: int) -> None:
     # Figure 1 of arXiv 2406.04984, data in the authors' examples/draw_lines.py: LoRA on q and v of LLaMA-7B,
     # r * (4096 + 4096) * 2 targets * 32 layers.
-    choice = replace(LORA, size=rank)
-    assert trainable_parameters(llama.model, dense_method(choice, shape=llama.model, size=rank)) == expected
+    assert trainable_parameters(lora(llama, rank=rank)) == expected
 
 
 def test_parallel_adapter_parameters_are_those_the_paper_plots(llama: Request) -> None:
     # The same figure: width 1536 has 402,653,184 parameters, 2 * 1536 * 4096 * 32.
-    estimate = estimated(llama, DenseChoice(method="parallel-adapter", size=1536))
+    estimate = estimated(llama, setup_of(llama, "parallel-adapter"))
     assert estimate.trainable_parameters == 402_653_184
     assert estimate.trainable_fraction == 402_653_184 / 6_738_415_616
 
 
 def test_full_trains_everything(llama: Request) -> None:
-    estimate = estimated(llama, DenseChoice(method="full", size=None))
+    estimate = estimated(llama, setup_of(llama, "full"))
     assert estimate.trainable_parameters == 6_738_415_616
     assert (estimate.size, estimate.size_name, estimate.adapter_dtype) == (None, None, None)
     # bf16 weights and two bf16 moments are there for good: 6 bytes per parameter, and little else.
@@ -84,18 +79,18 @@ def test_full_trains_everything(llama: Request) -> None:
     assert not estimate.fits
 
 
-def test_a_model_without_a_gate_adapts_what_it_has() -> None:
+def test_a_model_without_a_gate_adapts_what_it_has(llama: Request) -> None:
     shape, _, _ = load_model("gpt2")
-    choice = replace(LORA, targets=("up", "gate", "down"))
-    # D = 768, I = 3072, 12 layers: 8 * (768 + 3072) * 2 * 12
-    assert trainable_parameters(shape, dense_method(choice, shape=shape, size=8)) == 8 * (768 + 3072) * 2 * 12
+    setup = lora(llama, model=shape, target_modules=resolve_targets(shape, ["ffn"]))
+    # D = 768, I = 3072, 12 layers; c_proj is the name of attention's output too: 768 + 768
+    assert trainable_parameters(setup) == 8 * ((768 + 3072) * 2 + 1536) * 12
 
 
 # --- estimates ------------------------------------------------------------------------------------------------------
 
 
 def test_an_estimate_adds_up(llama: Request) -> None:
-    estimate = estimated(llama, LORA)
+    estimate = estimated(llama, lora(llama))
     in_peak = sum(entry.num_bytes for entry in estimate.entries if entry.phase in ("resident", estimate.peak_phase))
     assert estimate.peak_allocated_bytes == in_peak
     assert estimate.resident_bytes == sum(entry.num_bytes for entry in estimate.entries if entry.phase == "resident")
@@ -106,16 +101,16 @@ def test_an_estimate_adds_up(llama: Request) -> None:
 
 
 def test_options_move_what_they_should(llama: Request) -> None:
-    plain = estimated(llama, LORA)
-    quantized = estimated(llama, replace(LORA, weights_dtype="nf4"))
-    double = estimated(llama, replace(LORA, weights_dtype="nf4", double_quant=True))
+    plain = estimated(llama, lora(llama))
+    quantized = estimated(llama, lora(llama, weights_dtype="nf4"))
+    double = estimated(llama, lora(llama, weights_dtype="nf4", double_quant=True))
     assert double.resident_bytes < quantized.resident_bytes < plain.resident_bytes
-    checkpointed = estimated(llama, replace(LORA, activation_checkpointing=True))
+    checkpointed = estimated(llama, lora(llama, activation_checkpointing=True))
     assert checkpointed.peak_allocated_bytes < plain.peak_allocated_bytes
     assert checkpointed.step_seconds > plain.step_seconds
-    dropped = estimated(llama, replace(LORA, outputs_kept=False))
-    # bf16 logits of 2 x 256 tokens over a vocabulary of 32,000
-    assert plain.peak_allocated_bytes - dropped.peak_allocated_bytes == 2 * 512 * 32_000
+    dropped = estimated(llama, lora(llama, outputs_kept=False))
+    # at least the bf16 logits of 2 x 256 tokens over a vocabulary of 32,000
+    assert plain.peak_allocated_bytes - dropped.peak_allocated_bytes >= 2 * 512 * 32_000
     assert any("holding on to" in text for text in dropped.leaves_out)
     assert not any("holding on to" in text for text in plain.leaves_out)
 
@@ -131,53 +126,11 @@ def test_a_plan_is_priced_like_any_method() -> None:
     assert not estimate_meft(small_host, plan.decision, plan.prediction).fits
 
 
-MISTRAL = {
-    "batch_size": 4,
-    "seq_len": 4096,
-    "grad_accum": 1,
-    "attention": "flash",
-    "activation_checkpointing": True,
-}
-
-
-@pytest.mark.parametrize(
-    ("method", "weights_dtype", "double_quant", "measured_bytes"),
-    [
-        # Peaks that torch counted on an A100 while training Mistral-7B, r = 16 on q, k, v, o, 4 x 4096 packed tokens,
-        # checkpointing, FlashAttention-2, stock loss: benchmark tables of fms-acceleration, runs 01290 and 01392
-        # ("none" and "accelerated-peft-bnb", whose nf4 model keeps its embeddings and head in 16 bits).
-        ("lora", "bf16", False, 26_704_571_904),
-        ("qlora", "nf4", True, 16_373_838_336),
-    ],
-)
-def test_peaks_of_measured_runs(
-    llama: Request, method: str, weights_dtype: str, double_quant: bool, measured_bytes: int
-) -> None:
-    shape, _, _ = load_model("mistral-7b")
-    request = llama.model_copy(update={"model": shape, **MISTRAL})
-    choice = DenseChoice(
-        method=method,  # type: ignore[arg-type]
-        size=16,
-        targets=("q", "k", "v", "o"),
-        weights_dtype=weights_dtype,  # type: ignore[arg-type]
-        double_quant=double_quant,
-        activation_checkpointing=True,
-    )
-    assert estimated(request, choice).peak_allocated_bytes == pytest.approx(measured_bytes, rel=0.03)
-
-
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
-def dense_seconds(request: Request, choice: DenseChoice) -> float:
-    method = dense_method(choice, shape=request.model, size=choice.size or 0)
-    return dense_step_seconds(
-        request=request,
-        gpu=load_gpu("rtx-3090"),
-        link=load_link("pcie-4.0-x16"),
-        method=method,
-        activation_checkpointing=False,
-    )
+def dense_seconds(request: Request, setup: TrainingSetup) -> float:
+    return dense_step_seconds(setup=setup, request=request, gpu=load_gpu("rtx-3090"), link=load_link("pcie-4.0-x16"))
 
 
 def test_a_dense_adapter_takes_the_time_of_the_plans_baseline(llama: Request) -> None:
@@ -205,19 +158,19 @@ def test_a_dense_adapter_takes_the_time_of_the_plans_baseline(llama: Request) ->
         active_rows_per_layer=[1024] * layers,
         window_active_rows_per_layer=[1024] * layers,
     )
-    choice = DenseChoice(method="parallel-adapter", size=1024, adapter_dtype="bf16")
+    setup = setup_of(llama, "parallel-adapter", adapter_width=1024, adapter_dtype="bf16")
     parameters = 2 * 1024 * 4096 * 32
     adamw = 7 * 2 * parameters / gpu_rates(load_gpu("rtx-3090"), llama).bytes_per_second / llama.grad_accum
-    copies = dense_seconds(llama, choice) - adamw - timing.baseline_step_seconds
+    copies = dense_seconds(llama, setup) - adamw - timing.baseline_step_seconds
     assert 0 < copies < 1e-3
 
 
 def test_time_grows_with_size_and_training_everything_costs_more(llama: Request) -> None:
-    narrow, wide = (dense_seconds(llama, DenseChoice(method="parallel-adapter", size=size)) for size in (64, 4096))
-    assert narrow < wide
-    low, high = (dense_seconds(llama, replace(LORA, size=rank)) for rank in (8, 512))
+    widths = [dense_seconds(llama, setup_of(llama, "parallel-adapter", adapter_width=size)) for size in (64, 4096)]
+    assert widths[0] < widths[1]
+    low, high = (dense_seconds(llama, lora(llama, rank=rank)) for rank in (8, 512))
     assert low < high
-    assert dense_seconds(llama, DenseChoice(method="full", size=None)) > low
+    assert dense_seconds(llama, setup_of(llama, "full")) > low
 
 
 # --- the largest that fits ------------------------------------------------------------------------------------------
@@ -240,15 +193,9 @@ def test_the_largest_fits_and_one_more_does_not(llama: Request, method: str, ste
     assert largest.size is not None
     assert largest.fits
     for checkpointing in (False, True):
-        more = DenseChoice(
-            method=method,  # type: ignore[arg-type]
-            size=largest.size + step,
-            targets=USUAL_SIZES[method].targets,  # type: ignore[index]
-            weights_dtype=largest.weights_dtype,
-            double_quant=largest.double_quant,
-            activation_checkpointing=checkpointing,
-        )
-        assert not estimated(llama, more).fits
+        setup = setup_of(llama, method, activation_checkpointing=checkpointing)
+        assert largest.size + step in candidate_sizes(setup)
+        assert not estimated(llama, sized(setup, largest.size + step)).fits
 
 
 def test_nothing_fits_a_tiny_card(llama: Request) -> None:
@@ -260,15 +207,30 @@ def test_nothing_fits_a_tiny_card(llama: Request) -> None:
         assert row.largest_because == "no size fits the budget"
 
 
+@settings(max_examples=5)
 @given(st.integers(14, 30), st.integers(0, 8))
 def test_more_memory_never_makes_the_largest_smaller(budget_gib: int, more_gib: int) -> None:
     shape, _, _ = load_model("qwen2.5-0.5b")
-    request = sample_request(model=shape, batch_size=2, seq_len=64)
-    sizes = []
+    request = sample_request(model=shape, batch_size=2, seq_len=64, activation_checkpointing=False)
+    found = []
     for eighths in (budget_gib, budget_gib + more_gib):
         largest = compared(request.model_copy(update={"gpu_mem_bytes": eighths * GIB // 8}), "lora").largest
-        sizes.append(0 if largest is None else largest.size or 0)
-    assert sizes[0] <= sizes[1]
+        found.append(0 if largest is None else largest.size or 0)
+    assert found[0] <= found[1]
+
+
+def test_the_paper_needs_48_gb_for_a_ten_percent_adapter_that_meft_fits_in_24(llama: Request) -> None:
+    # arXiv 2406.04984: a parallel adapter of about 10 % of LLaMA-7B is trained on 48 GB, MEFT with as many in 24 GB.
+    # Width 2560 is 671 M trainable parameters, 9.96 % of the model.
+    dense = setup_of(llama, "parallel-adapter", adapter_width=2560)
+    estimates = [estimated(llama, dense.model_copy(update={"activation_checkpointing": on})) for on in (False, True)]
+    assert estimates[0].trainable_fraction == pytest.approx(0.1, abs=0.005)
+    for estimate in estimates:
+        assert estimate.process_bytes.low_bytes > 24 * GIB
+        assert estimate.process_bytes.high_bytes < 48 * GIB
+    meft = sample_plan()  # its adapter is wider than that
+    assert meft.prediction.trainable_fraction > 0.1
+    assert meft.prediction.device_memory.process_bytes.high_bytes <= 24 * GIB
 
 
 def test_checkpointing_is_used_where_left_open_and_only_then(llama: Request) -> None:
@@ -283,24 +245,11 @@ def test_checkpointing_is_used_where_left_open_and_only_then(llama: Request) -> 
 # --- the command's parts --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("q_proj,v_proj", ("q", "v")),
-        ("v q, q", ("q", "v")),
-        ("attention", ("q", "k", "v", "o")),
-        ("all-linear", ("q", "k", "v", "o", "gate", "up", "down")),
-    ],
-)
-def test_targets(text: str, expected: tuple[str, ...]) -> None:
-    assert parse_targets(text) == expected
-
-
-def test_bad_targets_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"unknown linear layer in --target-modules 'downn'; did you mean down"):
-        parse_targets("q,downn")
-    with pytest.raises(UsageError, match="it names no layer"):
-        parse_targets(" , ")
+def test_bad_targets_are_refused(llama: Request) -> None:
+    with pytest.raises(UsageError, match=r"unknown linear layer in --target-modules 'downn'; did you mean"):
+        resolve_targets(llama.model, ["q", "downn"])
+    with pytest.raises(UsageError, match="has no such linear layer; it has q_proj"):
+        resolve_targets(llama.model, ["c_attn"])
 
 
 def test_every_method_has_its_row() -> None:

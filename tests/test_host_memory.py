@@ -23,7 +23,8 @@ def by_category(ledger) -> dict[str, int]:
 
 def test_every_entry_by_hand():
     # One table: L * R * 2D * 4 = 3 * 64 * 16 * 4 = 12288 bytes. A row buffer: 20 rows * 16 * 2 = 640; hidden states:
-    # 10 * 8 * 2 = 160; probes: 10 * 8 * 4 = 320. p = 2: three row stagings and probe landings, two gradient landings.
+    # 10 * 8 * 2 = 160, which at p = 2 only layer 0 sends; probes: 10 * 8 * 4 = 320. p = 2: three row stagings, probe
+    # landings and experts of rows, two gradient landings.
     decision = decision_of(
         routing="key-experts", adapter_width=64, top_k=4, active_rows_cap=20, prefetch_depth=2, num_experts=16
     )
@@ -38,10 +39,25 @@ def test_every_entry_by_hand():
         "gradient_landing": 2 * 640,
         "query_landing": 160,
         "probes_landing": 3 * 320,
-        "row_experts_landing": 20 * 4,
+        "row_experts_landing": 3 * 20 * 4,
     }
     assert ledger.total_bytes == sum(by_category(ledger).values())
     assert {(entry.place, entry.phase, entry.basis) for entry in ledger.entries} == {("host", "resident", "counted")}
+
+
+def test_cached_rows_and_a_bf16_copy_by_hand():
+    # R = 64, C = 10, L = 3: an int32 per row, an int64 per cached row; int32 [cap] at p = 0; 2 bytes a number
+    decision = decision_of(
+        adapter_width=64, top_k=4, active_rows_cap=20, cached_rows=10, gradients_on_device=True, bf16_copy=True
+    )
+    sizes = by_category(host_memory(request=tiny_request(), decision=decision, pinned=False))
+    assert sizes["cache_index"] == 3 * (64 * 4 + 10 * 8)
+    assert sizes["row_positions_landing"] == 20 * 4
+    assert sizes["adapter_bf16_copy"] == 12288 // 2
+    fp32 = host_memory(
+        request=tiny_request().model_copy(update={"adapter_dtype": "fp32"}), decision=decision, pinned=False
+    )
+    assert "adapter_bf16_copy" not in by_category(fp32)
 
 
 def test_each_pinned_buffer_takes_a_power_of_two():

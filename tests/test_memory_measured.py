@@ -1,4 +1,4 @@
-"""The device-memory ledger against traced storages of real models: random weights, one real step each."""
+"""The simulated step and MEFT's ledger against traced storages of real models: random weights, real steps."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from sessions import EXPERTS, open_small, random_examples, small_plan  # noqa: E
 from storage_tracker import StorageTracker  # noqa: E402
 
 from meft.planner.architecture import shape_from_config  # noqa: E402
-from meft.planner.ledger import peak_bytes  # noqa: E402
-from meft.planner.memory import device_ledger, predict_device_memory  # noqa: E402
-from meft.planner.methods import Full, Lora, ParallelAdapter, Workload  # noqa: E402
+from meft.planner.memory import predict_device_memory  # noqa: E402
+from meft.planner.setup import TrainingSetup  # noqa: E402
+from meft.planner.simulation import simulate  # noqa: E402
+from meft.planner.stream import Stream  # noqa: E402
 from meft.runtime.data import collate  # noqa: E402
 
 TOLERANCE = 0.015
-LORA_TOLERANCE = 0.025
-"""LoRA on the FFN under checkpointing peaks while it recomputes forward, which the ledger does not follow."""
+SIMULATED_TOLERANCE = 0.015
+"""What remains is attention: the simulation makes what CUDA's kernels make, and this is the CPU."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LARGE_VOCABULARY, SMALL_VOCABULARY = 4096, 64
 """With the large one the loss is the peak, with the small one backward is."""
 
 
-def config_of(model_type: str, *, vocab_size: int) -> transformers.PreTrainedConfig:
+def config_of(model_type: str, *, vocab_size: int, grouped_heads: bool = True) -> transformers.PreTrainedConfig:
     """Four layers of width 64, grouped heads where the architecture has them, no dropout."""
     common = {
         "vocab_size": vocab_size,
@@ -38,7 +39,7 @@ def config_of(model_type: str, *, vocab_size: int) -> transformers.PreTrainedCon
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    grouped = {"num_key_value_heads": 2}
+    grouped = {"num_key_value_heads": 2 if grouped_heads else 4}
     own = {
         "gpt2": {"n_inner": 192, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
         "gemma2": grouped | {"head_dim": 32},
@@ -60,66 +61,42 @@ class DenseAdapter(torch.nn.Module):
         return self.values(torch.relu(self.keys(hidden.to(self.keys.weight.dtype)))).to(hidden.dtype)
 
 
-class LoraLinear(torch.nn.Module):
-    """LoRA as PEFT runs it: the input cast, two products, scaled, added, cast back."""
-
-    def __init__(self, base: torch.nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.base = base
-        self.down = torch.nn.Linear(base.in_features, rank, bias=False)
-        self.up = torch.nn.Linear(rank, base.out_features, bias=False)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        output = self.base(hidden)
-        added = self.up(self.down(hidden.to(self.down.weight.dtype))) * 2.0
-        return (output + added).to(output.dtype)
-
-
 def with_dense_adapters(model, width: int) -> None:
     for module in [module for name, module in model.named_modules() if name.endswith(".mlp")]:
         module.adapter = DenseAdapter(model.config.hidden_size, width)
         module.register_forward_hook(lambda module, args, output: output + module.adapter(args[0]))
 
 
-def with_lora(model, rank: int, targets) -> None:
-    for layer in model.model.layers:
-        for target in targets:
-            parent = layer.mlp if target in ("gate", "up", "down") else layer.self_attn
-            setattr(parent, f"{target}_proj", LoraLinear(getattr(parent, f"{target}_proj"), rank))
-
-
-def build(model_type: str, method, workload: Workload, vocab_size: int):
-    """A model of random weights with ``method`` attached, ready to train."""
+def build(model_type: str, setup: TrainingSetup):
+    """A model of random weights with the method attached, ready to train."""
     torch.manual_seed(0)
-    config = config_of(model_type, vocab_size=vocab_size)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=workload.attention)
-    model = model.to(DTYPES[workload.weights_dtype]).requires_grad_(isinstance(method, Full))
-    if isinstance(method, ParallelAdapter):
-        with_dense_adapters(model, method.adapter_width)
-    if isinstance(method, Lora):
-        with_lora(model, method.rank, method.targets)
-        model.enable_input_require_grads()
-    if workload.activation_checkpointing:
+    grouped = setup.model.num_kv_heads < setup.model.num_heads
+    config = config_of(model_type, vocab_size=setup.model.vocab_size, grouped_heads=grouped)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=setup.attention)
+    model = model.to(DTYPES[setup.weights_dtype]).requires_grad_(setup.method == "full")
+    if setup.method == "parallel-adapter":
+        with_dense_adapters(model, setup.adapter_width)
+    if setup.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
-def measured_peak(model, workload: Workload) -> int:
+def measured_peak(model, setup: TrainingSetup) -> int:
     """The peak of the second training step, when the optimizer's states exist."""
-    ids = torch.randint(0, model.config.vocab_size, (workload.batch_size, workload.seq_len))
+    ids = torch.randint(0, model.config.vocab_size, (setup.batch_size, setup.seq_len))
     mask = torch.ones_like(ids)
-    if workload.padded:
+    if setup.padded:
         mask[0, -3:] = 0
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
     tracker = StorageTracker(resident=[*model.parameters(), *model.buffers()])
     with tracker:
         inputs = {"input_ids": ids.clone(), "labels": ids.clone()}
-        if workload.padded:
+        if setup.padded:
             inputs["attention_mask"] = mask.clone()
         for _ in range(2):
             begin = len(tracker.events)
-            for _ in range(workload.grad_accum):
-                loss = model(**inputs, use_cache=False).loss
+            for _ in range(setup.grad_accum):
+                loss = model(**inputs).loss
                 loss.backward()
                 del loss
             optimizer.step()
@@ -127,11 +104,25 @@ def measured_peak(model, workload: Workload) -> int:
     return tracker.peak_bytes(since=begin)
 
 
-def check(model_type: str, method, workload: Workload, vocab_size: int, *, tolerance: float = TOLERANCE) -> None:
-    model = build(model_type, method, workload, vocab_size)
-    shape = shape_from_config(model.config.to_dict(), name=model_type)
-    predicted = int(peak_bytes(device_ledger(shape=shape, workload=workload, method=method)))
-    assert predicted == pytest.approx(measured_peak(model, workload), rel=tolerance)
+def requested_peak(stream: Stream) -> int:
+    total = peak = 0
+    for event in stream.events:
+        total += event.num_bytes
+        peak = max(peak, total)
+    return peak
+
+
+def check(model_type: str, vocab_size: int, **fields) -> None:
+    # In fp32 CUDA has no kernel for grouped heads without a mask, the CPU has: there the two differ.
+    grouped = fields.get("weights_dtype") != "fp32" or model_type == "gemma2" or fields.get("attention") == "eager"
+    config = config_of(model_type, vocab_size=vocab_size, grouped_heads=grouped)
+    shape = shape_from_config(config.to_dict(), name=model_type)
+    setup = TrainingSetup(model=shape, outputs_kept=False, **fields)
+    # A dispatch mode, such as the tracker, keeps torch from summing gradients in place.
+    simulated = simulate(setup, workspace_bytes=0, sums_in_place=False)
+    assert requested_peak(simulated) == pytest.approx(
+        measured_peak(build(model_type, setup), setup), rel=SIMULATED_TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [LARGE_VOCABULARY, SMALL_VOCABULARY])
@@ -142,7 +133,11 @@ def check(model_type: str, method, workload: Workload, vocab_size: int, *, toler
     [(1, 64, "sdpa", False), (2, 32, "sdpa", True), (2, 64, "eager", True)],
 )
 def test_llama(batch, length, attention, padded, dtype, checkpointing, vocab_size) -> None:
-    workload = Workload(
+    check(
+        "llama",
+        vocab_size,
+        method="parallel-adapter",
+        adapter_width=96,
         batch_size=batch,
         seq_len=length,
         weights_dtype=dtype,
@@ -150,43 +145,42 @@ def test_llama(batch, length, attention, padded, dtype, checkpointing, vocab_siz
         activation_checkpointing=checkpointing,
         padded=padded,
     )
-    check("llama", ParallelAdapter(adapter_width=96, adapter_bytes=4), workload, vocab_size)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "mistral", "gemma2", "gpt2", "phi"])
 def test_other_architectures(model_type, dtype, checkpointing) -> None:
-    attention = "eager" if model_type == "gemma2" else "sdpa"
-    workload = Workload(
-        batch_size=1,
+    check(
+        model_type,
+        SMALL_VOCABULARY,
+        method="parallel-adapter",
+        adapter_width=32,
         seq_len=64,
         weights_dtype=dtype,
-        attention=attention,
+        attention="eager" if model_type == "gemma2" else "sdpa",
         activation_checkpointing=checkpointing,
-        padded=False,
     )
-    check(model_type, ParallelAdapter(adapter_width=32, adapter_bytes=4), workload, SMALL_VOCABULARY)
+
+
+METHODS = [{"method": "full"}, {"method": "parallel-adapter", "adapter_width": 256}]
 
 
 @pytest.mark.parametrize("vocab_size", [LARGE_VOCABULARY, SMALL_VOCABULARY])
 @pytest.mark.parametrize("accum", [1, 2])
 @pytest.mark.parametrize(("dtype", "checkpointing"), [("fp32", False), ("bf16", False), ("bf16", True)])
-@pytest.mark.parametrize(
-    "method",
-    [Full(), Lora(rank=4), Lora(rank=4, targets=("up", "down")), ParallelAdapter(adapter_width=256)],
-    ids=["full", "lora", "lora-ffn", "parallel-adapter"],
-)
+@pytest.mark.parametrize("method", METHODS, ids=["full", "parallel-adapter"])
 def test_dense_methods(method, dtype, checkpointing, accum, vocab_size) -> None:
-    workload = Workload(
+    check(
+        "llama",
+        vocab_size,
+        **method,
         batch_size=2,
         seq_len=64,
         weights_dtype=dtype,
         activation_checkpointing=checkpointing,
         grad_accum=accum,
-        padded=False,
     )
-    check("llama", method, workload, vocab_size, tolerance=LORA_TOLERANCE if isinstance(method, Lora) else TOLERANCE)
 
 
 DECISIONS = [

@@ -11,9 +11,14 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 MISSING = [name for name in ("ipykernel", "nbclient", "nbformat") if importlib.util.find_spec(name) is None]
-MAX_PICTURE_BYTES = 100_000
+MAX_PICTURE_BYTES = 150_000
+TOLERANCES = {"transfer_volume_vs_k": 0.02, "sparsity_and_prefetch": 0.06, "memory_budget": 0.03, "timeline": 1e-9}
+"""Of the last table of each: published to two digits; the law of active rows; the ledger; bytes, which are exact."""
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)}: not installed (extra 'notebooks')")
+
+
+COLUMNS = ["quantity", "predicted"]
 
 
 def read(path: Path) -> Any:
@@ -50,10 +55,10 @@ def pictures(notebook: Any) -> list[bytes]:
     return [base64.b64decode(picture) for picture in found if picture is not None]
 
 
-def predicted_and_published(table: str) -> dict[str, tuple[float, float]]:
+def predicted_and_seen(table: str) -> dict[str, tuple[float, float]]:
     """The last cell's table: a heading, then lines of a quantity and three numbers."""
     heading, *lines = table.splitlines()
-    assert heading.split() == ["quantity", "predicted", "published", "ratio"]
+    assert heading.split() in ([*COLUMNS, "published", "ratio"], [*COLUMNS, "observed", "ratio"])
     split = [line.rsplit(maxsplit=3) for line in lines]
     return {quantity: (float(predicted), float(published)) for quantity, predicted, published, _ in split}
 
@@ -65,8 +70,8 @@ def test_a_notebook_runs_and_prints_what_is_committed(path, tmp_path) -> None:
     assert [output for output in outputs(notebook) if output.get("name") == "stderr"] == []
     assert printed(notebook) == printed(read(path))
     assert len(pictures(notebook)) == len(pictures(read(path)))
-    for predicted, published in predicted_and_published(printed(notebook)[-1]).values():
-        assert predicted == pytest.approx(published, rel=0.02)
+    for predicted, seen in predicted_and_seen(printed(notebook)[-1]).values():
+        assert predicted == pytest.approx(seen, rel=TOLERANCES[path.stem])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -79,5 +84,5 @@ def test_a_committed_notebook_has_small_pictures(path) -> None:
 def test_the_transfer_notebook_ends_with_the_papers_two_figures() -> None:
     (path,) = [path for path in NOTEBOOKS if path.stem == "transfer_volume_vs_k"]
     last = [cell for cell in read(path).cells if cell.cell_type == "code"][-1]
-    table = predicted_and_published(last.outputs[0].text)
+    table = predicted_and_seen(last.outputs[0].text)
     assert [published for _, published in table.values()] == [0.56, 3.57]

@@ -92,6 +92,8 @@ class FakeNvml:
         self._answer("nvmlDeviceGetComputeRunningProcesses")
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes]
 
+    nvmlDeviceGetComputeRunningProcesses_v2 = nvmlDeviceGetComputeRunningProcesses  # noqa: N815
+
     def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:  # noqa: N802
         assert handle == "card"
         self._answer("nvmlDeviceGetMemoryInfo")

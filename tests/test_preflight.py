@@ -9,11 +9,15 @@ import pytest
 import torch
 from make_plan import hand_plan
 from plan_samples import SHAPE
+from sessions import small_plan
 from sparse_setup import decision
 
 from meft.planner.errors import EXIT_MACHINE, MachineError
 from meft.planner.plan import Plan
+from meft.runtime import runner
+from meft.runtime.optimizer import AdamWSettings
 from meft.runtime.preflight import Machine, check
+from meft.runtime.training import TrainingOptions
 
 GIB = 1 << 30
 LAPTOP = Machine(available_host_bytes=8 * GIB, cuda_total_bytes=None, supports_bf16=True, packages=frozenset())
@@ -152,3 +156,27 @@ def test_this_machine_is_looked_at() -> None:
     assert here.available_host_bytes > 0
     assert (here.cuda_total_bytes is None) == (not torch.cuda.is_available())
     assert here.packages <= {"bitsandbytes", "flash_attn"}
+
+
+def test_nvml_is_opened_before_preflight_asks_the_gpu(monkeypatch, glass_folder, tmp_path) -> None:
+    """On older cards the question for bf16 allocates, which the growth of the card would then miss."""
+    order = []
+
+    class Reader:
+        def close(self) -> None:
+            order.append("closed")
+
+    def open_reader(kind: str) -> Reader:
+        order.append(kind)
+        return Reader()
+
+    def refuse() -> Machine:
+        order.append("preflight")
+        raise MachineError("no")
+
+    monkeypatch.setattr(runner, "_open_nvml", open_reader)
+    monkeypatch.setattr(runner.preflight.Machine, "here", refuse)
+    options = runner.RunOptions(TrainingOptions(steps=1), AdamWSettings(), str(glass_folder), tmp_path, device="cuda")
+    with pytest.raises(MachineError):
+        runner.run_training(small_plan(glass_folder), options, runner.Display(print, print))
+    assert order == ["cuda", "preflight", "closed"]

@@ -82,8 +82,8 @@ def test_the_25_cards_and_the_emulated_device() -> None:
         assert not card.shares_host_cores
         assert card.bf16_flops_per_second or card.fp16_flops_per_second
         assert 0 < card.context.low_bytes <= card.context.high_bytes < 2 << 30
-        hopper = "Hopper" in card.architecture
-        assert card.workspace_bytes.value == (33_554_432 if hopper else 8_519_680)
+        large_workspace = card.architecture.startswith(("Hopper", "Blackwell"))
+        assert card.workspace_bytes.value == (33_554_432 if large_workspace else 8_519_680)
         assert card.link in link_names()
 
 

@@ -65,7 +65,8 @@ def refused(request: Request, profiles: ProfileSet | None = None) -> Infeasible:
 def all_decisions(request: Request, profiles: ProfileSet) -> list[Decision]:
     space = weigh(request, profiles).space
     grid = itertools.product(*(range(length) for length in space.shape))
-    return [space.decision(index) for index in grid if space.is_new[index[3:]]]
+    is_new = np.broadcast_to(space.is_new, space.shape)
+    return [space.decision(index) for index in grid if is_new[index]]
 
 
 def fits(request: Request, decision: Decision, profiles: ProfileSet) -> bool:

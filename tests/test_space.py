@@ -23,7 +23,8 @@ from meft.planner.space import (
 
 def decisions(space):
     grid = itertools.product(*(range(length) for length in space.shape))
-    return [space.decision(index) for index in grid if space.is_new[index[3:]]]
+    is_new = np.broadcast_to(space.is_new, space.shape)
+    return [space.decision(index) for index in grid if is_new[index]]
 
 
 def tiny_request(**changes: Any):
@@ -122,8 +123,18 @@ def test_exact_routing_of_one_width_counted_by_hand():
     # cut to 16, which is the whole width: caps 14 and 16
     assert space.active_rows[:, 0].tolist() == [11, 11, 11]
     assert space.caps[:, 0].tolist() == [14, 16, 16, 16]
-    assert space.num_candidates == 3 * 2 * 2 * 2
-    assert len(decisions(space)) == 24
+    # A window activates 14 rows and at most, with the spread, 17.5: 16. So none or 16 rows are cached, their gradients
+    # sent; or 4, 8 or 16, their gradients summed on the device.
+    assert space.cached_rows[:, 0].tolist() == [0, 16, 4, 8, 16]
+    assert space.gradients_on_device == (False, False, True, True, True)
+    assert space.num_candidates == 5 * 3 * 2 * 2 * 2
+    assert len(decisions(space)) == 120
+
+
+def test_a_window_of_one_micro_batch_caches_nothing():
+    space = enumerate_space(request_of(model=tiny_shape(), grad_accum=1), sparsity_profile(0.5))
+    assert space.cached_rows.shape[0] == 1
+    assert not space.cached_rows.any()
 
 
 def test_llama_7b_has_fifty_thousand_candidates_and_more():

@@ -131,6 +131,71 @@ def test_fewer_rows_equal_the_oracle_on_the_selected_rows(depth, routing, cap) -
     assert (setup.exchange.counters.dropped_rows > 0) == (cap == 4)
 
 
+CACHES = [
+    {"cached_rows": 12, "gradients_on_device": True},
+    {"cached_rows": 5, "gradients_on_device": True},
+    {"cached_rows": 5},
+]
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=["all kept", "five kept", "five kept, gradients sent"])
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("rows", ["retained", "refetched"])
+@pytest.mark.parametrize("routing", [{}, {"routing": "key-experts", "num_experts": 4, "num_probes": 2}])
+def test_rows_cached_through_windows_equal_the_oracle(cache, depth, rows, routing) -> None:
+    """Three windows of three micro-batches: what a window has brought is not fetched again, and is never stale."""
+    setup = sparse_setup(decision(prefetch_depth=depth, rows_in_backward=rows, top_k=3, **cache, **routing))
+    dense, missing, active = dense_twin(setup), 0, 0
+    settings = AdamWSettings()
+    for step in range(9):
+        torch.manual_seed(step)
+        hidden = torch.randn(5, 8, dtype=torch.float64)
+        grad = torch.randn(5, 8, dtype=torch.float64)
+        noted = _noting_probes(setup)
+        output, _ = run_step(setup, hidden, grad)
+        dense.rows = [state.selection.rows for state in setup.exchange.layers]
+        if setup.exchange.router_weights:
+            dense.probes = [noted[layer].long() for layer in range(setup.store.num_layers)]
+        expected, _ = dense_step(dense, hidden, grad)
+        torch.testing.assert_close(output, expected, **EXACT)
+        missing += sum(setup.exchange.counters.missing_rows)
+        active += sum(setup.exchange.counters.active_rows)
+        if step % 3 == 2:
+            with setup.device.scope():
+                setup.exchange.close_window()
+            assert_same_gradients(setup, dense)
+            touched = [tables.touched.clone() for tables in setup.store.layers]
+            for layer in range(setup.store.num_layers):
+                setup.exchange.update(layer, settings, learning_rate=0.05)
+            _update_oracle(setup, dense, touched)
+    assert missing < active
+
+
+def _noting_probes(setup) -> dict[int, torch.Tensor]:
+    noted: dict[int, torch.Tensor] = {}
+    original = type(setup.exchange).after_backward
+
+    def note(layer: int) -> None:
+        noted[layer] = setup.exchange.layers[layer].probes
+        original(setup.exchange, layer)
+
+    setup.exchange.after_backward = note
+    return noted
+
+
+def _update_oracle(setup, dense: DenseTower, touched: list[torch.Tensor]) -> None:
+    """Give the oracle the rows that the runtime has now, after checking those that no gradient touched."""
+    for tables, adapter, rows in zip(setup.store.layers, dense.adapters, touched, strict=True):
+        assert torch.equal(tables.keys[~rows], adapter.keys.detach()[~rows])
+        assert not torch.equal(tables.keys[rows], adapter.keys.detach()[rows])
+        with torch.no_grad():
+            adapter.keys.copy_(tables.keys)
+            adapter.values.copy_(tables.values)
+    dense.zero_grad()
+    for weight in setup.weights:
+        weight.grad = None
+
+
 def test_exact_routing_takes_each_tokens_best_rows() -> None:
     setup = sparse_setup(decision(top_k=2), num_layers=1)
     hidden, grad = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)

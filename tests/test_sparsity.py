@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plan_samples import sample_profiles, sample_request
 from planner_records import decision_of, request_of, sparsity_profile, tiny_shape
 
 from meft.planner.errors import UsageError
+from meft.planner.search import make_plan
 from meft.planner.sparsity import (
     active_fraction,
     active_rows,
@@ -20,6 +23,7 @@ from meft.planner.sparsity import (
     highest_active_rows,
     predict_sparsity,
     prefetch_recall,
+    spread_at,
 )
 
 alphas = st.floats(0.05, 1.0)
@@ -134,3 +138,27 @@ def test_prediction_respects_the_cap_in_the_step_and_in_the_window():
     )
     assert free.active_rows_per_layer == (26, 26, 26)
     assert free.window_active_rows_per_layer == (42, 42, 42)
+
+
+# --- from batch to batch --------------------------------------------------------------------------------------------
+
+
+def test_the_spread_of_a_quantile() -> None:
+    assert spread_at(0.3, quantile=0.99) == pytest.approx(0.3)
+    assert spread_at(0.3, quantile=0.999) == pytest.approx(0.3 * 3.0902 / 2.3263, rel=1e-4)  # of a normal table
+    assert spread_at(0.0, quantile=0.999) == 0
+
+
+def test_a_plan_states_the_quantile_that_its_cap_holds() -> None:
+    """Rows of 99 in 100 batches by default; asking for more of them never lowers the cap."""
+    profiles = sample_profiles()
+    plans = []
+    for quantile in (0.9, 0.99, 0.9999):
+        request = sample_request().model_copy(update={"active_rows_quantile": quantile})
+        plans.append(make_plan(request, profiles, meft_version="0"))
+    for plan, quantile in zip(plans, (0.9, 0.99, 0.9999), strict=True):
+        sparsity = plan.prediction.sparsity
+        assert sparsity.quantile == quantile
+        assert max(sparsity.quantile_rows_per_layer) <= plan.decision.active_rows_cap
+    caps = [plan.prediction.sparsity.quantile_rows_per_layer for plan in plans]
+    assert all(low <= high for few, more in pairwise(caps) for low, high in zip(few, more, strict=True))

@@ -21,15 +21,14 @@ from planner_records import (
     tiny_shape,
 )
 
+from meft.planner.chrome import Event, chrome_trace
 from meft.planner.lanes import (
-    Event,
     GpuSeconds,
     HostSeconds,
     Lanes,
     LinkSeconds,
     StepCosts,
     baseline_seconds,
-    chrome_trace,
     simulate,
     simulate_candidates,
 )
@@ -44,7 +43,7 @@ PER_LAYER = GpuSeconds.PER_LAYER | LinkSeconds.PER_LAYER | HostSeconds.PER_LAYER
 
 def costs_of(**seconds: float) -> StepCosts:
     """Costs with every layer alike; what is not named takes no time."""
-    given_seconds: dict[str, Any] = dict.fromkeys(FIELDS, 0.0) | seconds
+    given_seconds: dict[str, Any] = dict.fromkeys(FIELDS, 0.0) | {"gather_again": seconds.get("gather", 0.0)} | seconds
     values = {name: np.array([value]) if name in PER_LAYER else value for name, value in given_seconds.items()}
     return StepCosts(
         GpuSeconds(**{name: values[name] for name in GPU_FIELDS}),
@@ -73,6 +72,7 @@ HAND = {
 
 def simulated(costs: StepCosts, **changes: Any):
     choices = {"num_layers": 2, "prefetch_depth": 0, "checkpointing": False, "refetched": False, "serial": False}
+    choices["overlapped"] = False
     return simulate(costs, **(choices | changes))
 
 
@@ -198,6 +198,27 @@ def test_the_chrome_trace_has_each_lane_in_order():
             assert before["ts"] + before["dur"] <= after["ts"]
 
 
+def test_overlapped_rows_are_chosen_while_the_device_computes_the_ffn():
+    # forward  attention 0 0-2, ffn 0 2-4; queries 2-3, route 3-4, gather 4-5, rows 5-6; adapter 0 6-7: p = 0 waits as
+    #          before. With look-ahead from layer 0: route 0 3-4, gather 0 4-5, rows 0 5-6, adapter 0 6-7; route 1 5-6,
+    #          gather 1 6-7, rows 1 7-8, and nothing of it holds the gpu up: attention 1 7-9, ffn 1 9-11, adapter 11-12
+    # loss     12-13, and its copy at once: 13-14
+    # backward adapter 1 13-15, gradients 1 15-16; frozen 1 15-18, adapter 0 18-20; gradients 1 are added up only when
+    #          the next are made, at once then: 16-17; gradients 0 20-21, added 21-22; adamw 22-23
+    times = schedule(costs_of(**HAND, loss=1.0), prefetch_depth=1, overlapped=True)
+    assert times["loss"] == (13, 14)
+    assert times["accumulate 1"] == (16, 17)
+    assert times["adamw"] == (22, 23)
+
+
+def test_overlapped_the_next_copy_waits_for_the_host_but_not_the_gpu():
+    # As in sequence up to row gradients 1 at 17-18 and frozen 1 17-20; adding them up takes 9: 18-27. The buffer left
+    # at 18, so the adapter of layer 0 goes at 20-22; its gradients leave when the landing is free, at 27.
+    times = schedule(costs_of(**(HAND | {"accumulate": 9.0})), overlapped=True)
+    assert times["adapter backward 0"] == (20, 22)
+    assert times["row gradients 0"] == (27, 28)
+
+
 # --- what holds of every schedule ------------------------------------------------------------------------------------
 
 durations = st.integers(0, 20).map(float)
@@ -209,6 +230,7 @@ choices = st.fixed_dictionaries(
         "checkpointing": st.booleans(),
         "refetched": st.booleans(),
         "host_launches": st.booleans(),
+        "overlapped": st.booleans(),
     }
 )
 
@@ -246,7 +268,7 @@ def test_deeper_look_ahead_never_hurts_where_the_host_has_a_worker_and_rows_are_
     # Not so with one host thread: it routes two layers before layer 1 can start. Not so either where rows are
     # refetched: the host gathers earlier, and row gradients wait behind it.
     costs = costs_of(**(seconds | {"router": 0.0, "probes": 0.0}))
-    chosen |= {"host_launches": False, "refetched": False}
+    chosen |= {"host_launches": False, "refetched": False, "overlapped": False}
     deeper = chosen | {"prefetch_depth": chosen["prefetch_depth"] + 1}
     assert simulated(costs, **deeper).step_seconds <= simulated(costs, **chosen).step_seconds
 

@@ -1,0 +1,221 @@
+"""The host kernels against what else there is, on this machine: ``python benchmarks/host_kernels.py [--json FILE]``.
+
+Every comparison runs its competitors in turn, round after round, so that a shared machine slows them alike; the figure
+is the median over the rounds of each round's ratio. Rates count bytes read plus bytes written. DeepSpeed's CPUAdam is
+dense: it updates as many elements as the sparse kernel does, in a table of their own; where it is not installed
+torch's fused AdamW stands in, and the output says so.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+
+from meft.runtime.host_store import HostStore
+from meft.runtime.kernels import HostKernels, warm_up
+from meft.runtime.optimizer import AdamWSettings, update_touched_rows
+from meft.runtime.router import TopKRouter
+
+ADAMW_BYTES = 7 * 4
+"""Per number: weight and two moments read and written, gradient read."""
+
+
+def seconds_in_turn(competitors: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each competitor in each round, after one unmeasured round."""
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    for round_ in range(rounds + 1):
+        for name, work in competitors.items():
+            started = time.perf_counter()
+            work()
+            if round_:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def figures(seconds: dict[str, list[float]], *, kernel: str, num_bytes: dict[str, int] | None = None) -> dict:
+    """Median milliseconds, rates and the kernel's speed-up over each other competitor."""
+    result: dict[str, object] = {name: {"ms": 1e3 * statistics.median(times)} for name, times in seconds.items()}
+    for name, size in (num_bytes or {}).items():
+        result[name]["gb_per_s"] = size / statistics.median(seconds[name]) / 1e9
+    result["speedup_over"] = {
+        name: statistics.median(other / own for other, own in zip(times, seconds[kernel], strict=True))
+        for name, times in seconds.items()
+        if name != kernel
+    }
+    return result
+
+
+def adamw(kernels: HostKernels, *, width: int, hidden: int, rows: torch.Tensor, rounds: int) -> dict:
+    """Sparse AdamW on ``rows`` of a table ``[width, 2 * hidden]``."""
+    store = HostStore(num_layers=1, adapter_width=width, hidden_size=hidden)
+    tables = store.layers[0]
+    tables.weights.normal_()
+    tables.gradients.index_fill_(0, rows, 0.5)
+    tables.touched[rows] = True
+    settings = AdamWSettings()
+    counts = (len(rows), 2 * hidden)
+    dense = torch.nn.Parameter(torch.randn(counts))
+    dense.grad = torch.randn(counts)
+    fused = torch.optim.AdamW([dense], fused=True)
+    views = [torch.nn.Parameter(tables.weights[row]) for row in rows.tolist()]
+    for view, row in zip(views, rows.tolist(), strict=True):
+        view.grad = tables.gradients[row]
+    fused_views = torch.optim.AdamW(views, fused=True)
+    copy = tables.weights.bfloat16()
+
+    def kernel(bf16_copy: torch.Tensor | None = None) -> None:
+        kernels.adamw(
+            tables.weights,
+            tables.first_moment,
+            tables.second_moment,
+            tables.gradients,
+            tables.step_counts,
+            rows,
+            learning_rate=1e-4,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            bf16_copy=bf16_copy,
+        )
+
+    competitors: dict[str, Callable[[], object]] = {
+        "kernel": kernel,
+        "kernel with bf16 copy": lambda: kernel(copy),
+        "torch indexed": lambda: update_touched_rows(store, settings, learning_rate=1e-4),
+        "torch fused, row views": fused_views.step,
+        "torch fused, dense": fused.step,
+    }
+    deepspeed = deepspeed_adam(counts)
+    if deepspeed is not None:
+        competitors["DeepSpeed CPUAdam, dense"] = deepspeed
+    seconds = seconds_in_turn(competitors, rounds)
+    size = ADAMW_BYTES * len(rows) * 2 * hidden
+    return figures(seconds, kernel="kernel", num_bytes={name: size for name in competitors if "copy" not in name})
+
+
+def deepspeed_adam(counts: tuple[int, int]) -> Callable[[], object] | None:
+    """A step of DeepSpeed's CPUAdam over as many elements; None where it is not installed."""
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+    except ImportError:
+        return None
+    parameter = torch.nn.Parameter(torch.randn(counts))
+    parameter.grad = torch.randn(counts)
+    step: Callable[[], object] = DeepSpeedCPUAdam([parameter], adamw_mode=True).step
+    return step
+
+
+def moves(kernels: HostKernels, *, width: int, hidden: int, rows: torch.Tensor, rounds: int) -> dict[str, dict]:
+    """Gather (fp32, and fp32 to bf16, and from a bf16 copy), accumulate, and a plain copy as large as the gather."""
+    table, gradients = torch.randn(width, 2 * hidden), torch.randn(len(rows), 2 * hidden)
+    wide, narrow = torch.empty_like(gradients), torch.empty_like(gradients, dtype=torch.bfloat16)
+    half, touched = table.bfloat16(), torch.zeros(width, dtype=torch.bool)
+    size = 2 * gradients.numel() * 4
+    fp32 = seconds_in_turn(
+        {
+            "kernel": lambda: kernels.gather(table, rows, wide),
+            "torch.index_select": lambda: torch.index_select(table, 0, rows, out=wide),
+            "torch copy, contiguous": lambda: wide.copy_(gradients),
+        },
+        rounds,
+    )
+    bf16 = seconds_in_turn(
+        {
+            "kernel": lambda: kernels.gather(table, rows, narrow),
+            "kernel from a bf16 copy": lambda: kernels.gather(half, rows, narrow),
+            "torch.index_select and convert": lambda: narrow.copy_(table.index_select(0, rows)),
+        },
+        rounds,
+    )
+    added = seconds_in_turn(
+        {
+            "kernel": lambda: kernels.accumulate(table, touched, rows, gradients),
+            "torch.index_add": lambda: table.index_add_(0, rows, gradients),
+        },
+        rounds,
+    )
+    return {
+        "gather fp32": figures(fp32, kernel="kernel", num_bytes=dict.fromkeys(fp32, size)),
+        "gather fp32 to bf16": figures(bf16, kernel="kernel"),
+        "accumulate": figures(added, kernel="kernel", num_bytes=dict.fromkeys(added, size + size // 2)),
+    }
+
+
+def routing(kernels: HostKernels, *, width: int, hidden: int, tokens: int, top_k: int, rounds: int) -> dict:
+    """Key-Experts against exact top-K: ``sqrt`` experts, 4 probes; random keys and queries."""
+    num_experts = 1 << (width.bit_length() // 2)
+    weights = torch.randn(width, 2 * hidden)
+    keys, queries = weights[:, :hidden], torch.randn(tokens, hidden)
+    centroids = keys.reshape(num_experts, -1, hidden).mean(dim=1)
+    probes = (queries @ centroids.T).topk(4, dim=1).indices.int()
+    fast = TopKRouter(top_k, width, num_experts, kernels)
+    exact = TopKRouter(top_k, width, 1, kernels)
+    readable = TopKRouter(top_k, width, num_experts)
+    seconds = seconds_in_turn(
+        {
+            "kernel": lambda: fast.select(0, keys, queries, probes),
+            "Key-Experts, readable": lambda: readable.select(0, keys, queries, probes),
+            "exact top-K": lambda: exact.select(0, keys, queries, None),
+            "exact top-K, readable": lambda: TopKRouter(top_k, width, 1).select(0, keys, queries, None),
+        },
+        rounds,
+    )
+    return figures(seconds, kernel="kernel") | {"num_experts": num_experts, "num_probes": 4}
+
+
+@click.command()
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Of the kernels and of torch [default: torch's own].")
+def main(path: Path | None, rounds: int, threads: int | None) -> None:
+    """Measure the kernels at the sizes of a 7B model's layer."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    warm_up(click.echo)
+    kernels = HostKernels(torch.get_num_threads())
+    rows = torch.randperm(8192)[:4096].sort().values
+    result = {
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "rounds": rounds,
+        "adamw, 4096 rows of 4096": adamw(kernels, width=8192, hidden=2048, rows=rows, rounds=rounds),
+        **moves(kernels, width=8192, hidden=2048, rows=rows, rounds=rounds),
+        "routing, R=8192 D=4096 T=512 K=64": routing(
+            kernels, width=8192, hidden=4096, tokens=512, top_k=64, rounds=rounds
+        ),
+    }
+    kernels.close()
+    show(result)
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def show(result: dict) -> None:
+    """The figures as text."""
+    for name, section in result.items():
+        if not isinstance(section, dict):
+            click.echo(f"{name}: {section}")
+            continue
+        click.echo(name)
+        for competitor, figure in section.items():
+            if isinstance(figure, dict) and "ms" in figure:
+                rate = f", {figure['gb_per_s']:.1f} GB/s" if "gb_per_s" in figure else ""
+                ratio = section["speedup_over"].get(competitor)
+                than = "" if ratio is None else f"  ({ratio:.2f} x the kernel's time)"
+                click.echo(f"  {competitor:32} {figure['ms']:9.2f} ms{rate}{than}")
+    deepspeed = any("DeepSpeed" in name for section in result.values() if isinstance(section, dict) for name in section)
+    if not deepspeed:
+        click.echo("DeepSpeed is not installed: torch's fused AdamW over a dense table stands in for its CPUAdam")
+
+
+if __name__ == "__main__":
+    main()

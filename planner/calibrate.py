@@ -1,0 +1,364 @@
+"""Correcting profiles by what runs observed, and saying how much better predictions get.
+
+Each run is a plan with the report of its run. *Sparsity*: the level of every layer's law moves so that it gives the
+observed active rows; how it changes with ``T`` and ``K/R`` moves only if the runs differ in them. The share of
+positions that hold tokens is counted. *Time*: each lane's rates are divided by one factor, the geometric mean of
+observed over predicted busy seconds, both for the rows that were active.
+
+Errors are judged by leaving one run out: profiles corrected by the others predict it.
+
+Letters: ``L`` layers, ``T`` tokens, ``K`` rows per token, ``R`` adapter rows per layer, ``q`` effective tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meft.planner.audit import check_belongs
+from meft.planner.errors import UsageError
+from meft.planner.plan import LANES, Lane, Plan, Prediction
+from meft.planner.prediction import ProfileSet, predict
+from meft.planner.profiles import (
+    TYPICAL_SHARE,
+    TYPICAL_TOKENS,
+    GpuProfile,
+    HostProfile,
+    LayerSparsity,
+    LinkProfile,
+    Sourced,
+    SparsityProfile,
+    sourced_numbers,
+)
+from meft.planner.report import Report
+from meft.planner.sparsity import check_layers, layer_laws
+
+LEAST_RANGE = math.log(1.2)
+"""Runs must differ by a fifth in ``T`` or ``K/R`` before anything is said of how rows change with it."""
+_MOST_FRACTION = 1 - 1e-6
+_HOST_RATES = (
+    "gather_bytes_per_second",
+    "scatter_bytes_per_second",
+    "adamw_bytes_per_second",
+    "gemm_flops_per_second",
+    "select_scores_per_second",
+)
+_HOST_SECONDS = ("overhead_seconds_per_layer", "overhead_seconds_per_expert")
+_PEAKS = {
+    "matmul_efficiency": ("bf16_flops_per_second", "fp16_flops_per_second", "fp32_flops_per_second"),
+    "memory_efficiency": ("memory_bytes_per_second",),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A plan and the report of a run of it."""
+
+    plan: Plan
+    report: Report
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a micro-batch, padding left out, mean over steps."""
+        return self.report.training.tokens / self.report.observed.steps
+
+    @property
+    def share(self) -> float:
+        """``K/R``."""
+        return self.plan.decision.top_k / self.plan.decision.adapter_width
+
+    @property
+    def mean_rows(self) -> NDArray[np.float64]:
+        """Active rows per layer, ``[L]``."""
+        return np.array([layer.mean for layer in self.report.observed.active_rows])
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """One quantity of one run: relative errors of predictions before and after, by profiles that never saw this run."""
+
+    run: int
+    quantity: str
+    observed: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Corrected profiles, what was done and what could not be, and the errors of leaving one run out."""
+
+    profiles: ProfileSet
+    notes: tuple[str, ...]
+    errors: tuple[ErrorRow, ...]
+
+
+def calibrate(runs: Sequence[Run], profiles: ProfileSet) -> Calibration:
+    """Correct ``profiles``, on which every plan rests, by the runs.
+
+    Raises :class:`UsageError` for a report of another plan, a rehearsal, plans of different models or profiles, and
+    reports of different devices.
+    """
+    _check(runs)
+    corrected, notes = _correct(runs, profiles)
+    return Calibration(corrected, tuple(notes), tuple(_left_out(runs, profiles)))
+
+
+def _check(runs: Sequence[Run]) -> None:
+    if not runs:
+        raise UsageError("no runs: give plan.json report.json, once or several times")
+    first = runs[0]
+    for number, run in enumerate(runs, start=1):
+        check_belongs(run.plan, run.report)
+        if run.report.rehearsal or run.report.observed.step_seconds is None:
+            raise UsageError(f"report {number}: it is a rehearsal, which measured nothing; give reports of training")
+        if run.plan.request.model != first.plan.request.model:
+            raise UsageError(
+                f"plan {number}: its model is {run.plan.request.model.name}, that of the first is "
+                f"{first.plan.request.model.name}; calibrate one model at a time"
+            )
+        if run.report.device.kind != first.report.device.kind or run.report.device.name != first.report.device.name:
+            raise UsageError(
+                f"report {number}: it ran on {run.report.device.name}, the first on "
+                f"{first.report.device.name}; calibrate one device at a time"
+            )
+        used, expected = (_digests(each.plan) for each in (run, first))
+        different = [kind for kind in expected if used.get(kind) != expected[kind]]
+        if different:
+            raise UsageError(
+                f"plan {number}: it rests on another {' and '.join(different)} profile than the first; "
+                f"calibrate plans of the same profiles together"
+            )
+
+
+def _digests(plan: Plan) -> dict[str, str]:
+    return {used.kind: used.digest for used in plan.inputs.profiles}
+
+
+def _correct(runs: Sequence[Run], profiles: ProfileSet) -> tuple[ProfileSet, list[str]]:
+    sparsity, notes = corrected_sparsity(runs, profiles.sparsity)
+    factors = lane_factors(runs, replace(profiles, sparsity=sparsity))
+    if len(runs) == 1:
+        notes.append("one run: each lane's factor is a single observation, and nothing is left to judge it by")
+    how = f"calibrated by {len(runs)} run{'s' * (len(runs) > 1)} on the {runs[0].report.device.name}"
+    notes += [f"{lane} lane: {factor:.3f} times the predicted seconds" for lane, factor in factors.items()]
+    notes += [f"{lane} lane: not observed, its rates stay" for lane in LANES if lane not in factors]
+    corrected = replace(
+        profiles,
+        sparsity=sparsity,
+        host=slower_host(profiles.host, factors.get("cpu", 1.0), how),
+        gpu=slower_gpu(profiles.gpu, factors.get("gpu", 1.0), how),
+        link=slower_link(profiles.link, factors, how),
+    )
+    return corrected, notes
+
+
+# --- sparsity ------------------------------------------------------------------------------------------------------
+
+
+def corrected_sparsity(runs: Sequence[Run], profile: SparsityProfile) -> tuple[SparsityProfile, list[str]]:
+    """The profile with levels, and where the runs tell growth, moved to the observed rows; and notes."""
+    num_layers = runs[0].plan.request.model.num_layers
+    check_layers(profile, num_layers)
+    layers = profile.layers * (num_layers if len(profile.layers) == 1 else 1)
+    offsets = np.array([math.log(run.share / TYPICAL_SHARE) for run in runs])
+    log_tokens = np.array([math.log(run.tokens / TYPICAL_TOKENS) for run in runs])
+    residuals = np.stack([_log_residuals(run, profile, layers) for run in runs], axis=1)
+    slope, growth, notes = _shared_trends(residuals, offsets, log_tokens)
+    level = (residuals - slope * offsets - growth * log_tokens).mean(axis=1)
+    moved = tuple(_moved(layer, float(by), slope, growth) for layer, by in zip(layers, level, strict=True))
+    update: dict[str, Any] = {
+        "key": f"{profile.key}-calibrated",
+        "basis": "measured",
+        "source": f"calibrated by {len(runs)} runs at {_places(runs)}; before: {profile.source}",
+        "layers": moved,
+        "filled_fraction": min(1.0, statistics.fmean(run.tokens / run.plan.request.tokens_per_step for run in runs)),
+        "spread_fraction": _observed_spread(runs),
+        "prefetch_recall_by_depth": _recalls(runs, profile),
+    }
+    if any(run.report.observed.dropped_rows for run in runs):
+        notes.append("active_rows_cap dropped rows in a run: observed rows are the cap's there, and the law lies low")
+    return profile.model_copy(update=update), notes
+
+
+def _log_residuals(run: Run, profile: SparsityProfile, layers: Sequence[LayerSparsity]) -> NDArray[np.float64]:
+    """Observed less predicted ``ln q`` per layer, for the tokens that were there."""
+    laws = replace(layer_laws(layers), least_share=profile.least_share, greatest_share=profile.greatest_share)
+    expected = np.log(laws.effective_tokens(tokens=run.tokens, share=run.share))
+    fraction = np.clip(run.mean_rows / run.plan.decision.adapter_width, run.share, _MOST_FRACTION)
+    observed = np.log(np.maximum(np.log1p(-fraction) / math.log1p(-min(run.share, _MOST_FRACTION)), 1.0))
+    return np.asarray(observed - expected)
+
+
+def _shared_trends(
+    residuals: NDArray[np.float64], offsets: NDArray[np.float64], log_tokens: NDArray[np.float64]
+) -> tuple[float, float, list[str]]:
+    """Change of the residual with ``ln(K/R)`` and with ``ln T``, the same for all layers; 0 where runs do not tell."""
+    names = {"K/R": offsets, "T": log_tokens}
+    varied = [name for name, values in names.items() if np.ptp(values) > LEAST_RANGE]
+    notes = [
+        f"the runs do not differ in {name}: how active rows change with it is the old profile's, and a plan elsewhere "
+        f"extrapolates by it"
+        for name in names
+        if name not in varied
+    ]
+    columns = [names[name] - names[name].mean() for name in varied]
+    if not columns or np.linalg.matrix_rank(np.stack(columns, axis=1)) < len(columns):
+        if columns:
+            notes.append("T and K/R change together in these runs: their effects cannot be told apart and stay")
+        return 0.0, 0.0, notes
+    mean = residuals.mean(axis=0)
+    found = np.linalg.lstsq(np.stack(columns, axis=1), mean - mean.mean(), rcond=None)[0]
+    trends = dict(zip(varied, (float(value) for value in found), strict=True))
+    return trends.get("K/R", 0.0), trends.get("T", 0.0), notes
+
+
+def _moved(layer: LayerSparsity, level: float, slope: float, growth: float) -> LayerSparsity:
+    before = layer.alpha * math.log(TYPICAL_TOKENS) if layer.log_level is None else layer.log_level
+    return layer.model_copy(
+        update={
+            "log_level": max(0.0, before + level),
+            "level_slope": layer.level_slope + slope,
+            "alpha": float(np.clip(layer.alpha + growth, 1e-4, 1.0)),
+        }
+    )
+
+
+def _places(runs: Sequence[Run]) -> str:
+    places = [(round(run.tokens), run.plan.decision.top_k, run.plan.decision.adapter_width) for run in runs]
+    return "; ".join(f"T={tokens}, K={top_k}, R={width}" for tokens, top_k, width in dict.fromkeys(places))
+
+
+def _observed_spread(runs: Sequence[Run]) -> float:
+    """How far above its layer's mean 99 of 100 batches lay at the most, over layers and runs."""
+    layers = [layer for run in runs for layer in run.report.observed.active_rows if layer.mean]
+    above = [(layer.p99 if layer.p99 is not None else layer.max) / layer.mean - 1 for layer in layers]
+    return float(np.clip(np.quantile(above, 0.99) if above else 0.0, 0.0, 1.0))
+
+
+def _recalls(runs: Sequence[Run], profile: SparsityProfile) -> tuple[float, ...]:
+    recalls = list(profile.prefetch_recall_by_depth)
+    for run in runs:
+        depth, observed = run.plan.decision.prefetch_depth, run.report.observed.prefetch_recall
+        if depth and observed is not None and depth < len(recalls):
+            seen = [
+                other.report.observed.prefetch_recall
+                for other in runs
+                if other.plan.decision.prefetch_depth == depth and other.report.observed.prefetch_recall is not None
+            ]
+            recalls[depth] = statistics.fmean(seen)
+    return tuple(recalls)
+
+
+# --- time ----------------------------------------------------------------------------------------------------------
+
+
+def lane_factors(runs: Sequence[Run], profiles: ProfileSet) -> dict[Lane, float]:
+    """Observed over predicted busy seconds of each lane that was observed, geometric mean over the runs.
+
+    The rows of a micro-batch are the observed ones, those of an accumulation window the sparsity profile's.
+    """
+    logs: dict[Lane, list[float]] = {}
+    for run in runs:
+        predicted = given_rows(run, profiles).timing.busy_seconds
+        for lane, seconds in run.report.observed.busy_seconds.items():
+            if seconds > 0 and predicted.get(lane, 0.0) > 0:
+                logs.setdefault(lane, []).append(math.log(seconds / predicted[lane]))
+    return {lane: math.exp(statistics.fmean(values)) for lane, values in logs.items()}
+
+
+def given_rows(run: Run, profiles: ProfileSet) -> Prediction:
+    """The prediction of a run's decision for the rows that were active in it."""
+    rows = np.minimum(np.rint(run.mean_rows).astype(np.int64), run.plan.decision.active_rows_cap)
+    return predict(run.plan.request, run.plan.decision, profiles, active_rows_per_layer=rows.tolist())
+
+
+def slower_host(host: HostProfile, factor: float, how: str) -> HostProfile:
+    """Every rate divided, every overhead multiplied by ``factor``."""
+    changed = {name: _times(getattr(host, name), 1 / factor, how) for name in _HOST_RATES}
+    changed |= {name: _times(getattr(host, name), factor, how) for name in _HOST_SECONDS}
+    return host.model_copy(update={"key": f"{host.key}-calibrated", **changed})
+
+
+def slower_gpu(gpu: GpuProfile, factor: float, how: str) -> GpuProfile:
+    """Efficiencies divided and launches multiplied by ``factor``; an efficiency that passes 1 raises its peaks."""
+    changed: dict[str, Any] = {"kernel_launch_seconds": _times(gpu.kernel_launch_seconds, factor, how)}
+    for name, peaks in _PEAKS.items():
+        efficiency = getattr(gpu, name).value / factor
+        changed[name] = _times(getattr(gpu, name), min(1.0, efficiency) / getattr(gpu, name).value, how)
+        if efficiency > 1:
+            known = {peak: getattr(gpu, peak) for peak in peaks if getattr(gpu, peak) is not None}
+            changed |= {peak: _times(number, efficiency, how) for peak, number in known.items()}
+    return gpu.model_copy(update={"key": _calibrated_gpu_key(gpu), **changed})
+
+
+def _calibrated_gpu_key(gpu: GpuProfile) -> str:
+    return gpu.key if gpu.shares_host_cores else f"{gpu.key}-calibrated"
+
+
+def slower_link(link: LinkProfile, factors: Mapping[Lane, float], how: str) -> LinkProfile:
+    """Each direction's rates divided by its lane's factor; the latency multiplied by their mean."""
+    changed = {
+        name: _times(number, 1 / factors.get("h2d" if "h2d" in name else "d2h", 1.0), how)
+        for name, number in sourced_numbers(link)
+        if name != "latency_seconds"
+    }
+    both = statistics.fmean([factors.get("h2d", 1.0), factors.get("d2h", 1.0)])
+    changed["latency_seconds"] = _times(link.latency_seconds, both, how)
+    return link.model_copy(update={"key": f"{link.key}-calibrated", **changed})
+
+
+def _times(number: Sourced, factor: float, how: str) -> Sourced:
+    if factor == 1.0:
+        return number
+    before = number.source.split("; before: ")[0]
+    source = f"{how}: {factor:.4g} times {number.value:.4g}; before: {before}"
+    return Sourced(value=number.value * factor, basis="measured", source=source)
+
+
+# --- judging -------------------------------------------------------------------------------------------------------
+
+
+_QUANTITIES: dict[str, tuple[Callable[[Prediction], float], Callable[[Report], float | None]]] = {
+    "h2d_bytes_per_step": (
+        lambda prediction: prediction.transfer.h2d_bytes_per_step,
+        lambda report: report.observed.transfer.h2d_bytes_per_step,
+    ),
+    "d2h_bytes_per_step": (
+        lambda prediction: prediction.transfer.d2h_bytes_per_step,
+        lambda report: report.observed.transfer.d2h_bytes_per_step,
+    ),
+    "active_rows_per_layer": (
+        lambda prediction: statistics.fmean(prediction.sparsity.active_rows_per_layer),
+        lambda report: statistics.fmean(layer.mean for layer in report.observed.active_rows),
+    ),
+    "step_seconds": (
+        lambda prediction: prediction.timing.step_seconds,
+        lambda report: report.observed.step_seconds,
+    ),
+}
+
+
+def _left_out(runs: Sequence[Run], profiles: ProfileSet) -> Iterator[ErrorRow]:
+    """Each run predicted by profiles that the others corrected; nothing for a single run."""
+    if len(runs) < 2:
+        return
+    for place, run in enumerate(runs):
+        others = [*runs[:place], *runs[place + 1 :]]
+        after, _ = _correct(others, profiles)
+        yield from errors_of(run, place + 1, before=profiles, after=after)
+
+
+def errors_of(run: Run, number: int, *, before: ProfileSet, after: ProfileSet) -> Iterator[ErrorRow]:
+    """Relative errors of one run's quantities by two sets of profiles, neither of which is told its rows."""
+    old, new = (predict(run.plan.request, run.plan.decision, profiles) for profiles in (before, after))
+    for name, (predicted, observed) in _QUANTITIES.items():
+        seen = observed(run.report)
+        if seen:
+            yield ErrorRow(number, name, seen, predicted(old) / seen - 1, predicted(new) / seen - 1)

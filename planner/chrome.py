@@ -1,0 +1,37 @@
+"""Tasks of a step, predicted or observed, and how a trace viewer shows them: the same lanes and names for both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from meft.planner.plan import LANES, Lane
+
+
+class Event(NamedTuple):
+    """One task of a step."""
+
+    lane: Lane
+    name: str
+    start_seconds: float
+    end_seconds: float
+
+
+def chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
+    """The events as a Chrome trace (chrome://tracing, Perfetto): one row per lane; tasks that take no time left out."""
+    names = [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": LANES.index(lane), "args": {"name": lane}} for lane in LANES
+    ]
+    tasks = [
+        {
+            "name": event.name,
+            "ph": "X",
+            "pid": 0,
+            "tid": LANES.index(event.lane),
+            "ts": event.start_seconds * 1e6,
+            "dur": (event.end_seconds - event.start_seconds) * 1e6,
+        }
+        for event in events
+        if event.end_seconds > event.start_seconds
+    ]
+    return {"displayTimeUnit": "ms", "traceEvents": [*names, *tasks]}

@@ -1,0 +1,150 @@
+"""The adapter's buffers on the device: the ring of active rows, rows kept through a window, sums of their gradients.
+
+All are made once, so that device memory is the same in every step. Letters: ``A`` active rows, ``D`` hidden size, ``C``
+rows kept per layer, ``L`` layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from meft.planner.plan import Decision
+from meft.runtime.device import Device
+from meft.runtime.engine import COPY_DONE, Copy
+from meft.runtime.lanes import Job
+from meft.runtime.row_cache import Placement
+
+CAST_ROWS = 256
+"""Row gradients are cast to the sums' dtype so many rows at a time."""
+
+
+@dataclass
+class Landing:
+    """A host buffer that copies go through: the copy that fills or empties it, and the jobs that read it."""
+
+    buffer: torch.Tensor
+    copy: Copy = COPY_DONE
+    readers: list[Job] = field(default_factory=list)
+
+
+@dataclass
+class RingSlot:
+    """``buffer [cap, 2D]`` on the device, who is in it, when it was filled and last used."""
+
+    buffer: torch.Tensor
+    layer: int | None = None
+    filled: Copy = COPY_DONE
+    used: Copy = COPY_DONE
+    filled_again: bool = False
+    """In backward: what was admitted is kept, and does not travel again."""
+    assembled: bool = False
+
+
+@dataclass
+class GradientSlot:
+    """Row gradients ``[cap, 2D]`` on the device, and their landing on the host."""
+
+    buffer: torch.Tensor
+    landing: Landing
+    sent: Copy = COPY_DONE
+
+
+@dataclass
+class DeviceRows:
+    """Buffers of one exchange. Lists by layer are empty where the decision has no use for them."""
+
+    device: Device
+    cap: int
+    hidden_size: int
+    dtype: torch.dtype
+    ring: list[RingSlot] = field(default_factory=list)
+    kept: list[torch.Tensor] = field(default_factory=list)
+    """``[C, 2D]`` per layer."""
+    sums: list[torch.Tensor] = field(default_factory=list)
+    """Gradient sums ``[C, 2D]`` per layer, in the masters' dtype."""
+    hits: list[torch.Tensor] = field(default_factory=list)
+    """int32 ``[cap]`` per layer: where the hits lie in ``kept``."""
+    experts: list[torch.Tensor] = field(default_factory=list)
+    """int32 ``[cap]`` per layer: the expert of each active row."""
+    used: list[Copy] = field(default_factory=list)
+    """When each layer's ``hits`` and ``experts`` were last used."""
+    cast: torch.Tensor | None = None
+
+    @classmethod
+    def make(
+        cls,
+        device: Device,
+        decision: Decision,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        sums_dtype: torch.dtype,
+    ) -> DeviceRows:
+        """Allocate what the decision needs."""
+        made = cls(device, decision.active_rows_cap, hidden_size, dtype)
+        depth = min(decision.prefetch_depth, num_layers - 1)
+        slots = num_layers if decision.rows_in_backward == "retained" else depth + 1
+        made.ring = [RingSlot(made.new_rows("row_staging")) for _ in range(slots)]
+        made.used = [COPY_DONE] * num_layers
+        if decision.cached_rows:
+            made.kept = [made.new_rows("kept_rows", decision.cached_rows) for _ in range(num_layers)]
+            made.hits = [made._new_indices("row_indices") for _ in range(num_layers)]
+        if decision.gradients_on_device:
+            made.sums = [made.new_rows("gradient_sums", decision.cached_rows, sums_dtype) for _ in range(num_layers)]
+            if dtype != sums_dtype:
+                made.cast = made.new_rows("gradient_sums", CAST_ROWS, sums_dtype)
+        if decision.routing == "key-experts":
+            made.experts = [made._new_indices("row_indices") for _ in range(num_layers)]
+        return made
+
+    def new_rows(self, category: str, count: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A buffer ``[count, 2D]``, by default for ``cap`` rows in the adapter's dtype."""
+        shape = (count or self.cap, 2 * self.hidden_size)
+        with self.device.scope(), self.device.category(category):
+            return torch.empty(shape, dtype=dtype or self.dtype, device=self.device.torch_device)
+
+    def slot(self, layer: int) -> RingSlot:
+        """The ring slot of a layer."""
+        return self.ring[layer % len(self.ring)]
+
+    def empty_ring(self) -> None:
+        """No layer's rows are there."""
+        for slot in self.ring:
+            slot.layer = None
+
+    def assemble(self, layer: int, placement: Placement) -> None:
+        """Complete the layer's slot from the rows kept, and keep the rows admitted; once per filling."""
+        slot = self.slot(layer)
+        if slot.assembled or not self.kept:
+            return
+        slot.assembled = True
+        kept, admitted = self.kept[layer], placement.num_admitted
+        own = kept[placement.first_position : placement.first_position + admitted]
+        if slot.filled_again:
+            slot.buffer[:admitted].copy_(own)
+        else:
+            own.copy_(slot.buffer[:admitted])
+        if placement.num_hits:
+            target = slot.buffer[placement.num_missing : placement.num_rows]
+            torch.index_select(kept, 0, self.hits[layer][: placement.num_hits], out=target)
+
+    def add_gradients(self, layer: int, placement: Placement, gradients: torch.Tensor) -> None:
+        """Add ``gradients [A, 2D]`` of the rows kept to their sums; those of admitted rows are the first."""
+        sums, admitted = self.sums[layer], placement.num_admitted
+        sums[placement.first_position : placement.first_position + admitted].copy_(gradients[:admitted])
+        hits, own = self.hits[layer][: placement.num_hits], gradients[placement.num_missing :]
+        if self.cast is None:
+            if placement.num_hits:
+                sums.index_add_(0, hits, own)
+            return
+        for first in range(0, placement.num_hits, CAST_ROWS):
+            some = own[first : first + CAST_ROWS]
+            cast = self.cast[: some.shape[0]].copy_(some)
+            sums.index_add_(0, hits[first : first + CAST_ROWS], cast)
+
+    def _new_indices(self, category: str) -> torch.Tensor:
+        with self.device.scope(), self.device.category(category):
+            return torch.empty(self.cap, dtype=torch.int32, device=self.device.torch_device)

@@ -1,0 +1,231 @@
+"""Who does the work beside the device's computation, and when: the lanes ``h2d``, ``d2h`` and ``cpu``.
+
+The runtime issues *jobs* in the order of its program; each names the lane that it runs on and the jobs that must be
+over before. :class:`Sequential` does a job when it is issued. :class:`Overlapped` has one thread per lane. Either way a
+job sees the same inputs, because what it depends on is declared, so the results are equal bit for bit.
+
+A copy lane takes its jobs in the order of issue, as a CUDA stream does. The cpu lane takes, of the jobs that can run,
+the most urgent, and of those the first issued: the rows of the next layer do not wait for gradients to be added up or
+for the optimizer. A job only ever depends on jobs issued before it, so some job can always run.
+
+An exception in a job ends the schedule: whoever waits for any job, or issues one, gets it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from meft.planner.plan import Lane
+
+Delay = Callable[[Lane, str], float]
+"""Seconds to sleep before a job: for tests that look for races."""
+OnJob = Callable[[Lane, str, float, float], None]
+"""Told of every job: lane, name, when it began and ended (``time.perf_counter``)."""
+
+URGENT, SOON, LATER = range(3)
+"""Of cpu jobs: what a layer waits for; what frees a buffer; what only the next window needs."""
+WORKERS: tuple[Lane, ...] = ("h2d", "d2h", "cpu")
+
+
+class Job:
+    """Work on a lane, and its result."""
+
+    def __init__(self, schedule: Overlapped | None, lane: Lane, name: str, work: Callable[[], Any]) -> None:
+        self.lane, self.name = lane, name
+        self.after: tuple[Job, ...] = ()
+        self.order = (0, 0)
+        self._schedule, self._work, self._result = schedule, work, None
+        self.done = False
+
+    def run(self, on_job: OnJob | None) -> None:
+        """Do the work; drop it, with what it holds on to."""
+        started = time.perf_counter()
+        self._result = self._work()
+        self._work = _nothing
+        if on_job is not None:
+            on_job(self.lane, self.name, started, time.perf_counter())
+
+    def result(self) -> Any:
+        """Wait for the job; what its work returned, or the exception that ended the schedule."""
+        if self._schedule is not None and not self.done:
+            self._schedule.wait_for(self)
+        return self._result
+
+
+class Schedule(Protocol):
+    """Where jobs are issued."""
+
+    overlapped: bool
+    on_job: OnJob | None
+
+    def submit(
+        self, lane: Lane, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
+    ) -> Job:
+        """Issue a job that begins when every job in ``after`` is over."""
+        ...
+
+    def drain(self) -> None:
+        """Wait until every job is over."""
+        ...
+
+    def pause(self, seconds: float) -> None:
+        """Sleep within a job; ends early when the schedule is closed."""
+        ...
+
+    def close(self) -> None:
+        """Drop what has not begun and end the threads. A closed schedule takes no jobs."""
+        ...
+
+
+class Sequential:
+    """One thing after the other, in the order of issue: the schedule to read, and to compare with."""
+
+    overlapped = False
+
+    def __init__(self, on_job: OnJob | None = None) -> None:
+        self.on_job = on_job
+
+    def submit(
+        self, lane: Lane, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
+    ) -> Job:
+        """Do the job now."""
+        del after, urgency
+        job = Job(None, lane, name, work)
+        job.run(self.on_job)
+        job.done = True
+        return job
+
+    def drain(self) -> None:
+        """Nothing is ever left to do."""
+
+    def pause(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        """There are no threads."""
+
+
+class Overlapped:
+    """A thread per lane. :meth:`close` must be called, or use it as a context manager."""
+
+    overlapped = True
+
+    def __init__(self, *, on_job: OnJob | None = None, delay: Delay | None = None) -> None:
+        self.on_job = on_job
+        self._delay = delay
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._waiting: dict[Lane, list[Job]] = {lane: [] for lane in WORKERS}
+        self._running = 0
+        self._issued = 0
+        self._error: BaseException | None = None
+        self._threads = [
+            threading.Thread(target=self._work, args=(lane,), name=f"meft-{lane}", daemon=True) for lane in WORKERS
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> Overlapped:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(
+        self, lane: Lane, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
+    ) -> Job:
+        """See :class:`Schedule`. Raises what ended the schedule, if something did."""
+        job = Job(self, lane, name, work)
+        with self._changed:
+            self._check()
+            self._issued += 1
+            job.order = (urgency if lane == "cpu" else 0, self._issued)
+            job.after = tuple(other for other in after if not other.done)
+            self._waiting[lane].append(job)
+            self._changed.notify_all()
+        return job
+
+    def wait_for(self, job: Job) -> None:
+        """Block until ``job`` is over. Raises what ended the schedule, if something did."""
+        with self._changed:
+            while not job.done:
+                self._check()
+                self._changed.wait()
+
+    def drain(self) -> None:
+        """See :class:`Schedule`. Raises what ended the schedule, if something did."""
+        with self._changed:
+            while self._running or any(self._waiting.values()):
+                self._check()
+                self._changed.wait()
+            self._check()
+
+    def pause(self, seconds: float) -> None:
+        """See :class:`Schedule`."""
+        self._closing.wait(seconds)
+
+    def close(self) -> None:
+        """See :class:`Schedule`; returns when the threads are gone."""
+        with self._changed:
+            self._closing.set()
+            for jobs in self._waiting.values():
+                jobs.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closing.is_set():
+            raise RuntimeError("the schedule is closed")
+
+    def _work(self, lane: Lane) -> None:
+        while (job := self._next(lane)) is not None:
+            try:
+                if self._delay is not None:
+                    self.pause(self._delay(lane, job.name))
+                job.run(self.on_job)
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the job gets it
+                self._fail(error)
+                return
+            with self._changed:
+                job.done = True
+                job.after = ()
+                self._running -= 1
+                self._changed.notify_all()
+
+    def _next(self, lane: Lane) -> Job | None:
+        """The job to do now, once there is one; None when the schedule ends."""
+        with self._changed:
+            while True:
+                if self._closing.is_set() or self._error is not None:
+                    return None
+                job = self._ready(lane)
+                if job is not None:
+                    self._waiting[lane].remove(job)
+                    self._running += 1
+                    return job
+                self._changed.wait()
+
+    def _ready(self, lane: Lane) -> Job | None:
+        jobs = self._waiting[lane]
+        candidates = jobs if lane == "cpu" else jobs[:1]
+        able = [job for job in candidates if all(other.done for other in job.after)]
+        return min(able, key=lambda job: job.order, default=None)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = error
+            self._running = 0
+            for jobs in self._waiting.values():
+                jobs.clear()
+            self._changed.notify_all()
+
+
+def _nothing() -> None:
+    """The work of a job that is over."""

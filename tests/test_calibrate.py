@@ -1,0 +1,226 @@
+"""Calibration: what runs observed corrects the profiles, and what they cannot tell is said."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from plan_samples import sample_profiles, sample_report, sample_request
+
+from meft.planner.calibrate import Run, calibrate, errors_of, given_rows, lane_factors, slower_gpu
+from meft.planner.cli import command as plan_command
+from meft.planner.errors import UsageError
+from meft.planner.plan import LANES, Plan
+from meft.planner.prediction import ProfileSet, inputs_used, predict
+from meft.planner.profile_file import ProfileFile
+from meft.planner.profiles import LayerSparsity
+from meft.planner.report import Report
+from meft.planner.search import make_plan
+from meft.runtime.profile_cli import command
+
+SLOWER = {"gpu": 1.5, "h2d": 2.0, "d2h": 2.0, "cpu": 3.0}
+STEPS = 4
+
+
+def plan_of(**changes: object) -> Plan:
+    return make_plan(sample_request(**changes), sample_profiles(), meft_version="0")
+
+
+def run_of(plan: Plan, truth: ProfileSet, *, filled: float = 1.0) -> Run:
+    """A report as if ``truth`` were the machine and the text."""
+    told = predict(plan.request, plan.decision, truth)
+    rows = list(told.sparsity.active_rows_per_layer)
+    report = sample_report(plan, rows_per_step=[rows] * STEPS)
+    training = report.training.model_copy(
+        update={"tokens": round(STEPS * plan.request.tokens_per_step * filled), "steps": STEPS}
+    )
+    times = {"step_seconds": told.timing.step_seconds, "busy_seconds": dict(told.timing.busy_seconds)}
+    observed = report.observed.model_copy(update={"dropped_rows": 0, "prefetch_recall": 0.5, **times})
+    report = report.model_copy(update={"observed": observed, "training": training, "rehearsal": False})
+    return Run(plan, report)
+
+
+@pytest.fixture(scope="module")
+def profiles() -> ProfileSet:
+    return sample_profiles()
+
+
+@pytest.fixture(scope="module")
+def truth(profiles) -> ProfileSet:
+    """Slower in every lane, and with other text."""
+    from dataclasses import replace
+
+    from meft.planner.calibrate import slower_host, slower_link
+
+    sparsity = profiles.sparsity.model_copy(update={"layers": (LayerSparsity(alpha=0.7),)})
+    return replace(
+        profiles,
+        sparsity=sparsity,
+        gpu=slower_gpu(profiles.gpu, SLOWER["gpu"], "truth"),
+        host=slower_host(profiles.host, SLOWER["cpu"], "truth"),
+        link=slower_link(profiles.link, SLOWER, "truth"),
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(truth) -> list[Run]:
+    choices = [{"adapter_width": width, "top_k": top_k} for width, top_k in ((16, 2), (16, 4), (24, 3), (32, 4))]
+    return [run_of(plan_of(**choice), truth) for choice in choices]
+
+
+def test_lanes_get_the_factors_of_the_machine(runs, profiles) -> None:
+    factors = lane_factors(runs, profiles)
+    assert factors["cpu"] == pytest.approx(SLOWER["cpu"], rel=0.01)
+    assert factors["gpu"] == pytest.approx(SLOWER["gpu"], rel=1e-6)
+    assert factors["d2h"] == pytest.approx(SLOWER["d2h"], rel=1e-6)
+
+
+def test_a_fourth_plan_is_predicted_from_three_runs(runs, profiles) -> None:
+    corrected = calibrate(runs[:3], profiles).profiles
+    by_name = {row.quantity: row for row in errors_of(runs[3], 4, before=profiles, after=corrected)}
+    assert abs(by_name["step_seconds"].before) > 0.3
+    assert abs(by_name["step_seconds"].after) < 0.10
+    assert abs(by_name["h2d_bytes_per_step"].after) < 0.06  # of 12 to 20 rows, one is much
+    assert abs(by_name["active_rows_per_layer"].after) < abs(by_name["active_rows_per_layer"].before)
+
+
+def test_each_run_is_judged_by_the_others(runs, profiles) -> None:
+    calibration = calibrate(runs, profiles)
+    assert {row.run for row in calibration.errors} == {1, 2, 3, 4}
+    others = calibrate(runs[1:], profiles).profiles
+    expected = list(errors_of(runs[0], 1, before=profiles, after=others))
+    assert [row for row in calibration.errors if row.run == 1] == expected
+
+
+def test_one_run_is_fitted_and_says_what_it_does_not_tell(runs, profiles) -> None:
+    calibration = calibrate(runs[:1], profiles)
+    assert calibration.errors == ()
+    told = " ".join(calibration.notes)
+    assert "one run: each lane's factor is a single observation" in told
+    assert "the runs do not differ in K/R" in told
+    assert "the runs do not differ in T" in told
+    again = given_rows(runs[0], calibration.profiles)
+    assert again.timing.busy_seconds["cpu"] == pytest.approx(runs[0].report.observed.busy_seconds["cpu"], rel=0.01)
+    rows = predict(runs[0].plan.request, runs[0].plan.decision, calibration.profiles).sparsity.active_rows_per_layer
+    assert np.allclose(rows, runs[0].mean_rows, atol=1)
+
+
+def test_trends_are_taken_only_from_runs_that_differ(runs, profiles) -> None:
+    same = calibrate([runs[0], runs[0]], profiles).profiles.sparsity
+    assert {layer.level_slope for layer in same.layers} == {0.0}
+    varied = calibrate(runs, profiles)
+    assert not any("do not differ in K/R" in note for note in varied.notes)
+    assert any("do not differ in T" in note for note in varied.notes)
+
+
+def test_padding_is_counted(truth, profiles) -> None:
+    run = run_of(plan_of(), truth, filled=0.5)
+    assert calibrate([run], profiles).profiles.sparsity.filled_fraction == 0.5
+
+
+def test_corrected_numbers_are_measured_and_keep_what_they_were(runs, profiles) -> None:
+    host = calibrate(runs, profiles).profiles.host
+    rate = host.gather_bytes_per_second
+    assert rate.basis == "measured"
+    assert rate.value == pytest.approx(profiles.host.gather_bytes_per_second.value / SLOWER["cpu"], rel=0.01)
+    assert rate.source.startswith("calibrated by 4 runs")
+    assert rate.source.endswith(f"before: {profiles.host.gather_bytes_per_second.source}")
+    twice = calibrate(runs, profiles).profiles.host.gather_bytes_per_second.source
+    assert twice.count("before:") == 1
+
+
+def test_a_faster_device_raises_its_peaks_once_efficiency_is_full(profiles) -> None:
+    faster = slower_gpu(profiles.gpu, 0.1, "x")
+    assert faster.matmul_efficiency.value == 1
+    before = profiles.gpu.matmul_efficiency.value * profiles.gpu.fp32_flops_per_second.value
+    assert faster.fp32_flops_per_second.value == pytest.approx(10 * before)
+    assert faster.kernel_launch_seconds.value == pytest.approx(profiles.gpu.kernel_launch_seconds.value / 10)
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+def changed(run: Run, **update: object) -> Run:
+    return Run(run.plan, run.report.model_copy(update=update))
+
+
+def test_what_cannot_be_joined_is_refused(runs, profiles) -> None:
+    run = runs[0]
+    device = run.report.device.model_copy(update={"name": "another"})
+    for bad, message in [
+        ([], "no runs"),
+        ([Run(run.plan, runs[1].report)], "not of this one"),
+        ([changed(run, rehearsal=True)], "is a rehearsal"),
+        ([run, changed(run, device=device)], "one device at a time"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            calibrate(bad, profiles)
+
+
+def test_plans_of_other_profiles_are_refused(runs, truth, profiles) -> None:
+    inputs = inputs_used(runs[1].plan.request, runs[1].plan.decision, truth)
+    other = runs[1].plan.model_copy(update={"inputs": inputs})
+    report = runs[1].report.model_copy(update={"plan_digest": other.content_digest()})
+    with pytest.raises(UsageError, match="rests on another gpu and link and host and sparsity profile"):
+        calibrate([runs[0], Run(other, report)], profiles)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    """Three plans of smollm2 on the emulated device, and reports that observed twice the time."""
+    names = []
+    for number, width in enumerate((512, 1024, 768)):
+        plan_path, report_path = tmp_path / f"plan{number}.json", tmp_path / f"report{number}.json"
+        words = ["--model", "smollm2-135m", "--gpu", "emulated", "--gpu-mem", "3GB", "--host-mem", "8GB"]
+        words += ["--batch-size", "2", "--seq-len", "64", "--adapter-width", str(width), "--top-k", "16"]
+        words += ["--max-slowdown", "100", "-o", str(plan_path)]
+        assert CliRunner().invoke(plan_command, words).exit_code == 0
+        plan = Plan.load(plan_path)
+        report = sample_report(plan, rows_per_step=[list(plan.prediction.sparsity.active_rows_per_layer)] * STEPS)
+        seconds = {lane: 2 * plan.prediction.timing.busy_seconds[lane] for lane in LANES}
+        times = {"step_seconds": 2 * plan.prediction.timing.step_seconds, "busy_seconds": seconds}
+        observed = report.observed.model_copy(update=times | {"dropped_rows": 0})
+        tokens = report.training.model_copy(update={"tokens": STEPS * plan.request.tokens_per_step})
+        report.model_copy(update={"observed": observed, "training": tokens}).save(report_path)
+        names += [str(plan_path), str(report_path)]
+    return names
+
+
+def test_the_command_writes_profiles_that_planning_reads(files, tmp_path) -> None:
+    path = tmp_path / "calibrated.json"
+    done = CliRunner().invoke(command, ["calibrate", *files, "-o", str(path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "cpu lane: 2.000 times the predicted seconds" in done.output
+    assert ProfileFile.load(path).sections() == ("host", "gpu", "link", "sparsity")
+    again = tmp_path / "again.json"
+    words = [
+        "--model",
+        "smollm2-135m",
+        "--gpu",
+        str(path),
+        "--gpu-mem",
+        "3GB",
+        "--host-mem",
+        "8GB",
+        "--batch-size",
+        "2",
+    ]
+    words += ["--seq-len", "64", "--adapter-width", "512", "--top-k", "16", "--max-slowdown", "100", "-o", str(again)]
+    planned = CliRunner().invoke(plan_command, words)
+    assert planned.exit_code == 0, planned.output
+    observed = Report.load(Path(files[1])).observed.step_seconds
+    assert Plan.load(again).prediction.timing.step_seconds == pytest.approx(observed, rel=0.1)
+    assert math.isclose(ProfileFile.load(path).sparsity.filled_fraction, 1.0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_files_come_in_pairs(files, tmp_path, count) -> None:
+    done = CliRunner().invoke(command, ["calibrate", *files[:count], "-o", str(tmp_path / "x.json")])
+    assert isinstance(done.exception, UsageError)
+    assert f"{count} files were given" in str(done.exception)

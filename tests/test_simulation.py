@@ -1,0 +1,305 @@
+"""The simulated step: published measurements, sizes counted by hand, and properties."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planner_records import tiny_shape
+
+from meft.planner.architecture import ModelShape
+from meft.planner.cublas import USUAL_BYTES
+from meft.planner.linears import linear_layers, module_names, resolve_targets
+from meft.planner.models import load_model, model_names
+from meft.planner.setup import TrainingSetup
+from meft.planner.simulation import fused_linear_chunk, simulate
+from meft.planner.stream import Stream, StreamEvent, live_by_category, stream_peaks
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def setup_of(shape: ModelShape | None = None, **changes) -> TrainingSetup:
+    return TrainingSetup(**({"model": shape or tiny_shape(), "method": "full", "seq_len": 4} | changes))
+
+
+def requested_peak(stream: Stream, without: str = "") -> int:
+    hidden: set[int] = set()
+    total = most = 0
+    for event in stream.events:
+        if event.num_bytes > 0 and event.category == without:
+            hidden.add(event.tensor)
+        if event.tensor not in hidden:
+            total += event.num_bytes
+            most = max(most, total)
+    return most
+
+
+# --- measured by others ---------------------------------------------------------------------------------------------
+
+LONG = {"batch_size": 4, "seq_len": 4096, "attention": "flash", "activation_checkpointing": True}
+SHORT = {"seq_len": 128, "weights_dtype": "fp32", "method": "parallel-adapter"}
+CHECKPOINTED = {"activation_checkpointing": True, "method": "lora", "target_modules": ATTENTION}
+QUANTIZED = {"method": "qlora", "weights_dtype": "nf4", "double_quant": True}
+EARLIER = {"loss": "hf-shifted-logits", "outputs_kept": False}  # transformers 4.48 and its Trainer
+PUBLISHED = [
+    # canifinetune, RTX 4080, torch 2.6, transformers 5.8, peft 0.19: runs 01044, 01197, 01206, 01053, 01062, 01215
+    ("qwen2.5-0.5b", CHECKPOINTED | {"rank": 16, "seq_len": 1024, "optimizer": "paged-adamw-8bit"}, 3256014707, 0.002),
+    ("qwen2.5-0.5b", CHECKPOINTED | {"rank": 8, "seq_len": 256, "autocast": "bf16"}, 1582910197, 0.002),
+    ("qwen2.5-0.5b", CHECKPOINTED | {"rank": 8, "seq_len": 512, "autocast": "bf16"}, 2139430584, 0.002),
+    (
+        "qwen2.5-0.5b",
+        CHECKPOINTED
+        | QUANTIZED
+        | {"rank": 16, "seq_len": 1024, "optimizer": "paged-adamw-8bit", "kbit_preparation": True},
+        3345564775,
+        0.002,
+    ),
+    (
+        "qwen2.5-0.5b",
+        CHECKPOINTED
+        | QUANTIZED
+        | {"rank": 16, "seq_len": 2048, "optimizer": "paged-adamw-8bit", "kbit_preparation": True},
+        5929202352,
+        0.002,
+    ),
+    (
+        "qwen2.5-0.5b",
+        CHECKPOINTED | QUANTIZED | {"rank": 8, "seq_len": 256, "autocast": "bf16", "kbit_preparation": True},
+        1600626937,
+        0.002,
+    ),
+    # fms-acceleration, A100: runs 01824, 01290, 01392
+    ("mistral-7b", LONG | {"method": "full", "outputs_kept": False}, 72432723456, 0.001),
+    ("mistral-7b", LONG | CHECKPOINTED | EARLIER | {"rank": 16}, 26704571904, 0.001),
+    ("mistral-7b", LONG | CHECKPOINTED | QUANTIZED | EARLIER | {"rank": 16, "autocast": "bf16"}, 16373838336, 0.003),
+    # a public re-implementation of MEFT, dense adapters of width 1024 and 4096 beside GPT-2-medium
+    ("gpt2-medium", SHORT | {"adapter_width": 1024}, 2494845420, 0.002),
+    ("gpt2-medium", SHORT | {"adapter_width": 4096}, 5516222792, 0.002),
+]
+
+
+@pytest.mark.parametrize(("model", "fields", "measured", "tolerance"), PUBLISHED)
+def test_max_memory_allocated_of_measured_runs(model: str, fields: dict, measured: int, tolerance: float) -> None:
+    setup = TrainingSetup(**({"model": load_model(model)[0], "method": "lora"} | fields))
+    assert stream_peaks(simulate(setup)).allocated_bytes == pytest.approx(measured, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("fields", "measured"),
+    [  # canifinetune runs 01198, 01207, 01045
+        ({"rank": 8, "seq_len": 256, "autocast": "bf16"}, 1811939328),
+        ({"rank": 8, "seq_len": 512, "autocast": "bf16"}, 2550136832),
+        ({"rank": 16, "seq_len": 1024, "optimizer": "paged-adamw-8bit"}, 4074742848),
+    ],
+)
+def test_max_memory_reserved_of_measured_runs(fields: dict, measured: int) -> None:
+    setup = TrainingSetup(model=load_model("qwen2.5-0.5b")[0], **(CHECKPOINTED | fields))
+    assert stream_peaks(simulate(setup)).reserved_bytes == pytest.approx(measured, rel=0.04)
+
+
+def test_memory_allocated_at_the_stages_of_a_measured_run() -> None:
+    # canifinetune runs 01037 to 01043; the figures are rounded to 0.0001 GiB
+    setup = TrainingSetup(
+        model=load_model("qwen2.5-0.5b")[0], rank=16, seq_len=1024, optimizer="paged-adamw-8bit", **CHECKPOINTED
+    )
+    at = stream_peaks(simulate(setup)).at_moment
+    assert at["loaded"][0] == pytest.approx(996325038, abs=60_000)
+    assert at["attached"][0] == pytest.approx(1005022347, abs=60_000)
+    assert at["forward_1"][0] == pytest.approx(1995549180, rel=0.002)
+    assert at["backward_1"][0] == pytest.approx(1346150125, rel=0.003)
+    assert at["optimizer_step_1"][0] == pytest.approx(1342606777, rel=0.003)
+
+
+# --- by hand --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", model_names())
+def test_what_is_loaded_is_every_parameter(model: str) -> None:
+    shape = load_model(model)[0]
+    stream = simulate(setup_of(shape, method="lora", rank=1, target_modules=module_names(shape)[:1]))
+    loaded = live_by_category(stream, stream.moments["loaded"])
+    assert loaded["linear_weights"] + loaded["other_weights"] == 2 * shape.num_parameters
+
+
+def test_full_fine_tuning_in_bf16_takes_ten_bytes_per_parameter_at_the_optimizer_step() -> None:
+    shape = tiny_shape()
+    stream = simulate(setup_of(shape, outputs_kept=False))
+    at_update = live_by_category(stream, stream.moments["updated_2"])
+    weights = at_update["linear_weights"] + at_update["other_weights"]
+    states = weights + at_update["optimizer_moments"] + at_update["gradients"]
+    assert states == (2 + 4 + 2) * shape.num_parameters
+    ledger = stream_peaks(stream).ledger["optimizer_step"].by_category
+    assert ledger["optimizer_temporary"] == 2 * shape.num_parameters
+
+
+def test_lora_counts_and_keeps_each_cast_input() -> None:
+    # rank 2 on q (8 to 8) and down (16 to 8), three layers: 2 * (16 + 24) * 3 = 240 fp32 parameters
+    stream = simulate(setup_of(method="lora", rank=2, target_modules=("q_proj", "down_proj")))
+    after = live_by_category(stream, stream.moments["updated_1"])
+    assert (after["trainable_weights"], after["optimizer_moments"], after["gradients"]) == (960, 1920, 960)
+    kept = live_by_category(stream, stream.moments["forward_1"])["adapter"]
+    assert kept == 3 * 4 * (8 + 16 + 2 * 2) * 4  # per token and layer: inputs in fp32, [T, 2] twice
+
+
+def test_nf4_is_stored_as_bitsandbytes_stores_it() -> None:
+    # half a byte a weight, a scale per 64 in 8 bits, per 256 of those one in fp32, an offset, 16 numbers of code
+    shape = tiny_shape(num_layers=1, hidden_size=64, intermediate_size=512, num_heads=1, num_kv_heads=1, head_dim=64)
+    quantized = {"method": "qlora", "weights_dtype": "nf4", "rank": 1, "target_modules": ("q_proj",)}
+    double = simulate(setup_of(shape, double_quant=True, **quantized))
+    single = simulate(setup_of(shape, **quantized))
+    sizes = [layer.num_weights for layer in linear_layers(shape)]
+    stored = live_by_category(double, double.moments["loaded"])["linear_weights"]
+    assert stored == sum(size // 2 + size // 64 + 4 * -(-size // 64 // 256) + 4 + 64 for size in sizes)
+    assert live_by_category(single, single.moments["loaded"])["linear_weights"] == sum(
+        size // 2 + 4 * (size // 64) + 64 for size in sizes
+    )
+
+
+def test_gradients_are_there_from_the_first_micro_batch_of_a_window_on() -> None:
+    for accum, there in ((1, 0), (2, 2 * tiny_shape().num_parameters)):
+        stream = simulate(setup_of(grad_accum=accum))
+        second_forward = stream.moments["forward_2"]
+        assert live_by_category(stream, second_forward).get("gradients", 0) == there
+
+
+def test_workspaces_one_per_thread_that_multiplies() -> None:
+    stream = simulate(setup_of())
+    sizes = [event.num_bytes for event in stream.events if event.category == "cublas_workspaces"]
+    assert sizes == [USUAL_BYTES] * 2
+
+
+def test_liger_chunks() -> None:
+    # 4096 tokens over a vocabulary of 32000 at width 4096: ceil(32000 / 4096) = 8 chunks of 512
+    assert fused_linear_chunk(tokens=4096, vocab_size=32000, hidden_size=4096) == 512
+    assert fused_linear_chunk(tokens=100, vocab_size=151936, hidden_size=896) == 1
+
+
+BY_LOSS = {"method": "lora", "rank": 1, "target_modules": ("q_proj",), "activation_checkpointing": True}
+
+
+def test_logits_by_loss() -> None:
+    # T = 512, V = 32; bf16 logits, and at the peak log-probabilities and two gradients in fp32
+    peaks = {}
+    for loss in ("hf", "hf-shifted-logits", "fused-ce", "fused-linear-ce"):
+        ledger = stream_peaks(simulate(setup_of(loss=loss, seq_len=512, **BY_LOSS))).ledger
+        peaks[loss] = ledger["loss"].by_category
+    assert peaks["hf"]["logits"] == 512 * 32 * 2
+    assert peaks["hf"]["loss_chain"] == 3 * 512 * 32 * 4 + 4  # and the loss
+    assert peaks["fused-ce"]["loss_chain"] < 512 * 32
+    assert peaks["fused-linear-ce"].get("logits", 0) < 512 * 32
+
+
+def test_meft_is_not_simulated_here() -> None:
+    with pytest.raises(ValueError, match="its own ledger"):
+        simulate(setup_of(method="meft"))
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "expected"),
+    [
+        ("llama-7b", ["q_proj", "v"], ("q_proj", "v_proj")),
+        ("llama-7b", ["attention"], ATTENTION),
+        ("gpt2", ["all-linear"], ("c_attn", "c_proj", "c_fc")),
+        ("mistral-7b", ["q_proj", "c_attn"], ("q_proj",)),
+        ("phi-3-mini-4k", ["ffn"], ("gate_up_proj", "down_proj")),
+    ],
+)
+def test_targets(model: str, names: list[str], expected: tuple[str, ...]) -> None:
+    assert resolve_targets(load_model(model)[0], names) == expected
+
+
+# --- properties -----------------------------------------------------------------------------------------------------
+
+shapes = st.sampled_from(
+    [
+        tiny_shape(),
+        tiny_shape(num_layers=1),
+        tiny_shape(model_type="gpt2", norm="layernorm", gated_mlp=False, activation="gelu_new", num_kv_heads=2),
+        tiny_shape(model_type="phi", norm="layernorm", norms_per_layer=1, gated_mlp=False, parallel_blocks=True),
+        tiny_shape(model_type="gemma2", norms_per_layer=4, logit_softcap=True),
+        tiny_shape(model_type="qwen3", head_norms_per_layer=2),
+        tiny_shape(model_type="phi3"),
+    ]
+)
+METHODS = ("full", "lora", "qlora", "parallel-adapter")
+
+
+@st.composite
+def setups(draw: st.DrawFn) -> TrainingSetup:
+    shape, method = draw(shapes), draw(st.sampled_from(METHODS))
+    lora = method in ("lora", "qlora")
+    return setup_of(
+        shape,
+        method=method,
+        rank=draw(st.integers(1, 4)) if lora else None,
+        target_modules=draw(st.sampled_from([module_names(shape)[:1], module_names(shape)])) if lora else (),
+        adapter_width=draw(st.integers(1, 64)) if method == "parallel-adapter" else None,
+        weights_dtype="nf4" if method == "qlora" else draw(st.sampled_from(["fp32", "bf16"])),
+        double_quant=method == "qlora" and draw(st.booleans()),
+        kbit_preparation=method == "qlora" and draw(st.booleans()),
+        autocast=draw(st.sampled_from(["none", "bf16"])),
+        adapter_dtype=draw(st.sampled_from(["fp32", "bf16"])),
+        batch_size=draw(st.integers(1, 3)),
+        seq_len=draw(st.integers(1, 40)),
+        grad_accum=draw(st.integers(1, 3)),
+        activation_checkpointing=draw(st.booleans()),
+        attention=draw(st.sampled_from(["sdpa", "flash", "eager"])),
+        optimizer=draw(st.sampled_from(["adamw", "adamw-fused", "adamw-8bit", "paged-adamw-8bit", "sgd"])),
+        loss=draw(st.sampled_from(["hf", "hf-shifted-logits", "fused-ce", "fused-linear-ce"])),
+        padded=draw(st.booleans()),
+        outputs_kept=draw(st.booleans()),
+    )
+
+
+def peak(setup: TrainingSetup) -> int:
+    return requested_peak(simulate(setup))
+
+
+@settings(max_examples=60)
+@given(setups())
+def test_peaks_grow_with_batch_sequence_and_size(setup: TrainingSetup) -> None:
+    here = peak(setup)
+    assert peak(setup.model_copy(update={"batch_size": setup.batch_size + 1})) >= here
+    assert peak(setup.model_copy(update={"seq_len": setup.seq_len + 1})) >= here
+    for name in ("rank", "adapter_width"):
+        value = getattr(setup, name)
+        if value is not None:
+            assert peak(setup.model_copy(update={name: value + 1})) >= here
+
+
+@settings(max_examples=60)
+@given(setups(), st.data())
+def test_no_category_lowers_the_peak_and_reserved_covers_allocated(setup: TrainingSetup, data: st.DataObject) -> None:
+    stream = simulate(setup)
+    categories = sorted({event.category for event in stream.events if event.num_bytes > 0})
+    assert requested_peak(stream, data.draw(st.sampled_from(categories))) <= requested_peak(stream)
+    peaks = stream_peaks(stream)
+    assert peaks.requested_bytes <= peaks.allocated_bytes <= peaks.reserved_bytes
+    assert requested_peak(stream) == peaks.requested_bytes
+    assert all(ledger.rounding_bytes >= 0 for ledger in peaks.ledger.values())
+
+
+@settings(max_examples=30)
+@given(setups())
+def test_a_setup_survives_json_and_gives_the_same_stream(setup: TrainingSetup) -> None:
+    again = TrainingSetup.model_validate_json(setup.model_dump_json())
+    assert again == setup
+    assert simulate(again) == simulate(setup)
+
+
+def test_the_last_step_repeats_the_one_before() -> None:
+    """What is alive after the second step is what was alive after the first: nothing leaks."""
+    stream = simulate(setup_of(method="lora", rank=2, target_modules=("q_proj",)))
+    first, second = (live_by_category(stream, stream.moments[f"optimizer_step_{step}"]) for step in (1, 2))
+    assert first | {"cublas_workspaces": 0} == second | {"cublas_workspaces": 0}
+
+
+def test_a_stream_that_makes_no_sense_is_refused() -> None:
+    come = StreamEvent(1, 8, "forward", "x")
+    with pytest.raises(ValueError, match="comes twice"):
+        stream_peaks(Stream((come, come)))
+    with pytest.raises(ValueError, match="never came"):
+        stream_peaks(Stream((StreamEvent(1, -8, "forward", "x"),)))
