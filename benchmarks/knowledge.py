@@ -63,7 +63,17 @@ LEARNING_RATES = {
     "full": (3e-5, 1e-4, 3e-4),
 }
 AMPLE_BYTES = 64 << 30
-ADAPTER_CATEGORIES = (TRAINED, STATES, "row_staging", "row_gradients", "router_weights", "router_states", "row_experts")
+ADAPTER_CATEGORIES = (
+    TRAINED,
+    STATES,
+    "row_staging",
+    "row_gradients",
+    "router_weights",
+    "router_states",
+    "row_indices",
+    "kept_rows",
+    "gradient_sums",
+)
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,7 @@ class AdapterModel(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """The inverse of :meth:`state_dict`, in place."""
         del strict, assign
+        self.finish_backward()
         checkpoint.restore_adapter(self.session, dict(state_dict), Path("state_dict"))
         return _IncompatibleKeys([], [])
 

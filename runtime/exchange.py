@@ -510,9 +510,10 @@ class RowExchange:
                 state.went_backward = True
 
     def _forget_kept(self) -> None:
-        for layer in range(len(self.layers)):
-            self._row_cache.clear(layer)
-            self._kept[layer] = 0
+        with self.device.host():
+            for layer in range(len(self.layers)):
+                self._row_cache.clear(layer)
+                self._kept[layer] = 0
 
     @property
     def _row_cache(self) -> RowCache:
