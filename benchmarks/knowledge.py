@@ -184,7 +184,8 @@ def _plan(run: Run, shape: ModelShape) -> Plan:
         raise click.ClickException(plan.message)
     routing = "exact" if run.num_experts == 1 else "key-experts"
     experts = {"num_experts": run.num_experts, "num_probes": run.num_probes, "routing": routing}
-    decision = plan.decision.model_copy(update={"active_rows_cap": run.width, **experts})
+    plain = {"active_rows_cap": run.width, "cached_rows": 0, "gradients_on_device": False, "bf16_copy": False}
+    decision = plan.decision.model_copy(update=plain | experts)
     return plan.model_copy(update={"decision": type(decision).model_validate(decision.model_dump())})
 
 

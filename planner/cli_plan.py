@@ -21,9 +21,11 @@ from meft.planner.cli_options import (
 from meft.planner.cli_request import Planning, planning
 from meft.planner.errors import InfeasibleError, UsageError
 from meft.planner.files import write_atomic
+from meft.planner.models import load_model
 from meft.planner.plan import Plan
 from meft.planner.search import Infeasible, make_plan
 from meft.planner.timing import step_timing
+from meft.planner.verification import verified
 
 
 @click.command("plan", short_help="The best decision within the budgets (the default).")
@@ -34,6 +36,9 @@ from meft.planner.timing import step_timing
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on standard output, and nothing else.")
 @click.option("--plot", type=PATH, help="Draw memory, trade-offs and lanes into this .png, .svg or .pdf file.")
 @click.option("--trace", type=PATH, help="Write the simulated step as a Chrome trace (chrome://tracing, Perfetto).")
+@click.option(
+    "--verify", is_flag=True, help="Trace the step in the real model's code (needs torch); exit 3 if it does not fit."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Every ledger entry, and every number with its source.")
 @click.pass_context
 def plan_command(
@@ -44,6 +49,7 @@ def plan_command(
     as_json: bool,
     plot: Path | None,
     trace: Path | None,
+    verify: bool,
     verbose: bool,
     **given: Any,
 ) -> None:
@@ -56,6 +62,8 @@ def plan_command(
     found = make_plan(planned.request, planned.profiles, meft_version=version("meft"))
     if isinstance(found, Infeasible):
         refuse(context, found, as_json=as_json)
+    if verify:
+        found = _verified(found, planned)
     _write(output, found.to_json(), option="-o")
     if trace is not None:
         _write(trace, json.dumps(chrome_trace(simulated_step(found, planned)), separators=(",", ":")), option="--trace")
@@ -67,6 +75,12 @@ def plan_command(
         click.echo(found.to_json(), nl=False)
     else:
         _show(found, planned, output, verbose=verbose, also=[path for path in (plot, trace) if path is not None])
+
+
+def _verified(plan: Plan, planned: Planning) -> Plan:
+    """The plan with its verification; looks up the model's config again."""
+    _, config, _ = load_model(plan.request.model_path or plan.request.model.name)
+    return verified(plan, config, workspace_bytes=int(planned.profiles.gpu.workspace_bytes.value))
 
 
 def simulated_step(plan: Plan, planned: Planning) -> list[Event]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meft.planner.autograd import BOOL, FP32, GRADIENTS, TEMPORARIES, Backward, Gradients, Leaf, Tape, Tensor
+from meft.planner.autograd import BOOL, FP32, GRADIENTS, TEMPORARIES, Backward, Gradients, Leaf, Tape, Tensor, as_view
 
 LOG_SUM_EXP_MULTIPLE = 32
 """The memory-efficient kernel rounds the queries of its log-sum-exp up to this."""
@@ -180,8 +180,8 @@ class Operators:
         def backward(grad: Tensor) -> Gradients:
             self._use_workspace(backward=True)
             of_bias = tape.new(bias_size, grad.itemsize, GRADIENTS) if bias_size else None
-            gradient_x = None if kept_weight is None else tape.new(size_x, grad.itemsize, of_x)
-            gradient_weight = None if kept_x is None else tape.new(size_weight, grad.itemsize, of_weight)
+            gradient_x = None if kept_weight is None else as_view(tape.new(size_x, grad.itemsize, of_x))
+            gradient_weight = None if kept_x is None else as_view(tape.new(size_weight, grad.itemsize, of_weight))
             return gradient_x, gradient_weight, of_bias
 
         return tape.connect(out, (x, weight, bias), backward)

@@ -257,6 +257,20 @@ class SearchSummary(Record):
     pareto: tuple[ParetoPoint, ...]
 
 
+class Verification(Record):
+    """The plan's step, traced in the real model's code and replayed through the allocator.
+
+    With the rows that the plan expects, and with those of every layer at the cap, which no batch exceeds.
+    """
+
+    peak_allocated_bytes: Bytes
+    peak_reserved_bytes: Bytes
+    peak_allocated_bytes_at_cap: Bytes
+    peak_reserved_bytes_at_cap: Bytes
+    cache_flushes_at_cap: Index
+    """How often the allocator gives back what it caches to stay within its budget, in two steps."""
+
+
 class Plan(File):
     """``plan.json``: the whole of it, with its digest."""
 
@@ -268,3 +282,5 @@ class Plan(File):
     prediction: Prediction
     inputs: Inputs
     search: SearchSummary
+    verification: Verification | None = None
+    """What ``--verify`` found; null where it was not asked for."""

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meft.planner.ledger import STEP_PHASES
-from meft.planner.plan import LANES, MemoryEntry, ParetoPoint, Phase, Plan
+from meft.planner.plan import LANES, MemoryEntry, ParetoPoint, Phase, Plan, Verification
 from meft.planner.units import GIB, MIB, format_bytes, format_seconds
 
 PIPED_WIDTH = 100
@@ -131,6 +131,7 @@ def plan_view(plan: Plan, *, path: Path, notes: Sequence[str], verbose: bool) ->
         _headline(plan),
         section(_decision_title(plan), _decision(plan)),
         section(_device_title(plan), _device(plan)),
+        *([] if plan.verification is None else [section("Verified", _verification(plan, plan.verification))]),
         section(_host_title(plan), _host(plan)),
         section("Transfer per step", _transfer(plan)),
         section(_time_title(plan), _lanes(plan)),
@@ -289,6 +290,25 @@ def _device(plan: Plan) -> RenderableType:
         f"{format_bytes(memory.process_bytes.low_bytes)} - {format_bytes(memory.process_bytes.high_bytes)}"
     )
     return Group(grid(headers, table, right=range(1, len(headers))), Text(after))
+
+
+def _verification(plan: Plan, traced: Verification) -> RenderableType:
+    memory = plan.prediction.device_memory
+    pairs = (
+        ("allocated, expected rows", memory.peak_allocated_bytes, traced.peak_allocated_bytes),
+        ("reserved, expected rows", memory.peak_reserved_bytes, traced.peak_reserved_bytes),
+        ("allocated, rows at the cap", memory.peak_allocated_bytes_at_cap, traced.peak_allocated_bytes_at_cap),
+        ("reserved, rows at the cap", memory.peak_reserved_bytes_at_cap, traced.peak_reserved_bytes_at_cap),
+    )
+    rows = [
+        (name, format_bytes(predicted), format_bytes(found), f"{found / predicted:.3f}")
+        for name, predicted, found in pairs
+        if predicted is not None
+    ]
+    after = "two steps of the model's own code, replayed through the allocator"
+    if traced.cache_flushes_at_cap:
+        after += f"; it stays within the budget only by giving back its cache {traced.cache_flushes_at_cap} times"
+    return Group(grid(("peak", "predicted", "traced", "ratio"), rows, right=(1, 2, 3)), Text(after))
 
 
 def _unit(largest_bytes: int) -> tuple[int, str]:

@@ -87,12 +87,12 @@ class AdapterModel(nn.Module):
         settings: AdamWSettings | None = None,
         key_init: KeyInit = "random",
         adapter: str | Path | None = None,
-        schedule: Literal["overlapped", "sequential"] = "sequential",
+        schedule: Literal["overlapped", "sequential"] = "overlapped",
     ) -> AdapterModel:
         """A new adapter beside ``base`` as the plan decides, on the device, in training mode.
 
-        ``adapter`` is a folder to start from instead of a fresh one. ``schedule`` overlaps transfers and host work with
-        the device's, with the same results; its threads end in :meth:`detach`, or with the model.
+        ``adapter`` is a folder to start from instead of a fresh one. Overlapped, transfers and host work go on beside
+        the device's, with the same results; the threads end in :meth:`detach`, or with the model.
 
         Raises:
             UsageError: the plan was made for another model.
@@ -182,7 +182,7 @@ class AdapterModel(nn.Module):
         del set_to_none
         self.finish_backward()
         if self._session:
-            self.session.drop_window()
+            self.session.forget_gradients()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter folder, whole or not at all; :meth:`from_pretrained` reads it."""
@@ -242,10 +242,13 @@ def _device(name: DeviceName, plan: Plan) -> Device:
 
 
 def _take_off(session: Session, restore: Callable[[], None]) -> None:
-    """Give the base back, whatever the lanes were doing."""
-    session.close()
-    session.adapter.detach()
-    restore()
+    """Give the base back, even if a lane has failed."""
+    try:
+        session.drain()
+    finally:
+        session.close()
+        session.adapter.detach()
+        restore()
 
 
 def _restorer(base: nn.Module) -> Callable[[], None]:

@@ -48,7 +48,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """Forget gradients that no step has used."""
         del set_to_none
         self._finish_backward()
-        self.session.drop_window()
+        self.session.forget_gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and step counts of rows and routers, and the groups."""

@@ -125,7 +125,7 @@ class Session:
             self.exchange.forget_rows()
         self.store.refresh_copies()
 
-    def drop_window(self) -> None:
+    def forget_gradients(self) -> None:
         """Forget the gradients that no optimizer step has used, of rows and routers."""
         self._early = []
         self.exchange.drop_window()

@@ -14,12 +14,16 @@ from transformers import LlamaForCausalLM
 
 from meft.planner.errors import MeftError, UsageError
 from meft.runtime.adapter_model import AdapterModel
-from meft.runtime.checkpoint import AdapterConfig, base_digest, save_adapter
-from meft.runtime.data import batch_indices, collate
+from meft.runtime.checkpoint import AdapterConfig, adapter_tensors, base_digest, save_adapter
+from meft.runtime.data import Example, batch_indices, collate
 from meft.runtime.inference import serving
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
-CHOICES = [{}, EXPERTS, {"prefetch_depth": 1, "rows_in_backward": "refetched", **EXPERTS}]
+CHOICES = [
+    {},
+    EXPERTS,
+    {"prefetch_depth": 1, "rows_in_backward": "refetched", "cached_rows": 64, "gradients_on_device": True, **EXPERTS},
+]
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +125,20 @@ def test_an_adapter_for_inference_cannot_train(saved, glass_folder) -> None:
 # --- a loop of one's own ---------------------------------------------------------------------------------------------
 
 
+def whole_examples(plan) -> list[Example]:
+    """Eight sequences without padding: with a mask another attention kernel runs, whose last bits differ."""
+    longer = random_examples(8, length=plan.request.seq_len + 4)
+    return [example.truncated(plan.request.seq_len) for example in longer]
+
+
 def own_loop(model, optimizer, plan, *, first: int, last: int) -> list[float]:
-    """Steps as small_trainer takes them, written as anyone would; learning rate constant."""
-    examples = random_examples(8, length=plan.request.seq_len)
+    """Steps as the trainer takes them, written as anyone would; learning rate constant."""
+    examples = whole_examples(plan)
     losses = []
     for step in range(first, last):
         chosen = batch_indices(step, num_examples=8, batch_size=plan.request.batch_size, seed=0)
         batch = collate([examples[index] for index in chosen], seq_len=plan.request.seq_len, pad_id=0)
-        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        loss = model(input_ids=batch.input_ids, labels=batch.labels).loss
         (loss / plan.request.grad_accum).backward()
         losses.append(loss.item())
         if (step + 1) % plan.request.grad_accum == 0:
@@ -141,15 +151,13 @@ def test_an_own_loop_equals_meft_runs(glass_folder, glass_model, choice, monkeyp
     monkeypatch.setattr("meft.runtime.training.scheduled_learning_rate", lambda *_, peak, **__: peak)
     plan = small_plan(glass_folder, choice=choice, grad_accum=2)
     trainer = small_trainer(open_small(glass_folder, plan), steps=4)
+    trainer.examples = whole_examples(plan)
     trainer.run()
     model = AdapterModel.from_plan(glass_model, plan, device="emulated")
     losses = own_loop(model, model.optimizer(learning_rate=1e-2), plan, first=0, last=4)
-    assert losses == pytest.approx(
-        trainer.history.losses, rel=1e-4
-    )  # the mask that the own loop gives changes the kernel
-    for mine, theirs in zip(model.session.store.layers, trainer.session.store.layers, strict=True):
-        assert torch.equal(mine.step_counts, theirs.step_counts)
-        torch.testing.assert_close(mine.weights, theirs.weights, rtol=1e-2, atol=2e-4)
+    assert losses == trainer.history.losses
+    for name, tensor in adapter_tensors(trainer.session).items():
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("choice", CHOICES[:2])
@@ -188,8 +196,9 @@ def test_evaluation_between_backward_and_step_loses_no_gradient(glass_folder, gl
     assert not torch.equal(model(input_ids=IDS).logits, inferred)
 
 
-def test_zero_grad_forgets_what_no_step_has_used(glass_folder, glass_model) -> None:
-    model = AdapterModel.from_plan(glass_model, small_plan(glass_folder, choice=EXPERTS), device="emulated")
+@pytest.mark.parametrize("choice", CHOICES)
+def test_zero_grad_forgets_what_no_step_has_used(glass_folder, glass_model, choice) -> None:
+    model = AdapterModel.from_plan(glass_model, small_plan(glass_folder, choice=choice), device="emulated")
     optimizer = model.optimizer(learning_rate=1e-2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for forget in (model.zero_grad, optimizer.zero_grad):
@@ -198,6 +207,24 @@ def test_zero_grad_forgets_what_no_step_has_used(glass_folder, glass_model) -> N
         optimizer.step()
         assert optimizer.last_gradient_norm == 0
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "rows" in name)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_what_zero_grad_forgot_is_in_no_later_gradient(glass_folder, choice) -> None:
+    from transformers import LlamaForCausalLM
+
+    norms = []
+    for forgotten in (False, True):
+        base = LlamaForCausalLM.from_pretrained(glass_folder)
+        model = AdapterModel.from_plan(base, small_plan(glass_folder, choice=choice), device="emulated")
+        optimizer = model.optimizer(learning_rate=1e-2)
+        if forgotten:
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.zero_grad()
+        model(input_ids=IDS + 20, labels=IDS + 20).loss.backward()
+        optimizer.step()
+        norms.append(optimizer.last_gradient_norm)
+    assert norms[0] == norms[1]
 
 
 def test_a_plan_for_another_model_is_refused(glass_folder, glass_model) -> None:
@@ -232,7 +259,7 @@ def slow_updates(lane: str, name: str) -> float:
 
 
 def test_an_overlapped_own_loop_is_the_sequential_one(glass_folder) -> None:
-    straight, optimizer, plan = cached_model(glass_folder)
+    straight, optimizer, plan = cached_model(glass_folder, schedule="sequential")
     losses = own_loop(straight, optimizer, plan, first=0, last=6)
     model, optimizer, _ = cached_model(glass_folder, schedule="overlapped")
     model.session.engine.schedule._delay = slow_updates

@@ -48,7 +48,7 @@ PROFILING_IS_USED_BY = {
 }
 """Measuring ends in a fit, and calibrating in predictions: the commands of meft-profile call those models."""
 
-WITH_EFFECTS = {"files", "recording_files", "schema", "profiles", "models", "plot", "render"}
+WITH_EFFECTS = {"files", "recording_files", "schema", "profiles", "models", "plot", "render", "verification"}
 """Planner modules that read, write or print. With the command line they are all there are: any other is pure."""
 EFFECTS = {
     "asyncio",
@@ -72,9 +72,11 @@ EFFECTS = {
     "time",
     "uuid",
 }
+COUNTS_REFERENCES = {"autograd": {"sys"}}
+"""Whether anything else holds a storage decides, as in torch, if gradients are summed in place."""
 MODELS_OF_THE_DESIGN = (
     *("sparsity", "transfer", "host_memory", "timing", "lanes", "memory", "search"),
-    *("allocator", "blocks", "recording", "history", "replay"),
+    *("allocator", "blocks", "recording", "history", "replay", "simulation", "decoder", "operators", "stream"),
 )
 
 
@@ -223,7 +225,8 @@ def test_the_models_of_the_design_are_among_the_pure_modules() -> None:
 
 @pytest.mark.parametrize("path", pure_modules(), ids=lambda path: path.stem)
 def test_a_pure_module_has_no_clock_files_or_randomness(path) -> None:
-    assert [each for each in imports_of(path) if each.top in EFFECTS] == []
+    effects = EFFECTS - COUNTS_REFERENCES.get(path.stem, set())
+    assert [each for each in imports_of(path) if each.top in effects] == []
     tree = ast.parse(path.read_text(encoding="utf-8"))
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert called.isdisjoint({"open", "print", "input", "exec", "eval"})

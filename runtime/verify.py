@@ -1,0 +1,40 @@
+"""What ``--verify`` calls, by the entry points of the group ``meft.verify``: the traces, with nothing printed."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from meft.planner.plan import Plan
+from meft.planner.setup import TrainingSetup
+from meft.planner.stream import Stream
+from meft.runtime.trace import WORKSPACE_BYTES, trace_plan, trace_training
+
+
+def verify_setup(setup: TrainingSetup, config: dict[str, Any], *, workspace_bytes: int = WORKSPACE_BYTES) -> Stream:
+    """The traced run of a setup; ``config`` is the model's Hugging Face config."""
+    with _quiet():
+        return trace_training(setup, config, workspace_bytes=workspace_bytes)
+
+
+def verify_plan(plan: Plan, config: dict[str, Any], *, workspace_bytes: int = WORKSPACE_BYTES) -> Stream:
+    """The traced run of a MEFT plan, with the active rows that it expects."""
+    with _quiet():
+        return trace_plan(plan, config, workspace_bytes=workspace_bytes)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of libraries about what a trace does on purpose, such as checkpointing by its default kind."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
