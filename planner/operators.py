@@ -89,8 +89,10 @@ class Operators:
         return tape.connect(out, (a, b), backward)
 
     def power(self, x: Tensor, category: str) -> Tensor:
-        """``x ** n``: its backward raises, scales and multiplies anew."""
+        """``x ** n``: its backward raises, scales and multiplies anew. Autocast runs it in fp32."""
         tape = self.tape
+        if self.autocast_bytes is not None:
+            x = self.cast(x, FP32, category)
         out = tape.like(x, category)
         kept = tape.save(x)
 
@@ -288,16 +290,15 @@ class Operators:
         if not tape.differentiates(x, weight, bias):
             return out
         kept = (tape.save(x), tape.save(mean), tape.save(factor))
-        of_x, trained = x.requires_grad, weight.requires_grad
+        of_x, trained, parameter = x.requires_grad, weight.requires_grad, weight.detached()
 
         def backward(grad: Tensor) -> Gradients:
             _ = kept
             gradient = tape.like(grad, TEMPORARIES) if of_x else None
-            of_weight = tape.like(weight_meta, GRADIENTS) if trained else None
-            of_bias = tape.like(weight_meta, GRADIENTS) if trained else None
+            of_weight = tape.like(parameter, GRADIENTS) if trained else None
+            of_bias = tape.like(parameter, GRADIENTS) if trained else None
             return gradient, of_weight, of_bias
 
-        weight_meta = weight.detached()
         return tape.connect(out, (x, weight, bias), backward)
 
     # --- attention --------------------------------------------------------------------------------------------------

@@ -290,10 +290,11 @@ class _Run:
                 wide = tape.new(weight.numel, FP32, "loss_chain")
                 del product, wide
             del logits
-        kept = (gradient.detached(), None if of_head is None else of_head.detached())
-        del gradient, of_head
+        made = (gradient, of_head)
         return tape.connect(
-            loss, (normalised, head.weight), lambda _grad: tuple(each and each.detached() for each in kept)
+            loss,
+            (normalised, head.weight),
+            lambda _grad: tuple(None if each is None else each.detached() for each in made),
         )
 
     def _zero_gradients(self) -> None:

@@ -39,8 +39,9 @@ class EventLog:
         self._moments[name] = len(self._events)
 
     def stream(self) -> Stream:
-        """The whole of it; what is still live at the end never goes."""
-        events = (event._replace(category=self._category(event)) for event in self._events)
+        """Everything up to the last moment; what is there then never goes."""
+        end = max(self._moments.values(), default=len(self._events))
+        events = (event._replace(category=self._category(event)) for event in self._events[:end])
         return Stream(tuple(events), dict(self._moments))
 
     def _category(self, event: StreamEvent) -> str:

@@ -38,7 +38,7 @@ def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_vers
 
 
 def rehearsal_session(plan: Plan, model: nn.Module, device: EmulatedDevice) -> Session:
-    """A session that needs no data: its active rows are the plan's own."""
+    """A session that needs no data: its active rows, and those that stay cached, are the plan's own."""
     router = PlannedRouter(plan.prediction.sparsity.active_rows_per_layer)
     return open_session(plan, model, device, seed=0, router=router, cache=_planned_cache(plan), compiled=False)
 

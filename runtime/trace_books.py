@@ -62,7 +62,7 @@ class CudaBooks(DeviceBooks):
         if func is aten.add.Tensor and self._is_accumulation(args) and self._is_unshared(args[0]):
             return args[0]  # written into the first gradient: nothing is allocated
         output = fixed_output(func, func(*args, **kwargs))
-        if func is aten._to_copy.default and self._is_weight(args[0]):
+        if func is aten._to_copy.default and self.log.phase != "resident" and self._is_weight(args[0]):
             with self.category("autocast_weights"):
                 self._enter(output, func)
         for leaf in tree_leaves(output):

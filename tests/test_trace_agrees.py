@@ -5,27 +5,11 @@ A sample of the grid of ``benchmarks/memory_grid.py``; the benchmark runs all of
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+from benchmark_modules import load_benchmark
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_benchmark(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 memory_grid = load_benchmark("memory_grid")
 GRID = list(memory_grid.grid())
