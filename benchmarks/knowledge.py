@@ -24,6 +24,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -39,14 +40,14 @@ from meft.planner.plan import Plan, Request
 from meft.planner.profiles import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.search import Infeasible, ProfileSet, make_plan
 from meft.runtime.baselines import STATES, TRAINED, BaselineSession, open_baseline
-from meft.runtime.data import Completion, Example, Text, pad_token_id, tokenize_record
+from meft.runtime.data import Batch, Completion, Example, Text, pad_token_id, tokenize_record
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.embedded import smollm2_folder
 from meft.runtime.evaluation import Evaluator, mean_loss, session_loss
 from meft.runtime.expert_load import expert_load
 from meft.runtime.generation import GenerationOptions, ModelGenerator, SessionGenerator
 from meft.runtime.model_loading import load_frozen_model, load_tokenizer
-from meft.runtime.session import Session, open_session
+from meft.runtime.session import Session, StepResult, WindowEnd, open_session
 from meft.runtime.task_sources import factbook_prose, load_task
 from meft.runtime.tasks import Item, Task
 from meft.runtime.training import Trainer, TrainingOptions
@@ -62,7 +63,17 @@ LEARNING_RATES = {
     "full": (3e-5, 1e-4, 3e-4),
 }
 AMPLE_BYTES = 64 << 30
-ADAPTER_CATEGORIES = (TRAINED, STATES, "row_staging", "row_gradients", "router_weights", "router_states", "row_experts")
+ADAPTER_CATEGORIES = (
+    TRAINED,
+    STATES,
+    "row_staging",
+    "row_gradients",
+    "router_weights",
+    "router_states",
+    "row_indices",
+    "kept_rows",
+    "gradient_sums",
+)
 
 
 @dataclass(frozen=True)
@@ -110,20 +121,16 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     longest = max(len(example.input_ids) for example in examples)
     if longest > run.seq_len:
         raise click.ClickException(f"--seq-len {run.seq_len}: the longest fact has {longest} tokens")
-    session = _open(run, plan, folder)
-    trainer, seconds = _train(run, session, examples)
-    session.drain()
-    result = asdict(run) | {
-        "exact_match": _scores(session, tokenizer, task, run),
-        "forgetting": _forgetting(run, session, tokenizer),
-        "loss_per_epoch": _per_epoch(trainer, run),
-        "training_seconds": round(seconds, 1),
-        "torch_threads": torch.get_num_threads(),
-        **_books(session, trainer),
-    }
-    if isinstance(session, Session):
-        session.close()
-    return result
+    with closing(_open(run, plan, folder)) as session:
+        trainer, seconds = _train(run, session, examples)
+        return asdict(run) | {
+            "exact_match": _scores(session, tokenizer, task, run),
+            "forgetting": _forgetting(run, session, tokenizer),
+            "loss_per_epoch": _per_epoch(trainer, run),
+            "training_seconds": round(seconds, 1),
+            "torch_threads": torch.get_num_threads(),
+            **_books(session, trainer),
+        }
 
 
 def _task(run: Run) -> Task:
@@ -214,6 +221,13 @@ def _set_clock(session: Session, run: Run) -> None:
         return plain(**options)
 
     session.optimizer_step = step  # type: ignore[method-assign]
+    micro_batch = session.step
+
+    def untold(batch: Batch, *, loss_scale: float, window_end: WindowEnd | None = None) -> StepResult:
+        del window_end  # told of it, backward would update rows before the step above has seen them
+        return micro_batch(batch, loss_scale=loss_scale)
+
+    session.step = untold  # type: ignore[method-assign]
 
 
 def _train(run: Run, session: Any, examples: list[Example]) -> tuple[Trainer | None, float]:

@@ -18,8 +18,10 @@ activations are neither counted nor limited.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +37,7 @@ from meft.runtime import checkpoint
 from meft.runtime.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.inference import LayerRows, attach_rows, serving
 from meft.runtime.initialise import KeyInit
-from meft.runtime.lanes import Overlapped
+from meft.runtime.lanes import Overlapped, Sequential
 from meft.runtime.optimizer import AdamWSettings
 from meft.runtime.row_optimizer import RowOptimizer
 from meft.runtime.session import Session, open_session
@@ -52,6 +54,8 @@ class AdapterModel(nn.Module):
         self.routers = nn.ParameterList(session.router_weights if session is not None else [])
         self._session = [] if session is None else [session]  # in a list, so that no module registers it
         self._detach: Callable[[], None] | None = detach
+        if session is not None:  # its threads end with the model, if nobody detached before
+            weakref.finalize(self, session.close)
         self._in_backward = False
 
     # --- making one ------------------------------------------------------------------------------------------------
@@ -83,10 +87,12 @@ class AdapterModel(nn.Module):
         settings: AdamWSettings | None = None,
         key_init: KeyInit = "random",
         adapter: str | Path | None = None,
+        schedule: Literal["overlapped", "sequential"] = "overlapped",
     ) -> AdapterModel:
         """A new adapter beside ``base`` as the plan decides, on the device, in training mode.
 
-        ``adapter`` is a folder to start from instead of a fresh one.
+        ``adapter`` is a folder to start from instead of a fresh one. Overlapped, transfers and host work go on beside
+        the device's, with the same results; the threads end in :meth:`detach`, or with the model.
 
         Raises:
             UsageError: the plan was made for another model.
@@ -104,19 +110,17 @@ class AdapterModel(nn.Module):
             _device(device, loaded),
             seed=seed,
             settings=settings,
-            schedule=Overlapped(),
+            schedule=Overlapped() if schedule == "overlapped" else Sequential(),
             key_init=key_init,
         )
+        made = cls(base, session, partial(_take_off, session, restore))
         if adapter is not None:
-            checkpoint.load_adapter(session, Path(adapter))
-
-        def detach() -> None:
-            session.drain()
-            session.close()
-            session.adapter.detach()
-            restore()
-
-        return cls(base, session, detach)
+            try:
+                checkpoint.load_adapter(session, Path(adapter))
+            except UsageError:
+                made.detach()
+                raise
+        return made
 
     # --- using it --------------------------------------------------------------------------------------------------
 
@@ -192,6 +196,7 @@ class AdapterModel(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """The inverse of :meth:`state_dict`, in place."""
         del strict, assign
+        self.finish_backward()
         checkpoint.restore_adapter(self.session, dict(state_dict), Path("state_dict"))
         return _IncompatibleKeys([], [])
 
@@ -234,6 +239,16 @@ def _device(name: DeviceName, plan: Plan) -> Device:
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return CudaDevice(budget)
     return EmulatedDevice(budget)
+
+
+def _take_off(session: Session, restore: Callable[[], None]) -> None:
+    """Give the base back, even if a lane has failed."""
+    try:
+        session.drain()
+    finally:
+        session.close()
+        session.adapter.detach()
+        restore()
 
 
 def _restorer(base: nn.Module) -> Callable[[], None]:

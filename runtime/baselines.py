@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from meft.runtime.data import Batch
 from meft.runtime.device import Device
 from meft.runtime.engine import TransferEngine
 from meft.runtime.exchange import StepCounters
+from meft.runtime.lanes import Sequential
 from meft.runtime.optimizer import AdamWSettings, clip_scale
 from meft.runtime.session import OptimizerResult, StepResult, WindowEnd
 from meft.runtime.timeline import LaneClock
@@ -45,7 +46,7 @@ class BaselineSession:
     trained: list[nn.Parameter]
     settings: AdamWSettings
     optimizer: torch.optim.AdamW | None
-    clock: LaneClock = field(default_factory=LaneClock)
+    clock: LaneClock
 
     @property
     def trainable_parameters(self) -> int:
@@ -54,7 +55,7 @@ class BaselineSession:
 
     def step(self, batch: Batch, *, loss_scale: float, window_end: WindowEnd | None = None) -> StepResult:
         """One micro-batch forward and backward; gradients are scaled by ``loss_scale``."""
-        del window_end
+        del window_end  # the optimizer works on the device, after backward
         started = time.perf_counter()
         with self.device.scope():
             loss = self._loss(batch)
@@ -91,7 +92,10 @@ class BaselineSession:
         return OptimizerResult(norm, [], [], time.perf_counter() - started)
 
     def drain(self) -> None:
-        """Nothing is under way: all is done in order."""
+        """Nothing is ever left to do: everything is done when it is issued."""
+
+    def close(self) -> None:
+        """There are no lanes."""
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         ids, labels = (self._to_device(part) for part in (batch.input_ids, batch.labels))
@@ -138,7 +142,9 @@ def open_baseline(
     if plan.decision.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     optimizer = _adamw(trained, settings) if trained else None
-    return BaselineSession(plan, device, TransferEngine(device), model, trained, settings, optimizer)
+    clock = LaneClock()
+    engine = TransferEngine(device, Sequential(clock))
+    return BaselineSession(plan, device, engine, model, trained, settings, optimizer, clock)
 
 
 def _adamw(trained: list[nn.Parameter], settings: AdamWSettings) -> torch.optim.AdamW:

@@ -166,7 +166,7 @@ def restore_adapter(session: Session, tensors: dict[str, torch.Tensor], path: Pa
     with torch.no_grad():
         for name, target in adapter_tensors(session).items():
             _restore(target, tensors, name, path)
-    session.store.refresh_copies()
+    session.rows_were_written()
 
 
 def require_base(config: AdapterConfig, shape: ModelShape, digest: str, *, folder: Path) -> None:
@@ -180,7 +180,7 @@ def require_base(config: AdapterConfig, shape: ModelShape, digest: str, *, folde
 def adapter_tensors(session: Session) -> dict[str, torch.Tensor]:
     """What an adapter folder holds, by name: views of the rows, and the routers where they are.
 
-    Waits for updates under way, here and in :func:`optimizer_tensors`.
+    Waits for updates under way.
     """
     session.drain()
     tensors = {f"layers.{layer}.rows": tables.weights for layer, tables in enumerate(session.store.layers)}
@@ -210,7 +210,10 @@ def _adapter_config(session: Session, meft_version: str) -> AdapterConfig:
 
 
 def optimizer_tensors(session: Session) -> dict[str, torch.Tensor]:
-    """Moments and step counts of the rows and of the routers, by name: views, no copies."""
+    """Moments and step counts of the rows and of the routers, by name: views, no copies.
+
+    Waits for updates under way.
+    """
     session.drain()
     tensors = {
         f"layers.{layer}.{name}": getattr(tables, name)

@@ -83,12 +83,15 @@ class EvaluationSchedule:
     on_result: Callable[[Evaluation], None] = lambda _: None
     results: list[Evaluation] = field(default_factory=list)
 
-    def after_window(self, session: Session, optimizer_steps: int, last: bool) -> None:
-        """To be called after each optimizer step."""
-        if last or (self.every and optimizer_steps % self.every == 0):
-            result = self.evaluator.evaluate(SessionGenerator(session), optimizer_steps=optimizer_steps)
-            self.results.append(result)
-            self.on_result(result)
+    def due(self, optimizer_steps: int, *, last: bool) -> bool:
+        """Whether to evaluate after so many optimizer steps."""
+        return last or (self.every > 0 and optimizer_steps % self.every == 0)
+
+    def evaluate(self, session: Session, optimizer_steps: int) -> None:
+        """Evaluate, and keep and tell the result."""
+        result = self.evaluator.evaluate(SessionGenerator(session), optimizer_steps=optimizer_steps)
+        self.results.append(result)
+        self.on_result(result)
 
 
 def mean_loss(

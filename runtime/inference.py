@@ -50,16 +50,21 @@ class LayerRows:
 
 @contextmanager
 def serving(session: Session) -> Iterator[None]:
-    """Inference with a session's adapter: model in eval mode, transfers counted apart from the training steps'."""
+    """Inference with a session's adapter: model in eval mode, transfers counted apart from the training steps'.
+
+    Begins once the lanes have done what training left to them, updates of rows above all. An accumulation window that
+    is open stays as it is: rows are read on the host, where the window does not change them.
+    """
     model, engine = session.model, session.engine
+    session.drain()
     was_training, per = model.training, engine.per
-    session.drain()  # rows may still be updated
     engine.per = "probe"
     model.eval()
-    session.adapter.serving = _Served(session, _rows_of(session)).output
     try:
-        with torch.no_grad():
+        with torch.no_grad(), session.clock.paused():
+            session.adapter.serving = _Served(session, _rows_of(session)).output
             yield
+            session.drain()
     finally:
         session.adapter.serving = None
         model.train(was_training)

@@ -234,9 +234,9 @@ def _step_seconds(trainer: Trainer) -> float:
 
 
 def _busy_seconds(trainer: Trainer) -> dict[Lane, float]:
-    """Mean busy seconds per step of the lanes that were measured, evaluations left out."""
-    session, steps, outside = trainer.session, max(1, trainer.measured.steps), trainer.measured.copy_seconds_outside
-    copies = {way: max(0.0, seconds - outside[way]) for way, seconds in session.engine.busy_seconds().items()}
+    """Mean busy seconds per step of the lanes that were measured."""
+    session, steps = trainer.session, max(1, trainer.measured.steps)
+    copies = session.engine.busy_seconds()
     busy: dict[Lane, float] = {
         "h2d": copies["h2d"],
         "d2h": copies["d2h"],

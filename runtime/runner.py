@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +28,7 @@ from meft.runtime.embedded import SMOLLM2_PROFILE, smollm2_folder
 from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
 from meft.runtime.initialise import KeyInit
 from meft.runtime.lanes import Overlapped, Sequential
-from meft.runtime.nvml import NvmlReader, NvmlUnavailable
+from meft.runtime.nvml import MemoryReading, NvmlReader, NvmlUnavailable, PcieReading
 from meft.runtime.optimizer import AdamWSettings
 from meft.runtime.rehearse import rehearse
 from meft.runtime.reporting import build_report
@@ -95,21 +94,20 @@ def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
         tokenizer = model_loading.load_tokenizer(folder)
         dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
         display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
-        schedule = _schedule(options, tokenizer, display)
+        evaluation = _evaluation(options, tokenizer, display)
         kernels.warm_up(display.say)
         with closing(_open_session(plan, options, folder, kind)) as session:
             display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")
             trainer = _trainer(session, dataset, options, pad_token_id(tokenizer), display)
+            trainer.evaluation = evaluation
             if checkpoint is not None:
                 trainer.resume(checkpoint)
                 display.say(f"resumed from {checkpoint} after step {len(trainer.history.losses)}")
-            if schedule is not None:
-                trainer.after_window = partial(schedule.after_window, session)
             report = _train(trainer, nvml, options, display)
-            return report.model_copy(update={"evaluations": () if schedule is None else tuple(schedule.results)})
+    return report.model_copy(update={"evaluations": () if evaluation is None else tuple(evaluation.results)})
 
 
-def _schedule(options: RunOptions, tokenizer: Any, display: Display) -> EvaluationSchedule | None:
+def _evaluation(options: RunOptions, tokenizer: Any, display: Display) -> EvaluationSchedule | None:
     """When and what to evaluate, read before anything is loaded for long."""
     if options.evaluation is None:
         return None
@@ -130,11 +128,12 @@ def _open_nvml(kind: DeviceKind) -> NvmlReader | NvmlUnavailable:
 def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOptions, display: Display) -> Report:
     if len(trainer.history.losses) >= options.training.steps:
         raise UsageError(f"--steps {options.training.steps}: the checkpoint is there already; leave --resume out")
+    readings: list[tuple[MemoryReading, PcieReading]] = []
+    trainer.on_trained = lambda: readings.append(_read_nvml(trainer, nvml))
     nvml.start_pcie()
     with _stopping_on_signals(trainer, display):
         trainer.run()
-    reserved = torch.cuda.memory_reserved() if trainer.session.device.kind == "cuda" else 0
-    memory, pcie = nvml.process_memory(at_least_bytes=reserved), nvml.pcie_bytes()
+    ((memory, pcie),) = readings
     save_adapter(trainer.session, options.output_dir / "adapter", meft_version=version("meft"))
     if trainer.stop_requested:
         display.say(f"stopped after step {len(trainer.history.losses)}; go on with --resume")
@@ -143,6 +142,11 @@ def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOpt
         display.say(f"wrote {options.trace}, the last step's tasks")
     recall = trainer.measure_recall()
     return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=version("meft"))
+
+
+def _read_nvml(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable) -> tuple[MemoryReading, PcieReading]:
+    reserved = torch.cuda.memory_reserved() if trainer.session.device.kind == "cuda" else 0
+    return nvml.process_memory(at_least_bytes=reserved), nvml.pcie_bytes()
 
 
 def _open_session(plan: Plan, options: RunOptions, folder: Path, kind: DeviceKind) -> Session:

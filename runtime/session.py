@@ -109,20 +109,26 @@ class Session:
         if self.router_optimizer is not None:
             self._update_routers(self.router_optimizer, learning_rate, scale)
         self.engine.per = "step"
+        self.exchange.window_open = False
         return OptimizerResult(norm, updates, kept, time.perf_counter() - started)
 
     def drain(self) -> None:
         """Wait until no lane has anything left to do."""
         self.engine.schedule.drain()
 
-    def forget_gradients(self) -> None:
-        """Throw away the window's gradients, wherever they are, and open a new one."""
+    def rows_were_written(self) -> None:
+        """Rows on the host were written other than by the optimizer: nothing made of them before is good any more.
+
+        Gradients of an open window stay, as torch's do when weights are loaded.
+        """
         with self.device.scope():
-            self.exchange.close_window()
-        self.drain()
-        self.store.clear_gradients()
-        for layer in range(self.store.num_layers):
-            self.exchange.forget_kept_rows(layer)
+            self.exchange.forget_rows()
+        self.store.refresh_copies()
+
+    def forget_gradients(self) -> None:
+        """Forget the gradients that no optimizer step has used, of rows and routers."""
+        self._early = []
+        self.exchange.drop_window()
         for weight in self.router_weights:
             if weight.grad is not None:
                 weight.grad.zero_()

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from meft.planner.errors import MeftError, UsageError
-from meft.planner.plan import Direction
 from meft.runtime.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from meft.runtime.data import Batch, Example, batch_indices, collate
 from meft.runtime.device import MemoryPeaks
@@ -63,8 +63,6 @@ class Measurements:
     dropped_rows: int = 0
     tokens: int = 0
     peaks: MemoryPeaks = field(default_factory=lambda: MemoryPeaks(0, 0))
-    copy_seconds_outside: dict[Direction, float] = field(default_factory=lambda: {"h2d": 0.0, "d2h": 0.0})
-    """Copies of evaluations, which are no part of a step."""
 
     @property
     def steps(self) -> int:
@@ -81,6 +79,18 @@ class Progress:
     loss: float
 
 
+class Evaluation(Protocol):
+    """Something that uses the session between windows and changes nothing of training."""
+
+    def due(self, optimizer_steps: int, *, last: bool) -> bool:
+        """Whether it wants to, after so many optimizer steps; ``last`` if there are no more."""
+        ...
+
+    def evaluate(self, session: Session, optimizer_steps: int) -> None:
+        """Use the session, whose lanes are idle."""
+        ...
+
+
 @dataclass
 class Trainer:
     """Runs a session over examples. ``output`` is where checkpoints go, ``None`` for none."""
@@ -92,9 +102,10 @@ class Trainer:
     meft_version: str
     output: Path | None = None
     on_step: Callable[[Progress], None] = lambda _: None
-    after_window: Callable[[int, bool], None] | None = None
-    """Called with the optimizer steps done, and whether that was the last; what it needs of the device is not counted
-    as training's."""
+    on_trained: Callable[[], None] = lambda: None
+    """Called after the last window, before the last evaluation: the device holds what training needs of it."""
+    evaluation: Evaluation | None = None
+    """What it needs of the device is not counted as training's."""
     history: History = field(default_factory=History)
     measured: Measurements = field(default_factory=Measurements)
     stop_requested: bool = False
@@ -110,7 +121,10 @@ class Trainer:
                 ends = self.stop_requested or last == self.options.steps
                 if ends or (self.options.save_every and window % self.options.save_every == 0):
                     self.save()
-                self._after_window(window, last=ends)
+                if ends:
+                    self.on_trained()
+                if self._evaluation_due(last=ends):
+                    self._evaluate(window)
                 if ends:
                     return
         finally:
@@ -171,18 +185,18 @@ class Trainer:
         for first in range(len(self.history.losses), self.options.steps, size):
             yield first, min(first + size, self.options.steps)
 
-    def _after_window(self, optimizer_steps: int, *, last: bool) -> None:
-        """Let others use the device, and keep their use out of the peaks and seconds of training."""
-        if self.after_window is None:
-            return
-        device, engine = self.session.device, self.session.engine
+    def _evaluation_due(self, *, last: bool) -> bool:
+        return self.evaluation is not None and self.evaluation.due(len(self.history.learning_rates), last=last)
+
+    def _evaluate(self, optimizer_steps: int) -> None:
+        """Lend the device out between two windows, and keep that out of the peaks of training."""
+        assert self.evaluation is not None
+        device = self.session.device
+        self.session.drain()
         self.measured.peaks = self.measured.peaks.larger(device.peaks())
-        before = engine.busy_seconds()
         try:
-            self.after_window(optimizer_steps, last)
+            self.evaluation.evaluate(self.session, optimizer_steps)
         finally:
-            for way, seconds in engine.busy_seconds().items():
-                self.measured.copy_seconds_outside[way] += seconds - before[way]
             device.empty_cache()
             device.reset_peaks()
 
@@ -203,8 +217,9 @@ class Trainer:
         self.history.learning_rates.append(rate)
         self.history.gradient_norms.append(outcome.gradient_norm)
         self.measured.optimizer_seconds.append(outcome.seconds)
-        if last == self.options.steps:
-            self.session.drain()
+        ends = last == self.options.steps
+        if ends or self._evaluation_due(last=ends):
+            self.session.drain()  # what the lanes have left belongs to this window
         self.measured.window_seconds.append((time.perf_counter() - started) / (last - first))
 
     def _note_step(self, result: StepResult, batch: Batch) -> None:
@@ -259,10 +274,13 @@ def digest_of(examples: Sequence[Example]) -> str:
 
 @contextmanager
 def _probing(session: Session) -> Iterator[None]:
-    """Count transfers as a probe's, and leave no observer behind."""
+    """Count transfers and time as a probe's, not as a step's, and leave no observer behind."""
+    session.drain()
     session.engine.per = "probe"
     try:
-        yield
+        with session.clock.paused():
+            yield
+            session.drain()
     finally:
         session.engine.per = "step"
         session.exchange.observer = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import threading
 
 import pytest
 import torch
 from sessions import EXPERTS, open_small, random_examples, small_plan, small_trainer
+from transformers import LlamaForCausalLM
 
 from meft.planner.errors import MeftError, UsageError
 from meft.runtime.adapter_model import AdapterModel
@@ -159,8 +162,6 @@ def test_an_own_loop_equals_meft_runs(glass_folder, glass_model, choice, monkeyp
 
 @pytest.mark.parametrize("choice", CHOICES[:2])
 def test_an_own_loop_resumes_bit_for_bit(glass_folder, choice) -> None:
-    from transformers import LlamaForCausalLM
-
     plan = small_plan(glass_folder, choice=choice)
 
     def fresh(seed: int = 0):
@@ -232,3 +233,113 @@ def test_a_plan_for_another_model_is_refused(glass_folder, glass_model) -> None:
     wrong = plan.model_copy(update={"request": plan.request.model_copy(update={"model": shape})})
     with pytest.raises(UsageError, match="num_layers 5 in the plan, 4 here"):
         AdapterModel.from_plan(glass_model, wrong, device="emulated")
+
+
+# --- lanes, and rows that stay on the device through a window --------------------------------------------------------
+
+CACHED = {"cached_rows": 40, "gradients_on_device": True}
+
+
+def cached_model(glass_folder, *, grad_accum: int = 2, **options: object):
+    """A model of its own base whose rows stay on the device for a window, its optimizer, and the plan."""
+    plan = small_plan(glass_folder, choice={"prefetch_depth": 1, **EXPERTS, **CACHED}, grad_accum=grad_accum)
+    base = LlamaForCausalLM.from_pretrained(glass_folder)
+    model = AdapterModel.from_plan(base, plan, device="emulated", **options)
+    return model, model.optimizer(learning_rate=1e-2), plan
+
+
+def assert_same_adapter(mine: AdapterModel, theirs: AdapterModel) -> None:
+    others = theirs.state_dict()
+    for name, tensor in mine.state_dict().items():
+        assert torch.equal(tensor, others[name]), name
+
+
+def slow_updates(lane: str, name: str) -> float:
+    return 1e-2 if name.startswith("adamw") else 0.0
+
+
+def test_an_overlapped_own_loop_is_the_sequential_one(glass_folder) -> None:
+    straight, optimizer, plan = cached_model(glass_folder, schedule="sequential")
+    losses = own_loop(straight, optimizer, plan, first=0, last=6)
+    model, optimizer, _ = cached_model(glass_folder, schedule="overlapped")
+    model.session.engine.schedule._delay = slow_updates
+    assert own_loop(model, optimizer, plan, first=0, last=2) == losses[:2]
+    model.eval()
+    model(input_ids=IDS)  # while rows are still updated
+    model.train()
+    assert own_loop(model, optimizer, plan, first=2, last=6) == losses[2:]
+    assert_same_adapter(model, straight)
+    model.detach()
+
+
+@pytest.mark.parametrize("use", ["save", "infer"])
+def test_what_uses_the_rows_waits_for_their_update(glass_folder, tmp_path, use) -> None:
+    logits = []
+    for schedule in ("sequential", "overlapped"):
+        model, optimizer, plan = cached_model(glass_folder, schedule=schedule)
+        if schedule == "overlapped":
+            model.session.engine.schedule._delay = slow_updates
+        own_loop(model, optimizer, plan, first=0, last=4)
+        if use == "save":
+            model.save_pretrained(tmp_path / schedule)
+            base = LlamaForCausalLM.from_pretrained(glass_folder)
+            model = AdapterModel.from_pretrained(base, tmp_path / schedule)
+        model.eval()
+        with torch.no_grad():
+            logits.append(model(input_ids=IDS).logits)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "overlapped"])
+def test_zero_grad_forgets_sums_on_the_device(glass_folder, schedule) -> None:
+    straight, optimizer, plan = cached_model(glass_folder, schedule=schedule)
+    losses = own_loop(straight, optimizer, plan, first=0, last=2)
+    model, optimizer, _ = cached_model(glass_folder, schedule=schedule)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.zero_grad()
+    assert own_loop(model, optimizer, plan, first=0, last=2) == losses
+    assert_same_adapter(model, straight)
+
+
+def test_a_forward_without_a_backward_leaves_no_gradient(glass_folder) -> None:
+    """Its rows stay on the device, and later micro-batches add to their sums."""
+    straight, optimizer, plan = cached_model(glass_folder)
+    losses = own_loop(straight, optimizer, plan, first=0, last=2)
+    model, optimizer, _ = cached_model(glass_folder)
+    for sums in model.session.exchange._on_device.sums:
+        sums.fill_(float("nan"))
+    model(input_ids=IDS, labels=IDS)
+    assert own_loop(model, optimizer, plan, first=0, last=2) == pytest.approx(losses, rel=1e-4)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, straight.state_dict()[name], rtol=1e-2, atol=2e-4)
+
+
+def test_loaded_rows_replace_those_on_the_device(glass_folder) -> None:
+    other, optimizer, plan = cached_model(glass_folder, seed=3)
+    own_loop(other, optimizer, plan, first=0, last=4)
+    model, _, _ = cached_model(glass_folder)
+    model(input_ids=IDS, labels=IDS).loss.backward()  # rows and sums of an open window are on the device
+    model.finish_backward()
+    model.load_state_dict(other.state_dict())
+    assert all(bool(tables.touched.any()) for tables in model.session.store.layers)  # the sums came to the host
+    found = model(input_ids=IDS, labels=IDS).loss.item()
+    assert found == pytest.approx(other(input_ids=IDS, labels=IDS).loss.item(), rel=1e-6)
+
+
+def threads_of_lanes() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("meft-")}
+
+
+@pytest.mark.parametrize("end", ["detach", "forget"])
+def test_the_lanes_end_with_the_model(glass_folder, end) -> None:
+    gc.collect()
+    before = threads_of_lanes()
+    model, optimizer, plan = cached_model(glass_folder, schedule="overlapped")
+    own_loop(model, optimizer, plan, first=0, last=2)
+    assert len(threads_of_lanes() - before) == 3
+    if end == "detach":
+        model.detach()
+    else:
+        del model, optimizer
+        gc.collect()
+    assert threads_of_lanes() <= before

@@ -94,7 +94,7 @@ def test_evaluating_in_between_changes_nothing_of_training(glass_folder, glass_t
     evaluator = make_evaluator(options, glass_tokenizer, raw=True)
     schedule = EvaluationSchedule(evaluator, 2, lambda result: told.append(result.scores["exact_match"]))
     trainer = small_trainer(session, steps=5)
-    trainer.after_window = partial(schedule.after_window, session)
+    trainer.evaluation = schedule
     trainer.run()
     assert [result.optimizer_steps for result in schedule.results] == [2, 4, 5]
     assert len(told) == 3
