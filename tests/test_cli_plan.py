@@ -388,7 +388,7 @@ def test_estimate_takes_one_json_object_as_file_or_standard_input() -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"method": "lora", "rnk": 8}', "unknown field in --request request.json 'rnk'; did you mean rank?"),
+        ('{"method": "lora", "rnk": 8}', "unknown field in --request request.json 'rnk'; did you mean rank"),
         ('{"method": "lora", "rank": 0}', "rank: Input should be greater than or equal to 1"),
         ('{"method": "lora", "rank": "eight"}', "rank: Input should be a valid integer"),
         ('{"method": "lore"}', "method: Input should be 'meft'"),

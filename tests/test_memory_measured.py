@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from planner_records import gpu_profile
 
@@ -94,6 +96,7 @@ def measured_peak(model, setup: TrainingSetup) -> int:
         if setup.padded:
             inputs["attention_mask"] = mask.clone()
         for _ in range(2):
+            gc.collect()  # what hangs in cycles goes at once, not whenever Python comes to it
             begin = len(tracker.events)
             for _ in range(setup.grad_accum):
                 loss = model(**inputs).loss
