@@ -22,7 +22,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 from meft.planner.plan import Phase
 from meft.planner.stream import StreamEvent
@@ -79,10 +78,6 @@ class Tensor:
         """The same bytes outside the graph: what a node keeps."""
         return Tensor(self.storage, self.numel, self.itemsize)
 
-    def view(self, numel: int | None = None) -> Tensor:
-        """A view in the graph, of fewer elements when ``numel`` says so."""
-        return Tensor(self.storage, self.numel if numel is None else numel, self.itemsize, self.node, self.index)
-
 
 def as_view(tensor: Tensor) -> Tensor:
     """A gradient that comes out of its operator as a view of the operator's own result."""
@@ -98,7 +93,7 @@ Backward = Callable[..., Gradients]
 class Node:
     """One operator's backward: takes the gradients of its outputs, gives those of its inputs."""
 
-    __slots__ = ("backward", "expand", "inputs", "num_outputs", "phase", "sequence")
+    __slots__ = ("backward", "inputs", "num_outputs", "phase", "place", "sequence")
 
     def __init__(self, sequence: int, inputs: tuple[Edge | None, ...], backward: Backward | None, phase: Phase) -> None:
         self.sequence = sequence
@@ -106,17 +101,36 @@ class Node:
         self.backward = backward
         self.phase = phase
         self.num_outputs = 1
-        self.expand: Callable[[], Tensor] | None = None
-        """Of a checkpointed region: computes it again and returns its output, whose graph takes this node's place."""
+        self.place: tuple[Recomputation, int] | None = None
+        """Of a node in a checkpointed region that keeps something: where the recomputation puts its backward."""
+
+
+class Recomputation:
+    """A checkpointed region, computed again when the first node asks for what it would have kept."""
+
+    __slots__ = ("backwards", "run")
+
+    def __init__(self, run: Callable[[], list[Backward | None]]) -> None:
+        self.run = run
+        self.backwards: list[Backward | None] | None = None
+
+    def take(self, index: int) -> Backward | None:
+        """The backward of the region's node of that number, which is then the caller's alone."""
+        if self.backwards is None:
+            self.backwards = self.run()
+        backward, self.backwards[index] = self.backwards[index], None
+        return backward
 
 
 class Leaf(Node):
-    """Where a gradient ends: it becomes ``grad``, or is added to the one that is there."""
+    """Where a gradient ends: it becomes ``grad``, or is added to the one that is there. It holds on to the bytes of the
+    tensor whose gradient it is."""
 
-    __slots__ = ("grad",)
+    __slots__ = ("grad", "storage")
 
-    def __init__(self, phase: Phase) -> None:
+    def __init__(self, storage: Storage, phase: Phase) -> None:
         super().__init__(sys.maxsize, (), None, phase)
+        self.storage = storage
         self.grad: Tensor | None = None
 
     def accumulate(self, gradient: Tensor | None) -> None:
@@ -151,8 +165,12 @@ class Tape:
         self.moments: dict[str, int] = {}
         self._numbers = 0
         self._sequence = 0
-        self._graph: Literal["record", "count", "off"] = "record"
+        self._grad_enabled = True
         self._num_saved = 0
+        self._num_saved_when_connected = 0
+        self._region: Recomputation | None = None
+        self._num_in_region = 0
+        self._again: list[Backward | None] | None = None
         self._stop_after: int | None = None
 
     # --- tensors ----------------------------------------------------------------------------------------------------
@@ -176,7 +194,7 @@ class Tape:
 
     def as_leaf(self, tensor: Tensor) -> Tensor:
         """The tensor made to require a gradient."""
-        tensor.node = Leaf(self.phase)
+        tensor.node = Leaf(tensor.storage, self.phase)
         return tensor
 
     def released(self, storage: Storage) -> None:
@@ -201,12 +219,25 @@ class Tape:
             return output
         edges = tuple(None if each is None or each.node is None else Edge(each, each.node) for each in inputs)
         self._sequence += 1
-        output.node = Node(self._sequence, edges, backward if self._graph == "record" else None, self.phase)
+        output.node = node = Node(self._sequence, edges, backward, self.phase)
+        if self._region is not None:
+            self._leave_to_recomputation(node)
+        elif self._again is not None:
+            self._again.append(backward)
+            node.backward, node.inputs = None, ()  # the first computation's node runs, with this backward
+        self._num_saved_when_connected = self._num_saved
         return output
+
+    def _leave_to_recomputation(self, node: Node) -> None:
+        """In a checkpointed region: what the node keeps is let go; one that keeps nothing runs as it is."""
+        if self._num_saved > self._num_saved_when_connected:
+            assert self._region is not None
+            node.backward, node.place = None, (self._region, self._num_in_region)
+        self._num_in_region += 1
 
     def differentiates(self, *inputs: Tensor | None) -> bool:
         """Whether an operator on these inputs has a backward."""
-        if self._graph != "off":
+        if self._grad_enabled:
             for each in inputs:
                 if each is not None and each.node is not None:
                     return True
@@ -215,11 +246,11 @@ class Tape:
     @contextmanager
     def no_grad(self) -> Iterator[None]:
         """Operators inside have no backward."""
-        before, self._graph = self._graph, "off"
+        before, self._grad_enabled = self._grad_enabled, False
         try:
             yield
         finally:
-            self._graph = before
+            self._grad_enabled = before
 
     def unary(self, x: Tensor, category: str, *, saves: Tensor | None = None) -> Tensor:
         """An elementwise operator that keeps ``saves``, and whose backward makes one gradient."""
@@ -242,29 +273,31 @@ class Tape:
         return self._checkpoint_reentrant(region, x) if reentrant else self._checkpoint(region, x)
 
     def _checkpoint(self, region: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Recomputation stops at the last tensor that the region keeps: what follows is not computed again."""
-        before, self._graph = self._graph, "count"
-        saved_before = self._num_saved
+        """The region's nodes are there from the start and run in their turn; the first that needs what was let go has
+        the region computed again, up to the last tensor that is kept: what follows is not computed."""
+        saved_before, num_saved = self._num_saved, 0
+
+        def run() -> list[Backward | None]:
+            return self._compute_again(region, x, stop_after=num_saved)
+
+        self._region, self._num_in_region = Recomputation(run), 0
+        self._num_saved_when_connected = self._num_saved
         try:
-            out = region(x)
+            return region(x)
         finally:
-            self._graph = before
-        num_saved = self._num_saved - saved_before
-        if out.node is None:
-            return out
-        self._sequence += 1
-        node = Node(self._sequence, (None if x.node is None else Edge(x, x.node),), None, self.phase)
+            self._region = None
+            num_saved = self._num_saved - saved_before
 
-        def expand() -> Tensor:
-            self._num_saved, self._stop_after = 0, num_saved
-            try:
-                return region(x)
-            finally:
-                self._stop_after = None
-
-        node.expand = expand
-        out.node, out.index = node, 0
-        return out
+    def _compute_again(
+        self, region: Callable[[Tensor], Tensor], x: Tensor, *, stop_after: int
+    ) -> list[Backward | None]:
+        backwards: list[Backward | None] = []
+        self._again, self._num_saved, self._stop_after = backwards, 0, stop_after
+        try:
+            region(x)
+        finally:
+            self._again = self._stop_after = None
+        return backwards
 
     def _checkpoint_reentrant(self, region: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The region is differentiated by an engine of its own, which holds input, output and incoming gradient."""
@@ -304,7 +337,6 @@ class _Engine:
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
         self._pending: Counter[Node] = Counter()
-        self._known: set[Node] = set()
         self._buffers: dict[Node, list[Tensor | None]] = {}
         self._ready: list[tuple[int, int, Node]] = []
         self._ticket = 0
@@ -323,44 +355,27 @@ class _Engine:
             self.tape.phase = "backward" if node.phase == "forward" else node.phase
             if isinstance(node, Leaf):
                 node.accumulate(*self._buffers.pop(node))
-            elif node.expand is not None:
-                self._replace(node)
             else:
                 self._execute(node)
 
     def _explore(self, root: Node) -> None:
         """Count how many nodes each node waits for."""
-        stack = [root]
-        self._known.add(root)
+        stack, known = [root], {root}
         while stack:
             for edge in stack.pop().inputs:
                 if edge is not None:
                     self._pending[edge.node] += 1
-                    if edge.node not in self._known:
-                        self._known.add(edge.node)
+                    if edge.node not in known:
+                        known.add(edge.node)
                         stack.append(edge.node)
-
-    def _replace(self, node: Node) -> None:
-        """Compute a checkpointed region again and go on with the graph that this made."""
-        expand = node.expand
-        node.expand = None
-        (grad,) = self._buffers.pop(node)
-        assert expand is not None
-        assert grad is not None
-        for edge in node.inputs:
-            if edge is not None:
-                self._pending[edge.node] -= 1
-        root = expand()
-        del expand
-        inner = root.node
-        assert inner is not None
-        self._explore(inner)
-        self._buffers[inner] = [grad]
-        del grad, root
-        self._push(inner)
 
     def _execute(self, node: Node) -> None:
         run = node.backward
+        if node.place is not None:
+            recomputation, index = node.place
+            node.place = None
+            run = recomputation.take(index)
+            del recomputation
         if run is None:
             raise RuntimeError("backward runs a second time over the same graph")
         grads = run(*self._buffers.pop(node))

@@ -80,9 +80,9 @@ class Decoder:
             x = self._block(x, block, shared)
         return x
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Final norm and head; a soft cap is three tensors more."""
-        logits = self.ops.linear(self.final_hidden(x), self.weights.head, "logits")
+    def logits(self, normalised: Tensor) -> Tensor:
+        """The head on :meth:`final_hidden`; a soft cap is three tensors more."""
+        logits = self.ops.linear(normalised, self.weights.head, "logits")
         if not self.shape.logit_softcap:
             return logits
         logits = self.ops.scale(logits, "logits")
@@ -96,10 +96,10 @@ class Decoder:
     def _embedded(self) -> Tensor:
         ops, shape, setup = self.ops, self.shape, self.setup
         x = ops.embedding(self.weights.embedding, setup.tokens, shape.hidden_size)
-        if setup.activation_checkpointing and not x.requires_grad:
-            x = ops.tape.as_leaf(x)  # transformers makes the embedding's output require a gradient
         if shape.model_type in SCALED_EMBEDDINGS:
             x = ops.scale(x, "embeddings")
+        if setup.activation_checkpointing and not x.requires_grad:
+            x = ops.tape.as_leaf(x)  # transformers makes the embedding module's output require a gradient
         if self.weights.positions is not None:
             positions = ops.embedding(self.weights.positions, setup.seq_len, shape.hidden_size)
             x = ops.add(x, positions, "layer_inputs")
@@ -128,12 +128,17 @@ class Decoder:
 
     def _block(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
         def region(inner: Tensor) -> Tensor:
-            return self._layer(inner, block, shared)
+            outer = self._layer(inner, block, shared)
+            if self.ops.tape.phase == "backward":  # recomputed: an autocast of its own, now over
+                self.ops.leave_autocast()
+            return outer
 
         if not self.setup.activation_checkpointing:
             return region(x)
         shared.cache = None
-        return self.ops.tape.checkpoint(region, x, reentrant=False)
+        # transformers names the kind, PEFT's preparation of a quantized model does not: torch takes the reentrant one
+        reentrant = self.setup.kbit_preparation and self.setup.weights_dtype == "nf4"
+        return self.ops.tape.checkpoint(region, x, reentrant=reentrant)
 
     def _layer(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
         if self.shape.parallel_blocks:
@@ -278,7 +283,7 @@ class Decoder:
         if shared.cache is not None:
             k, v = self.ops.copy(k, "attention"), self.ops.copy(v, "attention")
             shared.cache.append((k, v))
-        output, probabilities = self._attend(q, k, v, shared.mask)
+        output, probabilities = self._attend(q, k, v, shared)
         names = [name for place, name in block.linears if place == "attention"]
         output = self._linear(output, block, ("attention", _output_name(names)))
         return output, probabilities
@@ -324,10 +329,11 @@ class Decoder:
         first, second = self.ops.slice(x, x.numel // 2), self.ops.slice(x, x.numel // 2)
         return self.ops.concatenate((self.ops.scale(second, "attention"), first), "attention")
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
         ops, shape, setup = self.ops, self.shape, self.setup
         if act.attention_used(shape, setup.attention) == "eager":
-            return self._eager_attention(q, k, v, mask)
+            return self._eager_attention(q, k, v, shared)
+        mask = shared.mask
         if ops.autocast_bytes is not None:
             q, k, v = (ops.cast(each, ops.autocast_bytes, "attention") for each in (q, k, v))
         if setup.attention == "flash":  # transformers casts what is fp32, which the kernel does not take
@@ -359,18 +365,21 @@ class Decoder:
         del probabilities, mask, keys, values, query
         return ops.copy(output, "attention")
 
-    def _eager_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _eager_attention(self, q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
         ops, shape, setup = self.ops, self.shape, self.setup
         groups = shape.num_heads // shape.num_kv_heads
+        written_out = groups > 1 or shared.cache is not None
+        if setup.batch_size > 1 and shape.model_type not in PARTIAL_ROTARY:
+            q = ops.copy(q, "attention")  # strided heads, to be merged with the batch
         scores_numel = setup.tokens * shape.num_heads * setup.seq_len
         keys, values = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
-        scores = ops.scale(self._bmm(q, keys, scores_numel, merged=groups > 1), "attention")
+        scores = ops.scale(self._bmm(q, keys, scores_numel, merged=written_out), "attention")
         if act.soft_capped_attention(shape):
             scores = ops.scale(scores, "attention")
             scores = ops.keeps_output(scores, "attention")
             scores = ops.scale(scores, "attention")
-        if mask is not None:
-            scores = ops.add(scores, mask.detached(), "attention")
+        if shared.mask is not None:
+            scores = ops.add(scores, shared.mask.detached(), "attention")
         outer = q.itemsize
         if shape.model_type not in act.EAGER_SOFTMAX_AS_COMPUTED or ops.autocast_bytes is not None:
             scores = ops.keeps_output(ops.cast(scores, FP32, "attention"), "attention")
@@ -378,7 +387,7 @@ class Decoder:
         else:
             scores = ops.keeps_output(scores, "attention")
         scores = ops.dropout(scores, "attention", active=shape.attention_dropout)
-        output = self._bmm(scores, values, q.numel, merged=groups > 1)
+        output = self._bmm(scores, values, q.numel, merged=written_out)
         output = ops.copy(output, "attention")
         return output, scores
 

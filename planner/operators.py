@@ -75,11 +75,12 @@ class Operators:
     def multiply(self, a: Tensor, b: Tensor, category: str) -> Tensor:
         """A product: each factor is kept if the other needs a gradient."""
         tape = self.tape
-        out = tape.new(max(a.numel, b.numel), max(a.itemsize, b.itemsize), category)
+        numel, itemsize = max(a.numel, b.numel), max(a.itemsize, b.itemsize)
         if not tape.differentiates(a, b):
-            return out
+            return tape.new(numel, itemsize, category)
         kept_b = tape.save(b) if a.requires_grad else None
         kept_a = tape.save(a) if b.requires_grad else None
+        out = tape.new(numel, itemsize, category)
 
         def backward(grad: Tensor) -> Gradients:
             of_a = None if kept_b is None else tape.like(grad, TEMPORARIES)
@@ -99,9 +100,8 @@ class Operators:
         def backward(_grad: Tensor) -> Gradients:
             raised = tape.like(kept, TEMPORARIES)
             scaled = tape.like(raised, TEMPORARIES)
-            del raised
             product = tape.like(scaled, TEMPORARIES)
-            del scaled
+            del raised, scaled  # C++ holds what an expression made until its end
             return (product,)
 
         return tape.connect(out, (x,), backward)
@@ -170,11 +170,12 @@ class Operators:
         x, weight = self._autocast(x, category), self.autocast_weight(layer.weight)
         bias = None if layer.bias is None else self.autocast_weight(layer.bias)
         self._use_workspace()
-        out = tape.new(x.numel // layer.inputs * layer.outputs, x.itemsize, category)
+        numel = x.numel // layer.inputs * layer.outputs
         if not tape.differentiates(x, weight, bias):
-            return out
+            return tape.new(numel, x.itemsize, category)
         kept_weight = tape.save(weight) if x.requires_grad else None
         kept_x = tape.save(x) if weight.requires_grad else None
+        out = tape.new(numel, x.itemsize, category)
         of_x, of_weight = _category(x), _category(weight)
         size_x, size_weight = x.numel, weight.numel
         bias_size = bias.numel if bias is not None and bias.requires_grad else 0

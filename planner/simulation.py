@@ -231,6 +231,8 @@ class _Run:
                     outputs = _Outputs(outputs.loss, None, None)
                 self.tape.phase = "loss"
                 self.tape.backward(outputs.loss, self.tape.new(1, FP32, "loss_chain"))
+                if not self.setup.outputs_kept:
+                    outputs = None
             self.tape.mark(f"backward_{step}")
             self._phase("optimizer_step")
             self.optimizer.step()
@@ -245,11 +247,11 @@ class _Run:
         hidden = self.decoder.hidden_states(cache)
         self._phase("loss")
         labels = self.tape.new(setup.tokens, INT64, "inputs")
+        hidden = self.decoder.final_hidden(hidden)  # the model holds it until it returns
         if setup.loss == "fused-linear-ce":
             loss, logits = self._fused_linear_loss(hidden), None
         else:
             logits = self.decoder.logits(hidden)
-            del hidden
             loss = self._fused_loss(logits) if setup.loss == "fused-ce" else self._loss(logits)
         self.ops.leave_autocast()
         del labels
@@ -270,11 +272,10 @@ class _Run:
         kept = (tape.save(logits), tape.save(log_sum_exp))
         return tape.connect(loss, (logits,), lambda _grad: (kept[0].detached(),))
 
-    def _fused_linear_loss(self, hidden: Tensor) -> Tensor:
+    def _fused_linear_loss(self, normalised: Tensor) -> Tensor:
         """Head and loss in chunks of tokens, gradients and all, while going forward; no more than a chunk's logits
         exist at once."""
         setup, shape, ops, tape = self.setup, self.setup.model, self.ops, self.tape
-        normalised = self.decoder.final_hidden(hidden)
         head = self.decoder.weights.head
         trained = head.weight.requires_grad
         gradient = tape.like(normalised, "loss_chain")
