@@ -17,7 +17,9 @@ from typing import cast
 
 import numpy as np
 
+from meft.planner.allocator import MIN_BLOCK_BYTES
 from meft.planner.architecture import ModelShape
+from meft.planner.blocks import BIG_REQUEST_BYTES, SEGMENT_ROUND_BYTES, SMALL_LIMIT_BYTES
 from meft.planner.plan import Attention
 from meft.planner.quantities import Flags, Ints
 
@@ -127,12 +129,29 @@ def mask_bytes(*, batch_size: Ints, seq_len: Ints, element_bytes: int) -> Ints:
     return batch_size * seq_len * seq_len * element_bytes
 
 
+def dropout_mask_bytes(*, tokens: Ints, hidden_size: int, active: bool) -> Ints:
+    """Dropout on ``[T, D]`` keeps a mask of one byte an element."""
+    return tokens * hidden_size if active else 0
+
+
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
 def loss_chain_bytes(*, tokens: Ints, vocab_size: int) -> Ints:
     """Logits and loss at their peak, in the backward of log-softmax."""
     return tokens * vocab_size * LOGIT_BYTES
+
+
+def loss_chain_rounding_bytes(*, tokens: Ints, vocab_size: int) -> Ints:
+    """What the three fp32 blocks of the chain hold above their tensors.
+
+    From 10 MiB on each has a segment of its own, of whole 2 MiB, and a remainder of up to 1 MiB is not split off;
+    smaller ones are multiples of 512 bytes.
+    """
+    one = tokens * vocab_size * FP32_BYTES
+    in_segment = -one % SEGMENT_ROUND_BYTES
+    unsplit = choose((one >= BIG_REQUEST_BYTES) & (in_segment <= SMALL_LIMIT_BYTES), in_segment, -one % MIN_BLOCK_BYTES)
+    return LOGIT_BYTES // FP32_BYTES * unsplit
 
 
 def logits_bytes(*, tokens: Ints, vocab_size: int, compute_bytes: int) -> Ints:

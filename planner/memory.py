@@ -52,7 +52,7 @@ _BECAUSE = {
     "linear_weights": "the blocks' linear layers, as stored",
     "other_weights": "embeddings, head, norms, biases: never below 16 bits",
     "rotary_frequencies": "two fp32 buffers of half a head",
-    "block_rounding": "the frozen weights' blocks: multiples of 512 bytes, with remainders too small to be split off",
+    "block_rounding": "what the allocator's blocks hold above the frozen weights, and above the loss's large tensors",
     "inputs": "token ids and labels, int64",
     "norms": "inputs of the norms that backward needs (RMSNorm: in fp32)",
     "attention": "query, key, value, and output and log-sum-exp (fused) or probabilities (eager)",
@@ -297,6 +297,7 @@ def _norm_bytes(shape: ModelShape, workload: Workload) -> Ints:
 def _frozen_layer(shape: ModelShape, workload: Workload) -> _Frozen:
     tokens, q = workload.tokens, workload.compute_bytes
     heads = act.head_norms_saved_bytes(shape, tokens=tokens, compute_bytes=q)
+    mask = act.dropout_mask_bytes(tokens=tokens, hidden_size=shape.hidden_size, active=shape.hidden_dropout)
     return _Frozen(
         norms=heads + act.norms_before_ffn_saved_bytes(shape, tokens=tokens, compute_bytes=q),
         attention=act.attention_saved_bytes(
@@ -305,14 +306,16 @@ def _frozen_layer(shape: ModelShape, workload: Workload) -> _Frozen:
             seq_len=workload.seq_len,
             compute_bytes=q,
             attention=workload.attention,
-        ),
+        )
+        + mask,
         ffn=act.mlp_saved_bytes(
             tokens=tokens,
             intermediate_size=shape.intermediate_size,
             gated=shape.gated_mlp,
             activation=shape.activation,
             compute_bytes=q,
-        ),
+        )
+        + mask,
         norms_after_ffn=act.norms_after_ffn(shape) * _norm_bytes(shape, workload),
     )
 
@@ -360,12 +363,13 @@ def _forward_temporaries(step: _Step) -> Ints:
 
 
 def _loss_rows(step: _Step) -> tuple[Row, ...]:
-    chain = act.loss_chain_bytes(tokens=step.workload.tokens, vocab_size=step.shape.vocab_size)
+    tokens, vocab_size = step.workload.tokens, step.shape.vocab_size
     return (
         *_kept_rows("loss", step),
         *_shared_rows("loss", step, inputs=step.shape.num_layers),
         _row("loss", "final_norm", step.norm),
-        _row("loss", "loss_chain", chain),
+        _row("loss", "loss_chain", act.loss_chain_bytes(tokens=tokens, vocab_size=vocab_size)),
+        _row("loss", "block_rounding", act.loss_chain_rounding_bytes(tokens=tokens, vocab_size=vocab_size)),
         _row("loss", "logit_softcap", step.logits if step.shape.logit_softcap else 0),
     )
 

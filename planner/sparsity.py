@@ -148,14 +148,6 @@ def distinct_layers(per_layer: NDArray[np.int64]) -> NDArray[np.int64]:
     return per_layer[:1] if per_layer.strides[0] == 0 else per_layer
 
 
-def every_layer_the_mean(per_layer: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``[L, ...]`` with each layer's rows replaced by their mean, rounded: a view that holds it once.
-
-    Bytes stay the same to a row per layer and time nearly so, at a fraction of the work: for weighing many candidates.
-    """
-    return np.broadcast_to(np.rint(per_layer.mean(axis=0)).astype(np.int64), per_layer.shape)
-
-
 def highest_active_rows(*, active_rows: Ints, spread_fraction: float, adapter_width: Ints) -> Ints:
     """The most rows that a batch is expected to activate where the mean is ``active_rows``; what a cap should hold."""
     rows = np.minimum(np.ceil(active_rows * (1.0 + spread_fraction)), adapter_width)

@@ -41,11 +41,6 @@ class Stream:
     events: Sequence[StreamEvent]
     moments: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def num_steps(self) -> int:
-        """Whole steps in the stream."""
-        return sum(name.startswith("optimizer_step_") for name in self.moments)
-
 
 @dataclass(frozen=True)
 class PhaseLedger:

@@ -219,11 +219,6 @@ class OptimizerResult:
     """Rows of each layer that were on the device at the window's end."""
     seconds: float
 
-    @property
-    def updated_rows(self) -> int:
-        """Waits until they are."""
-        return sum(update.result() for update in self.updates)
-
 
 def open_session(
     plan: Plan,

@@ -19,7 +19,6 @@ from meft.planner.sparsity import (
     active_rows,
     active_rows_per_layer,
     distinct_layers,
-    every_layer_the_mean,
     highest_active_rows,
     predict_sparsity,
     prefetch_recall,
@@ -100,12 +99,6 @@ def test_one_entry_serves_every_layer_and_is_computed_once():
     assert distinct_layers(rows).tolist() == rows[:1].tolist()
     own = np.array([3, 3])
     assert distinct_layers(own).tolist() == [3, 3]
-
-
-def test_every_layer_the_mean():
-    rows = every_layer_the_mean(np.array([[10, 7], [20, 8]]))
-    assert rows.tolist() == [[15, 8], [15, 8]]  # 7.5 rounds to the even 8
-    assert distinct_layers(rows).shape == (1, 2)
 
 
 def test_a_profile_of_another_depth_is_refused():
