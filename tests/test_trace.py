@@ -209,6 +209,9 @@ def test_what_cannot_be_run_is_refused_by_name() -> None:
     assert "rank and target_modules" in refused(method="lora", rank=None)
     assert "adapter_width" in refused(method="parallel-adapter", adapter_width=None)
     assert "active_rows" in refused(method="meft", active_rows=None)
+    assert "weights_dtype int8" in refused(method="lora", weights_dtype="int8")
+    assert "cannot train quantized weights" in refused(method="full", weights_dtype="nf4")
+    assert "attention flash" in refused(method="lora", attention="flash", weights_dtype="fp32")
     config = config_of("gemma2")
     with pytest.raises(UsageError, match="attention sdpa: not for gemma2"):
         trace_training(setup_of(config, attention="sdpa"), config)

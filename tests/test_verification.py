@@ -82,7 +82,9 @@ def test_a_trace_above_the_budget_is_infeasible(monkeypatch) -> None:
     plan = sample_plan()
     budget = plan.prediction.device_memory.allocator_budget_bytes
     monkeypatch.setattr(verification, "_tracer", lambda name: lambda *_, **__: stream_of(budget // MIB + 1))
-    with pytest.raises(InfeasibleError, match=r"reserves .* with its rows at the cap, more than the allocator's budget"):
+    with pytest.raises(
+        InfeasibleError, match=r"reserves .* with its rows at the cap, more than the allocator's budget"
+    ):
         verification.verified(plan, {}, workspace_bytes=0)
 
 
