@@ -56,10 +56,11 @@ class Storage:
 class Tensor:
     """A shape of ``numel`` elements of ``itemsize`` bytes over a storage; ``node`` made it if it requires a gradient.
 
-    Views are tensors that share a storage. ``index`` tells the outputs of one node apart.
+    Views are tensors that share a storage. ``index`` tells the outputs of one node apart; ``base`` is what a view that
+    torch makes in backward holds on to, so that the storage is not its alone.
     """
 
-    __slots__ = ("index", "itemsize", "node", "numel", "storage")
+    __slots__ = ("base", "index", "itemsize", "node", "numel", "storage")
 
     def __init__(self, storage: Storage, numel: int, itemsize: int, node: Node | None = None, index: int = 0) -> None:
         self.storage = storage
@@ -67,6 +68,7 @@ class Tensor:
         self.itemsize = itemsize
         self.node = node
         self.index = index
+        self.base: Tensor | None = None
 
     @property
     def requires_grad(self) -> bool:
@@ -80,6 +82,13 @@ class Tensor:
     def view(self, numel: int | None = None) -> Tensor:
         """A view in the graph, of fewer elements when ``numel`` says so."""
         return Tensor(self.storage, self.numel if numel is None else numel, self.itemsize, self.node, self.index)
+
+
+def as_view(tensor: Tensor) -> Tensor:
+    """A gradient that comes out of its operator as a view of the operator's own result."""
+    view = tensor.detached()
+    view.base = tensor
+    return view
 
 
 Gradients = tuple[Tensor | None, ...]

@@ -25,14 +25,16 @@ from meft.planner.cli_options import (
 from meft.planner.cli_request import Planning, planning
 from meft.planner.comparison import USUAL_SIZES, USUAL_TOP_K, without_limits
 from meft.planner.errors import InfeasibleError, UsageError, unknown_name
-from meft.planner.estimates import Estimate, estimate_dense, estimate_meft
+from meft.planner.estimates import Estimate, estimate_dense, estimate_meft, with_trace
 from meft.planner.linears import passed_over, resolve_targets
-from meft.planner.plan import AdapterDtype, Attention, Decision, Routing, RowsInBackward, WeightsDtype
+from meft.planner.models import load_model
+from meft.planner.plan import AdapterDtype, Attention, Decision, Plan, Routing, RowsInBackward, WeightsDtype
 from meft.planner.profiles import load_defaults
 from meft.planner.schema import Record, parse_json, read_text, validated
 from meft.planner.search import Infeasible, make_plan, predict
 from meft.planner.setup import METHOD_NAMES, Autocast, LossName, MethodName, OptimizerName, TrainingSetup
 from meft.planner.units import parse_bytes
+from meft.planner.verification import traced_plan, traced_setup
 
 MAX_RANK = 1 << 16
 WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")
@@ -159,11 +161,12 @@ def setup_options(command: Command) -> Command:
 @setup_options
 @decision_options
 @budget_options
+@click.option("--verify", is_flag=True, help="Trace the real model's code too (needs torch) and show both peaks.")
 @click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
-def estimate_command(*, request_file: str | None, as_json: bool, **given: Any) -> None:
+def estimate_command(*, request_file: str | None, verify: bool, as_json: bool, **given: Any) -> None:
     """What one configuration of a method needs, whether or not it fits."""
     asked = _asked(request_file, given)
-    estimate, notes = estimate_of(asked)
+    estimate, notes = estimate_of(asked, verify=verify)
     if as_json:
         click.echo(estimate.model_dump_json(indent=2))
         return
@@ -173,14 +176,20 @@ def estimate_command(*, request_file: str | None, as_json: bool, **given: Any) -
     show(estimate_view(estimate, notes=notes))
 
 
-def estimate_of(asked: EstimateRequest) -> tuple[Estimate, tuple[str, ...]]:
-    """The estimate, and what was taken for granted. Raises :class:`UsageError` for what does not go together."""
+def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estimate, tuple[str, ...]]:
+    """The estimate, and what was taken for granted; with ``verify`` traced as well.
+
+    Raises :class:`UsageError` for what does not go together.
+    """
     _check_applies(asked)
     if asked.method == "meft":
-        return _estimate_meft(asked)
+        return _estimate_meft(asked, verify=verify)
     planned, setup, notes = dense_setup(asked)
     profiles = planned.profiles
-    return estimate_dense(setup, request=planned.request, gpu=profiles.gpu, link=profiles.link), notes
+    estimate = estimate_dense(setup, request=planned.request, gpu=profiles.gpu, link=profiles.link)
+    if verify:
+        estimate = with_trace(estimate, traced_setup(setup, _config(planned), workspace_bytes=_workspace(planned)))
+    return estimate, notes
 
 
 def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[str, ...]]:
@@ -218,18 +227,33 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
     return planned, setup, (*notes, *planned.notes)
 
 
-def usual_meft(planned: Planning, *, active_rows: int | None = None) -> Estimate:
-    """The paper's width and K where the request leaves them open, priced under the request's real budget."""
+def usual_meft(planned: Planning) -> Estimate:
+    """MEFT at its usual size, where the request leaves that open."""
+    plan = _meft_plan(planned, active_rows=None)
+    return estimate_meft(planned.request, plan.decision, plan.prediction)
+
+
+def _meft_plan(planned: Planning, *, active_rows: int | None) -> Plan:
+    """The paper's width and K where the request leaves them open: what the planner makes of the card's memory, or,
+    where nothing fits, the leanest that it weighs."""
     request = planned.request
     width = request.adapter_width or USUAL_SIZES["meft"].size
     top_k = request.top_k or min(USUAL_TOP_K, width or USUAL_TOP_K)
-    fixed = request.model_copy(update={"adapter_width": width, "top_k": top_k})
-    found = make_plan(without_limits(fixed), planned.profiles, meft_version=version("meft"))
+    unlimited = without_limits(request.model_copy(update={"adapter_width": width, "top_k": top_k}))
+    on_the_card = unlimited.model_copy(update={"gpu_mem_bytes": request.gpu_mem_bytes})
+    found = make_plan(on_the_card, planned.profiles, meft_version=version("meft"))
+    lean = {}
+    if isinstance(found, Infeasible):
+        found = make_plan(unlimited, planned.profiles, meft_version=version("meft"))
+        lean = {"cached_rows": 0, "gradients_on_device": False}
     if isinstance(found, Infeasible):
         raise InfeasibleError(f"no such configuration: {found.message}")
-    decision = found.decision if active_rows is None else _with_rows(found.decision, active_rows)
+    decision = found.decision.model_copy(update=lean)
+    if active_rows is not None:
+        decision = _with_rows(decision, active_rows)
     rows = None if active_rows is None else [active_rows] * request.model.num_layers
-    return estimate_meft(request, decision, predict(request, decision, planned.profiles, rows))
+    prediction = predict(request, decision, planned.profiles, rows)
+    return found.model_copy(update={"decision": decision, "prediction": prediction})
 
 
 def _with_rows(decision: Decision, active_rows: int) -> Decision:
@@ -327,10 +351,23 @@ def _size(given: int | str | None, field: str) -> int | None:
     return None if given is None else parse_bytes(str(given), field=field)
 
 
-def _estimate_meft(asked: EstimateRequest) -> tuple[Estimate, tuple[str, ...]]:
-    """A MEFT decision with what was given, and the planner's choice, unbound by any budget, for the rest."""
+def _estimate_meft(asked: EstimateRequest, *, verify: bool) -> tuple[Estimate, tuple[str, ...]]:
+    """A MEFT decision with what was given, and the planner's choice, unbound by host and time, for the rest."""
     planned = _planning(_options(asked))
-    return usual_meft(planned, active_rows=asked.active_rows), planned.notes
+    plan = _meft_plan(planned, active_rows=asked.active_rows)
+    estimate = estimate_meft(planned.request, plan.decision, plan.prediction)
+    if verify:
+        estimate = with_trace(estimate, traced_plan(plan, _config(planned), workspace_bytes=_workspace(planned)))
+    return estimate, planned.notes
+
+
+def _config(planned: Planning) -> dict[str, Any]:
+    """The Hugging Face config of the request's model."""
+    return load_model(planned.request.model_path or planned.request.model.name)[1]
+
+
+def _workspace(planned: Planning) -> int:
+    return int(planned.profiles.gpu.workspace_bytes.value)
 
 
 def _planning(options: RequestOptions) -> Planning:

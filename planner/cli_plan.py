@@ -95,6 +95,9 @@ def simulated_step(plan: Plan, planned: Planning) -> list[Event]:
         host=planned.profiles.host,
         active_rows_per_layer=sparsity.active_rows_per_layer,
         window_active_rows_per_layer=sparsity.window_active_rows_per_layer,
+        missing_rows_per_layer=sparsity.missing_rows_per_layer,
+        overflow_rows_per_layer=sparsity.overflow_rows_per_layer,
+        kept_rows_per_layer=sparsity.kept_rows_per_layer,
         events=events,
     )
     return events

@@ -72,6 +72,13 @@ BECAUSE = {
 }
 
 
+class TracedPeaks(Record):
+    """What ``--verify`` adds: the peaks of a trace of the real model's code, replayed like the simulation."""
+
+    peak_allocated_bytes: Bytes
+    peak_reserved_bytes: Bytes
+
+
 class Estimate(Record):
     """What one configuration needs. Bytes and seconds are per step: one micro-batch forward and backward."""
 
@@ -112,6 +119,7 @@ class Estimate(Record):
     d2h_bytes_per_step: Bytes
     step_seconds: Seconds
     leaves_out: tuple[str, ...]
+    traced: TracedPeaks | None = None
 
 
 def estimate_dense(setup: TrainingSetup, *, request: Request, gpu: GpuProfile, link: LinkProfile) -> Estimate:
@@ -161,6 +169,13 @@ def estimate_meft(request: Request, decision: Decision, prediction: Prediction) 
         step_seconds=prediction.timing.step_seconds,
         leaves_out=(*_EVERYWHERE, "on the host: the process itself, the frozen model while it loads, the data"),
     )
+
+
+def with_trace(estimate: Estimate, stream: Stream) -> Estimate:
+    """The estimate with what a traced run of the same configuration needs."""
+    peaks = stream_peaks(stream)
+    traced = TracedPeaks(peak_allocated_bytes=peaks.allocated_bytes, peak_reserved_bytes=peaks.reserved_bytes)
+    return estimate.model_copy(update={"traced": traced})
 
 
 def meft_setup(request: Request, decision: Decision) -> TrainingSetup:

@@ -38,6 +38,7 @@ from meft.planner.methods import SparseAdapter, Trained, Workload, trained_by
 from meft.planner.plan import ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Request
 from meft.planner.profiles import GpuProfile
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, Flags, Ints
+from meft.planner.simulation import loaded_rounding_bytes
 from meft.planner.transfer import input_bytes
 
 ASSUMED_UNUSED_RESERVED_FRACTION = 0.086
@@ -51,6 +52,7 @@ _BECAUSE = {
     "linear_weights": "the blocks' linear layers, as stored",
     "other_weights": "embeddings, head, norms, biases: never below 16 bits",
     "rotary_frequencies": "two fp32 buffers of half a head",
+    "block_rounding": "the frozen weights' blocks: multiples of 512 bytes, with remainders too small to be split off",
     "inputs": "token ids and labels, int64",
     "norms": "inputs of the norms that backward needs (RMSNorm: in fp32)",
     "attention": "query, key, value, and output and log-sum-exp (fused) or probabilities (eager)",
@@ -329,6 +331,7 @@ def _resident_rows(step: _Step) -> tuple[Row, ...]:
         _row("resident", "linear_weights", linear),
         _row("resident", "other_weights", wts.other_weights_bytes(shape, dtype=dtype)),
         _row("resident", "rotary_frequencies", wts.rotary_frequencies_bytes(shape)),
+        _row("resident", "block_rounding", loaded_rounding_bytes(shape, dtype, step.workload.double_quant)),
         _row("resident", "inputs", input_bytes(tokens=step.workload.tokens)),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meft.planner.autograd import BOOL, FP32, GRADIENTS, TEMPORARIES, Backward, Gradients, Leaf, Tape, Tensor
+from meft.planner.autograd import BOOL, FP32, GRADIENTS, TEMPORARIES, Backward, Gradients, Leaf, Tape, Tensor, as_view
 
 LOG_SUM_EXP_MULTIPLE = 32
 """The memory-efficient kernel rounds the queries of its log-sum-exp up to this."""
@@ -89,8 +89,10 @@ class Operators:
         return tape.connect(out, (a, b), backward)
 
     def power(self, x: Tensor, category: str) -> Tensor:
-        """``x ** n``: its backward raises, scales and multiplies anew."""
+        """``x ** n``: its backward raises, scales and multiplies anew. Autocast runs it in fp32."""
         tape = self.tape
+        if self.autocast_bytes is not None:
+            x = self.cast(x, FP32, category)
         out = tape.like(x, category)
         kept = tape.save(x)
 
@@ -180,8 +182,8 @@ class Operators:
         def backward(grad: Tensor) -> Gradients:
             self._use_workspace(backward=True)
             of_bias = tape.new(bias_size, grad.itemsize, GRADIENTS) if bias_size else None
-            gradient_x = None if kept_weight is None else tape.new(size_x, grad.itemsize, of_x)
-            gradient_weight = None if kept_x is None else tape.new(size_weight, grad.itemsize, of_weight)
+            gradient_x = None if kept_weight is None else as_view(tape.new(size_x, grad.itemsize, of_x))
+            gradient_weight = None if kept_x is None else as_view(tape.new(size_weight, grad.itemsize, of_weight))
             return gradient_x, gradient_weight, of_bias
 
         return tape.connect(out, (x, weight, bias), backward)
@@ -288,16 +290,15 @@ class Operators:
         if not tape.differentiates(x, weight, bias):
             return out
         kept = (tape.save(x), tape.save(mean), tape.save(factor))
-        of_x, trained = x.requires_grad, weight.requires_grad
+        of_x, trained, parameter = x.requires_grad, weight.requires_grad, weight.detached()
 
         def backward(grad: Tensor) -> Gradients:
             _ = kept
             gradient = tape.like(grad, TEMPORARIES) if of_x else None
-            of_weight = tape.like(weight_meta, GRADIENTS) if trained else None
-            of_bias = tape.like(weight_meta, GRADIENTS) if trained else None
+            of_weight = tape.like(parameter, GRADIENTS) if trained else None
+            of_bias = tape.like(parameter, GRADIENTS) if trained else None
             return gradient, of_weight, of_bias
 
-        weight_meta = weight.detached()
         return tape.connect(out, (x, weight, bias), backward)
 
     # --- attention --------------------------------------------------------------------------------------------------

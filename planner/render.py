@@ -25,7 +25,7 @@ PIPED_WIDTH = 100
 PARETO_ROWS = 5
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "frozen model": ("linear_weights", "other_weights", "rotary_frequencies", "dequantized_weight"),
+    "frozen model": ("linear_weights", "other_weights", "rotary_frequencies", "block_rounding", "dequantized_weight"),
     "active rows and their gradients": ("row_staging", "row_gradients", "row_indices", "kept_rows", "gradient_sums"),
     "router": ("router_weights", "router_gradients", "router_moments"),
     "trained on the device": ("trainable_weights", "optimizer_moments", "gradients"),

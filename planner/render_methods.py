@@ -22,6 +22,7 @@ def estimate_view(estimate: Estimate, *, notes: Sequence[str]) -> RenderableType
         ("resident", format_bytes(estimate.resident_bytes)),
         ("peak allocated", f"{format_bytes(estimate.peak_allocated_bytes)} in {estimate.peak_phase}"),
         ("peak reserved", f"{format_bytes(estimate.peak_reserved_bytes)} ({estimate.reserved_basis})"),
+        *_traced(estimate),
         ("process (NVML)", f"{format_bytes(process.low_bytes)} - {format_bytes(process.high_bytes)} ({process.basis})"),
         ("fits", f"{_verdict(estimate)} {format_bytes(estimate.allocator_budget_bytes)} for the allocator"),
         ("host", format_bytes(estimate.host_bytes)),
@@ -84,6 +85,16 @@ def _line(row: MethodRow, estimate: Estimate | None) -> tuple[str, ...]:
 
 def _at_peak(estimate: Estimate) -> list[MemoryEntry]:
     return [entry for entry in estimate.entries if entry.phase in ("resident", estimate.peak_phase)]
+
+
+def _traced(estimate: Estimate) -> list[tuple[str, str]]:
+    """What ``--verify`` traced, and how far the estimate is from it."""
+    if estimate.traced is None:
+        return []
+    allocated, reserved = estimate.traced.peak_allocated_bytes, estimate.traced.peak_reserved_bytes
+    of_allocated = f"{format_bytes(allocated)} ({estimate.peak_allocated_bytes / allocated - 1:+.2%})"
+    of_reserved = f"{format_bytes(reserved)} ({estimate.peak_reserved_bytes / reserved - 1:+.2%})"
+    return [("traced (estimate off by)", f"{of_allocated} allocated, {of_reserved} reserved")]
 
 
 def _verdict(estimate: Estimate) -> str:

@@ -109,6 +109,34 @@ class Training(Record):
     learning_rate_per_optimizer_step: tuple[float, ...]
     gradient_norm_per_optimizer_step: tuple[float, ...]
     seed: int
+    key_init: Literal["random", "ffn"] = "random"
+
+
+class ExpertLoad(Record):
+    """How a layer's rows and experts were used since training began: from how often each row was updated."""
+
+    layer: Index
+    num_experts: Count
+    dead_experts: Index
+    """Experts none of whose rows was ever active."""
+    dead_rows: Index
+    busiest_share: Fraction
+    """Share of all row updates that went to the busiest expert; ``1 / num_experts`` is an even load."""
+
+
+class Evaluation(Record):
+    """A task's scores at one moment of a run, each the mean over the items, in [0, 1]."""
+
+    task: str
+    metric: Literal["em", "iou", "math"]
+    optimizer_steps: Index
+    """Optimizer steps that the run had done."""
+    items: Count
+    left_out: Index
+    """Entries of the file without a usable gold answer."""
+    scores: dict[str, Fraction]
+    max_new_tokens: Count
+    seconds: Seconds
 
 
 class Report(File):
@@ -125,3 +153,7 @@ class Report(File):
     training: Training
     versions: dict[str, str]
     layers: Count
+    evaluations: tuple[Evaluation, ...] = ()
+    """What ``--eval`` found, during training and after it."""
+    expert_load: tuple[ExpertLoad, ...] = ()
+    """Per layer; empty for a rehearsal."""

@@ -8,6 +8,7 @@ tens of milliseconds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from meft.planner.architecture import ModelShape
 from meft.planner.autograd import FP32, HALF, INT64, Leaf, Tape, Tensor
@@ -16,9 +17,9 @@ from meft.planner.decoder import BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.linears import Linear, linear_layers
 from meft.planner.operators import Operators, QuantizedWeights, Weights
 from meft.planner.optimizers import Optimizer
-from meft.planner.plan import Phase
+from meft.planner.plan import Phase, WeightsDtype
 from meft.planner.setup import TrainingSetup
-from meft.planner.stream import Stream
+from meft.planner.stream import Stream, stream_peaks
 from meft.planner.terms_weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK
 
 ITEM_BYTES = {"fp32": FP32, "bf16": HALF, "fp16": HALF, "nf4": HALF, "int8": HALF}
@@ -48,6 +49,17 @@ def simulate(setup: TrainingSetup, *, workspace_bytes: int = USUAL_BYTES, sums_i
     weights = _Loader(tape, setup).load()
     _Run(tape, setup, weights, workspace_bytes).steps()
     return Stream(tuple(tape.events), dict(tape.moments))
+
+
+@cache
+def loaded_rounding_bytes(shape: ModelShape, weights_dtype: WeightsDtype, double_quant: bool) -> int:
+    """What the allocator's blocks hold above the frozen weights themselves, loaded in the order of the modules."""
+    tape = Tape()
+    setup = TrainingSetup(model=shape, method="meft", weights_dtype=weights_dtype, double_quant=double_quant)
+    weights = _Loader(tape, setup).load()
+    loaded = stream_peaks(Stream(tuple(tape.events))).ledger["resident"]
+    del weights
+    return loaded.rounding_bytes
 
 
 @dataclass
@@ -273,12 +285,16 @@ class _Run:
         for start in range(0, setup.tokens, rows):
             size = min(rows, setup.tokens - start)
             logits = tape.new(size * shape.vocab_size, weight.itemsize, "logits")
-            product = tape.like(weight, "loss_chain") if trained else None
-            del logits, product
-        kept = (gradient.detached(), None if of_head is None else of_head.detached())
-        del gradient, of_head
+            if trained:  # the chunk's share of the head's gradient, and its copy in fp32
+                product = tape.like(weight, "loss_chain")
+                wide = tape.new(weight.numel, FP32, "loss_chain")
+                del product, wide
+            del logits
+        made = (gradient, of_head)
         return tape.connect(
-            loss, (normalised, head.weight), lambda _grad: tuple(each and each.detached() for each in kept)
+            loss,
+            (normalised, head.weight),
+            lambda _grad: tuple(None if each is None else each.detached() for each in made),
         )
 
     def _zero_gradients(self) -> None:

@@ -401,7 +401,7 @@ class _MovedRows:
     overflow: NDArray[np.int64]
     gradients: NDArray[np.int64]
     """Whose gradients travel in the step."""
-    summed: NDArray[np.float64]
+    summed: NDArray[np.int64]
     """Whose gradient sums travel at the window's end: a step's share."""
     is_cached: bool
     gradients_on_device: bool
@@ -412,10 +412,10 @@ def _moved_rows(
 ) -> _MovedRows:
     active = distinct_layers(active_rows)
     if cached is None:
-        nothing = np.zeros(active.shape)
+        nothing = np.zeros_like(active)
         return _MovedRows(active, active, active, active, nothing, is_cached=False, gradients_on_device=False)
     missing, overflow = np.minimum(distinct_layers(cached.missing), active), distinct_layers(cached.overflow)
-    kept = distinct_layers(cached.kept) / grad_accum
+    kept = np.rint(distinct_layers(cached.kept) / grad_accum).astype(np.int64)
     return _MovedRows(
         active=active,
         missing=missing,

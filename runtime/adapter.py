@@ -97,6 +97,8 @@ class AttachedAdapter:
     exchange: RowExchange
     _handles: list[Any]
     _required_grad: list[tuple[nn.Parameter, bool]]
+    serving: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+    """Where set, it computes a layer's output ``[T, D]`` from ``hidden [T, D]`` instead of the exchange: inference."""
 
     def detach(self) -> None:
         """Remove every hook and give each parameter its ``requires_grad`` back."""
@@ -119,11 +121,13 @@ def attach(model: nn.Module, exchange: RowExchange, weights: list[nn.Parameter])
         raise UsageError(f"the model has {len(blocks)} FFN blocks, the adapter {exchange.store.num_layers} layers")
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
-    handles: list[Any] = [model.register_forward_pre_hook(lambda *_: exchange.begin_forward())]
+    attached = AttachedAdapter(model, exchange, [], required)
+    handles: list[Any] = [model.register_forward_pre_hook(_begin_hook(attached))]
     for layer, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
-        handles.append(block.register_forward_pre_hook(_entry_hook(exchange, layer)))
-        handles.append(block.register_forward_hook(_exit_hook(exchange, layer, weight)))
-    return AttachedAdapter(model, exchange, handles, required)
+        handles.append(block.register_forward_pre_hook(_entry_hook(attached, layer)))
+        handles.append(block.register_forward_hook(_exit_hook(attached, layer, weight)))
+    attached._handles = handles
+    return attached
 
 
 def ffn_modules(model: nn.Module) -> list[nn.Module]:
@@ -135,25 +139,43 @@ def ffn_modules(model: nn.Module) -> list[nn.Module]:
     return [block.get_submodule("mlp") for block in max(stacks, key=len)]
 
 
-def _entry_hook(exchange: RowExchange, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _begin_hook(attached: AttachedAdapter) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module, args
+        if attached.serving is None:
+            attached.exchange.begin_forward()
+
+    return hook
+
+
+def _entry_hook(attached: AttachedAdapter, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         del module
-        exchange.before_ffn(layer, args[0].flatten(0, -2))
+        if attached.serving is None:
+            attached.exchange.before_ffn(layer, args[0].flatten(0, -2))
 
     return hook
 
 
 def _exit_hook(
-    exchange: RowExchange, layer: int, weight: nn.Parameter
+    attached: AttachedAdapter, layer: int, weight: nn.Parameter
 ) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+    exchange = attached.exchange
+
     def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         if not isinstance(output, torch.Tensor):
             raise UsageError(f"{type(module).__name__} returns a {type(output).__name__}, not a tensor: not supported")
-        exchange.before_adapter(layer)
         hidden = args[0].flatten(0, -2)
+        if attached.serving is not None:
+            return add_to(output, attached.serving(layer, hidden))
+        exchange.before_adapter(layer)
         adapted = SparseAdapterFunction.apply(hidden, weight, exchange, layer)
         exchange.after_adapter(layer)
-        combined: torch.Tensor = output + adapted.view_as(output)
-        return combined
+        return add_to(output, adapted)
 
     return hook
+
+
+def add_to(output: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
+    """The FFN's output plus the adapter's ``[T, D]``, shaped like the former."""
+    return output + adapted.view_as(output)

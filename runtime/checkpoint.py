@@ -8,17 +8,22 @@ folder appears by a rename, one that is there is complete.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from meft.planner.architecture import ModelShape
 from meft.planner.errors import UsageError
@@ -49,6 +54,34 @@ class AdapterConfig(File):
     routing: Routing
     adapter_dtype: AdapterDtype
     plan_digest: str
+    base_digest: str | None = None
+    """See :func:`base_digest`; null in adapters of older versions."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Of Python, torch and transformers, when it was saved."""
+
+
+def base_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's norm weights and biases in bf16: which model it is, beyond its shape.
+
+    They are a small part of the model, differ between any two trained models, and are left alone by quantization.
+    """
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.dim() == 1 and parameter.is_floating_point():
+            bits = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+            digest.update(bits.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def base_differences(config: AdapterConfig, shape: ModelShape, digest: str) -> list[str]:
+    """What of the model at hand is not what the adapter was trained beside, field by field."""
+    differences = config.base_model.differences(shape).items()
+    found = [f"{name} {theirs} in the adapter, {mine} here" for name, (theirs, mine) in differences]
+    if not found and config.base_digest not in (None, digest):
+        found = [
+            f"base_digest {config.base_digest[:12]} in the adapter, {digest[:12]} here (same shape, other weights)"
+        ]
+    return found
 
 
 class TrainingState(File):
@@ -77,7 +110,7 @@ def save_checkpoint(session: Session, output: Path, state: TrainingState, *, mef
 
     def write(new: Path) -> None:
         _write_adapter(session, new, meft_version)
-        _save_tensors(_optimizer_tensors(session), new / OPTIMIZER_STATE)
+        _save_tensors(optimizer_tensors(session) | {"rng_state": torch.get_rng_state()}, new / OPTIMIZER_STATE)
         state.save(new / TRAINING_STATE)
 
     folder = output / f"checkpoint-{state.steps_done:08d}"
@@ -109,12 +142,8 @@ def load_checkpoint(session: Session, folder: Path) -> TrainingState:
     if state.plan_digest != session.plan.content_digest():
         raise UsageError(f"{folder}: was made by another plan; resume with the plan that the run began with")
     load_adapter(session, folder)
-    tensors = _load_tensors(folder / OPTIMIZER_STATE)
-    for layer, tables in enumerate(session.store.layers):
-        for name in _MOMENTS:
-            _restore(getattr(tables, name), tensors, f"layers.{layer}.{name}", folder / OPTIMIZER_STATE)
-    if session.router_optimizer is not None:
-        _restore_router_optimizer(session, tensors, folder / OPTIMIZER_STATE)
+    tensors = load_tensors(folder / OPTIMIZER_STATE)
+    restore_optimizer(session, tensors, folder / OPTIMIZER_STATE)
     torch.set_rng_state(tensors["rng_state"])
     return state
 
@@ -123,26 +152,43 @@ def load_adapter(session: Session, folder: Path) -> None:
     """Read an adapter folder into the session; a :class:`UsageError` names what does not fit."""
     config = AdapterConfig.load(folder / ADAPTER_CONFIG)
     expected = _adapter_config(session, config.meft_version)
-    for name in ("base_model", "adapter_width", "num_experts", "routing"):
+    require_base(config, expected.base_model, str(expected.base_digest), folder=folder)
+    for name in ("adapter_width", "num_experts", "routing"):
         given, wanted = getattr(config, name), getattr(expected, name)
-        if name == "base_model":
-            given, wanted = given.differences(wanted), {}
         if given != wanted:
-            raise UsageError(f"{folder}: {name} does not fit this plan: {given} instead of {wanted or 'none'}")
+            raise UsageError(f"{folder}: {name} does not fit this plan: {given} instead of {wanted}")
     path = folder / ADAPTER_WEIGHTS
-    tensors = _load_tensors(path)
-    for layer, tables in enumerate(session.store.layers):
-        _restore(tables.weights, tensors, f"layers.{layer}.rows", path)
-    session.store.refresh_copies()
-    for layer, weight in enumerate(session.router_weights):
-        with torch.no_grad():
-            _restore(weight, tensors, f"layers.{layer}.router", path)
+    restore_adapter(session, load_tensors(path), path)
+
+
+def restore_adapter(session: Session, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """The inverse of :func:`adapter_tensors`, in place; ``path`` names their origin in errors."""
+    with torch.no_grad():
+        for name, target in adapter_tensors(session).items():
+            _restore(target, tensors, name, path)
+    session.rows_were_written()
+
+
+def require_base(config: AdapterConfig, shape: ModelShape, digest: str, *, folder: Path) -> None:
+    """Raise :class:`UsageError`, listing what differs, unless the adapter was trained beside this very model."""
+    differences = base_differences(config, shape, digest)
+    if differences:
+        listed = ", ".join(differences)
+        raise UsageError(f"{folder}: the adapter belongs to {config.base_model.name}, which this is not: {listed}")
+
+
+def adapter_tensors(session: Session) -> dict[str, torch.Tensor]:
+    """What an adapter folder holds, by name: views of the rows, and the routers where they are.
+
+    Waits for updates under way.
+    """
+    session.drain()
+    tensors = {f"layers.{layer}.rows": tables.weights for layer, tables in enumerate(session.store.layers)}
+    return tensors | {f"layers.{layer}.router": weight.detach() for layer, weight in enumerate(session.router_weights)}
 
 
 def _write_adapter(session: Session, folder: Path, meft_version: str) -> None:
-    tensors = {f"layers.{layer}.rows": tables.weights for layer, tables in enumerate(session.store.layers)}
-    tensors |= {f"layers.{layer}.router": weight.detach() for layer, weight in enumerate(session.router_weights)}
-    _save_tensors(tensors, folder / ADAPTER_WEIGHTS)
+    _save_tensors(adapter_tensors(session), folder / ADAPTER_WEIGHTS)
     _adapter_config(session, meft_version).save(folder / ADAPTER_CONFIG)
 
 
@@ -158,10 +204,17 @@ def _adapter_config(session: Session, meft_version: str) -> AdapterConfig:
         routing=decision.routing,
         adapter_dtype=session.plan.request.adapter_dtype,
         plan_digest=session.plan.content_digest(),
+        base_digest=base_digest(session.model),
+        versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
     )
 
 
-def _optimizer_tensors(session: Session) -> dict[str, torch.Tensor]:
+def optimizer_tensors(session: Session) -> dict[str, torch.Tensor]:
+    """Moments and step counts of the rows and of the routers, by name: views, no copies.
+
+    Waits for updates under way.
+    """
+    session.drain()
     tensors = {
         f"layers.{layer}.{name}": getattr(tables, name)
         for layer, tables in enumerate(session.store.layers)
@@ -171,16 +224,13 @@ def _optimizer_tensors(session: Session) -> dict[str, torch.Tensor]:
         for layer, weight in enumerate(session.router_weights):
             for name, value in session.router_optimizer.state[weight].items():
                 tensors[f"layers.{layer}.router.{name}"] = value.detach()
-    tensors["rng_state"] = torch.get_rng_state()
     return tensors
 
 
-def _restore_router_optimizer(session: Session, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    optimizer = session.router_optimizer
-    assert optimizer is not None
-    for layer, weight in enumerate(session.router_weights):
-        for name, value in optimizer.state[weight].items():
-            _restore(value, tensors, f"layers.{layer}.router.{name}", path)
+def restore_optimizer(session: Session, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """The inverse of :func:`optimizer_tensors`, in place."""
+    for name, target in optimizer_tensors(session).items():
+        _restore(target, tensors, name, path)
 
 
 def _restore(target: torch.Tensor, tensors: dict[str, torch.Tensor], name: str, path: Path) -> None:
@@ -200,7 +250,8 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         os.close(descriptor)
 
 
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file on the host, or a :class:`UsageError`."""
     try:
         return load_file(path)
     except FileNotFoundError:

@@ -1,4 +1,7 @@
-"""``meft-run``: execute a plan, measure it, and put prediction and observation side by side."""
+"""``meft-run``: execute a plan, measure it, and put prediction and observation side by side.
+
+Training is the default command; what uses its result is in :mod:`meft.runtime.cli_use`.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from meft.planner.errors import EXIT_UNEXPECTED, MeftError
+from meft.planner.errors import EXIT_UNEXPECTED, MeftError, UsageError
 from meft.planner.plan import Plan
 from meft.planner.report import Comparison, Report
 from meft.planner.units import format_bytes, format_seconds, parse_bytes
+from meft.runtime.cli_use import (
+    evaluate_command,
+    evaluation_line,
+    evaluation_options,
+    generate_command,
+    prepare_command,
+)
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
+    from meft.runtime.evaluation import EvaluationOptions
     from meft.runtime.runner import Display, RunOptions
 
+DEFAULT_COMMAND = "train"
 EXIT_INTERRUPTED = 130
 INTERRUPTED = "interrupted; the last checkpoint is in the output folder, if one was due"
 LINES_WITHOUT_TERMINAL = 10
@@ -36,7 +48,26 @@ _LABELS = {
 }
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+class RunGroup(click.Group):
+    """A group whose default command is to run a plan: ``meft-run plan.json``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """What is no command is a plan."""
+        own = {"--version", *self.get_help_option_names(ctx)}
+        if args and args[0] not in own and args[0] not in self.commands:
+            args = [DEFAULT_COMMAND, *args]
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options of running a plan, the group's own, and the commands."""
+        with click.Context(self.commands[DEFAULT_COMMAND], parent=ctx, info_name=DEFAULT_COMMAND) as run:
+            records = [record for param in run.command.get_params(run) if (record := param.get_help_record(run))]
+        with formatter.section("Options of running a plan, the default command"):
+            formatter.write_dl([record for record in records if not record[0].startswith("-h")])
+        super().format_options(ctx, formatter)
+
+
+@click.command(DEFAULT_COMMAND, short_help="Train as the plan says, and compare (the default).")
 @click.argument("plan", type=_PATH)
 @click.option("--model", help="Folder of the model [default: where the plan found it].")
 @click.option("--data", type=_PATH, help="JSONL with prompt/completion, text, or chat messages per line.")
@@ -52,6 +83,13 @@ _LABELS = {
 @click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, show_default=True)
 @click.option("--max-grad-norm", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0: no clipping.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--key-init",
+    type=click.Choice(["random", "ffn"]),
+    default="random",
+    show_default=True,
+    help="Where the adapter's keys begin: anywhere, or at rows of the model's own FFN.",
+)
 @click.option(
     "--save-every",
     type=click.IntRange(min=0),
@@ -72,9 +110,17 @@ _LABELS = {
     help="Emulated device: slow each direction of the link down to so many GB/s.",
 )
 @click.option("--trace", type=_PATH, help="Write the last step's tasks as a Chrome trace (chrome://tracing, Perfetto).")
+@click.option("--eval", "eval_task", metavar="FILE|NAME", help="Score the adapter on it: see meft-run evaluate.")
+@evaluation_options
+@click.option(
+    "--eval-every",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Optimizer steps between evaluations; 0: only at the end.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
-@click.version_option(version("meft"), prog_name="meft-run")
-def command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> None:
+def train_command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> None:
     """Run PLAN and compare what it needs with what was predicted.
 
     Writes report.json, the adapter and a checkpoint to --output-dir. A step is one micro-batch; the plan's
@@ -93,6 +139,22 @@ def command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> None:
         click.echo(report.to_json(), nl=False)
     else:
         print_report(report, path)
+
+
+@click.group(
+    cls=RunGroup,
+    commands=[train_command, evaluate_command, generate_command, prepare_command],
+    context_settings={"help_option_names": ["-h", "--help"]},
+    options_metavar="",
+    subcommand_metavar="PLAN [OPTIONS] | COMMAND [OPTIONS]",
+)
+@click.version_option(version("meft"), prog_name="meft-run")
+def command() -> None:
+    """Run PLAN, compare what it needs with what was predicted, and use what it learnt.
+
+    Exit codes: 0 done, 1 unexpected, 2 usage or a bad file, 4 this machine cannot run the plan, or the device budget
+    was exceeded.
+    """
 
 
 def main() -> None:
@@ -154,6 +216,12 @@ def _summary(report: Report) -> list[str]:
         lines.append(f"look-ahead routing found {observed.prefetch_recall:.1%} of the exact choice")
     if observed.dropped_rows:
         lines.append(f"active_rows_cap cost {observed.dropped_rows:,} rows: plan again with a higher cap if that hurts")
+    dead = sum(layer.dead_experts for layer in report.expert_load)
+    if dead:
+        experts = sum(layer.num_experts for layer in report.expert_load)
+        lines.append(f"{dead:,} of {experts:,} experts were never used: fewer experts, or more probes, would use them")
+    if report.evaluations:
+        lines.append(evaluation_line(report.evaluations[-1]))
     if observed.device_memory.process_bytes is None:
         lines.append(f"NVML: {observed.device_memory.process_bytes_source}")
     return lines
@@ -170,7 +238,7 @@ def _options(given: dict[str, Any]) -> RunOptions:
     from meft.runtime.runner import RunOptions
     from meft.runtime.training import TrainingOptions
 
-    gpu_mem = given.pop("gpu_mem")
+    gpu_mem, evaluation = given.pop("gpu_mem"), _evaluation(given)
     training = TrainingOptions(
         steps=given.pop("steps"),
         learning_rate=given.pop("learning_rate"),
@@ -183,8 +251,23 @@ def _options(given: dict[str, Any]) -> RunOptions:
         training=training,
         settings=AdamWSettings(weight_decay=given.pop("weight_decay")),
         gpu_mem_bytes=None if gpu_mem is None else parse_bytes(gpu_mem, field="--gpu-mem"),
+        evaluation=evaluation,
         **given,
     )
+
+
+def _evaluation(given: dict[str, Any]) -> EvaluationOptions | None:
+    """Take the options of an evaluation out; None without --eval, where they would mean nothing."""
+    from meft.runtime.evaluation import EvaluationOptions
+
+    task, every = given.pop("eval_task"), given.pop("eval_every")
+    names = ("metric", "limit", "batch_size", "max_new_tokens")
+    values = {name: given.pop(name) for name in names}
+    if task is not None:
+        return EvaluationOptions(task, every=every, **values)
+    if every or values["metric"] is not None or values["limit"] is not None:
+        raise UsageError("--metric, --eval-limit and --eval-every belong to --eval; say what to evaluate on")
+    return None
 
 
 @contextmanager

@@ -25,6 +25,12 @@ class MemoryPeaks:
     reserved_bytes: int
     by_category: dict[str, int] = field(default_factory=dict)
 
+    def larger(self, other: MemoryPeaks) -> MemoryPeaks:
+        """The peaks of two measurements together."""
+        by_category = max(self, other, key=lambda peaks: peaks.allocated_bytes).by_category
+        allocated = max(self.allocated_bytes, other.allocated_bytes)
+        return MemoryPeaks(allocated, max(self.reserved_bytes, other.reserved_bytes), by_category)
+
 
 class Device(Protocol):
     """What the runtime needs of a device."""
@@ -52,6 +58,10 @@ class Device(Protocol):
 
     def synchronize(self) -> None:
         """Wait until the device has done all its work."""
+        ...
+
+    def empty_cache(self) -> None:
+        """Let the caching allocator give back what it holds without use."""
         ...
 
     def reset_peaks(self) -> None:
@@ -95,6 +105,10 @@ class EmulatedDevice:
 
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back on the CPU."""
+
+    def empty_cache(self) -> None:
+        """Give back the allocator model's unused segments."""
+        self.books.allocator.empty_cache()
 
     def reset_peaks(self) -> None:
         """Start measuring peaks anew."""
@@ -142,6 +156,10 @@ class CudaDevice:
     def synchronize(self) -> None:
         """Wait for every stream."""
         torch.cuda.synchronize(self.torch_device)
+
+    def empty_cache(self) -> None:
+        """Give back torch's unused segments."""
+        torch.cuda.empty_cache()
 
     def reset_peaks(self) -> None:
         """Start measuring peaks anew."""

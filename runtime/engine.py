@@ -122,9 +122,10 @@ class TransferEngine:
             self.counted_bytes[direction, category, counted_as] += (
                 num_bytes  # a key belongs to one lane, that is, one thread
             )
+            timed = counted_as != "probe"
             if self._streams:
-                return self._copy_on_stream(source, target, direction, point)
-            return self._copy_here(source, target, direction, num_bytes)
+                return self._copy_on_stream(source, target, direction, point, timed=timed)
+            return self._copy_here(source, target, direction, num_bytes, timed=timed)
 
         return Copy(self.schedule.submit(direction, name or category, work, after=after))
 
@@ -151,7 +152,7 @@ class TransferEngine:
         return sum(size for (way, _, kind), size in self.counted_bytes.items() if (way, kind) == (direction, per))
 
     def busy_seconds(self) -> dict[Direction, float]:
-        """Seconds each direction was copying so far; waits for copies under way."""
+        """Seconds each direction was copying so far, probes left out; waits for copies under way."""
         self.schedule.drain()
         for direction, start, end in self._timed:
             end.synchronize()
@@ -159,7 +160,9 @@ class TransferEngine:
         self._timed.clear()
         return dict(self._seconds)
 
-    def _copy_here(self, source: torch.Tensor, target: torch.Tensor, direction: Direction, num_bytes: int) -> None:
+    def _copy_here(
+        self, source: torch.Tensor, target: torch.Tensor, direction: Direction, num_bytes: int, *, timed: bool
+    ) -> None:
         started = time.perf_counter()
         if self.schedule.overlapped:  # a lane's thread, where the emulated device's books are not open
             target.copy_(source)
@@ -169,9 +172,12 @@ class TransferEngine:
         if self.link_bytes_per_second is not None:
             until = started + LINK_LATENCY_SECONDS + num_bytes / self.link_bytes_per_second
             self.schedule.pause(max(0.0, until - time.perf_counter()))
-        self._seconds[direction] += time.perf_counter() - started
+        if timed:
+            self._seconds[direction] += time.perf_counter() - started
 
-    def _copy_on_stream(self, source: torch.Tensor, target: torch.Tensor, direction: Direction, point: Copy) -> Any:
+    def _copy_on_stream(
+        self, source: torch.Tensor, target: torch.Tensor, direction: Direction, point: Copy, *, timed: bool
+    ) -> Any:
         stream = self._streams[direction]
         event = point._issued()
         if event is not None:
@@ -183,5 +189,6 @@ class TransferEngine:
             end.record(stream)
         on_device = source if direction == "d2h" else target
         on_device.record_stream(stream)
-        self._timed.append((direction, start, end))
+        if timed:
+            self._timed.append((direction, start, end))
         return end

@@ -49,6 +49,7 @@ class LayerState:
     """Gives the :class:`Placement`."""
     probes: torch.Tensor | None = None
     """int32 ``[T, P]`` on the device: the experts that each token probes."""
+    went_backward: bool = False
 
     @property
     def selection(self) -> Placement | None:
@@ -93,6 +94,8 @@ class RowExchange:
         self.depth = min(decision.prefetch_depth, num_layers - 1)
         self.in_backward = False
         self.closes_window = False
+        self.window_open = False
+        """Micro-batches have run whose gradients no optimizer step has used."""
         self.after_last_gradients: Callable[[int], None] | None = None
         """Called for each layer of a window's last backward, once the layer's gradients are on their way."""
         if self.cache is None:
@@ -133,6 +136,8 @@ class RowExchange:
         """Open a micro-batch; the model's own forward calls this."""
         self.in_backward = False
         self._token_mask, self._next_token_mask = self._next_token_mask, None
+        self._settle_without_backward()
+        self.window_open = True
         self.layers = [LayerState() for _ in self.layers]
         self.counters = self._new_counters()
         self._on_device.empty_ring()
@@ -223,6 +228,7 @@ class RowExchange:
     def send_gradients(self, layer: int) -> None:
         """Send what :meth:`gradient_buffer` now holds to the host, less what is summed on the device."""
         placement, slot = self._selection(layer), self._gradient_slot()
+        self.layers[layer].went_backward = True
         if not self._on_device.sums:
             self._send_gradient_rows(layer, placement.rows, 0, name=f"row gradients {layer}")
             return
@@ -261,6 +267,26 @@ class RowExchange:
             self._send_sums(layer)
         self._sums_sent.clear()
         return [self._kept[layer] for layer in range(len(self.layers))]
+
+    def forget_rows(self) -> None:
+        """Rows on the host were written other than by :meth:`update`: those kept on the device are so no more.
+
+        Their gradient sums go to the host, where the window goes on. Inside the device's scope.
+        """
+        self._settle_without_backward()
+        self.close_window()
+        self.schedule.drain()
+        self._forget_kept()
+
+    def drop_window(self) -> None:
+        """Forget the window's gradients, on the host and on the device. What was updated before goes on."""
+        if not self.window_open:
+            return
+        self.window_open = False
+        self.schedule.drain()
+        self.store.clear_gradients()
+        self._sums_sent.clear()
+        self._forget_kept()  # a row that is kept anew begins a new sum
 
     def squared_norm(self, layer: int) -> Job:
         """A job that sums the squares of the layer's gradients of the window, once they have all arrived."""
@@ -473,6 +499,21 @@ class RowExchange:
             self._send_gradient_rows(layer, rows, 0, name=f"window gradients {layer}", category="window_gradients")
 
     # --- helpers -----------------------------------------------------------------------------------------------
+
+    def _settle_without_backward(self) -> None:
+        """Where a forward had no backward, the rows that it admitted have no gradients: their sums begin as zero."""
+        for layer, state in enumerate(self.layers if self._on_device.sums else ()):
+            if not state.went_backward and state.selection is not None:
+                first, count = state.selection.first_position, state.selection.num_admitted
+                with torch.no_grad():
+                    self._on_device.sums[layer][first : first + count].zero_()
+                state.went_backward = True
+
+    def _forget_kept(self) -> None:
+        with self.device.host():
+            for layer in range(len(self.layers)):
+                self._row_cache.clear(layer)
+                self._kept[layer] = 0
 
     @property
     def _row_cache(self) -> RowCache:

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+_CONFIG: Any = numba.config
 if not os.environ.get("NUMBA_CACHE_DIR"):
-    numba.config.CACHE_DIR = str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "meft" / "numba")
+    _CONFIG.CACHE_DIR = str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "meft" / "numba")
 
 INLINE_BYTES = 1 << 18
 """Work below this is done by the calling thread: handing it over costs more than it saves."""
@@ -427,7 +428,7 @@ class HostKernels:
             kernel(*arguments, 0, count)
             return
         edges = [count * share // shares for share in range(shares + 1)]
-        others = [self._pool.submit(kernel, *arguments, first, last) for first, last in pairwise(edges[1:])]
+        others = [self._pool.submit(kernel, *(*arguments, *share)) for share in pairwise(edges[1:])]
         kernel(*arguments, 0, edges[1])
         for other in others:
             other.result()
@@ -435,12 +436,12 @@ class HostKernels:
 
 def warm_up(say: Callable[[str], None]) -> None:
     """Compile the kernels that a run uses, or load them from the cache; ``say`` hears of it if it takes a while."""
-    cached = any(Path(numba.config.CACHE_DIR).rglob("kernels._adamw*.nbi"))
+    cached = any(Path(_CONFIG.CACHE_DIR).rglob("kernels._adamw*.nbi"))
     if not cached:
-        say(f"compiling the host kernels, once on this machine (about 10 s; kept in {numba.config.CACHE_DIR})")
+        say(f"compiling the host kernels, once on this machine (about 10 s; kept in {_CONFIG.CACHE_DIR})")
     kernels = HostKernels(1)
     table, rows = torch.zeros(2, 4), torch.arange(2)
-    moments = [torch.zeros(2, 4) for _ in range(2)]
+    first_moment, second_moment = torch.zeros(2, 4), torch.zeros(2, 4)
     half, counts, touched = table.bfloat16(), torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.bool)
     for staging in (table.clone(), half):
         kernels.gather(table, rows, staging)
@@ -450,7 +451,8 @@ def warm_up(say: Callable[[str], None]) -> None:
     for copy in (None, half):
         kernels.adamw(
             table,
-            *moments,
+            first_moment,
+            second_moment,
             table.clone(),
             counts,
             rows,

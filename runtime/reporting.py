@@ -24,6 +24,7 @@ from meft.planner.report import (
 )
 from meft.runtime.device import MemoryPeaks
 from meft.runtime.engine import Per
+from meft.runtime.expert_load import expert_load
 from meft.runtime.nvml import MemoryReading, PcieReading
 from meft.runtime.session import Session
 from meft.runtime.training import Trainer
@@ -74,8 +75,10 @@ def build_report(
         learning_rate_per_optimizer_step=tuple(history.learning_rates),
         gradient_norm_per_optimizer_step=tuple(history.gradient_norms),
         seed=trainer.options.seed,
+        key_init=session.key_init,
     )
-    return assemble(session, observed, training, meft_version=meft_version, rehearsal=False)
+    report = assemble(session, observed, training, meft_version=meft_version, rehearsal=False)
+    return report.model_copy(update={"expert_load": expert_load(session)})
 
 
 def assemble(session: Session, observed: Observed, training: Training, *, meft_version: str, rehearsal: bool) -> Report:
@@ -233,7 +236,12 @@ def _step_seconds(trainer: Trainer) -> float:
 def _busy_seconds(trainer: Trainer) -> dict[Lane, float]:
     """Mean busy seconds per step of the lanes that were measured."""
     session, steps = trainer.session, max(1, trainer.measured.steps)
-    busy: dict[Lane, float] = {**session.engine.busy_seconds(), "cpu": session.clock.busy_seconds["cpu"]}
+    copies = session.engine.busy_seconds()
+    busy: dict[Lane, float] = {
+        "h2d": copies["h2d"],
+        "d2h": copies["d2h"],
+        "cpu": session.clock.busy_seconds["cpu"],
+    }
     if session.device.kind == "emulated":
         busy["gpu"] = session.clock.busy_seconds["gpu"]
     return {lane: seconds / steps for lane, seconds in busy.items()}

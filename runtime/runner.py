@@ -21,11 +21,14 @@ from meft.planner.report import Report
 from meft.planner.units import format_bytes
 from meft.runtime import kernels, model_loading, preflight
 from meft.runtime.checkpoint import latest_checkpoint, save_adapter
+from meft.runtime.cli_use import evaluation_line
 from meft.runtime.data import Dataset, load_dataset, pad_token_id
 from meft.runtime.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.embedded import SMOLLM2_PROFILE, smollm2_folder
+from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
+from meft.runtime.initialise import KeyInit
 from meft.runtime.lanes import Overlapped, Sequential
-from meft.runtime.nvml import NvmlReader, NvmlUnavailable
+from meft.runtime.nvml import MemoryReading, NvmlReader, NvmlUnavailable, PcieReading
 from meft.runtime.optimizer import AdamWSettings
 from meft.runtime.rehearse import rehearse
 from meft.runtime.reporting import build_report
@@ -54,6 +57,8 @@ class RunOptions:
     link_gbps: float | None = None
     trace: Path | None = None
     """Where the Chrome trace of the last step goes."""
+    evaluation: EvaluationOptions | None = None
+    key_init: KeyInit = "random"
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def run_rehearsal(plan: Plan, options: RunOptions, display: Display) -> Report:
 def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
     """Train the plan's adapter and report; the adapter and checkpoints go to ``options.output_dir``."""
     if options.data is None:
-        raise UsageError("--data: what should it learn? Give a JSONL file, or --rehearse to run without data")
+        hint = "; to score without training: meft-run evaluate" if options.evaluation else ""
+        raise UsageError(f"--data: what should it learn? Give a JSONL file, or --rehearse to run without data{hint}")
     folder = _model_folder(plan, options, display)
     model_loading.check_model_folder(plan, folder)
     checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
@@ -88,14 +94,25 @@ def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
         tokenizer = model_loading.load_tokenizer(folder)
         dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
         display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+        evaluation = _evaluation(options, tokenizer, display)
         kernels.warm_up(display.say)
         with closing(_open_session(plan, options, folder, kind)) as session:
             display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")
             trainer = _trainer(session, dataset, options, pad_token_id(tokenizer), display)
+            trainer.evaluation = evaluation
             if checkpoint is not None:
                 trainer.resume(checkpoint)
                 display.say(f"resumed from {checkpoint} after step {len(trainer.history.losses)}")
-            return _train(trainer, nvml, options, display)
+            report = _train(trainer, nvml, options, display)
+    return report.model_copy(update={"evaluations": () if evaluation is None else tuple(evaluation.results)})
+
+
+def _evaluation(options: RunOptions, tokenizer: Any, display: Display) -> EvaluationSchedule | None:
+    """When and what to evaluate, read before anything is loaded for long."""
+    if options.evaluation is None:
+        return None
+    evaluator = make_evaluator(options.evaluation, tokenizer, raw=options.raw, seed=options.training.seed)
+    return EvaluationSchedule(evaluator, options.evaluation.every, lambda result: display.say(evaluation_line(result)))
 
 
 def _open_nvml(kind: DeviceKind) -> NvmlReader | NvmlUnavailable:
@@ -111,11 +128,12 @@ def _open_nvml(kind: DeviceKind) -> NvmlReader | NvmlUnavailable:
 def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOptions, display: Display) -> Report:
     if len(trainer.history.losses) >= options.training.steps:
         raise UsageError(f"--steps {options.training.steps}: the checkpoint is there already; leave --resume out")
+    readings: list[tuple[MemoryReading, PcieReading]] = []
+    trainer.on_trained = lambda: readings.append(_read_nvml(trainer, nvml))
     nvml.start_pcie()
     with _stopping_on_signals(trainer, display):
         trainer.run()
-    reserved = torch.cuda.memory_reserved() if trainer.session.device.kind == "cuda" else 0
-    memory, pcie = nvml.process_memory(at_least_bytes=reserved), nvml.pcie_bytes()
+    ((memory, pcie),) = readings
     save_adapter(trainer.session, options.output_dir / "adapter", meft_version=version("meft"))
     if trainer.stop_requested:
         display.say(f"stopped after step {len(trainer.history.losses)}; go on with --resume")
@@ -124,6 +142,11 @@ def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOpt
         display.say(f"wrote {options.trace}, the last step's tasks")
     recall = trainer.measure_recall()
     return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=version("meft"))
+
+
+def _read_nvml(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable) -> tuple[MemoryReading, PcieReading]:
+    reserved = torch.cuda.memory_reserved() if trainer.session.device.kind == "cuda" else 0
+    return nvml.process_memory(at_least_bytes=reserved), nvml.pcie_bytes()
 
 
 def _open_session(plan: Plan, options: RunOptions, folder: Path, kind: DeviceKind) -> Session:
@@ -141,6 +164,7 @@ def _open_session(plan: Plan, options: RunOptions, folder: Path, kind: DeviceKin
         schedule=Overlapped() if options.schedule == "overlapped" else Sequential(),
         link_gbps=options.link_gbps,
         clock=LaneClock(keep=options.trace is not None),
+        key_init=options.key_init,
     )
 
 

@@ -16,6 +16,7 @@ from meft.runtime.device import Device
 from meft.runtime.engine import Copy, TransferEngine
 from meft.runtime.exchange import RowExchange, StepCounters
 from meft.runtime.host_store import HostStore
+from meft.runtime.initialise import KeyInit, keys_from_ffn
 from meft.runtime.kernels import HostKernels
 from meft.runtime.lanes import Job, Schedule, Sequential
 from meft.runtime.optimizer import AdamWSettings, clip_scale
@@ -41,6 +42,7 @@ class Session:
     settings: AdamWSettings
     router_optimizer: torch.optim.AdamW | None
     clock: LaneClock
+    key_init: KeyInit = "random"
     _early: list[tuple[Job, Job]] = field(default_factory=list)
     """Norm and update of each layer, where updates began in backward."""
 
@@ -81,8 +83,8 @@ class Session:
         No attention mask travels: padding is on the right, so causal attention keeps it from every real token, and
         the labels keep it from the loss.
         """
-        input_ids = self._to_device(batch.input_ids)
-        labels = self._to_device(batch.labels)
+        input_ids = self.to_device(batch.input_ids)
+        labels = self.to_device(batch.labels)
         loss: torch.Tensor = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
         return loss
 
@@ -107,11 +109,29 @@ class Session:
         if self.router_optimizer is not None:
             self._update_routers(self.router_optimizer, learning_rate, scale)
         self.engine.per = "step"
+        self.exchange.window_open = False
         return OptimizerResult(norm, updates, kept, time.perf_counter() - started)
 
     def drain(self) -> None:
         """Wait until no lane has anything left to do."""
         self.engine.schedule.drain()
+
+    def rows_were_written(self) -> None:
+        """Rows on the host were written other than by the optimizer: nothing made of them before is good any more.
+
+        Gradients of an open window stay, as torch's do when weights are loaded.
+        """
+        with self.device.scope():
+            self.exchange.forget_rows()
+        self.store.refresh_copies()
+
+    def forget_gradients(self) -> None:
+        """Forget the gradients that no optimizer step has used, of rows and routers."""
+        self._early = []
+        self.exchange.drop_window()
+        for weight in self.router_weights:
+            if weight.grad is not None:
+                weight.grad.zero_()
 
     def close(self) -> None:
         """End the lanes and the kernels' threads, whatever they are doing."""
@@ -159,7 +179,8 @@ class Session:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
 
-    def _to_device(self, host: torch.Tensor) -> torch.Tensor:
+    def to_device(self, host: torch.Tensor) -> torch.Tensor:
+        """A host tensor's copy on the device, inside the device's scope, counted as an input."""
         with self.device.host():
             source = host.pin_memory() if self.device.kind == "cuda" else host
         with self.device.category("inputs"):
@@ -217,12 +238,14 @@ def open_session(
     schedule: Schedule | None = None,
     link_gbps: float | None = None,
     clock: LaneClock | None = None,
+    key_init: KeyInit = "random",
 ) -> Session:
     """Put ``model`` on the device with a fresh adapter beside it, as the plan decides.
 
     ``router`` and ``cache`` replace the plan's own (a rehearsal passes some that need no data). ``compiled=False`` does
     the host's work with the readable code. ``schedule`` says who does what when, by default one thing after the other;
-    the session's :meth:`~Session.close` closes it. ``clock`` is told of every task.
+    the session's :meth:`~Session.close` closes it. ``clock`` is told of every task. ``key_init`` says where keys begin:
+    see :mod:`meft.runtime.initialise`.
     """
     decision, shape = plan.decision, plan.request.model
     settings = settings or AdamWSettings()
@@ -241,6 +264,8 @@ def open_session(
         bf16_copy=decision.bf16_copy and plan.request.adapter_dtype == "bf16",
     )
     store.initialise(seed=seed)
+    if key_init == "ffn":
+        keys_from_ffn(store, model, seed=seed)
     weights = _graph_weights(decision, shape.num_layers, shape.hidden_size, device, seed)
     routers = weights if decision.routing == "key-experts" else []
     exchange = RowExchange(
@@ -256,7 +281,7 @@ def open_session(
     )
     optimizer = _router_optimizer(routers, settings, device) if routers else None
     adapter = attach(model, exchange, weights)
-    return Session(plan, device, engine, store, exchange, model, adapter, routers, settings, optimizer, clock)
+    return Session(plan, device, engine, store, exchange, model, adapter, routers, settings, optimizer, clock, key_init)
 
 
 def _set_checkpointing(model: nn.Module, decision: Decision) -> None:

@@ -204,9 +204,8 @@ def expert_recall(
 def clustered(keys: torch.Tensor, num_experts: int, *, seed: int = 0, rounds: int = 10) -> torch.Tensor:
     """Rows ordered so that alike ones share an expert of ``R/N`` rows: k-means by direction, each centre filled with
     its nearest rows that are left."""
-    generator = torch.Generator().manual_seed(seed)
     directions = nn.functional.normalize(keys, dim=1)
-    centres = directions[torch.randperm(len(keys), generator=generator)[:num_experts]]
+    centres = _far_apart(directions, num_experts, seed=seed)
     for _ in range(rounds):
         nearest = (directions @ centres.T).argmax(1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, directions)
@@ -219,6 +218,17 @@ def clustered(keys: torch.Tensor, num_experts: int, *, seed: int = 0, rounds: in
         left[taken] = False
         order.append(taken)
     return keys[torch.cat(order)]
+
+
+def _far_apart(directions: torch.Tensor, count: int, *, seed: int) -> torch.Tensor:
+    """A row at random, then again and again the row least like all that were taken."""
+    first = torch.randint(len(directions), (1,), generator=torch.Generator().manual_seed(seed))
+    taken = [directions[first[0]]]
+    likeness = directions @ taken[0]
+    while len(taken) < count:
+        taken.append(directions[likeness.argmin()])
+        likeness = torch.maximum(likeness, directions @ taken[-1])
+    return torch.stack(taken)
 
 
 def popularity(fetches: NDArray[np.int64]) -> dict[float, float]:

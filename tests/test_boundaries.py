@@ -34,9 +34,9 @@ RECORDS_AND_PROFILES = {
     "errors",
     "units",
     "files",
+    "chrome",
     "setup",
     "stream",
-    "chrome",
 }
 ALLOCATOR_IS_USED_BY = {"books", "exchange"}
 """The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it, and
@@ -72,9 +72,11 @@ EFFECTS = {
     "time",
     "uuid",
 }
+COUNTS_REFERENCES = {"autograd": {"sys"}}
+"""Whether anything else holds a storage decides, as in torch, if gradients are summed in place."""
 MODELS_OF_THE_DESIGN = (
     *("sparsity", "transfer", "host_memory", "timing", "lanes", "memory", "search"),
-    *("allocator", "blocks", "recording", "history", "replay"),
+    *("allocator", "blocks", "recording", "history", "replay", "simulation", "decoder", "operators", "stream"),
 )
 
 
@@ -223,7 +225,8 @@ def test_the_models_of_the_design_are_among_the_pure_modules() -> None:
 
 @pytest.mark.parametrize("path", pure_modules(), ids=lambda path: path.stem)
 def test_a_pure_module_has_no_clock_files_or_randomness(path) -> None:
-    assert [each for each in imports_of(path) if each.top in EFFECTS] == []
+    effects = EFFECTS - COUNTS_REFERENCES.get(path.stem, set())
+    assert [each for each in imports_of(path) if each.top in effects] == []
     tree = ast.parse(path.read_text(encoding="utf-8"))
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert called.isdisjoint({"open", "print", "input", "exec", "eval"})

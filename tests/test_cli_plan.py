@@ -388,7 +388,7 @@ def test_estimate_takes_one_json_object_as_file_or_standard_input() -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"method": "lora", "rnk": 8}', "unknown field in --request request.json 'rnk'; did you mean rank?"),
+        ('{"method": "lora", "rnk": 8}', "unknown field in --request request.json 'rnk'; did you mean rank"),
         ('{"method": "lora", "rank": 0}', "rank: Input should be greater than or equal to 1"),
         ('{"method": "lora", "rank": "eight"}', "rank: Input should be a valid integer"),
         ('{"method": "lore"}', "method: Input should be 'meft'"),
@@ -401,6 +401,18 @@ def test_estimate_takes_one_json_object_as_file_or_standard_input() -> None:
 def test_a_bad_request_is_one_clear_line(content: str, says: str) -> None:
     Path("request.json").write_text(content)
     assert says in refused("estimate", "--request", "request.json")
+
+
+def test_estimate_verify_traces_the_real_model(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "vocab_size": 1000, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    workload = ["--model", str(tmp_path), "--batch-size", "2", "--seq-len", "64"]
+    for method in (["--method", "lora"], ["--method", "meft", "--adapter-width", "64", "--top-k", "8"]):
+        content = estimated(*method, *workload, "--verify")
+        assert content["peak_allocated_bytes"] == pytest.approx(content["traced"]["peak_allocated_bytes"], rel=0.01)
+    assert estimated("--method", "lora", *workload)["traced"] is None
 
 
 def test_estimate_of_meft_with_its_active_rows_given() -> None:

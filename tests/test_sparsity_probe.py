@@ -72,7 +72,9 @@ def test_recall_of_experts_by_hand(generator) -> None:
 
 def test_clusters_hold_every_row_once_and_alike_ones_together(generator) -> None:
     centres = torch.eye(4)
-    keys = (centres.repeat(5, 1) + 0.01 * torch.randn(20, 4, generator=generator))[torch.randperm(20)]
+    keys = (centres.repeat(5, 1) + 0.01 * torch.randn(20, 4, generator=generator))[
+        torch.randperm(20, generator=generator)
+    ]
     ordered = probe.clustered(keys, 4)
     assert torch.equal(ordered.sort(0).values, keys.sort(0).values)
     kinds = ordered.argmax(1).view(4, 5)

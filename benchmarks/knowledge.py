@@ -1,0 +1,528 @@
+"""Which method stores knowledge? Airport facts (IATA code to city) into SmolLM2-135M, every method in the same books.
+
+    python benchmarks/knowledge.py run --results knowledge.jsonl [--facts 500] [--seeds 0,1,2] [--max-runs N]
+    python benchmarks/knowledge.py details --results details.jsonl
+    python benchmarks/knowledge.py report --results knowledge.jsonl --json knowledge.json --figure knowledge.png
+
+``run`` is made to be run in pieces: each run is one JSON line appended when it is done, and what the file holds already
+is left out, so a killed benchmark goes on where it was. The full form takes hours on two cores; ``--quick`` takes about
+a minute or two on SmolLM2 and shows that everything works, not which method is best.
+
+Methods: ``meft``; ``parallel`` (dense adapter of the same width, all on the device); ``offload`` (the same, moved
+whole: the runtime with K at the width); ``narrow`` (a dense adapter that needs no more device memory than meft's);
+``lora`` (peft, every linear layer); ``full`` fine-tuning; ``none``. Each trains at every learning rate of the grid; the
+report takes a method's best by the mean over seeds. Evaluation is :mod:`meft.runtime.evaluation`'s: greedy answers to
+the trained questions (that is what injecting knowledge means), and forgetting: loss per token on factbook prose, and
+the capitals that the model still knows. Prompts are the plain question and a newline, without the chat template, which
+would triple the tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from meft.planner.architecture import ModelShape, shape_from_config
+from meft.planner.errors import DeviceOutOfMemory
+from meft.planner.plan import Plan, Request
+from meft.planner.profiles import load_gpu, load_host, load_link, load_sparsity
+from meft.planner.search import Infeasible, ProfileSet, make_plan
+from meft.runtime.baselines import STATES, TRAINED, BaselineSession, open_baseline
+from meft.runtime.data import Batch, Completion, Example, Text, pad_token_id, tokenize_record
+from meft.runtime.device import EmulatedDevice
+from meft.runtime.embedded import smollm2_folder
+from meft.runtime.evaluation import Evaluator, mean_loss, session_loss
+from meft.runtime.expert_load import expert_load
+from meft.runtime.generation import GenerationOptions, ModelGenerator, SessionGenerator
+from meft.runtime.model_loading import load_frozen_model, load_tokenizer
+from meft.runtime.session import Session, StepResult, WindowEnd, open_session
+from meft.runtime.task_sources import factbook_prose, load_task
+from meft.runtime.tasks import Item, Task
+from meft.runtime.training import Trainer, TrainingOptions
+
+METHODS = ("none", "meft", "parallel", "offload", "narrow", "lora", "full")
+LEARNING_RATES = {
+    "none": (0.0,),
+    "meft": (1e-3, 2e-3, 4e-3),
+    "parallel": (1e-3, 2e-3, 4e-3),
+    "offload": (2e-3,),
+    "narrow": (1e-3, 2e-3, 4e-3),
+    "lora": (3e-4, 1e-3, 3e-3),
+    "full": (3e-5, 1e-4, 3e-4),
+}
+AMPLE_BYTES = 64 << 30
+ADAPTER_CATEGORIES = (
+    TRAINED,
+    STATES,
+    "row_staging",
+    "row_gradients",
+    "router_weights",
+    "router_states",
+    "row_indices",
+    "kept_rows",
+    "gradient_sums",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a run's result; two runs with the same are the same run."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    facts: int
+    epochs: int
+    width: int = 1024
+    top_k: int = 32
+    num_experts: int = 1
+    num_probes: int = 1
+    rank: int = 16
+    batch_size: int = 8
+    seq_len: int = 32
+    key_init: str = "random"
+    clock: str = "row"
+    """AdamW's step count: each ``row`` its own, or one ``global`` count."""
+    catch_up: bool = False
+    """Decay a row's moments for the steps that it missed."""
+    warmup_fraction: float = 0.02
+    max_norm: float | None = 1.0
+    forgetting_texts: int = 16
+    forgetting_items: int = 40
+
+    @property
+    def key(self) -> str:
+        """Identifies the run in a results file."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def perform(run: Run, folder: Path) -> dict[str, Any]:
+    """Train and evaluate; returns the run and what it gave."""
+    torch.manual_seed(run.seed)
+    tokenizer = load_tokenizer(folder)
+    plan = _plan(run, _shape(folder))
+    task = _task(run)
+    examples = _examples(task, tokenizer)
+    longest = max(len(example.input_ids) for example in examples)
+    if longest > run.seq_len:
+        raise click.ClickException(f"--seq-len {run.seq_len}: the longest fact has {longest} tokens")
+    with closing(_open(run, plan, folder)) as session:
+        trainer, seconds = _train(run, session, examples)
+        return asdict(run) | {
+            "exact_match": _scores(session, tokenizer, task, run),
+            "forgetting": _forgetting(run, session, tokenizer),
+            "loss_per_epoch": _per_epoch(trainer, run),
+            "training_seconds": round(seconds, 1),
+            "torch_threads": torch.get_num_threads(),
+            **_books(session, trainer),
+        }
+
+
+def _task(run: Run) -> Task:
+    asked = load_task("airports", limit=run.facts).items  # the same facts for every seed
+    items = tuple(Item(item.prompt + "\n", item.completion, item.answers) for item in asked)
+    return Task("airports", "em", items)
+
+
+def _examples(task: Task, tokenizer: Any) -> list[Example]:
+    lines = [Completion(item.prompt, item.completion) for item in task.items]
+    return [example for line in lines for example in tokenize_record(line, tokenizer, raw=True)]
+
+
+def _shape(folder: Path) -> ModelShape:
+    return shape_from_config(json.loads((folder / "config.json").read_text()), name=folder.name)
+
+
+def _plan(run: Run, shape: ModelShape) -> Plan:
+    """A plan of the run's decision; the planner supplies predictions and what the run leaves open."""
+    top_k = run.width if run.method == "offload" else run.top_k
+    request = Request(
+        model=shape,
+        gpu="emulated",
+        host="emulated",
+        link="emulated",
+        sparsity="meft-paper",
+        gpu_mem_bytes=AMPLE_BYTES,
+        host_mem_bytes=16 << 30,
+        host_mem_basis="given",
+        batch_size=run.batch_size,
+        seq_len=run.seq_len,
+        grad_accum=1,
+        weights_dtype="fp32",
+        adapter_dtype="fp32",
+        max_slowdown=1000.0,
+        activation_checkpointing=False,
+        adapter_width=run.width,
+        top_k=top_k,
+        prefetch_depth=0,
+        routing="exact",
+        rows_in_backward="refetched",
+    )
+    profiles = ProfileSet(
+        gpu=load_gpu("emulated"),
+        link=load_link("emulated"),
+        host=load_host("emulated"),
+        sparsity=load_sparsity("meft-paper"),
+    )
+    plan = make_plan(request, profiles, meft_version="benchmark")
+    if isinstance(plan, Infeasible):
+        raise click.ClickException(plan.message)
+    routing = "exact" if run.num_experts == 1 else "key-experts"
+    experts = {"num_experts": run.num_experts, "num_probes": run.num_probes, "routing": routing}
+    plain = {"active_rows_cap": run.width, "cached_rows": 0, "gradients_on_device": False, "bf16_copy": False}
+    decision = plan.decision.model_copy(update=plain | experts)
+    return plan.model_copy(update={"decision": type(decision).model_validate(decision.model_dump())})
+
+
+def _open(run: Run, plan: Plan, folder: Path) -> Session | BaselineSession:
+    model, device = load_frozen_model(plan, folder), EmulatedDevice(AMPLE_BYTES)
+    if run.method in ("meft", "offload"):
+        session = open_session(plan, model, device, seed=run.seed, key_init=run.key_init)  # type: ignore[arg-type]
+        _set_clock(session, run)
+        return session
+    names = {"parallel": "parallel-adapter", "narrow": "parallel-adapter"}
+    name: Any = names.get(run.method, run.method)
+    return open_baseline(name, plan, model, device, seed=run.seed, rank=run.rank)
+
+
+def _set_clock(session: Session, run: Run) -> None:
+    """Other semantics for rows that are rarely touched, to compare: put into the tables before each update."""
+    if run.clock == "row" and not run.catch_up:
+        return
+    plain, done = session.optimizer_step, [0]
+    last = [torch.zeros_like(tables.step_counts) for tables in session.store.layers]
+
+    def step(**options: Any) -> Any:
+        for tables, seen in zip(session.store.layers, last, strict=True):
+            rows = tables.touched.nonzero().flatten()
+            if run.catch_up:
+                missed = (done[0] - seen[rows]).clamp(min=0).unsqueeze(1).float()
+                tables.first_moment[rows] *= session.settings.beta1**missed
+                tables.second_moment[rows] *= session.settings.beta2**missed
+            if run.clock == "global":
+                tables.step_counts[rows] = done[0]
+            seen[rows] = done[0] + 1
+        done[0] += 1
+        return plain(**options)
+
+    session.optimizer_step = step  # type: ignore[method-assign]
+    micro_batch = session.step
+
+    def untold(batch: Batch, *, loss_scale: float, window_end: WindowEnd | None = None) -> StepResult:
+        del window_end  # told of it, backward would update rows before the step above has seen them
+        return micro_batch(batch, loss_scale=loss_scale)
+
+    session.step = untold  # type: ignore[method-assign]
+
+
+def _train(run: Run, session: Any, examples: list[Example]) -> tuple[Trainer | None, float]:
+    if run.method == "none":
+        return None, 0.0
+    steps = run.epochs * -(-len(examples) // run.batch_size)
+    options = TrainingOptions(
+        steps=steps,
+        learning_rate=run.learning_rate,
+        warmup_fraction=run.warmup_fraction,
+        max_norm=run.max_norm,
+        seed=run.seed,
+    )
+    trainer = Trainer(session, examples, options, pad_id=0, meft_version="benchmark")
+    started = time.monotonic()
+    trainer.run()
+    return trainer, time.monotonic() - started
+
+
+def _scores(session: Any, tokenizer: Any, task: Task, run: Run) -> dict[str, float]:
+    evaluator = Evaluator(task, tokenizer, GenerationOptions(12, 2 * run.batch_size, raw=True))
+    sparse = isinstance(session, Session)
+    generator = SessionGenerator(session) if sparse else ModelGenerator(session.model)
+    return evaluator.evaluate(generator, optimizer_steps=0).scores
+
+
+def _forgetting(run: Run, session: Any, tokenizer: Any) -> dict[str, float]:
+    """What the model knew before: prose it could predict, capitals it could name."""
+    texts = factbook_prose(run.forgetting_texts)
+    examples = [each.truncated(64) for text in texts for each in tokenize_record(Text(text), tokenizer, raw=True)]
+    batch_loss = partial(session_loss, session) if isinstance(session, Session) else session.loss
+    loss = mean_loss(batch_loss, examples, batch_size=4, seq_len=64, pad_id=pad_token_id(tokenizer))
+    asked = load_task("capitals", limit=run.forgetting_items).items
+    capitals = Task("capitals", "em", tuple(Item(item.prompt + "\n", item.completion, item.answers) for item in asked))
+    return {"prose_loss": loss, "capitals_exact_match": _scores(session, tokenizer, capitals, run)["exact_match"]}
+
+
+def _per_epoch(trainer: Trainer | None, run: Run) -> list[float]:
+    if trainer is None:
+        return []
+    losses = trainer.history.losses
+    size = -(-len(losses) // run.epochs)
+    return [round(statistics.fmean(losses[first : first + size]), 4) for first in range(0, len(losses), size)]
+
+
+def _books(session: Any, trainer: Trainer | None) -> dict[str, Any]:
+    """Device peak, what of it the method takes beside the frozen model, and traffic per step."""
+    if trainer is None:
+        return {"trainable_parameters": 0, "peak_allocated_bytes": 0, "peak_reserved_bytes": 0,
+                "method_bytes": 0, "h2d_bytes_per_step": 0, "d2h_bytes_per_step": 0}  # fmt: skip
+    measured, engine = trainer.measured, session.engine
+    steps = measured.steps
+    live = dict(session.device.books._bytes_by_category)
+    gradients = 4 * session.trainable_parameters if isinstance(session, BaselineSession) else 0
+    found: dict[str, Any] = {
+        "trainable_parameters": _trainable(session),
+        "peak_allocated_bytes": measured.peaks.allocated_bytes,
+        "peak_reserved_bytes": measured.peaks.reserved_bytes,
+        "method_bytes": sum(live.get(name, 0) for name in ADAPTER_CATEGORIES) + gradients,
+        "h2d_bytes_per_step": engine.bytes_in("h2d", "step") // steps,
+        "d2h_bytes_per_step": engine.bytes_in("d2h", "step") // steps,
+    }
+    if isinstance(session, Session):
+        loads = expert_load(session)
+        found["active_rows_mean"] = statistics.fmean(count for step in measured.active_rows for count in step)
+        found["dead_experts"] = sum(load.dead_experts for load in loads)
+        found["dead_rows"] = sum(load.dead_rows for load in loads)
+        found["busiest_share"] = max(load.busiest_share for load in loads)
+    return found
+
+
+def _trainable(session: Any) -> int:
+    if isinstance(session, BaselineSession):
+        return session.trainable_parameters
+    rows = sum(tables.weights.numel() for tables in session.store.layers)
+    return rows + sum(weight.numel() for weight in session.router_weights)
+
+
+# --- many runs -------------------------------------------------------------------------------------------------------
+
+
+def grid(
+    methods: tuple[str, ...],
+    seeds: tuple[int, ...],
+    base: Run,
+    rates: dict[str, tuple[float, ...]],
+    *,
+    num_layers: int,
+) -> Iterator[Run]:
+    """Every run of the comparison, seed by seed, so that a part of it is a comparison already."""
+    for seed, method in product(seeds, methods):
+        width = narrow_width(base.width, num_layers) if method == "narrow" else base.width
+        for rate in rates[method]:
+            yield replace(base, method=method, seed=seed, learning_rate=rate, width=width)
+
+
+def narrow_width(width: int, num_layers: int) -> int:
+    """The width of a dense adapter whose weights, gradients and moments take what meft keeps on the device.
+
+    A dense row costs four copies in each layer; meft keeps two buffers of at most ``width`` rows for all layers.
+    """
+    return max(1, 2 * width // (4 * num_layers))
+
+
+def details(base: Run) -> Iterator[Run]:
+    """One thing changed at a time, beside the base."""
+    changes: list[dict[str, Any]] = [
+        {},
+        {"key_init": "ffn"},
+        {"clock": "global"},
+        {"catch_up": True},
+        {"max_norm": None},
+        {"warmup_fraction": 0.0},
+        {"num_experts": 16, "num_probes": 4},
+        {"num_experts": 16, "num_probes": 4, "key_init": "ffn"},
+    ]
+    for change in changes:
+        yield replace(base, **change)
+
+
+def perform_missing(runs: list[Run], results: Path, folder: Path, max_runs: int | None) -> None:
+    """Perform what the results file lacks and append each line when it is done."""
+    done = {record["key"] for record in read_results(results)}
+    missing = [run for run in runs if run.key not in done][:max_runs]
+    click.echo(
+        f"{len(runs)} runs, {len(runs) - len([r for r in runs if r.key not in done])} done, {len(missing)} to do now"
+    )
+    for run in missing:
+        try:
+            record = perform(run, folder)
+        except DeviceOutOfMemory as error:
+            record = asdict(run) | {"out_of_memory": str(error)}
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": run.key, **record}) + "\n")
+        click.echo(_line(record))
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The records so far; a last line cut off by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            click.echo("left out a line that is not whole", err=True)
+    return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    if "out_of_memory" in record:
+        return f"{record['method']}: {record['out_of_memory']}"
+    changed = {name: record[name] for name in ("key_init", "clock", "catch_up", "num_experts", "top_k", "width")}
+    return (
+        f"{record['method']:9} lr {record['learning_rate']:.0e} seed {record['seed']}: "
+        f"exact match {record['exact_match']['exact_match']:.3f}, prose loss {record['forgetting']['prose_loss']:.3f}, "
+        f"method {record['method_bytes'] / 2**20:.1f} MiB, {record['training_seconds']:.0f} s {changed}"
+    )
+
+
+# --- the result ------------------------------------------------------------------------------------------------------
+
+
+def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per method its best learning rate by the mean exact match over seeds."""
+    groups: defaultdict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        if "out_of_memory" not in record:
+            groups[record["method"], record["learning_rate"]].append(record)
+    best: dict[str, dict[str, Any]] = {}
+    for (method, rate), some in groups.items():
+        row = _mean_of(some) | {"method": method, "learning_rate": rate, "seeds": sorted(each["seed"] for each in some)}
+        if method not in best or row["exact_match"] > best[method]["exact_match"]:
+            best[method] = row
+    return sorted(best.values(), key=lambda row: METHODS.index(row["method"]))
+
+
+def _mean_of(records: list[dict[str, Any]]) -> dict[str, Any]:
+    matches = [record["exact_match"]["exact_match"] for record in records]
+    names = ("peak_allocated_bytes", "method_bytes", "h2d_bytes_per_step", "d2h_bytes_per_step", "training_seconds")
+    means = {name: statistics.fmean(record[name] for record in records) for name in names}
+    forgetting = {
+        name: statistics.fmean(record["forgetting"][name] for record in records)
+        for name in ("prose_loss", "capitals_exact_match")
+    }
+    spread = statistics.stdev(matches) if len(matches) > 1 else None
+    return {"exact_match": statistics.fmean(matches), "exact_match_stdev": spread, **forgetting, **means}
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Exact match against the device memory that a method takes beside the frozen model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for row in rows:
+        if row["method_bytes"]:
+            place = row["method_bytes"] / 2**20, row["exact_match"]
+            axes.errorbar(*place, yerr=row["exact_match_stdev"], fmt="o")
+            axes.annotate(row["method"], place, xytext=(5, 5), textcoords="offset points")
+    axes.set(xscale="log", xlabel="device memory of the method, MiB", ylabel="exact match", ylim=(0, 1.05))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def _numbers(text: str, kind: type) -> tuple[Any, ...]:
+    return tuple(kind(part) for part in text.split(","))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+def main() -> None:
+    """Compare methods at storing facts."""
+
+
+def _common(function: Any) -> Any:
+    for option in (
+        click.option("--results", type=click.Path(path_type=Path), required=True, help="One JSON line per run."),
+        click.option("--model", type=click.Path(path_type=Path), help="A model's folder [default: SmolLM2-135M]."),
+        click.option("--facts", type=int, default=500),
+        click.option("--epochs", type=int, default=8),
+        click.option("--width", type=int, default=1024),
+        click.option("--top-k", type=int, default=32),
+        click.option("--seq-len", type=int, default=32),
+        click.option("--seeds", default="0,1,2"),
+        click.option("--max-runs", type=int, help="Stop after so many."),
+    ):
+        function = option(function)
+    return function
+
+
+@main.command()
+@_common
+@click.option("--methods", default=",".join(METHODS))
+@click.option("--learning-rates", help="Instead of each method's own grid.")
+@click.option("--quick", is_flag=True, help="A few facts, one seed and one learning rate of three methods.")
+def run(
+    results: Path, model: Path | None, seeds: str, max_runs: int | None, methods: str, learning_rates: str | None,
+    quick: bool, **given: Any
+) -> None:  # fmt: skip
+    """Perform what is missing of the comparison."""
+    base = Run("none", 0.0, 0, **given)
+    chosen, rates, numbers = _numbers(methods, str), dict(LEARNING_RATES), _numbers(seeds, int)
+    if quick:
+        base = replace(base, facts=8, epochs=6, forgetting_texts=2, forgetting_items=2)
+        chosen, numbers, rates = (
+            ("meft", "parallel", "lora"),
+            (0,),
+            {"meft": (2e-3,), "parallel": (2e-3,), "lora": (1e-3,)},
+        )
+    if learning_rates is not None:
+        rates = dict.fromkeys(chosen, _numbers(learning_rates, float)) | {"none": (0.0,)}
+    folder = model or smollm2_folder(click.echo)
+    runs = list(grid(chosen, numbers, base, rates, num_layers=_shape(folder).num_layers))
+    perform_missing(runs, results, folder, max_runs)
+
+
+@main.command("details")
+@_common
+@click.option("--learning-rate", type=float, default=2e-3)
+def details_command(
+    results: Path, model: Path | None, seeds: str, max_runs: int | None, learning_rate: float, **given: Any
+) -> None:
+    """Perform what is missing of the learning details: one change at a time."""
+    runs = [each for seed in _numbers(seeds, int) for each in details(Run("meft", learning_rate, seed, **given))]
+    perform_missing(runs, results, model or smollm2_folder(click.echo), max_runs)
+
+
+@main.command("report")
+@click.option("--results", type=click.Path(path_type=Path), required=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@click.option("--figure", type=click.Path(path_type=Path))
+def report_command(results: Path, json_path: Path | None, figure: Path | None) -> None:
+    """One table and one figure."""
+    records = read_results(results)
+    rows = summarise(records)
+    click.echo(
+        f"{'method':10} {'exact match':>12} {'prose loss':>11} {'capitals':>9} {'method MiB':>11} {'traffic MiB':>12}"
+    )
+    for row in rows:
+        traffic = (row["h2d_bytes_per_step"] + row["d2h_bytes_per_step"]) / 2**20
+        spread = "" if row["exact_match_stdev"] is None else f"±{row['exact_match_stdev']:.2f}"
+        click.echo(
+            f"{row['method']:10} {row['exact_match']:7.3f}{spread:5} {row['prose_loss']:11.3f} "
+            f"{row['capitals_exact_match']:9.3f} {row['method_bytes'] / 2**20:11.1f} {traffic:12.1f}"
+        )
+    if json_path is not None:
+        json_path.write_text(json.dumps({"best": rows, "runs": records}, indent=1) + "\n")
+    if figure is not None:
+        draw(rows, figure)
+
+
+if __name__ == "__main__":
+    main()

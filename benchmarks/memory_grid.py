@@ -1,0 +1,168 @@
+"""The simulated step against a trace of the real model, over a grid of configurations: allocated peaks.
+
+    python benchmarks/memory_grid.py                  all 238, worst first (the first column is the error)
+    python benchmarks/memory_grid.py --sample 12      every 20th
+
+Twelve architectures at their real widths, cut to a few layers so that a trace takes a second or two; the layers repeat.
+Implementations that know nothing of each other are compared: :mod:`meft.planner.simulation` (for MEFT the closed form
+of :mod:`meft.planner.memory`), which imports no torch, and :mod:`meft.runtime.trace`, which runs transformers' own
+model under fake tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+
+from meft.planner.architecture import shape_from_config
+from meft.planner.linears import resolve_targets
+from meft.planner.memory import predict_device_memory
+from meft.planner.models import load_model
+from meft.planner.profiles import load_gpu
+from meft.planner.setup import TrainingSetup
+from meft.planner.simulation import simulate
+from meft.planner.stream import stream_peaks
+
+NUM_LAYERS = 3
+CARD = "rtx-3090"
+"""Any whose cuBLAS workspace is the usual one."""
+MODELS = (
+    "llama-7b",
+    "mistral-7b",
+    "qwen2.5-0.5b",
+    "qwen3-0.6b",
+    "gemma-2b",
+    "gemma-2-2b",
+    "phi-1.5",
+    "phi-3-mini-4k",
+    "gpt2",
+    "pythia-1.4b",
+    "opt-1.3b",
+    "smollm2-135m",
+)
+LORA = {"method": "lora", "rank": 8, "target_modules": "attention"}
+QLORA = {"method": "qlora", "rank": 16, "target_modules": "all-linear", "weights_dtype": "nf4", "double_quant": True}
+VARIANTS: tuple[dict[str, Any], ...] = (
+    LORA | {"batch_size": 1, "seq_len": 256},
+    LORA | {"batch_size": 2, "seq_len": 128, "attention": "eager", "outputs_kept": False},
+    LORA | {"batch_size": 2, "seq_len": 128, "padded": True},
+    LORA | {"batch_size": 1, "seq_len": 256, "autocast": "bf16", "loss": "fused-ce"},
+    QLORA | {"batch_size": 2, "seq_len": 128},
+    QLORA | {"batch_size": 1, "seq_len": 256, "kbit_preparation": True, "autocast": "bf16"},
+    {"method": "full", "batch_size": 2, "seq_len": 128},
+    {"method": "full", "batch_size": 1, "seq_len": 256, "loss": "fused-linear-ce", "optimizer": "adamw-8bit"},
+    {"method": "meft", "adapter_width": 1024, "top_k": 16, "active_rows": 256, "adapter_dtype": "bf16", "seq_len": 256},
+    {"method": "parallel-adapter", "adapter_width": 512, "batch_size": 2, "seq_len": 128, "weights_dtype": "fp32"},
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One configuration: allocated peaks of both, and how long the trace took."""
+
+    configuration: str
+    simulated_bytes: int
+    traced_bytes: int
+    simulated_reserved_bytes: int
+    traced_reserved_bytes: int
+    trace_seconds: float
+
+    @property
+    def error_fraction(self) -> float:
+        """Simulated over traced, less one."""
+        return self.simulated_bytes / self.traced_bytes - 1
+
+
+def grid() -> Iterator[tuple[str, TrainingSetup, dict[str, Any]]]:
+    """Every configuration: its name, its setup, and the model's config."""
+    for model in MODELS:
+        config = short_config(load_model(model)[1])
+        shape = shape_from_config(config, name=model)
+        for checkpointing in (False, True):
+            for variant in VARIANTS:
+                if variant["method"] == "meft" and shape.model_type == "opt":
+                    continue  # its FFN is no module of its own, which the runtime needs
+                fields = variant | {"activation_checkpointing": checkpointing}
+                if "target_modules" in fields:
+                    fields["target_modules"] = resolve_targets(shape, [fields["target_modules"]])
+                if shape.model_type == "gemma2":
+                    fields["attention"] = "eager"
+                name = " ".join(f"{key}={value}" for key, value in variant.items() if key != "target_modules")
+                yield f"{model} {name} ckpt={int(checkpointing)}", TrainingSetup(model=shape, **fields), config
+
+
+def short_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The same architecture with few layers."""
+    key = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    short = dict(config) | {key: NUM_LAYERS}
+    if "layer_types" in short:
+        short["layer_types"] = short["layer_types"][:NUM_LAYERS]
+    return short
+
+
+def compare(name: str, setup: TrainingSetup, config: dict[str, Any]) -> Result:
+    """Simulate and trace one configuration, and replay both through the allocator."""
+    from meft.runtime.trace import trace_training
+
+    started = time.perf_counter()
+    traced = stream_peaks(trace_training(setup, config))
+    seconds = time.perf_counter() - started
+    allocated, reserved = predicted(setup)
+    return Result(name, allocated, traced.allocated_bytes, reserved, traced.reserved_bytes, seconds)
+
+
+def predicted(setup: TrainingSetup) -> tuple[int, int]:
+    """Allocated and reserved peaks without a trace: simulated, or for MEFT by its closed form."""
+    if setup.method != "meft":
+        peaks = stream_peaks(simulate(setup))
+        return peaks.allocated_bytes, peaks.reserved_bytes
+    from meft.runtime.trace_meft import plan_of_setup
+
+    plan = plan_of_setup(setup)
+    rows = [setup.active_rows or 0] * setup.model.num_layers
+    memory = predict_device_memory(
+        request=plan.request, decision=plan.decision, gpu=load_gpu(CARD), active_rows_per_layer=rows
+    )
+    return memory.peak_allocated_bytes, memory.peak_reserved_bytes
+
+
+@click.command()
+@click.option("--sample", type=click.IntRange(1), help="So many configurations, evenly over the grid.")
+@click.option("--only", help="Those whose name contains this.")
+@click.option("--json", "as_json", is_flag=True)
+def main(sample: int | None, only: str | None, as_json: bool) -> None:
+    """Compare the grid and print the errors, worst first."""
+    chosen = [each for each in grid() if only is None or only in each[0]]
+    if sample is not None:
+        chosen = chosen[:: max(len(chosen) // sample, 1)][:sample]
+    results = []
+    for each in chosen:
+        results.append(compare(*each))
+        if not as_json:
+            click.echo(f"{results[-1].error_fraction:+.3%}  {results[-1].configuration}", err=True)
+    results.sort(key=lambda result: -abs(result.error_fraction))
+    errors = [abs(result.error_fraction) for result in results]
+    summary = {
+        "configurations": len(results),
+        "median_error": statistics.median(errors),
+        "worst_error": max(errors),
+        "within_one_percent": sum(error <= 0.01 for error in errors),
+        "median_trace_seconds": statistics.median(result.trace_seconds for result in results),
+    }
+    if as_json:
+        click.echo(json.dumps({"summary": summary, "results": [asdict(result) for result in results]}, indent=1))
+        return
+    for result in results[:20]:
+        reserved = result.simulated_reserved_bytes / result.traced_reserved_bytes - 1
+        click.echo(f"{result.error_fraction:+.3%}  reserved {reserved:+.2%}  {result.configuration}")
+    click.echo(json.dumps(summary, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""A Hugging Face model with its adapter, for people's own scripts: to generate with, or to train in their own loop.
+
+    model = AdapterModel.from_pretrained("base-folder", "out/adapter")     # a trained adapter, ready to generate
+    model = AdapterModel.from_plan(base, "plan.json")                      # a new adapter, ready to train
+    optimizer = model.optimizer(learning_rate=1e-3)
+    for batch in batches:
+        model(**batch).loss.backward()
+        optimizer.step()
+    model.save_pretrained("out/adapter")
+    base = model.detach()                                                  # the base as it was
+
+In training mode with gradients on, a forward fetches the rows that its batch activates, as in ``meft-run``; otherwise
+it is inference (see :mod:`meft.runtime.inference`). Gradients accumulate over backwards until the optimizer steps.
+
+``meft-run``'s own loop also runs inside the device's books; a loop of one's own does not, so on the emulated device its
+activations are neither counted nor limited.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from meft.planner.architecture import shape_from_config
+from meft.planner.errors import MeftError, UsageError
+from meft.planner.plan import Plan
+from meft.runtime import checkpoint
+from meft.runtime.device import CudaDevice, Device, EmulatedDevice
+from meft.runtime.inference import LayerRows, attach_rows, serving
+from meft.runtime.initialise import KeyInit
+from meft.runtime.lanes import Overlapped, Sequential
+from meft.runtime.optimizer import AdamWSettings
+from meft.runtime.row_optimizer import RowOptimizer
+from meft.runtime.session import Session, open_session
+
+DeviceName = Literal["auto", "cuda", "emulated"]
+
+
+class AdapterModel(nn.Module):
+    """``base`` with an adapter beside every FFN; attributes it does not have are the base's."""
+
+    def __init__(self, base: nn.Module, session: Session | None, detach: Callable[[], None]) -> None:
+        super().__init__()
+        self.base = base
+        self.routers = nn.ParameterList(session.router_weights if session is not None else [])
+        self._session = [] if session is None else [session]  # in a list, so that no module registers it
+        self._detach: Callable[[], None] | None = detach
+        if session is not None:  # its threads end with the model, if nobody detached before
+            weakref.finalize(self, session.close)
+        self._in_backward = False
+
+    # --- making one ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, base: nn.Module | str | Path, adapter: str | Path) -> AdapterModel:
+        """A trained adapter beside its base model, a loaded one or a folder: for inference.
+
+        Raises:
+            UsageError: the folder holds no adapter, or the base is another model than it was trained beside.
+        """
+        folder = Path(adapter)
+        config = checkpoint.AdapterConfig.load(folder / checkpoint.ADAPTER_CONFIG)
+        model = base if isinstance(base, nn.Module) else load_base(Path(base))
+        _require_base(model, config, folder)
+        tensors = checkpoint.load_tensors(folder / checkpoint.ADAPTER_WEIGHTS)
+        detach = attach_rows(model, _layer_rows(config, tensors, folder))
+        made = cls(model, None, detach)
+        return made.eval()
+
+    @classmethod
+    def from_plan(
+        cls,
+        base: nn.Module,
+        plan: Plan | str | Path,
+        *,
+        device: DeviceName = "auto",
+        seed: int = 0,
+        settings: AdamWSettings | None = None,
+        key_init: KeyInit = "random",
+        adapter: str | Path | None = None,
+        schedule: Literal["overlapped", "sequential"] = "overlapped",
+    ) -> AdapterModel:
+        """A new adapter beside ``base`` as the plan decides, on the device, in training mode.
+
+        ``adapter`` is a folder to start from instead of a fresh one. Overlapped, transfers and host work go on beside
+        the device's, with the same results; the threads end in :meth:`detach`, or with the model.
+
+        Raises:
+            UsageError: the plan was made for another model.
+            MachineError: there is no such device.
+        """
+        loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
+        differences = loaded.request.model.differences(_shape(base))
+        if differences:
+            listed = ", ".join(f"{name} {mine} in the plan, {here} here" for name, (mine, here) in differences.items())
+            raise UsageError(f"the plan was made for {loaded.request.model.name}, which this model is not: {listed}")
+        restore = _restorer(base)
+        session = open_session(
+            loaded,
+            base,
+            _device(device, loaded),
+            seed=seed,
+            settings=settings,
+            schedule=Overlapped() if schedule == "overlapped" else Sequential(),
+            key_init=key_init,
+        )
+        made = cls(base, session, partial(_take_off, session, restore))
+        if adapter is not None:
+            try:
+                checkpoint.load_adapter(session, Path(adapter))
+            except UsageError:
+                made.detach()
+                raise
+        return made
+
+    # --- using it --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        """The base's forward with the adapter active; arguments and result are the base's."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **others}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not (self.training and torch.is_grad_enabled() and self._session):
+            with self._inference():
+                return self.base(**given)
+        self.finish_backward()
+        self._expect_tokens(attention_mask)
+        outputs = self.base(**given)
+        anchor = outputs.loss if getattr(outputs, "loss", None) is not None else outputs.logits
+        anchor.register_hook(self._begin_backward)
+        return outputs
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """The base's ``generate`` with the adapter active."""
+        with self._inference():
+            return self.base.generate(*args, **options)  # type: ignore[operator]
+
+    def detach(self) -> nn.Module:
+        """Take the adapter off; returns the base exactly as it was."""
+        if self._detach is None:
+            raise MeftError("the adapter was detached already")
+        self._detach()
+        self._detach = None
+        self._session = []
+        return self.base
+
+    # --- training it -----------------------------------------------------------------------------------------------
+
+    @property
+    def session(self) -> Session:
+        """What trains; a :class:`UsageError` for a model that only infers."""
+        if not self._session:
+            raise UsageError("this adapter is for inference: AdapterModel.from_plan(..., adapter=folder) trains one")
+        return self._session[0]
+
+    def optimizer(self, *, learning_rate: float, max_norm: float | None = 1.0) -> RowOptimizer:
+        """AdamW over rows and routers, clipping both by their common norm; see :class:`RowOptimizer`."""
+        return RowOptimizer(self.session, self.finish_backward, learning_rate=learning_rate, max_norm=max_norm)
+
+    def finish_backward(self) -> None:
+        """Bring in the gradients that the last backward left on their way; the optimizer does it."""
+        if self._in_backward:
+            self._in_backward = False
+            self.session.exchange.finish_backward()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients that no step has used. Routers keep their buffers, whatever ``set_to_none`` says."""
+        del set_to_none
+        self.finish_backward()
+        if self._session:
+            self.session.forget_gradients()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapter folder, whole or not at all; :meth:`from_pretrained` reads it."""
+        checkpoint.save_adapter(self.session, Path(folder), meft_version=version("meft"))
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapter alone, under the names of an adapter folder: the base is frozen and has files of its own."""
+        del args, options
+        return checkpoint.adapter_tensors(self.session)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The inverse of :meth:`state_dict`, in place."""
+        del strict, assign
+        self.finish_backward()
+        checkpoint.restore_adapter(self.session, dict(state_dict), Path("state_dict"))
+        return _IncompatibleKeys([], [])
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":  # before __init__ has set it
+                raise
+            return getattr(self.base, name)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        if not self._session or self.session.adapter.serving is not None:
+            yield
+            return
+        self.finish_backward()
+        with serving(self.session):
+            yield
+
+    def _expect_tokens(self, attention_mask: torch.Tensor | None) -> None:
+        """Leave padding out of the choice of rows."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            return
+        mask = attention_mask.flatten().bool()
+        if mask.device.type != "cpu":
+            host = self.session.engine.host_empty(*mask.shape, dtype=mask.dtype)
+            self.session.engine.to_host(mask, host, category="inputs").wait_on_host()
+            mask = host
+        self.session.exchange.expect_tokens(mask)
+
+    def _begin_backward(self, grad: torch.Tensor) -> torch.Tensor:
+        self._in_backward = True
+        self.session.exchange.begin_backward()
+        return grad
+
+
+def _device(name: DeviceName, plan: Plan) -> Device:
+    budget = plan.prediction.device_memory.allocator_budget_bytes
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return CudaDevice(budget)
+    return EmulatedDevice(budget)
+
+
+def _take_off(session: Session, restore: Callable[[], None]) -> None:
+    """Give the base back, even if a lane has failed."""
+    try:
+        session.drain()
+    finally:
+        session.close()
+        session.adapter.detach()
+        restore()
+
+
+def _restorer(base: nn.Module) -> Callable[[], None]:
+    """Puts back what opening a session changes besides hooks and ``requires_grad``: modes and checkpointing."""
+    modes = [(module, module.training) for module in base.modules()]
+    checkpointing = bool(getattr(base, "is_activation_checkpointing", False))
+
+    def restore() -> None:
+        if not checkpointing and getattr(base, "is_activation_checkpointing", False):
+            base.activation_checkpointing_disable()  # type: ignore[operator]
+        for module, training in modes:
+            module.training = training
+
+    return restore
+
+
+def _shape(model: Any) -> Any:
+    config = model.config.to_dict()
+    return shape_from_config(config, name=str(config.get("_name_or_path") or type(model).__name__))
+
+
+def _require_base(model: nn.Module, config: checkpoint.AdapterConfig, folder: Path) -> None:
+    checkpoint.require_base(config, _shape(model), checkpoint.base_digest(model), folder=folder)
+
+
+def load_base(folder: Path) -> nn.Module:
+    """A model from a folder, in the dtype of its files."""
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"base model {folder}: no config.json there; give the folder of a Hugging Face model")
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
+    except (OSError, ValueError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UsageError(f"base model {folder}: transformers cannot load it: {first_line}") from error
+    return model
+
+
+def _layer_rows(
+    config: checkpoint.AdapterConfig, tensors: dict[str, torch.Tensor], folder: Path
+) -> tuple[LayerRows, ...]:
+    """The rows of an adapter folder, their shapes checked against its config."""
+    shape, gated = config.base_model, config.routing == "key-experts"
+    layers = []
+    for layer in range(shape.num_layers):
+        rows = _tensor(tensors, f"layers.{layer}.rows", (config.adapter_width, 2 * shape.hidden_size), folder)
+        router = (
+            _tensor(tensors, f"layers.{layer}.router", (config.num_experts, shape.hidden_size), folder)
+            if gated
+            else None
+        )
+        keys, values = (half.contiguous() for half in rows.tensor_split(2, dim=1))
+        layers.append(LayerRows(keys, values, router, config.num_probes))
+    return tuple(layers)
+
+
+def _tensor(tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], folder: Path) -> torch.Tensor:
+    found = tensors.get(name)
+    if found is None or tuple(found.shape) != shape:
+        seen = "nothing" if found is None else f"{tuple(found.shape)}"
+        raise UsageError(f"{folder / checkpoint.ADAPTER_WEIGHTS}: {name} should be {shape}, found {seen}")
+    return found

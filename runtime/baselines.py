@@ -1,0 +1,194 @@
+"""What people use instead, in the same loop and books: LoRA, a dense parallel adapter, full fine-tuning, nothing.
+
+A :class:`BaselineSession` stands where a :class:`~meft.runtime.session.Session` stands: the trainer drives it, the
+device's books count it, the same evaluation asks it. Its trained parameters, gradients and Adam states are all on the
+device. (The dense adapter that is offloaded whole is the runtime's own with ``top_k`` at the adapter width.)
+
+Letters: ``R`` adapter rows, ``D`` hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from meft.planner.errors import UsageError
+from meft.planner.plan import Plan
+from meft.runtime.adapter import add_to, ffn_modules
+from meft.runtime.data import Batch
+from meft.runtime.device import Device
+from meft.runtime.engine import TransferEngine
+from meft.runtime.exchange import StepCounters
+from meft.runtime.lanes import Sequential
+from meft.runtime.optimizer import AdamWSettings, clip_scale
+from meft.runtime.session import OptimizerResult, StepResult, WindowEnd
+from meft.runtime.timeline import LaneClock
+
+Baseline = Literal["none", "lora", "parallel-adapter", "full"]
+TRAINED = "trained_weights"
+STATES = "trained_states"
+
+
+@dataclass
+class BaselineSession:
+    """A model, what of it is trained, and torch's AdamW over that, on one device."""
+
+    plan: Plan
+    device: Device
+    engine: TransferEngine
+    model: nn.Module
+    trained: list[nn.Parameter]
+    settings: AdamWSettings
+    optimizer: torch.optim.AdamW | None
+    clock: LaneClock
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.trained)
+
+    def step(self, batch: Batch, *, loss_scale: float, window_end: WindowEnd | None = None) -> StepResult:
+        """One micro-batch forward and backward; gradients are scaled by ``loss_scale``."""
+        del window_end  # the optimizer works on the device, after backward
+        started = time.perf_counter()
+        with self.device.scope():
+            loss = self._loss(batch)
+            (loss * loss_scale).backward()
+            value = self.engine.read_scalar(loss, category="loss")
+        return StepResult(value, time.perf_counter() - started, StepCounters([], [], []))
+
+    def loss(self, batch: Batch) -> float:
+        """The loss on a batch that is not trained on."""
+        self.model.eval()
+        try:
+            with self.device.scope(), torch.no_grad():
+                return self.engine.read_scalar(self._loss(batch), category="loss")
+        finally:
+            self.model.train()
+
+    def optimizer_step(self, *, learning_rate: float, max_norm: float | None) -> OptimizerResult:
+        """Clip by the global norm, update, and open a new window."""
+        if self.optimizer is None:
+            raise UsageError("method none trains nothing")
+        started = time.perf_counter()
+        self.engine.per = "optimizer_step"
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        with self.device.scope(), self.device.category(STATES), torch.no_grad():
+            squares = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+            norm, scale = clip_scale(self.engine.read_scalar(squares, category="norm"), max_norm)
+            for gradient in gradients:
+                gradient.mul_(scale)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.engine.per = "step"
+        return OptimizerResult(norm, [], [], time.perf_counter() - started)
+
+    def drain(self) -> None:
+        """Nothing is ever left to do: everything is done when it is issued."""
+
+    def close(self) -> None:
+        """There are no lanes."""
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        ids, labels = (self._to_device(part) for part in (batch.input_ids, batch.labels))
+        loss: torch.Tensor = self.model(input_ids=ids, labels=labels, use_cache=False).loss
+        return loss
+
+    def _to_device(self, host: torch.Tensor) -> torch.Tensor:
+        with self.device.host():
+            source = host.pin_memory() if self.device.kind == "cuda" else host
+        with self.device.category("inputs"):
+            target = torch.empty(host.shape, dtype=host.dtype, device=self.device.torch_device)
+        self.engine.to_device(source, target, category="inputs").wait_on_device()
+        return target
+
+
+def open_baseline(
+    method: Baseline,
+    plan: Plan,
+    model: nn.Module,
+    device: Device,
+    *,
+    seed: int,
+    rank: int = 16,
+    settings: AdamWSettings | None = None,
+) -> BaselineSession:
+    """Put ``model`` on the device with what ``method`` trains.
+
+    The dense adapter has the plan's adapter width. LoRA goes on every linear layer but the head, with ``rank`` and
+    alpha twice that; nothing is dropped out. ``full`` trains every parameter.
+    """
+    settings = settings or AdamWSettings()
+    model = device.adopt(model)
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    make: dict[Baseline, Callable[[], tuple[nn.Module, list[nn.Parameter]]]] = {
+        "none": lambda: (model, []),
+        "lora": lambda: _with_lora(model, rank),
+        "parallel-adapter": lambda: _with_adapter(model, plan, device, seed),
+        "full": lambda: (model.requires_grad_(True), list(model.parameters())),
+    }
+    with device.scope(), device.category(TRAINED):
+        model, trained = make[method]()
+    model.train()
+    if plan.decision.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    optimizer = _adamw(trained, settings) if trained else None
+    clock = LaneClock()
+    engine = TransferEngine(device, Sequential(clock))
+    return BaselineSession(plan, device, engine, model, trained, settings, optimizer, clock)
+
+
+def _adamw(trained: list[nn.Parameter], settings: AdamWSettings) -> torch.optim.AdamW:
+    """One parameter at a time, as the runtime updates routers: no foreach temporaries."""
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(trained, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay, foreach=False)
+
+
+def _with_lora(model: nn.Module, rank: int) -> tuple[nn.Module, list[nn.Parameter]]:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UsageError("method lora needs peft; install: pip install peft") from None
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    adapted: nn.Module = get_peft_model(model, config)
+    return adapted, [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+
+
+def _with_adapter(model: nn.Module, plan: Plan, device: Device, seed: int) -> tuple[nn.Module, list[nn.Parameter]]:
+    """A dense adapter beside every FFN, initialised as the runtime initialises its own."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (plan.decision.adapter_width, plan.request.model.hidden_size)
+    bound = 1 / math.sqrt(shape[1])
+    trained: list[nn.Parameter] = []
+    for block in ffn_modules(model):
+        keys, values = (torch.zeros(shape, device=device.torch_device) for _ in range(2))
+        with device.host():
+            host = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            keys.copy_(host)
+        pair = nn.Parameter(keys), nn.Parameter(values)
+        block.register_forward_hook(_beside(*pair))
+        trained += pair
+    return model, trained
+
+
+def _beside(
+    keys: nn.Parameter, values: nn.Parameter
+) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        del module
+        hidden = args[0].flatten(0, -2)
+        adapted = torch.relu(hidden.to(keys.dtype) @ keys.T) @ values
+        return add_to(output, adapted.to(output.dtype))
+
+    return hook

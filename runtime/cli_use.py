@@ -1,0 +1,158 @@
+"""``meft-run evaluate``, ``generate`` and ``prepare``: score a model, ask it, and make data for it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from meft.planner.errors import UsageError
+from meft.planner.files import write_atomic
+from meft.planner.report import Evaluation
+from meft.planner.units import format_seconds
+from meft.runtime.metrics import MAIN_SCORE, METRICS
+
+if TYPE_CHECKING:  # torch is loaded only once there is something to do
+    from torch import nn
+
+_PATH = click.Path(path_type=Path)
+_COUNT = click.IntRange(min=1)
+
+
+def evaluation_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How a task is asked: the options that running a plan and ``evaluate`` share."""
+    options = (
+        click.option("--metric", type=click.Choice(METRICS), help="[default: what the format is scored by, else em]"),
+        click.option("--eval-limit", "limit", type=_COUNT, help="The first so many items only."),
+        click.option("--eval-batch-size", "batch_size", type=_COUNT, default=8, show_default=True),
+        click.option("--max-new-tokens", type=_COUNT, default=32, show_default=True, help="Of each answer."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    options = (
+        click.option("--model", type=_PATH, help="Folder of the base model [default: the embedded SmolLM2-135M]."),
+        click.option("--adapter", type=_PATH, help="Folder of a trained adapter [default: the base model alone]."),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]"),
+        click.option("--raw", is_flag=True, help="The prompt as it stands, without the chat template."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.command("evaluate", short_help="Score a model, with or without an adapter, on a task.")
+@click.argument("task")
+@_model_options
+@evaluation_options
+@click.option("--show", type=click.IntRange(min=0), default=0, help="Print so many questions and answers.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Order of a named task's items.")
+@click.option("-o", "--output", type=_PATH, help="Write the scores there as JSON.")
+def evaluate_command(
+    task: str,
+    model: Path | None,
+    adapter: Path | None,
+    device: str | None,
+    raw: bool,
+    output: Path | None,
+    **given: Any,
+) -> None:
+    """Ask every question of TASK and score the greedy answers; nothing is trained.
+
+    TASK is a file (prompt/completion lines, NQ-open, simplified Natural Questions, SQuAD, ToolBench, GSM8K or
+    MetaMathQA) or a name: airports, factbook, capitals, elements, bfcl, gsm-symbolic.
+    """
+    from meft.runtime.evaluation import EvaluationOptions, make_evaluator
+    from meft.runtime.generation import ModelGenerator
+    from meft.runtime.model_loading import load_tokenizer
+
+    show, seed = given.pop("show"), given.pop("seed")
+    folder = _base_folder(model)
+    evaluator = make_evaluator(EvaluationOptions(task, **given), load_tokenizer(folder), raw=raw, seed=seed)
+    answered: list[tuple[str, str]] = []
+    evaluator = evaluator.listening(lambda prompt, answer: answered.append((prompt, answer)))
+    result = evaluator.evaluate(ModelGenerator(_model(folder, adapter, device)), optimizer_steps=0)
+    for prompt, answer in answered[:show]:
+        click.echo(f"? {prompt}\n> {answer.strip()}")
+    click.echo(f"{evaluation_line(result)}, {format_seconds(result.seconds)}")
+    if output is not None:
+        write_atomic(output, json.dumps(result.model_dump(mode="json"), indent=2) + "\n")
+
+
+@click.command("generate", short_help="Ask a model: prompt in, text out.")
+@click.argument("prompt", required=False)
+@_model_options
+@click.option("--max-new-tokens", type=_COUNT, default=64, show_default=True)
+def generate_command(
+    prompt: str | None, model: Path | None, adapter: Path | None, device: str | None, raw: bool, max_new_tokens: int
+) -> None:
+    """Continue PROMPT greedily; without it, each line of standard input is a prompt and each answer one line."""
+    from meft.runtime.generation import GenerationOptions, ModelGenerator, answers
+    from meft.runtime.model_loading import load_tokenizer
+
+    prompts = [prompt] if prompt is not None else [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not prompts:
+        raise UsageError("PROMPT: nothing to answer; give a prompt, or lines on standard input")
+    folder = _base_folder(model)
+    tokenizer = load_tokenizer(folder)
+    generator = ModelGenerator(_model(folder, adapter, device))
+    said = answers(generator, tokenizer, prompts, GenerationOptions(max_new_tokens=max_new_tokens, raw=raw))
+    for answer in said:
+        click.echo(answer if prompt is not None else " ".join(answer.split()))
+
+
+@click.command("prepare", short_help="Make training lines of a published format or a named task.")
+@click.argument("task")
+@click.option("-o", "--output", type=_PATH, required=True, help="Where the lines go: for --data and --eval alike.")
+@click.option("--metric", type=click.Choice(METRICS), help="[default: what the format is scored by, else em]")
+@click.option("--limit", type=_COUNT, help="The first so many items only.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Order of a named task's items.")
+def prepare_command(task: str, output: Path, **given: Any) -> None:
+    """Write TASK (see meft-run evaluate) as prompt/completion lines with their gold answers."""
+    from meft.runtime.task_sources import load_task
+
+    loaded = load_task(task, **given)
+    write_atomic(output, "".join(item.line() for item in loaded.items))
+    left_out = f", {loaded.left_out:,} entries without a gold answer left out" if loaded.left_out else ""
+    click.echo(f"{loaded.name}: {len(loaded.items):,} items{left_out}; scored by --metric {loaded.metric}")
+    click.echo(f"wrote {output}")
+
+
+def evaluation_line(result: Evaluation) -> str:
+    """An evaluation in one line, its main score first."""
+    main = MAIN_SCORE[result.metric]
+    rest = ", ".join(f"{name} {value:.3f}" for name, value in result.scores.items() if name != main)
+    after = f" after {result.optimizer_steps:,} optimizer steps" if result.optimizer_steps else ""
+    text = f"{result.task}, {result.items:,} items{after}: {main} {result.scores[main]:.3f}"
+    return text + (f" ({rest})" if rest else "")
+
+
+def _base_folder(model: Path | None) -> Path:
+    if model is None:
+        from meft.runtime.embedded import smollm2_folder
+
+        return smollm2_folder(lambda text: click.echo(text, err=True))
+    if not model.is_dir():
+        raise UsageError(f"--model {model}: no such folder; give one with config.json and weights")
+    return model
+
+
+def _model(folder: Path, adapter: Path | None, device: str | None) -> nn.Module:
+    """The base model on its device, with the adapter beside it if there is one."""
+    import torch
+
+    from meft.runtime.adapter_model import AdapterModel, load_base
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UsageError("--device cuda: torch sees no CUDA device here; leave --device out")
+    base = load_base(folder)
+    placed: nn.Module = base if adapter is None else AdapterModel.from_pretrained(base, adapter)
+    return placed.to(device or ("cuda" if available else "cpu")).eval()

@@ -1,0 +1,33 @@
+"""How evenly a run used its rows and experts, from the rows' own update counts.
+
+A *dead* row was never active in any window since training began, a dead expert has only dead rows: capacity that the
+plan pays for and the data does not use.
+
+Letters: ``R`` adapter rows, ``N`` experts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from meft.planner.report import ExpertLoad
+from meft.runtime.session import Session
+
+
+def expert_load(session: Session) -> tuple[ExpertLoad, ...]:
+    """Per layer; with exact routing all rows are one expert's. Waits for updates under way."""
+    session.drain()
+    num_experts = session.plan.decision.num_experts
+    return tuple(_of_layer(layer, tables.step_counts, num_experts) for layer, tables in enumerate(session.store.layers))
+
+
+def _of_layer(layer: int, step_counts: torch.Tensor, num_experts: int) -> ExpertLoad:
+    updates = step_counts.view(num_experts, -1).sum(dim=1)
+    total = int(updates.sum())
+    return ExpertLoad(
+        layer=layer,
+        num_experts=num_experts,
+        dead_experts=int((updates == 0).sum()),
+        dead_rows=int((step_counts == 0).sum()),
+        busiest_share=int(updates.max()) / total if total else 0.0,
+    )

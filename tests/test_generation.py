@@ -1,0 +1,130 @@
+"""Inference with the adapter: the same answers alone and in company, the oracle's numbers, training undisturbed."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from sessions import EXPERTS, open_small, random_examples, small_plan, small_trainer
+
+from meft.planner.errors import UsageError
+from meft.runtime.data import Completion, tokenize_record
+from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator, mean_loss, session_loss
+from meft.runtime.generation import (
+    GenerationOptions,
+    ModelGenerator,
+    SessionGenerator,
+    answers,
+    left_padded,
+    prompt_ids,
+)
+from meft.runtime.inference import LayerRows, serving
+from meft.runtime.oracle import DenseAdapter
+
+PROMPTS = ["The queen said", "Alice", "the White Rabbit looked at the"]
+
+
+def trained(folder, *, steps: int = 3, **choice: object):
+    """A session whose adapter has learnt something, so that it changes what the model says."""
+    session = open_small(folder, small_plan(folder, choice=choice))
+    small_trainer(session, steps=steps).run()
+    return session
+
+
+@pytest.mark.parametrize("choice", [{}, EXPERTS, {"prefetch_depth": 1}])
+def test_answers_do_not_depend_on_their_company(glass_folder, glass_tokenizer, choice) -> None:
+    generator = SessionGenerator(trained(glass_folder, **choice))
+    alone = answers(generator, glass_tokenizer, PROMPTS, GenerationOptions(6, batch_size=1))
+    together = answers(generator, glass_tokenizer, PROMPTS, GenerationOptions(6, batch_size=len(PROMPTS)))
+    assert together == alone
+    assert len(set(alone)) > 1
+
+
+def test_padding_on_the_left_leaves_the_logits(glass_folder) -> None:
+    session = trained(glass_folder, **EXPERTS)
+    ids, mask = left_padded([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14]], pad_id=0)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with serving(session):
+        padded = session.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        alone = session.model(input_ids=torch.tensor([[12, 13, 14]])).logits
+    torch.testing.assert_close(padded[1:, 4:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_adapter_is_active(glass_folder, glass_tokenizer) -> None:
+    session = trained(glass_folder)
+    options = GenerationOptions(6, batch_size=2)
+    with_adapter = answers(SessionGenerator(session), glass_tokenizer, PROMPTS, options)
+    session.adapter.detach()
+    assert answers(ModelGenerator(session.model), glass_tokenizer, PROMPTS, options) != with_adapter
+
+
+@pytest.mark.parametrize("num_experts", [1, 4])
+def test_rows_at_inference_are_the_oracles(num_experts) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(24, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    hidden = torch.randn(11, 8, dtype=torch.float64, generator=generator)
+    router = None if num_experts == 1 else torch.randn(num_experts, 8, dtype=torch.float64, generator=generator)
+    probes = None if router is None else (hidden @ router.T).topk(2, dim=1).indices
+    expected = DenseAdapter(keys, values, router)(hidden, probes=probes)
+    torch.testing.assert_close(LayerRows(keys, values, router, 2).output(hidden), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_generation_is_counted_apart_and_leaves_no_rows_on_the_device(glass_folder, glass_tokenizer) -> None:
+    session = trained(glass_folder)
+    before = session.engine.bytes_in("h2d", "step"), session.engine.bytes_in("d2h", "step")
+    answers(SessionGenerator(session), glass_tokenizer, PROMPTS[:1], GenerationOptions(3))
+    assert (session.engine.bytes_in("h2d", "step"), session.engine.bytes_in("d2h", "step")) == before
+    hidden_bytes = 4 * session.store.hidden_size * session.store.num_layers
+    tokens = len(prompt_ids(glass_tokenizer, PROMPTS[0], raw=False)) + 2  # the last new token is never an input
+    counted = session.engine.counted_bytes
+    assert counted["d2h", "queries", "probe"] == counted["h2d", "outputs", "probe"] == tokens * hidden_bytes
+
+
+@pytest.mark.parametrize("choice", [{}, EXPERTS])
+def test_evaluating_in_between_changes_nothing_of_training(glass_folder, glass_tokenizer, tmp_path, choice) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text("".join(f'{{"prompt": "{prompt}", "completion": " x"}}\n' for prompt in PROMPTS))
+    options = EvaluationOptions(str(path), every=2, max_new_tokens=4)
+    plan = small_plan(glass_folder, choice=choice)
+    plain = small_trainer(open_small(glass_folder, plan), steps=5)
+    plain.run()
+    told: list[float] = []
+    session = open_small(glass_folder, plan)
+    evaluator = make_evaluator(options, glass_tokenizer, raw=True)
+    schedule = EvaluationSchedule(evaluator, 2, lambda result: told.append(result.scores["exact_match"]))
+    trainer = small_trainer(session, steps=5)
+    trainer.evaluation = schedule
+    trainer.run()
+    assert [result.optimizer_steps for result in schedule.results] == [2, 4, 5]
+    assert len(told) == 3
+    assert trainer.history == plain.history
+    for mine, theirs in zip(session.store.layers, plain.session.store.layers, strict=True):
+        assert torch.equal(mine.weights, theirs.weights)
+    assert trainer.measured.peaks == plain.measured.peaks
+
+
+def test_the_loss_of_examples_is_the_models(glass_folder) -> None:
+    """Before training the adapter is nothing: the base model's own loss, whatever the batches."""
+    session = open_small(glass_folder, small_plan(glass_folder))
+    examples = random_examples(5, length=20)
+    losses = []
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        with serving(session):
+            losses.append((float(session.model(input_ids=ids, labels=ids).loss), len(example.input_ids) - 1))
+    expected = sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
+    found = mean_loss(partial(session_loss, session), examples, batch_size=2, seq_len=32, pad_id=0)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_prompt_is_what_training_put_before_a_completion(glass_tokenizer) -> None:
+    prompt = "The queen said to the"
+    (example,) = tokenize_record(Completion(prompt, " rabbit"), glass_tokenizer)
+    ids = prompt_ids(glass_tokenizer, prompt, raw=False)
+    assert list(example.input_ids[: len(ids)]) == ids
+
+
+def test_an_empty_prompt_is_refused(glass_tokenizer) -> None:
+    with pytest.raises(UsageError, match="--prompt: is empty"):
+        prompt_ids(glass_tokenizer, "", raw=True)

