@@ -53,9 +53,7 @@ def _check(setup: TrainingSetup) -> None:
     if setup.weights_dtype == "int8":
         raise UsageError("weights_dtype int8: its kernels' own memory is not known; give nf4, bf16, fp16 or fp32")
     if setup.weights_dtype == "nf4" and setup.method == "full":
-        raise UsageError(
-            "weights_dtype nf4: full cannot train quantized weights; give bf16, or method qlora"
-        )
+        raise UsageError("weights_dtype nf4: full cannot train quantized weights; give bf16, or method qlora")
     if setup.attention == "flash" and setup.weights_dtype == "fp32" and setup.autocast == "none":
         raise UsageError("attention flash: it computes in 16 bits; give sdpa, 16-bit weights, or autocast")
 
