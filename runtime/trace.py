@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from meft.planner.errors import UsageError
 from meft.planner.plan import Plan
 from meft.planner.setup import TrainingSetup
 from meft.planner.stream import Stream
 from meft.runtime.model_loading import COMPUTE_DTYPES
-from meft.runtime.trace_loading import build_model, load, prepare_for_kbit_training
+from meft.runtime.trace_loading import build_model, load, prepare
 from meft.runtime.trace_losses import use_loss
 from meft.runtime.trace_meft import plan_of_setup, trace_meft
 from meft.runtime.trace_methods import attach_method
@@ -35,6 +36,7 @@ def trace_training(setup: TrainingSetup, config: dict[str, Any], *, workspace_by
 
     Raises :class:`~meft.planner.errors.UsageError` for a setup that cannot be run.
     """
+    _check(setup)
     if setup.method == "meft":
         return trace_meft(plan_of_setup(setup), config, workspace_bytes=workspace_bytes)
     with FakeTensorMode(), without_collection():
@@ -44,6 +46,16 @@ def trace_training(setup: TrainingSetup, config: dict[str, Any], *, workspace_by
 def trace_plan(plan: Plan, config: dict[str, Any], *, workspace_bytes: int = WORKSPACE_BYTES) -> Stream:
     """The same for a MEFT plan, with the plan's own active rows."""
     return trace_meft(plan, config, workspace_bytes=workspace_bytes)
+
+
+def _check(setup: TrainingSetup) -> None:
+    """Refuse what no run could be."""
+    if setup.weights_dtype == "int8":
+        raise UsageError("weights_dtype int8: its kernels' own memory is not known; give nf4, bf16, fp16 or fp32")
+    if setup.weights_dtype == "nf4" and setup.method == "full":
+        raise UsageError("weights_dtype nf4: full cannot train quantized weights; give bf16, or method qlora")
+    if setup.attention == "flash" and setup.weights_dtype == "fp32" and setup.autocast == "none":
+        raise UsageError("attention flash: it computes in 16 bits; give sdpa, 16-bit weights, or autocast")
 
 
 class _Run:
@@ -61,10 +73,7 @@ class _Run:
         setup = self.setup
         model = build_model(setup, self.config)
         load(self.books, model, setup)
-        if setup.kbit_preparation:
-            prepare_for_kbit_training(self.books, model, setup)
-        elif setup.activation_checkpointing:
-            model.activation_checkpointing_enable()  # type: ignore[operator]  # with transformers' own defaults
+        prepare(self.books, model, setup)
         self.books.log.moment("loaded")
         model = attach_method(model, setup)
         with self.books.category("trainable_weights"):

@@ -79,12 +79,27 @@ def _quantized(books: CudaBooks, module: nn.Module, *, double_quant: bool) -> Li
     return made
 
 
-def prepare_for_kbit_training(books: CudaBooks, model: nn.Module, setup: TrainingSetup) -> None:
-    """PEFT's ``prepare_model_for_kbit_training``: all parameters frozen, those in 16 bits cast to fp32 one by one.
+def prepare(books: CudaBooks, model: nn.Module, setup: TrainingSetup) -> None:
+    """What comes before the method: PEFT's ``prepare_model_for_kbit_training`` where asked for, and checkpointing.
 
-    For a quantized model it also enables checkpointing without saying which kind, and torch's default is the reentrant
-    one; in PEFT this comes with the preparation, here only where checkpointing is asked for.
+    For a quantized model the preparation enables checkpointing without saying which kind, and torch's default is the
+    reentrant one; in PEFT it does so unasked, here only where checkpointing is asked for. Otherwise it is transformers'
+    default, which in version 5 is the other kind.
     """
+    if setup.kbit_preparation:
+        _cast_to_fp32(books, model)
+    if not setup.activation_checkpointing:
+        return
+    loaded: Any = model
+    if setup.kbit_preparation and setup.weights_dtype == "nf4":
+        loaded.enable_input_require_grads()
+        loaded.activation_checkpointing_enable({})
+    else:
+        loaded.activation_checkpointing_enable()
+
+
+def _cast_to_fp32(books: CudaBooks, model: nn.Module) -> None:
+    """All parameters frozen, and those in 16 bits cast one after the other."""
     model.requires_grad_(False)
     for places in _places_of_16_bit_parameters(model):
         old = places[0][0].get_parameter(places[0][1])
@@ -93,9 +108,6 @@ def prepare_for_kbit_training(books: CudaBooks, model: nn.Module, setup: Trainin
         for module, name in places:
             module.register_parameter(name, new)
         del old
-    if setup.activation_checkpointing and setup.weights_dtype == "nf4":
-        model.enable_input_require_grads()  # type: ignore[operator]
-        model.activation_checkpointing_enable({})  # type: ignore[operator]
 
 
 def _places_of_16_bit_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:

@@ -27,7 +27,6 @@ MICRO_BATCHES = 2
 def without_collection() -> Iterator[None]:
     """No garbage collection amid the run: cycles would otherwise go at moments of chance."""
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

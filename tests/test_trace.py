@@ -21,6 +21,8 @@ from meft.planner.setup import TrainingSetup  # noqa: E402
 from meft.planner.stream import Stream, stream_peaks  # noqa: E402
 from meft.runtime.trace import peak_holders, trace_training  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")  # PEFT gives no kind of checkpointing
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "measured_gpu_memory.csv"
 
 P = 2 * 256 * 64 + 2 * (2 * 64 * (64 + 32) + 3 * 64 * 192) + 5 * 64
@@ -209,6 +211,9 @@ def test_what_cannot_be_run_is_refused_by_name() -> None:
     assert "rank and target_modules" in refused(method="lora", rank=None)
     assert "adapter_width" in refused(method="parallel-adapter", adapter_width=None)
     assert "active_rows" in refused(method="meft", active_rows=None)
+    assert "weights_dtype int8" in refused(method="lora", weights_dtype="int8")
+    assert "cannot train quantized weights" in refused(method="full", weights_dtype="nf4")
+    assert "attention flash" in refused(method="lora", attention="flash", weights_dtype="fp32")
     config = config_of("gemma2")
     with pytest.raises(UsageError, match="attention sdpa: not for gemma2"):
         trace_training(setup_of(config, attention="sdpa"), config)
@@ -216,26 +221,27 @@ def test_what_cannot_be_run_is_refused_by_name() -> None:
 
 # --- measured on real cards ------------------------------------------------------------------------------------------
 
-QWEN = {"rank": 16, "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"), "activation_checkpointing": True}
-NF4 = {"method": "qlora", "weights_dtype": "nf4", "double_quant": True, "kbit_preparation": True}
-
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the measured rows are not here")
-@pytest.mark.parametrize(
-    ("row", "moment", "changes"),
-    [
-        ("canifinetune-01044", None, QWEN | {"method": "lora", "optimizer": "paged-adamw-8bit"}),
-        ("canifinetune-01213", "backward_1", QWEN | NF4 | {"rank": 8, "seq_len": 256, "autocast": "bf16"}),
-    ],
-)
-def test_peaks_measured_on_an_rtx_4080(row, moment, changes) -> None:
-    """Qwen2.5-0.5B, 1 x 1024 or 1 x 256 tokens; ``max_memory_allocated`` of the run, or after the first backward."""
-    rows = {each["row_id"]: each for each in csv.DictReader(SHARED.open())}
+def test_peaks_measured_on_an_rtx_4080() -> None:
+    """Qwen2.5-0.5B, QLoRA, 1 x 256 tokens: ``max_memory_allocated`` after the first backward, and of the run."""
+    rows = {each["row_id"]: float(each["value_bytes"]) for each in csv.DictReader(SHARED.open())}
     shape, config, _ = load_model("qwen2.5-0.5b")
-    setup = TrainingSetup(model=shape, **({"seq_len": 1024} | changes))
+    setup = TrainingSetup(
+        model=shape,
+        method="qlora",
+        rank=8,
+        target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+        seq_len=256,
+        weights_dtype="nf4",
+        double_quant=True,
+        kbit_preparation=True,
+        autocast="bf16",
+        activation_checkpointing=True,
+    )
     peaks = stream_peaks(trace_training(setup, config))
-    found = peaks.allocated_bytes if moment is None else peaks.at_moment[moment][1]
-    assert found == pytest.approx(float(rows[row]["value_bytes"]), rel=0.001)
+    assert peaks.at_moment["backward_1"][1] == pytest.approx(rows["canifinetune-01213"], rel=0.001)
+    assert peaks.allocated_bytes == pytest.approx(rows["canifinetune-01215"], rel=0.001)
 
 
 def stream_without(stream: Stream, category: str) -> Stream:

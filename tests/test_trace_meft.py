@@ -10,12 +10,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from sessions import EXPERTS, open_small, random_examples, small_plan  # noqa: E402
+from sessions import EXPERTS, random_examples, small_plan  # noqa: E402
+from sparse_setup import AMPLE_BYTES  # noqa: E402
 from trace_setups import live_at  # noqa: E402
 
 from meft.planner.plan import Plan  # noqa: E402
 from meft.planner.stream import stream_peaks  # noqa: E402
 from meft.runtime.data import collate  # noqa: E402
+from meft.runtime.device import EmulatedDevice  # noqa: E402
+from meft.runtime.model_loading import load_frozen_model  # noqa: E402
+from meft.runtime.session import open_session  # noqa: E402
 from meft.runtime.trace import trace_plan  # noqa: E402
 from meft.runtime.trace_books import CudaBooks  # noqa: E402
 
@@ -37,14 +41,15 @@ def with_rows(plan: Plan, rows: list[int]) -> Plan:
 def test_the_peak_is_that_of_the_session(choice, request_changes, glass_folder, monkeypatch) -> None:
     """On the emulated device autograd adds gradients out of place, because its books are a dispatch mode."""
     monkeypatch.setattr(CudaBooks, "_is_unshared", lambda self, gradient: False)
-    changes = {"batch_size": 2, "seq_len": 64, "attention": "eager"} | request_changes
+    changes = {"batch_size": 1, "seq_len": 32, "attention": "eager"} | request_changes
     plan = small_plan(glass_folder, choice=choice, **changes)
-    session = open_small(glass_folder, plan)
-    batch = collate(random_examples(2, length=64), seq_len=64, pad_id=0)
+    model, device = load_frozen_model(plan, glass_folder), EmulatedDevice(AMPLE_BYTES)
+    session = open_session(plan, model, device, seed=0, compiled=False)
+    batch = collate(random_examples(1, length=32), seq_len=32, pad_id=0)
     for _ in range(2):
         session.device.reset_peaks()
         session.step(batch, loss_scale=1.0)
-        measured = session.device.books.allocator.peak_requested_bytes
+        measured = device.books.allocator.peak_requested_bytes
         session.optimizer_step(learning_rate=1e-3, max_norm=None)
     config = json.loads((glass_folder / "config.json").read_text())
     rows = session.exchange.counters.active_rows
