@@ -9,12 +9,14 @@ is left out, so a killed benchmark goes on where it was. The full form takes hou
 a minute or two on SmolLM2 and shows that everything works, not which method is best.
 
 Methods: ``meft``; ``parallel`` (dense adapter of the same width, all on the device); ``offload`` (the same, moved
-whole: the runtime with K at the width); ``narrow`` (a dense adapter that needs no more device memory than meft's);
-``lora`` (peft, every linear layer); ``full`` fine-tuning; ``none``. Each trains at every learning rate of the grid; the
-report takes a method's best by the mean over seeds. Evaluation is :mod:`meft.runtime.evaluation`'s: greedy answers to
-the trained questions (that is what injecting knowledge means), and forgetting: loss per token on factbook prose, and
-the capitals that the model still knows. Prompts are the plain question and a newline, without the chat template, which
-would triple the tokens.
+whole: the runtime with K at the width); ``full`` fine-tuning; ``none``; and under the *budget*, which is the device
+memory that meft's adapter and optimizer take: ``narrow`` (a dense adapter) and ``lora`` (peft, every linear layer),
+each as large as the budget lets it be. ``lora-16`` is LoRA of the usual rank 16, whatever that needs.
+
+Each method trains at every learning rate of its grid with the first seed, then at the best one with the other seeds.
+Evaluation is :mod:`meft.runtime.evaluation`'s: greedy answers to the trained questions (that is what injecting
+knowledge means), and forgetting: loss per token on factbook prose, and the capitals that the model still knows. Prompts
+are the plain question and a newline, without the chat template, which would triple the tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ import torch
 
 from meft.planner.architecture import ModelShape, shape_from_config
 from meft.planner.errors import DeviceOutOfMemory
+from meft.planner.linears import linear_layers
 from meft.planner.plan import Plan, Request
 from meft.planner.profiles import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.search import Infeasible, ProfileSet, make_plan
@@ -52,17 +54,19 @@ from meft.runtime.task_sources import factbook_prose, load_task
 from meft.runtime.tasks import Item, Task
 from meft.runtime.training import Trainer, TrainingOptions
 
-METHODS = ("none", "meft", "parallel", "offload", "narrow", "lora", "full")
+METHODS = ("none", "meft", "parallel", "offload", "narrow", "lora", "lora-16", "full")
 LEARNING_RATES = {
     "none": (0.0,),
     "meft": (1e-3, 2e-3, 4e-3),
     "parallel": (1e-3, 2e-3, 4e-3),
     "offload": (2e-3,),
     "narrow": (1e-3, 2e-3, 4e-3),
-    "lora": (3e-4, 1e-3, 3e-3),
+    "lora": (1e-3, 3e-3, 6e-3),
+    "lora-16": (3e-4, 1e-3, 3e-3),
     "full": (3e-5, 1e-4, 3e-4),
 }
 AMPLE_BYTES = 64 << 30
+Rates = dict[str, tuple[float, ...]]
 ADAPTER_CATEGORIES = (
     TRAINED,
     STATES,
@@ -90,8 +94,8 @@ class Run:
     num_experts: int = 1
     num_probes: int = 1
     rank: int = 16
-    batch_size: int = 8
-    seq_len: int = 32
+    batch_size: int = 16
+    seq_len: int = 20
     key_init: str = "random"
     clock: str = "row"
     """AdamW's step count: each ``row`` its own, or one ``global`` count."""
@@ -116,11 +120,8 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     tokenizer = load_tokenizer(folder)
     plan = _plan(run, _shape(folder))
-    task = _task(run)
-    examples = _examples(task, tokenizer)
-    longest = max(len(example.input_ids) for example in examples)
-    if longest > run.seq_len:
-        raise click.ClickException(f"--seq-len {run.seq_len}: the longest fact has {longest} tokens")
+    task = _task(run, tokenizer)
+    examples = [example for item in task.items for example in _lines(item, tokenizer)]
     with closing(_open(run, plan, folder)) as session:
         trainer, seconds = _train(run, session, examples)
         return asdict(run) | {
@@ -133,15 +134,20 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         }
 
 
-def _task(run: Run) -> Task:
-    asked = load_task("airports", limit=run.facts).items  # the same facts for every seed
-    items = tuple(Item(item.prompt + "\n", item.completion, item.answers) for item in asked)
-    return Task("airports", "em", items)
+def _task(run: Run, tokenizer: Any) -> Task:
+    """The first facts that fit ``seq_len``, the same for every seed."""
+    asked = load_task("airports", limit=2 * run.facts + 100).items
+    items = (Item(item.prompt + "\n", item.completion, item.answers) for item in asked)
+    fitting = [
+        item for item in items if all(len(example.input_ids) <= run.seq_len for example in _lines(item, tokenizer))
+    ]
+    if len(fitting) < run.facts:
+        raise click.ClickException(f"--seq-len {run.seq_len}: only {len(fitting)} of {len(asked)} facts are as short")
+    return Task("airports", "em", tuple(fitting[: run.facts]))
 
 
-def _examples(task: Task, tokenizer: Any) -> list[Example]:
-    lines = [Completion(item.prompt, item.completion) for item in task.items]
-    return [example for line in lines for example in tokenize_record(line, tokenizer, raw=True)]
+def _lines(item: Item, tokenizer: Any) -> list[Example]:
+    return list(tokenize_record(Completion(item.prompt, item.completion), tokenizer, raw=True))
 
 
 def _shape(folder: Path) -> ModelShape:
@@ -195,7 +201,7 @@ def _open(run: Run, plan: Plan, folder: Path) -> Session | BaselineSession:
         session = open_session(plan, model, device, seed=run.seed, key_init=run.key_init)  # type: ignore[arg-type]
         _set_clock(session, run)
         return session
-    names = {"parallel": "parallel-adapter", "narrow": "parallel-adapter"}
+    names = {"parallel": "parallel-adapter", "narrow": "parallel-adapter", "lora-16": "lora"}
     name: Any = names.get(run.method, run.method)
     return open_baseline(name, plan, model, device, seed=run.seed, rank=run.rank)
 
@@ -280,13 +286,13 @@ def _books(session: Any, trainer: Trainer | None) -> dict[str, Any]:
                 "method_bytes": 0, "h2d_bytes_per_step": 0, "d2h_bytes_per_step": 0}  # fmt: skip
     measured, engine = trainer.measured, session.engine
     steps = measured.steps
-    live = dict(session.device.books._bytes_by_category)
+    live, at_peak = dict(session.device.books._bytes_by_category), measured.peaks.by_category
     gradients = 4 * session.trainable_parameters if isinstance(session, BaselineSession) else 0
     found: dict[str, Any] = {
         "trainable_parameters": _trainable(session),
         "peak_allocated_bytes": measured.peaks.allocated_bytes,
         "peak_reserved_bytes": measured.peaks.reserved_bytes,
-        "method_bytes": sum(live.get(name, 0) for name in ADAPTER_CATEGORIES) + gradients,
+        "method_bytes": sum(max(live.get(name, 0), at_peak.get(name, 0)) for name in ADAPTER_CATEGORIES) + gradients,
         "h2d_bytes_per_step": engine.bytes_in("h2d", "step") // steps,
         "d2h_bytes_per_step": engine.bytes_in("d2h", "step") // steps,
     }
@@ -309,27 +315,47 @@ def _trainable(session: Any) -> int:
 # --- many runs -------------------------------------------------------------------------------------------------------
 
 
-def grid(
-    methods: tuple[str, ...],
-    seeds: tuple[int, ...],
-    base: Run,
-    rates: dict[str, tuple[float, ...]],
-    *,
-    num_layers: int,
-) -> Iterator[Run]:
-    """Every run of the comparison, seed by seed, so that a part of it is a comparison already."""
-    for seed, method in product(seeds, methods):
-        width = narrow_width(base.width, num_layers) if method == "narrow" else base.width
-        for rate in rates[method]:
-            yield replace(base, method=method, seed=seed, learning_rate=rate, width=width)
+def first_stage(methods: tuple[str, ...], seed: int, base: Run, rates: Rates, shape: ModelShape) -> list[Run]:
+    """Every method at every learning rate of its grid, with one seed."""
+    return [
+        replace(base, method=method, seed=seed, learning_rate=rate, **_size(method, base, shape))
+        for method in methods
+        for rate in rates[method]
+    ]
 
 
-def narrow_width(width: int, num_layers: int) -> int:
-    """The width of a dense adapter whose weights, gradients and moments take what meft keeps on the device.
+def second_stage(first: list[Run], records: list[dict[str, Any]], seeds: tuple[int, ...]) -> list[Run]:
+    """Each method's best of the first stage with other seeds, seed by seed, so that a part is a comparison already.
 
-    A dense row costs four copies in each layer; meft keeps two buffers of at most ``width`` rows for all layers.
+    A method whose grid is not done yet is left out.
     """
-    return max(1, 2 * width // (4 * num_layers))
+    done = {record["key"]: record for record in records}
+    of_method: defaultdict[str, list[Run]] = defaultdict(list)
+    for run in first:
+        of_method[run.method].append(run)
+    whole = [runs for runs in of_method.values() if all(run.key in done for run in runs)]
+    best = [max(runs, key=lambda run: _exact_match(done[run.key])) for runs in whole]
+    return [replace(run, seed=seed) for seed in seeds for run in best]
+
+
+def _exact_match(record: dict[str, Any]) -> float:
+    return -1.0 if "out_of_memory" in record else float(record["exact_match"]["exact_match"])
+
+
+def _size(method: str, base: Run, shape: ModelShape) -> dict[str, int]:
+    """What makes ``narrow`` and ``lora`` as large as the budget lets them be: fp32 weight, gradient and two moments."""
+    budget = budget_bytes(base.width, shape.hidden_size)
+    if method == "narrow":
+        return {"width": max(1, budget // (16 * 2 * shape.hidden_size * shape.num_layers))}
+    if method == "lora":
+        per_rank = sum(layer.inputs + layer.outputs for layer in linear_layers(shape)) * shape.num_layers
+        return {"rank": max(1, round(budget / (16 * per_rank)))}  # nearest: ranks are coarse
+    return {}
+
+
+def budget_bytes(width: int, hidden_size: int) -> int:
+    """What meft needs on the device at most: two fp32 buffers of ``width`` rows, for all layers together."""
+    return 2 * width * 2 * hidden_size * 4
 
 
 def details(base: Run) -> Iterator[Run]:
@@ -348,13 +374,12 @@ def details(base: Run) -> Iterator[Run]:
         yield replace(base, **change)
 
 
-def perform_missing(runs: list[Run], results: Path, folder: Path, max_runs: int | None) -> None:
-    """Perform what the results file lacks and append each line when it is done."""
+def perform_missing(runs: list[Run], results: Path, folder: Path, max_runs: int | None) -> int:
+    """Perform what the results file lacks, append each line when it is done, and return how many there were."""
     done = {record["key"] for record in read_results(results)}
-    missing = [run for run in runs if run.key not in done][:max_runs]
-    click.echo(
-        f"{len(runs)} runs, {len(runs) - len([r for r in runs if r.key not in done])} done, {len(missing)} to do now"
-    )
+    lacking = [run for run in runs if run.key not in done]
+    missing = lacking[:max_runs]
+    click.echo(f"{len(runs)} runs, {len(runs) - len(lacking)} done, {len(missing)} to do now")
     for run in missing:
         try:
             record = perform(run, folder)
@@ -363,6 +388,7 @@ def perform_missing(runs: list[Run], results: Path, folder: Path, max_runs: int 
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": run.key, **record}) + "\n")
         click.echo(_line(record))
+    return len(missing)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -391,7 +417,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per method its best learning rate by the mean exact match over seeds."""
+    """Per method its best learning rate by the mean exact match over seeds, of those with the most seeds."""
     groups: defaultdict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         if "out_of_memory" not in record:
@@ -399,9 +425,13 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     best: dict[str, dict[str, Any]] = {}
     for (method, rate), some in groups.items():
         row = _mean_of(some) | {"method": method, "learning_rate": rate, "seeds": sorted(each["seed"] for each in some)}
-        if method not in best or row["exact_match"] > best[method]["exact_match"]:
+        if method not in best or _rank(row) > _rank(best[method]):
             best[method] = row
     return sorted(best.values(), key=lambda row: METHODS.index(row["method"]))
+
+
+def _rank(row: dict[str, Any]) -> tuple[int, float]:
+    return len(row["seeds"]), row["exact_match"]
 
 
 def _mean_of(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -455,7 +485,8 @@ def _common(function: Any) -> Any:
         click.option("--epochs", type=int, default=8),
         click.option("--width", type=int, default=1024),
         click.option("--top-k", type=int, default=32),
-        click.option("--seq-len", type=int, default=32),
+        click.option("--batch-size", type=int, default=16),
+        click.option("--seq-len", type=int, default=20, help="Longer facts are left out."),
         click.option("--seeds", default="0,1,2"),
         click.option("--max-runs", type=int, help="Stop after so many."),
     ):
@@ -485,8 +516,11 @@ def run(
     if learning_rates is not None:
         rates = dict.fromkeys(chosen, _numbers(learning_rates, float)) | {"none": (0.0,)}
     folder = model or smollm2_folder(click.echo)
-    runs = list(grid(chosen, numbers, base, rates, num_layers=_shape(folder).num_layers))
-    perform_missing(runs, results, folder, max_runs)
+    first = first_stage(chosen, numbers[0], base, rates, _shape(folder))
+    performed = perform_missing(first, results, folder, max_runs)
+    if len(numbers) > 1 and performed != max_runs:
+        left = None if max_runs is None else max_runs - performed
+        perform_missing(second_stage(first, read_results(results), numbers[1:]), results, folder, left)
 
 
 @main.command("details")

@@ -8,7 +8,7 @@ counts) and *reserved*; grouped at the peak it gives the ledger.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,21 +91,31 @@ def stream_peaks(stream: Stream, *, capacity_bytes: int | None = None) -> Stream
         reserved_bytes=allocator.peak_reserved_bytes,
         num_retries=allocator.num_retries,
         at_moment={name: at[index] for name, index in stream.moments.items()},
-        ledger={
-            phase: PhaseLedger(allocated, live_by_category(stream, passed))
-            for phase, (allocated, passed) in largest.items()
-        },
+        ledger=_ledger(stream, largest),
     )
+
+
+def _ledger(stream: Stream, largest: Mapping[Phase, tuple[int, int]]) -> dict[Phase, PhaseLedger]:
+    """By phase, from what is allocated at its largest moment and the number of events before that."""
+    live = _live_at(stream, {passed for _, passed in largest.values()})
+    return {phase: PhaseLedger(allocated, live[passed]) for phase, (allocated, passed) in largest.items()}
 
 
 def live_by_category(stream: Stream, passed: int) -> dict[str, int]:
     """Requested bytes by category of the tensors that are there after the first ``passed`` events."""
+    return _live_at(stream, {passed})[passed]
+
+
+def _live_at(stream: Stream, moments: Collection[int]) -> dict[int, dict[str, int]]:
     category_of: dict[int, str] = {}
     live: Counter[str] = Counter()
-    for event in stream.events[:passed]:
-        category = category_of.setdefault(event.tensor, event.category)
-        live[category] += event.num_bytes
-    return {category: num_bytes for category, num_bytes in live.items() if num_bytes}
+    found, done = {}, 0
+    for passed in sorted(moments):
+        for event in stream.events[done:passed]:
+            category = category_of.setdefault(event.tensor, event.category)
+            live[category] += event.num_bytes
+        found[passed], done = {name: num_bytes for name, num_bytes in live.items() if num_bytes}, passed
+    return found
 
 
 def _replay(event: StreamEvent, allocator: CachingAllocator, handles: dict[int, int]) -> None:

