@@ -1,7 +1,8 @@
 """From a model and text to a sparsity profile: measure, fit on one half, judge on the other, describe.
 
-The text's sequences are dealt alternately to two halves. The law is fitted to unions of the first half at a few
-``T``, ``K`` and ``R``; its stated error is that of all other points, on the second half.
+Unions are counted over tokens alone: how many positions of a micro-batch are padding depends on ``seq_len``, and
+``calibrate`` counts it in runs. The text's sequences are dealt alternately to two halves. The law is fitted to unions
+of the first half at a few ``T``, ``K`` and ``R``; its stated error is that of all other points, on the second half.
 """
 
 from __future__ import annotations
@@ -95,7 +96,6 @@ def measure_sparsity(request: SparsityRequest, tell: Tell, *, meft_version: str)
         source=_source(request, error, machine.date, torch.__version__),
         layers=layers,
         spread_fraction=_spread(halves),
-        filled_fraction=_filled(sequences, request),
         least_share=float(fitted.shares.min()),
         greatest_share=float(fitted.shares.max()),
         prefetch_recall_by_depth=(1.0, *(round(float(r), 4) for r in np.mean(_all_recalls(halves), axis=0))),
@@ -199,13 +199,6 @@ def _source_sequences(name: str, request: SparsityRequest, tokenizer: Any) -> li
         return [tuple(ids[start : start + limit]) for start in range(0, len(ids), limit)]
     dataset = load_dataset(Path(name), tokenizer, seq_len=limit, raw=request.raw)
     return [example.input_ids for example in dataset.examples]
-
-
-def _filled(sequences: Sequence[tuple[int, ...]], request: SparsityRequest) -> float:
-    """Share of the positions of training sequences that hold tokens; a text file is cut into full ones."""
-    if request.as_text:
-        return 1.0
-    return round(float(np.mean([len(sequence) for sequence in sequences])) / request.seq_len, 4)
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
