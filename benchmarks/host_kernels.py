@@ -2,8 +2,9 @@
 
 Every comparison runs its competitors in turn, round after round, so that a shared machine slows them alike; the figure
 is the median over the rounds of each round's ratio. Rates count bytes read plus bytes written. DeepSpeed's CPUAdam is
-dense: it updates as many elements as the sparse kernel does, in a table of their own; where it is not installed
-torch's fused AdamW stands in, and the output says so.
+dense: it updates as many rows as the sparse kernel does, those at the beginning of tables as large (what else shares
+their memory changes the rate by a fifth); where it is not installed torch's fused AdamW stands in, and the output says
+so.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ ADAMW_BYTES = 7 * 4
 
 
 def seconds_in_turn(competitors: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each competitor in each round, after one unmeasured round."""
+    """Seconds of each competitor in each round, after one unmeasured round.
+
+    Each starts on a quiet machine: OpenMP's threads spin for milliseconds after torch's work, on another's core.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for round_ in range(rounds + 1):
         for name, work in competitors.items():
+            time.sleep(0.02)
             started = time.perf_counter()
             work()
             if round_:
@@ -60,10 +65,7 @@ def adamw(kernels: HostKernels, *, width: int, hidden: int, rows: torch.Tensor, 
     tables.gradients.index_fill_(0, rows, 0.5)
     tables.touched[rows] = True
     settings = AdamWSettings()
-    counts = (len(rows), 2 * hidden)
-    dense = torch.nn.Parameter(torch.randn(counts))
-    dense.grad = torch.randn(counts)
-    fused = torch.optim.AdamW([dense], fused=True)
+    fused = torch.optim.AdamW([leading_rows(width, len(rows), 2 * hidden)], fused=True)
     views = [torch.nn.Parameter(tables.weights[row]) for row in rows.tolist()]
     for view, row in zip(views, rows.tolist(), strict=True):
         view.grad = tables.gradients[row]
@@ -93,7 +95,7 @@ def adamw(kernels: HostKernels, *, width: int, hidden: int, rows: torch.Tensor, 
         "torch fused, row views": fused_views.step,
         "torch fused, dense": fused.step,
     }
-    deepspeed = deepspeed_adam(counts)
+    deepspeed = deepspeed_adam(leading_rows(width, len(rows), 2 * hidden))
     if deepspeed is not None:
         competitors["DeepSpeed CPUAdam, dense"] = deepspeed
     seconds = seconds_in_turn(competitors, rounds)
@@ -101,14 +103,19 @@ def adamw(kernels: HostKernels, *, width: int, hidden: int, rows: torch.Tensor, 
     return figures(seconds, kernel="kernel", num_bytes={name: size for name in competitors if "copy" not in name})
 
 
-def deepspeed_adam(counts: tuple[int, int]) -> Callable[[], object] | None:
-    """A step of DeepSpeed's CPUAdam over as many elements; None where it is not installed."""
+def leading_rows(width: int, num_rows: int, columns: int) -> torch.nn.Parameter:
+    """The first rows of a table ``[width, columns]``, with gradients in a table like it, as a dense parameter."""
+    parameter = torch.nn.Parameter(torch.randn(width, columns)[:num_rows])
+    parameter.grad = torch.randn(width, columns)[:num_rows]
+    return parameter
+
+
+def deepspeed_adam(parameter: torch.nn.Parameter) -> Callable[[], object] | None:
+    """A step of DeepSpeed's CPUAdam; None where it is not installed."""
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
     except ImportError:
         return None
-    parameter = torch.nn.Parameter(torch.randn(counts))
-    parameter.grad = torch.randn(counts)
     step: Callable[[], object] = DeepSpeedCPUAdam([parameter], adamw_mode=True).step
     return step
 
@@ -122,7 +129,8 @@ def moves(kernels: HostKernels, *, width: int, hidden: int, rows: torch.Tensor, 
     fp32 = seconds_in_turn(
         {
             "kernel": lambda: kernels.gather(table, rows, wide),
-            "torch.index_select": lambda: torch.index_select(table, 0, rows, out=wide),
+            "torch.index_select, out given": lambda: torch.index_select(table, 0, rows, out=wide),
+            "torch.index_select, new tensor": lambda: torch.index_select(table, 0, rows),
             "torch copy, contiguous": lambda: wide.copy_(gradients),
         },
         rounds,

@@ -1,8 +1,8 @@
 """Host kernels: what the host does to rows, at the speed of its memory.
 
-Compiled by numba, without the GIL; rows are independent, so a call splits them over a small pool of threads and the
-result is the same for any number of them. numba's own ``prange`` is not used: of its threading layers only one comes
-with every wheel, and that one must not be entered from two threads at once, which the runtime's lanes do.
+Compiled (:mod:`meft.runtime.compiled`); rows are independent, so a call splits them over a small pool of threads and
+the result is the same for any number of them. numba's own ``prange`` is not used: of its threading layers only one
+comes with every wheel, and that one must not be entered from two threads at once, which the runtime's lanes do.
 
 Each kernel repeats a readable one in torch, which stays: :mod:`meft.runtime.optimizer` (AdamW),
 :class:`~meft.runtime.host_store.HostStore` (gather, accumulate) and :mod:`meft.runtime.router` (top-K). Arithmetic is
@@ -16,48 +16,41 @@ bf16 has no numpy type and travels as uint16. Letters: ``R`` rows, ``D`` hidden 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_CONFIG: Any = numba.config
-if not os.environ.get("NUMBA_CACHE_DIR"):
-    _CONFIG.CACHE_DIR = str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "meft" / "numba")
+from meft.runtime.compiled import cache_folder, compiled
+from meft.runtime.streaming_copy import can_stream, gather_streaming
 
 INLINE_BYTES = 1 << 18
 """Work below this is done by the calling thread: handing it over costs more than it saves."""
+STREAMED_BYTES = 1 << 22
+"""A gather of this or more goes past the cache: a core's share of it would not stay there until it is sent."""
 BF16_NAN = 0x7FC0
 
 Array = NDArray[Any]
 
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Without the GIL, cached on disk: compilation (seconds) happens once per machine and version."""
-    return numba.njit(nogil=True, cache=True, error_model="numpy", **options)  # type: ignore[no-any-return]
-
-
 # --- compiled --------------------------------------------------------------------------------------------------------
-# Each works on positions first .. last-1 of its row list. A row view with a plain inner loop becomes vector code;
-# two-dimensional indexing in the inner loop does not.
+# Each works on positions first .. last-1 of its row list. A row view (``table[row, :]``; ``table[row]`` is slower code)
+# with a plain inner loop becomes vector code; two-dimensional indexing in the inner loop does not.
 
 
-@_compiled()
+@compiled()
 def _gather(table: Array, rows: Array, out: Array, first: int, last: int) -> None:
     for place in range(first, last):
-        source, target = table[rows[place]], out[place]
+        source, target = table[rows[place], :], out[place, :]
         for column in range(target.shape[0]):
             target[column] = source[column]
 
 
-@_compiled(inline="always")
+@compiled(inline="always")
 def _rounded_bf16(bits: Any) -> Any:
     """The upper half of an fp32's bits, rounded to nearest, ties to even; any NaN becomes the quiet one."""
     odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
@@ -66,41 +59,41 @@ def _rounded_bf16(bits: Any) -> Any:
     return np.uint16(np.uint32(BF16_NAN) if is_nan else rounded)
 
 
-@_compiled()
+@compiled()
 def _gather_rounded(bits: Array, rows: Array, out: Array, first: int, last: int) -> None:
     """``bits`` is an fp32 table as uint32, ``out`` bf16 as uint16."""
     for place in range(first, last):
-        source, target = bits[rows[place]], out[place]
+        source, target = bits[rows[place], :], out[place, :]
         for column in range(target.shape[0]):
             target[column] = _rounded_bf16(source[column])
 
 
-@_compiled()
+@compiled()
 def _accumulate(sums: Array, touched: Array, rows: Array, gradients: Array, first: int, last: int) -> None:
     for place in range(first, last):
         row = rows[place]
-        target, source = sums[row], gradients[place]
+        target, source = sums[row, :], gradients[place, :]
         for column in range(target.shape[0]):
             target[column] += source[column]
         touched[row] = True
 
 
-@_compiled()
+@compiled()
 def _accumulate_bf16(sums: Array, touched: Array, rows: Array, gradients: Array, first: int, last: int) -> None:
     """``gradients`` is bf16 as uint16."""
     for place in range(first, last):
         row = rows[place]
-        target, source = sums[row], gradients[place]
+        target, source = sums[row, :], gradients[place, :]
         for column in range(target.shape[0]):
             target[column] += np.uint32(np.uint32(source[column]) << np.uint32(16)).view(np.float32)
         touched[row] = True
 
 
-@_compiled(fastmath={"reassoc"})
+@compiled(fastmath={"reassoc", "nsz"})
 def _squares(sums: Array, rows: Array, per_row: Array, first: int, last: int) -> None:
     """One sum in fp64 per row."""
     for place in range(first, last):
-        source = sums[rows[place]]
+        source = sums[rows[place], :]
         total = 0.0
         for column in range(source.shape[0]):
             value = np.float64(source[column])
@@ -108,7 +101,7 @@ def _squares(sums: Array, rows: Array, per_row: Array, first: int, last: int) ->
         per_row[place] = total
 
 
-@_compiled()
+@compiled(fastmath={"contract"})
 def _adamw(
     weights: Array,
     first_moment: Array,
@@ -131,31 +124,31 @@ def _adamw(
         step_counts[row] = count
         constants = np.empty(2, weights.dtype)
         constants[0] = betas[0] / (1.0 - betas[1] ** count)
-        constants[1] = math.sqrt(1.0 - betas[2] ** count)
-        step_size, root = constants[0], constants[1]
-        w, m, v, g = weights[row], first_moment[row], second_moment[row], gradients[row]
+        constants[1] = 1.0 / math.sqrt(1.0 - betas[2] ** count)
+        step_size, inverse_root = constants[0], constants[1]  # one division per number, not two
+        w, m, v, g = weights[row, :], first_moment[row, :], second_moment[row, :], gradients[row, :]
         for column in range(w.shape[0]):
             gradient = g[column] * scale
             mean = m[column] + (gradient - m[column]) * rise1
             square = v[column] * keep2 + rise2 * (gradient * gradient)
             m[column] = mean
             v[column] = square
-            w[column] = w[column] * keep_weight - mean / (math.sqrt(square) / root + eps) * step_size
+            w[column] = w[column] * keep_weight - step_size * mean / (math.sqrt(square) * inverse_root + eps)
         if clear:
             g[:] = 0
 
 
-@_compiled()
+@compiled()
 def _round_rows(bits: Array, rows: Array, copy: Array, first: int, last: int) -> None:
     """Refresh the bf16 copy of rows whose fp32 lies in the cache."""
     for place in range(first, last):
         row = rows[place]
-        source, target = bits[row], copy[row]
+        source, target = bits[row, :], copy[row, :]
         for column in range(target.shape[0]):
             target[column] = _rounded_bf16(source[column])
 
 
-@_compiled()
+@compiled()
 def _adamw_with_copy(
     weights: Array,
     first_moment: Array,
@@ -189,11 +182,10 @@ def _adamw_with_copy(
         _round_rows(bits, rows, copy, place, place + 1)
 
 
-@_compiled(fastmath={"reassoc", "contract"})
-def _dots(queries: Array, q0: int, q1: int, q2: int, q3: int, key0: Array, key1: Array) -> tuple[Any, ...]:
+@compiled(fastmath={"reassoc", "nsz", "contract"})  # without nsz the sums stay scalar: 20 GFLOPS, not 90
+def _dots(query0: Array, query1: Array, query2: Array, query3: Array, key0: Array, key1: Array) -> tuple[Any, ...]:
     """Eight inner products: four queries with two keys, so that six loads feed eight multiplications."""
-    query0, query1, query2, query3 = queries[q0], queries[q1], queries[q2], queries[q3]
-    zero = key0[0] * 0
+    zero = key0.dtype.type(0)  # ``key0[0] * 0`` would be fp64
     s00 = s01 = s10 = s11 = s20 = s21 = s30 = s31 = zero
     for column in range(key0.shape[0]):
         k0, k1 = key0[column], key1[column]
@@ -209,7 +201,7 @@ def _dots(queries: Array, q0: int, q1: int, q2: int, q3: int, key0: Array, key1:
     return s00, s01, s10, s11, s20, s21, s30, s31
 
 
-@_compiled()
+@compiled()
 def _scores(
     keys: Array, queries: Array, places: Array, ends: Array, num_probes: int, out: Array, first: int, last: int
 ) -> None:
@@ -225,19 +217,19 @@ def _scores(
         start, end = 0 if expert == 0 else ends[expert - 1], ends[expert]
         for row in range(0, rows_per_expert, 2):
             other = min(row + 1, rows_per_expert - 1)
-            key0 = keys[expert * rows_per_expert + row][:hidden_size]
-            key1 = keys[expert * rows_per_expert + other][:hidden_size]
+            key0 = keys[expert * rows_per_expert + row, :hidden_size]
+            key1 = keys[expert * rows_per_expert + other, :hidden_size]
             for index in range(start, end, 4):
                 p0, p1 = places[index], places[min(index + 1, end - 1)]
                 p2, p3 = places[min(index + 2, end - 1)], places[min(index + 3, end - 1)]
-                found = _dots(
-                    queries, p0 // num_probes, p1 // num_probes, p2 // num_probes, p3 // num_probes, key0, key1
-                )
+                query0, query1 = queries[p0 // num_probes], queries[p1 // num_probes]
+                query2, query3 = queries[p2 // num_probes], queries[p3 // num_probes]
+                found = _dots(query0, query1, query2, query3, key0, key1)
                 out[p0, row], out[p0, other], out[p1, row], out[p1, other] = found[0], found[1], found[2], found[3]
                 out[p2, row], out[p2, other], out[p3, row], out[p3, other] = found[4], found[5], found[6], found[7]
 
 
-@_compiled()
+@compiled()
 def _sift_down(scores: Array, rows: Array, size: int) -> None:
     """Restore a heap (least score on top) whose top was replaced."""
     parent = 0
@@ -255,7 +247,7 @@ def _sift_down(scores: Array, rows: Array, size: int) -> None:
     scores[parent], rows[parent] = score, row
 
 
-@_compiled()
+@compiled()
 def _top_rows(
     scores: Array, experts: Array, rows_per_expert: int, best: Array, best_rows: Array, first: int, last: int
 ) -> None:
@@ -274,7 +266,7 @@ def _top_rows(
                     _sift_down(heap, heap_rows, top_k)
 
 
-@_compiled()
+@compiled()
 def _union(best: Array, best_rows: Array, sums: Array, chosen: Array) -> int:
     """Flag the rows that tokens chose and sum ``max(score, 0)`` per row, in the order of tokens; how many there are."""
     count = 0
@@ -313,7 +305,9 @@ class HostKernels:
         """
         source, target = _bits(table), _bits(out)
         if table.dtype == out.dtype:
-            kernel = _gather
+            large = out.numel() * out.element_size() >= STREAMED_BYTES
+            streams = large and can_stream(_row_bytes(table), out.data_ptr())
+            kernel = gather_streaming if streams else _gather
         elif (table.dtype, out.dtype) == (torch.float32, torch.bfloat16):
             kernel = _gather_rounded
         else:
@@ -436,9 +430,9 @@ class HostKernels:
 
 def warm_up(say: Callable[[str], None]) -> None:
     """Compile the kernels that a run uses, or load them from the cache; ``say`` hears of it if it takes a while."""
-    cached = any(Path(_CONFIG.CACHE_DIR).rglob("kernels._adamw*.nbi"))
+    cached = any(cache_folder().rglob("kernels._adamw*.nbi"))
     if not cached:
-        say(f"compiling the host kernels, once on this machine (about 10 s; kept in {_CONFIG.CACHE_DIR})")
+        say(f"compiling the host kernels, once on this machine (about 10 s; kept in {cache_folder()})")
     kernels = HostKernels(1)
     table, rows = torch.zeros(2, 4), torch.arange(2)
     first_moment, second_moment = torch.zeros(2, 4), torch.zeros(2, 4)

@@ -12,6 +12,7 @@ from meft.runtime.host_store import HostStore
 from meft.runtime.kernels import HostKernels
 from meft.runtime.optimizer import AdamWSettings, update_layer, update_touched_rows
 from meft.runtime.router import TopKRouter, capped_union
+from meft.runtime.streaming_copy import can_stream
 
 SAME_FP32 = {"rtol": 1e-5, "atol": 1e-7}
 """Torch fuses a multiplication with an addition here and there; over a few steps that is a few units in the last
@@ -130,6 +131,28 @@ def test_gather_is_index_select(kernels, source, target) -> None:
     out = torch.empty(len(rows), 2 * HIDDEN, dtype=target)
     kernels.gather(table, rows, out)
     assert torch.equal(out, table.index_select(0, rows).to(target))
+
+
+@pytest.mark.parametrize("columns", [512, 544, 96, 513])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gather_past_the_cache_is_index_select(kernels, monkeypatch, columns, dtype) -> None:
+    """Whatever is streamed: rows of whole units; others, and buffers out of line, take the plain kernel."""
+    monkeypatch.setattr("meft.runtime.kernels.STREAMED_BYTES", 0)
+    table, rows = torch.randn(WIDTH, columns).to(dtype), torch.randperm(WIDTH)[: WIDTH // 2]
+    for offset in (0, 1):
+        around = torch.full((len(rows) * columns + 64,), 7.0, dtype=dtype)
+        out = around[offset : offset + len(rows) * columns].view(len(rows), columns)
+        kernels.gather(table, rows, out)
+        assert torch.equal(out, table.index_select(0, rows))
+        assert (around[:offset] == 7).all()
+        assert (around[offset + out.numel() :] == 7).all()
+
+
+def test_what_can_be_streamed() -> None:
+    assert can_stream(2048, 64)
+    assert not can_stream(2048 + 64, 64)  # no whole unit
+    assert not can_stream(1024, 64)  # nothing left to copy before the prefetch of the next row
+    assert not can_stream(2048, 16)  # vectors would be out of line
 
 
 def test_pairs_of_dtypes_without_a_kernel_are_refused() -> None:
