@@ -16,7 +16,9 @@ each as large as the budget lets it be. ``lora-16`` is LoRA of the usual rank 16
 Each method trains at every learning rate of its grid with the first seed, then at the best one with the other seeds.
 Evaluation is :mod:`meft.runtime.evaluation`'s: greedy answers to the trained questions (that is what injecting
 knowledge means), and forgetting: loss per token on factbook prose, and the capitals that the model still knows. Prompts
-are the plain question and a newline, without the chat template, which would triple the tokens.
+are the plain question and a newline, without the chat template, which would triple the tokens. Memory is counted over
+the first steps, transfers over all: every step allocates the same, and the books of the emulated device cost a third of
+the time.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,15 +59,17 @@ from meft.runtime.training import Trainer, TrainingOptions
 METHODS = ("none", "meft", "parallel", "offload", "narrow", "lora", "lora-16", "full")
 LEARNING_RATES = {
     "none": (0.0,),
-    "meft": (1e-3, 2e-3, 4e-3),
-    "parallel": (1e-3, 2e-3, 4e-3),
-    "offload": (2e-3,),
-    "narrow": (1e-3, 2e-3, 4e-3),
-    "lora": (1e-3, 3e-3, 6e-3),
-    "lora-16": (3e-4, 1e-3, 3e-3),
-    "full": (3e-5, 1e-4, 3e-4),
+    "meft": (2e-3, 4e-3),
+    "parallel": (2e-3, 4e-3),
+    "offload": (4e-3,),
+    "narrow": (4e-3, 1e-2),
+    "lora": (3e-3, 1e-2),
+    "lora-16": (1e-3, 3e-3),
+    "full": (1e-4, 3e-4),
 }
 AMPLE_BYTES = 64 << 30
+BOOKED_STEPS = 3
+"""Two whole optimizer steps and the forward and backward after them."""
 Rates = dict[str, tuple[float, ...]]
 ADAPTER_CATEGORIES = (
     TRAINED,
@@ -250,9 +254,23 @@ def _train(run: Run, session: Any, examples: list[Example]) -> Trainer | None:
         max_norm=run.max_norm,
         seed=run.seed,
     )
+    _close_books(session, after=BOOKED_STEPS)
     trainer = Trainer(session, examples, options, pad_id=0, meft_version="benchmark")
     trainer.run()
     return trainer
+
+
+def _close_books(session: Any, *, after: int) -> None:
+    """Count the device's memory during the first steps only."""
+    step, done = session.step, [0]
+
+    def counted(batch: Batch, **options: Any) -> Any:
+        done[0] += 1
+        if done[0] > after:
+            session.device.scope = nullcontext
+        return step(batch, **options)
+
+    session.step = counted
 
 
 def _scores(session: Any, tokenizer: Any, task: Task, run: Run) -> dict[str, float]:
@@ -484,7 +502,7 @@ def _common(function: Any) -> Any:
         click.option("--results", type=click.Path(path_type=Path), required=True, help="One JSON line per run."),
         click.option("--model", type=click.Path(path_type=Path), help="A model's folder [default: SmolLM2-135M]."),
         click.option("--facts", type=int, default=500),
-        click.option("--epochs", type=int, default=8),
+        click.option("--epochs", type=int, default=6),
         click.option("--width", type=int, default=1024),
         click.option("--top-k", type=int, default=32),
         click.option("--batch-size", type=int, default=16),
