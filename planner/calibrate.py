@@ -2,8 +2,8 @@
 
 Each run is a plan with the report of its run. *Sparsity*: the level of every layer's law moves so that it gives the
 observed active rows; how it changes with ``T`` and ``K/R`` moves only if the runs differ in them. The share of
-positions that hold tokens is counted. *Time*: each lane's rates are divided by one factor, the geometric mean of
-observed over predicted busy seconds, both for the rows that were active.
+positions that hold tokens is counted. *Time*: the rates of each lane, and of each kind of work on the host, are divided
+by one factor, the geometric mean of observed over predicted busy seconds, both for the rows that were active.
 
 Errors are judged by leaving one run out: profiles corrected by the others predict it.
 
@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.audit import check_belongs
+from meft.planner.chrome import Event, task_kind
 from meft.planner.errors import UsageError
 from meft.planner.plan import LANES, Lane, Plan, Prediction
-from meft.planner.prediction import ProfileSet, predict
+from meft.planner.prediction import ProfileSet, predict, simulated_tasks
 from meft.planner.profiles import (
     TYPICAL_SHARE,
     TYPICAL_TOKENS,
@@ -42,14 +43,22 @@ from meft.planner.sparsity import check_layers, layer_laws
 LEAST_RANGE = math.log(1.2)
 """Runs must differ by a fifth in ``T`` or ``K/R`` before anything is said of how rows change with it."""
 _MOST_FRACTION = 1 - 1e-6
-_HOST_RATES = (
-    "gather_bytes_per_second",
-    "scatter_bytes_per_second",
-    "adamw_bytes_per_second",
-    "gemm_flops_per_second",
-    "select_scores_per_second",
-)
-_HOST_SECONDS = ("overhead_seconds_per_layer", "overhead_seconds_per_expert")
+HostWork = Literal["gather", "scatter", "adamw", "route"]
+_WORK_OF_TASK: dict[str, HostWork] = {
+    "gather": "gather",
+    "accumulate": "scatter",
+    "adamw": "adamw",
+    "gradient norm": "adamw",  # the rate of AdamW is measured with it
+}
+"""Kinds of the cpu lane's tasks; all others are parts of routing."""
+_HOST_RATES: dict[str, HostWork] = {
+    "gather_bytes_per_second": "gather",
+    "scatter_bytes_per_second": "scatter",
+    "adamw_bytes_per_second": "adamw",
+    "gemm_flops_per_second": "route",
+    "select_scores_per_second": "route",
+}
+_HOST_SECONDS: dict[str, HostWork] = {"overhead_seconds_per_layer": "route", "overhead_seconds_per_expert": "route"}
 _PEAKS = {
     "matmul_efficiency": ("bf16_flops_per_second", "fp16_flops_per_second", "fp32_flops_per_second"),
     "memory_efficiency": ("memory_bytes_per_second",),
@@ -144,15 +153,17 @@ def _digests(plan: Plan) -> dict[str, str]:
 def _correct(runs: Sequence[Run], profiles: ProfileSet) -> tuple[ProfileSet, list[str]]:
     sparsity, notes = corrected_sparsity(runs, profiles.sparsity)
     factors = lane_factors(runs, replace(profiles, sparsity=sparsity))
+    by_work = host_factors(runs, replace(profiles, sparsity=sparsity))
     if len(runs) == 1:
         notes.append("one run: each lane's factor is a single observation, and nothing is left to judge it by")
     how = f"calibrated by {len(runs)} run{'s' * (len(runs) > 1)} on the {runs[0].report.device.name}"
     notes += [f"{lane} lane: {factor:.3f} times the predicted seconds" for lane, factor in factors.items()]
     notes += [f"{lane} lane: not observed, its rates stay" for lane in LANES if lane not in factors]
+    notes += [f"{work} on the host: {factor:.3f} times the predicted seconds" for work, factor in by_work.items()]
     corrected = replace(
         profiles,
         sparsity=sparsity,
-        host=slower_host(profiles.host, factors.get("cpu", 1.0), how),
+        host=slower_host(profiles.host, factors.get("cpu", 1.0), how, by_work=by_work),
         gpu=slower_gpu(profiles.gpu, factors.get("gpu", 1.0), how),
         link=slower_link(profiles.link, factors, how),
     )
@@ -273,16 +284,46 @@ def lane_factors(runs: Sequence[Run], profiles: ProfileSet) -> dict[Lane, float]
     return {lane: math.exp(statistics.fmean(values)) for lane, values in logs.items()}
 
 
+def host_factors(runs: Sequence[Run], profiles: ProfileSet) -> dict[HostWork, float]:
+    """The same for each kind of work on the host, from the reports that tell them apart."""
+    logs: dict[HostWork, list[float]] = {}
+    for run in runs:
+        tasks = _host_tasks(run, profiles)
+        predicted = _by_work((task_kind(task.name), task.end_seconds - task.start_seconds) for task in tasks)
+        observed = _by_work(run.report.observed.host_task_seconds.items())
+        for work, seconds in observed.items():
+            if seconds > 0 and predicted.get(work, 0.0) > 0:
+                logs.setdefault(work, []).append(math.log(seconds / predicted[work]))
+    return {work: math.exp(statistics.fmean(values)) for work, values in logs.items()}
+
+
+def _host_tasks(run: Run, profiles: ProfileSet) -> Iterator[Event]:
+    sparsity = given_rows(run, profiles).sparsity
+    tasks = simulated_tasks(run.plan.request, run.plan.decision, profiles, sparsity)
+    return (task for task in tasks if task.lane == "cpu")
+
+
+def _by_work(seconds_by_task: Iterable[tuple[str, float]]) -> dict[HostWork, float]:
+    totals: dict[HostWork, float] = {}
+    for task, seconds in seconds_by_task:
+        work = _WORK_OF_TASK.get(task, "route")
+        totals[work] = totals.get(work, 0.0) + seconds
+    return totals
+
+
 def given_rows(run: Run, profiles: ProfileSet) -> Prediction:
     """The prediction of a run's decision for the rows that were active in it."""
     rows = np.minimum(np.rint(run.mean_rows).astype(np.int64), run.plan.decision.active_rows_cap)
     return predict(run.plan.request, run.plan.decision, profiles, active_rows_per_layer=rows.tolist())
 
 
-def slower_host(host: HostProfile, factor: float, how: str) -> HostProfile:
-    """Every rate divided, every overhead multiplied by ``factor``."""
-    changed = {name: _times(getattr(host, name), 1 / factor, how) for name in _HOST_RATES}
-    changed |= {name: _times(getattr(host, name), factor, how) for name in _HOST_SECONDS}
+def slower_host(
+    host: HostProfile, factor: float, how: str, *, by_work: Mapping[HostWork, float] | None = None
+) -> HostProfile:
+    """Every rate divided, every overhead multiplied by the factor of its work in ``by_work``, else by ``factor``."""
+    factors = dict.fromkeys(get_args(HostWork), factor) | dict(by_work or {})
+    changed = {name: _times(getattr(host, name), 1 / factors[work], how) for name, work in _HOST_RATES.items()}
+    changed |= {name: _times(getattr(host, name), factors[work], how) for name, work in _HOST_SECONDS.items()}
     return host.model_copy(update={"key": f"{host.key}-calibrated", **changed})
 
 

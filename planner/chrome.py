@@ -17,6 +17,12 @@ class Event(NamedTuple):
     end_seconds: float
 
 
+def task_kind(name: str) -> str:
+    """What a task does, whatever the layer and however often: ``gather 3 again`` is ``gather``."""
+    words = name.removesuffix(" again").split()
+    return " ".join(word for word in words if not word.isdecimal())
+
+
 def chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
     """The events as a Chrome trace (chrome://tracing, Perfetto): one row per lane; tasks that take no time left out."""
     names = [

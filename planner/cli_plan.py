@@ -23,8 +23,8 @@ from meft.planner.errors import InfeasibleError, UsageError
 from meft.planner.files import write_atomic
 from meft.planner.models import load_model
 from meft.planner.plan import Plan
+from meft.planner.prediction import simulated_tasks
 from meft.planner.search import Infeasible, make_plan
-from meft.planner.timing import step_timing
 from meft.planner.verification import verified
 
 
@@ -85,22 +85,7 @@ def _verified(plan: Plan, planned: Planning) -> Plan:
 
 def simulated_step(plan: Plan, planned: Planning) -> list[Event]:
     """The tasks of the plan's step, as its timing was simulated."""
-    events: list[Event] = []
-    sparsity = plan.prediction.sparsity
-    step_timing(
-        request=plan.request,
-        decision=plan.decision,
-        gpu=planned.profiles.gpu,
-        link=planned.profiles.link,
-        host=planned.profiles.host,
-        active_rows_per_layer=sparsity.active_rows_per_layer,
-        window_active_rows_per_layer=sparsity.window_active_rows_per_layer,
-        missing_rows_per_layer=sparsity.missing_rows_per_layer,
-        overflow_rows_per_layer=sparsity.overflow_rows_per_layer,
-        kept_rows_per_layer=sparsity.kept_rows_per_layer,
-        events=events,
-    )
-    return events
+    return simulated_tasks(plan.request, plan.decision, planned.profiles, plan.prediction.sparsity)
 
 
 def refuse(context: click.Context, verdict: Infeasible, *, as_json: bool) -> NoReturn:

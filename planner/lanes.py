@@ -3,7 +3,9 @@
 Lanes are ``gpu``, ``h2d``, ``d2h`` and ``cpu``. Each does its tasks in the order in which the runtime issues them; a
 task starts when its lane is free and what it needs is done, so nothing is left to chance. *Overlapped*, the host's work
 has a thread of its own; in *sequence* one thread works and launches: a gpu task issued after host work starts after it.
-On the emulated device all lanes are the same cores and every task waits for the one before.
+In sequence on the emulated device, every task waits for the one before. Overlapped there, the lanes are threads that
+share cores: they run at once, each the slower for it; once :mod:`meft.planner.calibrate` has seen runs, that is in the
+rates.
 
 Forward, layer ``l`` (``p`` is the prefetch depth): attention; its result, the hidden state at the FFN's entry, leaves
 for the host (with the best experts for Key-Experts); the FFN; the adapter, once its rows are there. Layer 0's hidden
@@ -333,7 +335,7 @@ def simulate(
     prefetch_depth: int,
     checkpointing: bool,
     refetched: bool,
-    serial: bool,
+    serial: bool = False,
     overlapped: bool = True,
     host_launches: bool = True,
     events: list[Event] | None = None,
@@ -341,8 +343,8 @@ def simulate(
     """Simulate one step of candidates that share the discrete choices given here.
 
     ``overlapped=False`` is the sequential schedule, whose one thread launches the gpu's tasks and does the host's work,
-    each when its turn comes; ``host_launches=False`` asks what a worker alone would bring it. ``events`` collects the
-    tasks of a single decision.
+    each when its turn comes; ``host_launches=False`` asks what a worker alone would bring it, and ``serial`` makes
+    every task wait for the one before. ``events`` collects the tasks of a single decision.
     """
     lanes = Lanes(serial=serial, host_launches=host_launches and not overlapped, events=events)
     program = _Program(
@@ -365,7 +367,6 @@ def simulate_candidates(
     prefetch_depth: NDArray[np.int64],
     checkpointing: NDArray[np.bool_],
     refetched: NDArray[np.bool_],
-    serial: bool,
 ) -> NDArray[np.float64]:
     """Step seconds of every candidate: :func:`simulate` on groups that share the discrete choices."""
     group = prefetch_depth * 4 + checkpointing * 2 + refetched
@@ -380,7 +381,6 @@ def simulate_candidates(
                 prefetch_depth=key // 4,
                 checkpointing=bool(key & 2),
                 refetched=bool(key & 1),
-                serial=serial,
             ).step_seconds
     return seconds
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meft.planner.chrome import Event
 from meft.planner.host_memory import host_memory
 from meft.planner.memory import ASSUMED_UNUSED_RESERVED_FRACTION, predict_device_memory
 from meft.planner.plan import (
@@ -17,6 +18,7 @@ from meft.planner.plan import (
     ProfileUsed,
     Request,
     Sparsity,
+    Timing,
 )
 from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Flags, Ints
@@ -38,6 +40,36 @@ class ProfileSet:
     def pinned(self) -> bool:
         """Whether copies go through pinned host memory: on CUDA they do, the emulated device has ordinary memory."""
         return not self.gpu.shares_host_cores
+
+
+def simulated_tasks(request: Request, decision: Decision, profiles: ProfileSet, sparsity: Sparsity) -> list[Event]:
+    """The tasks of a step with these active rows, as its timing is simulated."""
+    events: list[Event] = []
+    _timing(request, decision, profiles, sparsity, events=events)
+    return events
+
+
+def _timing(
+    request: Request,
+    decision: Decision,
+    profiles: ProfileSet,
+    sparsity: Sparsity,
+    *,
+    events: list[Event] | None = None,
+) -> Timing:
+    return step_timing(
+        request=request,
+        decision=decision,
+        gpu=profiles.gpu,
+        link=profiles.link,
+        host=profiles.host,
+        active_rows_per_layer=sparsity.active_rows_per_layer,
+        window_active_rows_per_layer=sparsity.window_active_rows_per_layer,
+        missing_rows_per_layer=sparsity.missing_rows_per_layer,
+        overflow_rows_per_layer=sparsity.overflow_rows_per_layer,
+        kept_rows_per_layer=sparsity.kept_rows_per_layer,
+        events=events,
+    )
 
 
 def predict(
@@ -72,18 +104,7 @@ def predict(
             overflow_rows_per_layer=sparsity.overflow_rows_per_layer,
             kept_rows_per_layer=sparsity.kept_rows_per_layer,
         ),
-        timing=step_timing(
-            request=request,
-            decision=decision,
-            gpu=profiles.gpu,
-            link=profiles.link,
-            host=profiles.host,
-            active_rows_per_layer=rows,
-            window_active_rows_per_layer=sparsity.window_active_rows_per_layer,
-            missing_rows_per_layer=sparsity.missing_rows_per_layer,
-            overflow_rows_per_layer=sparsity.overflow_rows_per_layer,
-            kept_rows_per_layer=sparsity.kept_rows_per_layer,
-        ),
+        timing=_timing(request, decision, profiles, sparsity),
         sparsity=sparsity,
         trainable_parameters=int(trainable),
         trainable_fraction=float(trainable / request.model.num_parameters),

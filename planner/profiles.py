@@ -100,7 +100,7 @@ class GpuProfile(Record):
     link: str
     """Key of the link class of the card's slot."""
     shares_host_cores: bool = False
-    """True for the emulated device, which computes on the host: its lanes cannot overlap."""
+    """True for the emulated device, which computes on the host."""
 
     @property
     def total_bytes(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from meft.planner.plan import Lane, MemoryEntry, TransferEntry
 from meft.planner.schema import Bytes, Count, File, Fraction, Index, Record, Seconds
 
@@ -87,6 +89,8 @@ class Observed(Record):
     step_seconds: Seconds | None
     """Median over steps, null for a rehearsal (nothing was computed)."""
     busy_seconds: dict[Lane, Seconds]
+    host_task_seconds: dict[str, Seconds] = Field(default_factory=dict)
+    """Of the cpu lane's busy seconds, how many each kind of task takes."""
 
 
 class Comparison(Record):

@@ -280,7 +280,6 @@ def _step_seconds(
                         prefetch_depth=np.full(len(members), prefetch_depth),
                         checkpointing=np.full(len(members), checkpointing),
                         refetched=np.full(len(members), choice == "refetched"),
-                        serial=profiles.gpu.shares_host_cores,
                     )
     return np.expand_dims(seconds, CAP_AXIS), baseline
 

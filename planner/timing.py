@@ -575,7 +575,7 @@ def step_timing(
         prefetch_depth=decision.prefetch_depth,
         checkpointing=decision.activation_checkpointing,
         refetched=refetched,
-        serial=gpu.shares_host_cores,
+        serial=gpu.shares_host_cores and not overlapped,
         overlapped=overlapped,
         events=events,
     )

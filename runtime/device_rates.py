@@ -7,13 +7,15 @@ within it. Letters: ``T`` tokens, ``D`` hidden size, ``V`` vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from meft.planner.profile_file import Measurement
+from meft.planner.timing import LLAMA_LAUNCHES
+from meft.runtime.device import EmulatedDevice
 from meft.runtime.measure import CopyLine, Sample, fit_copies, measurement, sample
 
 MIB = 1 << 20
@@ -108,6 +110,47 @@ def launches(device: torch.device, count: int = 200) -> Iterator[Measurement]:
             small.mul_(1.0)
 
     yield sample(many, device=device).duration("kernel launch", f"{count} products of [128, 576] in place", parts=count)
+
+
+def booked_launches() -> Iterator[Measurement]:
+    """What an operator costs on the emulated device besides its work: Python, autograd and the books.
+
+    The slope over layers of the time of a step of a model too small to compute anything, over the launches that
+    :mod:`meft.planner.timing` counts for a layer.
+    """
+    fewer, more = 2, 6
+    steps = {layers: sample(_tiny_step(layers)) for layers in (fewer, more)}
+    each = LLAMA_LAUNCHES.attention + LLAMA_LAUNCHES.ffn + LLAMA_LAUNCHES.backward
+    shorter = steps[fewer].median
+    seconds = [(longer - shorter) / ((more - fewer) * each) for longer in steps[more].seconds]
+    detail = (
+        f"a step of {more} tiny LLaMA layers on the emulated device less one of {fewer}, over {each} launches a layer"
+    )
+    yield measurement("kernel launch", "s", detail, seconds)
+
+
+def _tiny_step(layers: int) -> Callable[[], None]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    device = EmulatedDevice(1 << 30)
+    model = device.adopt(LlamaForCausalLM(config).requires_grad_(False))
+    states = torch.ones(1, 8, 32)
+    device.books.adopt(states)
+
+    def step() -> None:
+        with device.scope():
+            out = model(inputs_embeds=states.clone().requires_grad_(), use_cache=False)
+            out.logits.sum().backward()
+
+    return step
 
 
 # --- the link ------------------------------------------------------------------------------------------------------

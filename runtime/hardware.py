@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from meft.planner.units import format_bytes
 from meft.runtime import card as cards
 from meft.runtime import device_rates, host_rates
 from meft.runtime.device_rates import LinkMeasured
+from meft.runtime.kernels import HostKernels, warm_up
 from meft.runtime.nvml import NvmlReader, NvmlUnavailable, cuda_identity
 
 Tell = Callable[[str, int, int], None]
@@ -35,7 +36,7 @@ class Measured:
     where: str
     measurements: list[Measurement] = field(default_factory=list)
 
-    def add(self, found: Iterator[Measurement] | Sequence[Measurement]) -> None:
+    def add(self, found: Iterable[Measurement]) -> None:
         """Take measurements over."""
         self.measurements.extend(found)
 
@@ -73,15 +74,17 @@ def measure_hardware(tell: Tell, *, meft_version: str, busy_seconds: float = 0.5
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     machine = describe_machine()
     measured = Measured(where=f"{machine.name}, {machine.date}, torch {torch.__version__}")
-    stages = [
+    kernels = HostKernels()
+    stages: list[tuple[str, Callable[[], Iterable[Measurement]]]] = [
+        ("host kernels (compiled once)", _compiled),
         ("host copies", host_rates.copies),
         ("host products", host_rates.products),
-        ("rows on the host", host_rates.row_work),
-        ("routing on the host", host_rates.routing),
+        ("rows on the host", lambda: host_rates.row_work(kernels)),
+        ("routing on the host", lambda: host_rates.routing(kernels)),
         ("device memory", lambda: device_rates.memory(device)),
         ("device products", lambda: device_rates.products(device)),
         ("a step's kernels", lambda: device_rates.step_products(device)),
-        ("kernel launches", lambda: device_rates.launches(device)),
+        ("kernel launches", lambda: device_rates.launches(device) if cuda else device_rates.booked_launches()),
     ]
     context = _context(nvml) if cuda else None
     for number, (name, stage) in enumerate(stages):
@@ -94,6 +97,7 @@ def measure_hardware(tell: Tell, *, meft_version: str, busy_seconds: float = 0.5
     tell("done", len(stages) + 1, len(stages) + 1)
     gpu = _cuda_profile(device, measured, nvml, context) if cuda else _emulated_profile(measured)
     nvml.close()
+    kernels.close()
     return ProfileFile(
         meft_version=meft_version,
         machine=machine,
@@ -103,6 +107,12 @@ def measure_hardware(tell: Tell, *, meft_version: str, busy_seconds: float = 0.5
         gpu=gpu,
         link=link_profile(measured, linked, name=_link_name(device) if cuda else "memcpy within the host"),
     )
+
+
+def _compiled() -> tuple[Measurement, ...]:
+    """No measurement: what must be done before the first."""
+    warm_up(lambda _: None)
+    return ()
 
 
 def describe_machine(today: datetime.date | None = None) -> Machine:

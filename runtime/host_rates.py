@@ -13,8 +13,9 @@ import torch
 
 from meft.planner.profile_file import Measurement
 from meft.runtime.host_store import HostStore
+from meft.runtime.kernels import HostKernels
 from meft.runtime.measure import sample
-from meft.runtime.optimizer import AdamWSettings, update_touched_rows
+from meft.runtime.optimizer import AdamWSettings, update_layer
 from meft.runtime.router import TopKRouter
 
 MIB = 1 << 20
@@ -73,10 +74,15 @@ def products() -> Iterator[Measurement]:
             yield taken.rate("host product", "flop/s", f"{name}, {tokens} x {hidden} x {rows}", amount=flops)
 
 
-def row_work() -> Iterator[Measurement]:
+def row_work(kernels: HostKernels) -> Iterator[Measurement]:
     """Gather, scatter and AdamW on rows, by the runtime's own code."""
     tables = TABLES
-    store = HostStore(num_layers=tables.layers, adapter_width=tables.adapter_width, hidden_size=tables.hidden_size)
+    store = HostStore(
+        num_layers=tables.layers,
+        adapter_width=tables.adapter_width,
+        hidden_size=tables.hidden_size,
+        kernels=kernels,
+    )
     store.initialise(seed=0)
     generator = torch.Generator().manual_seed(0)
     chosen = [
@@ -109,25 +115,25 @@ def _accumulate_all(store: HostStore, chosen: list[torch.Tensor], gradients: tor
 
 def _optimize(store: HostStore) -> None:
     store.squared_gradient_norm()
-    update_touched_rows(store, AdamWSettings(), learning_rate=1e-4)
-    store.clear_gradients()
+    for layer in range(store.num_layers):
+        update_layer(store, layer, AdamWSettings(), learning_rate=1e-4)
 
 
-def routing() -> Iterator[Measurement]:
-    """Choosing rows: scores per second beyond the product, and the Python around a layer and around an expert."""
+def routing(kernels: HostKernels) -> Iterator[Measurement]:
+    """Choosing rows: scores per second beyond the product, and what a layer and an expert cost besides."""
     tokens, width, top_k = 128, 3072, 64
     keys, queries = torch.randn(width, SHORT), torch.randn(tokens, SHORT)
-    router = TopKRouter(top_k, width, 1)
+    router = TopKRouter(top_k, width, 1, kernels)
     whole = sample(lambda: router.select(0, keys, queries, None))
     detail = f"top {top_k} of {width} rows for {tokens} tokens and their union, {KEYS_TOO_SHORT}"
     yield whole.rate("host top-K", "score/s", detail, amount=tokens * width)
     few, small = torch.randn(64, 8), torch.randn(4, 8)
-    tiny = TopKRouter(1, 64, 1)
+    tiny = TopKRouter(1, 64, 1, kernels)
     alone = sample(lambda: tiny.select(0, few, small, None))
     yield alone.duration("host overhead per layer", "exact routing of 4 tokens over 64 rows: Python and calls")
     experts, probes = 48, torch.stack([torch.randperm(48)[:8] for _ in range(128)]).to(torch.int32)
     short, states = torch.randn(48 * 8, SHORT), torch.randn(128, SHORT)
-    grouped = TopKRouter(8, 48 * 8, experts)
+    grouped = TopKRouter(8, 48 * 8, experts, kernels)
     taken = sample(lambda: grouped.select(0, short, states, probes))
     yield taken.duration(
         "host overhead per expert",

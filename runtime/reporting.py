@@ -7,10 +7,11 @@ import platform
 import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import TypeVar
 
 import psutil
 
-from meft.planner.plan import Direction, Lane, MemoryEntry, Plan, TransferEntry
+from meft.planner.plan import Direction, MemoryEntry, Plan, TransferEntry
 from meft.planner.report import (
     ActiveRows,
     Comparison,
@@ -27,8 +28,9 @@ from meft.runtime.engine import Per
 from meft.runtime.expert_load import expert_load
 from meft.runtime.nvml import MemoryReading, PcieReading
 from meft.runtime.session import Session
-from meft.runtime.training import Trainer
+from meft.runtime.training import Trainer, Worked, worked
 
+T = TypeVar("T", bound=str)
 _DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
 _WHY = {
     "queries": "hidden states to the host, for routing",
@@ -54,7 +56,7 @@ def build_report(
     meft_version: str,
 ) -> Report:
     """Report of a training run (at least one step)."""
-    session, measured = trainer.session, trainer.measured
+    session, measured, done = trainer.session, trainer.measured, _worked(trainer)
     observed = Observed(
         steps=measured.steps,
         device_memory=device_memory(trainer.measured.peaks, memory),
@@ -64,7 +66,8 @@ def build_report(
         dropped_rows=measured.dropped_rows,
         prefetch_recall=recall,
         step_seconds=_step_seconds(trainer),
-        busy_seconds=_busy_seconds(trainer),
+        busy_seconds=_per_step(done.lanes, done.steps),
+        host_task_seconds=_per_step(done.host_tasks, done.steps),
     )
     history = trainer.history
     training = Training(
@@ -233,15 +236,11 @@ def _step_seconds(trainer: Trainer) -> float:
     return statistics.median(windows[1:] or windows)
 
 
-def _busy_seconds(trainer: Trainer) -> dict[Lane, float]:
-    """Mean busy seconds per step of the lanes that were measured."""
-    session, steps = trainer.session, max(1, trainer.measured.steps)
-    copies = session.engine.busy_seconds()
-    busy: dict[Lane, float] = {
-        "h2d": copies["h2d"],
-        "d2h": copies["d2h"],
-        "cpu": session.clock.busy_seconds["cpu"],
-    }
-    if session.device.kind == "emulated":
-        busy["gpu"] = session.clock.busy_seconds["gpu"]
-    return {lane: seconds / steps for lane, seconds in busy.items()}
+def _worked(trainer: Trainer) -> Worked:
+    """What the lanes did, without the first window if there are others: it warms things up."""
+    everything = worked(trainer.session, trainer.measured.steps)
+    return everything.since(trainer.measured.warm_up or Worked())
+
+
+def _per_step(seconds: dict[T, float], steps: int) -> dict[T, float]:
+    return {name: each / max(1, steps) for name, each in seconds.items()}

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from meft.planner.chrome import Event
+from meft.planner.chrome import Event, task_kind
 from meft.planner.plan import Lane
 
 
@@ -21,6 +21,8 @@ class LaneClock:
     def __init__(self, *, keep: bool = False) -> None:
         self.keep = keep
         self.busy_seconds: defaultdict[Lane, float] = defaultdict(float)
+        self.host_seconds: defaultdict[str, float] = defaultdict(float)
+        """Of the cpu lane, by kind of task."""
         self._tasks: list[tuple[Lane, str, float, float]] = []
         self._since = time.perf_counter()
         self._paused = False
@@ -30,6 +32,8 @@ class LaneClock:
         if self._paused:
             return
         self.busy_seconds[lane] += ended - started
+        if lane == "cpu":
+            self.host_seconds[task_kind(name)] += ended - started
         if self.keep:
             self._tasks.append((lane, name, started, ended))
 

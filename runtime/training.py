@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 
 from meft.planner.errors import MeftError, UsageError
+from meft.planner.plan import Lane
 from meft.runtime.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from meft.runtime.data import Batch, Example, batch_indices, collate
 from meft.runtime.device import MemoryPeaks
@@ -47,6 +48,21 @@ class History:
     gradient_norms: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Worked:
+    """How long the lanes worked in so many steps, and the host at each kind of task."""
+
+    steps: int = 0
+    lanes: dict[Lane, float] = field(default_factory=dict)
+    host_tasks: dict[str, float] = field(default_factory=dict)
+
+    def since(self, before: Worked) -> Worked:
+        """What was done after ``before``."""
+        lanes = {lane: seconds - before.lanes.get(lane, 0.0) for lane, seconds in self.lanes.items()}
+        tasks = {task: seconds - before.host_tasks.get(task, 0.0) for task, seconds in self.host_tasks.items()}
+        return Worked(self.steps - before.steps, lanes, tasks)
+
+
 @dataclass
 class Measurements:
     """What this process measured. ``active_rows``, ``missing_rows`` and ``overflow_rows`` are steps x layers."""
@@ -55,6 +71,8 @@ class Measurements:
     optimizer_seconds: list[float] = field(default_factory=list)
     window_seconds: list[float] = field(default_factory=list)
     """Per step, of each whole window: its steps, its optimizer step, and what the lanes had left of the one before."""
+    warm_up: Worked | None = None
+    """In the first window, where there are more."""
     active_rows: list[list[int]] = field(default_factory=list)
     missing_rows: list[list[int]] = field(default_factory=list)
     overflow_rows: list[list[int]] = field(default_factory=list)
@@ -221,6 +239,8 @@ class Trainer:
         if ends or self._evaluation_due(last=ends):
             self.session.drain()  # what the lanes have left belongs to this window
         self.measured.window_seconds.append((time.perf_counter() - started) / (last - first))
+        if len(self.measured.window_seconds) == 1 and not ends:
+            self.measured.warm_up = worked(self.session, self.measured.steps)
 
     def _note_step(self, result: StepResult, batch: Batch) -> None:
         if not math.isfinite(result.loss):
@@ -262,6 +282,15 @@ class Trainer:
             data_digest=digest_of(self.examples),
             settings=settings,
         )
+
+
+def worked(session: Session, steps: int) -> Worked:
+    """What the lanes have done in ``steps`` steps, once nothing is under way; the gpu's work is not timed on CUDA."""
+    copies, clock = session.engine.busy_seconds(), session.clock
+    lanes: dict[Lane, float] = {"h2d": copies["h2d"], "d2h": copies["d2h"], "cpu": clock.busy_seconds["cpu"]}
+    if session.device.kind == "emulated":
+        lanes["gpu"] = clock.busy_seconds["gpu"]
+    return Worked(steps, lanes, dict(clock.host_seconds))
 
 
 def digest_of(examples: Sequence[Example]) -> str:

@@ -43,10 +43,12 @@ ALLOCATOR_IS_USED_BY = {"books", "exchange"}
 the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
 
 PROFILING_IS_USED_BY = {
+    "device_rates": {"timing"},
     "profile_cli": {"calibrate", "prediction"},
     "sparsity_profile": {"union_fit"},
 }
-"""Measuring ends in a fit, and calibrating in predictions: the commands of meft-profile call those models."""
+"""Measuring ends in a fit, calibrating in predictions, and launches are measured as they are counted: the commands of
+meft-profile call those models."""
 
 WITH_EFFECTS = {"files", "recording_files", "schema", "profiles", "models", "plot", "render", "verification"}
 """Planner modules that read, write or print. With the command line they are all there are: any other is pure."""

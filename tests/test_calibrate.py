@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,22 @@ import pytest
 from click.testing import CliRunner
 from plan_samples import sample_profiles, sample_report, sample_request
 
-from meft.planner.calibrate import Run, calibrate, errors_of, given_rows, lane_factors, slower_gpu
+from meft.planner.calibrate import (
+    Run,
+    calibrate,
+    errors_of,
+    given_rows,
+    host_factors,
+    lane_factors,
+    slower_gpu,
+    slower_host,
+    slower_link,
+)
+from meft.planner.chrome import task_kind
 from meft.planner.cli import command as plan_command
 from meft.planner.errors import UsageError
 from meft.planner.plan import LANES, Plan
-from meft.planner.prediction import ProfileSet, inputs_used, predict
+from meft.planner.prediction import ProfileSet, inputs_used, predict, simulated_tasks
 from meft.planner.profile_file import ProfileFile
 from meft.planner.profiles import LayerSparsity
 from meft.planner.report import Report
@@ -51,10 +64,6 @@ def profiles() -> ProfileSet:
 @pytest.fixture(scope="module")
 def truth(profiles) -> ProfileSet:
     """Slower in every lane, and with other text."""
-    from dataclasses import replace
-
-    from meft.planner.calibrate import slower_host, slower_link
-
     sparsity = profiles.sparsity.model_copy(update={"layers": (LayerSparsity(alpha=0.7),)})
     return replace(
         profiles,
@@ -76,6 +85,35 @@ def test_lanes_get_the_factors_of_the_machine(runs, profiles) -> None:
     assert factors["cpu"] == pytest.approx(SLOWER["cpu"], rel=0.01)
     assert factors["gpu"] == pytest.approx(SLOWER["gpu"], rel=1e-6)
     assert factors["d2h"] == pytest.approx(SLOWER["d2h"], rel=1e-6)
+
+
+def test_each_kind_of_host_work_gets_its_own_factor(profiles) -> None:
+    """A host that is slow at AdamW alone, by reports that tell the tasks apart."""
+    truth = replace(profiles, host=slower_host(profiles.host, 1.0, "truth", by_work={"adamw": 5.0}))
+    runs = []
+    for choice in ({"adapter_width": 16, "top_k": 2}, {"adapter_width": 32, "top_k": 4}):
+        run = run_of(plan_of(**choice), truth)
+        sparsity = predict(run.plan.request, run.plan.decision, truth).sparsity
+        tasks: Counter[str] = Counter()
+        for task in simulated_tasks(run.plan.request, run.plan.decision, truth, sparsity):
+            if task.lane == "cpu":
+                tasks[task_kind(task.name)] += task.end_seconds - task.start_seconds
+        observed = run.report.observed.model_copy(update={"host_task_seconds": dict(tasks)})
+        runs.append(Run(run.plan, run.report.model_copy(update={"observed": observed})))
+    assert host_factors(runs, profiles) == pytest.approx(
+        {"adamw": 5.0, "gather": 1, "scatter": 1, "route": 1}, rel=1e-6
+    )
+    host = calibrate(runs, profiles).profiles.host
+    assert host.adamw_bytes_per_second.value == pytest.approx(profiles.host.adamw_bytes_per_second.value / 5)
+    assert host.gather_bytes_per_second.value == pytest.approx(profiles.host.gather_bytes_per_second.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gather 3 again", "gather"), ("gather 12", "gather"), ("row gradients 2", "row gradients"), ("adamw", "adamw")],
+)
+def test_tasks_are_of_a_kind_whatever_the_layer(name, kind) -> None:
+    assert task_kind(name) == kind
 
 
 def test_a_fourth_plan_is_predicted_from_three_runs(runs, profiles) -> None:

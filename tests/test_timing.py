@@ -410,10 +410,11 @@ def test_timing_adds_up():
     assert timing.busy_seconds["gpu"] == pytest.approx(timing.baseline_step_seconds)
 
 
-def test_the_emulated_device_overlaps_nothing():
-    timing = timing_of(gpu=gpu_profile(shares_host_cores=True))
+def test_in_sequence_the_emulated_device_overlaps_nothing():
+    emulated = gpu_profile(shares_host_cores=True)
+    timing = timing_of(gpu=emulated, overlapped=False)
     assert timing.step_seconds == pytest.approx(sum(timing.busy_seconds.values()))
-    assert timing_of().step_seconds < timing.step_seconds
+    assert timing_of(gpu=emulated).step_seconds == timing_of().step_seconds < timing.step_seconds
 
 
 @pytest.mark.parametrize("routing", ["exact", "key-experts"])
@@ -465,7 +466,6 @@ def test_arrays_of_candidates_give_what_each_gives_alone(data: st.DataObject, un
         prefetch_depth=np.array([decision.prefetch_depth for decision in decisions]),
         checkpointing=np.array([decision.activation_checkpointing for decision in decisions]),
         refetched=refetched,
-        serial=False,
     )
     baselines = np.broadcast_to(baseline_seconds(costs, num_layers=3), (count,))
     for candidate, decision in enumerate(decisions):
