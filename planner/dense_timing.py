@@ -1,7 +1,7 @@
 """Step time of the methods that train on the GPU alone: nothing waits for a host, so a step is the sum of its work.
 
-The frozen model's terms, the roofline and the launch counts are those of :mod:`meft.planner.timing`; here are what a
-dense adapter, LoRA and full fine-tuning add.
+The frozen model's terms, the roofline and the launch counts are those of :mod:`meft.planner.gpu_timing`; here are what
+a dense adapter, LoRA and full fine-tuning add.
 
 Letters: ``T`` tokens, ``L`` layers, ``D`` hidden size, ``V`` vocabulary, ``R`` adapter width, ``r`` LoRA rank, ``e``
 bytes of an adapter element, ``q`` of a hidden-state element.
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meft.planner import timing
+from meft.planner import gpu_timing
+from meft.planner.gpu_timing import GpuRates
 from meft.planner.linears import Linear, linear_layers
 from meft.planner.plan import Request
 from meft.planner.profiles import GpuProfile, LinkProfile
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES
 from meft.planner.setup import TrainingSetup
-from meft.planner.timing import GpuRates
+from meft.planner.timing import copy_seconds
 from meft.planner.transfer import INPUT_TENSORS, LOSS_BYTES, input_bytes
 
 LORA_FORWARD_LAUNCHES = 5
@@ -40,17 +41,17 @@ def dense_step_seconds(*, setup: TrainingSetup, request: Request, gpu: GpuProfil
     Autocast, 8-bit optimizers and fused losses are taken to need the time of the plain run.
     """
     request = _as_set_up(request, setup)
-    rates, num_layers = timing.gpu_rates(gpu, request), setup.model.num_layers
+    rates, num_layers = gpu_timing.gpu_rates(gpu, request), setup.model.num_layers
     added = _added(setup, request, rates)
-    forward = timing.attention_seconds(request, rates) + timing.ffn_seconds(request, rates) + added.forward
+    forward = gpu_timing.attention_seconds(request, rates) + gpu_timing.ffn_seconds(request, rates) + added.forward
     # A parallel adapter starts the graph at layer 0: below it nothing needs a gradient.
     frozen_layers = num_layers - 1 if setup.method == "parallel-adapter" else num_layers
     return (
         _input_seconds(request, link)
-        + timing.embedding_seconds(request, rates)
+        + gpu_timing.embedding_seconds(request, rates)
         + num_layers * (forward * (2 if setup.activation_checkpointing else 1) + added.backward)
-        + frozen_layers * timing.frozen_backward_seconds(request, rates)
-        + timing.loss_head_seconds(request, rates)
+        + frozen_layers * gpu_timing.frozen_backward_seconds(request, rates)
+        + gpu_timing.loss_head_seconds(request, rates)
         + _optimizer_seconds(setup, rates) / setup.grad_accum
     )
 
@@ -72,7 +73,7 @@ def _added(setup: TrainingSetup, request: Request, rates: GpuRates) -> _Layer:
 
 def _parallel_adapter(setup: TrainingSetup, rates: GpuRates) -> _Layer:
     """The sparse adapter's own arithmetic with every row active and no router."""
-    sizes = timing.AdapterSizes(
+    sizes = gpu_timing.AdapterSizes(
         tokens=setup.tokens,
         hidden_size=setup.model.hidden_size,
         element_bytes=ADAPTER_DTYPE_BYTES[setup.adapter_dtype],
@@ -80,8 +81,8 @@ def _parallel_adapter(setup: TrainingSetup, rates: GpuRates) -> _Layer:
         key_experts=False,
     )
     width = setup.adapter_width or 0
-    forward = timing.adapter_forward_seconds(rates, sizes, active_rows=width)
-    backward = timing.adapter_backward_seconds(rates, sizes, active_rows=width)
+    forward = gpu_timing.adapter_forward_seconds(rates, sizes, active_rows=width)
+    backward = gpu_timing.adapter_backward_seconds(rates, sizes, active_rows=width)
     return _Layer(float(forward), float(backward))
 
 
@@ -129,13 +130,13 @@ def _optimizer_seconds(setup: TrainingSetup, rates: GpuRates) -> float:
     else:
         per_rank = sum(layer.inputs + layer.outputs for layer in _targeted(setup))
         num_bytes = shape.num_layers * (setup.rank or 0) * per_rank * element_bytes
-    return float(rates.adapter_seconds(flops=0.0, num_bytes=timing.ADAMW_ARRAYS * num_bytes, launches=0))
+    return float(rates.adapter_seconds(flops=0.0, num_bytes=gpu_timing.ADAMW_ARRAYS * num_bytes, launches=0))
 
 
 def _input_seconds(request: Request, link: LinkProfile) -> float:
     latency = link.latency_seconds.value
     inputs = input_bytes(tokens=request.tokens_per_step)
-    copies = timing.copy_seconds(
-        inputs, rate=link.h2d_bytes_per_second.value, latency=INPUT_TENSORS * latency
-    ) + timing.copy_seconds(LOSS_BYTES, rate=link.d2h_bytes_per_second.value, latency=latency)
+    copies = copy_seconds(inputs, rate=link.h2d_bytes_per_second.value, latency=INPUT_TENSORS * latency) + copy_seconds(
+        LOSS_BYTES, rate=link.d2h_bytes_per_second.value, latency=latency
+    )
     return float(copies)

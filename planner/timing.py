@@ -1,12 +1,11 @@
 """What every task of a step costs on a GPU, a link and a host, and the step time that follows.
 
-GPU: the longer of arithmetic and memory traffic at the profile's efficiencies, plus one launch per kernel. Link:
-latency plus bytes over the rate. Host: work over measured rates. The order of the tasks and what overlaps is the
-program of :mod:`meft.planner.lanes`; every task's seconds come from here, for one decision or for arrays of them.
+GPU: :mod:`meft.planner.gpu_timing`. Link: latency plus bytes over the rate. Host: work over measured rates. The order
+of the tasks and what overlaps is the program of :mod:`meft.planner.lanes`; every task's seconds come from here, for one
+decision or for arrays of them.
 
-Letters: ``B`` micro-batch, ``S`` sequence length, ``T = B*S``, ``L`` layers, ``D`` hidden size, ``I`` intermediate
-size, ``V`` vocabulary, ``R`` adapter rows per layer, ``A`` active rows, ``N`` experts, ``P`` probes, ``e`` and ``q``
-bytes per number of rows and of hidden states.
+Letters: ``T`` tokens of a micro-batch, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per layer, ``A`` active
+rows, ``N`` experts, ``P`` probes.
 """
 
 from __future__ import annotations
@@ -17,16 +16,31 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.architecture import ModelShape
 from meft.planner.chrome import Event
+from meft.planner.gpu_timing import (
+    ADAMW_ARRAYS,
+    INPUT_COPIES,
+    AdapterSizes,
+    GpuRates,
+    adapter_backward_seconds,
+    adapter_forward_seconds,
+    assemble_seconds,
+    attention_seconds,
+    embedding_seconds,
+    ffn_seconds,
+    frozen_backward_seconds,
+    gpu_rates,
+    loss_head_seconds,
+    router_adamw_seconds,
+    router_seconds,
+    sum_gradients_seconds,
+)
 from meft.planner.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
-from meft.planner.plan import Attention, Decision, Request, Timing, WeightsDtype
+from meft.planner.plan import Decision, Request, Timing
 from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile
-from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, MASTER_BYTES, Flags, Floats, Ints, Reals
+from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, MASTER_BYTES, Flags, Floats, Ints
 from meft.planner.sparsity import WindowRows, distinct_layers
-from meft.planner.terms_adapter import CAST_ROWS
 from meft.planner.transfer import (
-    INPUT_TENSORS,
     LOSS_BYTES,
     NORM_BYTES,
     input_bytes,
@@ -35,286 +49,6 @@ from meft.planner.transfer import (
     row_bytes,
     row_expert_bytes,
 )
-
-
-@dataclass(frozen=True)
-class Launches:
-    """Kernels per layer and outside the layers, views left out.
-
-    Counted by dispatching one training step of tiny random models of 2 and 4 layers on CPU with torch 2.13 and
-    transformers 5.23, weights frozen, gradients flowing to the embeddings.
-    """
-
-    attention: int
-    """Forward up to the FFN's entry, both norms included."""
-    ffn: int
-    """Forward, with the residual addition."""
-    backward: int
-    embedding: int
-    """Before the first layer: embedding, positions, mask."""
-    head: int
-    """After the last layer: norm, head and loss, forward and backward."""
-
-
-LLAMA_LAUNCHES = Launches(attention=32, ffn=6, backward=60, embedding=18, head=14 + 19)
-"""RMS norms of 8 kernels each, rotary positions, gated FFN: LlamaForCausalLM."""
-GPT2_LAUNCHES = Launches(attention=6, ffn=11, backward=21, embedding=10, head=7 + 6)
-"""Layer norms of one kernel, learned positions, plain FFN: GPT2LMHeadModel."""
-
-ADAPTER_FORWARD_LAUNCHES = 4  # 2 products, ReLU, sum with the FFN's output
-ADAPTER_BACKWARD_LAUNCHES = 6  # 4 products, ReLU's mask, sum with the FFN's input gradient
-GATE_FORWARD_LAUNCHES = 6  # scores, probe mask (2), masking, gate of each row, product with the activations
-GATE_BACKWARD_LAUNCHES = 12  # gate of each row, 3 elementwise, membership (2), 3 products, probe mask (2), masking
-ASSEMBLE_LAUNCHES = 2  # the rows admitted, the rows kept
-ROUTER_LAUNCHES = 3  # scores, best P, int32
-
-SCORE_BACKWARD_FACTOR: dict[Attention, float] = {"eager": 2.0, "sdpa": 2.5, "flash": 2.5}
-"""Attention products backward over forward: 4 over 2, and 5 over 2 where the kernel computes the scores again."""
-
-INPUT_COPIES = INPUT_TENSORS
-"""Each input tensor is a copy of its own."""
-ADAMW_ARRAYS = 7
-"""Weight and two moments, each read and written; the gradient, read."""
-STORED_BYTES_PER_WEIGHT: dict[WeightsDtype, float] = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
-"""Quantised weights, for the time to read them; nf4 with its fp32 constant per block of 64."""
-LOSS_BYTES_PER_LOGIT = {2: 6 + 8 + 8 + 6, 4: 8 + 8}
-"""Traffic of HF's causal-LM loss by ``q``: upcast (2+4) if needed, log-softmax (4+4), its backward (4+4), downcast
-(4+2)."""
-
-
-# --- the GPU ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GpuRates:
-    """What a step reaches: the profile's peaks times its efficiencies."""
-
-    frozen_flops_per_second: float
-    adapter_flops_per_second: float
-    bytes_per_second: float
-    launch_seconds: float
-
-    def frozen_seconds(self, *, flops: float, num_bytes: float, launches: int) -> float:
-        """A task in the frozen model's compute dtype."""
-        return float(self._roofline(flops / self.frozen_flops_per_second, num_bytes, launches))
-
-    def adapter_seconds(self, *, flops: Reals, num_bytes: Reals, launches: Reals) -> Floats:
-        """A task in the adapter's dtype."""
-        return self._roofline(flops / self.adapter_flops_per_second, num_bytes, launches)
-
-    def _roofline(self, arithmetic_seconds: Reals, num_bytes: Reals, launches: Reals) -> Floats:
-        traffic_seconds = num_bytes / self.bytes_per_second
-        seconds: Floats = np.maximum(arithmetic_seconds, traffic_seconds) + launches * self.launch_seconds
-        return seconds
-
-
-def gpu_rates(gpu: GpuProfile, request: Request) -> GpuRates:
-    """The rates of the dtypes that compute: quantised weights compute in 16 bits, the adapter in its own dtype."""
-    peaks = {4: gpu.fp32_flops_per_second.value, 2: _half_flops_per_second(gpu, request.weights_dtype)}
-    efficiency = gpu.matmul_efficiency.value
-    return GpuRates(
-        frozen_flops_per_second=peaks[COMPUTE_DTYPE_BYTES[request.weights_dtype]] * efficiency,
-        adapter_flops_per_second=peaks[ADAPTER_DTYPE_BYTES[request.adapter_dtype]] * efficiency,
-        bytes_per_second=gpu.memory_bytes_per_second.value * gpu.memory_efficiency.value,
-        launch_seconds=gpu.kernel_launch_seconds.value,
-    )
-
-
-def _half_flops_per_second(gpu: GpuProfile, weights_dtype: WeightsDtype) -> float:
-    """The rate of bf16 (fp16 for fp16 weights), else of the other, else of fp32: a card that emulates both."""
-    formats = [gpu.bf16_flops_per_second, gpu.fp16_flops_per_second]
-    if weights_dtype == "fp16":
-        formats.reverse()
-    return next((rate.value for rate in formats if rate is not None), gpu.fp32_flops_per_second.value)
-
-
-def launches_of(shape: ModelShape) -> Launches:
-    """Those of the counted model that ``shape`` resembles."""
-    return LLAMA_LAUNCHES if shape.norm == "rmsnorm" else GPT2_LAUNCHES
-
-
-def attention_parameters(shape: ModelShape) -> int:
-    """Weights of the q, k, v and output projections of one layer."""
-    return 2 * shape.hidden_size * shape.head_dim * (shape.num_heads + shape.num_kv_heads)
-
-
-def ffn_parameters(shape: ModelShape) -> int:
-    """Weights of one layer's FFN."""
-    return (3 if shape.gated_mlp else 2) * shape.hidden_size * shape.intermediate_size
-
-
-def score_flops(*, shape: ModelShape, tokens: int, seq_len: int, attention: Attention) -> int:
-    """Scores and their product with the values; flash leaves out the half that the causal mask hides."""
-    flops = 4 * tokens * seq_len * shape.num_heads * shape.head_dim
-    return flops // 2 if attention == "flash" else flops
-
-
-def attention_seconds(request: Request, rates: GpuRates) -> float:
-    """One layer's attention, forward, with both norms."""
-    return _linear_seconds(
-        request,
-        rates,
-        num_parameters=attention_parameters(request.model),
-        features=_attention_features(request.model),
-        more_flops=_score_flops(request),
-        launches=launches_of(request.model).attention,
-    )
-
-
-def ffn_seconds(request: Request, rates: GpuRates) -> float:
-    """One layer's FFN, forward."""
-    return _linear_seconds(
-        request,
-        rates,
-        num_parameters=ffn_parameters(request.model),
-        features=_ffn_features(request.model),
-        more_flops=0.0,
-        launches=launches_of(request.model).ffn,
-    )
-
-
-def frozen_backward_seconds(request: Request, rates: GpuRates) -> float:
-    """One frozen layer, backward: as many products with the weights as forward, for the input gradients alone."""
-    shape = request.model
-    return _linear_seconds(
-        request,
-        rates,
-        num_parameters=attention_parameters(shape) + ffn_parameters(shape),
-        features=_attention_features(shape) + _ffn_features(shape),
-        more_flops=SCORE_BACKWARD_FACTOR[request.attention] * _score_flops(request),
-        launches=launches_of(shape).backward,
-    )
-
-
-def embedding_seconds(request: Request, rates: GpuRates) -> float:
-    """What comes before the first layer: rows of the embedding read and written, positions, mask."""
-    num_bytes = 2 * request.tokens_per_step * request.model.hidden_size * COMPUTE_DTYPE_BYTES[request.weights_dtype]
-    return rates.frozen_seconds(flops=0.0, num_bytes=num_bytes, launches=launches_of(request.model).embedding)
-
-
-def loss_head_seconds(request: Request, rates: GpuRates) -> float:
-    """The head's product forward and backward, and the loss on its logits both ways."""
-    tokens, hidden_size, vocab_size = request.tokens_per_step, request.model.hidden_size, request.model.vocab_size
-    element_bytes = COMPUTE_DTYPE_BYTES[request.weights_dtype]
-    product = rates.frozen_seconds(
-        flops=2 * tokens * hidden_size * vocab_size,
-        num_bytes=(hidden_size * vocab_size + tokens * (hidden_size + vocab_size)) * element_bytes,
-        launches=0,
-    )
-    loss_bytes = tokens * vocab_size * LOSS_BYTES_PER_LOGIT[element_bytes]
-    return 2 * product + rates.frozen_seconds(flops=0.0, num_bytes=loss_bytes, launches=launches_of(request.model).head)
-
-
-def _linear_seconds(
-    request: Request, rates: GpuRates, *, num_parameters: int, features: int, more_flops: float, launches: int
-) -> float:
-    """Linear maps that read and write ``features`` numbers per token, with the other arithmetic of their part."""
-    tokens = request.tokens_per_step
-    num_bytes = (num_parameters + tokens * features) * COMPUTE_DTYPE_BYTES[request.weights_dtype]
-    products = rates.frozen_seconds(
-        flops=2 * num_parameters * tokens + more_flops, num_bytes=num_bytes, launches=launches
-    )
-    return products + dequantise_seconds(request, rates, num_parameters=num_parameters)
-
-
-def _attention_features(shape: ModelShape) -> int:
-    """In and out of q, k, v (one input) and of the output projection."""
-    return 2 * shape.hidden_size + 2 * shape.head_dim * (shape.num_heads + shape.num_kv_heads)
-
-
-def _ffn_features(shape: ModelShape) -> int:
-    """In and out of the FFN, and each of its ``[T, I]`` once."""
-    return 2 * shape.hidden_size + (3 if shape.gated_mlp else 2) * shape.intermediate_size
-
-
-def _score_flops(request: Request) -> int:
-    return score_flops(
-        shape=request.model,
-        tokens=request.tokens_per_step,
-        seq_len=request.seq_len,
-        attention=request.attention,
-    )
-
-
-def dequantise_seconds(request: Request, rates: GpuRates, *, num_parameters: int) -> float:
-    """Reading quantised weights and writing them in 16 bits, before each product with them; 0 for other weights."""
-    stored = STORED_BYTES_PER_WEIGHT.get(request.weights_dtype)
-    if stored is None:
-        return 0.0
-    per_weight = stored + COMPUTE_DTYPE_BYTES[request.weights_dtype]
-    return rates.frozen_seconds(flops=0, num_bytes=num_parameters * per_weight, launches=0)
-
-
-@dataclass(frozen=True)
-class AdapterSizes:
-    """What the adapter's tasks depend on beside its active rows; ``element_bytes`` is ``e``."""
-
-    tokens: int
-    hidden_size: int
-    element_bytes: int
-    num_experts: Ints
-    key_experts: Flags
-
-
-def adapter_forward_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows: Ints) -> Floats:
-    """``ReLU(h K^T) V``: ``4*T*A*D`` flops; Key-Experts score again for the gate and multiply the activations by it.
-
-    Traffic: rows, input and output, activations written, ReLU (2), read; with a gate 5 more passes over ``[T, A]``.
-    """
-    tokens, hidden, gated = sizes.tokens, sizes.hidden_size, sizes.key_experts
-    flops = 4 * tokens * active_rows * hidden + 2 * tokens * sizes.num_experts * hidden * gated
-    numbers = 2 * hidden * (active_rows + tokens) + (4 + 5 * gated) * tokens * active_rows
-    launches = ADAPTER_FORWARD_LAUNCHES + GATE_FORWARD_LAUNCHES * gated
-    return rates.adapter_seconds(flops=flops, num_bytes=numbers * sizes.element_bytes, launches=launches)
-
-
-def adapter_backward_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows: Ints) -> Floats:
-    """Gradients of values, activations, keys and input: ``8*T*A*D`` flops; a gate adds its sum over each expert's rows
-    (``2*T*A*N``) and the router's two products.
-
-    Traffic: rows read and their gradients written, 3 ``[T, D]``, activations and their gradient in 7 passes; with a
-    gate 9 more.
-    """
-    tokens, hidden, gated = sizes.tokens, sizes.hidden_size, sizes.key_experts
-    gate_flops = 2 * tokens * sizes.num_experts * (active_rows + 2 * hidden) * gated
-    numbers = hidden * (4 * active_rows + 3 * tokens) + (7 + 9 * gated) * tokens * active_rows
-    return rates.adapter_seconds(
-        flops=8 * tokens * active_rows * hidden + gate_flops,
-        num_bytes=numbers * sizes.element_bytes,
-        launches=ADAPTER_BACKWARD_LAUNCHES + GATE_BACKWARD_LAUNCHES * gated,
-    )
-
-
-def router_seconds(rates: GpuRates, sizes: AdapterSizes) -> Floats:
-    """Scoring the experts for one layer and choosing each token's best; 0 for exact routing."""
-    tokens, hidden, num_experts = sizes.tokens, sizes.hidden_size, sizes.num_experts
-    numbers = hidden * (num_experts + tokens) + 2 * tokens * num_experts
-    return sizes.key_experts * rates.adapter_seconds(
-        flops=2 * tokens * num_experts * hidden, num_bytes=numbers * sizes.element_bytes, launches=ROUTER_LAUNCHES
-    )
-
-
-def router_adamw_seconds(rates: GpuRates, sizes: AdapterSizes, *, num_layers: int) -> Floats:
-    """AdamW on all layers' fp32 routers, one launch per layer; 0 for exact routing."""
-    numbers = num_layers * sizes.num_experts * sizes.hidden_size
-    return sizes.key_experts * rates.adapter_seconds(
-        flops=0.0, num_bytes=ADAMW_ARRAYS * MASTER_BYTES * numbers, launches=num_layers
-    )
-
-
-def assemble_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows: Ints) -> Floats:
-    """Cached rows: each active row copied once on the device, to the others or to those kept."""
-    num_bytes = 2 * 2 * sizes.hidden_size * active_rows * sizes.element_bytes
-    return rates.adapter_seconds(flops=0.0, num_bytes=num_bytes, launches=ASSEMBLE_LAUNCHES)
-
-
-def sum_gradients_seconds(rates: GpuRates, sizes: AdapterSizes, *, rows: Ints) -> Floats:
-    """Row gradients read, cast where they are not fp32, and added to fp32 sums (read and written)."""
-    cast = 2 * MASTER_BYTES if sizes.element_bytes != MASTER_BYTES else 0
-    num_bytes = 2 * sizes.hidden_size * rows * (sizes.element_bytes + cast + 2 * MASTER_BYTES)
-    launches = ASSEMBLE_LAUNCHES + (-(-rows // CAST_ROWS) if cast else 0)
-    return rates.adapter_seconds(flops=0.0, num_bytes=num_bytes, launches=launches)
-
 
 # --- link and host ---------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from meft.planner.gpu_timing import LLAMA_LAUNCHES
 from meft.planner.profile_file import Measurement
-from meft.planner.timing import LLAMA_LAUNCHES
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.measure import CopyLine, Sample, fit_copies, measurement, sample
 
@@ -116,7 +116,7 @@ def booked_launches() -> Iterator[Measurement]:
     """What an operator costs on the emulated device besides its work: Python, autograd and the books.
 
     The slope over layers of the time of a step of a model too small to compute anything, over the launches that
-    :mod:`meft.planner.timing` counts for a layer.
+    :mod:`meft.planner.gpu_timing` counts for a layer.
     """
     fewer, more = 2, 6
     steps = {layers: sample(_tiny_step(layers)) for layers in (fewer, more)}

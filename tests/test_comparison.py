@@ -14,12 +14,13 @@ from meft.planner.comparison import DENSE_NAMES, MethodRow, candidate_sizes, com
 from meft.planner.dense_timing import dense_step_seconds
 from meft.planner.errors import UsageError
 from meft.planner.estimates import Estimate, estimate_dense, estimate_meft, trainable_parameters
+from meft.planner.gpu_timing import gpu_rates
 from meft.planner.linears import resolve_targets
 from meft.planner.models import load_model
 from meft.planner.plan import Request
 from meft.planner.profiles import load_gpu, load_link
 from meft.planner.setup import TrainingSetup
-from meft.planner.timing import gpu_rates, step_timing
+from meft.planner.timing import step_timing
 
 GIB = 1 << 30
 

@@ -22,6 +22,7 @@ from planner_records import (
 )
 
 from meft.planner.chrome import Event, chrome_trace
+from meft.planner.gpu_timing import attention_seconds, ffn_seconds, gpu_rates
 from meft.planner.lanes import (
     GpuSeconds,
     HostSeconds,
@@ -32,7 +33,7 @@ from meft.planner.lanes import (
     simulate,
     simulate_candidates,
 )
-from meft.planner.timing import attention_seconds, ffn_seconds, gpu_rates, step_costs, step_timing
+from meft.planner.timing import step_costs, step_timing
 
 GPU_FIELDS, LINK_FIELDS, HOST_FIELDS = (
     tuple(field.name for field in fields(kind)) for kind in (GpuSeconds, LinkSeconds, HostSeconds)
