@@ -126,6 +126,33 @@ def test_a_killed_run_leaves_its_last_checkpoint_loadable(plan_path, data, tmp_p
     assert sorted(tmp_path.glob("checkpoint-*"))[-1].name == f"checkpoint-{done:08d}"
 
 
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_ends_the_run_cleanly(plan_path, data, tmp_path, presses) -> None:
+    """Once: after the window, with a checkpoint and a report. Twice: at once; what was saved stays."""
+    options = ["--data", str(data), "--output-dir", str(tmp_path), "--steps", "4000", "--schedule", "overlapped"]
+    process = subprocess.Popen([BIN / "meft-run", plan_path, *options], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines: list[str] = []
+    told = False
+    for line in process.stderr:
+        lines.append(line)
+        if "step 1/4000" in line and not told:
+            process.send_signal(signal.SIGINT)
+            told = True
+        if "SIGINT: stopping" in line:
+            break
+    if presses == 2:
+        process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert "Traceback" not in "".join(lines) + rest
+    if presses == 1:
+        assert process.returncode == 0
+        (checkpoint,) = tmp_path.glob("checkpoint-*")
+        assert Report.load(tmp_path / "report.json").training.steps == int(checkpoint.name.removeprefix("checkpoint-"))
+    elif process.returncode != 0:  # else the window was over before the second arrived
+        assert process.returncode == 130  # as shells count an interrupt
+
+
 def test_rehearsal_needs_neither_weights_nor_data(plan_path, tmp_path, glass_folder) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
