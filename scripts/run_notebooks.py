@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
+import click
 import nbformat
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
@@ -28,7 +28,14 @@ def run(path: Path) -> None:
     nbformat.write(notebook, path)  # type: ignore[no-untyped-call]
 
 
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("notebooks", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def main(notebooks: tuple[Path, ...]) -> None:
+    """Run notebooks (all of them by default) again and keep what they print and draw."""
+    for path in notebooks or sorted(NOTEBOOKS.glob("*.ipynb")):
+        click.echo(f"running {path.name}")
+        run(path)
+
+
 if __name__ == "__main__":
-    for notebook_path in [Path(name) for name in sys.argv[1:]] or sorted(NOTEBOOKS.glob("*.ipynb")):
-        print(f"running {notebook_path.name}")
-        run(notebook_path)
+    main()
