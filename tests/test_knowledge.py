@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from benchmark_modules import load_benchmark
 from click.testing import CliRunner
 
 from meft.planner.linears import linear_layers
@@ -122,3 +123,27 @@ def test_other_clocks_change_the_update_and_nothing_else(script, glass_folder) -
         changed = script["replace"](run, clock=clock, catch_up=catch_up, forgetting_items=1)
         losses.append(script["perform"](changed, glass_folder)["loss_per_epoch"])
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_curves_change_one_number_at_a_time_and_are_drawn_beside_the_papers(
+    tmp_path, glass_folder, monkeypatch
+) -> None:
+    load_benchmark("knowledge")  # which the curves import by its name
+    curves = load_benchmark("knowledge_curves")
+    monkeypatch.setattr(curves, "TOP_KS", (8, 16))
+    monkeypatch.setattr(curves, "EXPERTS", (16,))
+    results, figure = tmp_path / "curves.jsonl", tmp_path / "curves.png"
+    small = ["--facts", "4", "--epochs", "1", "--width", "128", "--seq-len", "64", "--model", str(glass_folder)]
+    for arguments in (
+        ["run", "--results", str(results), *small],
+        ["figure", "--results", str(results), "--figure", str(figure)],
+    ):
+        done = CliRunner().invoke(curves.main, arguments, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(each["top_k"], each["num_experts"], each["num_probes"]) for each in records] == [
+        (8, 1, 1),
+        (16, 1, 1),
+        (32, 16, 8),
+    ]
+    assert figure.stat().st_size > 5000
