@@ -193,7 +193,9 @@ def as_markdown(rows: Sequence[Row]) -> str:
         "",
         "Written by `benchmarks/memory_accuracy.py`: what `meft-plan estimate` simulates for the configuration of each "
         "published",
-        "measurement, against what was measured. Nothing is fitted to these rows.",
+        "measurement, against what was measured. No constant is fitted to these rows; they were in view while the "
+        "mechanisms",
+        "were found.",
         "",
         "| metric | rows | median error | worst |",
         "|---|---:|---:|---:|",
