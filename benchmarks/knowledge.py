@@ -59,8 +59,8 @@ from meft.runtime.training import Trainer, TrainingOptions
 METHODS = ("none", "meft", "parallel", "offload", "narrow", "lora", "lora-16", "full")
 LEARNING_RATES = {
     "none": (0.0,),
-    "meft": (2e-3, 4e-3),
-    "parallel": (2e-3, 4e-3),
+    "meft": (2e-3, 4e-3, 8e-3),
+    "parallel": (2e-3, 4e-3, 8e-3),
     "offload": (4e-3,),
     "narrow": (4e-3, 1e-2),
     "lora": (3e-3, 1e-2),
@@ -463,6 +463,8 @@ def _mean_of(records: list[dict[str, Any]]) -> dict[str, Any]:
         for name in ("prose_loss", "capitals_exact_match")
     }
     spread = statistics.stdev(matches) if len(matches) > 1 else None
+    cpu = [record["training_cpu_seconds"] for record in records if "training_cpu_seconds" in record]
+    means["training_cpu_seconds"] = statistics.fmean(cpu) if cpu else None
     return {"exact_match": statistics.fmean(matches), "exact_match_stdev": spread, **forgetting, **means}
 
 
@@ -502,7 +504,7 @@ def _common(function: Any) -> Any:
         click.option("--results", type=click.Path(path_type=Path), required=True, help="One JSON line per run."),
         click.option("--model", type=click.Path(path_type=Path), help="A model's folder [default: SmolLM2-135M]."),
         click.option("--facts", type=int, default=500),
-        click.option("--epochs", type=int, default=6),
+        click.option("--epochs", type=int, default=8),
         click.option("--width", type=int, default=1024),
         click.option("--top-k", type=int, default=32),
         click.option("--batch-size", type=int, default=16),
@@ -562,15 +564,27 @@ def report_command(results: Path, json_path: Path | None, figure: Path | None) -
     """One table and one figure."""
     records = read_results(results)
     rows = summarise(records)
-    click.echo(
-        f"{'method':10} {'exact match':>12} {'prose loss':>11} {'capitals':>9} {'method MiB':>11} {'traffic MiB':>12}"
+    titles = (
+        "method",
+        "rate",
+        "seeds",
+        "exact match",
+        "prose loss",
+        "capitals",
+        "method MiB",
+        "peak MiB",
+        "traffic",
+        "CPU s",
     )
+    click.echo("{:10} {:>6} {:>5} {:>12} {:>10} {:>8} {:>10} {:>8} {:>8} {:>6}".format(*titles))
     for row in rows:
         traffic = (row["h2d_bytes_per_step"] + row["d2h_bytes_per_step"]) / 2**20
         spread = "" if row["exact_match_stdev"] is None else f"±{row['exact_match_stdev']:.2f}"
+        cpu = "" if row["training_cpu_seconds"] is None else f"{row['training_cpu_seconds']:.0f}"
         click.echo(
-            f"{row['method']:10} {row['exact_match']:7.3f}{spread:5} {row['prose_loss']:11.3f} "
-            f"{row['capitals_exact_match']:9.3f} {row['method_bytes'] / 2**20:11.1f} {traffic:12.1f}"
+            f"{row['method']:10} {row['learning_rate']:6.0e} {len(row['seeds']):5} {row['exact_match']:7.3f}{spread:5} "
+            f"{row['prose_loss']:10.3f} {row['capitals_exact_match']:8.3f} {row['method_bytes'] / 2**20:10.1f} "
+            f"{row['peak_allocated_bytes'] / 2**20:8.1f} {traffic:8.1f} {cpu:>6}"
         )
     if json_path is not None:
         json_path.write_text(json.dumps({"best": rows, "runs": records}, indent=1) + "\n")
