@@ -437,17 +437,19 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per method its best learning rate by the mean exact match over seeds, of those with the most seeds."""
-    groups: defaultdict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    """Per method and length of training its best learning rate by the mean exact match over seeds, of those with the
+    most seeds."""
+    groups: defaultdict[tuple[str, int, float], list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         if "out_of_memory" not in record:
-            groups[record["method"], record["learning_rate"]].append(record)
-    best: dict[str, dict[str, Any]] = {}
-    for (method, rate), some in groups.items():
-        row = _mean_of(some) | {"method": method, "learning_rate": rate, "seeds": sorted(each["seed"] for each in some)}
-        if method not in best or _rank(row) > _rank(best[method]):
-            best[method] = row
-    return sorted(best.values(), key=lambda row: METHODS.index(row["method"]))
+            groups[record["method"], record["epochs"], record["learning_rate"]].append(record)
+    best: dict[tuple[str, int], dict[str, Any]] = {}
+    for (method, epochs, rate), some in groups.items():
+        named = {"method": method, "epochs": epochs, "learning_rate": rate}
+        row = _mean_of(some) | named | {"seeds": sorted(each["seed"] for each in some)}
+        if (method, epochs) not in best or _rank(row) > _rank(best[method, epochs]):
+            best[method, epochs] = row
+    return sorted(best.values(), key=lambda row: (row["epochs"], METHODS.index(row["method"])))
 
 
 def _rank(row: dict[str, Any]) -> tuple[int, float]:
@@ -480,7 +482,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         if row["method_bytes"]:
             place = row["method_bytes"] / 2**20, row["exact_match"]
             axes.errorbar(*place, yerr=row["exact_match_stdev"], fmt="o")
-            axes.annotate(row["method"], place, xytext=(5, 5), textcoords="offset points")
+            axes.annotate(f"{row['method']}, {row['epochs']} epochs", place, xytext=(5, 5), textcoords="offset points")
     axes.set(xscale="log", xlabel="device memory of the method, MiB", ylabel="exact match", ylim=(0, 1.05))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -566,6 +568,7 @@ def report_command(results: Path, json_path: Path | None, figure: Path | None) -
     rows = summarise(records)
     titles = (
         "method",
+        "epochs",
         "rate",
         "seeds",
         "exact match",
@@ -576,13 +579,14 @@ def report_command(results: Path, json_path: Path | None, figure: Path | None) -
         "traffic",
         "CPU s",
     )
-    click.echo("{:10} {:>6} {:>5} {:>12} {:>10} {:>8} {:>10} {:>8} {:>8} {:>6}".format(*titles))
+    click.echo("{:10} {:>6} {:>6} {:>5} {:>12} {:>10} {:>8} {:>10} {:>8} {:>8} {:>6}".format(*titles))
     for row in rows:
         traffic = (row["h2d_bytes_per_step"] + row["d2h_bytes_per_step"]) / 2**20
         spread = "" if row["exact_match_stdev"] is None else f"±{row['exact_match_stdev']:.2f}"
         cpu = "" if row["training_cpu_seconds"] is None else f"{row['training_cpu_seconds']:.0f}"
         click.echo(
-            f"{row['method']:10} {row['learning_rate']:6.0e} {len(row['seeds']):5} {row['exact_match']:7.3f}{spread:5} "
+            f"{row['method']:10} {row['epochs']:6} {row['learning_rate']:6.0e} {len(row['seeds']):5} "
+            f"{row['exact_match']:7.3f}{spread:5} "
             f"{row['prose_loss']:10.3f} {row['capitals_exact_match']:8.3f} {row['method_bytes'] / 2**20:10.1f} "
             f"{row['peak_allocated_bytes'] / 2**20:8.1f} {traffic:8.1f} {cpu:>6}"
         )

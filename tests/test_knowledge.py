@@ -75,23 +75,29 @@ def test_a_report_of_what_is_there(results, script, tmp_path) -> None:
     assert (tmp_path / "r.png").stat().st_size > 5000
 
 
-def test_the_best_learning_rate_is_taken_by_the_mean_over_seeds(script) -> None:
-    def record(rate: float, seed: int, score: float) -> dict:
-        sizes = dict.fromkeys(("peak_allocated_bytes", "method_bytes", "h2d_bytes_per_step", "d2h_bytes_per_step"), 1)
-        forgetting = {"prose_loss": 1.0, "capitals_exact_match": 0.5}
-        scores = {"exact_match": {"exact_match": score}, "forgetting": forgetting, "training_seconds": 1.0}
-        return {"method": "meft", "learning_rate": rate, "seed": seed, **scores, **sizes}
+def _record(rate: float, seed: int, score: float, epochs: int = 8) -> dict:
+    sizes = dict.fromkeys(("peak_allocated_bytes", "method_bytes", "h2d_bytes_per_step", "d2h_bytes_per_step"), 1)
+    forgetting = {"prose_loss": 1.0, "capitals_exact_match": 0.5}
+    scores = {"exact_match": {"exact_match": score}, "forgetting": forgetting, "training_seconds": 1.0}
+    return {"method": "meft", "epochs": epochs, "learning_rate": rate, "seed": seed, **scores, **sizes}
 
+
+def test_the_best_learning_rate_is_taken_by_the_mean_over_seeds(script) -> None:
     records = [
-        record(1e-3, 0, 0.9),
-        record(1e-3, 1, 0.1),
-        record(2e-3, 0, 0.6),
-        record(2e-3, 1, 0.7),
-        record(4e-3, 0, 0.95),
+        _record(1e-3, 0, 0.9),
+        _record(1e-3, 1, 0.1),
+        _record(2e-3, 0, 0.6),
+        _record(2e-3, 1, 0.7),
+        _record(4e-3, 0, 0.95),
     ]
     (best,) = script["summarise"]([*records, {"method": "full", "learning_rate": 1.0, "out_of_memory": "x"}])
     assert best["learning_rate"] == 2e-3
     assert best["exact_match"] == pytest.approx(0.65)
+
+
+def test_trainings_of_other_lengths_are_not_averaged_together(script) -> None:
+    records = [_record(1e-3, 0, 0.2, epochs=6), _record(1e-3, 0, 0.8, epochs=8)]
+    assert [(row["epochs"], row["exact_match"]) for row in script["summarise"](records)] == [(6, 0.2), (8, 0.8)]
 
 
 def test_the_budget_decides_the_sizes(script, glass_folder) -> None:
