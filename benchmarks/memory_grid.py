@@ -1,7 +1,7 @@
 """The simulated step against a trace of the real model, over a grid of configurations: allocated peaks.
 
     python benchmarks/memory_grid.py                  all 262, worst first (the first column is the error)
-    python benchmarks/memory_grid.py --sample 12      every 20th
+    python benchmarks/memory_grid.py --sample 12      twelve of them, evenly over the grid
 
 Twelve architectures at their real widths, cut to a few layers so that a trace takes a second or two; the layers repeat.
 Implementations that know nothing of each other are compared: :mod:`meft.planner.simulation` (for MEFT the closed form

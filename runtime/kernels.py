@@ -6,8 +6,9 @@ comes with every wheel, and that one must not be entered from two threads at onc
 
 Each kernel repeats a readable one in torch, which stays: :mod:`meft.runtime.optimizer` (AdamW),
 :class:`~meft.runtime.host_store.HostStore` (gather, accumulate) and :mod:`meft.runtime.router` (top-K). Arithmetic is
-in the tables' dtype and in the order written, without fused or reordered operations except in sums of squares and inner
-products; against torch, which fuses some multiplications with additions, results differ in the last bits at most.
+in the tables' dtype. Sums of squares and inner products may be reordered and AdamW may fuse multiplications with
+additions, as torch does elsewhere: results differ from torch's in the last bits at most. All else is in the order
+written.
 
 bf16 has no numpy type and travels as uint16. Letters: ``R`` rows, ``D`` hidden size, ``A`` active rows, ``T`` tokens,
 ``K`` rows per token.
@@ -441,6 +442,8 @@ def warm_up(say: Callable[[str], None]) -> None:
         kernels.gather(table, rows, staging)
         kernels.accumulate(table, touched, rows, staging)
     kernels.gather(half, rows, half.clone())
+    for wide in (torch.zeros(2, 512), torch.zeros(2, 1024, dtype=torch.bfloat16)):  # what large gathers run
+        gather_streaming(_bits(wide), rows.numpy(), _bits(wide.clone()), 0, 2)
     kernels.squared_norm(table, rows)
     for copy in (None, half):
         kernels.adamw(

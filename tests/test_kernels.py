@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -146,6 +149,24 @@ def test_a_gather_past_the_cache_is_index_select(kernels, monkeypatch, columns, 
         assert torch.equal(out, table.index_select(0, rows))
         assert (around[:offset] == 7).all()
         assert (around[offset + out.numel() :] == 7).all()
+
+
+def test_nothing_is_left_to_compile_once_the_kernels_are_warm() -> None:
+    """In a process of its own, where no other test has compiled anything."""
+    script = """
+import torch
+from meft.runtime import kernels, streaming_copy
+kernels.warm_up(lambda text: None)
+compiled = list(streaming_copy.gather_streaming.signatures)
+kernels.STREAMED_BYTES = 0
+for dtype in (torch.float32, torch.bfloat16):
+    table = torch.ones(4, 2048, dtype=dtype)
+    kernels.HostKernels(1).gather(table, torch.arange(4), table.clone())
+assert len(compiled) == 2, compiled
+assert streaming_copy.gather_streaming.signatures == compiled
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_can_be_streamed() -> None:
