@@ -16,7 +16,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,7 @@ from meft.planner.sparsity import check_layers, layer_laws
 LEAST_RANGE = math.log(1.2)
 """Runs must differ by a fifth in ``T`` or ``K/R`` before anything is said of how rows change with it."""
 _MOST_FRACTION = 1 - 1e-6
+T = TypeVar("T", bound=str)
 HostWork = Literal["gather", "scatter", "adamw", "route"]
 _WORK_OF_TASK: dict[str, HostWork] = {
     "gather": "gather",
@@ -275,26 +276,30 @@ def lane_factors(runs: Sequence[Run], profiles: ProfileSet) -> dict[Lane, float]
 
     The rows of a micro-batch are the observed ones, those of an accumulation window the sparsity profile's.
     """
-    logs: dict[Lane, list[float]] = {}
-    for run in runs:
-        predicted = given_rows(run, profiles).timing.busy_seconds
-        for lane, seconds in run.report.observed.busy_seconds.items():
-            if seconds > 0 and predicted.get(lane, 0.0) > 0:
-                logs.setdefault(lane, []).append(math.log(seconds / predicted[lane]))
-    return {lane: math.exp(statistics.fmean(values)) for lane, values in logs.items()}
+    return _factors((run.report.observed.busy_seconds, given_rows(run, profiles).timing.busy_seconds) for run in runs)
 
 
 def host_factors(runs: Sequence[Run], profiles: ProfileSet) -> dict[HostWork, float]:
     """The same for each kind of work on the host, from the reports that tell them apart."""
-    logs: dict[HostWork, list[float]] = {}
-    for run in runs:
-        tasks = _host_tasks(run, profiles)
-        predicted = _by_work((task_kind(task.name), task.end_seconds - task.start_seconds) for task in tasks)
-        observed = _by_work(run.report.observed.host_task_seconds.items())
-        for work, seconds in observed.items():
-            if seconds > 0 and predicted.get(work, 0.0) > 0:
-                logs.setdefault(work, []).append(math.log(seconds / predicted[work]))
-    return {work: math.exp(statistics.fmean(values)) for work, values in logs.items()}
+    return _factors(
+        (
+            _by_work(run.report.observed.host_task_seconds.items()),
+            _by_work(
+                (task_kind(task.name), task.end_seconds - task.start_seconds) for task in _host_tasks(run, profiles)
+            ),
+        )
+        for run in runs
+    )
+
+
+def _factors(observed_and_predicted: Iterable[tuple[Mapping[T, float], Mapping[T, float]]]) -> dict[T, float]:
+    """Geometric means of observed over predicted seconds, of what took time in both."""
+    logs: dict[T, list[float]] = {}
+    for observed, predicted in observed_and_predicted:
+        for name, seconds in observed.items():
+            if seconds > 0 and predicted.get(name, 0.0) > 0:
+                logs.setdefault(name, []).append(math.log(seconds / predicted[name]))
+    return {name: math.exp(statistics.fmean(values)) for name, values in logs.items()}
 
 
 def _host_tasks(run: Run, profiles: ProfileSet) -> Iterator[Event]:
