@@ -73,7 +73,7 @@ def hardware(output: Path) -> None:
     type=click.IntRange(min=2048),
     default=8192,
     show_default=True,
-    help="To measure, in groups of 2048; as many more judge the fit.",
+    help="In each of two halves, in groups of 2048; each half judges the law of the other.",
 )
 @_OUTPUT
 def sparsity(output: Path, **given: Any) -> None:

@@ -1,8 +1,9 @@
-"""From a model and text to a sparsity profile: measure, fit on one half, judge on the other, describe.
+"""From a model and text to a sparsity profile: measure, judge each half of the text by the other, fit both, describe.
 
 Unions are counted over tokens alone: how many positions of a micro-batch are padding depends on ``seq_len``, and
-``calibrate`` counts it in runs. The text's sequences are dealt alternately to two halves. The law is fitted to unions
-of the first half at a few ``T``, ``K`` and ``R``; its stated error is that of all other points, on the second half.
+``calibrate`` counts it in runs. The sequences of each source are dealt to two halves of as many tokens. The law is
+fitted to unions at a few ``T``, ``K`` and ``R``; its stated error is that of all other points of a half's text by the
+law of the other half, the worse of both ways. The profile's law is fitted to both halves.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ EMBEDDED: dict[str, Callable[[], list[dict[str, str]]]] = {"airports": airport_q
 Unions = dict[tuple[int, int, int], list[list[float]]]
 """Sizes by ``(T, K, R)``: per layer, per window."""
 Tell = Callable[[str, int, int], None]
+TokenIds = tuple[int, ...]
+"""Token ids."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +87,17 @@ def measure_sparsity(request: SparsityRequest, tell: Tell, *, meft_version: str)
     pools, routers = _pools(request, model)
     grid = probe.Grid().up_to(min(map(len, pools)))
     halves = []
-    for number, half in enumerate((sequences[0::2], sequences[1::2])):
+    for number, half in enumerate(sequences):
         halves.append(_measure_half(model, half, pools, routers, grid, request, tell, done=number))
-    fitted, unseen = _points(halves[0].unions, seen=True), _points(halves[1].unions, seen=False)
-    layers = fit_layers(fitted)
-    error = fit_error(layers, unseen)
+    fitted = _points(_together([half.unions for half in halves]), seen=True)
+    error = _judged(halves)
     machine = describe_machine()
     profile = SparsityProfile(
         key=f"{folder.name.lower()}-{'-'.join(Path(name).stem for name in request.data)}",
         name=f"{folder.name} on {', '.join(Path(name).name for name in request.data)}",
         basis="measured",
         source=_source(request, error, machine.date, torch.__version__),
-        layers=layers,
+        layers=fit_layers(fitted),
         spread_fraction=_spread(halves),
         least_share=float(fitted.shares.min()),
         greatest_share=float(fitted.shares.max()),
@@ -114,10 +117,10 @@ def _source(request: SparsityRequest, error: FitError, date: str, torch_version:
     rows = "the rows of a trained adapter" if request.adapter else "the model's own FFN rows as keys, exact routing"
     data = " ".join(f"--data {Path(name).name}" for name in request.data)
     return (
-        f"meft-profile sparsity --model {Path(request.model).name} {data}: {rows}; fitted to {request.tokens:,} tokens "
-        f"in sequences of up to {request.seq_len}; on other text and at {error.points} points (T, K, R) that the fit "
-        f"did not see, the rows of a layer are {error.mean:.1%} off (mean over layers and points), and the mean of all "
-        f"layers' rows {error.worst_total:.1%} at the worst point; "
+        f"meft-profile sparsity --model {Path(request.model).name} {data}: {rows}; fitted to {2 * request.tokens:,} "
+        f"tokens in sequences of up to {request.seq_len}; fitted to one half of them, on the other half and at "
+        f"{error.points} points (T, K, R) that the fit did not see, the rows of a layer are {error.mean:.1%} off (mean "
+        f"over layers and points), and the mean of all layers' rows {error.worst_total:.1%} at the worst point; "
         f"spread_fraction: {SPREAD_QUANTILE:.0%} of batches of {TYPICAL[0]} tokens lie within it; "
         f"{date}, torch {torch_version}"
     )
@@ -165,28 +168,44 @@ def _pools(request: SparsityRequest, model: torch.nn.Module) -> tuple[list[torch
     return keys, None if None in routers else [each.float() for each in routers if each is not None]
 
 
-def _sequences(request: SparsityRequest, folder: Path) -> list[tuple[int, ...]]:
-    """Token ids, sources mixed so that each has as many tokens, enough for both halves."""
+def _sequences(request: SparsityRequest, folder: Path) -> tuple[list[TokenIds], list[TokenIds]]:
+    """Token ids for each half, from sources of which each has as many tokens."""
     tokenizer = load_tokenizer(folder)
     sources = [_source_sequences(name, request, tokenizer) for name in request.data]
-    mixed: list[tuple[int, ...]] = []
-    taken, places = [0] * len(sources), [0] * len(sources)
     needed = 2 * (request.tokens + request.seq_len * 2)
+    halves, short = dealt(sources, needed=needed)
+    if short is not None:
+        found = sum(map(len, chain(*halves)))
+        raise UsageError(
+            f"--data {request.data[short]}: {found:,} tokens were found and {needed:,} are needed to measure "
+            f"{request.tokens:,} and judge on as many; give more text, or a smaller --tokens"
+        )
+    return halves
+
+
+def dealt(
+    sources: Sequence[Sequence[TokenIds]], *, needed: int
+) -> tuple[tuple[list[TokenIds], list[TokenIds]], int | None]:
+    """Two halves of ``needed`` tokens in all: as many of each source, and of each as many in one half as in the other,
+    so that the halves are of one kind whatever the sequences' lengths; and the source that has too few, if one has.
+    """
+    halves: tuple[list[TokenIds], list[TokenIds]] = ([], [])
+    first_is_ahead = [0] * len(sources)
+    taken, places = [0] * len(sources), [0] * len(sources)
     while sum(taken) < needed:
         least = min(range(len(sources)), key=lambda source: taken[source])
         if places[least] == len(sources[least]):
-            raise UsageError(
-                f"--data {request.data[least]}: {sum(taken):,} tokens were found and {needed:,} are needed to measure "
-                f"{request.tokens:,} and judge on as many; give more text, or a smaller --tokens"
-            )
+            return halves, least
         sequence = sources[least][places[least]]
         places[least] += 1
         taken[least] += len(sequence)
-        mixed.append(sequence)
-    return mixed
+        into_first = first_is_ahead[least] <= 0
+        first_is_ahead[least] += len(sequence) if into_first else -len(sequence)
+        halves[0 if into_first else 1].append(sequence)
+    return halves, None
 
 
-def _source_sequences(name: str, request: SparsityRequest, tokenizer: Any) -> list[tuple[int, ...]]:
+def _source_sequences(name: str, request: SparsityRequest, tokenizer: Any) -> list[TokenIds]:
     limit = request.seq_len
     if name in EMBEDDED:
         records = [parse_record(json.dumps(line)) for line in EMBEDDED[name]()[:MOST_LINES]]
@@ -206,7 +225,7 @@ def _source_sequences(name: str, request: SparsityRequest, tokenizer: Any) -> li
 
 def _measure_half(
     model: torch.nn.Module,
-    sequences: Sequence[tuple[int, ...]],
+    sequences: Sequence[TokenIds],
     pools: list[torch.Tensor],
     routers: list[torch.Tensor] | None,
     grid: probe.Grid,
@@ -302,6 +321,24 @@ def _points(unions: Unions, *, seen: bool) -> UnionPoints:
         shares=np.array([top_k / width for _, top_k, width in chosen]),
         fractions=np.array(fractions).T,
     )
+
+
+def _together(unions: Sequence[Unions]) -> Unions:
+    """The windows of all halves as those of one text."""
+    return {
+        point: [list(chain(*layers)) for layers in zip(*(each[point] for each in unions), strict=True)]
+        for point in unions[0]
+    }
+
+
+def _judged(halves: Sequence[Half]) -> FitError:
+    """The error of the law of one half at the other half's points that the fit did not see: the worse of both ways."""
+    one, other = (half.unions for half in halves)
+    errors = [
+        fit_error(fit_layers(_points(known, seen=True)), _points(unknown, seen=False))
+        for known, unknown in ((one, other), (other, one))
+    ]
+    return max(errors, key=lambda error: error.worst_total)
 
 
 def _typical_sizes(half: Half) -> NDArray[np.float64]:

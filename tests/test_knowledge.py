@@ -79,7 +79,7 @@ def _record(rate: float, seed: int, score: float, epochs: int = 8) -> dict:
     sizes = dict.fromkeys(("peak_allocated_bytes", "method_bytes", "h2d_bytes_per_step", "d2h_bytes_per_step"), 1)
     forgetting = {"prose_loss": 1.0, "capitals_exact_match": 0.5}
     scores = {"exact_match": {"exact_match": score}, "forgetting": forgetting, "training_seconds": 1.0}
-    return {"method": "meft", "epochs": epochs, "learning_rate": rate, "seed": seed, **scores, **sizes}
+    return {"method": "meft", "facts": 500, "epochs": epochs, "learning_rate": rate, "seed": seed, **scores, **sizes}
 
 
 def test_the_best_learning_rate_is_taken_by_the_mean_over_seeds(script) -> None:

@@ -16,6 +16,7 @@ from meft.planner.profiles import load_sparsity
 from meft.planner.sparsity import active_rows_per_layer
 from meft.runtime import sparsity_probe as probe
 from meft.runtime.profile_cli import command
+from meft.runtime.sparsity_profile import dealt
 
 
 @pytest.fixture
@@ -104,6 +105,18 @@ def test_hidden_states_leave_padding_out(glass_model) -> None:
     assert all(len(states) == probe.GROUP_TOKENS for states in group)
     (alone,) = probe.hidden_groups(glass_model, [sequences[0], sequences[1], sequences[2][:448]])
     assert torch.allclose(group[-1][:2000], alone[-1][:2000], atol=1e-4)
+
+
+def test_halves_have_as_many_tokens_of_each_source() -> None:
+    """One source's sequences are six times as long as the other's: dealt by turns, a half could get most of them."""
+    long, short = [(1,) * (200 + 7 * place) for place in range(40)], [(2,) * 40] * 300
+    (one, other), lacking = dealt([long, short], needed=8000)
+    assert lacking is None
+    for token in (1, 2):
+        counts = [sum(len(each) for each in half if each[0] == token) for half in (one, other)]
+        assert abs(counts[0] - counts[1]) <= 300
+        assert min(counts) > 1700
+    assert dealt([long, short[:5]], needed=8000)[1] == 1
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
