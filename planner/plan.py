@@ -83,6 +83,10 @@ class Decision(Record):
     """Gradients of cached rows are summed on the device and sent once per window."""
     bf16_copy: bool = False
     """The host keeps a bf16 copy of the rows to gather from (for a bf16 adapter)."""
+    hot_rows: Index = 0
+    """Rows per layer that live on the device with their optimizer state: the most often active ones."""
+    hot_after_steps: Count = 32
+    """Micro-batches that are counted before the hot rows are chosen, at the end of the window that completes them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Decision:
@@ -103,6 +107,9 @@ class Decision(Record):
             raise ValueError(f"cached_rows {self.cached_rows} is above adapter_width {self.adapter_width}")
         if self.gradients_on_device and not self.cached_rows:
             raise ValueError("gradients_on_device sums the gradients of cached rows, but cached_rows is 0")
+        if self.hot_rows + self.cached_rows > self.adapter_width:
+            both = f"hot_rows {self.hot_rows} and cached_rows {self.cached_rows}"
+            raise ValueError(f"{both} are more than adapter_width {self.adapter_width}: a hot row is never cached")
         return self
 
 

@@ -21,7 +21,8 @@ from meft.planner.plan import Direction
 from meft.runtime.device import Device
 from meft.runtime.lanes import Job, Schedule, Sequential
 
-Per = Literal["step", "optimizer_step", "probe"]
+Per = Literal["step", "optimizer_step", "run", "probe"]
+"""``run``: when there is need, as for a checkpoint, whatever the number of steps."""
 Views = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Gives source and target when the copy's turn has come: how many rows travel may not be known before."""
 

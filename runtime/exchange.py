@@ -41,10 +41,11 @@ from meft.runtime.fetching import RowFetcher
 from meft.runtime.gradient_window import GradientWindow
 from meft.runtime.host_side import HostSide
 from meft.runtime.host_store import HostStore
+from meft.runtime.hot_rows import HotSet
 from meft.runtime.lanes import Job
 from meft.runtime.optimizer import AdamWSettings
 from meft.runtime.router import Router
-from meft.runtime.row_cache import NoCache, RowCache, WindowCache
+from meft.runtime.row_cache import BesideHotRows, NoCache, RowCache, WindowCache
 from meft.runtime.timeline import LaneClock
 
 __all__ = ["LayerState", "RowExchange", "StepCounters"]
@@ -78,7 +79,7 @@ class RowExchange:
         """Called for each layer of a window's last backward, once the layer's gradients are on their way."""
         self.observer: Callable[[int, torch.Tensor], None] | None = None
         if self.cache is None:
-            self.cache = _cache_of(decision, num_layers)
+            self.cache = _cache_of(decision, self.store)
         self._state = ExchangeState.of(num_layers)
         self._host = HostSide(self.device, self.engine)
         self._on_device = DeviceRows.make(
@@ -91,6 +92,7 @@ class RowExchange:
         )
         self._fetcher = self._make_fetcher(self.cache)
         self._window = self._make_window(self.cache)
+        self.hot = self._make_hot() if decision.hot_rows else None
         self._next_token_mask: torch.Tensor | None = None
 
     def _make_fetcher(self, cache: RowCache) -> RowFetcher:
@@ -126,6 +128,17 @@ class RowExchange:
             slots=slots,
         )
 
+    def _make_hot(self) -> HotSet:
+        return HotSet(
+            device=self.device,
+            engine=self.engine,
+            store=self.store,
+            decision=self.decision,
+            tables=self._on_device.hot,
+            window=self._window,
+            landing=self._fetcher.staging[0],
+        )
+
     @property
     def layers(self) -> list[LayerState]:
         """What is known of the micro-batch's layers."""
@@ -156,6 +169,8 @@ class RowExchange:
         self.in_backward = False
         self._fetcher.token_mask, self._next_token_mask = self._next_token_mask, None
         self._window.settle_without_backward()
+        if self.hot is not None:
+            self.hot.place()
         self.window_open = True
         self._state.begin_micro_batch()
         self._on_device.empty_ring()
@@ -264,6 +279,8 @@ class RowExchange:
         """The device is through with the micro-batch; gradients may still be on their way."""
         self._computed("backward 0")
         self.in_backward = False
+        if self.hot is not None:
+            self.hot.note_step()
 
     # --- the end of a window -----------------------------------------------------------------------------------
 
@@ -284,6 +301,8 @@ class RowExchange:
     def drop_window(self) -> None:
         """Forget the window's gradients, on the host and on the device. What was updated before goes on."""
         self._window.drop()
+        if self.hot is not None:
+            self.hot.drop_gradients()
 
     def squared_norm(self, layer: int) -> Job:
         """A job that sums the squares of the layer's gradients of the window, once they have all arrived."""
@@ -344,7 +363,10 @@ class RowExchange:
             self.clock.resume()
 
 
-def _cache_of(decision: Decision, num_layers: int) -> RowCache:
-    if not decision.cached_rows:
-        return NoCache()
-    return WindowCache(num_layers=num_layers, adapter_width=decision.adapter_width, cached_rows=decision.cached_rows)
+def _cache_of(decision: Decision, store: HostStore) -> RowCache:
+    cache: RowCache = NoCache()
+    if decision.cached_rows:
+        cache = WindowCache(
+            num_layers=store.num_layers, adapter_width=decision.adapter_width, cached_rows=decision.cached_rows
+        )
+    return BesideHotRows(cache, [index.places for index in store.hot]) if decision.hot_rows else cache

@@ -39,12 +39,14 @@ class StepCounters:
     """Those that were not on the device."""
     overflow_rows: list[int]
     """Those that were not kept there either."""
+    hot_rows: list[int]
+    """Those that are there for good."""
     dropped_rows: int = 0
 
     @classmethod
     def zero(cls, num_layers: int) -> StepCounters:
         """Nothing was done yet."""
-        return cls([0] * num_layers, [0] * num_layers, [0] * num_layers)
+        return cls([0] * num_layers, [0] * num_layers, [0] * num_layers, [0] * num_layers)
 
 
 @dataclass

@@ -93,6 +93,7 @@ class RowFetcher:
             counters.active_rows[target] = placement.num_rows
             counters.missing_rows[target] = placement.num_missing
             counters.overflow_rows[target] = placement.num_overflow
+            counters.hot_rows[target] = placement.num_hot
             counters.dropped_rows += selection.dropped_rows
             return placement
 
@@ -177,8 +178,8 @@ class RowFetcher:
                 lambda placement: placement.rows // rows_per_expert,
                 self.on_device.experts,
             )
-        if self.on_device.kept:
-            self._send_index("row_positions", layer, route, lambda placement: placement.hits, self.on_device.hits)
+        if self.on_device.places:
+            self._send_index("row_positions", layer, route, lambda placement: placement.places, self.on_device.places)
 
     def _send_index(
         self,

@@ -1,7 +1,8 @@
 """The way back: row gradients go to the host, which sums them over the accumulation window and updates the rows.
 
 Gradients leave as soon as a layer has them. With ``gradients_on_device`` those of rows that are kept there are summed
-there and leave once, when the window's last micro-batch is through.
+there and leave once, when the window's last micro-batch is through. Those of hot rows (:mod:`meft.runtime.hot_rows`)
+never leave.
 
 Letters: ``D`` hidden size, ``A`` active rows of a layer.
 """
@@ -16,7 +17,7 @@ import torch
 from meft.planner.plan import Decision
 from meft.runtime.device import Device
 from meft.runtime.device_rows import DeviceRows, GradientSlot
-from meft.runtime.engine import TransferEngine
+from meft.runtime.engine import Copy, TransferEngine
 from meft.runtime.exchange_state import ExchangeState
 from meft.runtime.host_side import HostSide
 from meft.runtime.host_store import HostStore
@@ -40,6 +41,8 @@ class GradientWindow:
     slots: list[GradientSlot]
     is_open: bool = False
     """Micro-batches have run whose gradients no optimizer step has used."""
+    counts_activations: bool = False
+    """Hot rows are still to be chosen: whatever goes backward is counted."""
     _turn: int = 0
     _accumulated: list[Job | None] = field(init=False)
     """By layer: the last job that added gradients to the window's sum on the host."""
@@ -58,12 +61,17 @@ class GradientWindow:
         """Send what :meth:`buffer` now holds to the host, less what is summed on the device."""
         placement, slot = self.state.placement(layer), self._slot()
         self.state.layers[layer].went_backward = True
-        if not self.on_device.sums:
-            self._send_rows(layer, placement.rows, 0, name=f"row gradients {layer}")
-            return
+        gradients = slot.buffer[: placement.num_rows]
+        if self.counts_activations:
+            self._count(layer, placement.rows)
         with torch.no_grad():
-            self.on_device.add_gradients(layer, placement, slot.buffer[: placement.num_rows])
-        if placement.num_overflow:
+            if placement.num_hot:
+                self.on_device.add_hot_gradients(layer, placement, gradients)
+            if self.on_device.sums:
+                self.on_device.add_gradients(layer, placement, gradients)
+        if not self.on_device.sums:
+            self._send_rows(layer, placement.rows[: placement.num_cold], 0, name=f"row gradients {layer}")
+        elif placement.num_overflow:
             self._send_rows(layer, placement.overflow, placement.num_admitted, name=f"row gradients {layer}")
 
     def send_sums(self, layer: int) -> None:
@@ -78,6 +86,36 @@ class GradientWindow:
             with torch.no_grad():
                 slot.buffer[: rows.shape[0]].copy_(sums[first : first + rows.shape[0]])
             self._send_rows(layer, rows, 0, name=f"window gradients {layer}", category="window_gradients")
+
+    def send_hot_keys(self, layer: int, rows: torch.Tensor, weights: torch.Tensor) -> None:
+        """Send the keys of the layer's hot ``rows [H]``, of ``weights [H, 2D]``, to the host, which chooses by them.
+
+        They leave through the gradients' buffers, as many at a time as those hold.
+        """
+        hidden_size = self.store.hidden_size
+        most = viewed(self.slots[0].buffer, weights.dtype).shape[0] // hidden_size
+        for first in range(0, rows.shape[0], most):
+            some, slot = rows[first : first + most], self._slot()
+            keys = viewed(slot.buffer, weights.dtype)[: some.shape[0] * hidden_size].view(-1, hidden_size)
+            slot.sent.wait_on_device()
+            with torch.no_grad():
+                keys.copy_(weights[first : first + most, :hidden_size])
+            with self.device.host():
+                landing = viewed(slot.landing.buffer, weights.dtype)[: keys.numel()].view_as(keys)
+            copy = self._leave(slot, keys, landing, category="hot_keys", name=f"hot keys {layer}")
+            job = self._store_keys(layer, some, landing, copy)
+            slot.landing.readers = [job]
+
+    def _store_keys(self, layer: int, rows: torch.Tensor, landing: torch.Tensor, copy: Copy) -> Job:
+        """Write keys that have arrived; whoever chooses from the layer's rows next waits for it."""
+
+        def write() -> None:
+            copy.wait_on_host()
+            self.store.layers[layer].keys[rows] = landing
+
+        job = self.host.job(f"hot keys {layer}", write, after=(copy.job, self.state.updated[layer]))
+        self.state.updated[layer] = job
+        return job
 
     def close(self) -> list[int]:
         """Send the gradient sums that the last backward did not; how many rows of each layer were kept."""
@@ -146,15 +184,7 @@ class GradientWindow:
         """Send rows of the present gradient slot, from ``first`` on, and add them to the window's sums on the host."""
         slot = self._slot()
         source, target = slot.buffer[first : first + rows.shape[0]], slot.landing.buffer[: rows.shape[0]]
-        copy = slot.sent = self.engine.copy(
-            "d2h",
-            lambda: (source, target),
-            category=category,
-            name=name,
-            point=self.engine.mark(),
-            after=tuple(slot.landing.readers),
-            per="step" if category == "row_gradients" else "optimizer_step",
-        )
+        copy = self._leave(slot, source, target, category=category, name=name)
 
         def accumulate() -> None:
             copy.wait_on_host()
@@ -164,7 +194,30 @@ class GradientWindow:
         job = self.host.job(f"accumulate {layer}", accumulate, after=jobs, urgency=SOON)
         slot.landing.readers = [job]
         self._accumulated[layer] = job
+
+    def _leave(
+        self, slot: GradientSlot, source: torch.Tensor, target: torch.Tensor, *, category: str, name: str
+    ) -> Copy:
+        """Send what lies in a slot to its landing, once those who read the landing's last content have; next slot."""
+        copy = slot.sent = self.engine.copy(
+            "d2h",
+            lambda: (source, target),
+            category=category,
+            name=name,
+            point=self.engine.mark(),
+            after=tuple(slot.landing.readers),
+            per="step" if category == "row_gradients" else "optimizer_step",
+        )
         self._turn += 1
+        return copy
+
+    def _count(self, layer: int, rows: torch.Tensor) -> None:
+        """Note that these rows were active."""
+
+        def count() -> None:
+            self.store.hot[layer].activations[rows] += 1
+
+        self.host.job(f"count {layer}", count, after=(), urgency=LATER)
 
     def _slot(self) -> GradientSlot:
         """The slot whose turn it is."""
@@ -175,3 +228,8 @@ class GradientWindow:
             for layer in range(len(self.state.layers)):
                 self.cache.clear(layer)
                 self.state.kept[layer] = 0
+
+
+def viewed(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous buffer's memory as a flat tensor of another dtype."""
+    return buffer.view(-1).view(dtype)
