@@ -58,6 +58,7 @@ class Request(Record):
     prefetch_depth: Index | None = None
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
+    hot_rows: Index | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -163,7 +164,8 @@ class TransferEntry(Record):
 
     direction: Direction
     category: str
-    per: Literal["step", "optimizer_step"]
+    per: Literal["step", "optimizer_step", "run"]
+    """``run``: over the whole run, when there was need; never predicted."""
     num_bytes: Bytes
     because: str
 
@@ -202,6 +204,8 @@ class Sparsity(Record):
     """With cached rows: missing ones that there is no room to keep."""
     kept_rows_per_layer: tuple[Index, ...] = ()
     """With cached rows: how many are on the device at the window's end."""
+    hot_rows_per_layer: tuple[Index, ...] = ()
+    """With hot rows: those of a micro-batch that are, once they are chosen; they do not travel. Empty: none."""
     quantile: Fraction | None = None
     quantile_rows_per_layer: tuple[Index, ...] = ()
     """Rows that this share of micro-batches does not exceed, as the sparsity profile's spread says."""

@@ -31,7 +31,7 @@ from meft.planner.pareto import pareto_front, thinned
 from meft.planner.plan import Decision, ParetoPoint, Plan, Prediction, Request, SearchSummary
 from meft.planner.prediction import ProfileSet, inputs_used, predict, trainable_parameters
 from meft.planner.space import CAP_AXIS, Space, enumerate_space
-from meft.planner.sparsity import window_rows
+from meft.planner.sparsity import hot_rows_among, window_rows
 from meft.planner.timing import step_costs
 
 WITHOUT_MLP_MODULE = ("opt",)
@@ -92,6 +92,8 @@ def check_request(request: Request) -> None:
         raise UsageError(
             f"top_k {top_k} is above adapter_width {width}: a token cannot choose more rows than there are"
         )
+    if width is not None and request.hot_rows is not None and request.hot_rows > width:
+        raise UsageError(f"hot_rows {request.hot_rows} is above adapter_width {width}: give at most that")
     if request.prefetch_depth is not None and request.prefetch_depth >= shape.num_layers:
         raise UsageError(
             f"prefetch_depth {request.prefetch_depth}: {shape.name} has {shape.num_layers} layers; give at most "
@@ -220,6 +222,7 @@ def _allocated_bytes(space: Space, request: Request, profiles: ProfileSet) -> ND
         activation_checkpointing=space.checkpointing_axis,
         cached_rows=space.cached_axis,
         gradients_on_device=space.on_device_axis,
+        hot_rows=space.hot_rows,
     )
     return np.broadcast_to(peak, space.shape)
 
@@ -235,6 +238,7 @@ def _host_bytes(space: Space, request: Request, profiles: ProfileSet) -> NDArray
             key_experts=space.key_experts,
             pinned=profiles.pinned,
             cached_rows=space.cached_axis,
+            hot_rows=space.hot_rows,
         )
     )
 
@@ -297,7 +301,15 @@ def _routing_costs(space: Space, request: Request, profiles: ProfileSet, *, cach
             grad_accum=request.grad_accum,
             cached_rows=space.cached_rows[cache],
             active_rows_cap=space.adapter_width,
+            hot_rows=space.hot_rows,
         )
+    hot = hot_rows_among(
+        profiles.sparsity,
+        hot_rows=space.hot_rows,
+        adapter_width=space.adapter_width,
+        active_rows=space.active_rows,
+        window_active_rows=space.window_active_rows,
+    )
     return step_costs(
         request=request,
         gpu=profiles.gpu,
@@ -312,6 +324,7 @@ def _routing_costs(space: Space, request: Request, profiles: ProfileSet, *, cach
         window_active_rows=space.window_active_rows,
         cached=cached,
         gradients_on_device=space.gradients_on_device[cache],
+        hot=hot,
     )
 
 

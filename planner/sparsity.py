@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.errors import UsageError
+from meft.planner.hot_rows import HotRows, hot_active_rows, hot_share
 from meft.planner.plan import Decision, Request, Sparsity
 from meft.planner.profiles import TYPICAL_SHARE, TYPICAL_TOKENS, LayerSparsity, SparsityProfile
 from meft.planner.quantities import Floats, Ints, Reals
@@ -200,19 +201,23 @@ def window_rows(
     grad_accum: int,
     cached_rows: Ints,
     active_rows_cap: Ints,
+    hot_rows: Ints = 0,
 ) -> WindowRows:
-    """What travels when a layer keeps the first ``C`` rows that the window activates.
+    """What travels when a layer keeps the first ``C`` rows that the window activates; hot rows are left out.
 
     The union of ``m`` micro-batches is that of ``m * T`` tokens, so the next one brings what the union grows by. Once
     ``C`` are kept, every further micro-batch is taken to miss as many as the next one would have: micro-batches are
     alike, and those kept are the rows of the first ones.
     """
 
+    share = hot_share(profile, hot_rows=hot_rows, adapter_width=adapter_width)
+
     def union(micro_batches: int) -> NDArray[np.int64]:
         rows = active_rows_per_layer(
             profile, num_layers, tokens=tokens * micro_batches, top_k=top_k, adapter_width=adapter_width
         )
-        return np.minimum(distinct_layers(rows), active_rows_cap * micro_batches)
+        rows = np.minimum(distinct_layers(rows), active_rows_cap * micro_batches)
+        return rows - hot_active_rows(rows, hot_rows=hot_rows, share=share)
 
     before = np.zeros_like(union(1))
     missing = overflow = before.astype(np.float64)
@@ -233,6 +238,25 @@ def window_rows(
     return WindowRows(missing=mean(missing), overflow=mean(overflow), kept=kept)
 
 
+def hot_rows_among(
+    profile: SparsityProfile,
+    *,
+    hot_rows: Ints,
+    adapter_width: Ints,
+    active_rows: NDArray[np.int64],
+    window_active_rows: NDArray[np.int64],
+) -> HotRows | None:
+    """The hot ones among active rows ``[L, ...]`` of a micro-batch and of a window; None where no rows are hot."""
+    if not np.any(hot_rows):
+        return None
+    share = hot_share(profile, hot_rows=hot_rows, adapter_width=adapter_width)
+
+    def among(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.broadcast_to(hot_active_rows(distinct_layers(rows), hot_rows=hot_rows, share=share), rows.shape)
+
+    return HotRows(per_layer=hot_rows, active=among(active_rows), in_window=among(window_active_rows))
+
+
 def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: Decision) -> Sparsity:
     """Active rows of a micro-batch and of an accumulation window, per layer, under the decision's cap."""
     num_layers, tokens = request.model.num_layers, request.tokens_per_step
@@ -251,20 +275,26 @@ def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: De
             grad_accum=request.grad_accum,
             cached_rows=decision.cached_rows,
             active_rows_cap=cap,
+            hot_rows=decision.hot_rows,
         )
         cached = {
             "missing_rows_per_layer": tuple(rows.missing.tolist()),
             "overflow_rows_per_layer": tuple(rows.overflow.tolist()),
             "kept_rows_per_layer": tuple(rows.kept.tolist()),
         }
+    active, in_window = capped(step, cap=cap), capped(window, cap=cap * request.grad_accum)
+    hot = hot_rows_among(
+        profile, hot_rows=decision.hot_rows, adapter_width=width, active_rows=active, window_active_rows=in_window
+    )
     quantile = request.active_rows_quantile
     spread = spread_at(profile.spread_fraction, quantile=quantile)
     highest = np.asarray(highest_active_rows(active_rows=step, spread_fraction=spread, adapter_width=width))
     return Sparsity(
         quantile=quantile,
         quantile_rows_per_layer=tuple(highest.tolist()),
-        active_rows_per_layer=tuple(capped(step, cap=cap).tolist()),
-        window_active_rows_per_layer=tuple(capped(window, cap=cap * request.grad_accum).tolist()),
+        active_rows_per_layer=tuple(active.tolist()),
+        window_active_rows_per_layer=tuple(in_window.tolist()),
+        hot_rows_per_layer=() if hot is None else tuple(hot.active.tolist()),
         prefetch_recall=float(prefetch_recall(profile, prefetch_depth=decision.prefetch_depth)),
         basis=profile.basis,
         **cached,

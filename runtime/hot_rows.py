@@ -79,6 +79,11 @@ class HotSet:
         self.rows = rows
         self.window.counts_activations = not rows
 
+    def rehearse(self, rows: list[torch.Tensor]) -> None:
+        """For a rehearsal: these rows have been chosen, and are there."""
+        self.take(rows)
+        self.current = "both"
+
     # --- a window's end --------------------------------------------------------------------------------------------
 
     def squared_norm(self) -> torch.Tensor:
