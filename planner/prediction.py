@@ -237,6 +237,7 @@ def _sparsity_numbers(profile: SparsityProfile, *, prefetch_depth: int) -> Itera
         values = {"alpha_lowest": min(alphas), "alpha_mean": sum(alphas) / len(alphas), "alpha_highest": max(alphas)}
     values["spread_fraction"] = profile.spread_fraction
     values["prefetch_recall"] = recalls[min(prefetch_depth, len(recalls) - 1)]
+    values |= {f"popularity_of_top_{point.rows:g}": point.traffic for point in profile.popularity}
     for name, value in values.items():
         yield NumberUsed(name=f"sparsity.{name}", value=value, basis=profile.basis, source=profile.source)
 

@@ -201,7 +201,7 @@ def _decision(plan: Plan) -> RenderableType:
         ("routing", decision.routing, _given(plan.request.routing, _why_routing(plan))),
         ("rows in backward", decision.rows_in_backward, _given(plan.request.rows_in_backward, _why_backward(plan))),
         ("rows cached", f"{decision.cached_rows:,}", _why_cached(plan)),
-        *([("hot rows", f"{decision.hot_rows:,}", _why_hot(plan))] if decision.hot_rows else []),
+        ("hot rows", f"{decision.hot_rows:,}", _given(plan.request.hot_rows, _why_hot(plan))),
         ("checkpointing", "on" if decision.activation_checkpointing else "off", _why_checkpointing(plan)),
     ]
     return grid(("", "", ""), rows, right=(1,))
@@ -266,10 +266,14 @@ def _why_cached(plan: Plan) -> str:
 
 
 def _why_hot(plan: Plan) -> str:
-    sparsity = plan.prediction.sparsity
+    sparsity, decision = plan.prediction.sparsity, plan.decision
+    known = any(number.name.startswith("sparsity.popularity") for number in plan.inputs.numbers)
+    unknown = "" if known else f"; {plan.request.sparsity} does not say how popular rows are"
+    if not decision.hot_rows:
+        return f"no row lives on the device{unknown}"
     share = sum(sparsity.hot_rows_per_layer) / max(1, sum(sparsity.active_rows_per_layer))
-    why = f"per layer, on the device for good: {percent(share)} of active rows, once {plan.decision.hot_after_steps} "
-    return _given(plan.request.hot_rows, why + "steps were counted")
+    some = percent(share) if known else f"at least {percent(share)}"
+    return f"live on the device, chosen after {decision.hot_after_steps} steps: {some} of active rows{unknown}"
 
 
 def _why_checkpointing(plan: Plan) -> str:

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
-from sessions import AMPLE_BYTES, EXPERTS, open_small, small_plan, small_trainer
+from plan_samples import sample_profiles
+from planner_records import gpu_profile
+from sessions import AMPLE_BYTES, EXPERTS, open_small, random_examples, small_plan, small_trainer
 from sparse_setup import decision, run_step, sparse_setup
-from test_overlap import LATE, Delays, assert_bit_equal, open_with
+from test_overlap import CACHED, LATE, Delays, assert_bit_equal, open_with
 
+from meft.planner.audit import audit
+from meft.planner.errors import UsageError
+from meft.planner.host_memory import host_memory as planned_host_memory
+from meft.planner.memory import predict_device_memory
+from meft.planner.prediction import predict
+from meft.planner.stream import stream_peaks
+from meft.planner.transfer import expected_step_bytes, hot_keys_of
+from meft.runtime.adapter_model import AdapterModel, load_base
+from meft.runtime.data import collate
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.host_store import HostStore, LayerTables
 from meft.runtime.hot_tables import HOT_CHUNK_ROWS, HotTables
 from meft.runtime.lanes import Overlapped, Sequential
+from meft.runtime.nvml import MemoryReading, PcieReading
 from meft.runtime.optimizer import AdamWSettings, clip_scale, update_layer
+from meft.runtime.rehearse import rehearse
+from meft.runtime.reporting import build_report, host_memory
+from meft.runtime.trace import trace_plan
+from meft.runtime.trace_books import CudaBooks
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 """In fp64. Not bit-equal to rows on the host: hot rows stand last in a layer's matrix of active rows, and so sums over
@@ -238,3 +255,175 @@ def test_the_bf16_copy_and_the_checkpoint_have_what_the_device_made_of_the_rows(
     assert torch.equal(tables.weights[hot.rows[0]], hot.tables[0].weights)
     assert torch.equal(tables.first_moment[hot.rows[0]], hot.tables[0].first_moment)
     assert torch.equal(session.store.copies[0], tables.weights.bfloat16())
+
+
+# --- counted, and as the planner says --------------------------------------------------------------------------------
+
+PLANNED = [
+    pytest.param({"prefetch_depth": 1, "rows_in_backward": "refetched"}, "fp32", id="refetched"),
+    pytest.param({"prefetch_depth": 1, "rows_in_backward": "retained", **EXPERTS, **CACHED}, "bf16", id="all at once"),
+    pytest.param({"rows_in_backward": "refetched", "cached_rows": 50}, "bf16", id="gradients sent"),
+]
+
+
+@pytest.mark.parametrize(("choice", "dtype"), PLANNED)
+def test_counted_bytes_and_host_memory_are_the_predicted_ones(glass_folder, tmp_path, choice, dtype) -> None:
+    choice = {"hot_rows": 30, "hot_after_steps": 3, "active_rows_cap": 100, **choice}
+    plan = small_plan(glass_folder, choice=choice, grad_accum=3, seq_len=16, adapter_dtype=dtype)
+    session = open_small(glass_folder, plan)
+    trainer = small_trainer(session, steps=9, output=tmp_path)
+    trainer.run()
+    measured, engine = trainer.measured, session.engine
+    rows = (measured.active_rows, measured.missing_rows, measured.overflow_rows, measured.hot_rows)
+    names = ("active_rows_per_layer", "missing_rows_per_layer", "overflow_rows_per_layer", "hot_rows_per_layer")
+    expected = [
+        expected_step_bytes(request=plan.request, decision=plan.decision, **dict(zip(names, each, strict=True)))
+        for each in zip(*rows, strict=True)
+    ]
+    assert engine.bytes_in("h2d", "step") == sum(h2d for h2d, _ in expected)
+    assert engine.bytes_in("d2h", "step") == sum(d2h for _, d2h in expected)
+    shape = plan.request.model
+    hot_numbers = shape.num_layers * 30 * 2 * shape.hidden_size
+    counted = {name: size for (_, name, _), size in engine.counted_bytes.items() if name.startswith("hot_")}
+    whole = 3 * 4 * hot_numbers + shape.num_layers * 30 * 4  # weights, two moments; int32 counts
+    assert counted == {
+        "hot_keys": 2 * hot_keys_of(request=plan.request, decision=plan.decision),
+        "hot_norm": 2 * 8,
+        "hot_placed": whole,
+        "hot_returned": whole,  # once, for the checkpoint and the adapter beside it
+    }
+    assert counted["hot_keys"] == 2 * hot_numbers // 2 * 4
+    planned = planned_host_memory(request=plan.request, decision=plan.decision, pinned=False)
+    assert {entry.category: entry.num_bytes for entry in host_memory(session).entries} == {
+        entry.category: entry.num_bytes for entry in planned.entries
+    }
+
+
+def test_the_report_says_it_and_the_audit_holds(glass_folder) -> None:
+    choice = {"hot_rows": 30, "hot_after_steps": 3, "active_rows_cap": 100, "cached_rows": 40, "prefetch_depth": 1}
+    hand_made = small_plan(glass_folder, choice=choice | EXPERTS, grad_accum=3, seq_len=16)
+    prediction = predict(hand_made.request, hand_made.decision, sample_profiles())
+    plan = hand_made.model_copy(update={"prediction": prediction})
+    trainer = small_trainer(open_small(glass_folder, plan), steps=9)
+    trainer.run()
+    report = build_report(
+        trainer, memory=MemoryReading(None, "none"), pcie=PcieReading(None, None, "none"), recall=1.0, meft_version="0"
+    )
+    assert report.observed.hot_windows == 2
+    assert all(layer.hot_total > 0 for layer in report.observed.active_rows)
+    assert {entry.category for entry in report.observed.transfer.entries if entry.per == "run"} == {"hot_placed"}
+    checks = audit(plan, report, gpu=sample_profiles().gpu).categories
+    assert {"hot_keys", "hot_norm", "row_positions"} <= {check.category for check in checks}
+    assert [check for check in checks if not check.equal] == []
+
+
+def in_steady_state(plan, folder):
+    """A session whose hot rows are chosen and there, a batch, and the peaks of a step and of an optimizer step."""
+    session = open_small(folder, plan)
+    batch = collate(random_examples(2, length=64), seq_len=64, pad_id=0)
+    allocator, peaks = session.device.books.allocator, []
+    for _ in range(2):
+        session.device.reset_peaks()
+        session.step(batch, loss_scale=1.0)
+        in_step = allocator.peak_requested_bytes
+        session.device.reset_peaks()
+        session.optimizer_step(learning_rate=1e-3, max_norm=None)
+        peaks = [in_step, allocator.peak_requested_bytes]
+    return session, peaks
+
+
+@pytest.mark.parametrize("choice", [{"prefetch_depth": 1}, {**EXPERTS, **CACHED}], ids=["exact", "experts, cached"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_device_memory_is_the_predicted_one(glass_folder, choice, dtype) -> None:
+    choice = {"hot_rows": 60, "hot_after_steps": 1, **choice}
+    plan = small_plan(glass_folder, choice=choice, batch_size=2, seq_len=64, adapter_dtype=dtype)
+    session, (in_step, in_optimizer) = in_steady_state(plan, glass_folder)
+    assert sum(session.exchange.counters.hot_rows) > 0
+    predicted = predict_device_memory(
+        request=plan.request,
+        decision=plan.decision,
+        gpu=gpu_profile(),
+        active_rows_per_layer=session.exchange.counters.active_rows,
+    )
+    assert predicted.peak_allocated_bytes == pytest.approx(in_step, rel=0.015)
+    phases = ("resident", "optimizer_step")
+    held = sum(entry.num_bytes for entry in predicted.entries if entry.phase in phases)
+    assert held == pytest.approx(in_optimizer, rel=0.015)
+
+
+@pytest.mark.parametrize("cache", [{}, CACHED], ids=["no cache", "cached"])
+def test_rehearsal_and_trace_have_the_bytes_of_a_real_step(glass_folder, cache, monkeypatch) -> None:
+    """On the emulated device autograd adds gradients out of place, because its books are a dispatch mode."""
+    monkeypatch.setattr(CudaBooks, "_is_unshared", lambda self, gradient: False)
+    choice = {"hot_rows": 30, "hot_after_steps": 1, "prefetch_depth": 1, "rows_in_backward": "refetched", **cache}
+    plan = small_plan(glass_folder, choice=choice, batch_size=2, seq_len=64, attention="eager")
+    session, (in_step, _) = in_steady_state(plan, glass_folder)
+    before = session.engine.counted_bytes.copy()
+    session.step(collate(random_examples(2, length=64), seq_len=64, pad_id=0), loss_scale=1.0)
+    counters = session.exchange.counters
+    session.optimizer_step(learning_rate=1e-3, max_norm=None)
+    kept = [layer - other for layer, other in zip(counters.missing_rows, counters.overflow_rows, strict=True)]
+    update = {
+        "active_rows_per_layer": tuple(counters.active_rows),
+        "hot_rows_per_layer": tuple(counters.hot_rows),
+        "missing_rows_per_layer": tuple(counters.missing_rows),
+        "overflow_rows_per_layer": tuple(counters.overflow_rows),
+        "kept_rows_per_layer": tuple(kept),
+    }
+    sparsity = plan.prediction.sparsity.model_copy(update=update)
+    planned = plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"sparsity": sparsity})})
+    config = json.loads((glass_folder / "config.json").read_text())
+    report = rehearse(planned, config, budget_bytes=AMPLE_BYTES, meft_version="0")
+    rehearsed = {(entry.direction, entry.category, entry.per): entry for entry in report.observed.transfer.entries}
+    seen = session.engine.counted_bytes - before
+    travelled = {key: size for key, size in seen.items() if size}
+    assert {key: entry.num_bytes for key, entry in rehearsed.items()} == travelled
+    assert report.observed.device_memory.peak_allocated_bytes == pytest.approx(in_step, rel=0.01)
+    traced = stream_peaks(trace_plan(planned, config, workspace_bytes=0))
+    assert traced.requested_bytes == pytest.approx(in_step, rel=1e-3)
+
+
+# --- a script's own loop ---------------------------------------------------------------------------------------------
+
+
+def own_model(glass_folder, folder_of_plan) -> AdapterModel:
+    choice = {"hot_rows": 30, "hot_after_steps": 1, "prefetch_depth": 1}
+    plan = small_plan(glass_folder, choice=choice, seq_len=16)
+    path = folder_of_plan / "plan.json"
+    plan.save(path)
+    return AdapterModel.from_plan(load_base(glass_folder), path, device="emulated", schedule="sequential")
+
+
+def test_generation_and_saving_amid_training_see_the_rows_as_they_are(glass_folder, tmp_path) -> None:
+    model = own_model(glass_folder, tmp_path)
+    optimizer = model.optimizer(learning_rate=1e-2)
+    ids = torch.arange(4, 20).view(1, 16)
+    for _ in range(4):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        during = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    hot = model.session.exchange.hot
+    tables = model.session.store.layers[0]
+    assert torch.equal(tables.weights[hot.rows[0]], hot.tables[0].weights)
+    saved = AdapterModel.from_pretrained(load_base(glass_folder), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(saved(input_ids=ids).logits, during, rtol=1e-4, atol=1e-5)
+    model.detach()
+
+
+def test_optimizer_state_is_not_replaced_under_gradients_of_hot_rows(glass_folder, tmp_path) -> None:
+    model = own_model(glass_folder, tmp_path)
+    optimizer = model.optimizer(learning_rate=1e-2)
+    ids = torch.arange(4, 20).view(1, 16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(UsageError, match=r"gradients of its hot rows; call the optimizer's step\(\) or zero_grad\(\)"):
+        optimizer.load_state_dict(state)
+    optimizer.zero_grad()
+    assert not any(tables.gradients.any() for tables in model.session.exchange.hot.tables)
+    optimizer.load_state_dict(state)
+    model.detach()
