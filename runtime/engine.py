@@ -123,7 +123,7 @@ class TransferEngine:
             self.counted_bytes[direction, category, counted_as] += (
                 num_bytes  # a key belongs to one lane, that is, one thread
             )
-            timed = counted_as != "probe"
+            timed = counted_as in ("step", "optimizer_step")
             if self._streams:
                 return self._copy_on_stream(source, target, direction, point, timed=timed)
             return self._copy_here(source, target, direction, num_bytes, timed=timed)
@@ -153,7 +153,7 @@ class TransferEngine:
         return sum(size for (way, _, kind), size in self.counted_bytes.items() if (way, kind) == (direction, per))
 
     def busy_seconds(self) -> dict[Direction, float]:
-        """Seconds each direction was copying so far, probes left out; waits for copies under way."""
+        """Seconds each direction was copying in steps so far; waits for copies under way."""
         self.schedule.drain()
         for direction, start, end in self._timed:
             end.synchronize()

@@ -115,16 +115,16 @@ class HotSet:
         """Bring the rows to the device, if what lies there is not what the host has."""
         if not self.rows or self.current != "host":
             return
-        self.engine.schedule.drain()
+        self._wait_for_landing()
         for layer, tables in enumerate(self.tables):
             self._place_layer(layer, tables)
         self.current = "both"
 
     def bring_home(self) -> None:
-        """Make the host's tables current; lanes are idle then."""
-        self.engine.schedule.drain()
+        """Make the host's tables current."""
         if self.current != "device":
             return
+        self._wait_for_landing()
         for layer, tables in enumerate(self.tables):
             self._return_layer(layer, tables)
         self.current = "both"
@@ -142,6 +142,11 @@ class HotSet:
                 "optimizer state: an accumulation window is open, and the device holds gradients of its hot rows; "
                 "call the optimizer's step() or zero_grad() before loading"
             )
+
+    def _wait_for_landing(self) -> None:
+        """No job is left, and no copy that a job has issued still reads or writes the landing."""
+        self.engine.schedule.drain()
+        self.landing.copy.wait_on_host()
 
     def _place_layer(self, layer: int, tables: HotTables) -> None:
         for name in TABLES:
