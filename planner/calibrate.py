@@ -1,8 +1,9 @@
 """Correcting profiles by what runs observed, and saying how much better predictions get.
 
 Each run is a plan with the report of its run. *Sparsity*: the level of every layer's law moves so that it gives the
-observed active rows; how it changes with ``T`` and ``K/R`` moves only if the runs differ in them. The share of
-positions that hold tokens is counted. *Time*: the rates of each lane, and of each kind of work on the host, are divided
+observed active rows; how it changes with ``T`` and ``K/R`` moves only if the runs differ in them, and no further than
+they make likely. The share of positions that hold tokens is counted, and follows from the lengths of the data's
+sequences where the reports have them. *Time*: the rates of each lane, and of each kind of work on the host, are divided
 by one factor, the geometric mean of observed over predicted busy seconds, both for the rows that were active.
 
 Errors are judged by leaving one run out: profiles corrected by the others predict it.
@@ -38,10 +39,14 @@ from meft.planner.profiles import (
     sourced_numbers,
 )
 from meft.planner.report import Report
-from meft.planner.sparsity import check_layers, layer_laws
+from meft.planner.sparsity import check_layers, profile_laws
 
 LEAST_RANGE = math.log(1.2)
 """Runs must differ by a fifth in ``T`` or ``K/R`` before anything is said of how rows change with it."""
+RUN_SPREAD, TREND_SPREAD = 0.015, 0.25
+"""Standard deviations taken: of a run's mean ``ln q`` about the law (0.008 in eight runs of SmolLM2 on airport facts),
+and of how far the old profile may be off in what Key-Experts routing and exponents of ``T`` and ``K/R`` do. They keep
+few runs from bending the law."""
 _MOST_FRACTION = 1 - 1e-6
 T = TypeVar("T", bound=str)
 HostWork = Literal["gather", "scatter", "adamw", "route"]
@@ -181,16 +186,19 @@ def corrected_sparsity(runs: Sequence[Run], profile: SparsityProfile) -> tuple[S
     layers = profile.layers * (num_layers if len(profile.layers) == 1 else 1)
     offsets = np.array([math.log(run.share / TYPICAL_SHARE) for run in runs])
     log_tokens = np.array([math.log(run.tokens / TYPICAL_TOKENS) for run in runs])
-    residuals = np.stack([_log_residuals(run, profile, layers) for run in runs], axis=1)
-    slope, growth, notes = _shared_trends(residuals, offsets, log_tokens)
-    level = (residuals - slope * offsets - growth * log_tokens).mean(axis=1)
+    residuals = np.stack([_log_residuals(run, profile) for run in runs], axis=1)
+    experts = np.array([float(run.plan.decision.routing == "key-experts") for run in runs])
+    (slope, growth, of_experts), notes = _shared_trends(residuals, offsets, log_tokens, experts)
+    level = (residuals - slope * offsets - growth * log_tokens - of_experts * experts).mean(axis=1)
     moved = tuple(_moved(layer, float(by), slope, growth) for layer, by in zip(layers, level, strict=True))
     update: dict[str, Any] = {
         "key": f"{profile.key}-calibrated",
         "basis": "measured",
         "source": f"calibrated by {len(runs)} runs at {_places(runs)}; before: {profile.source}",
         "layers": moved,
+        "key_experts_level": float(np.clip(profile.key_experts_level + of_experts, -5.0, 5.0)),
         "filled_fraction": min(1.0, statistics.fmean(run.tokens / run.plan.request.tokens_per_step for run in runs)),
+        "sequence_tokens": _sequence_tokens(runs),
         "spread_fraction": _observed_spread(runs),
         "prefetch_recall_by_depth": _recalls(runs, profile),
     }
@@ -199,20 +207,24 @@ def corrected_sparsity(runs: Sequence[Run], profile: SparsityProfile) -> tuple[S
     return profile.model_copy(update=update), notes
 
 
-def _log_residuals(run: Run, profile: SparsityProfile, layers: Sequence[LayerSparsity]) -> NDArray[np.float64]:
+def _log_residuals(run: Run, profile: SparsityProfile) -> NDArray[np.float64]:
     """Observed less predicted ``ln q`` per layer, for the tokens that were there."""
-    laws = replace(layer_laws(layers), least_share=profile.least_share, greatest_share=profile.greatest_share)
-    expected = np.log(laws.effective_tokens(tokens=run.tokens, share=run.share))
+    laws, experts = profile_laws(profile), run.plan.decision.routing == "key-experts"
+    expected = np.log(laws.effective_tokens(tokens=run.tokens, share=run.share, key_experts=experts))
     fraction = np.clip(run.mean_rows / run.plan.decision.adapter_width, run.share, _MOST_FRACTION)
     observed = np.log(np.maximum(np.log1p(-fraction) / math.log1p(-min(run.share, _MOST_FRACTION)), 1.0))
     return np.asarray(observed - expected)
 
 
 def _shared_trends(
-    residuals: NDArray[np.float64], offsets: NDArray[np.float64], log_tokens: NDArray[np.float64]
-) -> tuple[float, float, list[str]]:
-    """Change of the residual with ``ln(K/R)`` and with ``ln T``, the same for all layers; 0 where runs do not tell."""
-    names = {"K/R": offsets, "T": log_tokens}
+    residuals: NDArray[np.float64],
+    offsets: NDArray[np.float64],
+    log_tokens: NDArray[np.float64],
+    experts: NDArray[np.float64],
+) -> tuple[tuple[float, float, float], list[str]]:
+    """Change of the residual with ``ln(K/R)``, with ``ln T`` and with Key-Experts, the same for all layers; 0 where the
+    runs do not tell."""
+    names = {"K/R": offsets, "T": log_tokens, "routing": experts}
     varied = [name for name, values in names.items() if np.ptp(values) > LEAST_RANGE]
     notes = [
         f"the runs do not differ in {name}: how active rows change with it is the old profile's, and a plan elsewhere "
@@ -220,15 +232,21 @@ def _shared_trends(
         for name in names
         if name not in varied
     ]
-    columns = [names[name] - names[name].mean() for name in varied]
-    if not columns or np.linalg.matrix_rank(np.stack(columns, axis=1)) < len(columns):
-        if columns:
-            notes.append("T and K/R change together in these runs: their effects cannot be told apart and stay")
-        return 0.0, 0.0, notes
+    if not varied:
+        return (0.0, 0.0, 0.0), notes
+    columns = np.stack([names[name] - names[name].mean() for name in varied], axis=1)
+    if np.linalg.matrix_rank(columns) < len(varied):
+        notes.append(f"{', '.join(varied)} change together in these runs: their effects cannot be told apart")
     mean = residuals.mean(axis=0)
-    found = np.linalg.lstsq(np.stack(columns, axis=1), mean - mean.mean(), rcond=None)[0]
-    trends = dict(zip(varied, (float(value) for value in found), strict=True))
-    return trends.get("K/R", 0.0), trends.get("T", 0.0), notes
+    trends = dict(zip(varied, likely_trends(columns, mean - mean.mean()), strict=True))
+    return (trends.get("K/R", 0.0), trends.get("T", 0.0), trends.get("routing", 0.0)), notes
+
+
+def likely_trends(columns: NDArray[np.float64], values: NDArray[np.float64]) -> list[float]:
+    """The most likely slopes of ``values [runs]`` along ``columns [runs, trends]``, all normal: the old profile's (0)
+    and the runs' weighed by :data:`TREND_SPREAD` and :data:`RUN_SPREAD`."""
+    held = np.eye(columns.shape[1]) * (RUN_SPREAD / TREND_SPREAD) ** 2
+    return [float(slope) for slope in np.linalg.solve(columns.T @ columns + held, columns.T @ values)]
 
 
 def _moved(layer: LayerSparsity, level: float, slope: float, growth: float) -> LayerSparsity:
@@ -247,6 +265,14 @@ def _places(runs: Sequence[Run]) -> str:
     return "; ".join(f"T={tokens}, K={top_k}, R={width}" for tokens, top_k, width in dict.fromkeys(places))
 
 
+def _sequence_tokens(runs: Sequence[Run]) -> tuple[int, ...]:
+    """Lengths of the data's sequences, each quantile's mean over the runs; none unless every run's report has them."""
+    lengths = [run.report.training.sequence_tokens for run in runs]
+    if len({len(each) for each in lengths}) > 1:
+        return ()
+    return tuple(round(statistics.fmean(quantile)) for quantile in zip(*lengths, strict=True))
+
+
 def _observed_spread(runs: Sequence[Run]) -> float:
     """How far above its layer's mean 99 of 100 batches lay at the most, over layers and runs."""
     layers = [layer for run in runs for layer in run.report.observed.active_rows if layer.mean]
@@ -255,16 +281,18 @@ def _observed_spread(runs: Sequence[Run]) -> float:
 
 
 def _recalls(runs: Sequence[Run], profile: SparsityProfile) -> tuple[float, ...]:
-    recalls = list(profile.prefetch_recall_by_depth)
+    """Recall by depth: the mean of what was observed; depths that were not move as the next shallower one did, and none
+    is above a shallower one."""
+    seen: dict[int, list[float]] = {}
     for run in runs:
-        depth, observed = run.plan.decision.prefetch_depth, run.report.observed.prefetch_recall
-        if depth and observed is not None and depth < len(recalls):
-            seen = [
-                other.report.observed.prefetch_recall
-                for other in runs
-                if other.plan.decision.prefetch_depth == depth and other.report.observed.prefetch_recall is not None
-            ]
-            recalls[depth] = statistics.fmean(seen)
+        if run.report.observed.prefetch_recall is not None:
+            seen.setdefault(run.plan.decision.prefetch_depth, []).append(run.report.observed.prefetch_recall)
+    recalls, moved = [1.0], 1.0
+    for depth, before in enumerate(profile.prefetch_recall_by_depth[1:], start=1):
+        if depth in seen:
+            moved = statistics.fmean(seen[depth]) / before if before else 1.0
+        found = statistics.fmean(seen[depth]) if depth in seen else before * moved
+        recalls.append(min(found, recalls[-1]))
     return tuple(recalls)
 
 

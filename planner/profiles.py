@@ -193,9 +193,14 @@ class SparsityProfile(Record):
     lie no higher."""
     filled_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of a micro-batch's positions that hold tokens: padding activates nothing."""
+    sequence_tokens: tuple[Count, ...] = ()
+    """Lengths of the data's sequences at equal steps of their quantiles, the shortest first and the longest last; where
+    they are known, the share that is filled follows from them for any ``seq_len``."""
     least_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
     greatest_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Range of ``K/R`` that was measured; beyond it the law of its end holds."""
+    key_experts_level: Annotated[float, Field(ge=-5.0, le=5.0)] = 0.0
+    """What Key-Experts routing adds to every layer's ``ln q``: tokens that probe other experts share fewer rows."""
     prefetch_recall_by_depth: Annotated[tuple[Fraction, ...], Field(min_length=1)]
     """Recall for depth 0, 1, 2, ...; depth 0 is exact, so the first is 1."""
 
@@ -216,6 +221,12 @@ class SparsityProfile(Record):
     def _depth_zero_is_exact(self) -> SparsityProfile:
         if self.prefetch_recall_by_depth[0] != 1.0:
             raise ValueError("prefetch_recall_by_depth: depth 0 routes from the exact hidden state, its recall is 1")
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_ascend(self) -> SparsityProfile:
+        if list(self.sequence_tokens) != sorted(self.sequence_tokens) or len(self.sequence_tokens) == 1:
+            raise ValueError("sequence_tokens: give none, or two lengths or more, the shortest first")
         return self
 
 

@@ -113,6 +113,8 @@ class Training(Record):
     steps: Index
     optimizer_steps: Index
     tokens: Index
+    sequence_tokens: tuple[Count, ...] = ()
+    """Lengths of the data's sequences before any was cut, at equal steps of their quantiles; empty where not known."""
     loss_per_step: tuple[float, ...]
     learning_rate_per_optimizer_step: tuple[float, ...]
     gradient_norm_per_optimizer_step: tuple[float, ...]

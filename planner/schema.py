@@ -32,11 +32,19 @@ class Record(BaseModel):
 
     def canonical_json(self) -> str:
         """The one text of this record: sorted keys, no spaces, shortest exact floats."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return _canonical(self.model_dump(mode="json"))
 
     def content_digest(self) -> str:
-        """SHA-256 of :meth:`canonical_json`, as 64 hex digits."""
-        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+        """SHA-256 of the canonical text of all fields that are not at their defaults, as 64 hex digits.
+
+        So a field that a later version adds, with a default that means what was before, changes no older digest: files
+        go on loading, and checkpoints go on belonging to their plans.
+        """
+        return hashlib.sha256(_canonical(self.model_dump(mode="json", exclude_defaults=True)).encode()).hexdigest()
+
+
+def _canonical(content: dict[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 class File(Record):

@@ -33,7 +33,7 @@ from meft.planner.pareto import pareto_front, thinned
 from meft.planner.plan import Decision, ParetoPoint, Plan, Prediction, Request, SearchSummary
 from meft.planner.prediction import ProfileSet, inputs_used, predict, trainable_parameters
 from meft.planner.space import CAP_AXIS, Space, enumerate_space
-from meft.planner.sparsity import hot_rows_among, window_rows
+from meft.planner.sparsity import at_seq_len, hot_rows_among, window_rows
 from meft.planner.timing import step_costs
 
 WITHOUT_MLP_MODULE = ("opt",)
@@ -334,7 +334,7 @@ def _routing_costs(space: Space, request: Request, profiles: ProfileSet, *, cach
     cached = None
     if space.cached_rows[cache].any():
         cached = window_rows(
-            profiles.sparsity,
+            at_seq_len(profiles.sparsity, request.seq_len),
             request.model.num_layers,
             tokens=request.tokens_per_step,
             top_k=space.top_k,
@@ -342,6 +342,7 @@ def _routing_costs(space: Space, request: Request, profiles: ProfileSet, *, cach
             grad_accum=request.grad_accum,
             cached_rows=space.cached_rows[cache],
             active_rows_cap=space.adapter_width,
+            key_experts=space.key_experts,
             hot_rows=space.hot_rows,
         )
     hot = hot_rows_among(

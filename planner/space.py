@@ -17,6 +17,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from meft.planner.plan import Decision, Request, RowsInBackward
 from meft.planner.profiles import SparsityProfile
 from meft.planner.quantities import Ints
-from meft.planner.sparsity import active_rows_per_layer, highest_active_rows, prefetch_recall, spread_at
+from meft.planner.sparsity import active_rows_per_layer, at_seq_len, highest_active_rows, prefetch_recall, spread_at
 
 WIDTHS_PER_HIDDEN_SIZE = 4
 """Widths go up to ``4D``, twice the paper's widest (8464 for D = 4096); wider adapters can be asked for by width."""
@@ -146,9 +147,10 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
     routings = _routings(request)
     width, top_k = routings.adapter_width, routings.top_k
     num_layers, tokens = request.model.num_layers, request.tokens_per_step
-    step = active_rows_per_layer(sparsity, num_layers, tokens=tokens, top_k=top_k, adapter_width=width)
-    window_tokens = tokens * request.grad_accum
-    window = active_rows_per_layer(sparsity, num_layers, tokens=window_tokens, top_k=top_k, adapter_width=width)
+    sparsity = at_seq_len(sparsity, request.seq_len)
+    experts = routings.key_experts
+    union = partial(active_rows_per_layer, sparsity, num_layers, top_k=top_k, adapter_width=width, key_experts=experts)
+    step, window = union(tokens=tokens), union(tokens=tokens * request.grad_accum)
     caps = active_rows_caps(request, sparsity, adapter_width=width, active_rows=step, window_active_rows=window)
     checkpointing = request.activation_checkpointing
     depths = prefetch_depths(request, sparsity)
@@ -171,7 +173,7 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
         top_k=top_k,
         num_experts=routings.num_experts,
         num_probes=routings.num_probes,
-        key_experts=routings.key_experts,
+        key_experts=experts,
         active_rows=step,
         window_active_rows=window,
         hot_rows=request.hot_rows or 0,

@@ -7,8 +7,9 @@ Each token takes ``K`` of ``R`` rows. Were the picks of ``T`` tokens independent
     ln q  = log_level + level_slope*s + level_curve*s^2 + (alpha + alpha_slope*s) * t + growth_curve * t^2
     s     = ln(K/R) - ln(1/32),   t = ln(T/512)
 
-per layer. That ``A/R`` depends on ``K`` and ``R`` by their ratio alone was measured (SmolLM2, R from 256 to 4096 and K
-from 8 to 128 agree along equal ratios). Where only ``alpha`` is known, ``q = T^alpha``.
+per layer, where Key-Experts routing adds a number of its own to ``ln q``. That ``A/R`` depends on ``K`` and ``R`` by
+their ratio alone was measured (SmolLM2, R from 256 to 4096 and K from 8 to 128 agree along equal ratios). Where only
+``alpha`` is known, ``q = T^alpha``.
 
 Letters: ``T`` tokens, ``R`` adapter rows per layer, ``K`` rows per token, ``A`` active rows, ``L`` layers, ``q``
 effective tokens. Layers are the first axis of every array that has them.
@@ -20,6 +21,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +30,7 @@ from meft.planner.errors import UsageError
 from meft.planner.hot_rows import HotRows, hot_active_rows, hot_share
 from meft.planner.plan import Decision, Request, Sparsity
 from meft.planner.profiles import TYPICAL_SHARE, TYPICAL_TOKENS, LayerSparsity, SparsityProfile
-from meft.planner.quantities import Floats, Ints, Reals
+from meft.planner.quantities import Flags, Floats, Ints, Reals
 
 BENT_FROM, BENT_UP_TO = math.log(64 / TYPICAL_TOKENS), math.log(2048 / TYPICAL_TOKENS)
 """Range of ``t`` in which growth may bend: what is measured."""
@@ -75,14 +77,16 @@ class LayerLaws:
     growth_curve: NDArray[np.float64]
     least_share: float = 1e-6
     greatest_share: float = 1.0
+    key_experts_level: float = 0.0
 
-    def effective_tokens(self, *, tokens: Reals, share: Floats) -> Floats:
+    def effective_tokens(self, *, tokens: Reals, share: Floats, key_experts: Flags = False) -> Floats:
         """``q``, from 1 to ``T``."""
         log_tokens = np.log(np.maximum(tokens, 1.0))
         measured_share = np.clip(share, self.least_share, self.greatest_share)
         offset = np.log(measured_share) - math.log(TYPICAL_SHARE)
         growth = np.clip(self.alpha + self.alpha_slope * offset, 0.0, 1.0)
         level = self.log_level + offset * (self.level_slope + offset * self.level_curve)
+        level = level + self.key_experts_level * key_experts
         log_effective = level + grown(log_tokens - math.log(TYPICAL_TOKENS), growth=growth, curve=self.growth_curve)
         effective: Floats = np.exp(np.clip(log_effective, 0.0, log_tokens))
         return effective
@@ -95,6 +99,16 @@ def grown(log_tokens: Floats, *, growth: Floats, curve: Floats) -> Floats:
     slope = np.clip(growth + 2 * curve * bent, 0.0, 1.0)
     total: Floats = growth * bent + curve * bent * bent + slope * (log_tokens - bent)
     return total
+
+
+def profile_laws(profile: SparsityProfile, *, axes: int = 0) -> LayerLaws:
+    """The laws of a profile's layers with what it says of all of them."""
+    return replace(
+        layer_laws(profile.layers, axes=axes),
+        least_share=profile.least_share,
+        greatest_share=profile.greatest_share,
+        key_experts_level=profile.key_experts_level,
+    )
 
 
 def layer_laws(layers: Sequence[LayerSparsity], *, axes: int = 0) -> LayerLaws:
@@ -126,7 +140,13 @@ def check_layers(profile: SparsityProfile, num_layers: int) -> None:
 
 
 def active_rows_per_layer(
-    profile: SparsityProfile, num_layers: int, *, tokens: Ints, top_k: Ints, adapter_width: Ints
+    profile: SparsityProfile,
+    num_layers: int,
+    *,
+    tokens: Ints,
+    top_k: Ints,
+    adapter_width: Ints,
+    key_experts: Flags = False,
 ) -> NDArray[np.int64]:
     """``A`` of each layer: ``[L]`` for one decision, ``[L, candidates]`` for arrays of them.
 
@@ -134,14 +154,26 @@ def active_rows_per_layer(
     a read-only view that holds it once. Raises :class:`UsageError` when the profile has another number of layers.
     """
     check_layers(profile, num_layers)
-    shape = np.broadcast_shapes(np.shape(tokens), np.shape(top_k), np.shape(adapter_width))
-    laws = layer_laws(profile.layers, axes=len(shape))
-    laws = replace(laws, least_share=profile.least_share, greatest_share=profile.greatest_share)
+    shape = np.broadcast_shapes(*map(np.shape, (tokens, top_k, adapter_width, key_experts)))
+    laws = profile_laws(profile, axes=len(shape))
     filled = np.maximum(np.multiply(tokens, profile.filled_fraction), 1.0)
     share = np.true_divide(top_k, adapter_width)
-    fraction = union_fraction(share, effective_tokens=laws.effective_tokens(tokens=filled, share=share))
+    effective = laws.effective_tokens(tokens=filled, share=share, key_experts=key_experts)
+    fraction = union_fraction(share, effective_tokens=effective)
     rows = np.asarray(_whole_rows(fraction, tokens=filled, top_k=top_k, adapter_width=adapter_width))
     return np.broadcast_to(rows, (num_layers, *shape))
+
+
+def at_seq_len(profile: SparsityProfile, seq_len: int) -> SparsityProfile:
+    """The profile with the share of positions that hold tokens when sequences are cut or padded to ``seq_len``.
+
+    It follows from the lengths of the data's sequences; a profile that does not have them stays as it is.
+    """
+    if not profile.sequence_tokens:
+        return profile
+    lengths = np.minimum(np.array(profile.sequence_tokens, dtype=np.float64), seq_len)
+    mean = float((lengths[:-1] + lengths[1:]).mean()) / 2
+    return profile.model_copy(update={"filled_fraction": mean / seq_len, "sequence_tokens": ()})
 
 
 def distinct_layers(per_layer: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -201,6 +233,7 @@ def window_rows(
     grad_accum: int,
     cached_rows: Ints,
     active_rows_cap: Ints,
+    key_experts: Flags = False,
     hot_rows: Ints = 0,
 ) -> WindowRows:
     """What travels when a layer keeps the first ``C`` rows that the window activates; hot rows are left out.
@@ -214,7 +247,12 @@ def window_rows(
 
     def union(micro_batches: int) -> NDArray[np.int64]:
         rows = active_rows_per_layer(
-            profile, num_layers, tokens=tokens * micro_batches, top_k=top_k, adapter_width=adapter_width
+            profile,
+            num_layers,
+            tokens=tokens * micro_batches,
+            top_k=top_k,
+            adapter_width=adapter_width,
+            key_experts=key_experts,
         )
         rows = np.minimum(distinct_layers(rows), active_rows_cap * micro_batches)
         return rows - hot_active_rows(rows, hot_rows=hot_rows, share=share)
@@ -260,10 +298,11 @@ def hot_rows_among(
 def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: Decision) -> Sparsity:
     """Active rows of a micro-batch and of an accumulation window, per layer, under the decision's cap."""
     num_layers, tokens = request.model.num_layers, request.tokens_per_step
+    profile = at_seq_len(profile, request.seq_len)
     width, top_k, cap = decision.adapter_width, decision.top_k, decision.active_rows_cap
-    step = active_rows_per_layer(profile, num_layers, tokens=tokens, top_k=top_k, adapter_width=width)
-    window_tokens = tokens * request.grad_accum
-    window = active_rows_per_layer(profile, num_layers, tokens=window_tokens, top_k=top_k, adapter_width=width)
+    experts = decision.routing == "key-experts"
+    union = partial(active_rows_per_layer, profile, num_layers, top_k=top_k, adapter_width=width, key_experts=experts)
+    step, window = union(tokens=tokens), union(tokens=tokens * request.grad_accum)
     cached: dict[str, tuple[int, ...]] = {}
     if decision.cached_rows:
         rows = window_rows(
@@ -275,6 +314,7 @@ def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: De
             grad_accum=request.grad_accum,
             cached_rows=decision.cached_rows,
             active_rows_cap=cap,
+            key_experts=experts,
             hot_rows=decision.hot_rows,
         )
         cached = {

@@ -121,6 +121,7 @@ class DataStatistics:
     num_lines: int
     num_examples: int
     longest_tokens: int  # before truncation
+    sequence_tokens: tuple[int, ...]  # before truncation, at the deciles: from the shortest to the longest
     truncated_examples: int  # longer than seq_len: their end was cut off
     dropped_examples: int  # no token with loss was left within seq_len
     num_tokens: int
@@ -399,12 +400,19 @@ def _dataset(whole: Sequence[Example], *, path: Path, num_lines: int, seq_len: i
         num_lines=num_lines,
         num_examples=len(kept),
         longest_tokens=max(len(example.input_ids) for example in whole),
+        sequence_tokens=_deciles([len(example.input_ids) for example in whole]),
         truncated_examples=sum(len(example.input_ids) > seq_len for example in whole),
         dropped_examples=len(cut) - len(kept),
         num_tokens=sum(len(example.input_ids) for example in kept),
         num_trained_tokens=sum(example.num_trained_tokens for example in kept),
     )
     return Dataset(kept, statistics)
+
+
+def _deciles(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Eleven lengths, from the shortest to the longest."""
+    ascending = sorted(lengths)
+    return tuple(ascending[round(tenth * (len(ascending) - 1) / 10)] for tenth in range(11))
 
 
 def _needed_tokens(example: Example) -> int:

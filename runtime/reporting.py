@@ -79,6 +79,7 @@ def build_report(
         steps=len(history.losses),
         optimizer_steps=len(history.learning_rates),
         tokens=measured.tokens,
+        sequence_tokens=trainer.sequence_tokens,
         loss_per_step=tuple(history.losses),
         learning_rate_per_optimizer_step=tuple(history.learning_rates),
         gradient_norm_per_optimizer_step=tuple(history.gradient_norms),

@@ -189,6 +189,7 @@ def _trainer(session: Session, dataset: Dataset, options: RunOptions, pad_id: in
         pad_id=pad_id,
         meft_version=version("meft"),
         output=options.output_dir,
+        sequence_tokens=dataset.statistics.sequence_tokens,
         on_step=display.on_step,
     )
 

@@ -125,6 +125,8 @@ class Trainer:
     pad_id: int
     meft_version: str
     output: Path | None = None
+    sequence_tokens: tuple[int, ...] = ()
+    """Lengths of the data's sequences, for the report."""
     on_step: Callable[[Progress], None] = lambda _: None
     on_trained: Callable[[], None] = lambda: None
     """Called after the last window, before the last evaluation: the device holds what training needs of it."""

@@ -19,6 +19,7 @@ from meft.planner.calibrate import (
     given_rows,
     host_factors,
     lane_factors,
+    likely_trends,
     slower_gpu,
     slower_host,
     slower_link,
@@ -32,6 +33,7 @@ from meft.planner.profile_file import ProfileFile
 from meft.planner.profiles import LayerSparsity
 from meft.planner.report import Report
 from meft.planner.search import make_plan
+from meft.planner.sparsity import at_seq_len
 from meft.runtime.profile_cli import command
 
 SLOWER = {"gpu": 1.5, "h2d": 2.0, "d2h": 2.0, "cpu": 3.0}
@@ -157,6 +159,56 @@ def test_trends_are_taken_only_from_runs_that_differ(runs, profiles) -> None:
 def test_padding_is_counted(truth, profiles) -> None:
     run = run_of(plan_of(), truth, filled=0.5)
     assert calibrate([run], profiles).profiles.sparsity.filled_fraction == 0.5
+
+
+def test_another_seq_len_is_filled_as_the_data_would(truth, profiles) -> None:
+    """Sequences of 4 tokens in positions of 8: shorter or longer positions hold the same tokens."""
+    run = run_of(plan_of(seq_len=8), truth, filled=0.5)
+    training = run.report.training.model_copy(update={"sequence_tokens": (4,) * 11})
+    sparsity = calibrate([changed(run, training=training)], profiles).profiles.sparsity
+    assert sparsity.sequence_tokens == (4,) * 11
+    assert [at_seq_len(sparsity, length).filled_fraction for length in (4, 8, 16)] == [1.0, 0.5, 0.25]
+    both = calibrate([changed(run, training=training), run], profiles).profiles.sparsity
+    assert both.sequence_tokens == ()  # one report does not have them
+
+
+def test_what_routing_does_is_told_apart_from_the_level() -> None:
+    """A text in which Key-Experts share fewer rows, learnt from runs of both kinds, and predicted for another width."""
+    profiles = sample_profiles()
+    profiles = replace(profiles, sparsity=profiles.sparsity.model_copy(update={"layers": (LayerSparsity(alpha=0.3),)}))
+    told = {"layers": (LayerSparsity(alpha=0.35),), "key_experts_level": 0.2}
+    truth = replace(profiles, sparsity=profiles.sparsity.model_copy(update=told))
+    plans = [_wide_plan(profiles, width, routing) for width in (512, 2048) for routing in ("exact", "key-experts")]
+    sparsity = calibrate([run_of(plan, truth) for plan in plans], profiles).profiles.sparsity
+    assert sparsity.key_experts_level == pytest.approx(0.2, abs=0.02)
+    other = _wide_plan(profiles, 1024, "key-experts")
+    rows = predict(other.request, other.decision, replace(profiles, sparsity=sparsity)).sparsity.active_rows_per_layer
+    expected = predict(other.request, other.decision, truth).sparsity.active_rows_per_layer
+    assert np.allclose(rows, expected, rtol=0.02)
+
+
+def _wide_plan(profiles: ProfileSet, width: int, routing: str) -> Plan:
+    plan = plan_of(batch_size=8, seq_len=64, adapter_width=24, top_k=4)
+    changes = {"adapter_width": width, "top_k": 16, "active_rows_cap": width, "routing": routing}
+    changes |= {"num_experts": 16, "num_probes": 4} if routing == "key-experts" else {"num_experts": 1, "num_probes": 1}
+    plan = plan.model_copy(update={"decision": plan.decision.model_copy(update=changes)})
+    return plan.model_copy(update={"prediction": predict(plan.request, plan.decision, profiles)})
+
+
+def test_few_runs_do_not_bend_the_law() -> None:
+    """Runs that are nearly at one place say nothing of a trend, runs far apart all; what changes together is shared."""
+    near, far = np.array([[-0.005], [0.005]]), np.array([[-1.5], [1.5]])
+    assert abs(likely_trends(near, np.array([-0.01, 0.01]))[0]) < 0.03  # 2 if it followed them
+    assert likely_trends(far, np.array([-0.3, 0.3]))[0] == pytest.approx(0.2, rel=0.01)
+    together = likely_trends(np.hstack([far, far]), np.array([-0.3, 0.3]))
+    assert together == pytest.approx([0.1, 0.1], rel=0.01)
+
+
+def test_recall_is_never_better_for_looking_further_ahead(truth, profiles) -> None:
+    recalls = profiles.sparsity.model_copy(update={"prefetch_recall_by_depth": (1.0, 0.9, 0.8, 0.8)})
+    run = run_of(plan_of(prefetch_depth=1), truth)  # observed 0.5
+    found = calibrate([run], replace(profiles, sparsity=recalls)).profiles.sparsity.prefetch_recall_by_depth
+    assert found == pytest.approx((1.0, 0.5, 0.8 * 0.5 / 0.9, 0.8 * 0.5 / 0.9))
 
 
 def test_corrected_numbers_are_measured_and_keep_what_they_were(runs, profiles) -> None:

@@ -59,6 +59,8 @@ def test_a_run_leaves_report_adapter_and_checkpoint(finished, plan_path) -> None
     assert report.plan_digest == plan.content_digest()
     assert (report.device.kind, report.training.steps, report.training.optimizer_steps) == ("emulated", 4, 2)
     assert len(report.training.loss_per_step) == 4
+    assert len(report.training.sequence_tokens) == 11
+    assert report.training.tokens <= 4 * plan.request.batch_size * report.training.sequence_tokens[-1]
     assert {path.name for path in folder.iterdir()} == {"adapter", "checkpoint-00000004", "report.json"}
     observed = report.observed
     assert observed.device_memory.process_bytes is None

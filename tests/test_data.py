@@ -258,6 +258,7 @@ def test_statistics_and_truncation(tmp_path: Path) -> None:
     statistics = dataset.statistics
     assert (statistics.num_lines, statistics.num_examples) == (3, 2)
     assert statistics.longest_tokens == 10
+    assert statistics.sequence_tokens == (4, 4, 4, 7, 7, 7, 7, 7, 10, 10, 10)
     assert (statistics.truncated_examples, statistics.dropped_examples) == (2, 1)
     assert (statistics.num_tokens, statistics.num_trained_tokens) == (10, 4)
     assert statistics.summary(6) == (

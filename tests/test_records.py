@@ -230,6 +230,18 @@ def test_the_digest_is_of_the_content_not_of_its_layout() -> None:
     assert len(PLAN.content_digest()) == 64
 
 
+def test_a_field_that_an_older_version_did_not_write_leaves_its_digest_alone() -> None:
+    """Fields at their defaults left out at every level, as by a version that had none of them."""
+    content = PLAN.model_dump(mode="json", exclude_defaults=True)
+    assert "bf16_copy" not in content["decision"]
+    older = json.dumps(content | {"schema_version": 1, "digest": PLAN.content_digest()})
+    assert Plan.from_json(older, source="plan.json") == PLAN
+    content["decision"]["bf16_copy"] = True
+    edited = json.dumps(content | {"schema_version": 1, "digest": PLAN.content_digest()})
+    with pytest.raises(UsageError, match="its digest does not match"):
+        Plan.from_json(edited, source="plan.json")
+
+
 def test_records_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         PLAN.decision.top_k = 3  # type: ignore[misc]

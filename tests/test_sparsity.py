@@ -18,6 +18,7 @@ from meft.planner.sparsity import (
     active_fraction,
     active_rows,
     active_rows_per_layer,
+    at_seq_len,
     distinct_layers,
     highest_active_rows,
     predict_sparsity,
@@ -90,6 +91,35 @@ def test_arrays_of_candidates_give_what_each_gives_alone():
     for candidate, (width, top_k) in enumerate(zip(widths.tolist(), top_ks.tolist(), strict=True)):
         alone = active_rows_per_layer(profile, 2, tokens=512, top_k=top_k, adapter_width=width)
         assert alone.tolist() == together[:, candidate].tolist()
+
+
+def test_the_share_that_holds_tokens_follows_from_the_lengths_of_the_data():
+    # Lengths 10, 20, 40 at the quantiles 0, 1/2, 1: between them as many of each. Cut at 30: halves of mean 15 and 25.
+    profile = sparsity_profile().model_copy(update={"sequence_tokens": (10, 20, 40), "filled_fraction": 0.9})
+    assert at_seq_len(profile, 100).filled_fraction == pytest.approx((15 + 30) / 2 / 100)
+    assert at_seq_len(profile, 30).filled_fraction == pytest.approx((15 + 25) / 2 / 30)
+    assert at_seq_len(profile, 5).filled_fraction == 1
+    assert at_seq_len(sparsity_profile(), 5) == sparsity_profile()
+
+
+def test_a_prediction_pads_as_the_data_would():
+    profile = sparsity_profile().model_copy(update={"sequence_tokens": (16, 16)})
+    decision = decision_of(active_rows_cap=6144)
+    for seq_len, tokens in ((16, 32), (64, 32), (8, 16)):
+        request = request_of(model=tiny_shape(), batch_size=2, seq_len=seq_len)
+        rows = predict_sparsity(profile, request=request, decision=decision).active_rows_per_layer
+        expected = active_rows_per_layer(sparsity_profile(), 3, tokens=tokens, top_k=64, adapter_width=6144)
+        assert list(rows) == expected.tolist()
+
+
+def test_key_experts_have_a_level_of_their_own():
+    profile = sparsity_profile(0.4).model_copy(update={"key_experts_level": 0.3})
+    rows = active_rows_per_layer(
+        profile, 1, tokens=512, top_k=8, adapter_width=4096, key_experts=np.array([False, True])
+    )
+    assert rows[0, 0] == active_rows(tokens=512, top_k=8, adapter_width=4096, alpha=0.4)
+    effective = np.exp(0.4 * np.log(512) + 0.3)
+    assert rows[0, 1] == pytest.approx(4096 * (1 - (1 - 8 / 4096) ** effective), abs=0.51)
 
 
 def test_one_entry_serves_every_layer_and_is_computed_once():
