@@ -167,19 +167,26 @@ def _bytes_of_report(plan: Plan, report: Report, steps: int) -> dict[tuple[Direc
     )
 
 
-def _per_optimizer_step(plan: Plan, report: Report) -> dict[tuple[Direction, str], int]:
-    """Bytes by category of an optimizer step: as predicted, but the gradient sums of the rows that were kept, and what
-    hot rows cost from when they were chosen."""
+def _windows(plan: Plan, report: Report) -> int:
+    """Accumulation windows that the report measured; the last may be incomplete."""
+    return -(-report.observed.steps // plan.request.grad_accum)
+
+
+def _bytes_of_optimizer_steps(plan: Plan, report: Report) -> dict[tuple[Direction, str], int]:
+    """Bytes by category over all optimizer steps: as predicted for each, but the gradient sums of the rows that were
+    kept, and what hot rows cost from when they were chosen."""
+    windows = _windows(plan, report)
+    with_hot = windows if report.rehearsal else report.observed.hot_windows
     entries = [entry for entry in plan.prediction.transfer.entries if entry.per == "optimizer_step"]
-    found = {(entry.direction, entry.category): entry.num_bytes for entry in entries}
+    found = {
+        (entry.direction, entry.category): entry.num_bytes
+        * (with_hot if entry.category.startswith("hot_") else windows)
+        for entry in entries
+    }
     kept = [layer.kept_total for layer in report.observed.active_rows if layer.kept_total is not None]
-    windows = -(-report.observed.steps // plan.request.grad_accum)
     if kept and plan.decision.gradients_on_device:
         total = window_gradient_bytes(request=plan.request, decision=plan.decision, kept_rows_per_layer=kept)
-        found["d2h", "window_gradients"] = round(total / windows)
-    if not report.rehearsal:
-        of_hot = {key: size for key, size in found.items() if key[1].startswith("hot_")}
-        found |= {key: round(size * report.observed.hot_windows / windows) for key, size in of_hot.items()}
+        found["d2h", "window_gradients"] = total
     return found
 
 
@@ -189,8 +196,8 @@ def category_checks(plan: Plan, report: Report, steps: int) -> tuple[CategoryChe
     predicted: dict[tuple[Direction, str, Literal["step", "optimizer_step"]], int] = {
         (way, name, "step"): round(size / steps) for (way, name), size in totals.items()
     }
-    for (way, name), size in _per_optimizer_step(plan, report).items():
-        predicted[way, name, "optimizer_step"] = size
+    for (way, name), size in _bytes_of_optimizer_steps(plan, report).items():
+        predicted[way, name, "optimizer_step"] = round(size / _windows(plan, report))
     counted = {
         (entry.direction, entry.category, entry.per): entry.num_bytes
         for entry in report.observed.transfer.entries
@@ -370,11 +377,12 @@ def _host_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
 
 
 def _exact_transfer_rows(plan: Plan, report: Report, steps: int) -> tuple[AuditRow, ...]:
-    observed, once = report.observed.transfer, _per_optimizer_step(plan, report)
+    observed = report.observed.transfer
+    once = [round(size / _windows(plan, report)) for size in _by_direction(_bytes_of_optimizer_steps(plan, report))]
     totals = _bytes_of_report(plan, report, steps)
     given_rows = zip(_by_direction(totals), (observed.h2d_bytes_total, observed.d2h_bytes_total), strict=True)
     seen_once = (observed.h2d_bytes_per_optimizer_step, observed.d2h_bytes_per_optimizer_step)
-    per_optimizer_step = tuple(zip(_by_direction(once), seen_once, strict=True))
+    per_optimizer_step = tuple(zip(once, seen_once, strict=True))
     counted: tuple[Basis, Basis] = ("counted", "counted")
     return (
         *(

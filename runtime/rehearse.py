@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from meft.planner.plan import Plan
-from meft.planner.report import Observed, Report, Training
+from meft.planner.plan import Plan, Sparsity
+from meft.planner.report import ActiveRows, Observed, Report, Training
 from meft.runtime.data import Batch
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.model_loading import model_from_config
@@ -34,7 +34,7 @@ def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_vers
         session = rehearsal_session(plan, model_from_config(plan, config), EmulatedDevice(budget_bytes))
         rehearse_step(session)
         rehearse_optimizer_step(session)
-        return _report(session, plan.prediction.sparsity.active_rows_per_layer, meft_version)
+        return _report(session, meft_version)
 
 
 def rehearsal_session(plan: Plan, model: nn.Module, device: EmulatedDevice) -> Session:
@@ -112,14 +112,28 @@ def rehearse_optimizer_step(session: Session) -> None:
             hot.update(session.settings, learning_rate=0.0, gradient_scale=1.0)
 
 
-def _report(session: Session, rows: tuple[int, ...], meft_version: str) -> Report:
+def _planned_rows(sparsity: Sparsity) -> tuple[ActiveRows, ...]:
+    """The plan's rows, as a run of one step that met just those would report them."""
+    kinds = {
+        "missing_total": sparsity.missing_rows_per_layer,
+        "overflow_total": sparsity.overflow_rows_per_layer,
+        "kept_total": sparsity.kept_rows_per_layer,
+        "hot_total": sparsity.hot_rows_per_layer,
+    }
+    return tuple(
+        layer.model_copy(update={name: rows[layer.layer] for name, rows in kinds.items() if rows})
+        for layer in active_rows([sparsity.active_rows_per_layer])
+    )
+
+
+def _report(session: Session, meft_version: str) -> Report:
     request = session.plan.request
     observed = Observed(
         steps=1,
         device_memory=device_memory(session.device.peaks(), MemoryReading(None, _NO_NVML)),
         host_memory=host_memory(session),
         transfer=transfer(session, steps=1, windows=1, pcie=PcieReading(None, None, _NO_NVML)),
-        active_rows=active_rows([rows]),
+        active_rows=_planned_rows(session.plan.prediction.sparsity),
         dropped_rows=0,
         prefetch_recall=None,
         step_seconds=None,

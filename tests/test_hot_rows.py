@@ -19,7 +19,7 @@ from meft.planner.host_memory import host_memory as planned_host_memory
 from meft.planner.memory import predict_device_memory
 from meft.planner.prediction import predict
 from meft.planner.stream import stream_peaks
-from meft.planner.transfer import expected_step_bytes, hot_keys_of
+from meft.planner.transfer import expected_step_bytes, hot_keys_of, step_transfer
 from meft.runtime.adapter_model import AdapterModel, load_base
 from meft.runtime.data import collate
 from meft.runtime.device import EmulatedDevice
@@ -312,7 +312,7 @@ def test_the_report_says_it_and_the_audit_holds(glass_folder) -> None:
     assert report.observed.hot_windows == 2
     assert all(layer.hot_total > 0 for layer in report.observed.active_rows)
     assert {entry.category for entry in report.observed.transfer.entries if entry.per == "run"} == {"hot_placed"}
-    checks = audit(plan, report, gpu=sample_profiles().gpu).categories
+    checks = audit(plan, report, gpu=sample_profiles().gpu).transfer
     assert {"hot_keys", "hot_norm", "row_positions"} <= {check.category for check in checks}
     assert [check for check in checks if not check.equal] == []
 
@@ -371,7 +371,9 @@ def test_rehearsal_and_trace_have_the_bytes_of_a_real_step(glass_folder, cache, 
         "kept_rows_per_layer": tuple(kept),
     }
     sparsity = plan.prediction.sparsity.model_copy(update=update)
-    planned = plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"sparsity": sparsity})})
+    transfer = step_transfer(request=plan.request, decision=plan.decision, **update)
+    prediction = plan.prediction.model_copy(update={"sparsity": sparsity, "transfer": transfer})
+    planned = plan.model_copy(update={"prediction": prediction})
     config = json.loads((glass_folder / "config.json").read_text())
     report = rehearse(planned, config, budget_bytes=AMPLE_BYTES, meft_version="0")
     rehearsed = {(entry.direction, entry.category, entry.per): entry for entry in report.observed.transfer.entries}
@@ -379,6 +381,8 @@ def test_rehearsal_and_trace_have_the_bytes_of_a_real_step(glass_folder, cache, 
     travelled = {key: size for key, size in seen.items() if size}
     assert {key: entry.num_bytes for key, entry in rehearsed.items()} == travelled
     assert report.observed.device_memory.peak_allocated_bytes == pytest.approx(in_step, rel=0.01)
+    checks = audit(planned, report, gpu=sample_profiles().gpu).transfer
+    assert [check for check in checks if not check.equal] == []
     traced = stream_peaks(trace_plan(planned, config, workspace_bytes=0))
     assert traced.requested_bytes == pytest.approx(in_step, rel=1e-3)
 
