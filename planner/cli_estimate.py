@@ -247,7 +247,7 @@ def _meft_plan(planned: Planning, *, active_rows: int | None) -> Plan:
     lean = {}
     if isinstance(found, Infeasible):
         found = make_plan(unlimited, planned.profiles, meft_version=version("meft"))
-        lean = {"cached_rows": 0, "gradients_on_device": False}
+        lean = {"cached_rows": 0, "gradients_on_device": False, "hot_rows": request.hot_rows or 0}
     if isinstance(found, Infeasible):
         raise InfeasibleError(f"no such configuration: {found.message}")
     decision = found.decision.model_copy(update=lean)

@@ -22,7 +22,8 @@ Row gradients and refetched rows leave at the same moment, so where rows are ref
 link's duplex rates; every other copy has the link to itself.
 
 After the last micro-batch of an accumulation window the optimizer runs; a step carries its ``1 / grad_accum`` share,
-after backward, since clipping needs the whole gradient's norm first.
+after backward, since clipping needs the whole gradient's norm first. Hot rows are updated on the device, and then
+their keys go to the host.
 
 Times are plain numbers or arrays over candidates: one program serves the search and the final word on its winner.
 """

@@ -137,6 +137,7 @@ class RowExchange:
             tables=self._on_device.hot,
             window=self._window,
             landing=self._fetcher.staging[0],
+            clock=self.clock,
         )
 
     @property

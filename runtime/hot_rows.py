@@ -16,7 +16,7 @@ Letters: ``H`` hot rows per layer, ``D`` hidden size, ``R`` adapter rows per lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,6 +31,7 @@ from meft.runtime.gradient_window import GradientWindow, viewed
 from meft.runtime.host_store import HostStore
 from meft.runtime.hot_tables import HotTables
 from meft.runtime.optimizer import AdamWSettings
+from meft.runtime.timeline import LaneClock
 
 TABLES = ("weights", "first_moment", "second_moment", "step_counts")
 """What a row is, on the host and on the device, under the same names."""
@@ -47,6 +48,7 @@ class HotSet:
     tables: list[HotTables]
     window: GradientWindow
     landing: Landing
+    clock: LaneClock | None = None
     counted_steps: int = 0
     """Micro-batches that the activation counts are of."""
     current: Literal["host", "both", "device"] = "host"
@@ -99,7 +101,11 @@ class HotSet:
             return False
         self.place()
         for layer, tables in enumerate(self.tables):
+            if self.clock is not None:
+                self.clock.resume()
             tables.update(settings, learning_rate=learning_rate, gradient_scale=gradient_scale)
+            if self.clock is not None:
+                self.clock.computed(f"hot adamw {layer}")
             self.window.send_hot_keys(layer, self.rows[layer], tables.weights)
         self.current = "device"
         return True
@@ -184,10 +190,11 @@ class HotSet:
         for first in range(0, flat.shape[0], buffer.shape[0]):
             part = slice(first, min(first + buffer.shape[0], flat.shape[0]))
             with self.device.host():
-                yield part, buffer[: part.stop - first]
+                own = buffer[: part.stop - first]
+            yield part, own
 
     def _copy(self, direction: Direction, source: torch.Tensor, target: torch.Tensor, *, category: str) -> None:
         """Copy and wait: rare enough to be simple."""
-        views: Callable[[], tuple[torch.Tensor, torch.Tensor]] = lambda: (source, target)  # noqa: E731
-        copy = self.engine.copy(direction, views, category=category, point=self.engine.mark(), per="run")
+        point = self.engine.mark()
+        copy = self.engine.copy(direction, lambda: (source, target), category=category, point=point, per="run")
         copy.wait_on_host()

@@ -122,9 +122,9 @@ def optimizer_step(setup, settings: AdamWSettings, *, max_norm: float) -> float:
     return norm
 
 
-def train_tower(chosen, *, windows: int = 4, max_norm: float = 5.0):
+def train_tower(chosen, *, windows: int = 4, max_norm: float = 5.0, device=None):
     """Windows of three micro-batches; the setup, and each window's rows and norm."""
-    setup = sparse_setup(chosen)
+    setup = sparse_setup(chosen, device=device)
     settings, history = AdamWSettings(weight_decay=0.1), []
     for window in range(windows):
         active = []
