@@ -133,41 +133,60 @@ def bytes_given_rows(
     steps: int,
     missing_total: Iterable[int] | None = None,
     overflow_total: Iterable[int] | None = None,
+    hot_total: Iterable[int] | None = None,
 ) -> dict[tuple[Direction, str], int]:
     """Bytes by category over ``steps`` micro-batches whose active rows, summed over them, are ``rows_total [L]``.
 
     A step's bytes are a constant plus a multiple of each layer's rows, so sums of rows give sums of bytes. Without
-    cached rows all of them are missing, and overflow.
+    cached rows all that are not hot are missing, and overflow.
     """
     active = np.array(list(rows_total), dtype=np.int64)
-    missing, overflow = (
-        active if given is None else np.array(list(given), dtype=np.int64) for given in (missing_total, overflow_total)
-    )
     nothing = np.zeros_like(active)
-    with_rows, without = _categories(plan, active, missing, overflow), _categories(plan, nothing, nothing, nothing)
+    hot = nothing if hot_total is None else np.array(list(hot_total), dtype=np.int64)
+    missing, overflow = (
+        active - hot if given is None else np.array(list(given), dtype=np.int64)
+        for given in (missing_total, overflow_total)
+    )
+    with_rows = _categories(plan, active, missing, overflow, hot)
+    without = _categories(plan, nothing, nothing, nothing, nothing)
     return {key: int(with_rows[key]) + (steps - 1) * int(without[key]) for key in with_rows}
 
 
 def _bytes_of_report(plan: Plan, report: Report, steps: int) -> dict[tuple[Direction, str], int]:
     layers = report.observed.active_rows
+    hot = [layer.hot_total or 0 for layer in layers]
+    cold = [layer.total - of_layer for layer, of_layer in zip(layers, hot, strict=True)]
+    missing, overflow = [layer.missing_total for layer in layers], [layer.overflow_total for layer in layers]
     return bytes_given_rows(
         plan,
         rows_total=[layer.total for layer in layers],
-        missing_total=[layer.total if layer.missing_total is None else layer.missing_total for layer in layers],
-        overflow_total=[layer.total if layer.overflow_total is None else layer.overflow_total for layer in layers],
+        missing_total=[rows if seen is None else seen for rows, seen in zip(cold, missing, strict=True)],
+        overflow_total=[rows if seen is None else seen for rows, seen in zip(cold, overflow, strict=True)],
+        hot_total=hot,
         steps=steps,
     )
 
 
-def _per_optimizer_step(plan: Plan, report: Report) -> dict[tuple[Direction, str], int]:
-    """Bytes by category of an optimizer step: as predicted, but the gradient sums of the rows that were kept."""
+def _windows(plan: Plan, report: Report) -> int:
+    """Accumulation windows that the report measured; the last may be incomplete."""
+    return -(-report.observed.steps // plan.request.grad_accum)
+
+
+def _bytes_of_optimizer_steps(plan: Plan, report: Report) -> dict[tuple[Direction, str], int]:
+    """Bytes by category over all optimizer steps: as predicted for each, but the gradient sums of the rows that were
+    kept, and what hot rows cost from when they were chosen."""
+    windows = _windows(plan, report)
+    with_hot = windows if report.rehearsal else report.observed.hot_windows
     entries = [entry for entry in plan.prediction.transfer.entries if entry.per == "optimizer_step"]
-    found = {(entry.direction, entry.category): entry.num_bytes for entry in entries}
+    found = {
+        (entry.direction, entry.category): entry.num_bytes
+        * (with_hot if entry.category.startswith("hot_") else windows)
+        for entry in entries
+    }
     kept = [layer.kept_total for layer in report.observed.active_rows if layer.kept_total is not None]
     if kept and plan.decision.gradients_on_device:
         total = window_gradient_bytes(request=plan.request, decision=plan.decision, kept_rows_per_layer=kept)
-        windows = -(-report.observed.steps // plan.request.grad_accum)
-        found["d2h", "window_gradients"] = round(total / windows)
+        found["d2h", "window_gradients"] = total
     return found
 
 
@@ -177,10 +196,12 @@ def category_checks(plan: Plan, report: Report, steps: int) -> tuple[CategoryChe
     predicted: dict[tuple[Direction, str, Literal["step", "optimizer_step"]], int] = {
         (way, name, "step"): round(size / steps) for (way, name), size in totals.items()
     }
-    for (way, name), size in _per_optimizer_step(plan, report).items():
-        predicted[way, name, "optimizer_step"] = size
+    for (way, name), size in _bytes_of_optimizer_steps(plan, report).items():
+        predicted[way, name, "optimizer_step"] = round(size / _windows(plan, report))
     counted = {
-        (entry.direction, entry.category, entry.per): entry.num_bytes for entry in report.observed.transfer.entries
+        (entry.direction, entry.category, entry.per): entry.num_bytes
+        for entry in report.observed.transfer.entries
+        if entry.per != "run"
     }
     return tuple(
         CategoryCheck(
@@ -214,7 +235,11 @@ def _by_direction(totals: Mapping[tuple[Direction, str], int]) -> list[int]:
 
 
 def _categories(
-    plan: Plan, rows: NDArray[np.int64], missing: NDArray[np.int64], overflow: NDArray[np.int64]
+    plan: Plan,
+    rows: NDArray[np.int64],
+    missing: NDArray[np.int64],
+    overflow: NDArray[np.int64],
+    hot: NDArray[np.int64],
 ) -> Categories:
     decision = plan.decision
     return step_bytes_by_category(
@@ -226,6 +251,7 @@ def _categories(
         active_rows=rows,
         missing_rows=missing,
         overflow_rows=overflow,
+        hot_rows=hot,
         gradients_on_device=decision.gradients_on_device,
     )
 
@@ -351,11 +377,12 @@ def _host_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
 
 
 def _exact_transfer_rows(plan: Plan, report: Report, steps: int) -> tuple[AuditRow, ...]:
-    observed, once = report.observed.transfer, _per_optimizer_step(plan, report)
+    observed = report.observed.transfer
+    once = [round(size / _windows(plan, report)) for size in _by_direction(_bytes_of_optimizer_steps(plan, report))]
     totals = _bytes_of_report(plan, report, steps)
     given_rows = zip(_by_direction(totals), (observed.h2d_bytes_total, observed.d2h_bytes_total), strict=True)
     seen_once = (observed.h2d_bytes_per_optimizer_step, observed.d2h_bytes_per_optimizer_step)
-    per_optimizer_step = tuple(zip(_by_direction(once), seen_once, strict=True))
+    per_optimizer_step = tuple(zip(once, seen_once, strict=True))
     counted: tuple[Basis, Basis] = ("counted", "counted")
     return (
         *(

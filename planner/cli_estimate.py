@@ -55,6 +55,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "prefetch_depth": ("meft",),
     "routing": ("meft",),
     "rows_in_backward": ("meft",),
+    "hot_rows": ("meft",),
     "autocast": _DENSE,
     "optimizer": _DENSE,
     "loss": _DENSE,
@@ -86,6 +87,7 @@ class EstimateRequest(Record):
     prefetch_depth: Annotated[int, Field(ge=0, strict=True)] | None = None
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
+    hot_rows: Annotated[int, Field(ge=0, le=MAX_WIDTH, strict=True)] | None = None
     weights_dtype: WeightsDtype | None = None
     double_quant: bool | None = None
     kbit_preparation: bool | None = None
@@ -245,7 +247,7 @@ def _meft_plan(planned: Planning, *, active_rows: int | None) -> Plan:
     lean = {}
     if isinstance(found, Infeasible):
         found = make_plan(unlimited, planned.profiles, meft_version=version("meft"))
-        lean = {"cached_rows": 0, "gradients_on_device": False}
+        lean = {"cached_rows": 0, "gradients_on_device": False, "hot_rows": request.hot_rows or 0}
     if isinstance(found, Infeasible):
         raise InfeasibleError(f"no such configuration: {found.message}")
     decision = found.decision.model_copy(update=lean)
@@ -344,6 +346,7 @@ def _options(asked: EstimateRequest) -> RequestOptions:
         prefetch_depth=asked.prefetch_depth,
         routing=asked.routing,
         rows_in_backward=asked.rows_in_backward,
+        hot_rows=asked.hot_rows,
     )
 
 

@@ -87,6 +87,7 @@ class RequestOptions:
     prefetch_depth: int | None = None
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
+    hot_rows: int | None = None
     context_overhead: int | None = None
     active_rows_quantile: float | None = None
 
@@ -197,6 +198,11 @@ def decision_options(command: Command) -> Command:
         click.option("--prefetch-depth", type=click.IntRange(min=0), help="Layers that rows are fetched ahead."),
         click.option("--routing", type=click.Choice(get_args(Routing))),
         click.option("--rows-in-backward", type=click.Choice(get_args(RowsInBackward))),
+        click.option(
+            "--hot-rows",
+            type=click.IntRange(0, MAX_WIDTH),
+            help="Rows per layer that live on the device with their optimizer state: the most often active ones.",
+        ),
     )
 
 

@@ -232,6 +232,7 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "prefetch_depth": options.prefetch_depth,
         "routing": options.routing,
         "rows_in_backward": options.rows_in_backward,
+        "hot_rows": options.hot_rows,
         "active_rows_quantile": options.active_rows_quantile,
     }
     return {name: value for name, value in names.items() if value is not None}
@@ -253,9 +254,11 @@ def _check_model(options: RequestOptions, shape: ModelShape) -> None:
             f"--prefetch-depth {options.prefetch_depth}: {shape.name} has {shape.num_layers} layers; "
             f"give at most {shape.num_layers - 1}"
         )
-    width, top_k = options.adapter_width, options.top_k
+    width, top_k, hot_rows = options.adapter_width, options.top_k, options.hot_rows
     if width is not None and top_k is not None and top_k > width:
         raise UsageError(f"--top-k {top_k}: there are {width} rows (--adapter-width); give at most that")
+    if width is not None and hot_rows is not None and hot_rows > width:
+        raise UsageError(f"--hot-rows {hot_rows}: there are {width} rows (--adapter-width); give at most that")
 
 
 def _check_device(options: RequestOptions, gpu: GpuProfile, weights: WeightsDtype) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meft.planner.architecture import ModelShape
+from meft.planner.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.plan import Attention, Request, WeightsDtype
 from meft.planner.profiles import GpuProfile
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, MASTER_BYTES, Flags, Floats, Ints, Reals
@@ -70,6 +71,13 @@ LOSS_BYTES_PER_LOGIT = {2: 6 + 8 + 8 + 6, 4: 8 + 8}
 
 
 # --- the GPU ---------------------------------------------------------------------------------------------------------
+
+
+HOT_ADAMW_PASSES = 9 + 2 + 6 + 24 + 9 + 2
+"""fp32 numbers read and written per number of a hot row: its squared norm in fp64, the scale, copies of weights and
+moments, AdamW's ten operations on them, what is kept of each, clearing and the bf16 rows."""
+HOT_ADAMW_LAUNCHES = 36
+"""Per layer and chunk of rows: these operations, and those on the counts."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +294,15 @@ def router_adamw_seconds(rates: GpuRates, sizes: AdapterSizes, *, num_layers: in
     numbers = num_layers * sizes.num_experts * sizes.hidden_size
     return sizes.key_experts * rates.adapter_seconds(
         flops=0.0, num_bytes=ADAMW_ARRAYS * MASTER_BYTES * numbers, launches=num_layers
+    )
+
+
+def hot_adamw_seconds(rates: GpuRates, *, hidden_size: int, num_layers: int, hot_rows: Ints) -> Floats:
+    """Norm and AdamW of all layers' hot rows, written as separate operations on some rows at a time."""
+    numbers = num_layers * hot_rows * 2 * hidden_size
+    chunks = num_layers * -(-hot_rows // HOT_CHUNK_ROWS)
+    return rates.adapter_seconds(
+        flops=0.0, num_bytes=HOT_ADAMW_PASSES * MASTER_BYTES * numbers, launches=HOT_ADAMW_LAUNCHES * chunks
     )
 
 

@@ -34,10 +34,11 @@ _BECAUSE = {
     "gradient_landing": "min(p, 1)+1 buffers [cap, 2D] where row gradients arrive",
     "adapter_bf16_copy": "bf16 copy of all rows, to gather from",
     "cache_index": "int32 per row and int64 per cached row: which rows are on the device, and where",
+    "hot_index": "two int32 per row: how often it was active until the hot rows were chosen, and a hot row's place",
     "query_landing": "p+1 buffers [T, D] where hidden states arrive, or as many as layers send one",
     "probes_landing": "Key-Experts: p+1 buffers [T, P] int32 where the probed experts arrive",
     "row_experts_landing": "Key-Experts: p+1 buffers [cap] int32 that the active rows' experts leave from",
-    "row_positions_landing": "p+1 buffers [cap] int32 that the places of cached rows leave from",
+    "row_positions_landing": "p+1 buffers [cap] int32 that the places of rows on the device leave from",
 }
 _STAGING = (
     "row_staging",
@@ -67,6 +68,11 @@ def touched_flag_bytes(*, num_layers: Ints, adapter_width: Ints) -> Ints:
 def cache_index_bytes(*, num_layers: Ints, adapter_width: Ints, cached_rows: Ints) -> Ints:
     """A place per row and a row per place, where rows are cached at all."""
     return (cached_rows > 0) * num_layers * (adapter_width * INDEX_BYTES + cached_rows * _ROW_BYTES)
+
+
+def hot_index_bytes(*, num_layers: Ints, adapter_width: Ints, hot_rows: Ints) -> Ints:
+    """A count and a place per row, where rows are hot at all."""
+    return (hot_rows > 0) * num_layers * adapter_width * 2 * INDEX_BYTES
 
 
 def row_buffer_bytes(*, active_rows_cap: Ints, hidden_size: Ints, adapter_dtype_bytes: Ints, pinned: bool) -> Ints:
@@ -112,6 +118,7 @@ def host_bytes_by_category(
     pinned: bool,
     cached_rows: Ints = 0,
     bf16_copy: Flags = False,
+    hot_rows: Ints = 0,
 ) -> dict[str, Ints]:
     """Every category's bytes; the decision is numbers or arrays of candidates."""
     num_layers, hidden_size = request.model.num_layers, request.model.hidden_size
@@ -137,6 +144,7 @@ def host_bytes_by_category(
         "adapter_weights": table,
         "adapter_bf16_copy": copied * (table // MASTER_BYTES * _BF16_BYTES),
         "cache_index": cache_index_bytes(num_layers=num_layers, adapter_width=adapter_width, cached_rows=cached_rows),
+        "hot_index": hot_index_bytes(num_layers=num_layers, adapter_width=adapter_width, hot_rows=hot_rows),
         "adapter_moments": _MOMENTS * table,
         "adapter_gradients": table,
         "step_counts": step_count_bytes(num_layers=num_layers, adapter_width=adapter_width),
@@ -146,7 +154,7 @@ def host_bytes_by_category(
         "query_landing": _smaller(slots, queried) * query_buffer,
         "probes_landing": key_experts * slots * buffer_bytes(probes, pinned=pinned),
         "row_experts_landing": key_experts * slots * indices,
-        "row_positions_landing": (cached_rows > 0) * slots * indices,
+        "row_positions_landing": (cached_rows + hot_rows > 0) * slots * indices,
     }
 
 
@@ -161,6 +169,7 @@ def host_total_bytes(
     pinned: bool,
     cached_rows: Ints = 0,
     bf16_copy: Flags = False,
+    hot_rows: Ints = 0,
 ) -> Ints:
     """All of it, for the search."""
     total: Ints = sum(
@@ -174,6 +183,7 @@ def host_total_bytes(
             pinned=pinned,
             cached_rows=cached_rows,
             bf16_copy=bf16_copy,
+            hot_rows=hot_rows,
         ).values()
     )
     return total
@@ -191,6 +201,7 @@ def host_memory(*, request: Request, decision: Decision, pinned: bool) -> HostMe
         pinned=pinned,
         cached_rows=decision.cached_rows,
         bf16_copy=decision.bf16_copy,
+        hot_rows=decision.hot_rows,
     )
     entries = tuple(_entry(name, int(num_bytes), pinned=pinned) for name, num_bytes in sizes.items() if num_bytes)
     return HostMemory(entries=entries, total_bytes=sum(entry.num_bytes for entry in entries))

@@ -32,6 +32,7 @@ _OPTIONS = {
     "seq_len": "--seq-len",
     "weights_dtype": "--weights-dtype",
     "adapter_dtype": "--adapter-dtype",
+    "hot_rows": "--hot-rows",
     "rows_in_backward": "--rows-in-backward",
     "prefetch_depth": "--prefetch-depth",
     "routing": "--routing",
@@ -39,7 +40,10 @@ _OPTIONS = {
     "adapter_width": "--adapter-width",
 }
 """Options of ``meft-plan`` by the request's field."""
-_FREED = ("activation_checkpointing", "rows_in_backward", "prefetch_depth", "routing", "top_k", "adapter_width")
+_FREED = (
+    *("hot_rows", "activation_checkpointing", "rows_in_backward", "prefetch_depth", "routing"),
+    *("top_k", "adapter_width"),
+)
 """Choices that the request may have fixed, from the one that costs a user least to give up."""
 
 

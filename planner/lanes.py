@@ -22,7 +22,8 @@ Row gradients and refetched rows leave at the same moment, so where rows are ref
 link's duplex rates; every other copy has the link to itself.
 
 After the last micro-batch of an accumulation window the optimizer runs; a step carries its ``1 / grad_accum`` share,
-after backward, since clipping needs the whole gradient's norm first.
+after backward, since clipping needs the whole gradient's norm first. Hot rows are updated on the device, and then
+their keys go to the host.
 
 Times are plain numbers or arrays over candidates: one program serves the search and the final word on its winner.
 """
@@ -133,11 +134,13 @@ class GpuSeconds(_Seconds):
     """Cached rows: bringing those on the device and those that travelled together."""
     sum_gradients: NDArray[np.float64] = field(default_factory=_nothing)
     """Adding row gradients to their sums on the device."""
+    hot_adamw: Floats | None = None
+    """A step's share; None where no rows are hot."""
 
 
 @dataclass(frozen=True)
 class LinkSeconds(_Seconds):
-    """Copies, of both directions; ``router_norm`` and sums of row gradients are a step's share."""
+    """Copies, of both directions; ``router_norm``, ``hot_keys`` and sums of row gradients are a step's share."""
 
     PER_LAYER: ClassVar = frozenset(("rows", "rows_refetched", "row_gradients"))
 
@@ -150,11 +153,12 @@ class LinkSeconds(_Seconds):
     rows_refetched: NDArray[np.float64]
     row_gradients: NDArray[np.float64]
     router_norm: Floats
+    hot_keys: Floats = 0.0
 
 
 @dataclass(frozen=True)
 class HostSeconds(_Seconds):
-    """Tasks of the cpu lane; ``adamw`` is a step's share."""
+    """Tasks of the cpu lane; ``adamw`` and ``hot_keys`` are a step's share."""
 
     PER_LAYER: ClassVar = frozenset(("gather", "accumulate", "gather_again"))
 
@@ -164,6 +168,7 @@ class HostSeconds(_Seconds):
     adamw: Floats
     gather_again: NDArray[np.float64] | None = None
     """In backward, where it is not what :attr:`gather` is."""
+    hot_keys: Floats = 0.0
 
 
 @dataclass(frozen=True)
@@ -326,6 +331,10 @@ class _Program:
         norm = self.run("d2h", "router norm", self.link.router_norm, backward_done)
         self.run("cpu", "adamw", self.host.adamw, norm)
         self.run("gpu", "router adamw", self.gpu.router_adamw)
+        if self.gpu.hot_adamw is not None:
+            updated = self.run("gpu", "hot adamw", self.gpu.hot_adamw)
+            keys = self.run("d2h", "hot keys", self.link.hot_keys, updated)
+            self.run("cpu", "hot keys", self.host.hot_keys, keys)
 
 
 def simulate(

@@ -69,7 +69,7 @@ _BECAUSE = {
     "logit_softcap": "the tanh of the capped logits",
     "backward_temporaries": "gradients in flight at backward's worst moment, net of what is free by then",
     "dequantized_weight": "the largest quantized linear layer, written out to be multiplied",
-    "optimizer_temporary": "AdamW's step on the routers",
+    "optimizer_temporary": "AdamW's step on the routers, or on some hot rows at a time",
 }
 
 
@@ -98,6 +98,7 @@ def predict_device_memory(
         adapter_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
         cached_rows=decision.cached_rows,
         gradients_on_device=decision.gradients_on_device,
+        hot_rows=decision.hot_rows,
     )
     checkpointing = decision.activation_checkpointing
     memory = device_memory(
@@ -126,6 +127,7 @@ def peak_allocated_bytes(
     activation_checkpointing: Flags,
     cached_rows: Ints = 0,
     gradients_on_device: Flags = False,
+    hot_rows: Ints = 0,
 ) -> Ints:
     """Peak allocated device bytes of MEFT for one decision or, with arrays, for many.
 
@@ -142,6 +144,7 @@ def peak_allocated_bytes(
         adapter_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
         cached_rows=cached_rows,
         gradients_on_device=gradients_on_device,
+        hot_rows=hot_rows,
     )
     return peak_bytes(_request_ledger(request, gpu, method, activation_checkpointing=activation_checkpointing))
 

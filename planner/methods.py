@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner import hot_rows as hot
 from meft.planner import terms_adapter as ada
+from meft.planner.activations import largest
 from meft.planner.architecture import ModelShape
 from meft.planner.ledger import Row
 from meft.planner.plan import Attention, WeightsDtype
@@ -54,6 +56,7 @@ class SparseAdapter:
     adapter_bytes: int
     cached_rows: Ints = 0
     gradients_on_device: Flags = False
+    hot_rows: Ints = 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,9 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
             e=e,
             q=workload.compute_bytes,
         ),
-        optimizer_temporary=router,
+        optimizer_temporary=largest(
+            router, hot.hot_update_bytes(hidden_size=shape.hidden_size, hot_rows=method.hot_rows)
+        ),
     )
 
 
@@ -166,6 +171,7 @@ def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[
         hidden_size=shape.hidden_size,
         cached_rows=method.cached_rows,
         gradients_on_device=method.gradients_on_device,
+        hot_rows=method.hot_rows,
         e=method.adapter_bytes,
     )
     indices = ada.row_indices_bytes(
@@ -173,16 +179,32 @@ def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[
         active_rows_cap=method.active_rows_cap,
         cached_rows=method.cached_rows,
         key_experts=method.key_experts,
+        hot_rows=method.hot_rows,
     )
     return (
+        *_hot_resident(shape, method),
         Row("resident", "kept_rows", kept, "rows [C, 2D] per layer that stay through an accumulation window"),
         Row("resident", "gradient_sums", sums, "fp32 sums [C, 2D] per layer of the kept rows' gradients"),
-        Row("resident", "row_indices", indices, "int32 [cap] per layer: each row's expert, each kept row's place"),
+        Row("resident", "row_indices", indices, "int32 [cap] per layer: each row's expert, each resident row's place"),
         Row("resident", "row_staging", staging, "buffers [cap, 2D] for rows: p+1, or one per layer when retained"),
         Row("resident", "row_gradients", gradients, "min(p, 1)+1 buffers [cap, 2D] for row gradients"),
         Row("resident", "router_weights", router, "Key-Experts routers, fp32 [N, D] per layer"),
         Row("resident", "router_gradients", router, "the routers' gradients, summed over an accumulation window"),
         Row("resident", "router_moments", 2 * router, "two AdamW moments of the routers"),
+    )
+
+
+def _hot_resident(shape: ModelShape, method: SparseAdapter) -> tuple[Row, ...]:
+    of_rows = hot.hot_rows_bytes(
+        num_layers=shape.num_layers, hidden_size=shape.hidden_size, hot_rows=method.hot_rows, e=method.adapter_bytes
+    )
+    of_states = hot.hot_states_bytes(
+        num_layers=shape.num_layers, hidden_size=shape.hidden_size, hot_rows=method.hot_rows, e=method.adapter_bytes
+    )
+    because = "fp32 master weights where rows are bf16, two moments, gradient sums; two counts per row"
+    return (
+        Row("resident", "hot_rows", of_rows, "the most often active rows [H, 2D] per layer, there for good"),
+        Row("resident", "hot_states", of_states, because),
     )
 
 

@@ -58,6 +58,7 @@ class Request(Record):
     prefetch_depth: Index | None = None
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
+    hot_rows: Index | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -83,6 +84,10 @@ class Decision(Record):
     """Gradients of cached rows are summed on the device and sent once per window."""
     bf16_copy: bool = False
     """The host keeps a bf16 copy of the rows to gather from (for a bf16 adapter)."""
+    hot_rows: Index = 0
+    """Rows per layer that live on the device with their optimizer state: the most often active ones."""
+    hot_after_steps: Count = 32
+    """Micro-batches that are counted before the hot rows are chosen, at the end of the window that completes them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Decision:
@@ -103,6 +108,9 @@ class Decision(Record):
             raise ValueError(f"cached_rows {self.cached_rows} is above adapter_width {self.adapter_width}")
         if self.gradients_on_device and not self.cached_rows:
             raise ValueError("gradients_on_device sums the gradients of cached rows, but cached_rows is 0")
+        if self.hot_rows + self.cached_rows > self.adapter_width:
+            both = f"hot_rows {self.hot_rows} and cached_rows {self.cached_rows}"
+            raise ValueError(f"{both} are more than adapter_width {self.adapter_width}: a hot row is never cached")
         return self
 
 
@@ -156,7 +164,8 @@ class TransferEntry(Record):
 
     direction: Direction
     category: str
-    per: Literal["step", "optimizer_step"]
+    per: Literal["step", "optimizer_step", "run"]
+    """``run``: over the whole run, when there was need; never predicted."""
     num_bytes: Bytes
     because: str
 
@@ -195,6 +204,8 @@ class Sparsity(Record):
     """With cached rows: missing ones that there is no room to keep."""
     kept_rows_per_layer: tuple[Index, ...] = ()
     """With cached rows: how many are on the device at the window's end."""
+    hot_rows_per_layer: tuple[Index, ...] = ()
+    """With hot rows: those of a micro-batch that are, once they are chosen; they do not travel. Empty: none."""
     quantile: Fraction | None = None
     quantile_rows_per_layer: tuple[Index, ...] = ()
     """Rows that this share of micro-batches does not exceed, as the sparsity profile's spread says."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from meft.planner.chrome import Event
 from meft.planner.host_memory import host_memory
+from meft.planner.hot_rows import HotRows
 from meft.planner.memory import ASSUMED_UNUSED_RESERVED_FRACTION, predict_device_memory
 from meft.planner.plan import (
     Decision,
@@ -22,7 +23,7 @@ from meft.planner.plan import (
 )
 from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Flags, Ints
-from meft.planner.sparsity import predict_sparsity
+from meft.planner.sparsity import hot_rows_among, predict_sparsity
 from meft.planner.timing import step_timing
 from meft.planner.transfer import step_transfer
 
@@ -68,7 +69,23 @@ def _timing(
         missing_rows_per_layer=sparsity.missing_rows_per_layer,
         overflow_rows_per_layer=sparsity.overflow_rows_per_layer,
         kept_rows_per_layer=sparsity.kept_rows_per_layer,
+        hot=_hot(decision, profiles, sparsity),
         events=events,
+    )
+
+
+def _hot(decision: Decision, profiles: ProfileSet, sparsity: Sparsity) -> HotRows | None:
+    """The hot rows among those that are active in a micro-batch and in a window."""
+    in_step, in_window = (
+        np.array(rows, dtype=np.int64)
+        for rows in (sparsity.active_rows_per_layer, sparsity.window_active_rows_per_layer)
+    )
+    return hot_rows_among(
+        profiles.sparsity,
+        hot_rows=decision.hot_rows,
+        adapter_width=decision.adapter_width,
+        active_rows=in_step,
+        window_active_rows=in_window,
     )
 
 
@@ -103,6 +120,7 @@ def predict(
             missing_rows_per_layer=sparsity.missing_rows_per_layer,
             overflow_rows_per_layer=sparsity.overflow_rows_per_layer,
             kept_rows_per_layer=sparsity.kept_rows_per_layer,
+            hot_rows_per_layer=sparsity.hot_rows_per_layer,
         ),
         timing=_timing(request, decision, profiles, sparsity),
         sparsity=sparsity,
@@ -136,6 +154,16 @@ def _sparsity(request: Request, decision: Decision, profile: SparsityProfile, gi
         "window_active_rows_per_layer": tuple(window.tolist()),
         "basis": "measured",
     }
+    hot = hot_rows_among(
+        profile,
+        hot_rows=decision.hot_rows,
+        adapter_width=decision.adapter_width,
+        active_rows=rows,
+        window_active_rows=window,
+    )
+    if hot is not None:
+        update |= {"hot_rows_per_layer": tuple(hot.active.tolist())}
+        rows = rows - hot.active
     if decision.cached_rows:
         missing = np.minimum(expected.missing_rows_per_layer, rows)
         overflow = np.minimum(expected.overflow_rows_per_layer, missing)
@@ -209,6 +237,7 @@ def _sparsity_numbers(profile: SparsityProfile, *, prefetch_depth: int) -> Itera
         values = {"alpha_lowest": min(alphas), "alpha_mean": sum(alphas) / len(alphas), "alpha_highest": max(alphas)}
     values["spread_fraction"] = profile.spread_fraction
     values["prefetch_recall"] = recalls[min(prefetch_depth, len(recalls) - 1)]
+    values |= {f"popularity_of_top_{point.rows:g}": point.traffic for point in profile.popularity}
     for name, value in values.items():
         yield NumberUsed(name=f"sparsity.{name}", value=value, basis=profile.basis, source=profile.source)
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -171,6 +172,13 @@ class LayerSparsity(Record):
     """How ``ln q`` bends with ``ln T``, between 64 and 2048 tokens; beyond them it goes on straight."""
 
 
+class Popularity(Record):
+    """The most popular rows of a layer: their share of its rows, and of the active rows of micro-batches."""
+
+    rows: Annotated[float, Field(gt=0.0, lt=1.0)]
+    traffic: Annotated[float, Field(gt=0.0, le=1.0)]
+
+
 class SparsityProfile(Record):
     """Measured or assumed activation sparsity of an adapter. One layer entry serves every layer."""
 
@@ -195,6 +203,19 @@ class SparsityProfile(Record):
     """What Key-Experts routing adds to every layer's ``ln q``: tokens that probe other experts share fewer rows."""
     prefetch_recall_by_depth: Annotated[tuple[Fraction, ...], Field(min_length=1)]
     """Recall for depth 0, 1, 2, ...; depth 0 is exact, so the first is 1."""
+
+    popularity: tuple[Popularity, ...] = ()
+    """How much the most popular rows carry, by ascending share of rows; empty where that is not known."""
+
+    @model_validator(mode="after")
+    def _popularity_rises(self) -> SparsityProfile:
+        points = [(0.0, 0.0), *((point.rows, point.traffic) for point in self.popularity)]
+        for (rows, traffic), (more_rows, more_traffic) in pairwise(points):
+            if more_rows <= rows or more_traffic < traffic:
+                raise ValueError("popularity: rows must ascend, and traffic must not fall")
+            if more_traffic < more_rows:
+                raise ValueError(f"popularity: the first {more_rows} of the rows carry less than that, {more_traffic}")
+        return self
 
     @model_validator(mode="after")
     def _depth_zero_is_exact(self) -> SparsityProfile:

@@ -27,6 +27,7 @@ PARETO_ROWS = 5
 GROUPS: dict[str, tuple[str, ...]] = {
     "frozen model": ("linear_weights", "other_weights", "rotary_frequencies", "block_rounding", "dequantized_weight"),
     "active rows and their gradients": ("row_staging", "row_gradients", "row_indices", "kept_rows", "gradient_sums"),
+    "hot rows and their optimizer": ("hot_rows", "hot_states"),
     "router": ("router_weights", "router_gradients", "router_moments"),
     "trained on the device": ("trainable_weights", "optimizer_moments", "gradients"),
     "kept for backward": (
@@ -200,6 +201,7 @@ def _decision(plan: Plan) -> RenderableType:
         ("routing", decision.routing, _given(plan.request.routing, _why_routing(plan))),
         ("rows in backward", decision.rows_in_backward, _given(plan.request.rows_in_backward, _why_backward(plan))),
         ("rows cached", f"{decision.cached_rows:,}", _why_cached(plan)),
+        ("hot rows", f"{decision.hot_rows:,}", _given(plan.request.hot_rows, _why_hot(plan))),
         ("checkpointing", "on" if decision.activation_checkpointing else "off", _why_checkpointing(plan)),
     ]
     return grid(("", "", ""), rows, right=(1,))
@@ -261,6 +263,17 @@ def _why_cached(plan: Plan) -> str:
     share = sum(sparsity.missing_rows_per_layer) / max(1, sum(sparsity.active_rows_per_layer))
     gradients = ", their gradients once per window" if plan.decision.gradients_on_device else ""
     return f"per layer, through a window of {plan.request.grad_accum}: {percent(share)} of rows travel{gradients}"
+
+
+def _why_hot(plan: Plan) -> str:
+    sparsity, decision = plan.prediction.sparsity, plan.decision
+    known = any(number.name.startswith("sparsity.popularity") for number in plan.inputs.numbers)
+    unknown = "" if known else f"; {plan.request.sparsity} does not say how popular rows are"
+    if not decision.hot_rows:
+        return f"no row lives on the device{unknown}"
+    share = sum(sparsity.hot_rows_per_layer) / max(1, sum(sparsity.active_rows_per_layer))
+    some = percent(share) if known else f"at least {percent(share)}"
+    return f"live on the device, chosen after {decision.hot_after_steps} steps: {some} of active rows{unknown}"
 
 
 def _why_checkpointing(plan: Plan) -> str:

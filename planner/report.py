@@ -71,6 +71,8 @@ class ActiveRows(Record):
     """Those that were not kept."""
     kept_total: Index | None = None
     """Rows kept at the end of each window, summed over windows."""
+    hot_total: Index | None = None
+    """With hot rows: active ones that were on the device for good, summed over steps."""
 
 
 class Observed(Record):
@@ -82,6 +84,8 @@ class Observed(Record):
     host_memory: ObservedHostMemory
     transfer: ObservedTransfer
     active_rows: tuple[ActiveRows, ...]
+    hot_windows: Index = 0
+    """Windows at whose end hot rows were updated on the device: all but those before they were chosen."""
     dropped_rows: Index
     """Row selections lost to ``active_rows_cap``, summed over layers and steps."""
     prefetch_recall: Fraction | None

@@ -10,6 +10,8 @@ the shortest step. Ties go on through the rest, so the order is total: the same 
 
 Cheap limits come first: memory is computed for the whole grid of :mod:`meft.planner.space`, and only what fits is
 simulated. The winner is predicted again by the functions of a single decision, and that is what the plan reports.
+Device memory that it leaves over goes to hot rows, where the sparsity profile knows how much they carry and a step is
+the shorter for them.
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ from meft.planner.pareto import pareto_front, thinned
 from meft.planner.plan import Decision, ParetoPoint, Plan, Prediction, Request, SearchSummary
 from meft.planner.prediction import ProfileSet, inputs_used, predict, trainable_parameters
 from meft.planner.space import CAP_AXIS, Space, enumerate_space
-from meft.planner.sparsity import at_seq_len, window_rows
+from meft.planner.sparsity import at_seq_len, hot_rows_among, window_rows
 from meft.planner.timing import step_costs
 
 WITHOUT_MLP_MODULE = ("opt",)
 """Model types whose FFN is linear layers among the block's others."""
+HOT_PARTS = 16
+"""Hot rows are tried as so many parts of the width."""
 PARETO_POINTS = 12
 PARETO_NEAR = 6
 """Points of the front kept at the winner and around it; the others spread over the rest of it."""
@@ -61,6 +65,7 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
     decision = weighed.space.decision(winner)
     prediction = predict(request, decision, profiles)
     _check_consistent(weighed, winner, prediction)
+    decision, prediction = with_hot_rows(request, profiles, decision, prediction)
     return Plan(
         meft_version=meft_version,
         request=request,
@@ -92,11 +97,49 @@ def check_request(request: Request) -> None:
         raise UsageError(
             f"top_k {top_k} is above adapter_width {width}: a token cannot choose more rows than there are"
         )
+    if width is not None and request.hot_rows is not None and request.hot_rows > width:
+        raise UsageError(f"hot_rows {request.hot_rows} is above adapter_width {width}: give at most that")
     if request.prefetch_depth is not None and request.prefetch_depth >= shape.num_layers:
         raise UsageError(
             f"prefetch_depth {request.prefetch_depth}: {shape.name} has {shape.num_layers} layers; give at most "
             f"{shape.num_layers - 1}"
         )
+
+
+def with_hot_rows(
+    request: Request, profiles: ProfileSet, decision: Decision, prediction: Prediction
+) -> tuple[Decision, Prediction]:
+    """The decision with as many hot rows as make its step shortest, of sixteenths of the width, and its prediction.
+
+    As it is where the request says how many, or the profile does not know how popular rows are. Rows that are hot need
+    not be cached: the two together are no more than the width.
+    """
+    found = (decision, prediction)
+    if request.hot_rows is not None or not profiles.sparsity.popularity:
+        return found
+    width = decision.adapter_width
+    for part in range(1, HOT_PARTS + 1):
+        hot_rows = width * part // HOT_PARTS
+        cached_rows = min(decision.cached_rows, width - hot_rows)
+        update = {
+            "hot_rows": hot_rows,
+            "cached_rows": cached_rows,
+            "gradients_on_device": decision.gradients_on_device and cached_rows > 0,
+        }
+        tried = decision.model_copy(update=update)
+        predicted = predict(request, tried, profiles)
+        if not _fits(request, profiles, predicted):
+            break
+        if predicted.timing.step_seconds < found[1].timing.step_seconds:
+            found = (tried, predicted)
+    return found
+
+
+def _fits(request: Request, profiles: ProfileSet, prediction: Prediction) -> bool:
+    """Whether device memory at the cap and host memory are within the budgets."""
+    reserved = prediction.device_memory.peak_reserved_bytes_at_cap or 0
+    on_device = reserved + profiles.gpu.context.high_bytes <= request.gpu_mem_bytes
+    return on_device and prediction.host_memory.total_bytes <= request.host_mem_bytes
 
 
 # --- weighing --------------------------------------------------------------------------------------------------------
@@ -220,6 +263,7 @@ def _allocated_bytes(space: Space, request: Request, profiles: ProfileSet) -> ND
         activation_checkpointing=space.checkpointing_axis,
         cached_rows=space.cached_axis,
         gradients_on_device=space.on_device_axis,
+        hot_rows=space.hot_rows,
     )
     return np.broadcast_to(peak, space.shape)
 
@@ -235,6 +279,7 @@ def _host_bytes(space: Space, request: Request, profiles: ProfileSet) -> NDArray
             key_experts=space.key_experts,
             pinned=profiles.pinned,
             cached_rows=space.cached_axis,
+            hot_rows=space.hot_rows,
         )
     )
 
@@ -298,7 +343,15 @@ def _routing_costs(space: Space, request: Request, profiles: ProfileSet, *, cach
             cached_rows=space.cached_rows[cache],
             active_rows_cap=space.adapter_width,
             key_experts=space.key_experts,
+            hot_rows=space.hot_rows,
         )
+    hot = hot_rows_among(
+        profiles.sparsity,
+        hot_rows=space.hot_rows,
+        adapter_width=space.adapter_width,
+        active_rows=space.active_rows,
+        window_active_rows=space.window_active_rows,
+    )
     return step_costs(
         request=request,
         gpu=profiles.gpu,
@@ -313,6 +366,7 @@ def _routing_costs(space: Space, request: Request, profiles: ProfileSet, *, cach
         window_active_rows=space.window_active_rows,
         cached=cached,
         gradients_on_device=space.gradients_on_device[cache],
+        hot=hot,
     )
 
 

@@ -79,6 +79,8 @@ class Space:
     """Expected in a micro-batch, ``[L, routings]``; no cap is below it, nor below ``window_active_rows`` over the
     window's micro-batches, so no cap changes either."""
     window_active_rows: NDArray[np.int64]
+    hot_rows: int = 0
+    """As asked; where nobody asks, the search looks for them once it has a winner."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,6 +137,7 @@ class Space:
             rows_in_backward=self.rows_in_backward[backward],
             activation_checkpointing=self.activation_checkpointing[checkpointing],
             cached_rows=int(self.cached_rows[cache, routing]),
+            hot_rows=self.hot_rows,
             gradients_on_device=self.gradients_on_device[cache],
         )
 
@@ -152,7 +155,10 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
     checkpointing = request.activation_checkpointing
     depths = prefetch_depths(request, sparsity)
     caches = CACHES if request.grad_accum > 1 else CACHES[:1]  # in a window of one micro-batch nothing comes twice
-    cached = cached_rows(sparsity, adapter_width=width, window_active_rows=window, caches=caches)
+    most_cached = width - (request.hot_rows or 0)
+    cached = np.minimum(
+        cached_rows(sparsity, adapter_width=width, window_active_rows=window, caches=caches), most_cached
+    )
     on_device = tuple(on_device for _, on_device in caches)
     return Space(
         cached_rows=cached,
@@ -170,6 +176,7 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
         key_experts=experts,
         active_rows=step,
         window_active_rows=window,
+        hot_rows=request.hot_rows or 0,
     )
 
 
@@ -230,7 +237,7 @@ def adapter_widths(request: Request) -> tuple[int, ...]:
     """Widths to weigh: multiples of a power of two up to ``4D``, none with more weights than the model."""
     if request.adapter_width is not None:
         return (request.adapter_width,)
-    hidden_size, least = request.model.hidden_size, request.top_k or 1
+    hidden_size, least = request.model.hidden_size, max(request.top_k or 1, request.hot_rows or 0)
     power = 1 << (hidden_size.bit_length() - 1)
     step = min(max(WIDTH_STEP, power // 32), max(power // 8, 1))
     widest = min(WIDTHS_PER_HIDDEN_SIZE * hidden_size, widest_adapter(request))

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.errors import UsageError
+from meft.planner.hot_rows import HotRows, hot_active_rows, hot_share
 from meft.planner.plan import Decision, Request, Sparsity
 from meft.planner.profiles import TYPICAL_SHARE, TYPICAL_TOKENS, LayerSparsity, SparsityProfile
 from meft.planner.quantities import Flags, Floats, Ints, Reals
@@ -233,13 +234,16 @@ def window_rows(
     cached_rows: Ints,
     active_rows_cap: Ints,
     key_experts: Flags = False,
+    hot_rows: Ints = 0,
 ) -> WindowRows:
-    """What travels when a layer keeps the first ``C`` rows that the window activates.
+    """What travels when a layer keeps the first ``C`` rows that the window activates; hot rows are left out.
 
     The union of ``m`` micro-batches is that of ``m * T`` tokens, so the next one brings what the union grows by. Once
     ``C`` are kept, every further micro-batch is taken to miss as many as the next one would have: micro-batches are
     alike, and those kept are the rows of the first ones.
     """
+
+    share = hot_share(profile, hot_rows=hot_rows, adapter_width=adapter_width)
 
     def union(micro_batches: int) -> NDArray[np.int64]:
         rows = active_rows_per_layer(
@@ -250,7 +254,8 @@ def window_rows(
             adapter_width=adapter_width,
             key_experts=key_experts,
         )
-        return np.minimum(distinct_layers(rows), active_rows_cap * micro_batches)
+        rows = np.minimum(distinct_layers(rows), active_rows_cap * micro_batches)
+        return rows - hot_active_rows(rows, hot_rows=hot_rows, share=share)
 
     before = np.zeros_like(union(1))
     missing = overflow = before.astype(np.float64)
@@ -269,6 +274,25 @@ def window_rows(
 
     kept = np.broadcast_to(np.minimum(before, cached_rows), shape)
     return WindowRows(missing=mean(missing), overflow=mean(overflow), kept=kept)
+
+
+def hot_rows_among(
+    profile: SparsityProfile,
+    *,
+    hot_rows: Ints,
+    adapter_width: Ints,
+    active_rows: NDArray[np.int64],
+    window_active_rows: NDArray[np.int64],
+) -> HotRows | None:
+    """The hot ones among active rows ``[L, ...]`` of a micro-batch and of a window; None where no rows are hot."""
+    if not np.any(hot_rows):
+        return None
+    share = hot_share(profile, hot_rows=hot_rows, adapter_width=adapter_width)
+
+    def among(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.broadcast_to(hot_active_rows(distinct_layers(rows), hot_rows=hot_rows, share=share), rows.shape)
+
+    return HotRows(per_layer=hot_rows, active=among(active_rows), in_window=among(window_active_rows))
 
 
 def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: Decision) -> Sparsity:
@@ -291,20 +315,26 @@ def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: De
             cached_rows=decision.cached_rows,
             active_rows_cap=cap,
             key_experts=experts,
+            hot_rows=decision.hot_rows,
         )
         cached = {
             "missing_rows_per_layer": tuple(rows.missing.tolist()),
             "overflow_rows_per_layer": tuple(rows.overflow.tolist()),
             "kept_rows_per_layer": tuple(rows.kept.tolist()),
         }
+    active, in_window = capped(step, cap=cap), capped(window, cap=cap * request.grad_accum)
+    hot = hot_rows_among(
+        profile, hot_rows=decision.hot_rows, adapter_width=width, active_rows=active, window_active_rows=in_window
+    )
     quantile = request.active_rows_quantile
     spread = spread_at(profile.spread_fraction, quantile=quantile)
     highest = np.asarray(highest_active_rows(active_rows=step, spread_fraction=spread, adapter_width=width))
     return Sparsity(
         quantile=quantile,
         quantile_rows_per_layer=tuple(highest.tolist()),
-        active_rows_per_layer=tuple(capped(step, cap=cap).tolist()),
-        window_active_rows_per_layer=tuple(capped(window, cap=cap * request.grad_accum).tolist()),
+        active_rows_per_layer=tuple(active.tolist()),
+        window_active_rows_per_layer=tuple(in_window.tolist()),
+        hot_rows_per_layer=() if hot is None else tuple(hot.active.tolist()),
         prefetch_recall=float(prefetch_recall(profile, prefetch_depth=decision.prefetch_depth)),
         basis=profile.basis,
         **cached,

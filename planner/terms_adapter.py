@@ -41,17 +41,21 @@ def kept_rows_bytes(*, num_layers: int, hidden_size: int, cached_rows: Ints, e: 
 
 
 def gradient_sums_bytes(
-    *, num_layers: int, hidden_size: int, cached_rows: Ints, gradients_on_device: Flags, e: int
+    *, num_layers: int, hidden_size: int, cached_rows: Ints, gradients_on_device: Flags, e: int, hot_rows: Ints = 0
 ) -> Ints:
-    """Their gradients' fp32 sums, and where those are wider than the gradients a buffer to cast some rows at a time."""
-    cast = CAST_ROWS if e != MASTER_BYTES else 0
-    return choose(gradients_on_device, (num_layers * cached_rows + cast) * 2 * hidden_size * MASTER_BYTES, 0)
+    """Their gradients' fp32 sums, and where those are wider than the gradients a buffer to cast some rows at a time,
+    which the hot rows' gradients go through too."""
+    row = 2 * hidden_size * MASTER_BYTES
+    cast = CAST_ROWS * row if e != MASTER_BYTES else 0
+    return choose(gradients_on_device, num_layers * cached_rows * row + cast, choose(hot_rows > 0, cast, 0))
 
 
-def row_indices_bytes(*, num_layers: int, active_rows_cap: Ints, cached_rows: Ints, key_experts: Flags) -> Ints:
-    """Per layer int32 ``[cap]``: the expert of each active row (Key-Experts), and the place of each cached one."""
+def row_indices_bytes(
+    *, num_layers: int, active_rows_cap: Ints, cached_rows: Ints, key_experts: Flags, hot_rows: Ints = 0
+) -> Ints:
+    """Per layer int32 ``[cap]``: the expert of each active row (Key-Experts), and the place of each that is there."""
     one = num_layers * active_rows_cap * INDEX_BYTES
-    return choose(key_experts, one, 0) + choose(cached_rows > 0, one, 0)
+    return choose(key_experts, one, 0) + choose(cached_rows + hot_rows > 0, one, 0)
 
 
 def router_weights_bytes(*, num_layers: int, hidden_size: int, num_experts: Ints, key_experts: Flags) -> Ints:

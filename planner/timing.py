@@ -11,7 +11,7 @@ rows, ``N`` experts, ``P`` probes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +30,13 @@ from meft.planner.gpu_timing import (
     ffn_seconds,
     frozen_backward_seconds,
     gpu_rates,
+    hot_adamw_seconds,
     loss_head_seconds,
     router_adamw_seconds,
     router_seconds,
     sum_gradients_seconds,
 )
+from meft.planner.hot_rows import HOT_NORM_BYTES, HotRows, hot_key_bytes
 from meft.planner.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
 from meft.planner.plan import Decision, Request, Timing
 from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile
@@ -109,20 +111,45 @@ def step_costs(
     window_active_rows: NDArray[np.int64],
     cached: WindowRows | None = None,
     gradients_on_device: bool = False,
+    hot: HotRows | None = None,
 ) -> StepCosts:
     """Seconds of every task of a step.
 
     ``active_rows`` of a micro-batch and ``window_active_rows`` of an accumulation window are ``[L, ...]``, the other
-    choices numbers or arrays over the same candidates. ``cached`` are the window's rows where some stay on the device.
+    choices numbers or arrays over the same candidates. ``cached`` are the window's rows where some stay on the device,
+    ``hot`` those of rows that are there for good.
     """
-    moved = _moved_rows(active_rows, cached, gradients_on_device, request.grad_accum)
+    moved = _moved_rows(active_rows, cached, gradients_on_device, request.grad_accum, hot)
     scored_rows = num_probes * (adapter_width // num_experts)
     visited_experts = np.where(key_experts, np.minimum(num_experts, request.tokens_per_step * num_probes), 0)
-    window_rows: Ints = window_active_rows.sum(axis=0)
-    return StepCosts(
+    window_rows: Ints = (window_active_rows if hot is None else window_active_rows - hot.in_window).sum(axis=0)
+    costs = StepCosts(
         gpu=_gpu_costs(request, gpu_rates(gpu, request), num_experts, key_experts, moved),
         link=_link_costs(request, link, num_probes, key_experts, refetched, moved),
         host=_host_costs(request, host, scored_rows, visited_experts, moved, window_rows),
+    )
+    return costs if hot is None else _with_hot_update(costs, request, gpu, link, host, hot.per_layer)
+
+
+def _with_hot_update(
+    costs: StepCosts, request: Request, gpu: GpuProfile, link: LinkProfile, host: HostProfile, hot_rows: Ints
+) -> StepCosts:
+    """A step's share of updating the hot rows on the device and telling the host their keys."""
+    num_layers, hidden_size = request.model.num_layers, request.model.hidden_size
+    keys = hot_key_bytes(num_layers=num_layers, hidden_size=hidden_size, hot_rows=hot_rows)
+    adamw = hot_adamw_seconds(
+        gpu_rates(gpu, request), hidden_size=hidden_size, num_layers=num_layers, hot_rows=hot_rows
+    )
+    sent = copy_seconds(
+        keys + HOT_NORM_BYTES,
+        rate=link.d2h_bytes_per_second.value,
+        latency=(num_layers + 1) * link.latency_seconds.value,
+    )
+    written = 2 * keys / host.gather_bytes_per_second.value + num_layers * host.overhead_seconds_per_layer.value
+    return StepCosts(
+        gpu=replace(costs.gpu, hot_adamw=adamw / request.grad_accum),
+        link=replace(costs.link, hot_keys=sent / request.grad_accum),
+        host=replace(costs.host, hot_keys=written / request.grad_accum),
     )
 
 
@@ -137,25 +164,48 @@ class _MovedRows:
     """Whose gradients travel in the step."""
     summed: NDArray[np.int64]
     """Whose gradient sums travel at the window's end: a step's share."""
+    hot: NDArray[np.int64]
     is_cached: bool
     gradients_on_device: bool
 
+    @property
+    def assembled(self) -> NDArray[np.int64]:
+        """Copied on the device: all where rows are cached, else the hot ones."""
+        return self.active if self.is_cached else self.hot
+
+    @property
+    def added(self) -> NDArray[np.int64]:
+        """Whose gradients are summed on the device."""
+        return self.active if self.gradients_on_device else self.hot
+
+    @property
+    def has_places(self) -> bool:
+        """Whether some rows are on the device before they are needed."""
+        return self.is_cached or bool(self.hot.any())
+
 
 def _moved_rows(
-    active_rows: NDArray[np.int64], cached: WindowRows | None, gradients_on_device: bool, grad_accum: int
+    active_rows: NDArray[np.int64],
+    cached: WindowRows | None,
+    gradients_on_device: bool,
+    grad_accum: int,
+    hot_rows: HotRows | None,
 ) -> _MovedRows:
     active = distinct_layers(active_rows)
+    hot = np.zeros_like(active) if hot_rows is None else distinct_layers(hot_rows.active)
+    cold = active - hot
     if cached is None:
         nothing = np.zeros_like(active)
-        return _MovedRows(active, active, active, active, nothing, is_cached=False, gradients_on_device=False)
-    missing, overflow = np.minimum(distinct_layers(cached.missing), active), distinct_layers(cached.overflow)
+        return _MovedRows(active, cold, cold, cold, nothing, hot, is_cached=False, gradients_on_device=False)
+    missing, overflow = np.minimum(distinct_layers(cached.missing), cold), distinct_layers(cached.overflow)
     kept = np.rint(distinct_layers(cached.kept) / grad_accum).astype(np.int64)
     return _MovedRows(
         active=active,
         missing=missing,
         overflow=overflow,
-        gradients=overflow if gradients_on_device else active,
+        gradients=overflow if gradients_on_device else cold,
         summed=kept if gradients_on_device else np.zeros_like(kept),
+        hot=hot,
         is_cached=True,
         gradients_on_device=gradients_on_device,
     )
@@ -182,8 +232,10 @@ def _gpu_costs(
         adapter_backward=np.asarray(adapter_backward_seconds(rates, routed, active_rows=rows)),
         frozen_backward=frozen_backward_seconds(request, rates),
         router_adamw=router_adamw_seconds(rates, routed, num_layers=request.model.num_layers) / request.grad_accum,
-        assemble=np.asarray(assemble_seconds(rates, routed, active_rows=rows) * moved.is_cached),
-        sum_gradients=np.asarray(sum_gradients_seconds(rates, routed, rows=rows) * moved.gradients_on_device),
+        assemble=np.asarray(assemble_seconds(rates, routed, active_rows=moved.assembled) * moved.has_places),
+        sum_gradients=np.asarray(
+            sum_gradients_seconds(rates, routed, rows=moved.added) * (moved.gradients_on_device or moved.hot.any())
+        ),
     )
 
 
@@ -210,7 +262,7 @@ def _link_costs(
     probes = probe_bytes(tokens=tokens, num_probes=num_probes)
     experts = key_experts * copy_seconds(row_expert_bytes(active_rows=moved.active), rate=h2d, latency=latency)
     hits = row_expert_bytes(active_rows=moved.active - moved.missing)
-    places = moved.is_cached * copy_seconds(hits, rate=h2d, latency=latency)
+    places = moved.has_places * copy_seconds(hits, rate=h2d, latency=latency)
     sums = moved.gradients_on_device * copy_seconds(
         bytes_of(moved.summed), rate=d2h_backward, latency=latency / request.grad_accum
     )
@@ -275,6 +327,7 @@ def step_timing(
     missing_rows_per_layer: Sequence[int] = (),
     overflow_rows_per_layer: Sequence[int] = (),
     kept_rows_per_layer: Sequence[int] = (),
+    hot: HotRows | None = None,
     overlapped: bool = True,
     events: list[Event] | None = None,
 ) -> Timing:
@@ -302,6 +355,7 @@ def step_timing(
         window_active_rows=np.array(window_active_rows_per_layer, dtype=np.int64),
         cached=cached,
         gradients_on_device=decision.gradients_on_device,
+        hot=hot,
     )
     step = simulate(
         costs,

@@ -19,6 +19,10 @@ lie goes with them (``row_positions``, 4 bytes each), and in backward only the *
 again. With gradients on the device, ``row_gradients`` are the overflow's alone, and the sums of the rows *kept* travel
 once per optimizer step: ``window_gradients``, ``2D*e`` each.
 
+Hot rows are on the device for good: they are never missing, and neither they nor their gradients travel in a step; only
+their places go with the others. Once per optimizer step the host is told all their keys, by which it chooses rows
+(``hot_keys``, ``4*D`` each of the ``H`` per layer), and the squared norm of their gradients (``hot_norm``, 8 bytes).
+
 Letters: ``T`` tokens, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per layer, ``A_l`` active rows of layer
 ``l``, ``P`` probes, ``p`` prefetch depth. Active rows are ``[L]`` for one decision, ``[L, candidates]`` for many.
 """
@@ -26,11 +30,12 @@ Letters: ``T`` tokens, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.hot_rows import HOT_NORM_BYTES, hot_key_bytes
 from meft.planner.plan import Decision, Direction, Request, Transfer, TransferEntry
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, INDEX_BYTES, Flags, Ints
 
@@ -53,6 +58,8 @@ _BECAUSE = {
     "row_gradients": "gradients of keys and values of the active rows",
     "window_gradients": "gradients summed on the device over the accumulation window",
     "loss": "the loss, one fp32 number",
+    "hot_keys": "keys of the hot rows, which the device updates and the host chooses by, fp32",
+    "hot_norm": "squared norm of the hot rows' gradients, one fp64 number for global clipping",
     "router_norm": "squared norm of the routers' gradients, one fp32 number for global clipping",
 }
 
@@ -120,20 +127,23 @@ def step_bytes_by_category(
     missing_rows: NDArray[np.int64] | None = None,
     overflow_rows: NDArray[np.int64] | None = None,
     gradients_on_device: Flags = False,
+    hot_rows: NDArray[np.int64] | None = None,
 ) -> Categories:
     """Every category of a step, zeros included; rows are ``[L, ...]``, the rest numbers or arrays.
 
-    Without cached rows all active rows are missing, and overflow.
+    ``hot_rows`` are the active ones that are hot. Without cached rows all others are missing, and overflow.
     """
-    missing_rows = active_rows if missing_rows is None else missing_rows
-    overflow_rows = active_rows if overflow_rows is None else overflow_rows
+    cold_rows = active_rows if hot_rows is None else active_rows - hot_rows
+    missing_rows = cold_rows if missing_rows is None else missing_rows
+    overflow_rows = cold_rows if overflow_rows is None else overflow_rows
     num_layers, hidden_size, tokens = request.model.num_layers, request.model.hidden_size, request.tokens_per_step
     row_dtype, query_dtype = ADAPTER_DTYPE_BYTES[request.adapter_dtype], COMPUTE_DTYPE_BYTES[request.weights_dtype]
     rows: Ints = active_rows.sum(axis=0)
     missing: Ints = missing_rows.sum(axis=0)
     overflow: Ints = overflow_rows.sum(axis=0)
     again = refetched_rows(active_rows=overflow_rows, prefetch_depth=prefetch_depth, refetched=refetched)
-    gradients: Ints = rows + (overflow - rows) * gradients_on_device
+    cold: Ints = cold_rows.sum(axis=0)
+    gradients: Ints = cold + (overflow - cold) * gradients_on_device
     query = query_bytes(tokens=tokens, hidden_size=hidden_size, compute_dtype_bytes=query_dtype)
     return {
         ("h2d", "inputs"): input_bytes(tokens=tokens),
@@ -157,9 +167,23 @@ def step_bytes(categories: Categories) -> tuple[Ints, Ints]:
     return h2d, d2h
 
 
-def optimizer_step_bytes(*, key_experts: Flags, window_gradients: Ints = 0) -> tuple[Ints, Ints]:
-    """``(h2d, d2h)`` bytes of one optimizer step; ``window_gradients`` in bytes."""
-    return 0, NORM_BYTES * key_experts + window_gradients
+def optimizer_step_bytes(
+    *, key_experts: Flags, window_gradients: Ints = 0, hot_keys: Ints = 0
+) -> dict[tuple[Direction, str], Ints]:
+    """Bytes of one optimizer step by category, zeros included; ``window_gradients`` and ``hot_keys`` in bytes."""
+    return {
+        ("d2h", "router_norm"): NORM_BYTES * key_experts,
+        ("d2h", "window_gradients"): window_gradients,
+        ("d2h", "hot_keys"): hot_keys,
+        ("d2h", "hot_norm"): HOT_NORM_BYTES * (hot_keys > 0),
+    }
+
+
+def hot_keys_of(*, request: Request, decision: Decision) -> int:
+    """The hot rows' keys that go to the host once per window, in bytes."""
+    shape = request.model
+    keys = hot_key_bytes(num_layers=shape.num_layers, hidden_size=shape.hidden_size, hot_rows=decision.hot_rows)
+    return int(keys)
 
 
 def window_gradient_bytes(*, request: Request, decision: Decision, kept_rows_per_layer: Sequence[int]) -> int:
@@ -176,12 +200,13 @@ def expected_step_bytes(
     active_rows_per_layer: Sequence[int],
     missing_rows_per_layer: Sequence[int] = (),
     overflow_rows_per_layer: Sequence[int] = (),
+    hot_rows_per_layer: Sequence[int] = (),
 ) -> tuple[int, int]:
     """``(h2d, d2h)`` bytes of one micro-batch that activated these rows: what the runtime's counters must show.
 
-    With cached rows, of which those missing travelled, and the overflow was not kept.
+    With cached rows, of which those missing travelled, and the overflow was not kept; and with hot ones among them.
     """
-    rows = (active_rows_per_layer, missing_rows_per_layer, overflow_rows_per_layer)
+    rows = (active_rows_per_layer, missing_rows_per_layer, overflow_rows_per_layer, hot_rows_per_layer)
     categories = _decided(request, decision, *rows)
     h2d, d2h = step_bytes(categories)
     return int(h2d), int(d2h)
@@ -195,21 +220,20 @@ def step_transfer(
     missing_rows_per_layer: Sequence[int] = (),
     overflow_rows_per_layer: Sequence[int] = (),
     kept_rows_per_layer: Sequence[int] = (),
+    hot_rows_per_layer: Sequence[int] = (),
 ) -> Transfer:
     """The ledger of a decision, without the categories that carry nothing; rows as :func:`expected_step_bytes`."""
-    rows = (active_rows_per_layer, missing_rows_per_layer, overflow_rows_per_layer)
+    rows = (active_rows_per_layer, missing_rows_per_layer, overflow_rows_per_layer, hot_rows_per_layer)
     categories = _decided(request, decision, *rows)
     h2d, d2h = step_bytes(categories)
-    key_experts = decision.routing == "key-experts"
-    sums = window_gradient_bytes(request=request, decision=decision, kept_rows_per_layer=kept_rows_per_layer)
-    optimizer_h2d, optimizer_d2h = optimizer_step_bytes(key_experts=key_experts, window_gradients=sums)
-    entries = [
-        TransferEntry(direction=direction, category=name, per="step", num_bytes=int(num_bytes), because=_BECAUSE[name])
-        for (direction, name), num_bytes in categories.items()
-        if num_bytes
-    ]
-    once = {"router_norm": NORM_BYTES * key_experts, "window_gradients": sums}
-    entries += [_optimizer_step_entry(name, num_bytes) for name, num_bytes in once.items() if num_bytes]
+    once = optimizer_step_bytes(
+        key_experts=decision.routing == "key-experts",
+        window_gradients=window_gradient_bytes(
+            request=request, decision=decision, kept_rows_per_layer=kept_rows_per_layer
+        ),
+        hot_keys=hot_keys_of(request=request, decision=decision),
+    )
+    optimizer_h2d, optimizer_d2h = step_bytes(once)
     whole = whole_adapter_bytes(
         num_layers=request.model.num_layers,
         adapter_width=decision.adapter_width,
@@ -217,7 +241,7 @@ def step_transfer(
         adapter_dtype_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
     )
     return Transfer(
-        entries=tuple(entries),
+        entries=(*_entries(categories, "step"), *_entries(once, "optimizer_step")),
         h2d_bytes_per_step=int(h2d),
         d2h_bytes_per_step=int(d2h),
         h2d_bytes_per_optimizer_step=int(optimizer_h2d),
@@ -226,9 +250,13 @@ def step_transfer(
     )
 
 
-def _optimizer_step_entry(category: str, num_bytes: int) -> TransferEntry:
-    because = _BECAUSE[category]
-    return TransferEntry(direction="d2h", category=category, per="optimizer_step", num_bytes=num_bytes, because=because)
+def _entries(categories: Categories, per: Literal["step", "optimizer_step"]) -> tuple[TransferEntry, ...]:
+    """Those that carry something."""
+    return tuple(
+        TransferEntry(direction=direction, category=name, per=per, num_bytes=int(num_bytes), because=_BECAUSE[name])
+        for (direction, name), num_bytes in categories.items()
+        if num_bytes
+    )
 
 
 def _decided(
@@ -237,8 +265,9 @@ def _decided(
     active: Sequence[int],
     missing: Sequence[int],
     overflow: Sequence[int],
+    hot: Sequence[int],
 ) -> Categories:
-    for name, rows in {"active": active, "missing": missing, "overflow": overflow}.items():
+    for name, rows in {"active": active, "missing": missing, "overflow": overflow, "hot": hot}.items():
         if len(rows) != request.model.num_layers and (rows or name == "active"):
             raise ValueError(f"{name} rows are given for {len(rows)} layers, the model has {request.model.num_layers}")
     return step_bytes_by_category(
@@ -251,4 +280,5 @@ def _decided(
         missing_rows=np.array(missing, dtype=np.int64) if missing else None,
         overflow_rows=np.array(overflow, dtype=np.int64) if overflow else None,
         gradients_on_device=decision.gradients_on_device,
+        hot_rows=np.array(hot, dtype=np.int64) if hot else None,
     )

@@ -61,7 +61,7 @@ class BaselineSession:
             loss = self._loss(batch)
             (loss * loss_scale).backward()
             value = self.engine.read_scalar(loss, category="loss")
-        return StepResult(value, time.perf_counter() - started, StepCounters([], [], []))
+        return StepResult(value, time.perf_counter() - started, StepCounters.zero(0))
 
     def loss(self, batch: Batch) -> float:
         """The loss on a batch that is not trained on."""

@@ -38,6 +38,8 @@ OPTIMIZER_STATE = "optimizer.safetensors"
 TRAINING_STATE = "training_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{8})")
 _MOMENTS = ("first_moment", "second_moment", "step_counts")
+_HOT_TABLES = ("activations", "places")
+_COUNTED_STEPS = "hot.counted_steps"
 
 
 class AdapterConfig(File):
@@ -182,7 +184,7 @@ def adapter_tensors(session: Session) -> dict[str, torch.Tensor]:
 
     Waits for updates under way.
     """
-    session.drain()
+    session.bring_home()
     tensors = {f"layers.{layer}.rows": tables.weights for layer, tables in enumerate(session.store.layers)}
     return tensors | {f"layers.{layer}.router": weight.detach() for layer, weight in enumerate(session.router_weights)}
 
@@ -210,16 +212,20 @@ def _adapter_config(session: Session, meft_version: str) -> AdapterConfig:
 
 
 def optimizer_tensors(session: Session) -> dict[str, torch.Tensor]:
-    """Moments and step counts of the rows and of the routers, by name: views, no copies.
+    """Moments and step counts of the rows and of the routers, by name, and which rows are hot: views, no copies.
 
-    Waits for updates under way.
+    Waits for updates under way. The number of steps that activations were counted in is a copy.
     """
-    session.drain()
+    session.bring_home()
     tensors = {
         f"layers.{layer}.{name}": getattr(tables, name)
         for layer, tables in enumerate(session.store.layers)
         for name in _MOMENTS
     }
+    for layer, index in enumerate(session.store.hot):
+        tensors |= {f"layers.{layer}.{name}": getattr(index, name) for name in _HOT_TABLES}
+    if session.exchange.hot is not None:
+        tensors[_COUNTED_STEPS] = torch.tensor([session.exchange.hot.counted_steps])
     if session.router_optimizer is not None:
         for layer, weight in enumerate(session.router_weights):
             for name, value in session.router_optimizer.state[weight].items():
@@ -229,8 +235,15 @@ def optimizer_tensors(session: Session) -> dict[str, torch.Tensor]:
 
 def restore_optimizer(session: Session, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """The inverse of :func:`optimizer_tensors`, in place."""
-    for name, target in optimizer_tensors(session).items():
+    hot = session.exchange.hot
+    if hot is not None:
+        hot.require_no_gradients()
+    targets = optimizer_tensors(session)
+    for name, target in targets.items():
         _restore(target, tensors, name, path)
+    if hot is not None:
+        hot.counted_steps = int(targets[_COUNTED_STEPS])
+    session.optimizer_state_was_written()
 
 
 def _restore(target: torch.Tensor, tensors: dict[str, torch.Tensor], name: str, path: Path) -> None:

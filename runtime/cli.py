@@ -212,6 +212,10 @@ def _summary(report: Report) -> list[str]:
     if busiest.p99 is not None:
         counts = f"mean {busiest.mean:,.0f}, median {busiest.median:,.0f}, p99 {busiest.p99:,.0f}, max {busiest.max:,}"
         lines.append(f"active rows of the busiest layer, {busiest.layer}: {counts} over {observed.steps} steps")
+    hot = sum(layer.hot_total or 0 for layer in observed.active_rows)
+    if hot:
+        share = hot / sum(layer.total for layer in observed.active_rows)
+        lines.append(f"hot rows, on the device in {observed.hot_windows} windows, were {share:.1%} of all active rows")
     if observed.prefetch_recall not in (None, 1.0):
         lines.append(f"look-ahead routing found {observed.prefetch_recall:.1%} of the exact choice")
     if observed.dropped_rows:

@@ -1,7 +1,8 @@
 """The adapter's buffers on the device: the ring of active rows, rows kept through a window, sums of their gradients.
 
-All are made once, so that device memory is the same in every step. Letters: ``A`` active rows, ``D`` hidden size, ``C``
-rows kept per layer, ``L`` layers.
+All are made once, so that device memory is the same in every step, and so are the tables of the hot rows, which are
+there for good (:mod:`meft.runtime.hot_tables`). Letters: ``A`` active rows, ``D`` hidden size, ``C`` rows kept per
+layer, ``L`` layers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from meft.planner.plan import Decision
 from meft.runtime.device import Device
 from meft.runtime.engine import COPY_DONE, Copy
+from meft.runtime.hot_tables import HotTables
 from meft.runtime.lanes import Job
 from meft.runtime.row_cache import Placement
 
@@ -64,12 +66,13 @@ class DeviceRows:
     """``[C, 2D]`` per layer."""
     sums: list[torch.Tensor] = field(default_factory=list)
     """Gradient sums ``[C, 2D]`` per layer, in the masters' dtype."""
-    hits: list[torch.Tensor] = field(default_factory=list)
-    """int32 ``[cap]`` per layer: where the hits lie in ``kept``."""
+    hot: list[HotTables] = field(default_factory=list)
+    places: list[torch.Tensor] = field(default_factory=list)
+    """int32 ``[cap]`` per layer: where the hits lie in ``kept``, and behind them the hot rows in ``hot``."""
     experts: list[torch.Tensor] = field(default_factory=list)
     """int32 ``[cap]`` per layer: the expert of each active row."""
     used: list[Copy] = field(default_factory=list)
-    """When each layer's ``hits`` and ``experts`` were last used."""
+    """When each layer's ``places`` and ``experts`` were last used."""
     cast: torch.Tensor | None = None
 
     @classmethod
@@ -91,11 +94,14 @@ class DeviceRows:
         made.used = [COPY_DONE] * num_layers
         if decision.cached_rows:
             made.kept = [made.new_rows("kept_rows", decision.cached_rows) for _ in range(num_layers)]
-            made.hits = [made._new_indices("row_indices") for _ in range(num_layers)]
         if decision.gradients_on_device:
             made.sums = [made.new_rows("gradient_sums", decision.cached_rows, sums_dtype) for _ in range(num_layers)]
-            if dtype != sums_dtype:
-                made.cast = made.new_rows("gradient_sums", CAST_ROWS, sums_dtype)
+        if decision.hot_rows:
+            made.hot = [made._new_hot(decision.hot_rows, sums_dtype) for _ in range(num_layers)]
+        if decision.cached_rows or decision.hot_rows:
+            made.places = [made._new_indices("row_indices") for _ in range(num_layers)]
+        if (made.sums or made.hot) and dtype != sums_dtype:
+            made.cast = made.new_rows("gradient_sums", CAST_ROWS, sums_dtype)
         if decision.routing == "key-experts":
             made.experts = [made._new_indices("row_indices") for _ in range(num_layers)]
         return made
@@ -116,11 +122,18 @@ class DeviceRows:
             slot.layer = None
 
     def assemble(self, layer: int, placement: Placement) -> None:
-        """Complete the layer's slot from the rows kept, and keep the rows admitted; once per filling."""
+        """Complete the layer's slot from the rows that are here, and keep the rows admitted; once per filling."""
         slot = self.slot(layer)
-        if slot.assembled or not self.kept:
+        if slot.assembled or not self.places:
             return
         slot.assembled = True
+        if self.kept:
+            self._assemble_kept(layer, slot, placement)
+        if placement.num_hot:
+            target = slot.buffer[placement.num_cold : placement.num_rows]
+            torch.index_select(self.hot[layer].rows, 0, self.hot_places(layer, placement), out=target)
+
+    def _assemble_kept(self, layer: int, slot: RingSlot, placement: Placement) -> None:
         kept, admitted = self.kept[layer], placement.num_admitted
         own = kept[placement.first_position : placement.first_position + admitted]
         if slot.filled_again:
@@ -128,22 +141,42 @@ class DeviceRows:
         else:
             own.copy_(slot.buffer[:admitted])
         if placement.num_hits:
-            target = slot.buffer[placement.num_missing : placement.num_rows]
-            torch.index_select(kept, 0, self.hits[layer][: placement.num_hits], out=target)
+            target = slot.buffer[placement.num_missing : placement.num_cold]
+            torch.index_select(kept, 0, self.places[layer][: placement.num_hits], out=target)
+
+    def hot_places(self, layer: int, placement: Placement) -> torch.Tensor:
+        """Where the micro-batch's hot rows lie, int32 on the device."""
+        return self.places[layer][placement.num_hits : placement.num_hits + placement.num_hot]
 
     def add_gradients(self, layer: int, placement: Placement, gradients: torch.Tensor) -> None:
         """Add ``gradients [A, 2D]`` of the rows kept to their sums; those of admitted rows are the first."""
         sums, admitted = self.sums[layer], placement.num_admitted
         sums[placement.first_position : placement.first_position + admitted].copy_(gradients[:admitted])
-        hits, own = self.hits[layer][: placement.num_hits], gradients[placement.num_missing :]
+        hits = self.places[layer][: placement.num_hits]
+        self._add(sums, hits, gradients[placement.num_missing : placement.num_cold])
+
+    def add_hot_gradients(self, layer: int, placement: Placement, gradients: torch.Tensor) -> None:
+        """Add ``gradients [A, 2D]`` of the hot rows to their sums."""
+        tables, places = self.hot[layer], self.hot_places(layer, placement)
+        self._add(tables.gradients, places, gradients[placement.num_cold :])
+        tables.touched.index_add_(0, places, torch.ones_like(places))
+
+    def _add(self, sums: torch.Tensor, places: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Add rows of ``gradients`` to those of ``sums`` at ``places``, of which none comes twice."""
         if self.cast is None:
-            if placement.num_hits:
-                sums.index_add_(0, hits, own)
+            if places.shape[0]:
+                sums.index_add_(0, places, gradients)
             return
-        for first in range(0, placement.num_hits, CAST_ROWS):
-            some = own[first : first + CAST_ROWS]
+        for first in range(0, places.shape[0], CAST_ROWS):
+            some = gradients[first : first + CAST_ROWS]
             cast = self.cast[: some.shape[0]].copy_(some)
-            sums.index_add_(0, hits[first : first + CAST_ROWS], cast)
+            sums.index_add_(0, places[first : first + CAST_ROWS], cast)
+
+    def _new_hot(self, count: int, dtype: torch.dtype) -> HotTables:
+        with self.device.scope():
+            return HotTables.empty(
+                self.device, count=count, row_numbers=2 * self.hidden_size, dtype=self.dtype, master_dtype=dtype
+            )
 
     def _new_indices(self, category: str) -> torch.Tensor:
         with self.device.scope(), self.device.category(category):

@@ -21,7 +21,8 @@ from meft.planner.plan import Direction
 from meft.runtime.device import Device
 from meft.runtime.lanes import Job, Schedule, Sequential
 
-Per = Literal["step", "optimizer_step", "probe"]
+Per = Literal["step", "optimizer_step", "run", "probe"]
+"""``run``: when there is need, as for a checkpoint, whatever the number of steps."""
 Views = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Gives source and target when the copy's turn has come: how many rows travel may not be known before."""
 
@@ -122,7 +123,7 @@ class TransferEngine:
             self.counted_bytes[direction, category, counted_as] += (
                 num_bytes  # a key belongs to one lane, that is, one thread
             )
-            timed = counted_as != "probe"
+            timed = counted_as in ("step", "optimizer_step")
             if self._streams:
                 return self._copy_on_stream(source, target, direction, point, timed=timed)
             return self._copy_here(source, target, direction, num_bytes, timed=timed)
@@ -152,7 +153,7 @@ class TransferEngine:
         return sum(size for (way, _, kind), size in self.counted_bytes.items() if (way, kind) == (direction, per))
 
     def busy_seconds(self) -> dict[Direction, float]:
-        """Seconds each direction was copying so far, probes left out; waits for copies under way."""
+        """Seconds each direction was copying in steps so far; waits for copies under way."""
         self.schedule.drain()
         for direction, start, end in self._timed:
             end.synchronize()

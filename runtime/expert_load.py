@@ -16,7 +16,7 @@ from meft.runtime.session import Session
 
 def expert_load(session: Session) -> tuple[ExpertLoad, ...]:
     """Per layer; with exact routing all rows are one expert's. Waits for updates under way."""
-    session.drain()
+    session.bring_home()
     num_experts = session.plan.decision.num_experts
     return tuple(_of_layer(layer, tables.step_counts, num_experts) for layer, tables in enumerate(session.store.layers))
 

@@ -42,11 +42,34 @@ class LayerTables:
         return self.weights[:, self.weights.shape[1] // 2 :]
 
 
+@dataclass(frozen=True)
+class HotIndex:
+    """One layer's record of which rows live on the device, int32 ``[R]`` each."""
+
+    activations: torch.Tensor
+    """In how many of the micro-batches that were counted a row was active."""
+    places: torch.Tensor
+    """Where a hot row lies on the device; -1 for all others, and for all before they are chosen."""
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The hot rows, int64 ascending, which is the order of their places."""
+        return (self.places >= 0).nonzero().flatten()
+
+    def choose(self, num_rows: int) -> None:
+        """Take the rows most often active, of equal ones the first."""
+        order = self.activations.argsort(descending=True, stable=True)
+        rows = order[:num_rows].sort().values
+        self.places.fill_(-1)
+        self.places[rows] = torch.arange(num_rows, dtype=torch.int32)
+
+
 class HostStore:
     """Rows, moments, gradient accumulators and step counts of all layers; masters in ``dtype`` (fp32 outside tests).
 
     ``kernels`` do the work at the speed of memory; without them it is done by the readable code that they must equal.
     ``bf16_copy`` keeps a bf16 copy of every row to gather from: half as much to read, and as much more to keep.
+    ``has_hot_rows`` keeps the tables that say which rows live on the device.
     """
 
     def __init__(
@@ -58,6 +81,7 @@ class HostStore:
         dtype: torch.dtype = torch.float32,
         kernels: HostKernels | None = None,
         bf16_copy: bool = False,
+        has_hot_rows: bool = False,
     ) -> None:
         self.num_layers = num_layers
         self.adapter_width = adapter_width
@@ -68,6 +92,10 @@ class HostStore:
         self.copies: tuple[torch.Tensor, ...] = ()
         if bf16_copy:
             self.copies = tuple(tables.weights.bfloat16() for tables in self.layers)
+        self.hot: tuple[HotIndex, ...] = ()
+        """Empty where no rows are hot."""
+        if has_hot_rows:
+            self.hot = tuple(_empty_index(adapter_width) for _ in range(num_layers))
 
     def initialise(self, *, seed: int) -> None:
         """Keys uniform in +-1/sqrt(D) (what ``torch.nn.Linear`` does), values zero: the adapter starts as nothing."""
@@ -133,6 +161,9 @@ class HostStore:
                 totals[category] += table.numel() * table.element_size()
         if self.copies:
             totals["adapter_bf16_copy"] = sum(copy.numel() * copy.element_size() for copy in self.copies)
+        if self.hot:
+            tables_of_hot = (table for index in self.hot for table in (index.activations, index.places))
+            totals["hot_index"] = sum(table.numel() * table.element_size() for table in tables_of_hot)
         return totals
 
 
@@ -153,6 +184,11 @@ def in_chunks(rows: torch.Tensor, table: torch.Tensor) -> Iterator[torch.Tensor]
     """Split a row list so that a copy of its rows of ``table [R, 2D]`` stays small."""
     row_bytes = table.shape[1] * table.element_size()
     yield from rows.split(max(1, CHUNK_BYTES // row_bytes))
+
+
+def _empty_index(adapter_width: int) -> HotIndex:
+    activations = torch.zeros(adapter_width, dtype=torch.int32)
+    return HotIndex(activations, torch.full_like(activations, -1))
 
 
 def _empty_tables(adapter_width: int, hidden_size: int, dtype: torch.dtype) -> LayerTables:

@@ -56,7 +56,7 @@ def serving(session: Session) -> Iterator[None]:
     is open stays as it is: rows are read on the host, where the window does not change them.
     """
     model, engine = session.model, session.engine
-    session.drain()
+    session.bring_home()
     was_training, per = model.training, engine.per
     engine.per = "probe"
     model.eval()

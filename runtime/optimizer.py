@@ -75,23 +75,40 @@ def update_layer(
 def _update_rows(
     tables: LayerTables, rows: torch.Tensor, settings: AdamWSettings, *, learning_rate: float, gradient_scale: float
 ) -> None:
-    beta1, beta2 = settings.beta1, settings.beta2
     gradients = tables.gradients[rows].mul_(gradient_scale)
-    first = tables.first_moment[rows].lerp_(gradients, 1 - beta1)
-    second = tables.second_moment[rows].mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
+    first, second, weights = tables.first_moment[rows], tables.second_moment[rows], tables.weights[rows]
     counts = tables.step_counts[rows] + 1
-
-    exponent = counts.to(torch.float64).unsqueeze(1)
-    step_size = (learning_rate / (1 - beta1**exponent)).to(gradients.dtype)
-    root_correction = (1 - beta2**exponent).sqrt().to(gradients.dtype)
-    denominator = second.sqrt().div_(root_correction).add_(settings.eps)
-    weights = tables.weights[rows].mul_(1 - learning_rate * settings.weight_decay)
-    weights.sub_(first.div(denominator).mul_(step_size))
-
+    adamw(weights, first, second, gradients, counts, settings, learning_rate=learning_rate)
     tables.weights[rows] = weights
     tables.first_moment[rows] = first
     tables.second_moment[rows] = second
     tables.step_counts[rows] = counts
+
+
+def adamw(
+    weights: torch.Tensor,
+    first_moment: torch.Tensor,
+    second_moment: torch.Tensor,
+    gradients: torch.Tensor,
+    step_counts: torch.Tensor,
+    settings: AdamWSettings,
+    *,
+    learning_rate: float,
+) -> None:
+    """One update of some rows ``[n, 2D]``, in place. ``step_counts [n]`` include this update.
+
+    For rows on the host and on the device alike.
+    """
+    beta1, beta2 = settings.beta1, settings.beta2
+    first_moment.lerp_(gradients, 1 - beta1)
+    second_moment.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
+
+    exponent = step_counts.to(torch.float64).unsqueeze(1)
+    step_size = (learning_rate / (1 - beta1**exponent)).to(gradients.dtype)
+    root_correction = (1 - beta2**exponent).sqrt().to(gradients.dtype)
+    denominator = second_moment.sqrt().div_(root_correction).add_(settings.eps)
+    weights.mul_(1 - learning_rate * settings.weight_decay)
+    weights.sub_(torch.div(first_moment, denominator, out=denominator).mul_(step_size))
 
 
 def clip_scale(squared_norm: float, max_norm: float | None) -> tuple[float, float]:

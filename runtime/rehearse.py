@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from meft.planner.plan import Plan
-from meft.planner.report import Observed, Report, Training
+from meft.planner.plan import Plan, Sparsity
+from meft.planner.report import ActiveRows, Observed, Report, Training
 from meft.runtime.data import Batch
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.model_loading import model_from_config
@@ -34,26 +34,35 @@ def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_vers
         session = rehearsal_session(plan, model_from_config(plan, config), EmulatedDevice(budget_bytes))
         rehearse_step(session)
         rehearse_optimizer_step(session)
-        return _report(session, plan.prediction.sparsity.active_rows_per_layer, meft_version)
+        return _report(session, meft_version)
 
 
 def rehearsal_session(plan: Plan, model: nn.Module, device: EmulatedDevice) -> Session:
     """A session that needs no data: its active rows, and those that stay cached, are the plan's own."""
     router = PlannedRouter(plan.prediction.sparsity.active_rows_per_layer)
-    return open_session(plan, model, device, seed=0, router=router, cache=_planned_cache(plan), compiled=False)
+    session = open_session(plan, model, device, seed=0, router=router, cache=_planned_cache(plan), compiled=False)
+    if session.exchange.hot is not None:
+        hot_rows = torch.arange(plan.decision.hot_rows)
+        session.exchange.hot.rehearse([hot_rows] * session.store.num_layers)
+    return session
 
 
 def _planned_cache(plan: Plan) -> PlannedCache | None:
-    """The mean micro-batch of the plan's window; None where no rows are cached."""
+    """The mean micro-batch of the plan's window; None where no rows are cached or hot."""
     decision, sparsity = plan.decision, plan.prediction.sparsity
-    if not decision.cached_rows:
+    if not (decision.cached_rows or decision.hot_rows):
         return None
+    active = sparsity.active_rows_per_layer
+    nothing = (0,) * len(active)
+    hot = sparsity.hot_rows_per_layer or nothing
+    cold = tuple(rows - of_layer for rows, of_layer in zip(active, hot, strict=True))
     return PlannedCache(
         adapter_width=decision.adapter_width,
         cached_rows=decision.cached_rows,
-        missing=sparsity.missing_rows_per_layer,
-        overflow=sparsity.overflow_rows_per_layer,
-        kept=sparsity.kept_rows_per_layer,
+        missing=sparsity.missing_rows_per_layer or cold,
+        overflow=sparsity.overflow_rows_per_layer or cold,
+        kept=sparsity.kept_rows_per_layer or nothing,
+        hot=hot,
     )
 
 
@@ -89,23 +98,42 @@ def rehearse_step(session: Session) -> None:
 
 
 def rehearse_optimizer_step(session: Session) -> None:
-    """Only what crosses the link: the update itself is arithmetic, and there are no numbers."""
+    """What crosses the link, and hot rows, which the device updates; all other updates are the host's arithmetic."""
     session.engine.per = "optimizer_step"
     with session.device.scope():
         session.exchange.close_window()
     if session.router_weights:
         with session.device.scope(), torch.no_grad():
             session.engine.bring_scalar(session.squared_router_norm(), category="router_norm")
+    hot = session.exchange.hot
+    if hot is not None:
+        with session.device.scope(), torch.no_grad():
+            session.engine.bring_scalar(hot.squared_norm(), category="hot_norm")
+            hot.update(session.settings, learning_rate=0.0, gradient_scale=1.0)
 
 
-def _report(session: Session, rows: tuple[int, ...], meft_version: str) -> Report:
+def _planned_rows(sparsity: Sparsity) -> tuple[ActiveRows, ...]:
+    """The plan's rows, as a run of one step that met just those would report them."""
+    kinds = {
+        "missing_total": sparsity.missing_rows_per_layer,
+        "overflow_total": sparsity.overflow_rows_per_layer,
+        "kept_total": sparsity.kept_rows_per_layer,
+        "hot_total": sparsity.hot_rows_per_layer,
+    }
+    return tuple(
+        layer.model_copy(update={name: rows[layer.layer] for name, rows in kinds.items() if rows})
+        for layer in active_rows([sparsity.active_rows_per_layer])
+    )
+
+
+def _report(session: Session, meft_version: str) -> Report:
     request = session.plan.request
     observed = Observed(
         steps=1,
         device_memory=device_memory(session.device.peaks(), MemoryReading(None, _NO_NVML)),
         host_memory=host_memory(session),
         transfer=transfer(session, steps=1, windows=1, pcie=PcieReading(None, None, _NO_NVML)),
-        active_rows=active_rows([rows]),
+        active_rows=_planned_rows(session.plan.prediction.sparsity),
         dropped_rows=0,
         prefetch_recall=None,
         step_seconds=None,

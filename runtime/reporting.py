@@ -41,6 +41,10 @@ _WHY = {
     "row_gradients": "gradients of the active rows to the host",
     "row_positions": "where the active rows that were kept on the device lie",
     "window_gradients": "gradients summed on the device over the window, to the host",
+    "hot_keys": "keys of the hot rows to the host, which chooses by them",
+    "hot_norm": "squared norm of the hot rows' gradients, for clipping",
+    "hot_placed": "hot rows with their optimizer state to the device, for good",
+    "hot_returned": "hot rows with their optimizer state to the host, to be saved or read there",
     "inputs": "token ids and labels",
     "loss": "the loss, for the report",
     "router_norm": "squared norm of the routers' gradients, for clipping",
@@ -63,6 +67,7 @@ def build_report(
         host_memory=host_memory(session),
         transfer=transfer(session, steps=measured.steps, windows=len(measured.optimizer_seconds), pcie=pcie),
         active_rows=_with_cached(active_rows(measured.active_rows), trainer),
+        hot_windows=measured.hot_windows,
         dropped_rows=measured.dropped_rows,
         prefetch_recall=recall,
         step_seconds=_step_seconds(trainer),
@@ -139,14 +144,14 @@ def host_memory(session: Session) -> ObservedHostMemory:
 
 
 def transfer(session: Session, *, steps: int, windows: int, pcie: PcieReading) -> ObservedTransfer:
-    """What the engine counted: means per step and per optimizer step, and totals over the steps."""
+    """What the engine counted: means per step and per optimizer step, totals over the steps, and over the run."""
     engine = session.engine
-    divisors: dict[Per, int] = {"step": max(1, steps), "optimizer_step": max(1, windows)}
+    divisors: dict[Per, int] = {"step": max(1, steps), "optimizer_step": max(1, windows), "run": 1}
     entries = tuple(
         TransferEntry(
             direction=direction,
             category=category,
-            per="step" if per == "step" else "optimizer_step",
+            per=per,
             num_bytes=round(size / divisors[per]),
             because=_WHY[category],
         )
@@ -185,15 +190,17 @@ def active_rows(per_step: Sequence[Sequence[int]]) -> tuple[ActiveRows, ...]:
 
 
 def _with_cached(layers: tuple[ActiveRows, ...], trainer: Trainer) -> tuple[ActiveRows, ...]:
-    """The layers, with what travelled and what was kept if rows were cached."""
-    if not trainer.session.plan.decision.cached_rows:
-        return layers
-    measured = trainer.measured
-    kinds = {
-        "missing_total": measured.missing_rows,
-        "overflow_total": measured.overflow_rows,
-        "kept_total": measured.kept_rows,
-    }
+    """The layers, with what travelled and what was kept if rows were cached, and how many were hot."""
+    measured, decision = trainer.measured, trainer.session.plan.decision
+    kinds: dict[str, list[list[int]]] = {}
+    if decision.cached_rows:
+        kinds |= {
+            "missing_total": measured.missing_rows,
+            "overflow_total": measured.overflow_rows,
+            "kept_total": measured.kept_rows,
+        }
+    if decision.hot_rows:
+        kinds |= {"hot_total": measured.hot_rows}
     totals = {name: [sum(counts) for counts in zip(*rows, strict=True)] for name, rows in kinds.items()}
     return tuple(
         layer.model_copy(update={name: total[layer.layer] for name, total in totals.items()}) for layer in layers

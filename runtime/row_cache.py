@@ -5,7 +5,8 @@ first that the window's micro-batches activate. Of a micro-batch's active rows, 
 others (*missing*) travel, and as many as there is room for are kept from then on (*admitted*). The rest are the
 *overflow*, which travels in every micro-batch that needs it.
 
-The rows of a layer then stand in the order admitted, overflow, hits, so that each part is one slice.
+The rows of a layer then stand in the order admitted, overflow, hits, hot, so that each part is one slice. *Hot* rows
+(:mod:`meft.runtime.hot_rows`) are on the device for good: none of the above sees them.
 
 Letters: ``R`` adapter rows per layer, ``A`` active rows, ``C`` rows kept per layer.
 """
@@ -13,10 +14,14 @@ Letters: ``R`` adapter rows per layer, ``A`` active rows, ``C`` rows kept per la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
+
+
+def _no_places() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Placement:
     """Where a micro-batch's active rows of one layer come from."""
 
     rows: torch.Tensor
-    """int64 ``[A]``: admitted, overflow, hits."""
+    """int64 ``[A]``: admitted, overflow, hits, hot."""
     num_admitted: int
     num_missing: int
     """Admitted and overflow."""
@@ -32,11 +37,23 @@ class Placement:
     """Where the admitted rows go, one after the other."""
     hits: torch.Tensor
     """int32: where the hits are."""
+    hot: torch.Tensor = field(default_factory=_no_places)
+    """int32: where the hot rows are."""
 
     @property
     def num_rows(self) -> int:
         """``A``."""
         return self.rows.shape[0]
+
+    @property
+    def num_hot(self) -> int:
+        """Rows that are on the device for good."""
+        return self.hot.shape[0]
+
+    @property
+    def num_cold(self) -> int:
+        """All others."""
+        return self.num_rows - self.num_hot
 
     @property
     def num_overflow(self) -> int:
@@ -45,8 +62,13 @@ class Placement:
 
     @property
     def num_hits(self) -> int:
-        """Rows that need not travel."""
-        return self.num_rows - self.num_missing
+        """Rows that an earlier micro-batch of the window has brought."""
+        return self.num_cold - self.num_missing
+
+    @property
+    def places(self) -> torch.Tensor:
+        """int32: where the hits and then the hot rows are, each among its own kind."""
+        return torch.cat([self.hits, self.hot])
 
     @property
     def missing(self) -> torch.Tensor:
@@ -85,7 +107,7 @@ class NoCache:
     def place(self, layer: int, rows: torch.Tensor) -> Placement:
         """See :class:`RowCache`."""
         del layer
-        return Placement(rows, 0, rows.shape[0], 0, torch.empty(0, dtype=torch.int32))
+        return Placement(rows, 0, rows.shape[0], 0, _no_places())
 
     def kept_rows(self, layer: int) -> torch.Tensor:
         """See :class:`RowCache`."""
@@ -137,8 +159,34 @@ class WindowCache:
         return sum(table.numel() * table.element_size() for table in tables)
 
 
+class BesideHotRows:
+    """A cache that never sees a hot row. ``places`` is int32 ``[R]`` per layer: a hot row's place, -1 for others."""
+
+    def __init__(self, cache: RowCache, places: Sequence[torch.Tensor]) -> None:
+        self._cache, self._places = cache, places
+
+    def place(self, layer: int, rows: torch.Tensor) -> Placement:
+        """See :class:`RowCache`."""
+        places = self._places[layer][rows]
+        is_hot = places >= 0
+        cold = self._cache.place(layer, rows[~is_hot])
+        return replace(cold, rows=torch.cat([cold.rows, rows[is_hot]]), hot=places[is_hot])
+
+    def kept_rows(self, layer: int) -> torch.Tensor:
+        """See :class:`RowCache`."""
+        return self._cache.kept_rows(layer)
+
+    def clear(self, layer: int) -> None:
+        """See :class:`RowCache`."""
+        self._cache.clear(layer)
+
+    def host_bytes(self) -> int:
+        """See :class:`RowCache`; the places are the store's."""
+        return self._cache.host_bytes()
+
+
 class PlannedCache:
-    """The cache of a rehearsal: as many rows missing, overflowing and kept as the plan expects of a micro-batch."""
+    """The cache of a rehearsal: as many rows missing, overflowing, kept and hot as the plan expects of a step."""
 
     def __init__(
         self,
@@ -148,15 +196,18 @@ class PlannedCache:
         missing: Sequence[int],
         overflow: Sequence[int],
         kept: Sequence[int],
+        hot: Sequence[int] = (),
     ) -> None:
         self._sizes = (adapter_width, cached_rows)
         self._missing, self._overflow, self._kept = tuple(missing), tuple(overflow), tuple(kept)
+        self._hot = tuple(hot) or (0,) * len(self._kept)
 
     def place(self, layer: int, rows: torch.Tensor) -> Placement:
         """See :class:`RowCache`."""
         admitted = self._missing[layer] - self._overflow[layer]
-        hits = torch.zeros(rows.shape[0] - self._missing[layer], dtype=torch.int32)
-        return Placement(rows, admitted, self._missing[layer], 0, hits)
+        hits = torch.zeros(rows.shape[0] - self._missing[layer] - self._hot[layer], dtype=torch.int32)
+        hot = torch.zeros(self._hot[layer], dtype=torch.int32)
+        return Placement(rows, admitted, self._missing[layer], 0, hits, hot)
 
     def kept_rows(self, layer: int) -> torch.Tensor:
         """See :class:`RowCache`."""
@@ -168,4 +219,4 @@ class PlannedCache:
     def host_bytes(self) -> int:
         """See :class:`RowCache`."""
         adapter_width, cached_rows = self._sizes
-        return len(self._kept) * (4 * adapter_width + 8 * cached_rows)
+        return len(self._kept) * (4 * adapter_width + 8 * cached_rows) if cached_rows else 0

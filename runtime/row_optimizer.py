@@ -52,7 +52,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and step counts of rows and routers, and the groups."""
-        self.session.drain()
+        self.session.bring_home()
         counts = [tables.step_counts for tables in self.session.store.layers]
         stepped = any(bool(count.any()) for count in counts)
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]

@@ -100,7 +100,7 @@ class Session:
         layers = range(self.store.num_layers)
         early, self._early = self._early, []
         norms = [norm for norm, _ in early] or [self.exchange.squared_norm(layer) for layer in layers]
-        squared = math.fsum(norm.result() for norm in norms) + self._squared_norm_of_routers()
+        squared = math.fsum(norm.result() for norm in norms) + self._squared_norm_on_device()
         norm, scale = clip_scale(squared, max_norm)
         updates = [update for _, update in early] or [
             self.exchange.update(layer, self.settings, learning_rate=learning_rate, gradient_scale=scale)
@@ -108,22 +108,36 @@ class Session:
         ]
         if self.router_optimizer is not None:
             self._update_routers(self.router_optimizer, learning_rate, scale)
+        hot = self._update_hot_rows(learning_rate, scale)
         self.engine.per = "step"
         self.exchange.window_open = False
-        return OptimizerResult(norm, updates, kept, time.perf_counter() - started)
+        return OptimizerResult(norm, updates, kept, time.perf_counter() - started, updated_hot_rows=hot)
 
     def drain(self) -> None:
         """Wait until no lane has anything left to do."""
         self.engine.schedule.drain()
 
+    def bring_home(self) -> None:
+        """Make the host's tables current, also those of rows that live on the device; lanes are idle then."""
+        self.drain()
+        if self.exchange.hot is not None:
+            self.exchange.hot.bring_home()
+
     def rows_were_written(self) -> None:
         """Rows on the host were written other than by the optimizer: nothing made of them before is good any more.
 
-        Gradients of an open window stay, as torch's do when weights are loaded.
+        They were current there before: see :meth:`bring_home`. Gradients of an open window stay, as torch's do when
+        weights are loaded.
         """
         with self.device.scope():
             self.exchange.forget_rows()
         self.store.refresh_copies()
+        self.optimizer_state_was_written()
+
+    def optimizer_state_was_written(self) -> None:
+        """Moments and counts on the host were written other than by the optimizer, or which rows are hot."""
+        if self.exchange.hot is not None:
+            self.exchange.hot.host_was_written()
 
     def forget_gradients(self) -> None:
         """Forget the gradients that no optimizer step has used, of rows and routers."""
@@ -158,11 +172,25 @@ class Session:
         self._early = early
         self.exchange.after_last_gradients = after_last_gradients
 
-    def _squared_norm_of_routers(self) -> float:
-        if not self.router_weights:
-            return 0.0
+    def _squared_norm_on_device(self) -> float:
+        """Of the gradients that are there alone: the routers' and the hot rows'."""
+        squared, hot = 0.0, self.exchange.hot
         with self.device.scope(), torch.no_grad():
-            return self.engine.read_scalar(self.squared_router_norm(), category="router_norm")
+            if self.router_weights:
+                squared += self.engine.read_scalar(self.squared_router_norm(), category="router_norm")
+            if hot is not None and hot.rows:
+                squared += self.engine.read_scalar(hot.squared_norm(), category="hot_norm")
+        return squared
+
+    def _update_hot_rows(self, learning_rate: float, scale: float) -> bool:
+        """Update them, or choose them if it is time; whether there were any."""
+        hot = self.exchange.hot
+        if hot is None:
+            return False
+        with self.device.scope(), torch.no_grad():
+            updated = hot.update(self.settings, learning_rate=learning_rate, gradient_scale=scale)
+        hot.choose_if_due()
+        return updated
 
     def squared_router_norm(self) -> torch.Tensor:
         """Sum of squares of the routers' gradients, on the device."""
@@ -218,6 +246,8 @@ class OptimizerResult:
     kept_rows: list[int]
     """Rows of each layer that were on the device at the window's end."""
     seconds: float
+    updated_hot_rows: bool = False
+    """Whether there were hot rows, which the device updates."""
 
 
 def open_session(
@@ -257,6 +287,7 @@ def open_session(
         hidden_size=shape.hidden_size,
         kernels=kernels,
         bf16_copy=decision.bf16_copy and plan.request.adapter_dtype == "bf16",
+        has_hot_rows=decision.hot_rows > 0,
     )
     store.initialise(seed=seed)
     if key_init == "ffn":

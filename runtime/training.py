@@ -65,7 +65,10 @@ class Worked:
 
 @dataclass
 class Measurements:
-    """What this process measured. ``active_rows``, ``missing_rows`` and ``overflow_rows`` are steps x layers."""
+    """What this process measured.
+
+    ``active_rows``, ``missing_rows``, ``overflow_rows`` and ``hot_rows`` are steps x layers.
+    """
 
     step_seconds: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
@@ -76,6 +79,9 @@ class Measurements:
     active_rows: list[list[int]] = field(default_factory=list)
     missing_rows: list[list[int]] = field(default_factory=list)
     overflow_rows: list[list[int]] = field(default_factory=list)
+    hot_rows: list[list[int]] = field(default_factory=list)
+    hot_windows: int = 0
+    """Windows in which hot rows were on the device."""
     kept_rows: list[list[int]] = field(default_factory=list)
     """Rows on the device at the end of each window: windows x layers."""
     dropped_rows: int = 0
@@ -234,6 +240,7 @@ class Trainer:
             self.on_step(Progress(step + 1, self.options.steps, result.loss))
         outcome = self.session.optimizer_step(learning_rate=rate, max_norm=self.options.max_norm)
         self.measured.kept_rows.append(outcome.kept_rows)
+        self.measured.hot_windows += outcome.updated_hot_rows
         self.history.learning_rates.append(rate)
         self.history.gradient_norms.append(outcome.gradient_norm)
         self.measured.optimizer_seconds.append(outcome.seconds)
@@ -255,6 +262,7 @@ class Trainer:
         self.measured.active_rows.append(list(result.counters.active_rows))
         self.measured.missing_rows.append(list(result.counters.missing_rows))
         self.measured.overflow_rows.append(list(result.counters.overflow_rows))
+        self.measured.hot_rows.append(list(result.counters.hot_rows))
         self.measured.dropped_rows += result.counters.dropped_rows
         self.measured.tokens += int(batch.attention_mask.sum())
 

@@ -90,7 +90,13 @@ def sparse_setup(
     torch.manual_seed(seed)
     device = device or EmulatedDevice(AMPLE_BYTES)
     engine = TransferEngine(device)
-    store = HostStore(num_layers=num_layers, adapter_width=chosen.adapter_width, hidden_size=hidden_size, dtype=dtype)
+    store = HostStore(
+        num_layers=num_layers,
+        adapter_width=chosen.adapter_width,
+        hidden_size=hidden_size,
+        dtype=dtype,
+        has_hot_rows=chosen.hot_rows > 0,
+    )
     for tables in store.layers:
         tables.weights.normal_(std=0.3)  # keeps the tower's outputs near 1, so that 1e-10 means something
     model = Tower(num_layers, hidden_size).to(dtype)

@@ -87,6 +87,19 @@ def test_audit_accepts_the_report(finished, plan_path) -> None:
     assert "equal the counted ones" in done.stdout
 
 
+def test_hot_rows_from_plan_to_audit(glass_folder, data, tmp_path) -> None:
+    """Chosen after 32 steps, that is after the eighth window."""
+    path = tmp_path / "plan.json"
+    run("meft-plan", "--model", glass_folder, "--gpu", "emulated", "--gpu-mem", "64MiB", "--host-mem", "1GB",
+        "--batch-size", 1, "--seq-len", 16, "--grad-accum", 4, "--max-slowdown", 20, "--top-k", 8,
+        "--adapter-width", 256, "--hot-rows", 48, "-o", path)  # fmt: skip
+    done = run("meft-run", path, "--data", data, "--steps", 40, "--output-dir", tmp_path)
+    assert "hot rows, on the device in 2 windows, were " in done.stdout
+    report = Report.load(tmp_path / "report.json")
+    assert (report.observed.hot_windows, len(report.observed.active_rows)) == (2, report.layers)
+    assert "equal the counted ones" in run("meft-plan", "audit", path, tmp_path / "report.json").stdout
+
+
 def test_json_prints_the_report_and_nothing_else(plan_path, data, tmp_path) -> None:
     done = run("meft-run", plan_path, "--data", data, "--steps", 2, "--output-dir", tmp_path, "--json")
     assert Report.from_json(done.stdout, source="stdout") == Report.load(tmp_path / "report.json")

@@ -318,6 +318,15 @@ def test_device_memory_binds_and_the_card_has_more():
     assert planned(with_options(request, verdict.suggestion)).request.gpu_mem_bytes - GIB < verdict.needed
 
 
+def test_fewer_hot_rows_are_what_to_change_where_the_card_has_no_more():
+    # 18 bytes for each of 2 * 6144 * 4096 * 32 numbers are 27 GiB.
+    request = request_of(gpu_mem_bytes=24 * GIB, adapter_width=6144, hot_rows=6144)
+    verdict = refused(request)
+    assert verdict.binding == "device memory"
+    assert verdict.suggestion == {"--hot-rows": "0"}
+    assert planned(with_options(request, verdict.suggestion)).decision.hot_rows == 0
+
+
 def test_the_need_of_device_memory_is_exact():
     request = request_of(gpu_mem_bytes=12 * GIB, adapter_width=6144)
     needed = int(refused(request).needed)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sessions import EXPERTS, open_small, random_examples, small_plan
 from sparse_setup import decision, sparse_setup
+from test_hot_rows import EXACT, HOT, STATE, train_tower
 from test_sparse_equals_dense import CHOICES, assert_step_equals_the_oracle
 
 from meft.planner.errors import DeviceOutOfMemory
@@ -127,6 +128,17 @@ def test_a_step_on_cuda_equals_one_on_the_emulated_device(glass_folder, depth, r
     assert (cuda.engine.bytes_in("h2d", "step"), cuda.engine.bytes_in("d2h", "step")) == expected
     for here, there in zip(cuda.store.layers, emulated.store.layers, strict=True):
         torch.testing.assert_close(here.gradients, there.gradients, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", [{}, {"cached_rows": 5, "gradients_on_device": True}])
+def test_hot_rows_are_trained_as_on_the_emulated_device(cache) -> None:
+    chosen = decision(top_k=3, prefetch_depth=1, rows_in_backward="refetched", **HOT, **cache)
+    (here, seen), (there, expected) = train_tower(chosen, device=CudaDevice(GIB)), train_tower(chosen)
+    assert [rows for rows, _ in seen] == [rows for rows, _ in expected]
+    assert here.engine.counted_bytes == there.engine.counted_bytes
+    for mine, theirs in zip(here.store.layers, there.store.layers, strict=True):
+        for name in STATE:
+            torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), **EXACT)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,227 @@
+"""The way to the device: hidden states go to the host, which chooses rows, gathers them and sends them off.
+
+Letters: ``T`` tokens, ``D`` hidden size, ``A`` active rows of a layer, ``N`` experts, ``P`` probes, ``p`` prefetch
+depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from meft.planner.plan import Decision
+from meft.runtime.device_rows import DeviceRows, Landing
+from meft.runtime.engine import COPY_DONE, Copy, TransferEngine
+from meft.runtime.exchange_state import ExchangeState
+from meft.runtime.host_side import HostSide
+from meft.runtime.host_store import HostStore
+from meft.runtime.lanes import Job
+from meft.runtime.router import Router, Selection
+from meft.runtime.row_cache import Placement, RowCache
+from meft.runtime.timeline import LaneClock
+
+
+@dataclass
+class RowFetcher:
+    """Chooses rows for layers and brings them to their ring slots. ``staging`` are ``p + 1`` host buffers."""
+
+    engine: TransferEngine
+    store: HostStore
+    router: Router
+    decision: Decision
+    adapter_dtype: torch.dtype
+    router_weights: list[torch.nn.Parameter]
+    cache: RowCache
+    on_device: DeviceRows
+    host: HostSide
+    state: ExchangeState
+    staging: list[Landing]
+    clock: LaneClock | None
+    token_mask: torch.Tensor | None = None
+    """Host bool ``[T]`` that leaves padding out of the choice."""
+    _held: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Hidden states by layer that stay on the device until rows chosen from them are there."""
+
+    @property
+    def depth(self) -> int:
+        """``p``."""
+        return len(self.staging) - 1
+
+    def targets(self, layer: int) -> range:
+        """Layers whose rows are chosen from this layer's hidden state."""
+        if layer == 0:
+            return range(self.depth + 1)
+        return range(layer + self.depth, min(layer + self.depth + 1, len(self.state.layers)))
+
+    def send_queries(self, layer: int, hidden: torch.Tensor) -> None:
+        """Send a hidden state; overlapped, it stays on the device until rows chosen from it are there."""
+        self._send("queries", "query_landing", hidden, slot=self._landing_of(layer), name=f"queries {layer}")
+        if self.engine.schedule.overlapped:
+            self._held[layer] = hidden
+
+    def send_probes(self, layer: int, hidden: torch.Tensor) -> None:
+        """Score the experts on the device, keep the best ``P`` per token there, and send them to the host."""
+        if not self.router_weights:
+            return
+        inputs = hidden.to(self.adapter_dtype)
+        with torch.no_grad():
+            scores = inputs @ self.router_weights[layer].to(inputs.dtype).T
+            probes = scores.topk(self.decision.num_probes, dim=1).indices.to(torch.int32)
+        self.state.layers[layer].probes = probes
+        if self.clock is not None:
+            self.clock.computed(f"router {layer}")
+        self._send("probes", "probes_landing", probes, slot=self._landing_of(layer), name=f"probes {layer}")
+
+    def release(self, layer: int) -> None:
+        """The layer's rows are wanted now: the hidden state that they were chosen from may go once they are there."""
+        self._held.pop(max(layer - self.depth, 0), None)
+
+    def release_all(self) -> None:
+        """Forward is over."""
+        self._held.clear()
+
+    def route_and_fetch(self, target: int, layer: int) -> None:
+        """Choose rows for ``target`` from the hidden state of ``layer``, and send them off."""
+        choice, state, counters = self._choice(target, layer), self.state, self.state.counters
+
+        def place() -> Placement:
+            selection: Selection = choice.result()
+            placement = self.cache.place(target, selection.rows)
+            state.kept[target] = placement.first_position + placement.num_admitted
+            counters.active_rows[target] = placement.num_rows
+            counters.missing_rows[target] = placement.num_missing
+            counters.overflow_rows[target] = placement.num_overflow
+            counters.hot_rows[target] = placement.num_hot
+            counters.dropped_rows += selection.dropped_rows
+            return placement
+
+        state.layers[target].route = self.host.job(f"place {target}", place, after=(choice,))
+        self.fetch(target, again=False)
+
+    def exact_choice(self, layer: int, hidden: torch.Tensor) -> Selection:
+        """What would be chosen for ``layer`` from its own ``hidden [T, D]``; the layer's own choice stays as it is."""
+        state = self.state.layers[layer]
+        looked_ahead = state.probes
+        self.send_queries(layer, hidden.detach())
+        self.send_probes(layer, hidden.detach())
+        state.probes = looked_ahead
+        exact: Selection = self._choice(layer, layer).result()
+        self._held.pop(layer, None)
+        return exact
+
+    def fetch(self, layer: int, *, again: bool) -> None:
+        """Gather the layer's rows into staging and send them to its slot, once the slot's last use is over."""
+        slot, staging = self.on_device.slot(layer), self.staging[self._landing_of(layer)]
+        route = self.state.layers[layer].route
+        assert route is not None
+        before, suffix = staging.copy, " again" if again else ""
+
+        def gather() -> torch.Tensor:
+            placement: Placement = route.result()
+            before.wait_on_host()
+            rows = placement.overflow if again else placement.missing
+            source = staging.buffer[: rows.shape[0]]
+            self.store.gather(layer, rows, source)
+            return source
+
+        jobs = (route, before.job, self.state.updated[layer])
+        gathered = self.host.job(f"gather {layer}{suffix}", gather, after=jobs)
+        if not again:
+            self._send_indices(layer, route)
+
+        def views() -> tuple[torch.Tensor, torch.Tensor]:
+            source: torch.Tensor = gathered.result()
+            first = route.result().num_admitted if again else 0
+            return source, slot.buffer[first : first + source.shape[0]]
+
+        category = "rows_refetched" if again else "rows"
+        name = f"rows {layer}{suffix}"
+        staging.copy = slot.filled = self.engine.copy(
+            "h2d", views, category=category, name=name, point=slot.used, after=(gathered,)
+        )
+        slot.layer, slot.filled_again, slot.assembled = layer, again, False
+
+    def _choice(self, target: int, layer: int) -> Job:
+        """A job that lets the router choose ``target``'s rows from the queries of ``layer``."""
+        queries, mask = self.host.existing("query_landing", self._landing_of(layer)), self.token_mask
+        probes = self.host.existing("probes_landing", self._landing_of(target))
+        assert queries is not None
+
+        def arrived(landing: Landing, copy: Copy) -> torch.Tensor:
+            copy.wait_on_host()
+            return landing.buffer if mask is None else landing.buffer[mask]
+
+        copies = (queries.copy, None if probes is None else probes.copy)
+
+        def work() -> Selection:
+            chosen_from = arrived(queries, copies[0] or COPY_DONE)
+            probed = None if probes is None or copies[1] is None else arrived(probes, copies[1])
+            return self.router.select(target, self.store.layers[target].keys, chosen_from, probed)
+
+        after = (*(copy.job for copy in copies if copy is not None), self.state.updated[target])
+        job = self.host.job(f"route {target}", work, after=after)
+        for landing in (queries, probes):
+            if landing is not None:
+                landing.readers.append(job)
+        return job
+
+    def _send_indices(self, layer: int, route: Job) -> None:
+        """Send what else the device must know of the layer's rows: their experts, and where those kept lie."""
+        if self.on_device.experts:
+            rows_per_expert = self.decision.adapter_width // self.decision.num_experts
+            self._send_index(
+                "row_experts",
+                layer,
+                route,
+                lambda placement: placement.rows // rows_per_expert,
+                self.on_device.experts,
+            )
+        if self.on_device.places:
+            self._send_index("row_positions", layer, route, lambda placement: placement.places, self.on_device.places)
+
+    def _send_index(
+        self,
+        category: str,
+        layer: int,
+        route: Job,
+        of_placement: Callable[[Placement], torch.Tensor],
+        targets: list[torch.Tensor],
+    ) -> None:
+        """Send one int32 per row, through a host buffer, to the layer's own place on the device."""
+        cap = self.decision.active_rows_cap
+        landing = self.host.buffer(f"{category}_landing", self._landing_of(layer), (cap,), torch.int32)
+        before, target = landing.copy, targets[layer]
+
+        def write() -> torch.Tensor:
+            before.wait_on_host()
+            numbers = of_placement(route.result())
+            return landing.buffer[: numbers.shape[0]].copy_(numbers)
+
+        written = self.host.job(f"{category.replace('_', ' ')} {layer}", write, after=(route, before.job))
+        landing.copy = self.engine.copy(
+            "h2d",
+            lambda: (written.result(), target[: written.result().shape[0]]),
+            category=category,
+            name=f"{category.replace('_', ' ')} {layer}",
+            point=self.on_device.used[layer],
+            after=(written,),
+        )
+
+    def _send(self, category: str, landing_name: str, tensor: torch.Tensor, *, slot: int, name: str) -> None:
+        """Start a device tensor's copy to its host buffer, once those who read its last content have."""
+        landing = self.host.buffer(landing_name, slot, tuple(tensor.shape), tensor.dtype)
+        after, landing.readers = tuple(landing.readers), []
+        landing.copy = self.engine.copy(
+            "d2h",
+            lambda: (tensor, landing.buffer),
+            category=category,
+            name=name,
+            point=self.engine.mark(),
+            after=after,
+        )
+
+    def _landing_of(self, layer: int) -> int:
+        """Which of the ``p + 1`` host buffers of a kind is the layer's."""
+        return layer % (self.depth + 1)
