@@ -169,6 +169,39 @@ def window_gradient_bytes(*, request: Request, decision: Decision, kept_rows_per
     return int(row_bytes(active_rows=rows, hidden_size=request.model.hidden_size, adapter_dtype_bytes=e))
 
 
+def window_bytes(
+    *,
+    request: Request,
+    prefetch_depth: Ints,
+    num_probes: Ints,
+    key_experts: Flags,
+    refetched: Flags,
+    active_rows: NDArray[np.int64],
+    missing_rows: NDArray[np.int64] | None = None,
+    overflow_rows: NDArray[np.int64] | None = None,
+    kept_rows: NDArray[np.int64] | None = None,
+    gradients_on_device: bool = False,
+) -> Ints:
+    """Both directions of an accumulation window, its optimizer step included, for the search; rows ``[L, ...]``."""
+    categories = step_bytes_by_category(
+        request=request,
+        prefetch_depth=prefetch_depth,
+        num_probes=num_probes,
+        key_experts=key_experts,
+        refetched=refetched,
+        active_rows=active_rows,
+        missing_rows=missing_rows,
+        overflow_rows=overflow_rows,
+        gradients_on_device=gradients_on_device,
+    )
+    summed: Ints = 0 if kept_rows is None or not gradients_on_device else kept_rows.sum(axis=0)
+    e = ADAPTER_DTYPE_BYTES[request.adapter_dtype]
+    sums = row_bytes(active_rows=summed, hidden_size=request.model.hidden_size, adapter_dtype_bytes=e)
+    step, once = step_bytes(categories), optimizer_step_bytes(key_experts=key_experts, window_gradients=sums)
+    total: Ints = request.grad_accum * (step[0] + step[1]) + once[0] + once[1]
+    return total
+
+
 def expected_step_bytes(
     *,
     request: Request,
