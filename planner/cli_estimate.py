@@ -241,7 +241,8 @@ def _meft_plan(planned: Planning, *, active_rows: int | None) -> Plan:
     request = planned.request
     width = request.adapter_width or USUAL_SIZES["meft"].size
     top_k = request.top_k or min(USUAL_TOP_K, width or USUAL_TOP_K)
-    unlimited = without_limits(request.model_copy(update={"adapter_width": width, "top_k": top_k}))
+    chosen = {"adapter_width": width, "top_k": top_k, "bf16_copy": bool(request.bf16_copy)}
+    unlimited = without_limits(request.model_copy(update=chosen))
     on_the_card = unlimited.model_copy(update={"gpu_mem_bytes": request.gpu_mem_bytes})
     found = make_plan(on_the_card, planned.profiles, meft_version=version("meft"))
     lean = {}

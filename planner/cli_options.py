@@ -88,6 +88,7 @@ class RequestOptions:
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
     hot_rows: int | None = None
+    bf16_copy: bool | None = None
     context_overhead: int | None = None
     active_rows_quantile: float | None = None
 
@@ -170,7 +171,14 @@ def search_options(command: Command) -> Command:
     """What to look for, and choices that are made already."""
     return apply_options(
         decision_options(command),
-        click.option("--objective", type=click.Choice(get_args(Objective)), default="capacity", show_default=True),
+        click.option(
+            "--objective",
+            type=click.Choice(get_args(Objective)),
+            default="capacity",
+            show_default=True,
+            help="capacity: the widest adapter, then the largest K, then the fastest step. traffic: of that width and "
+            "K the fewest bytes over the link. speed: the fastest step.",
+        ),
         click.option(
             "--max-slowdown",
             type=FiniteRange(1.0, 1000.0),
@@ -202,6 +210,12 @@ def decision_options(command: Command) -> Command:
             "--hot-rows",
             type=click.IntRange(0, MAX_WIDTH),
             help="Rows per layer that live on the device with their optimizer state: the most often active ones.",
+        ),
+        click.option(
+            "--bf16-copy/--no-bf16-copy",
+            default=None,
+            help="Keep a bf16 copy of all rows on the host to gather from: half the time for an eighth more "
+            "host memory. [default: the planner chooses]",
         ),
     )
 

@@ -76,6 +76,7 @@ def planning(options: RequestOptions) -> Planning:
     weights, adapter = _dtypes(options, gpu)
     _check_model(options, shape)
     _check_device(options, gpu, weights)
+    _check_copy(options, adapter)
     host_mem_bytes, host_notes = _host_budget(options, budget)
     fields = {
         "model": shape,
@@ -233,6 +234,7 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "routing": options.routing,
         "rows_in_backward": options.rows_in_backward,
         "hot_rows": options.hot_rows,
+        "bf16_copy": options.bf16_copy,
         "active_rows_quantile": options.active_rows_quantile,
     }
     return {name: value for name, value in names.items() if value is not None}
@@ -259,6 +261,14 @@ def _check_model(options: RequestOptions, shape: ModelShape) -> None:
         raise UsageError(f"--top-k {top_k}: there are {width} rows (--adapter-width); give at most that")
     if width is not None and hot_rows is not None and hot_rows > width:
         raise UsageError(f"--hot-rows {hot_rows}: there are {width} rows (--adapter-width); give at most that")
+
+
+def _check_copy(options: RequestOptions, adapter: AdapterDtype) -> None:
+    if options.bf16_copy and adapter != "bf16":
+        raise UsageError(
+            f"--bf16-copy: the adapter's rows travel in {adapter}, as the host keeps them; it goes with "
+            f"--adapter-dtype bf16"
+        )
 
 
 def _check_device(options: RequestOptions, gpu: GpuProfile, weights: WeightsDtype) -> None:

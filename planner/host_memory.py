@@ -16,12 +16,19 @@ import numpy as np
 
 from meft.planner import allocator
 from meft.planner.plan import Decision, HostMemory, MemoryEntry, Request
-from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, INDEX_BYTES, MASTER_BYTES, Flags, Ints
+from meft.planner.quantities import (
+    ADAPTER_DTYPE_BYTES,
+    BF16_BYTES,
+    COMPUTE_DTYPE_BYTES,
+    INDEX_BYTES,
+    MASTER_BYTES,
+    Flags,
+    Ints,
+)
 from meft.planner.transfer import layers_queried
 
 _FLAG_BYTES = 1
 _ROW_BYTES = 8
-_BF16_BYTES = 2
 _MOMENTS = 2
 
 _BECAUSE = {
@@ -142,7 +149,7 @@ def host_bytes_by_category(
     copied = bf16_copy if request.adapter_dtype == "bf16" else 0
     return {
         "adapter_weights": table,
-        "adapter_bf16_copy": copied * (table // MASTER_BYTES * _BF16_BYTES),
+        "adapter_bf16_copy": copied * (table // MASTER_BYTES * BF16_BYTES),
         "cache_index": cache_index_bytes(num_layers=num_layers, adapter_width=adapter_width, cached_rows=cached_rows),
         "hot_index": hot_index_bytes(num_layers=num_layers, adapter_width=adapter_width, hot_rows=hot_rows),
         "adapter_moments": _MOMENTS * table,

@@ -36,13 +36,21 @@ _OPTIONS = {
     "rows_in_backward": "--rows-in-backward",
     "prefetch_depth": "--prefetch-depth",
     "routing": "--routing",
+    "bf16_copy": "--bf16-copy",
     "top_k": "--top-k",
     "adapter_width": "--adapter-width",
 }
 """Options of ``meft-plan`` by the request's field."""
+_FLAGS = ("activation_checkpointing", "bf16_copy")
 _FREED = (
-    *("hot_rows", "activation_checkpointing", "rows_in_backward", "prefetch_depth", "routing"),
-    *("top_k", "adapter_width"),
+    "hot_rows",
+    "bf16_copy",
+    "activation_checkpointing",
+    "rows_in_backward",
+    "prefetch_depth",
+    "routing",
+    "top_k",
+    "adapter_width",
 )
 """Choices that the request may have fixed, from the one that costs a user least to give up."""
 
@@ -226,7 +234,7 @@ def _options(request: Request, changed: Request, decision: Decision) -> dict[str
         ):
             continue
         value = getattr(decision, name) if after is None else after
-        if name == "activation_checkpointing":
+        if name in _FLAGS:
             options[option if value else f"--no-{option[2:]}"] = ""
         elif name.endswith("_bytes"):
             options[option] = format_size_argument(int(value))

@@ -17,7 +17,7 @@ from meft.planner.schema import Basis, Bytes, Count, File, Fraction, Index, Rate
 WeightsDtype = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 AdapterDtype = Literal["fp32", "bf16"]
 Attention = Literal["sdpa", "flash", "eager"]
-Objective = Literal["capacity", "speed"]
+Objective = Literal["capacity", "speed", "traffic"]
 Routing = Literal["exact", "key-experts"]
 RowsInBackward = Literal["retained", "refetched"]
 Place = Literal["device", "host"]
@@ -59,6 +59,7 @@ class Request(Record):
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
     hot_rows: Index | None = None
+    bf16_copy: bool | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -181,6 +182,11 @@ class Transfer(Record):
     whole_adapter_offload_ratio: Rate
     """Bytes that moving the whole adapter both ways would cost, over the bytes of this plan."""
 
+    def window_bytes(self, grad_accum: int) -> int:
+        """Over the link in an accumulation window, both ways, its optimizer step included."""
+        step = self.h2d_bytes_per_step + self.d2h_bytes_per_step
+        return grad_accum * step + self.h2d_bytes_per_optimizer_step + self.d2h_bytes_per_optimizer_step
+
 
 class Timing(Record):
     """Predicted time of one step, the optimizer's share of the accumulation window included."""
@@ -251,13 +257,16 @@ class Inputs(Record):
 
 
 class ParetoPoint(Record):
-    """A decision that no other beats in capacity, speed and device memory at once."""
+    """A decision that no other beats in capacity, speed (for the objective ``traffic``: traffic, then speed) and device
+    memory at once."""
 
     decision: Decision
     trainable_parameters: Count
     step_seconds: Seconds
     peak_reserved_bytes: Bytes
     host_bytes: Bytes
+    moved_bytes_per_step: Bytes | None = None
+    """Over the link, both ways, with the optimizer step's share; told where the objective is ``traffic``."""
 
 
 class SearchSummary(Record):

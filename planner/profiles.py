@@ -135,7 +135,8 @@ class HostProfile(Record):
     aliases: tuple[str, ...] = ()
     num_cores: Count
     gather_bytes_per_second: Positive
-    """Rows to staging: ``4 + e`` bytes per number."""
+    """Rows to staging: ``2e`` bytes per number, or ``4 + 2e`` where fp32 is rounded to bf16 on the way: what is written
+    then passes through the cache and counts twice."""
     scatter_bytes_per_second: Positive
     """Row gradients added to the window's fp32 sum: ``e + 8`` bytes per number."""
     adamw_bytes_per_second: Positive

@@ -26,5 +26,7 @@ COMPUTE_DTYPE_BYTES: dict[WeightsDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2,
 
 MASTER_BYTES = 4
 """Bytes per number of the fp32 tables on the host: weights, moments, accumulated gradients."""
+BF16_BYTES = 2
+"""Bytes per number of the host's bf16 copy of the rows."""
 INDEX_BYTES = 4
 """Bytes of an int32: probes, expert ids, step counts."""

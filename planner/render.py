@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meft.planner.ledger import STEP_PHASES
-from meft.planner.plan import LANES, MemoryEntry, ParetoPoint, Phase, Plan, Verification
+from meft.planner.plan import LANES, MemoryEntry, Objective, ParetoPoint, Phase, Plan, Verification
 from meft.planner.units import GIB, MIB, format_bytes, format_seconds
 
 PIPED_WIDTH = 100
@@ -48,6 +48,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Categories of the ledger as a person reads them; what is in none of them goes under "other"."""
 OTHER = "other"
+_WANTED: dict[Objective, str] = {
+    "capacity": "most adaptation capacity",
+    "speed": "fastest step",
+    "traffic": "most adaptation capacity with least traffic",
+}
 _PHASE_TITLES: dict[Phase, str] = {
     "resident": "resident",
     "forward": "forward",
@@ -187,8 +192,7 @@ def _headline(plan: Plan) -> RenderableType:
 
 def _decision_title(plan: Plan) -> str:
     search, objective = plan.search, plan.request.objective
-    wanted = "most adaptation capacity" if objective == "capacity" else "fastest step"
-    return f"Decision: {wanted} of {search.feasible:,} that fit, {search.candidates:,} weighed"
+    return f"Decision: {_WANTED[objective]} of {search.feasible:,} that fit, {search.candidates:,} weighed"
 
 
 def _decision(plan: Plan) -> RenderableType:
@@ -202,6 +206,7 @@ def _decision(plan: Plan) -> RenderableType:
         ("rows in backward", decision.rows_in_backward, _given(plan.request.rows_in_backward, _why_backward(plan))),
         ("rows cached", f"{decision.cached_rows:,}", _why_cached(plan)),
         ("hot rows", f"{decision.hot_rows:,}", _given(plan.request.hot_rows, _why_hot(plan))),
+        *_copy(plan),
         ("checkpointing", "on" if decision.activation_checkpointing else "off", _why_checkpointing(plan)),
     ]
     return grid(("", "", ""), rows, right=(1,))
@@ -274,6 +279,17 @@ def _why_hot(plan: Plan) -> str:
     share = sum(sparsity.hot_rows_per_layer) / max(1, sum(sparsity.active_rows_per_layer))
     some = percent(share) if known else f"at least {percent(share)}"
     return f"live on the device, chosen after {decision.hot_after_steps} steps: {some} of active rows{unknown}"
+
+
+def _copy(plan: Plan) -> list[tuple[str, str, str]]:
+    """Only a bf16 adapter may have one."""
+    if plan.request.adapter_dtype != "bf16":
+        return []
+    sizes = {entry.category: entry.num_bytes for entry in plan.prediction.host_memory.entries}
+    why = "rows are gathered from fp32, rounded on the way"
+    if plan.decision.bf16_copy:
+        why = f"rows are gathered from it in half the time; {format_bytes(sizes['adapter_bf16_copy'])} of host memory"
+    return [("bf16 copy", "on" if plan.decision.bf16_copy else "off", _given(plan.request.bf16_copy, why))]
 
 
 def _why_checkpointing(plan: Plan) -> str:
@@ -360,8 +376,16 @@ def _transfer(plan: Plan) -> RenderableType:
         if entry.per == "step" and entry.num_bytes >= MIB
     ]
     total = ("total", format_bytes(transfer.h2d_bytes_per_step), format_bytes(transfer.d2h_bytes_per_step))
+    once = transfer.h2d_bytes_per_optimizer_step + transfer.d2h_bytes_per_optimizer_step
+    after = []
+    if once >= MIB:
+        total_bytes = transfer.window_bytes(plan.request.grad_accum) / plan.request.grad_accum
+        after.append(
+            f"and once in {plan.request.grad_accum} steps {format_bytes(once)} of sums: "
+            f"{format_bytes(round(total_bytes))} per step in all"
+        )
     offload = f"moving the whole adapter both ways would cost {transfer.whole_adapter_offload_ratio:.2f} times as much"
-    return Group(grid(("", "to device", "to host"), [*rows, total], right=(1, 2)), Text(offload))
+    return Group(grid(("", "to device", "to host"), [*rows, total], right=(1, 2)), lines([*after, offload]))
 
 
 def _time_title(plan: Plan) -> str:
@@ -394,21 +418,26 @@ def _pareto(plan: Plan) -> RenderableType:
             f"{point.decision.num_experts} experts" if point.decision.routing == "key-experts" else "exact",
             point.decision.rows_in_backward,
             "on" if point.decision.activation_checkpointing else "off",
-            count(point.trainable_parameters),
+            count(point.trainable_parameters)
+            if point.moved_bytes_per_step is None
+            else format_bytes(point.moved_bytes_per_step),
             format_seconds(point.step_seconds),
             format_bytes(point.peak_reserved_bytes),
             format_bytes(point.host_bytes),
         )
         for point in (_chosen(plan), *_spread(others, PARETO_ROWS - 1))
     ]
-    headers = ("width", "K", "ahead", "routing", "backward", "ckpt", "trainable", "step", "device", "host")
+    wanted = "traffic" if plan.request.objective == "traffic" else "trainable"
+    headers = ("width", "K", "ahead", "routing", "backward", "ckpt", wanted, "step", "device", "host")
     return grid(headers, rows, right=(0, 1, 2, 6, 7, 8, 9))
 
 
 def _chosen(plan: Plan) -> ParetoPoint:
-    prediction = plan.prediction
+    prediction, accum = plan.prediction, plan.request.grad_accum
+    moved = prediction.transfer.window_bytes(accum) / accum if plan.request.objective == "traffic" else None
     return ParetoPoint(
         decision=plan.decision,
+        moved_bytes_per_step=None if moved is None else round(moved),
         trainable_parameters=prediction.trainable_parameters,
         step_seconds=prediction.timing.step_seconds,
         peak_reserved_bytes=reserved_at_most(plan),

@@ -5,8 +5,13 @@ the allocator's budget; if tables and buffers fit the host; and if a step takes 
 baseline's. For the objective ``speed`` the trainable share has a least value too.
 
 ``capacity`` looks for the widest adapter, then the largest K, then the least time per row that is chosen as exact
-routing would (step time over the recall of looking ahead: fetching sooner must save more than it misses); ``speed`` for
-the shortest step. Ties go on through the rest, so the order is total: the same request and profiles give the same plan.
+routing would (step time over the recall of looking ahead: fetching sooner must save more than it misses). ``traffic``
+looks for the same width and K, then the fewest bytes over the link per row so chosen, then that time; ``speed`` for the
+shortest step. Ties go on through the rest, so the order is total: the same request and profiles give the same plan.
+
+Where the request leaves it open whether the host keeps a bf16 copy of the rows, each decision has one if it fits the
+host and makes the step faster by :data:`COPY_PAYS`. That is no further candidate: the one without it is slower for all
+objectives, and only host memory tells them apart.
 
 Cheap limits come first: memory is computed for the whole grid of :mod:`meft.planner.space`, and only what fits is
 simulated. The winner is predicted again by the functions of a single decision, and that is what the plan reports.
@@ -16,9 +21,11 @@ the shorter for them.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -26,6 +33,7 @@ from numpy.typing import NDArray
 
 from meft.planner.errors import UsageError
 from meft.planner.host_memory import host_total_bytes
+from meft.planner.hot_rows import HotRows
 from meft.planner.infeasible import Infeasible, Limit, explain
 from meft.planner.lanes import StepCosts, baseline_seconds, simulate_candidates
 from meft.planner.memory import peak_allocated_bytes, reserved_bytes
@@ -33,8 +41,9 @@ from meft.planner.pareto import pareto_front, thinned
 from meft.planner.plan import Decision, ParetoPoint, Plan, Prediction, Request, SearchSummary
 from meft.planner.prediction import ProfileSet, inputs_used, predict, trainable_parameters
 from meft.planner.space import CAP_AXIS, Space, enumerate_space
-from meft.planner.sparsity import at_seq_len, hot_rows_among, window_rows
+from meft.planner.sparsity import WindowRows, at_seq_len, hot_rows_among, window_rows
 from meft.planner.timing import step_costs
+from meft.planner.transfer import window_bytes
 
 WITHOUT_MLP_MODULE = ("opt",)
 """Model types whose FFN is linear layers among the block's others."""
@@ -43,10 +52,14 @@ HOT_PARTS = 16
 PARETO_POINTS = 12
 PARETO_NEAR = 6
 """Points of the front kept at the winner and around it; the others spread over the rest of it."""
+COPY_PAYS = 0.01
+"""Least share of the step's time that a bf16 copy must save: rates are not known as well as that, its memory is."""
 SAME_SECONDS = 1e-9
 """Relative difference that summing in another order may make."""
 
-_Values: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
+_Values: TypeAlias = NDArray[np.int64] | NDArray[np.float64] | NDArray[np.bool_]
+_RowsOfCache: TypeAlias = Callable[[int], WindowRows | None]
+"""What a window's rows do under the cache at a place of its axis, of every routing; None where none is cached."""
 
 __all__ = ["Infeasible", "ProfileSet", "Weighed", "make_plan", "predict", "weigh"]
 
@@ -62,9 +75,9 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
     if not weighed.feasible.any():
         return _infeasible(request, profiles)
     winner = weighed.best(request)
-    decision = weighed.space.decision(winner)
+    decision = weighed.decision(winner)
     prediction = predict(request, decision, profiles)
-    _check_consistent(weighed, winner, prediction)
+    _check_consistent(weighed, winner, request, prediction)
     decision, prediction = with_hot_rows(request, profiles, decision, prediction)
     return Plan(
         meft_version=meft_version,
@@ -75,7 +88,7 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
         search=SearchSummary(
             candidates=weighed.space.num_candidates,
             feasible=int(weighed.feasible.sum()),
-            pareto=tuple(weighed.point(index) for index in weighed.front(winner, request)),
+            pareto=tuple(weighed.point(index, request) for index in weighed.front(winner, request)),
         ),
     )
 
@@ -93,6 +106,11 @@ def check_request(request: Request) -> None:
             f"model {shape.name}: its blocks have no FFN module of their own, which the runtime's adapter sits beside; "
             f"plan for another model (meft-plan estimate prices this one)"
         )
+    if request.bf16_copy and request.adapter_dtype != "bf16":
+        raise UsageError(
+            f"bf16_copy: the adapter's rows travel in {request.adapter_dtype}, as they are kept; leave it out, or give "
+            f"adapter_dtype bf16"
+        )
     if width is not None and top_k is not None and top_k > width:
         raise UsageError(
             f"top_k {top_k} is above adapter_width {width}: a token cannot choose more rows than there are"
@@ -109,7 +127,8 @@ def check_request(request: Request) -> None:
 def with_hot_rows(
     request: Request, profiles: ProfileSet, decision: Decision, prediction: Prediction
 ) -> tuple[Decision, Prediction]:
-    """The decision with as many hot rows as make its step shortest, of sixteenths of the width, and its prediction.
+    """The decision with as many hot rows as make its step shortest (for ``traffic``: as move the fewest bytes), of
+    sixteenths of the width, and its prediction.
 
     As it is where the request says how many, or the profile does not know how popular rows are. Rows that are hot need
     not be cached: the two together are no more than the width.
@@ -130,16 +149,24 @@ def with_hot_rows(
         predicted = predict(request, tried, profiles)
         if not _fits(request, profiles, predicted):
             break
-        if predicted.timing.step_seconds < found[1].timing.step_seconds:
+        if _cost(request, predicted) < _cost(request, found[1]):
             found = (tried, predicted)
     return found
 
 
+def _cost(request: Request, prediction: Prediction) -> float:
+    """What hot rows are to lessen."""
+    if request.objective == "traffic":
+        return prediction.transfer.window_bytes(request.grad_accum)
+    return prediction.timing.step_seconds
+
+
 def _fits(request: Request, profiles: ProfileSet, prediction: Prediction) -> bool:
-    """Whether device memory at the cap and host memory are within the budgets."""
+    """Whether device memory at the cap, host memory and the slowdown are within the limits."""
     reserved = prediction.device_memory.peak_reserved_bytes_at_cap or 0
     on_device = reserved + profiles.gpu.context.high_bytes <= request.gpu_mem_bytes
-    return on_device and prediction.host_memory.total_bytes <= request.host_mem_bytes
+    on_host = prediction.host_memory.total_bytes <= request.host_mem_bytes
+    return on_device and on_host and prediction.timing.slowdown <= request.max_slowdown
 
 
 # --- weighing --------------------------------------------------------------------------------------------------------
@@ -162,6 +189,10 @@ class Weighed:
     trainable_parameters: NDArray[np.int64]
     step_seconds: NDArray[np.float64]
     """Infinite for decisions that were not simulated, as they do not fit."""
+    bf16_copied: NDArray[np.bool_]
+    """Whether the host keeps a bf16 copy of the rows; bytes and seconds are with it."""
+    window_bytes: NDArray[np.int64] | None = None
+    """Over the link in an accumulation window; counted for the objective ``traffic``."""
 
     @property
     def feasible(self) -> NDArray[np.bool_]:
@@ -175,6 +206,14 @@ class Weighed:
         seconds: NDArray[np.float64] = self.step_seconds / self.space.recall_axis
         return seconds
 
+    def ranked_bytes(self) -> list[NDArray[np.float64]]:
+        """Traffic as its objective counts it, over the recall of looking ahead; nothing for the others."""
+        return [] if self.window_bytes is None else [self.window_bytes / self.space.recall_axis]
+
+    def decision(self, index: tuple[int, ...]) -> Decision:
+        """The decision at a grid index, with its bf16 copy if it has one."""
+        return self.space.decision(index, bf16_copy=bool(self.at(self.bf16_copied, index)))
+
     def at(self, values: _Values, index: tuple[int, ...]) -> float:
         """One decision's value."""
         value: float = np.broadcast_to(values, self.space.shape)[index].item()
@@ -183,30 +222,34 @@ class Weighed:
     def best(self, request: Request) -> tuple[int, ...]:
         """Grid index of the feasible decision that the objective prefers."""
         widest, most_rows_per_token = -self.space.adapter_width, -self.space.top_k
-        order: list[_Values] = [widest, most_rows_per_token, self.ranked_seconds(request)]
+        order: list[_Values] = [widest, most_rows_per_token, *self.ranked_bytes(), self.ranked_seconds(request)]
         if request.objective == "speed":
             order = [order[-1], *order[:-1]]
         return _first(self.feasible, [*order, -self.space.caps, self.reserved_bytes])
 
     def front(self, winner: tuple[int, ...], request: Request) -> list[tuple[int, ...]]:
-        """Grid indices of decisions that no other beats in capacity (width, then K), time and device memory at once,
-        thinned: the winner first, then its neighbours. All leave as much room for active rows as the winner, that is,
-        their caps are at its place of the cap axis; otherwise the smallest caps would always win.
+        """Grid indices of decisions that no other beats in capacity (width, then K), time (for ``traffic``: bytes, then
+        time) and device memory at once, thinned: the winner first, then its neighbours. All leave as much room for
+        active rows as the winner, that is, their caps are at its place of the cap axis; otherwise the smallest caps
+        would always win.
         """
         cap = winner[CAP_AXIS]
         index = np.nonzero(self.within[:, :, :, :, cap])
         routing, top_k = index[-1], self.space.top_k
         capacity = (self.space.adapter_width * (1 + top_k.max()) + top_k)[routing]
-        seconds = self.ranked_seconds(request)[:, :, :, :, 0][index]
-        front = pareto_front(capacity, seconds, self.reserved_bytes[:, :, :, :, cap][index])
+        costs = [*self.ranked_bytes(), self.ranked_seconds(request)]
+        cost = _ranks([np.broadcast_to(each, self.space.shape)[:, :, :, :, cap][index] for each in costs])
+        front = pareto_front(capacity, cost, self.reserved_bytes[:, :, :, :, cap][index])
         order = [(*(int(axis[place]) for axis in index[:-1]), cap, int(routing[place])) for place in front]
         near = order.index(winner)
         return [order[place] for place in thinned(len(order), near=near, most=PARETO_POINTS, neighbours=PARETO_NEAR)]
 
-    def point(self, index: tuple[int, ...]) -> ParetoPoint:
+    def point(self, index: tuple[int, ...], request: Request) -> ParetoPoint:
         """The decision at a grid index with what it brings and costs."""
+        moved = None if self.window_bytes is None else self.at(self.window_bytes, index) / request.grad_accum
         return ParetoPoint(
-            decision=self.space.decision(index),
+            decision=self.decision(index),
+            moved_bytes_per_step=None if moved is None else round(moved),
             trainable_parameters=int(self.at(self.trainable_parameters, index)),
             step_seconds=self.at(self.step_seconds, index),
             peak_reserved_bytes=int(self.at(self.reserved_bytes, index)),
@@ -219,7 +262,7 @@ def weigh(request: Request, profiles: ProfileSet, *, simulate_all: bool = False)
     space = enumerate_space(request, profiles.sparsity)
     allocated = _allocated_bytes(space, request, profiles)
     reserved = np.asarray(reserved_bytes(allocated))
-    host = _host_bytes(space, request, profiles)
+    host = [_host_bytes(space, request, profiles, bf16_copy=copied) for copied in space.bf16_copies]
     trainable = np.asarray(
         trainable_parameters(
             request,
@@ -228,12 +271,22 @@ def weigh(request: Request, profiles: ProfileSet, *, simulate_all: bool = False)
             key_experts=space.key_experts,
         )
     )
-    limits = _cheap_limits(request, profiles, reserved=reserved, host=host, trainable=trainable)
+    limits = _cheap_limits(request, profiles, reserved=reserved, host=host[0], trainable=trainable)
     fits = np.ones(space.shape, np.bool_)
     for limit in limits:
         fits &= limit.holds()
     wanted = np.ones_like(fits) if simulate_all else fits
-    seconds, baseline = _step_seconds(space, request, profiles, wanted=np.any(wanted, axis=CAP_AXIS))
+    has_room = [np.asarray(num_bytes <= request.host_mem_bytes) for num_bytes in host[1:]]
+    rows_of = cache(lambda place: _window_rows(space, request, profiles, place))
+    seconds, baseline = _step_seconds(
+        space,
+        request,
+        profiles,
+        rows_of,
+        wanted=np.stack([np.any(wanted & room, axis=CAP_AXIS) for room in (np.array(True), *has_room)]),
+        max_slowdown=math.inf if simulate_all else request.max_slowdown,
+    )
+    copied, seconds, host_bytes = _with_copies(space, seconds, host, has_room)
     slowdown = Limit("slowdown", "max_slowdown", seconds / baseline, request.max_slowdown)
     return Weighed(
         space=space,
@@ -241,9 +294,13 @@ def weigh(request: Request, profiles: ProfileSet, *, simulate_all: bool = False)
         within=fits & slowdown.holds(),
         reserved_bytes=reserved,
         allocated_bytes=allocated,
-        host_bytes=host,
+        host_bytes=host_bytes,
         trainable_parameters=trainable,
         step_seconds=seconds,
+        bf16_copied=copied,
+        window_bytes=_window_bytes(space, request, rows_of, _hot_rows(space, request, profiles))
+        if request.objective == "traffic"
+        else None,
     )
 
 
@@ -268,7 +325,7 @@ def _allocated_bytes(space: Space, request: Request, profiles: ProfileSet) -> ND
     return np.broadcast_to(peak, space.shape)
 
 
-def _host_bytes(space: Space, request: Request, profiles: ProfileSet) -> NDArray[np.int64]:
+def _host_bytes(space: Space, request: Request, profiles: ProfileSet, *, bf16_copy: bool) -> NDArray[np.int64]:
     return np.asarray(
         host_total_bytes(
             request=request,
@@ -280,6 +337,7 @@ def _host_bytes(space: Space, request: Request, profiles: ProfileSet) -> NDArray
             pinned=profiles.pinned,
             cached_rows=space.cached_axis,
             hot_rows=space.hot_rows,
+            bf16_copy=bf16_copy,
         )
     )
 
@@ -295,7 +353,7 @@ def _cheap_limits(
     """All but the slowdown. The device must hold the context besides what the allocator reserves."""
     device = Limit("device memory", "gpu_mem_bytes", reserved + profiles.gpu.context.high_bytes, request.gpu_mem_bytes)
     limits = (device, Limit("host memory", "host_mem_bytes", host, request.host_mem_bytes))
-    if request.objective == "capacity":
+    if request.objective != "speed":
         return limits
     share = trainable / request.model.num_parameters
     least = request.min_trainable_fraction
@@ -303,71 +361,167 @@ def _cheap_limits(
 
 
 def _step_seconds(
-    space: Space, request: Request, profiles: ProfileSet, *, wanted: NDArray[np.bool_]
+    space: Space,
+    request: Request,
+    profiles: ProfileSet,
+    rows_of: _RowsOfCache,
+    *,
+    wanted: NDArray[np.bool_],
+    max_slowdown: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Step seconds, infinite where not ``wanted`` (``[caches, depths, checkpointing, backward, routings]``), with the
-    cap's axis, along which they do not change, of length 1; and the baseline of each routing.
+    """Step seconds, with the cap's axis, along which they do not change, of length 1; and the baseline of each routing.
+
+    Infinite where not ``wanted`` (``[copies, caches, depths, checkpointing, backward, routings]``), and where a copy
+    cannot pay, or not bring the step below ``max_slowdown``.
     """
+    num_layers = request.model.num_layers
     seconds = np.full(wanted.shape, math.inf)
     baseline = np.empty(0)
-    for cache in range(wanted.shape[0]):
-        if baseline.size and not wanted[cache].any():
+    for place in range(len(space.gradients_on_device)):
+        if baseline.size and not wanted[:, place].any():
             continue
         for backward, choice in enumerate(space.rows_in_backward):
-            costs = _routing_costs(space, request, profiles, cache=cache, refetched=choice == "refetched")
-            baseline = np.asarray(baseline_seconds(costs, num_layers=request.model.num_layers))
-            for depth, prefetch_depth in enumerate(space.prefetch_depths):
-                for again, checkpointing in enumerate(space.activation_checkpointing):
-                    members = np.flatnonzero(wanted[cache, depth, again, backward])
-                    seconds[cache, depth, again, backward, members] = simulate_candidates(
-                        costs.take(members),
-                        num_layers=request.model.num_layers,
-                        prefetch_depth=np.full(len(members), prefetch_depth),
-                        checkpointing=np.full(len(members), checkpointing),
-                        refetched=np.full(len(members), choice == "refetched"),
+            refetched = choice == "refetched"
+            costs = _routing_costs(space, request, profiles, rows_of(place), cache_place=place, refetched=refetched)
+            baseline = np.asarray(baseline_seconds(costs[0], num_layers=num_layers))
+            for copy, own in enumerate(costs):
+                saved = _saved_at_most(costs[0], own, num_layers)
+                for depth, again in np.ndindex(wanted.shape[2:4]):
+                    at = (place, depth, again, backward)
+                    chosen = wanted[copy, *at]
+                    if copy:
+                        chosen = chosen & _may_pay(seconds[0, *at], saved, at_most=max_slowdown * baseline)
+                    members = np.flatnonzero(chosen)
+                    seconds[copy, *at, members] = simulate_candidates(
+                        own.take(members),
+                        num_layers=num_layers,
+                        prefetch_depth=np.full(len(members), space.prefetch_depths[depth]),
+                        checkpointing=np.full(len(members), space.activation_checkpointing[again]),
+                        refetched=np.full(len(members), refetched),
                     )
-    return np.expand_dims(seconds, CAP_AXIS), baseline
+    return np.expand_dims(seconds, 1 + CAP_AXIS), baseline
 
 
-def _routing_costs(space: Space, request: Request, profiles: ProfileSet, *, cache: int, refetched: bool) -> StepCosts:
-    """Costs of every routing; no cap is below the active rows, so the cap is not among what they depend on."""
-    cached = None
-    if space.cached_rows[cache].any():
-        cached = window_rows(
-            at_seq_len(profiles.sparsity, request.seq_len),
-            request.model.num_layers,
-            tokens=request.tokens_per_step,
-            top_k=space.top_k,
+def _may_pay(
+    without: NDArray[np.float64], saved: NDArray[np.float64], *, at_most: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Where a copy that saves no more than ``saved`` may be worth its memory, and the step then be short enough."""
+    pays: NDArray[np.bool_] = (saved >= COPY_PAYS * without) & (without - saved <= at_most * (1 + SAME_SECONDS))
+    return pays
+
+
+def _saved_at_most(without: StepCosts, copied: StepCosts, num_layers: int) -> NDArray[np.float64]:
+    """How much shorter a copy can make a step, by routing: what it saves in gathers, less what it adds to AdamW.
+
+    A step ends with the host's AdamW; if the routers' takes longer, the host's may not show at all.
+    """
+    before, after = without.host, copied.host
+    again_before, again_after = before.gather_again, after.gather_again
+    saved = (before.gather - after.gather).mean(axis=0)
+    if again_before is not None and again_after is not None:
+        saved = saved + (again_before - again_after).mean(axis=0)
+    added = np.where(without.gpu.router_adamw > before.adamw, 0.0, np.subtract(after.adamw, before.adamw))
+    at_most: NDArray[np.float64] = num_layers * saved - added
+    return at_most
+
+
+def _with_copies(
+    space: Space,
+    seconds: NDArray[np.float64],
+    host: Sequence[NDArray[np.int64]],
+    has_room: Sequence[NDArray[np.bool_]],
+) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.int64]]:
+    """Which decisions have a bf16 copy; seconds and host bytes with it. Given are both without and with one."""
+    if len(space.bf16_copies) == 1:
+        return np.array(space.bf16_copies[0]), seconds[0], host[0]
+    copied = (seconds[1] <= (1 - COPY_PAYS) * seconds[0]) & np.isfinite(seconds[1]) & has_room[0]
+    if not copied.any():
+        return np.array(False), seconds[0], host[0]
+    return copied, np.where(copied, seconds[1], seconds[0]), np.where(copied, host[1], host[0])
+
+
+def _window_rows(space: Space, request: Request, profiles: ProfileSet, cache_place: int) -> WindowRows | None:
+    """No cap is below the active rows, so the cap is not among what a window's rows depend on."""
+    if not space.cached_rows[cache_place].any():
+        return None
+    return window_rows(
+        at_seq_len(profiles.sparsity, request.seq_len),
+        request.model.num_layers,
+        tokens=request.tokens_per_step,
+        top_k=space.top_k,
+        adapter_width=space.adapter_width,
+        grad_accum=request.grad_accum,
+        cached_rows=space.cached_rows[cache_place],
+        active_rows_cap=space.adapter_width,
+        key_experts=space.key_experts,
+        hot_rows=space.hot_rows,
+    )
+
+
+def _routing_costs(
+    space: Space,
+    request: Request,
+    profiles: ProfileSet,
+    rows: WindowRows | None,
+    *,
+    cache_place: int,
+    refetched: bool,
+) -> list[StepCosts]:
+    """Costs of every routing, for each of the copies; they do not depend on the cap."""
+    hot = _hot_rows(space, request, profiles)
+    return [
+        step_costs(
+            request=request,
+            gpu=profiles.gpu,
+            link=profiles.link,
+            host=profiles.host,
             adapter_width=space.adapter_width,
-            grad_accum=request.grad_accum,
-            cached_rows=space.cached_rows[cache],
-            active_rows_cap=space.adapter_width,
+            num_experts=space.num_experts,
+            num_probes=space.num_probes,
             key_experts=space.key_experts,
-            hot_rows=space.hot_rows,
+            refetched=refetched,
+            active_rows=space.active_rows,
+            window_active_rows=space.window_active_rows,
+            cached=rows,
+            gradients_on_device=space.gradients_on_device[cache_place],
+            hot=hot,
+            bf16_copy=bf16_copy,
         )
-    hot = hot_rows_among(
-        profiles.sparsity,
+        for bf16_copy in space.bf16_copies
+    ]
+
+
+def _hot_rows(space: Space, request: Request, profiles: ProfileSet) -> HotRows | None:
+    """What the hot rows that the request asks for carry, of every routing."""
+    return hot_rows_among(
+        at_seq_len(profiles.sparsity, request.seq_len),
         hot_rows=space.hot_rows,
         adapter_width=space.adapter_width,
         active_rows=space.active_rows,
         window_active_rows=space.window_active_rows,
     )
-    return step_costs(
-        request=request,
-        gpu=profiles.gpu,
-        link=profiles.link,
-        host=profiles.host,
-        adapter_width=space.adapter_width,
-        num_experts=space.num_experts,
-        num_probes=space.num_probes,
-        key_experts=space.key_experts,
-        refetched=refetched,
-        active_rows=space.active_rows,
-        window_active_rows=space.window_active_rows,
-        cached=cached,
-        gradients_on_device=space.gradients_on_device[cache],
-        hot=hot,
-    )
+
+
+def _window_bytes(space: Space, request: Request, rows_of: _RowsOfCache, hot: HotRows | None) -> NDArray[np.int64]:
+    """Bytes over the link in a window, ``[caches, depths, 1, backward, 1, routings]``: no other choice moves any."""
+    lengths = (len(space.gradients_on_device), len(space.prefetch_depths), 1, len(space.rows_in_backward), 1)
+    moved = np.empty((*lengths, len(space.adapter_width)), np.int64)
+    for place, depth, _, backward, _ in np.ndindex(lengths):
+        rows = rows_of(place)
+        moved[place, depth, 0, backward, 0] = window_bytes(
+            request=request,
+            prefetch_depth=space.prefetch_depths[depth],
+            num_probes=space.num_probes,
+            key_experts=space.key_experts,
+            refetched=space.rows_in_backward[backward] == "refetched",
+            active_rows=space.active_rows,
+            missing_rows=None if rows is None else rows.missing,
+            overflow_rows=None if rows is None else rows.overflow,
+            kept_rows=None if rows is None else rows.kept,
+            gradients_on_device=space.gradients_on_device[place],
+            hot=hot,
+        )
+    return moved
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------
@@ -376,7 +530,7 @@ def _routing_costs(space: Space, request: Request, profiles: ProfileSet, *, cach
 def _first(feasible: NDArray[np.bool_], order: Sequence[_Values]) -> tuple[int, ...]:
     """Grid index of the feasible decision with the least first value, of those the least second, and so on; of what is
     left the first in the grid."""
-    index = np.nonzero(feasible)
+    index = _best_routings(feasible, order)
     for values in order:
         found = np.broadcast_to(values, feasible.shape)[index]
         least = found == found.min()
@@ -384,19 +538,43 @@ def _first(feasible: NDArray[np.bool_], order: Sequence[_Values]) -> tuple[int, 
     return tuple(int(axis[0]) for axis in index)
 
 
+def _best_routings(feasible: NDArray[np.bool_], order: Sequence[_Values]) -> tuple[NDArray[np.int64], ...]:
+    """Grid indices of the feasible decisions, less those that lose by what only the routing decides, where that comes
+    first: a million indices less to make."""
+    routings = np.flatnonzero(feasible.any(axis=tuple(range(feasible.ndim - 1))))
+    for values in itertools.takewhile(lambda each: each.ndim == 1, order):
+        found = values[routings]
+        routings = routings[found == found.min()]
+    *others, place = np.nonzero(feasible[..., routings])
+    return (*others, routings[place])
+
+
+def _ranks(keys: Sequence[_Values]) -> NDArray[np.float64]:
+    """Numbers that order places as ``keys`` do, the first before the others; a single key is its own rank."""
+    if len(keys) == 1:
+        return keys[0].astype(np.float64, copy=False)
+    order = np.lexsort(tuple(reversed(keys)))
+    steps = np.zeros(len(order), np.bool_)
+    for key in keys:
+        steps[1:] |= np.diff(key[order]) != 0
+    ranks = np.empty(len(order))
+    ranks[order] = np.cumsum(steps)
+    return ranks
+
+
 def _infeasible(request: Request, profiles: ProfileSet) -> Infeasible:
     weighed = weigh(request, profiles, simulate_all=True)
 
     def best(changed: Request) -> Decision | None:
         found = weigh(changed, profiles)
-        return found.space.decision(found.best(changed)) if found.feasible.any() else None
+        return found.decision(found.best(changed)) if found.feasible.any() else None
 
     return explain(request, weighed.limits, weighed.space.is_new, gpu=profiles.gpu, best=best)
 
 
-def _check_consistent(weighed: Weighed, winner: tuple[int, ...], prediction: Prediction) -> None:
+def _check_consistent(weighed: Weighed, winner: tuple[int, ...], request: Request, prediction: Prediction) -> None:
     """The search's arrays and the prediction of the winner are the same terms; a difference is a bug."""
-    pairs = {
+    pairs: dict[str, tuple[float, float | None]] = {
         "peak allocated at the cap": (
             weighed.at(weighed.allocated_bytes, winner),
             prediction.device_memory.peak_allocated_bytes_at_cap,
@@ -408,6 +586,9 @@ def _check_consistent(weighed: Weighed, winner: tuple[int, ...], prediction: Pre
         ),
         "step seconds": (weighed.at(weighed.step_seconds, winner), prediction.timing.step_seconds),
     }
+    if weighed.window_bytes is not None:
+        moved = prediction.transfer.window_bytes(request.grad_accum)
+        pairs["bytes per window"] = (weighed.at(weighed.window_bytes, winner), moved)
     for name, (searched, predicted) in pairs.items():
         if predicted is None or not math.isclose(searched, predicted, rel_tol=SAME_SECONDS):
             raise RuntimeError(f"the search found {name} {searched} where the prediction says {predicted}")

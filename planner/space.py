@@ -6,7 +6,9 @@ cap, and *routing*: a list of every adapter width with each top-K, each number o
 a few of the choices is computed along their axes alone and meets the rest by broadcasting.
 
 What the request fixes restricts the grid to it, whether or not it lies on the steps tried otherwise. Budgets and limits
-do not shape the grid: a larger budget weighs the same decisions.
+do not shape the grid: a larger budget weighs the same decisions. The objective ``traffic`` has finer steps of caches.
+
+Whether the host keeps a bf16 copy of the rows is no axis: wherever it is open, a copy that pays is taken.
 
 Letters: ``T`` tokens, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per layer, ``K`` rows per token, ``A`` active
 rows, ``N`` experts, ``P`` probes.
@@ -48,6 +50,11 @@ ROWS_IN_BACKWARD: tuple[RowsInBackward, ...] = ("refetched", "retained")
 CACHES: tuple[tuple[float, bool], ...] = ((0.0, False), (1.0, False), (0.25, True), (0.5, True), (1.0, True))
 """Rows cached, over the most that a window is expected to activate in a layer; and whether their gradients are summed
 on the device, which takes three times the memory and saves as much traffic again."""
+TRAFFIC_CACHES: tuple[tuple[float, bool], ...] = (
+    *CACHES[:2],
+    *((eighths / 8, True) for eighths in range(1, 9)),
+)
+"""For the objective ``traffic``: each row kept is one that stays off the link, so memory is used to the last eighth."""
 
 CAP_AXIS = 4
 NUM_AXES = 6
@@ -57,6 +64,8 @@ NUM_AXES = 6
 class Space:
     """The grid. Arrays are ``[routings]`` unless stated; ``caps`` is ``[caps, routings]``."""
 
+    bf16_copies: tuple[bool, ...]
+    """What may be decided of the bf16 copy, without one first."""
     cached_rows: NDArray[np.int64]
     """``[caches, routings]``."""
     gradients_on_device: tuple[bool, ...]
@@ -123,8 +132,8 @@ class Space:
         """Whether rows are retained, along its axis."""
         return np.array([choice == "retained" for choice in self.rows_in_backward]).reshape(-1, 1, 1)
 
-    def decision(self, index: tuple[int, ...]) -> Decision:
-        """The decision at a grid index."""
+    def decision(self, index: tuple[int, ...], *, bf16_copy: bool | None = None) -> Decision:
+        """The decision at a grid index; the copy as given, or the first of :attr:`bf16_copies`."""
         cache, depth, checkpointing, backward, cap, routing = index
         return Decision(
             adapter_width=int(self.adapter_width[routing]),
@@ -139,6 +148,7 @@ class Space:
             cached_rows=int(self.cached_rows[cache, routing]),
             hot_rows=self.hot_rows,
             gradients_on_device=self.gradients_on_device[cache],
+            bf16_copy=self.bf16_copies[0] if bf16_copy is None else bf16_copy,
         )
 
 
@@ -154,13 +164,15 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
     caps = active_rows_caps(request, sparsity, adapter_width=width, active_rows=step, window_active_rows=window)
     checkpointing = request.activation_checkpointing
     depths = prefetch_depths(request, sparsity)
-    caches = CACHES if request.grad_accum > 1 else CACHES[:1]  # in a window of one micro-batch nothing comes twice
+    caches = TRAFFIC_CACHES if request.objective == "traffic" else CACHES
+    caches = caches if request.grad_accum > 1 else CACHES[:1]  # in a window of one micro-batch nothing comes twice
     most_cached = width - (request.hot_rows or 0)
     cached = np.minimum(
         cached_rows(sparsity, adapter_width=width, window_active_rows=window, caches=caches), most_cached
     )
     on_device = tuple(on_device for _, on_device in caches)
     return Space(
+        bf16_copies=bf16_copies(request),
         cached_rows=cached,
         gradients_on_device=on_device,
         prefetch_depths=depths,
@@ -185,6 +197,13 @@ def prefetch_depths(request: Request, sparsity: SparsityProfile) -> tuple[int, .
     if request.prefetch_depth is not None:
         return (request.prefetch_depth,)
     return tuple(range(min(len(sparsity.prefetch_recall_by_depth), request.model.num_layers)))
+
+
+def bf16_copies(request: Request) -> tuple[bool, ...]:
+    """A copy means something only to a bf16 adapter: fp32 rows leave as they are kept."""
+    if request.adapter_dtype != "bf16":
+        return (False,)
+    return (False, True) if request.bf16_copy is None else (request.bf16_copy,)
 
 
 def cached_rows(

@@ -35,7 +35,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.hot_rows import HOT_NORM_BYTES, hot_key_bytes
+from meft.planner.hot_rows import HOT_NORM_BYTES, HotRows, hot_key_bytes
 from meft.planner.plan import Decision, Direction, Request, Transfer, TransferEntry
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, INDEX_BYTES, Flags, Ints
 
@@ -191,6 +191,45 @@ def window_gradient_bytes(*, request: Request, decision: Decision, kept_rows_per
     rows = sum(kept_rows_per_layer) if decision.gradients_on_device else 0
     e = ADAPTER_DTYPE_BYTES[request.adapter_dtype]
     return int(row_bytes(active_rows=rows, hidden_size=request.model.hidden_size, adapter_dtype_bytes=e))
+
+
+def window_bytes(
+    *,
+    request: Request,
+    prefetch_depth: Ints,
+    num_probes: Ints,
+    key_experts: Flags,
+    refetched: Flags,
+    active_rows: NDArray[np.int64],
+    missing_rows: NDArray[np.int64] | None = None,
+    overflow_rows: NDArray[np.int64] | None = None,
+    kept_rows: NDArray[np.int64] | None = None,
+    gradients_on_device: bool = False,
+    hot: HotRows | None = None,
+) -> Ints:
+    """Both directions of an accumulation window, its optimizer step included, for the search; rows ``[L, ...]``."""
+    num_layers, hidden_size = request.model.num_layers, request.model.hidden_size
+    categories = step_bytes_by_category(
+        request=request,
+        prefetch_depth=prefetch_depth,
+        num_probes=num_probes,
+        key_experts=key_experts,
+        refetched=refetched,
+        active_rows=active_rows,
+        missing_rows=missing_rows,
+        overflow_rows=overflow_rows,
+        gradients_on_device=gradients_on_device,
+        hot_rows=None if hot is None else hot.active,
+    )
+    summed: Ints = 0 if kept_rows is None or not gradients_on_device else kept_rows.sum(axis=0)
+    e = ADAPTER_DTYPE_BYTES[request.adapter_dtype]
+    sums = row_bytes(active_rows=summed, hidden_size=hidden_size, adapter_dtype_bytes=e)
+    hot_rows: Ints = 0 if hot is None else hot.per_layer
+    keys = hot_key_bytes(num_layers=num_layers, hidden_size=hidden_size, hot_rows=hot_rows)
+    step = step_bytes(categories)
+    once = step_bytes(optimizer_step_bytes(key_experts=key_experts, window_gradients=sums, hot_keys=keys))
+    total: Ints = request.grad_accum * (step[0] + step[1]) + once[0] + once[1]
+    return total
 
 
 def expected_step_bytes(

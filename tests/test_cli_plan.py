@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -88,6 +89,32 @@ def test_fixed_choices_are_kept() -> None:
     assert decision.activation_checkpointing
 
 
+def test_a_bf16_copy_can_be_asked_for_and_refused() -> None:
+    fixed = ["--gpu-mem", "2GB", *SMALL, "--adapter-width", "512", "--adapter-dtype", "bf16", "--max-slowdown", "9"]
+    made = []
+    for flag in ("--bf16-copy", "--no-bf16-copy"):
+        result = run(*fixed, flag)
+        assert result.exit_code == EXIT_DONE, result.output
+        made.append(Plan.load("plan.json"))
+    assert [plan.decision.bf16_copy for plan in made] == [plan.request.bf16_copy for plan in made] == [True, False]
+    copied = {entry.category: entry.num_bytes for entry in made[0].prediction.host_memory.entries}
+    assert copied["adapter_bf16_copy"] == 30 * 512 * 2 * 576 * 2
+    line = refused("--gpu-mem", "1GB", *SMALL, "--bf16-copy")
+    assert "--bf16-copy: the adapter's rows travel in fp32" in line
+    assert line.endswith("--adapter-dtype bf16")
+
+
+def test_least_traffic_for_the_papers_model() -> None:
+    # The paper: 0.56 M numbers of fp32 per micro-batch, M = 2*R*D*L, at width 6144: 3440 MiB.
+    paper = ["--gpu", "rtx-3090", "--host-mem", "64GB", "--adapter-width", "6144", "--top-k", "64"]
+    result = run(*paper, "--grad-accum", "32", "--objective", "traffic")
+    assert result.exit_code == EXIT_DONE, result.output
+    moved = Plan.load("plan.json").prediction.transfer.window_bytes(32) / 32
+    assert moved <= 0.56 * 2 * 6144 * 4096 * 32 * 4 / 5
+    assert "most adaptation capacity with least traffic of" in result.stdout
+    assert re.search(r"K +ahead +routing +backward +ckpt +traffic +step", result.stdout)
+
+
 def test_the_emulated_device_computes_in_fp32() -> None:
     run("--gpu-mem", "1GB", *SMALL)
     request = Plan.load("plan.json").request
@@ -144,7 +171,7 @@ def test_a_local_config_is_a_model() -> None:
         (["--gpu-mem", "24GB", "--max-slowdown", "nan"], "'--max-slowdown': nan is not a finite number"),
         (["--gpu-mem", "24GB", "--max-slowdown", "0.5"], "'--max-slowdown': 0.5 is not in the range"),
         (["--gpu-mem", "24GB", "--min-trainable", "10"], "'--min-trainable': 10.0 is not in the range"),
-        (["--gpu-mem", "24GB", "--objective", "fun"], "'fun' is not one of 'capacity', 'speed'"),
+        (["--gpu-mem", "24GB", "--objective", "fun"], "'fun' is not one of 'capacity', 'speed', 'traffic'"),
         (["--gpu-mem", "24GB", "--weights-dtype", "int8"], "'int8' is not one of 'fp32', 'bf16', 'nf4'"),
         (["--gpu-mem", "24GB", "--double-quant"], "--double-quant: the weights are bf16"),
         (["--gpu", "emulated"], "GPU emulated has no memory of its own"),

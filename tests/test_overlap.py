@@ -2,107 +2,57 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
+from late_lanes import (
+    CHOICES,
+    LATE,
+    LONGEST_DELAY_SECONDS,
+    SLOW,
+    SLOW_TASK_SECONDS,
+    Delays,
+    assert_late_lanes_change_nothing,
+    assert_whoever_needs_a_slow_task_waits,
+    open_with,
+    trained,
+)
 from sessions import AMPLE_BYTES, EXPERTS, small_plan, small_trainer
 
 from meft.planner.errors import UsageError
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.engine import TransferEngine
 from meft.runtime.lanes import Overlapped, Sequential
-from meft.runtime.model_loading import load_frozen_model
-from meft.runtime.session import Session, open_session
-
-STEPS = 50
-LONGEST_DELAY_SECONDS = 4e-4
-LATE = {"h2d": ("h2d",), "d2h": ("d2h",), "cpu": ("cpu",), "all": ("h2d", "d2h", "cpu", "gpu"), "gpu": ("gpu",)}
-"""Lanes that are delayed: a slow lane lets all others run ahead of it."""
-SLOW_TASK_SECONDS = 1e-2
-SLOW = ("adamw", "accumulate", "row gradients", "gather", "queries")
-"""Tasks that in one run each are slower than all else, so that whoever should have waited for them does not."""
-CACHED = {"cached_rows": 40, "gradients_on_device": True}
-
-
-class Delays:
-    """Random delays before the tasks of some lanes, the same for the same seed and order of tasks."""
-
-    def __init__(self, lanes: tuple[str, ...], seed: int, slow: str = "nothing") -> None:
-        self.lanes, self.slow = lanes, slow
-        self.random = {lane: random.Random(f"{seed} {lane}") for lane in lanes}
-
-    def __call__(self, lane: str, name: str) -> float:
-        if name.startswith(self.slow):
-            return SLOW_TASK_SECONDS
-        if lane not in self.lanes or self.random[lane].random() < 0.7:
-            return 0.0
-        return self.random[lane].random() * LONGEST_DELAY_SECONDS
-
-    def slow_down(self, model: torch.nn.Module) -> None:
-        if "gpu" in self.lanes:
-            for block in model.model.layers:
-                block.register_forward_pre_hook(lambda *_: time.sleep(self("gpu", "")))
-
-
-def open_with(plan, folder, schedule, **options) -> Session:
-    model = load_frozen_model(plan, folder)
-    return open_session(plan, model, EmulatedDevice(AMPLE_BYTES), seed=0, schedule=schedule, **options)
-
-
-def trained(plan, folder, schedule, *, delays: Delays | None = None, steps: int = STEPS, **options):
-    session = open_with(plan, folder, schedule)
-    if delays is not None:
-        delays.slow_down(session.model)
-    try:
-        trainer = small_trainer(session, steps=steps, **options)
-        trainer.run()
-    finally:
-        session.close()
-    return trainer
-
-
-def assert_bit_equal(own, other) -> None:
-    assert own.history.losses == other.history.losses
-    assert own.history.gradient_norms == other.history.gradient_norms
-    assert own.measured.active_rows == other.measured.active_rows
-    assert own.session.engine.counted_bytes == other.session.engine.counted_bytes
-    for mine, theirs in zip(own.session.store.layers, other.session.store.layers, strict=True):
-        for name in ("weights", "first_moment", "second_moment", "step_counts", "gradients", "touched"):
-            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
-    for mine, theirs in zip(own.session.router_weights, other.session.router_weights, strict=True):
-        assert torch.equal(mine, theirs)
-
-
-CHOICES = [
-    ({"prefetch_depth": 0, "rows_in_backward": "refetched"}, "all", 1.0),
-    ({"prefetch_depth": 1, "rows_in_backward": "retained", **EXPERTS, **CACHED}, "cpu", 1.0),
-    ({"prefetch_depth": 2, "rows_in_backward": "refetched", **EXPERTS}, "h2d", None),
-    ({"prefetch_depth": 1, "rows_in_backward": "refetched", "activation_checkpointing": True, **CACHED}, "d2h", None),
-]
 
 
 @pytest.mark.parametrize(("choice", "late", "max_norm"), CHOICES)
 def test_fifty_steps_are_the_sequential_ones_bit_for_bit(glass_folder, choice, late, max_norm) -> None:
-    plan = small_plan(glass_folder, choice=choice, grad_accum=3, seq_len=8, batch_size=1)
-    delays = Delays(LATE[late], seed=len(str(choice)))
-    overlapped = trained(plan, glass_folder, Overlapped(delay=delays), delays=delays, max_norm=max_norm)
-    sequential = trained(plan, glass_folder, Sequential(), max_norm=max_norm)
-    assert_bit_equal(overlapped, sequential)
-    rows = [row for step in sequential.measured.active_rows for row in step]
-    assert len(set(rows)) > 1
-    if choice.get("cached_rows"):
-        assert sum(map(sum, sequential.measured.missing_rows)) < sum(rows)
+    assert_late_lanes_change_nothing(glass_folder, choice, late, max_norm)
 
 
 @pytest.mark.parametrize("slow", SLOW)
 def test_whoever_needs_a_slow_task_waits_for_it(glass_folder, slow) -> None:
-    choice = {"prefetch_depth": 1, "rows_in_backward": "refetched", **CACHED, "cached_rows": 20}
-    plan = small_plan(glass_folder, choice=choice, grad_accum=2, seq_len=8, batch_size=1)
-    overlapped = trained(plan, glass_folder, Overlapped(delay=Delays((), 0, slow)), steps=4)
-    assert_bit_equal(overlapped, trained(plan, glass_folder, Sequential(), steps=4))
+    assert_whoever_needs_a_slow_task_waits(glass_folder, slow)
+
+
+def test_on_cuda_a_delay_holds_up_the_stream_of_its_lane_too(monkeypatch) -> None:
+    # What tests/gpu relies on, where there is no GPU to see it.
+    entered, spun = [], []
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", spun.append)
+    delays = Delays(LATE["d2h"], seed=0, slow="gather")
+    delays.streams = {"d2h": "the d2h stream", "h2d": "the h2d stream"}
+    seconds = [delays("d2h", "row gradients 1") for _ in range(50)]
+    late = [each for each in seconds if each]
+    assert 0 < len(late) < 50
+    assert max(late) <= LONGEST_DELAY_SECONDS
+    assert (entered, len(spun)) == (["the d2h stream"] * len(late), len(late))
+    assert delays("h2d", "rows 1") == 0
+    assert delays("cpu", "gather 1") == SLOW_TASK_SECONDS  # host work has no stream
+    assert len(spun) == len(late)
 
 
 def test_device_memory_peaks_do_not_depend_on_the_lanes_luck(glass_folder) -> None:

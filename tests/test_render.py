@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from plan_samples import sample_plan, sample_profiles, sample_report
+from plan_samples import DECISION, MIB, SHAPE, sample_plan, sample_profiles, sample_report, sample_request
 
 from meft.planner.audit import audit
 from meft.planner.errors import UsageError
@@ -26,6 +26,8 @@ from meft.planner.render import (
     show,
 )
 from meft.planner.render_audit import audit_view
+from meft.planner.search import predict
+from meft.planner.units import format_bytes
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,39 @@ def test_a_plan_shows_its_decision_and_what_to_type_next(plan: Plan, capsys: pyt
     assert "meft-run 'out/my plan.json' --model DIR --data FILE.jsonl --device emulated" in text
     step = plan.prediction.transfer
     assert f"{step.whole_adapter_offload_ratio:.2f} times as much" in text
+
+
+def test_a_bf16_copy_is_shown_to_those_who_may_have_one(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    def text_of(asked: bool | None, *, copied: bool, adapter_dtype: str = "bf16") -> str:
+        request = plan.request.model_copy(update={"adapter_dtype": adapter_dtype, "bf16_copy": asked})
+        decision = plan.decision.model_copy(update={"bf16_copy": copied})
+        made = plan.model_copy(
+            update={
+                "request": request,
+                "decision": decision,
+                "prediction": predict(request, decision, sample_profiles()),
+            }
+        )
+        return shown(capsys, plan_view(made, path=Path("plan.json"), notes=[], verbose=False))
+
+    assert "bf16 copy" not in text_of(None, copied=False, adapter_dtype="fp32")
+    assert re.search(r"bf16 copy +off  rows are gathered from fp32, rounded on the way\n", text_of(None, copied=False))
+    # 3 layers * 16 rows * 16 numbers * 2 bytes
+    assert re.search(
+        r"bf16 copy +on  .*half the time; 1.5 KiB of host memory\s+\(as asked\)", text_of(True, copied=True)
+    )
+
+
+def test_sums_that_leave_once_per_window_count_in_the_traffic(capsys: pytest.CaptureFixture[str]) -> None:
+    request = sample_request(model=SHAPE.model_copy(update={"hidden_size": 8192}), grad_accum=4)
+    decision = DECISION.model_copy(update={"cached_rows": 16, "gradients_on_device": True})
+    prediction = predict(request, decision, sample_profiles())
+    made = sample_plan().model_copy(update={"request": request, "decision": decision, "prediction": prediction})
+    text = shown(capsys, plan_view(made, path=Path("plan.json"), notes=[], verbose=False))
+    once = prediction.transfer.d2h_bytes_per_optimizer_step
+    assert once >= MIB
+    in_all = round(prediction.transfer.window_bytes(4) / 4)
+    assert f"and once in 4 steps {format_bytes(once)} of sums: {format_bytes(in_all)} per step in all" in text
 
 
 def test_the_next_command_names_the_models_folder(plan: Plan) -> None:

@@ -29,8 +29,8 @@ from meft.planner.errors import UsageError
 from meft.planner.infeasible import Limit
 from meft.planner.pareto import pareto_front, thinned
 from meft.planner.plan import Decision, Plan, Request
-from meft.planner.profiles import SourcedRange
-from meft.planner.search import Infeasible, ProfileSet, make_plan, predict, weigh
+from meft.planner.profiles import SourcedRange, load_gpu, load_host, load_link, load_sparsity
+from meft.planner.search import COPY_PAYS, Infeasible, ProfileSet, make_plan, predict, weigh
 
 KIB = 1 << 10
 LIMITLESS = {"gpu_mem_bytes": 1 << 40, "host_mem_bytes": 1 << 40, "max_slowdown": 1e9}
@@ -39,6 +39,10 @@ LIMITLESS = {"gpu_mem_bytes": 1 << 40, "host_mem_bytes": 1 << 40, "max_slowdown"
 def profiles_of(*alphas: float, **changes: Any) -> ProfileSet:
     whole = ProfileSet(gpu_profile(), link_profile(), host_profile(), sparsity_profile(*alphas or (0.5,)))
     return replace(whole, **changes)
+
+
+SLOW_GATHER = host_profile(gather_bytes_per_second=sourced(2e6))
+"""So slow that what is gathered from makes a difference to rows of 16 numbers."""
 
 
 def tiny_request(**changes: Any) -> Request:
@@ -76,8 +80,18 @@ def fits(request: Request, decision: Decision, profiles: ProfileSet) -> bool:
         device.peak_reserved_bytes_at_cap <= device.allocator_budget_bytes
         and prediction.host_memory.total_bytes <= request.host_mem_bytes
         and prediction.timing.slowdown <= request.max_slowdown
-        and (request.objective == "capacity" or prediction.trainable_fraction >= request.min_trainable_fraction)
+        and (request.objective != "speed" or prediction.trainable_fraction >= request.min_trainable_fraction)
     )
+
+
+def with_copy_if_it_pays(request: Request, decision: Decision, profiles: ProfileSet) -> Decision:
+    """The decision, or its twin with a bf16 copy where that fits the host and is faster by a hundredth."""
+    if request.adapter_dtype != "bf16" or request.bf16_copy is not None:
+        return decision
+    twin = decision.model_copy(update={"bf16_copy": True})
+    without, copied = (predict(request, each, profiles) for each in (decision, twin))
+    pays = copied.timing.step_seconds <= (1 - COPY_PAYS) * without.timing.step_seconds
+    return twin if pays and copied.host_memory.total_bytes <= request.host_mem_bytes else decision
 
 
 def preference(request: Request, decision: Decision, profiles: ProfileSet) -> tuple[float, ...]:
@@ -87,6 +101,9 @@ def preference(request: Request, decision: Decision, profiles: ProfileSet) -> tu
     step = prediction.timing.step_seconds
     if request.objective == "speed":
         return (round(step, 12), *capacity, *rest)
+    if request.objective == "traffic":
+        moved = prediction.transfer.window_bytes(request.grad_accum)
+        capacity = (*capacity, round(moved / prediction.sparsity.prefetch_recall, 6))
     return (*capacity, round(step / prediction.sparsity.prefetch_recall, 12), *rest)
 
 
@@ -103,13 +120,30 @@ SMALL_GRIDS = [
         "activation_checkpointing": False,
         "objective": "speed",
     },
+    {"adapter_width": 16, "top_k": 3, "prefetch_depth": 1, "objective": "traffic"},
+    {
+        "adapter_width": 24,
+        "routing": "exact",
+        "prefetch_depth": 0,
+        "activation_checkpointing": False,
+        "objective": "traffic",
+    },
+]
+NARROW_BF16 = {"adapter_dtype": "bf16", "prefetch_depth": 1, "activation_checkpointing": False}
+BF16_GRIDS = [
+    NARROW_BF16 | {"adapter_width": 16, "routing": "key-experts"},
+    NARROW_BF16 | {"top_k": 4, "routing": "exact"},
+    NARROW_BF16 | {"adapter_width": 16, "objective": "traffic"},
+    NARROW_BF16 | {"top_k": 4, "routing": "exact", "objective": "speed", "min_trainable_fraction": 0.0},
 ]
 
 
-@pytest.mark.parametrize("grid", SMALL_GRIDS)
+@pytest.mark.parametrize("grid", [*SMALL_GRIDS, *BF16_GRIDS])
 def test_the_winner_is_the_one_that_brute_force_finds(grid):
     # The budgets are set amid what the decisions need, so that each of them cuts some off.
     profiles = profiles_of(0.9, 0.4, 0.6)
+    if grid in BF16_GRIDS:
+        profiles = replace(profiles, host=SLOW_GATHER)
     loose = weigh(tiny_request(**grid), profiles)
     amid = {
         "gpu_mem_bytes": int(np.quantile(loose.reserved_bytes, 0.7)),
@@ -117,24 +151,32 @@ def test_the_winner_is_the_one_that_brute_force_finds(grid):
         "max_slowdown": max(1.0, float(np.quantile(loose.limits[-1].needed, 0.7))),
     }
     request = tiny_request(**grid, **amid)
-    everything = all_decisions(request, profiles)
+    everything = [with_copy_if_it_pays(request, each, profiles) for each in all_decisions(request, profiles)]
     fitting = [decision for decision in everything if fits(request, decision, profiles)]
     plan = planned(request, profiles)
     assert (plan.search.candidates, plan.search.feasible) == (len(everything), len(fitting))
     assert 0 < len(fitting) < len(everything)
     best = min(preference(request, decision, profiles) for decision in fitting)
     assert preference(request, plan.decision, profiles) == best
+    assert any(decision.bf16_copy for decision in fitting) == (grid in BF16_GRIDS)
 
 
 @settings(max_examples=20)
 @given(data=st.data(), serial=st.booleans())
 def test_every_candidate_is_weighed_as_it_is_predicted(data, serial):
     # One set of terms: an array's element and the scalar prediction of the same decision agree.
-    profiles = profiles_of(0.9, 0.4, 0.6, gpu=gpu_profile(shares_host_cores=serial))
-    request = tiny_request(adapter_width=data.draw(st.integers(1, 40)))
+    profiles = profiles_of(0.9, 0.4, 0.6, gpu=gpu_profile(shares_host_cores=serial), host=SLOW_GATHER)
+    request = tiny_request(
+        adapter_width=data.draw(st.integers(1, 40)),
+        adapter_dtype=data.draw(st.sampled_from(["fp32", "bf16"])),
+        objective="traffic",
+    )
     weighed = weigh(request, profiles)
     index = tuple(data.draw(st.integers(0, length - 1)) for length in weighed.space.shape)
-    prediction = predict(request, weighed.space.decision(index), profiles)
+    decision = weighed.decision(index)
+    prediction = predict(request, decision, profiles)
+    assert weighed.at(weighed.window_bytes, index) == prediction.transfer.window_bytes(request.grad_accum)
+    assert decision == with_copy_if_it_pays(request, weighed.space.decision(index), profiles)
     assert weighed.at(weighed.allocated_bytes, index) == prediction.device_memory.peak_allocated_bytes_at_cap
     assert weighed.at(weighed.reserved_bytes, index) == prediction.device_memory.peak_reserved_bytes_at_cap
     assert weighed.at(weighed.host_bytes, index) == prediction.host_memory.total_bytes
@@ -172,7 +214,7 @@ def test_a_larger_budget_never_takes_anything_away(budgets, name, more):
 
 
 @settings(max_examples=15)
-@given(budgets=BUDGETS, objective=st.sampled_from(["capacity", "speed"]))
+@given(budgets=BUDGETS, objective=st.sampled_from(["capacity", "speed", "traffic"]))
 def test_a_plan_keeps_its_limits_and_a_verdict_s_advice_makes_one(budgets, objective):
     request, profiles = tiny_request(objective=objective, **NARROW, **budgets), profiles_of()
     found = make_plan(request, profiles, meft_version="test")
@@ -212,7 +254,7 @@ def test_planning_loads_neither_torch_nor_scipy_nor_matplotlib():
     assert done.stdout.strip() == "[]"
 
 
-# --- the two objectives ----------------------------------------------------------------------------------------------
+# --- the three objectives --------------------------------------------------------------------------------------------
 
 
 def test_capacity_takes_the_widest_adapter_then_the_largest_k():
@@ -236,6 +278,105 @@ def test_of_equal_steps_the_larger_cap_is_taken_as_it_drops_fewer_rows():
     # All caps of a decision take the same time, and memory is no object: the whole width.
     decision = planned(tiny_request(adapter_width=32, top_k=2)).decision
     assert decision.active_rows_cap == 32
+
+
+def test_least_traffic_is_had_at_the_capacity_that_there_is():
+    limits = {"gpu_mem_bytes": 120 * KIB, "host_mem_bytes": 60 * KIB, "max_slowdown": 20.0}
+    request, profiles = tiny_request(**limits), profiles_of()
+    usual, least = (planned(request.model_copy(update={"objective": name})) for name in ("capacity", "traffic"))
+    assert least.decision.adapter_width == usual.decision.adapter_width
+    assert least.decision.top_k == usual.decision.top_k
+    moved = [plan.prediction.transfer.window_bytes(request.grad_accum) for plan in (usual, least)]
+    assert moved[1] < moved[0] / usual.prediction.sparsity.prefetch_recall
+    # Of the same width and K, nothing that fits moves fewer bytes: at its own depth, or per row that is found at any.
+    fixed = {"adapter_width": least.decision.adapter_width, "top_k": least.decision.top_k, "objective": "traffic"}
+    same = request.model_copy(update=fixed)
+    for decision in all_decisions(same, profiles):
+        if not fits(same, decision, profiles):
+            continue
+        other = predict(same, decision, profiles)
+        bytes_of_other = other.transfer.window_bytes(request.grad_accum)
+        recall = other.sparsity.prefetch_recall / least.prediction.sparsity.prefetch_recall
+        assert moved[1] <= bytes_of_other / recall
+        assert moved[1] <= bytes_of_other or decision.prefetch_depth != least.decision.prefetch_depth
+
+
+def test_a_front_of_least_traffic_counts_bytes():
+    plan = planned(tiny_request(objective="traffic", max_slowdown=50.0))
+    points = plan.search.pareto
+    assert points[0].decision == plan.decision
+    assert len({point.moved_bytes_per_step for point in points}) > 2
+    for point in points:
+        moved = predict(plan.request, point.decision, profiles_of()).transfer.window_bytes(plan.request.grad_accum)
+        assert point.moved_bytes_per_step == round(moved / plan.request.grad_accum)
+
+
+PAPERS_BYTES = 0.56 * (2 * 6144 * 4096 * 32) * 4
+"""The paper's traffic of a micro-batch at width 6144: 0.56 M numbers of fp32, M = 2*R*D*L."""
+
+
+@pytest.mark.parametrize("weights_dtype", ["bf16", "nf4"])
+def test_llama_7b_moves_a_fifth_of_the_papers_bytes_or_less(weights_dtype):
+    profiles = ProfileSet(
+        load_gpu("rtx-3090"), load_link("pcie-4.0-x16"), load_host("workstation-32core"), load_sparsity("meft-paper")
+    )
+    request = request_of(adapter_width=6144, top_k=64, weights_dtype=weights_dtype, objective="traffic")
+    plan = planned(request, profiles)
+    moved = plan.prediction.transfer.window_bytes(request.grad_accum) / request.grad_accum
+    assert moved <= PAPERS_BYTES / 5
+    capacity = planned(request.model_copy(update={"objective": "capacity"}), profiles)
+    assert moved < capacity.prediction.transfer.window_bytes(request.grad_accum) / request.grad_accum
+
+
+# --- the bf16 copy ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(budgets=BUDGETS, rate=st.floats(1e5, 1e9), grad_accum=st.sampled_from([1, 2, 8]))
+def test_a_copy_is_taken_only_where_it_pays(budgets, rate, grad_accum):
+    profiles = profiles_of(host=host_profile(gather_bytes_per_second=sourced(rate)))
+    request = tiny_request(adapter_dtype="bf16", grad_accum=grad_accum, **NARROW, **budgets)
+    found = make_plan(request, profiles, meft_version="test")
+    if isinstance(found, Infeasible):
+        return
+    bare = found.decision.model_copy(update={"bf16_copy": False})
+    assert found.decision == with_copy_if_it_pays(request, bare, profiles)
+    without = make_plan(request.model_copy(update={"bf16_copy": False}), profiles, meft_version="test")
+    if isinstance(without, Plan):  # an open choice is never worse than one that is made
+        assert found.decision.adapter_width >= without.decision.adapter_width
+
+
+def test_a_copy_can_keep_the_slowdown_where_nothing_else_does():
+    profiles = replace(profiles_of(), host=SLOW_GATHER)
+    fixed = {"adapter_width": 32, "top_k": 32, "routing": "exact", "adapter_dtype": "bf16"}
+    fastest = tiny_request(objective="speed", min_trainable_fraction=0.0, **fixed)
+    slowdowns = [
+        planned(fastest.model_copy(update={"bf16_copy": copied}), profiles).prediction.timing.slowdown
+        for copied in (False, True)
+    ]
+    between = tiny_request(max_slowdown=sum(slowdowns) / 2, **fixed)
+    assert planned(between, profiles).decision.bf16_copy
+    verdict = refused(between.model_copy(update={"bf16_copy": False}), profiles)
+    assert verdict.binding == "slowdown"
+
+
+def test_a_copy_is_left_out_where_the_host_has_no_room_for_it():
+    profiles = replace(profiles_of(), host=SLOW_GATHER)
+    request = tiny_request(adapter_width=32, top_k=8, adapter_dtype="bf16", grad_accum=1)
+    plan = planned(request, profiles)
+    assert plan.decision.bf16_copy
+    bare = plan.prediction.host_memory.total_bytes - 3 * 32 * 16 * 2  # L * R * 2D numbers of 2 bytes; no buffer is that
+    assert not planned(request.model_copy(update={"host_mem_bytes": bare}), profiles).decision.bf16_copy
+
+
+def test_a_copy_that_was_asked_for_is_given_up_first():
+    profiles = replace(profiles_of(), host=SLOW_GATHER)
+    request = tiny_request(adapter_width=32, adapter_dtype="bf16", bf16_copy=True, host_mem_basis="this machine")
+    needed = planned(request, profiles).prediction.host_memory.total_bytes
+    verdict = refused(request.model_copy(update={"host_mem_bytes": needed - 3 * 32 * 16 * 2}), profiles)
+    assert verdict.binding == "host memory"
+    assert verdict.suggestion == {"--no-bf16-copy": ""}
+    assert not planned(with_options(request, verdict.suggestion), profiles).decision.bf16_copy
 
 
 # --- the Pareto front ------------------------------------------------------------------------------------------------
@@ -293,7 +434,7 @@ def with_options(request: Request, options: dict[str, str]) -> Request:
     fields: dict[str, Any] = {}
     for option, value in options.items():
         name = option.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if name == "activation_checkpointing":
+        if name in ("activation_checkpointing", "bf16_copy"):
             assert value == ""
             fields[name] = not option.startswith("--no-")
         elif name in ("gpu_mem", "host_mem"):
@@ -479,6 +620,7 @@ def test_excess_is_a_share_of_the_limit():
     [
         ({"weights_dtype": "fp16"}, "weights_dtype fp16: the runtime trains beside fp32, bf16 or nf4"),
         ({"weights_dtype": "int8"}, "weights_dtype int8"),
+        ({"bf16_copy": True}, "bf16_copy: the adapter's rows travel in fp32"),
         ({"adapter_width": 4, "top_k": 5}, "top_k 5 is above adapter_width 4"),
         ({"prefetch_depth": 3}, "prefetch_depth 3: tiny has 3 layers; give at most 2"),
     ],

@@ -137,6 +137,19 @@ def test_a_window_of_one_micro_batch_caches_nothing():
     assert not space.cached_rows.any()
 
 
+def test_least_traffic_caches_by_eighths():
+    space = enumerate_space(tiny_request(adapter_width=16, top_k=2, objective="traffic"), sparsity_profile(1.0))
+    # 16 rows are the most of a window: none, all with their gradients sent, or each eighth with them summed.
+    assert space.cached_rows[:, 0].tolist() == [0, 16, *range(2, 17, 2)]
+    assert space.gradients_on_device == (False, False, *[True] * 8)
+
+
+def test_only_a_bf16_adapter_may_have_a_copy_of_its_rows():
+    for asked, open_to in ((None, (False, True)), (True, (True,)), (False, (False,))):
+        assert enumerate_space(tiny_request(bf16_copy=asked), sparsity_profile()).bf16_copies == open_to
+    assert enumerate_space(tiny_request(adapter_dtype="fp32"), sparsity_profile()).bf16_copies == (False,)
+
+
 def test_llama_7b_has_fifty_thousand_candidates_and_more():
     assert enumerate_space(request_of(), sparsity_profile(0.5378)).num_candidates >= 50_000
 
@@ -151,6 +164,8 @@ CHOICES = st.fixed_dictionaries(
         "routing": st.sampled_from(["exact", "key-experts"]),
         "rows_in_backward": st.sampled_from(["retained", "refetched"]),
         "activation_checkpointing": st.booleans(),
+        "bf16_copy": st.booleans(),
+        "objective": st.just("traffic"),
     },
 )
 
@@ -165,6 +180,7 @@ def test_decisions_are_valid_all_different_and_honour_what_is_fixed(choices, dat
     space = enumerate_space(tiny_request(**choices), sparsity_profile(0.9, 0.5, 0.7))
     found = decisions(space)
     assert len(set(found)) == len(found) == space.num_candidates > 0
+    choices.pop("objective", None)
     assert all(getattr(decision, name) == value for decision in found for name, value in choices.items())
     assert all(decision.prefetch_depth < 3 for decision in found)
 

@@ -277,7 +277,9 @@ def test_deeper_look_ahead_never_hurts_where_the_host_has_a_worker_and_rows_are_
 # --- what tasks cost -------------------------------------------------------------------------------------------------
 
 
-def costs_for(request=None, *, decision=None, rows: int = 1600, window: int = 4800, **profiles: Any) -> StepCosts:
+def costs_for(
+    request=None, *, decision=None, rows: int = 1600, window: int = 4800, bf16_copy: bool = False, **profiles: Any
+) -> StepCosts:
     request, decision = request or request_of(), decision or decision_of()
     num_layers = request.model.num_layers
     used = {"gpu": gpu_profile(), "link": link_profile(), "host": host_profile()} | profiles
@@ -290,6 +292,7 @@ def costs_for(request=None, *, decision=None, rows: int = 1600, window: int = 48
         refetched=decision.rows_in_backward == "refetched",
         active_rows=np.full(num_layers, rows),
         window_active_rows=np.full(num_layers, window),
+        bf16_copy=bf16_copy,
         **used,
     )
 
@@ -345,16 +348,39 @@ def test_link_costs_and_the_duplex_rule():
 
 def test_host_costs():
     # Exact routing: 2 * 512 * 6144 * 4096 flops at 500e9, 512 * 6144 scores at 1e9, 100 us.
-    # Gather: 1600 * 8192 numbers of 4 + 2 bytes at 20e9; accumulate: of 2 + 8 bytes at 16e9, 100 us.
+    # Gather: 1600 * 8192 numbers, 4 bytes read and 2 written through the cache, twice 2, at 20e9; accumulate: of 2 + 8
+    # bytes at 16e9, 100 us.
     # AdamW: 32 layers * 4800 rows * 8192 numbers * 28 bytes at 28e9, a 32nd of it per step.
     host = costs_for().host
     assert host.route == pytest.approx(25_769_803_776 / 500e9 + 3_145_728 / 1e9 + 1e-4)
-    assert host.gather[0] == pytest.approx(13_107_200 * 6 / 20e9)
+    assert host.gather[0] == pytest.approx(13_107_200 * 8 / 20e9)
     assert host.accumulate[0] == pytest.approx(13_107_200 * 10 / 16e9 + 1e-4)
     assert host.adamw == pytest.approx(4800 * 8192 / 1e9)
     # Key-Experts score the rows of 8 of 64 experts, an eighth of all, one expert after the other, 1 us each.
     routed = costs_for(decision=decision_of(routing="key-experts")).host
     assert routed.route == pytest.approx((25_769_803_776 / 500e9 + 3_145_728 / 1e9) / 8 + 1e-4 + 64e-6)
+
+
+def _seconds(costs: StepCosts, name: str) -> Any:
+    return next(getattr(lane, name) for lane in (costs.gpu, costs.link, costs.host) if hasattr(lane, name))
+
+
+def test_a_bf16_copy_halves_the_gather_and_makes_adamw_write_more():
+    # Gather: 1600 * 8192 numbers of 2 + 2 bytes at 20e9, in forward and again. AdamW: 28 bytes per number and the
+    # copy's 2 through the cache, twice 2, of 4800 rows * 8192 numbers * 32 layers, a 32nd of it per step. No more.
+    without, copied = (costs_for(bf16_copy=chosen) for chosen in (False, True))
+    assert copied.host.gather[0] == pytest.approx(13_107_200 * 4 / 20e9)
+    assert copied.host.gather_again[0] == copied.host.gather[0] == without.host.gather[0] / 2
+    assert copied.host.adamw == pytest.approx(4800 * 8192 * 32 / 28e9) == without.host.adamw * 32 / 28
+    assert {name for name in FIELDS if not np.array_equal(_seconds(copied, name), _seconds(without, name))} == {
+        "gather",
+        "gather_again",
+        "adamw",
+    }
+    # fp32 rows leave as they are kept, 4 + 4 bytes: there is nothing to copy.
+    fp32 = [costs_for(request_of(adapter_dtype="fp32"), bf16_copy=chosen).host for chosen in (False, True)]
+    assert all(np.array_equal(getattr(fp32[0], name), getattr(fp32[1], name)) for name in HOST_FIELDS)
+    assert fp32[0].gather[0] == pytest.approx(13_107_200 * 8 / 20e9)
 
 
 def test_dtypes_choose_the_rate():

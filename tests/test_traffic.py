@@ -11,10 +11,12 @@ from sparse_setup import decision
 
 from meft.planner.host_memory import host_memory as planned_host_memory
 from meft.planner.models import load_model
+from meft.planner.plan import Plan
 from meft.planner.search import predict
-from meft.planner.transfer import expected_step_bytes, step_transfer, window_gradient_bytes
+from meft.planner.transfer import NORM_BYTES, expected_step_bytes, step_transfer, window_gradient_bytes
 from meft.runtime.nvml import PcieReading
 from meft.runtime.reporting import host_memory, transfer
+from meft.runtime.training import Measurements
 
 CHOICES = [
     pytest.param(
@@ -89,6 +91,24 @@ def test_with_cached_rows_too(glass_folder, choice, adapter_dtype) -> None:
     }
 
 
+def planned_window_bytes(plan: Plan, measured: Measurements) -> int:
+    """The byte model's window, both ways, of the rows that its micro-batches were counted to activate and to miss."""
+    rows_per_step = zip(measured.active_rows, measured.missing_rows, measured.overflow_rows, strict=True)
+    steps = [
+        expected_step_bytes(
+            request=plan.request,
+            decision=plan.decision,
+            active_rows_per_layer=active,
+            missing_rows_per_layer=missing,
+            overflow_rows_per_layer=overflow,
+        )
+        for active, missing, overflow in rows_per_step
+    ]
+    (kept,) = measured.kept_rows
+    sums = window_gradient_bytes(request=plan.request, decision=plan.decision, kept_rows_per_layer=kept)
+    return sum(map(sum, steps)) + sums + NORM_BYTES
+
+
 def test_a_window_of_32_costs_a_fifth_of_the_papers_traffic_or_less(glass_folder) -> None:
     """The paper: 0.56 M numbers of 4 bytes per micro-batch, M = 2*R*D*L, at 512 tokens and 6144 rows. Here with as many
     rows per token of the batch, and at least as large a share of them active as the paper's 25.9 %."""
@@ -103,6 +123,7 @@ def test_a_window_of_32_costs_a_fifth_of_the_papers_traffic_or_less(glass_folder
     numbers = 2 * plan.decision.adapter_width * shape.hidden_size * shape.num_layers
     papers_bytes = 0.56 * numbers * 4 * 32
     moved = sum(session.engine.bytes_in(way, per) for way in ("h2d", "d2h") for per in ("step", "optimizer_step"))
+    assert moved == planned_window_bytes(plan, trainer.measured)
     share = sum(map(sum, trainer.measured.active_rows)) / (32 * shape.num_layers * width)
     assert share > 0.259
     assert moved < papers_bytes / 5

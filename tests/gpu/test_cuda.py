@@ -57,7 +57,7 @@ def test_a_copy_that_waits_for_nothing_overtakes_the_compute_stream(engine, dire
     if direction == "h2d":
         copy = engine.to_device(host.fill_(2), device, category="rows", after=ready)
     else:
-        copy = engine._copy(device, host, "d2h", "row_gradients", COPY_DONE)
+        copy = engine.copy("d2h", lambda: (device, host), category="row_gradients", point=COPY_DONE)
     copy.wait_on_host()
     assert not busy.query()  # on the compute stream the copy would have come after
     busy.synchronize()
