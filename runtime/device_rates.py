@@ -121,8 +121,11 @@ def booked_launches() -> Iterator[Measurement]:
     fewer, more = 2, 6
     steps = {layers: sample(_tiny_step(layers)) for layers in (fewer, more)}
     each = LLAMA_LAUNCHES.attention + LLAMA_LAUNCHES.ffn + LLAMA_LAUNCHES.backward
-    shorter = steps[fewer].median
-    seconds = [(longer - shorter) / ((more - fewer) * each) for longer in steps[more].seconds]
+    pairs = zip(sorted(steps[more].seconds), sorted(steps[fewer].seconds), strict=False)
+    slopes = [(longer - shorter) / ((more - fewer) * each) for longer, shorter in pairs]
+    seconds = [slope for slope in slopes if slope > 0] or [
+        steps[fewer].median / (fewer * each)
+    ]  # a machine that stalls
     detail = (
         f"a step of {more} tiny LLaMA layers on the emulated device less one of {fewer}, over {each} launches a layer"
     )

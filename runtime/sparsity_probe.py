@@ -231,9 +231,10 @@ def _far_apart(directions: torch.Tensor, count: int, *, seed: int) -> torch.Tens
     return torch.stack(taken)
 
 
-def popularity(fetches: NDArray[np.int64]) -> dict[float, float]:
+def popularity(fetches: NDArray[np.int64], *, ranked_by: NDArray[np.int64] | None = None) -> dict[float, float]:
     """Share of all fetches that the hottest rows carry, by the share of rows; ``fetches [rows]`` counts windows whose
-    union held the row."""
-    ordered = np.sort(fetches)[::-1].cumsum()
+    union held the row. Which rows are hot, other text may say (``ranked_by``), as it does for rows kept for a run."""
+    hottest_first = np.argsort(-(fetches if ranked_by is None else ranked_by), kind="stable")
+    ordered = fetches[hottest_first].cumsum()
     total = max(1, int(ordered[-1]))
     return {hot: float(ordered[max(1, round(hot * len(ordered))) - 1] / total) for hot in HOT_SHARES}

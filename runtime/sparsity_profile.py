@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from meft.planner.errors import UsageError
 from meft.planner.profile_file import Measurement, ProfileFile
-from meft.planner.profiles import SparsityProfile
+from meft.planner.profiles import Popularity, SparsityProfile
 from meft.planner.union_fit import FitError, UnionPoints, fit_error, fit_layers
 from meft.runtime import sparsity_probe as probe
 from meft.runtime.adapter import ffn_modules
@@ -99,6 +99,7 @@ def measure_sparsity(request: SparsityRequest, tell: Tell, *, meft_version: str)
         source=_source(request, error, machine.date, torch.__version__),
         layers=fit_layers(fitted),
         spread_fraction=_spread(halves),
+        popularity=_popularity(halves),
         least_share=float(fitted.shares.min()),
         greatest_share=float(fitted.shares.max()),
         prefetch_recall_by_depth=(1.0, *(round(float(r), 4) for r in np.mean(_all_recalls(halves), axis=0))),
@@ -352,6 +353,19 @@ def _spread(halves: Sequence[Half]) -> float:
     sizes = np.concatenate([_typical_sizes(half) for half in halves], axis=1)
     above = sizes / sizes.mean(axis=1, keepdims=True) - 1
     return round(float(np.clip(np.quantile(above, SPREAD_QUANTILE), 0.0, 1.0)), 4)
+
+
+def _popularity(halves: Sequence[Half]) -> tuple[Popularity, ...]:
+    """What the rows that are hottest in one half carry in the other, mean over layers."""
+    known, judged = (half.fetches for half in halves)
+    assert known is not None
+    assert judged is not None
+    by_layer = [probe.popularity(fetches, ranked_by=rank) for fetches, rank in zip(judged, known, strict=True)]
+    points, least = [], 0.0
+    for hot in probe.HOT_SHARES:
+        least = max(hot, least, float(np.mean([shares[hot] for shares in by_layer])))
+        points.append(Popularity(rows=hot, traffic=round(min(least, 1.0), 4)))
+    return tuple(points)
 
 
 def _all_recalls(halves: Sequence[Half]) -> NDArray[np.float64]:

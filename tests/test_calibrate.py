@@ -240,8 +240,11 @@ def changed(run: Run, **update: object) -> Run:
 def test_what_cannot_be_joined_is_refused(runs, profiles) -> None:
     run = runs[0]
     device = run.report.device.model_copy(update={"name": "another"})
+    hot = run.plan.model_copy(update={"decision": run.plan.decision.model_copy(update={"hot_rows": 2})})
+    of_hot = run.report.model_copy(update={"plan_digest": hot.content_digest()})
     for bad, message in [
         ([], "no runs"),
+        ([Run(hot, of_hot)], "plan 1: hot_rows 2: .* calibrate runs with --hot-rows 0"),
         ([Run(run.plan, runs[1].report)], "not of this one"),
         ([changed(run, rehearsal=True)], "is a rehearsal"),
         ([run, changed(run, device=device)], "one device at a time"),

@@ -88,6 +88,8 @@ def test_popularity_by_hand() -> None:
     assert found[0.01] == pytest.approx(70 / 200)
     assert found[0.10] == pytest.approx(160 / 200)
     assert found[0.50] == 1
+    elsewhere = np.concatenate([np.arange(100, 50, -1), np.zeros(50, np.int64)])  # other text says: the first 50
+    assert probe.popularity(fetches, ranked_by=elsewhere)[0.50] == 0
 
 
 def test_rows_are_the_models_own(glass_model) -> None:
@@ -149,6 +151,8 @@ def test_the_command_writes_a_profile_that_planning_reads(glass_folder, text, tm
     assert profile.prefetch_recall_by_depth[0] == 1
     assert len(profile.prefetch_recall_by_depth) == 4  # no deeper than the model
     assert profile.filled_fraction == 1
+    assert [point.rows for point in profile.popularity] == list(probe.HOT_SHARES)
+    assert 0.5 <= profile.popularity[-1].traffic < 1
     by_detail = {each.detail: each for each in file.measurements if each.name.startswith("active rows")}
     seen = by_detail["T=512, K=32, R=256, spread over layers"].median
     rows = active_rows_per_layer(profile, 4, tokens=512, top_k=32, adapter_width=256)
