@@ -16,14 +16,16 @@ each as large as the budget lets it be. ``lora-16`` is LoRA of the usual rank 16
 Each method trains at every learning rate of its grid with the first seed, then at the best one with the other seeds.
 Evaluation is :mod:`meft.runtime.evaluation`'s: greedy answers to the trained questions (that is what injecting
 knowledge means), and forgetting: loss per token on factbook prose, and the capitals that the model still knows. Prompts
-are the plain question and a newline, without the chat template, which would triple the tokens. Memory is counted over
-the first steps, transfers over all: every step allocates the same, and the books of the emulated device cost a third of
-the time.
+are statements to complete ("Airport JFK is in"): the question with the chat template would take five times the tokens,
+and of capitals asked for as a question this model names none, as a statement every fourth. Memory is counted over the
+first steps, transfers over all: every step allocates the same, and the books of the emulated device cost a third of the
+time.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import time
 from collections import defaultdict
@@ -54,19 +56,22 @@ from meft.runtime.model_loading import load_frozen_model, load_tokenizer
 from meft.runtime.session import Session, StepResult, WindowEnd, open_session
 from meft.runtime.task_sources import factbook_prose, load_task
 from meft.runtime.tasks import Item, Task
-from meft.runtime.training import Trainer, TrainingOptions
+from meft.runtime.training import Progress, Trainer, TrainingOptions
 
 METHODS = ("none", "meft", "parallel", "offload", "narrow", "lora", "lora-16", "full")
 LEARNING_RATES = {
     "none": (0.0,),
-    "meft": (2e-3, 4e-3, 8e-3),
-    "parallel": (2e-3, 4e-3, 8e-3),
-    "offload": (4e-3,),
-    "narrow": (4e-3, 1e-2),
-    "lora": (3e-3, 1e-2),
+    "meft": (4e-3, 8e-3, 1.6e-2),
+    "parallel": (4e-3, 8e-3),
+    "offload": (8e-3,),
+    "narrow": (1e-2, 2e-2),
+    "lora": (3e-3, 1e-2, 2e-2),
     "lora-16": (1e-3, 3e-3),
     "full": (1e-4, 3e-4),
 }
+AIRPORTS = "Which city does the airport with IATA code {} serve?", "Airport {} is in"
+CAPITALS = "What is the capital of {}?", "The capital of {} is"
+"""A task's question, and the statement put in its place."""
 AMPLE_BYTES = 64 << 30
 BOOKED_STEPS = 3
 """Two whole optimizer steps and the forward and backward after them."""
@@ -99,7 +104,7 @@ class Run:
     num_probes: int = 1
     rank: int = 16
     batch_size: int = 16
-    seq_len: int = 20
+    seq_len: int = 11
     key_init: str = "random"
     clock: str = "row"
     """AdamW's step count: each ``row`` its own, or one ``global`` count."""
@@ -108,7 +113,7 @@ class Run:
     warmup_fraction: float = 0.02
     max_norm: float | None = 1.0
     forgetting_texts: int = 16
-    forgetting_items: int = 40
+    forgetting_items: int = 120
 
     @property
     def key(self) -> str:
@@ -144,13 +149,22 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
 def _task(run: Run, tokenizer: Any) -> Task:
     """The first facts that fit ``seq_len``, the same for every seed."""
     asked = load_task("airports", limit=2 * run.facts + 100).items
-    items = (Item(item.prompt + "\n", item.completion, item.answers) for item in asked)
     fitting = [
-        item for item in items if all(len(example.input_ids) <= run.seq_len for example in _lines(item, tokenizer))
+        item
+        for item in (_statement(each, *AIRPORTS) for each in asked)
+        if all(len(example.input_ids) <= run.seq_len for example in _lines(item, tokenizer))
     ]
     if len(fitting) < run.facts:
         raise click.ClickException(f"--seq-len {run.seq_len}: only {len(fitting)} of {len(asked)} facts are as short")
     return Task("airports", "em", tuple(fitting[: run.facts]))
+
+
+def _statement(item: Item, question: str, statement: str) -> Item:
+    """The same fact as a sentence to complete."""
+    about = re.fullmatch(re.escape(question).replace(r"\{\}", "(.+)"), item.prompt)
+    if about is None:
+        raise ValueError(f"{item.prompt!r} does not ask {question!r}")
+    return Item(statement.format(about[1]), f" {item.completion}", item.answers)
 
 
 def _lines(item: Item, tokenizer: Any) -> list[Example]:
@@ -255,9 +269,18 @@ def _train(run: Run, session: Any, examples: list[Example]) -> Trainer | None:
         seed=run.seed,
     )
     _close_books(session, after=BOOKED_STEPS)
-    trainer = Trainer(session, examples, options, pad_id=0, meft_version="benchmark")
+    trainer = Trainer(
+        session, examples, options, pad_id=0, meft_version="benchmark", on_step=partial(_tell, run, steps // run.epochs)
+    )
     trainer.run()
     return trainer
+
+
+def _tell(run: Run, steps_per_epoch: int, progress: Progress) -> None:
+    epoch, within = divmod(progress.step, steps_per_epoch)
+    if not within:
+        name = f"{run.method} lr {run.learning_rate:.0e} seed {run.seed}"
+        click.echo(f"  {name}: epoch {epoch} of {run.epochs}, loss {progress.loss:.3f}", err=True)
 
 
 def _close_books(session: Any, *, after: int) -> None:
@@ -274,7 +297,7 @@ def _close_books(session: Any, *, after: int) -> None:
 
 
 def _scores(session: Any, tokenizer: Any, task: Task, run: Run) -> dict[str, float]:
-    evaluator = Evaluator(task, tokenizer, GenerationOptions(12, 2 * run.batch_size, raw=True))
+    evaluator = Evaluator(task, tokenizer, GenerationOptions(8, 2 * run.batch_size, raw=True))
     sparse = isinstance(session, Session)
     generator = SessionGenerator(session) if sparse else ModelGenerator(session.model)
     return evaluator.evaluate(generator, optimizer_steps=0).scores
@@ -287,7 +310,7 @@ def _forgetting(run: Run, session: Any, tokenizer: Any) -> dict[str, float]:
     batch_loss = partial(session_loss, session) if isinstance(session, Session) else session.loss
     loss = mean_loss(batch_loss, examples, batch_size=4, seq_len=64, pad_id=pad_token_id(tokenizer))
     asked = load_task("capitals", limit=run.forgetting_items).items
-    capitals = Task("capitals", "em", tuple(Item(item.prompt + "\n", item.completion, item.answers) for item in asked))
+    capitals = Task("capitals", "em", tuple(_statement(item, *CAPITALS) for item in asked))
     return {"prose_loss": loss, "capitals_exact_match": _scores(session, tokenizer, capitals, run)["exact_match"]}
 
 
@@ -437,19 +460,20 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per method and length of training its best learning rate by the mean exact match over seeds, of those with the
-    most seeds."""
-    groups: defaultdict[tuple[str, int, float], list[dict[str, Any]]] = defaultdict(list)
+    """Per method, facts and length of training its best learning rate by the mean exact match over seeds, of those with
+    the most seeds."""
+    groups: defaultdict[tuple[str, int, int, float], list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         if "out_of_memory" not in record:
-            groups[record["method"], record["epochs"], record["learning_rate"]].append(record)
-    best: dict[tuple[str, int], dict[str, Any]] = {}
-    for (method, epochs, rate), some in groups.items():
-        named = {"method": method, "epochs": epochs, "learning_rate": rate}
+            groups[record["method"], record["facts"], record["epochs"], record["learning_rate"]].append(record)
+    best: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for (method, facts, epochs, rate), some in groups.items():
+        named = {"method": method, "facts": facts, "epochs": epochs, "learning_rate": rate}
         row = _mean_of(some) | named | {"seeds": sorted(each["seed"] for each in some)}
-        if (method, epochs) not in best or _rank(row) > _rank(best[method, epochs]):
-            best[method, epochs] = row
-    return sorted(best.values(), key=lambda row: (row["epochs"], METHODS.index(row["method"])))
+        place = method, facts, epochs
+        if place not in best or _rank(row) > _rank(best[place]):
+            best[place] = row
+    return sorted(best.values(), key=lambda row: (row["facts"], row["epochs"], METHODS.index(row["method"])))
 
 
 def _rank(row: dict[str, Any]) -> tuple[int, float]:
@@ -470,20 +494,32 @@ def _mean_of(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {"exact_match": statistics.fmean(matches), "exact_match_stdev": spread, **forgetting, **means}
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Exact match against the device memory that a method takes beside the frozen model."""
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Two panels, each run a point: exact match against the device memory that its method takes beside the frozen
+    model, and against the loss on other prose. A method's runs share a colour; a filled point is at its best rate.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for row in rows:
-        if row["method_bytes"]:
-            place = row["method_bytes"] / 2**20, row["exact_match"]
-            axes.errorbar(*place, yerr=row["exact_match_stdev"], fmt="o")
-            axes.annotate(f"{row['method']}, {row['epochs']} epochs", place, xytext=(5, 5), textcoords="offset points")
-    axes.set(xscale="log", xlabel="device memory of the method, MiB", ylabel="exact match", ylim=(0, 1.05))
+    best = {(row["method"], row["learning_rate"]) for row in summarise(records)}
+    figure, (by_memory, by_loss) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    runs = [record for record in records if "out_of_memory" not in record]
+    for place, method in enumerate(name for name in METHODS if any(run["method"] == name for run in runs)):
+        for run in (run for run in runs if run["method"] == method):
+            chosen = (method, run["learning_rate"]) in best
+            style = {"marker": "o" if chosen else "x", "color": f"C{place}", "linestyle": "none"}
+            score, label = run["exact_match"]["exact_match"], f"{method}, {run['learning_rate']:g}" if chosen else None
+            by_loss.plot(run["forgetting"]["prose_loss"], score, label=label, **style)
+            if run["method_bytes"]:
+                by_memory.plot(run["method_bytes"] / 2**20, score, **style)
+    by_memory.set(xscale="log", xlabel="device memory of the method, MiB", ylabel="exact match", ylim=(0, 1.05))
+    by_memory.set_xlim(left=1, right=3e3)
+    by_loss.set(xlabel="loss on other prose, which training should leave alone")
+    handles, labels = by_loss.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    by_loss.legend(unique.values(), unique.keys(), fontsize="small", title="method, best rate")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -506,11 +542,11 @@ def _common(function: Any) -> Any:
         click.option("--results", type=click.Path(path_type=Path), required=True, help="One JSON line per run."),
         click.option("--model", type=click.Path(path_type=Path), help="A model's folder [default: SmolLM2-135M]."),
         click.option("--facts", type=int, default=500),
-        click.option("--epochs", type=int, default=8),
+        click.option("--epochs", type=int, default=6),
         click.option("--width", type=int, default=1024),
         click.option("--top-k", type=int, default=32),
         click.option("--batch-size", type=int, default=16),
-        click.option("--seq-len", type=int, default=20, help="Longer facts are left out."),
+        click.option("--seq-len", type=int, default=11, help="Longer facts are left out."),
         click.option("--seeds", default="0,1,2"),
         click.option("--max-runs", type=int, help="Stop after so many."),
     ):
@@ -568,6 +604,7 @@ def report_command(results: Path, json_path: Path | None, figure: Path | None) -
     rows = summarise(records)
     titles = (
         "method",
+        "facts",
         "epochs",
         "rate",
         "seeds",
@@ -579,13 +616,13 @@ def report_command(results: Path, json_path: Path | None, figure: Path | None) -
         "traffic",
         "CPU s",
     )
-    click.echo("{:10} {:>6} {:>6} {:>5} {:>12} {:>10} {:>8} {:>10} {:>8} {:>8} {:>6}".format(*titles))
+    click.echo("{:10} {:>6} {:>6} {:>6} {:>5} {:>12} {:>10} {:>8} {:>10} {:>8} {:>8} {:>6}".format(*titles))
     for row in rows:
         traffic = (row["h2d_bytes_per_step"] + row["d2h_bytes_per_step"]) / 2**20
         spread = "" if row["exact_match_stdev"] is None else f"±{row['exact_match_stdev']:.2f}"
         cpu = "" if row["training_cpu_seconds"] is None else f"{row['training_cpu_seconds']:.0f}"
         click.echo(
-            f"{row['method']:10} {row['epochs']:6} {row['learning_rate']:6.0e} {len(row['seeds']):5} "
+            f"{row['method']:10} {row['facts']:6} {row['epochs']:6} {row['learning_rate']:6.0e} {len(row['seeds']):5} "
             f"{row['exact_match']:7.3f}{spread:5} "
             f"{row['prose_loss']:10.3f} {row['capitals_exact_match']:8.3f} {row['method_bytes'] / 2**20:10.1f} "
             f"{row['peak_allocated_bytes'] / 2**20:8.1f} {traffic:8.1f} {cpu:>6}"
@@ -593,7 +630,7 @@ def report_command(results: Path, json_path: Path | None, figure: Path | None) -
     if json_path is not None:
         json_path.write_text(json.dumps({"best": rows, "runs": records}, indent=1) + "\n")
     if figure is not None:
-        draw(rows, figure)
+        draw(records, figure)
 
 
 if __name__ == "__main__":

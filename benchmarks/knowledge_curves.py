@@ -79,10 +79,10 @@ def main() -> None:
 @click.option("--results", type=click.Path(path_type=Path), required=True, help="One JSON line per run.")
 @click.option("--model", type=click.Path(path_type=Path), help="A model's folder [default: SmolLM2-135M].")
 @click.option("--facts", type=int, default=500)
-@click.option("--epochs", type=int, default=8)
+@click.option("--epochs", type=int, default=6)
 @click.option("--width", type=int, default=1024)
-@click.option("--seq-len", type=int, default=20)
-@click.option("--learning-rate", type=float, default=4e-3)
+@click.option("--seq-len", type=int, default=11)
+@click.option("--learning-rate", type=float, default=8e-3)
 @click.option("--seed", type=int, default=0)
 @click.option("--max-runs", type=int, help="Stop after so many.")
 def run(results: Path, model: Path | None, learning_rate: float, max_runs: int | None, **given: Any) -> None:
