@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
+from late_lanes import CACHED, Delays, assert_bit_equal
 from sessions import AMPLE_BYTES, EXPERTS, small_plan, small_trainer
-from test_overlap import CACHED, Delays, assert_bit_equal
 
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
+from late_lanes import CACHED, LATE, Delays, assert_bit_equal, open_with
 from plan_samples import sample_profiles
 from planner_records import gpu_profile
 from sessions import AMPLE_BYTES, EXPERTS, open_small, random_examples, small_plan, small_trainer
 from sparse_setup import decision, run_step, sparse_setup
-from test_overlap import CACHED, LATE, Delays, assert_bit_equal, open_with
 
 from meft.planner.audit import audit
 from meft.planner.errors import UsageError
@@ -188,7 +188,7 @@ CHOICES = [
 def trained(plan, folder, schedule, *, steps: int, delays: Delays | None = None, **options):
     session = open_with(plan, folder, schedule)
     if delays is not None:
-        delays.slow_down(session.model)
+        delays.slow_down(session)
     try:
         trainer = small_trainer(session, steps=steps, **options)
         trainer.run()
