@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeAlias
 
@@ -284,7 +284,6 @@ def weigh(request: Request, profiles: ProfileSet, *, simulate_all: bool = False)
         profiles,
         rows_of,
         wanted=np.stack([np.any(wanted & room, axis=CAP_AXIS) for room in (np.array(True), *has_room)]),
-        max_slowdown=math.inf if simulate_all else request.max_slowdown,
     )
     copied, seconds, host_bytes = _with_copies(space, seconds, host, has_room)
     slowdown = Limit("slowdown", "max_slowdown", seconds / baseline, request.max_slowdown)
@@ -367,12 +366,11 @@ def _step_seconds(
     rows_of: _RowsOfCache,
     *,
     wanted: NDArray[np.bool_],
-    max_slowdown: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Step seconds, with the cap's axis, along which they do not change, of length 1; and the baseline of each routing.
 
     Infinite where not ``wanted`` (``[copies, caches, depths, checkpointing, backward, routings]``), and where a copy
-    cannot pay, or not bring the step below ``max_slowdown``.
+    cannot pay. Both with and without a copy are simulated together: that is fewer and larger arrays.
     """
     num_layers = request.model.num_layers
     seconds = np.full(wanted.shape, math.inf)
@@ -384,45 +382,57 @@ def _step_seconds(
             refetched = choice == "refetched"
             costs = _routing_costs(space, request, profiles, rows_of(place), cache_place=place, refetched=refetched)
             baseline = np.asarray(baseline_seconds(costs[0], num_layers=num_layers))
-            for copy, own in enumerate(costs):
-                saved = _saved_at_most(costs[0], own, num_layers)
-                for depth, again in np.ndindex(wanted.shape[2:4]):
-                    at = (place, depth, again, backward)
-                    chosen = wanted[copy, *at]
-                    if copy:
-                        chosen = chosen & _may_pay(seconds[0, *at], saved, at_most=max_slowdown * baseline)
-                    members = np.flatnonzero(chosen)
-                    seconds[copy, *at, members] = simulate_candidates(
-                        own.take(members),
-                        num_layers=num_layers,
-                        prefetch_depth=np.full(len(members), space.prefetch_depths[depth]),
-                        checkpointing=np.full(len(members), space.activation_checkpointing[again]),
-                        refetched=np.full(len(members), refetched),
-                    )
+            may_pay = [np.array(True), *(_may_pay(costs[0], own, baseline, num_layers) for own in costs[1:])]
+            for depth, again in np.ndindex(wanted.shape[2:4]):
+                at = (place, depth, again, backward)
+                members = [np.flatnonzero(wanted[copy, *at] & pays) for copy, pays in enumerate(may_pay)]
+                count = sum(map(len, members))
+                found = simulate_candidates(
+                    _taken_together(costs, members),
+                    num_layers=num_layers,
+                    prefetch_depth=np.full(count, space.prefetch_depths[depth]),
+                    checkpointing=np.full(count, space.activation_checkpointing[again]),
+                    refetched=np.full(count, refetched),
+                )
+                for copy, part in enumerate(np.split(found, [len(members[0])])[: len(members)]):
+                    seconds[copy, *at, members[copy]] = part
     return np.expand_dims(seconds, 1 + CAP_AXIS), baseline
 
 
 def _may_pay(
-    without: NDArray[np.float64], saved: NDArray[np.float64], *, at_most: NDArray[np.float64]
+    without: StepCosts, copied: StepCosts, baseline: NDArray[np.float64], num_layers: int
 ) -> NDArray[np.bool_]:
-    """Where a copy that saves no more than ``saved`` may be worth its memory, and the step then be short enough."""
-    pays: NDArray[np.bool_] = (saved >= COPY_PAYS * without) & (without - saved <= at_most * (1 + SAME_SECONDS))
-    return pays
+    """Where a copy may be worth its memory, by routing: it makes a step shorter by no more than what it saves in
+    gathers, less what it adds to AdamW, and no step is shorter than the baseline.
 
-
-def _saved_at_most(without: StepCosts, copied: StepCosts, num_layers: int) -> NDArray[np.float64]:
-    """How much shorter a copy can make a step, by routing: what it saves in gathers, less what it adds to AdamW.
-
-    A step ends with the host's AdamW; if the routers' takes longer, the host's may not show at all.
+    A step ends with the host's AdamW; if the routers' takes longer, or hot rows are updated besides, the host's may not
+    show at all.
     """
     before, after = without.host, copied.host
     again_before, again_after = before.gather_again, after.gather_again
     saved = (before.gather - after.gather).mean(axis=0)
     if again_before is not None and again_after is not None:
         saved = saved + (again_before - again_after).mean(axis=0)
-    added = np.where(without.gpu.router_adamw > before.adamw, 0.0, np.subtract(after.adamw, before.adamw))
-    at_most: NDArray[np.float64] = num_layers * saved - added
-    return at_most
+    hidden = np.asarray(without.gpu.router_adamw > before.adamw) | (without.gpu.hot_adamw is not None)
+    added = np.where(hidden, 0.0, np.subtract(after.adamw, before.adamw))
+    pays: NDArray[np.bool_] = num_layers * saved - added >= COPY_PAYS * baseline
+    return pays
+
+
+def _taken_together(costs: Sequence[StepCosts], members: Sequence[NDArray[np.int64]]) -> StepCosts:
+    """The costs of these routings without a copy, then of those with one, which differ on the host alone."""
+    if len(costs) == 1:
+        return costs[0].take(members[0])
+    parts = [own.host.take(routings) for own, routings in zip(costs, members, strict=True)]
+    together = costs[0].take(np.concatenate(members))
+    again = [part.gather if part.gather_again is None else part.gather_again for part in parts]
+    host = replace(
+        together.host,
+        gather=np.concatenate([part.gather for part in parts], axis=-1),
+        gather_again=np.concatenate(again, axis=-1),
+        adamw=np.concatenate([np.asarray(part.adamw) for part in parts], axis=-1),
+    )
+    return replace(together, host=host)
 
 
 def _with_copies(

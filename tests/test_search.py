@@ -25,6 +25,7 @@ from planner_records import (
     tiny_shape,
 )
 
+from meft.planner import search
 from meft.planner.errors import UsageError
 from meft.planner.infeasible import Limit
 from meft.planner.pareto import pareto_front, thinned
@@ -41,8 +42,8 @@ def profiles_of(*alphas: float, **changes: Any) -> ProfileSet:
     return replace(whole, **changes)
 
 
-SLOW_GATHER = host_profile(gather_bytes_per_second=sourced(2e6))
-"""So slow that what is gathered from makes a difference to rows of 16 numbers."""
+SLOW_GATHER = host_profile(gather_bytes_per_second=sourced(2e6), adamw_bytes_per_second=sourced(1e7))
+"""So slow that what is gathered from, and written to, makes a difference to rows of 16 numbers."""
 
 
 def tiny_request(**changes: Any) -> Request:
@@ -331,10 +332,17 @@ def test_llama_7b_moves_a_fifth_of_the_papers_bytes_or_less(weights_dtype):
 # --- the bf16 copy ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20)
-@given(budgets=BUDGETS, rate=st.floats(1e5, 1e9), grad_accum=st.sampled_from([1, 2, 8]))
-def test_a_copy_is_taken_only_where_it_pays(budgets, rate, grad_accum):
-    profiles = profiles_of(host=host_profile(gather_bytes_per_second=sourced(rate)))
+@settings(max_examples=30)
+@given(
+    budgets=BUDGETS,
+    rate=st.floats(1e5, 1e7),
+    times_as_fast=st.sampled_from([0.5, 1.0, 2.0, 8.0]),
+    grad_accum=st.sampled_from([1, 2, 8]),
+)
+def test_a_copy_is_taken_only_where_it_pays(budgets, rate, times_as_fast, grad_accum):
+    adamw = sourced(rate * times_as_fast)  # near to the gather's, so that what a copy saves and what it adds are near
+    host = host_profile(gather_bytes_per_second=sourced(rate), adamw_bytes_per_second=adamw)
+    profiles = profiles_of(host=host)
     request = tiny_request(adapter_dtype="bf16", grad_accum=grad_accum, **NARROW, **budgets)
     found = make_plan(request, profiles, meft_version="test")
     if isinstance(found, Infeasible):
@@ -344,6 +352,30 @@ def test_a_copy_is_taken_only_where_it_pays(budgets, rate, grad_accum):
     without = make_plan(request.model_copy(update={"bf16_copy": False}), profiles, meft_version="test")
     if isinstance(without, Plan):  # an open choice is never worse than one that is made
         assert found.decision.adapter_width >= without.decision.adapter_width
+
+
+@pytest.mark.parametrize("adamw_bytes_per_second", [2e5, 3e5, 5e5])
+def test_copies_that_are_not_simulated_are_those_that_cannot_pay(monkeypatch, adamw_bytes_per_second):
+    # Against the search that simulates them all.
+    slow = {"gather_bytes_per_second": sourced(1e6), "adamw_bytes_per_second": sourced(adamw_bytes_per_second)}
+    profiles = profiles_of(0.9, 0.4, 0.6, host=host_profile(**slow))
+    request = tiny_request(adapter_dtype="bf16", activation_checkpointing=False)
+    ruled_out = []
+
+    def counted(*arguments):
+        pays = may_pay(*arguments)
+        ruled_out.append(int((~pays).sum()))
+        return pays
+
+    may_pay = search._may_pay
+    monkeypatch.setattr(search, "_may_pay", counted)
+    quick = weigh(request, profiles)
+    monkeypatch.setattr(search, "_may_pay", lambda _, __, baseline, ___: np.ones(baseline.shape, np.bool_))
+    slow_but_sure = weigh(request, profiles)
+    assert sum(ruled_out) > 0
+    np.testing.assert_array_equal(quick.bf16_copied, slow_but_sure.bf16_copied)
+    np.testing.assert_array_equal(quick.step_seconds, slow_but_sure.step_seconds)
+    np.testing.assert_array_equal(quick.host_bytes, slow_but_sure.host_bytes)
 
 
 def test_a_copy_can_keep_the_slowdown_where_nothing_else_does():
@@ -361,12 +393,19 @@ def test_a_copy_can_keep_the_slowdown_where_nothing_else_does():
 
 
 def test_a_copy_is_left_out_where_the_host_has_no_room_for_it():
-    profiles = replace(profiles_of(), host=SLOW_GATHER)
+    # Not pinned: there buffers of 23 and of 32 rows would take the same power of two.
+    profiles = profiles_of(gpu=gpu_profile(shares_host_cores=True), host=SLOW_GATHER)
     request = tiny_request(adapter_width=32, top_k=8, adapter_dtype="bf16", grad_accum=1)
     plan = planned(request, profiles)
     assert plan.decision.bf16_copy
     bare = plan.prediction.host_memory.total_bytes - 3 * 32 * 16 * 2  # L * R * 2D numbers of 2 bytes; no buffer is that
     assert not planned(request.model_copy(update={"host_mem_bytes": bare}), profiles).decision.bf16_copy
+    # A byte too little for the largest cap with a copy: the copy saves time, so the next smaller cap is taken with it.
+    tight = request.model_copy(update={"host_mem_bytes": plan.prediction.host_memory.total_bytes - 1})
+    decision = planned(tight, profiles).decision
+    assert decision.bf16_copy
+    assert decision.active_rows_cap < plan.decision.active_rows_cap
+    assert fits(tight, decision, profiles)
 
 
 def test_a_copy_that_was_asked_for_is_given_up_first():
