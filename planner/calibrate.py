@@ -3,8 +3,9 @@
 Each run is a plan with the report of its run. *Sparsity*: the level of every layer's law moves so that it gives the
 observed active rows; how it changes with ``T`` and ``K/R`` moves only if the runs differ in them, and no further than
 they make likely. The share of positions that hold tokens is counted, and follows from the lengths of the data's
-sequences where the reports have them. *Time*: the rates of each lane, and of each kind of work on the host, are divided
-by one factor, the geometric mean of observed over predicted busy seconds, both for the rows that were active.
+sequences where the reports have them. *Time*: the rates of each lane, and of each kind of work on the host,
+are divided by one factor, the geometric mean of observed over predicted busy seconds, both for the rows that were
+active; the gpu lane's launches get a factor of their own, which runs of different sizes tell from that of its work.
 
 Errors are judged by leaving one run out: profiles corrected by the others predict it.
 
@@ -47,6 +48,10 @@ RUN_SPREAD, TREND_SPREAD = 0.015, 0.25
 """Standard deviations taken: of a run's mean ``ln q`` about the law (0.008 in eight runs of SmolLM2 on airport facts),
 and of how far the old profile may be off in what Key-Experts routing and exponents of ``T`` and ``K/R`` do. They keep
 few runs from bending the law."""
+GPU_SPREAD, FACTOR_SPREAD = 0.03, 1.0
+"""Standard deviations taken: of a run's gpu seconds, and of how far work and launches may differ in their factors."""
+LEAST_FACTOR = 0.05
+"""Of the common factor: neither part takes no time at all."""
 _MOST_FRACTION = 1 - 1e-6
 T = TypeVar("T", bound=str)
 HostWork = Literal["gather", "scatter", "adamw", "route"]
@@ -171,11 +176,14 @@ def _correct(runs: Sequence[Run], profiles: ProfileSet) -> tuple[ProfileSet, lis
     notes += [f"{lane} lane: {factor:.3f} times the predicted seconds" for lane, factor in factors.items()]
     notes += [f"{lane} lane: not observed, its rates stay" for lane in LANES if lane not in factors]
     notes += [f"{work} on the host: {factor:.3f} times the predicted seconds" for work, factor in by_work.items()]
+    computing, launching = gpu_factors(runs, replace(profiles, sparsity=sparsity))
+    if "gpu" in factors:
+        notes.append(f"gpu lane: its work {computing:.3f} times, its launches {launching:.3f} times as long")
     corrected = replace(
         profiles,
         sparsity=sparsity,
         host=slower_host(profiles.host, factors.get("cpu", 1.0), how, by_work=by_work),
-        gpu=slower_gpu(profiles.gpu, factors.get("gpu", 1.0), how),
+        gpu=slower_gpu(profiles.gpu, computing, how, launching=launching),
         link=slower_link(profiles.link, factors, how),
     )
     return corrected, notes
@@ -312,6 +320,32 @@ def lane_factors(runs: Sequence[Run], profiles: ProfileSet) -> dict[Lane, float]
     return _factors((run.report.observed.busy_seconds, given_rows(run, profiles).timing.busy_seconds) for run in runs)
 
 
+def gpu_factors(runs: Sequence[Run], profiles: ProfileSet) -> tuple[float, float]:
+    """What the gpu lane's work takes, and what its launches take, over what is predicted; 1 where it was not observed.
+
+    Runs of different sizes tell them apart: work grows with tokens and rows, launches do not. The most likely two, by
+    relative errors of :data:`GPU_SPREAD`, about the one factor for both with :data:`FACTOR_SPREAD`.
+    """
+    observed = [run.report.observed.busy_seconds.get("gpu", 0.0) for run in runs]
+    told = [(run, seconds) for run, seconds in zip(runs, observed, strict=True) if seconds > 0]
+    if not told:
+        return 1.0, 1.0
+    no_launches = replace(profiles, gpu=_without_launches(profiles.gpu))
+    both = np.array([given_rows(run, profiles).timing.busy_seconds["gpu"] for run, _ in told])
+    work = np.array([given_rows(run, no_launches).timing.busy_seconds["gpu"] for run, _ in told])
+    seen = np.array([seconds for _, seconds in told])
+    common = math.exp(float(np.log(seen / both).mean()))
+    parts = common * np.stack([work, both - work], axis=1) / seen[:, None]  # of 1
+    held = np.eye(2) * (GPU_SPREAD / FACTOR_SPREAD) ** 2
+    found = 1 + np.linalg.solve(parts.T @ parts + held, parts.T @ (1 - parts.sum(axis=1)))
+    computing, launching = (float(factor) for factor in common * np.maximum(found, LEAST_FACTOR))
+    return computing, launching
+
+
+def _without_launches(gpu: GpuProfile) -> GpuProfile:
+    return gpu.model_copy(update={"kernel_launch_seconds": gpu.kernel_launch_seconds.model_copy(update={"value": 0.0})})
+
+
 def host_factors(runs: Sequence[Run], profiles: ProfileSet) -> dict[HostWork, float]:
     """The same for each kind of work on the host, from the reports that tell them apart."""
     return _factors(
@@ -365,9 +399,11 @@ def slower_host(
     return host.model_copy(update={"key": f"{host.key}-calibrated", **changed})
 
 
-def slower_gpu(gpu: GpuProfile, factor: float, how: str) -> GpuProfile:
-    """Efficiencies divided and launches multiplied by ``factor``; an efficiency that passes 1 raises its peaks."""
-    changed: dict[str, Any] = {"kernel_launch_seconds": _times(gpu.kernel_launch_seconds, factor, how)}
+def slower_gpu(gpu: GpuProfile, factor: float, how: str, *, launching: float | None = None) -> GpuProfile:
+    """Efficiencies divided by ``factor`` and launches multiplied by ``launching`` (else by ``factor``); an efficiency
+    that passes 1 raises its peaks."""
+    of_launch = factor if launching is None else launching
+    changed: dict[str, Any] = {"kernel_launch_seconds": _times(gpu.kernel_launch_seconds, of_launch, how)}
     for name, peaks in _PEAKS.items():
         efficiency = getattr(gpu, name).value / factor
         changed[name] = _times(getattr(gpu, name), min(1.0, efficiency) / getattr(gpu, name).value, how)

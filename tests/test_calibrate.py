@@ -17,6 +17,7 @@ from meft.planner.calibrate import (
     calibrate,
     errors_of,
     given_rows,
+    gpu_factors,
     host_factors,
     lane_factors,
     likely_trends,
@@ -108,6 +109,33 @@ def test_each_kind_of_host_work_gets_its_own_factor(profiles) -> None:
     host = calibrate(runs, profiles).profiles.host
     assert host.adamw_bytes_per_second.value == pytest.approx(profiles.host.adamw_bytes_per_second.value / 5)
     assert host.gather_bytes_per_second.value == pytest.approx(profiles.host.gather_bytes_per_second.value)
+
+
+def with_launch(profiles: ProfileSet, seconds: float) -> ProfileSet:
+    launches = profiles.gpu.kernel_launch_seconds.model_copy(update={"value": seconds})
+    return replace(profiles, gpu=profiles.gpu.model_copy(update={"kernel_launch_seconds": launches}))
+
+
+def test_launches_are_told_apart_from_the_work_of_the_gpu(profiles) -> None:
+    """A device whose launches alone are slow: runs of two sizes show it, and a third size is predicted."""
+    ample = {"gpu_mem_bytes": 1 << 40, "host_mem_bytes": 1 << 40, "adapter_width": 32, "top_k": 4, "seq_len": 4096}
+    plan = plan_of(batch_size=8, **ample)
+    work = predict(plan.request, plan.decision, with_launch(profiles, 0.0)).timing.busy_seconds["gpu"]
+    once = predict(plan.request, plan.decision, with_launch(profiles, 1.0)).timing.busy_seconds["gpu"]
+    profiles = with_launch(profiles, work / (once - work))  # as long as the work of the small run
+    truth = replace(profiles, gpu=slower_gpu(profiles.gpu, 1.1, "truth", launching=3.0))
+    small, large, other = (run_of(plan_of(batch_size=size, **ample), truth) for size in (8, 32, 64))
+    computing, launching = gpu_factors([small, large], profiles)
+    assert computing == pytest.approx(1.1, rel=0.05)
+    assert launching == pytest.approx(3.0, rel=0.05)
+    corrected = calibrate([small, large], profiles).profiles
+    seen, found = (given_rows(other, each).timing.busy_seconds["gpu"] for each in (truth, corrected))
+    assert found == pytest.approx(seen, rel=0.03)
+    alone = gpu_factors([small], profiles)
+    assert min(alone) > 1.1
+    assert given_rows(small, calibrate([small], profiles).profiles).timing.busy_seconds["gpu"] == pytest.approx(
+        small.report.observed.busy_seconds["gpu"], rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
