@@ -123,9 +123,8 @@ def booked_launches() -> Iterator[Measurement]:
     each = LLAMA_LAUNCHES.attention + LLAMA_LAUNCHES.ffn + LLAMA_LAUNCHES.backward
     pairs = zip(sorted(steps[more].seconds), sorted(steps[fewer].seconds), strict=False)
     slopes = [(longer - shorter) / ((more - fewer) * each) for longer, shorter in pairs]
-    seconds = [slope for slope in slopes if slope > 0] or [
-        steps[fewer].median / (fewer * each)
-    ]  # a machine that stalls
+    slowest = steps[fewer].median / (fewer * each)  # as if a step were launches alone; for a machine that stalls
+    seconds = [slope for slope in slopes if slope > 0] or [slowest]
     detail = (
         f"a step of {more} tiny LLaMA layers on the emulated device less one of {fewer}, over {each} launches a layer"
     )

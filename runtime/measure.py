@@ -94,7 +94,8 @@ class CopyLine:
 def fit_copies(sizes: Sequence[int], seconds: Sequence[float]) -> CopyLine:
     """The line of least relative squares with no negative part.
 
-    Raises :class:`ValueError` for fewer than two sizes.
+    On a machine so busy that larger copies did not take longer, the largest's bandwidth and no latency; the error of
+    the line tells. Raises :class:`ValueError` for fewer than two sizes.
     """
     from scipy.optimize import nnls
 
@@ -104,7 +105,7 @@ def fit_copies(sizes: Sequence[int], seconds: Sequence[float]) -> CopyLine:
     scale = num_bytes.max()  # so that both unknowns have the same magnitude
     weighted = np.column_stack([np.ones_like(took), num_bytes / scale]) / took[:, None]
     (latency, per_scale), _ = nnls(weighted, np.ones_like(took))
-    fitted = latency + per_scale * num_bytes / scale
     if per_scale <= 0:
-        raise ValueError("larger copies did not take longer: no bandwidth follows from them")
+        latency, per_scale = 0.0, float(took[num_bytes.argmax()])
+    fitted = latency + per_scale * num_bytes / scale
     return CopyLine(float(latency), float(scale / per_scale), float(np.abs(fitted / took - 1).max()))

@@ -146,6 +146,12 @@ def test_one_size_gives_no_line() -> None:
         fit_copies([5, 5], [1.0, 1.0])
 
 
+def test_copies_on_a_machine_too_busy_to_tell_have_the_bandwidth_of_the_largest() -> None:
+    line = fit_copies([1000, 4000], [8.0, 2.0])
+    assert (line.latency_seconds, line.bytes_per_second) == (0.0, 2000.0)
+    assert line.worst_error_fraction == pytest.approx(1 - 0.5 / 8)
+
+
 # --- warnings ------------------------------------------------------------------------------------------------------
 
 
