@@ -370,8 +370,7 @@ def step_timing(
     if decision.cached_rows:
         by_kind = (missing_rows_per_layer, overflow_rows_per_layer, kept_rows_per_layer)
         cached = WindowRows(*(np.array(rows, dtype=np.int64) for rows in by_kind))
-    refetched = decision.rows_in_backward == "refetched"
-    num_layers = request.model.num_layers
+    refetched, num_layers = decision.rows_in_backward == "refetched", request.model.num_layers
     costs = step_costs(
         request=request,
         gpu=gpu,
