@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from meft.runtime import huge_pages
+
 if TYPE_CHECKING:
     from meft.runtime.kernels import HostKernels
 
@@ -91,7 +93,8 @@ class HostStore:
         self.layers = tuple(_empty_tables(adapter_width, hidden_size, dtype) for _ in range(num_layers))
         self.copies: tuple[torch.Tensor, ...] = ()
         if bf16_copy:
-            self.copies = tuple(tables.weights.bfloat16() for tables in self.layers)
+            shape = (adapter_width, 2 * hidden_size)
+            self.copies = tuple(huge_pages.zeros(shape, torch.bfloat16) for _ in self.layers)
         self.hot: tuple[HotIndex, ...] = ()
         """Empty where no rows are hot."""
         if has_hot_rows:
@@ -193,7 +196,7 @@ def _empty_index(adapter_width: int) -> HotIndex:
 
 def _empty_tables(adapter_width: int, hidden_size: int, dtype: torch.dtype) -> LayerTables:
     def table() -> torch.Tensor:
-        return torch.zeros(adapter_width, 2 * hidden_size, dtype=dtype)
+        return huge_pages.zeros((adapter_width, 2 * hidden_size), dtype)
 
     return LayerTables(
         weights=table(),
