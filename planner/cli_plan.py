@@ -21,10 +21,11 @@ from meft.planner.cli_options import (
 from meft.planner.cli_request import Planning, planning
 from meft.planner.errors import InfeasibleError, UsageError
 from meft.planner.files import write_atomic
+from meft.planner.infeasible import Infeasible
 from meft.planner.models import load_model
 from meft.planner.plan import Plan
 from meft.planner.prediction import simulated_tasks
-from meft.planner.search import Infeasible, make_plan
+from meft.planner.search import make_plan
 from meft.planner.verification import verified
 
 

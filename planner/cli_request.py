@@ -11,6 +11,7 @@ from meft.planner.cli_options import RequestOptions
 from meft.planner.errors import UsageError
 from meft.planner.models import load_model
 from meft.planner.plan import AdapterDtype, Attention, Request, WeightsDtype
+from meft.planner.prediction import ProfileSet
 from meft.planner.profiles import (
     GpuProfile,
     Section,
@@ -25,7 +26,6 @@ from meft.planner.profiles import (
     sections_in,
 )
 from meft.planner.schema import validated
-from meft.planner.search import ProfileSet
 from meft.planner.units import GIB, format_bytes
 
 BOX_OVER_NVML = 1.1

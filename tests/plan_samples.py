@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from meft.planner.architecture import ModelShape
 from meft.planner.plan import Decision, Inputs, NumberUsed, Plan, ProfileUsed, Request, SearchSummary, TransferEntry
+from meft.planner.prediction import ProfileSet, predict
 from meft.planner.profiles import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.report import (
     ActiveRows,
@@ -17,7 +18,6 @@ from meft.planner.report import (
     Report,
     Training,
 )
-from meft.planner.search import ProfileSet, predict
 from meft.planner.transfer import step_transfer
 
 MIB = 1 << 20

@@ -77,7 +77,8 @@ EFFECTS = {
 COUNTS_REFERENCES = {"autograd": {"sys"}}
 """Whether anything else holds a storage decides, as in torch, if gradients are summed in place."""
 MODELS_OF_THE_DESIGN = (
-    *("sparsity", "transfer", "host_memory", "timing", "lanes", "memory", "search"),
+    *("sparsity", "transfer", "host_memory", "timing", "lanes", "memory"),
+    *("space", "grid_costs", "grid_timing", "choosing", "weighing", "search"),
     *("allocator", "blocks", "recording", "history", "replay", "simulation", "decoder", "operators", "stream"),
 )
 

@@ -13,6 +13,7 @@ from meft.planner.errors import UsageError
 from meft.planner.ledger import STEP_PHASES
 from meft.planner.plan import MemoryEntry, ParetoPoint, Plan
 from meft.planner.plot import check_format, plot_plan
+from meft.planner.prediction import predict
 from meft.planner.render import (
     GROUPS,
     OTHER,
@@ -26,7 +27,6 @@ from meft.planner.render import (
     show,
 )
 from meft.planner.render_audit import audit_view
-from meft.planner.search import predict
 from meft.planner.units import format_bytes
 
 

@@ -25,13 +25,16 @@ from planner_records import (
     tiny_shape,
 )
 
-from meft.planner import search
+from meft.planner import grid_timing
 from meft.planner.errors import UsageError
-from meft.planner.infeasible import Limit
+from meft.planner.grid_timing import COPY_PAYS
+from meft.planner.infeasible import Infeasible, Limit
 from meft.planner.pareto import pareto_front, thinned
 from meft.planner.plan import Decision, Plan, Request
+from meft.planner.prediction import ProfileSet, predict
 from meft.planner.profiles import SourcedRange, load_gpu, load_host, load_link, load_sparsity
-from meft.planner.search import COPY_PAYS, Infeasible, ProfileSet, make_plan, predict, weigh
+from meft.planner.search import make_plan
+from meft.planner.weighing import weigh
 
 KIB = 1 << 10
 LIMITLESS = {"gpu_mem_bytes": 1 << 40, "host_mem_bytes": 1 << 40, "max_slowdown": 1e9}
@@ -367,10 +370,10 @@ def test_copies_that_are_not_simulated_are_those_that_cannot_pay(monkeypatch, ad
         ruled_out.append(int((~pays).sum()))
         return pays
 
-    may_pay = search._may_pay
-    monkeypatch.setattr(search, "_may_pay", counted)
+    may_pay = grid_timing.copy_may_pay
+    monkeypatch.setattr(grid_timing, "copy_may_pay", counted)
     quick = weigh(request, profiles)
-    monkeypatch.setattr(search, "_may_pay", lambda _, __, baseline, ___: np.ones(baseline.shape, np.bool_))
+    monkeypatch.setattr(grid_timing, "copy_may_pay", lambda _, __, baseline, ___: np.ones(baseline.shape, np.bool_))
     slow_but_sure = weigh(request, profiles)
     assert sum(ruled_out) > 0
     np.testing.assert_array_equal(quick.bf16_copied, slow_but_sure.bf16_copied)

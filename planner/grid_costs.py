@@ -1,0 +1,118 @@
+"""What every decision of the grid needs besides time: device memory, host memory, and bytes over the link.
+
+Each is one of the term functions of a single decision, given the grid's axes (:mod:`meft.planner.space`) instead of
+numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meft.planner.host_memory import host_total_bytes
+from meft.planner.hot_rows import HotRows
+from meft.planner.memory import peak_allocated_bytes
+from meft.planner.plan import Request
+from meft.planner.prediction import ProfileSet
+from meft.planner.space import Space
+from meft.planner.sparsity import WindowRows, at_seq_len, hot_rows_among, window_rows
+from meft.planner.transfer import window_bytes
+
+RowsOfCache: TypeAlias = Callable[[int], WindowRows | None]
+""":func:`grid_window_rows` by the cache's place on its axis."""
+
+
+def grid_allocated_bytes(space: Space, request: Request, profiles: ProfileSet) -> NDArray[np.int64]:
+    """Peak allocated device bytes with every layer's rows at the cap, over the whole grid."""
+    num_layers = request.model.num_layers
+    peak = peak_allocated_bytes(
+        request=request,
+        gpu=profiles.gpu,
+        active_rows=np.broadcast_to(space.caps, (num_layers, *space.caps.shape)),
+        active_rows_cap=space.caps,
+        prefetch_depth=space.depth_axis,
+        num_experts=space.num_experts,
+        num_probes=space.num_probes,
+        key_experts=space.key_experts,
+        retained=space.retained_axis,
+        activation_checkpointing=space.checkpointing_axis,
+        cached_rows=space.cached_axis,
+        gradients_on_device=space.on_device_axis,
+        hot_rows=space.hot_rows,
+    )
+    return np.broadcast_to(peak, space.shape)
+
+
+def grid_host_bytes(space: Space, request: Request, profiles: ProfileSet, *, bf16_copy: bool) -> NDArray[np.int64]:
+    """Tables and buffers in host memory, with a bf16 copy of the rows or without."""
+    return np.asarray(
+        host_total_bytes(
+            request=request,
+            adapter_width=space.adapter_width,
+            active_rows_cap=space.caps,
+            prefetch_depth=space.depth_axis,
+            num_probes=space.num_probes,
+            key_experts=space.key_experts,
+            pinned=profiles.pinned,
+            cached_rows=space.cached_axis,
+            hot_rows=space.hot_rows,
+            bf16_copy=bf16_copy,
+        )
+    )
+
+
+def grid_hot_rows(space: Space, request: Request, profiles: ProfileSet) -> HotRows | None:
+    """What the hot rows that the request asks for carry, of every routing."""
+    return hot_rows_among(
+        at_seq_len(profiles.sparsity, request.seq_len),
+        hot_rows=space.hot_rows,
+        adapter_width=space.adapter_width,
+        active_rows=space.active_rows,
+        window_active_rows=space.window_active_rows,
+    )
+
+
+def grid_window_rows(space: Space, request: Request, profiles: ProfileSet, cache_place: int) -> WindowRows | None:
+    """What a window's rows do under a cache, of every routing; None where it caches none.
+
+    No cap is below the active rows, so the cap is not among what they depend on.
+    """
+    if not space.cached_rows[cache_place].any():
+        return None
+    return window_rows(
+        at_seq_len(profiles.sparsity, request.seq_len),
+        request.model.num_layers,
+        tokens=request.tokens_per_step,
+        top_k=space.top_k,
+        adapter_width=space.adapter_width,
+        grad_accum=request.grad_accum,
+        cached_rows=space.cached_rows[cache_place],
+        active_rows_cap=space.adapter_width,
+        key_experts=space.key_experts,
+        hot_rows=space.hot_rows,
+    )
+
+
+def grid_window_bytes(space: Space, request: Request, rows_of: RowsOfCache, hot: HotRows | None) -> NDArray[np.int64]:
+    """Bytes over the link in a window, ``[caches, depths, 1, backward, 1, routings]``: no other choice moves any."""
+    lengths = (len(space.gradients_on_device), len(space.prefetch_depths), 1, len(space.rows_in_backward), 1)
+    moved = np.empty((*lengths, len(space.adapter_width)), np.int64)
+    for place, depth, _, backward, _ in np.ndindex(lengths):
+        rows = rows_of(place)
+        moved[place, depth, 0, backward, 0] = window_bytes(
+            request=request,
+            prefetch_depth=space.prefetch_depths[depth],
+            num_probes=space.num_probes,
+            key_experts=space.key_experts,
+            refetched=space.rows_in_backward[backward] == "refetched",
+            active_rows=space.active_rows,
+            missing_rows=None if rows is None else rows.missing,
+            overflow_rows=None if rows is None else rows.overflow,
+            kept_rows=None if rows is None else rows.kept,
+            gradients_on_device=space.gradients_on_device[place],
+            hot=hot,
+        )
+    return moved
