@@ -19,7 +19,7 @@ from meft.planner.profiles import SparsityProfile
 from meft.planner.quantities import INDEX_BYTES, MASTER_BYTES, Floats, Ints
 
 HOT_CHUNK_ROWS = 256
-"""Rows are updated so many at a time, as :mod:`meft.runtime.hot_tables` does."""
+"""Rows are updated so many at a time (:mod:`meft.runtime.hot_tables`): AdamW's temporaries are that much smaller."""
 HOT_STATES = 3
 """Beside the weights: two moments and the window's gradient sum."""
 HOT_COUNTS = 2

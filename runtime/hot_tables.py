@@ -10,11 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from meft.planner.hot_rows import HOT_CHUNK_ROWS
 from meft.runtime.device import Device
 from meft.runtime.optimizer import AdamWSettings, adamw
-
-HOT_CHUNK_ROWS = 256
-"""Rows are updated so many at a time: AdamW's temporaries are that much smaller."""
 
 
 @dataclass(frozen=True)

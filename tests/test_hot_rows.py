@@ -16,6 +16,7 @@ from sparse_setup import decision, run_step, sparse_setup
 from meft.planner.audit import audit
 from meft.planner.errors import UsageError
 from meft.planner.host_memory import host_memory as planned_host_memory
+from meft.planner.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.memory import predict_device_memory
 from meft.planner.prediction import predict
 from meft.planner.stream import stream_peaks
@@ -24,7 +25,7 @@ from meft.runtime.adapter_model import AdapterModel, load_base
 from meft.runtime.data import collate
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.host_store import HostStore, LayerTables
-from meft.runtime.hot_tables import HOT_CHUNK_ROWS, HotTables
+from meft.runtime.hot_tables import HotTables
 from meft.runtime.lanes import Overlapped, Sequential
 from meft.runtime.nvml import MemoryReading, PcieReading
 from meft.runtime.optimizer import AdamWSettings, clip_scale, update_layer
