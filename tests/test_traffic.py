@@ -54,17 +54,10 @@ CACHED = [
 ]
 
 
-@pytest.mark.parametrize("adapter_dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("choice", CACHED)
-def test_with_cached_rows_too(glass_folder, choice, adapter_dtype) -> None:
-    choice = {**choice, "active_rows_cap": 100, "bf16_copy": adapter_dtype == "bf16"}
-    plan = small_plan(glass_folder, choice=choice, grad_accum=3, adapter_dtype=adapter_dtype)
-    session = open_small(glass_folder, plan)
-    trainer = small_trainer(session, steps=6)
-    trainer.run()
-    measured = trainer.measured
+def expected_bytes_per_step(plan: Plan, measured: Measurements) -> list[tuple[int, int]]:
+    """``(h2d, d2h)`` of the byte model, given the rows that each micro-batch was counted to activate and to miss."""
     rows_per_step = zip(measured.active_rows, measured.missing_rows, measured.overflow_rows, strict=True)
-    expected = [
+    return [
         expected_step_bytes(
             request=plan.request,
             decision=plan.decision,
@@ -74,6 +67,18 @@ def test_with_cached_rows_too(glass_folder, choice, adapter_dtype) -> None:
         )
         for active, missing, overflow in rows_per_step
     ]
+
+
+@pytest.mark.parametrize("adapter_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("choice", CACHED)
+def test_with_cached_rows_too(glass_folder, choice, adapter_dtype) -> None:
+    choice = {**choice, "active_rows_cap": 100, "bf16_copy": adapter_dtype == "bf16"}
+    plan = small_plan(glass_folder, choice=choice, grad_accum=3, adapter_dtype=adapter_dtype)
+    session = open_small(glass_folder, plan)
+    trainer = small_trainer(session, steps=6)
+    trainer.run()
+    measured = trainer.measured
+    expected = expected_bytes_per_step(plan, measured)
     engine = session.engine
     assert engine.bytes_in("h2d", "step") == sum(h2d for h2d, _ in expected)
     assert engine.bytes_in("d2h", "step") == sum(d2h for _, d2h in expected)
@@ -93,20 +98,9 @@ def test_with_cached_rows_too(glass_folder, choice, adapter_dtype) -> None:
 
 def planned_window_bytes(plan: Plan, measured: Measurements) -> int:
     """The byte model's window, both ways, of the rows that its micro-batches were counted to activate and to miss."""
-    rows_per_step = zip(measured.active_rows, measured.missing_rows, measured.overflow_rows, strict=True)
-    steps = [
-        expected_step_bytes(
-            request=plan.request,
-            decision=plan.decision,
-            active_rows_per_layer=active,
-            missing_rows_per_layer=missing,
-            overflow_rows_per_layer=overflow,
-        )
-        for active, missing, overflow in rows_per_step
-    ]
     (kept,) = measured.kept_rows
     sums = window_gradient_bytes(request=plan.request, decision=plan.decision, kept_rows_per_layer=kept)
-    return sum(map(sum, steps)) + sums + NORM_BYTES
+    return sum(map(sum, expected_bytes_per_step(plan, measured))) + sums + NORM_BYTES
 
 
 def test_a_window_of_32_costs_a_fifth_of_the_papers_traffic_or_less(glass_folder) -> None:
