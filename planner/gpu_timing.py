@@ -1,7 +1,8 @@
 """What the gpu lane's tasks take: the frozen model's, forward and backward, and the adapter's.
 
-The longer of arithmetic and memory traffic at the profile's efficiencies, plus one launch per kernel; for one decision
-or for arrays of them.
+Products take the longer of arithmetic and memory traffic at the profile's efficiencies; elementwise kernels between
+them (:mod:`meft.planner.layer_kernels`) take their traffic; each kernel takes a launch. For one decision or for arrays
+of them.
 
 Letters: ``B`` micro-batch, ``S`` sequence length, ``T = B*S``, ``L`` layers, ``D`` hidden size, ``I`` intermediate
 size, ``V`` vocabulary, ``R`` adapter rows per layer, ``A`` active rows, ``N`` experts, ``P`` probes, ``e`` and ``q``
@@ -16,38 +17,12 @@ import numpy as np
 
 from meft.planner.architecture import ModelShape
 from meft.planner.hot_rows import HOT_CHUNK_ROWS
+from meft.planner.layer_kernels import OUTER, Kernels, LayerKernels, family_of, layer_kernels
 from meft.planner.plan import Attention, Request, WeightsDtype
 from meft.planner.profiles import GpuProfile
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, MASTER_BYTES, Flags, Floats, Ints, Reals
 from meft.planner.terms_adapter import CAST_ROWS
-from meft.planner.transfer import (
-    INPUT_TENSORS,
-)
-
-
-@dataclass(frozen=True)
-class Launches:
-    """Kernels per layer and outside the layers, views left out.
-
-    Counted by dispatching one training step of tiny random models of 2 and 4 layers on CPU with torch 2.13 and
-    transformers 5.23, weights frozen, gradients flowing to the embeddings.
-    """
-
-    attention: int
-    """Forward up to the FFN's entry, both norms included."""
-    ffn: int
-    """Forward, with the residual addition."""
-    backward: int
-    embedding: int
-    """Before the first layer: embedding, positions, mask."""
-    head: int
-    """After the last layer: norm, head and loss, forward and backward."""
-
-
-LLAMA_LAUNCHES = Launches(attention=32, ffn=6, backward=60, embedding=18, head=14 + 19)
-"""RMS norms of 8 kernels each, rotary positions, gated FFN: LlamaForCausalLM."""
-GPT2_LAUNCHES = Launches(attention=6, ffn=11, backward=21, embedding=10, head=7 + 6)
-"""Layer norms of one kernel, learned positions, plain FFN: GPT2LMHeadModel."""
+from meft.planner.transfer import INPUT_TENSORS
 
 ADAPTER_FORWARD_LAUNCHES = 4  # 2 products, ReLU, sum with the FFN's output
 ADAPTER_BACKWARD_LAUNCHES = 6  # 4 products, ReLU's mask, sum with the FFN's input gradient
@@ -89,17 +64,19 @@ class GpuRates:
     bytes_per_second: float
     launch_seconds: float
 
-    def frozen_seconds(self, *, flops: float, num_bytes: float, launches: int) -> float:
-        """A task in the frozen model's compute dtype."""
-        return float(self._roofline(flops / self.frozen_flops_per_second, num_bytes, launches))
+    def frozen_seconds(self, *, flops: float, num_bytes: float, launches: int, elementwise_bytes: float = 0) -> float:
+        """Products in the frozen model's compute dtype that move ``num_bytes``, and the kernels between them."""
+        return float(self._seconds(flops / self.frozen_flops_per_second, num_bytes, elementwise_bytes, launches))
 
-    def adapter_seconds(self, *, flops: Reals, num_bytes: Reals, launches: Reals) -> Floats:
-        """A task in the adapter's dtype."""
-        return self._roofline(flops / self.adapter_flops_per_second, num_bytes, launches)
+    def adapter_seconds(
+        self, *, flops: Reals, num_bytes: Reals, launches: Reals, elementwise_bytes: Reals = 0
+    ) -> Floats:
+        """The same in the adapter's dtype."""
+        return self._seconds(flops / self.adapter_flops_per_second, num_bytes, elementwise_bytes, launches)
 
-    def _roofline(self, arithmetic_seconds: Reals, num_bytes: Reals, launches: Reals) -> Floats:
-        traffic_seconds = num_bytes / self.bytes_per_second
-        seconds: Floats = np.maximum(arithmetic_seconds, traffic_seconds) + launches * self.launch_seconds
+    def _seconds(self, arithmetic: Reals, num_bytes: Reals, elementwise_bytes: Reals, launches: Reals) -> Floats:
+        roofline = np.maximum(arithmetic, num_bytes / self.bytes_per_second)
+        seconds: Floats = roofline + elementwise_bytes / self.bytes_per_second + launches * self.launch_seconds
         return seconds
 
 
@@ -123,9 +100,10 @@ def _half_flops_per_second(gpu: GpuProfile, weights_dtype: WeightsDtype) -> floa
     return next((rate.value for rate in formats if rate is not None), gpu.fp32_flops_per_second.value)
 
 
-def launches_of(shape: ModelShape) -> Launches:
-    """Those of the counted model that ``shape`` resembles."""
-    return LLAMA_LAUNCHES if shape.norm == "rmsnorm" else GPT2_LAUNCHES
+def _kernels(request: Request) -> LayerKernels:
+    return layer_kernels(
+        request.model, element_bytes=COMPUTE_DTYPE_BYTES[request.weights_dtype], attention=request.attention
+    )
 
 
 def attention_parameters(shape: ModelShape) -> int:
@@ -152,7 +130,7 @@ def attention_seconds(request: Request, rates: GpuRates) -> float:
         num_parameters=attention_parameters(request.model),
         features=_attention_features(request.model),
         more_flops=_score_flops(request),
-        launches=launches_of(request.model).attention,
+        kernels=_kernels(request).attention,
     )
 
 
@@ -164,7 +142,7 @@ def ffn_seconds(request: Request, rates: GpuRates) -> float:
         num_parameters=ffn_parameters(request.model),
         features=_ffn_features(request.model),
         more_flops=0.0,
-        launches=launches_of(request.model).ffn,
+        kernels=_kernels(request).ffn,
     )
 
 
@@ -177,14 +155,14 @@ def frozen_backward_seconds(request: Request, rates: GpuRates) -> float:
         num_parameters=attention_parameters(shape) + ffn_parameters(shape),
         features=_attention_features(shape) + _ffn_features(shape),
         more_flops=SCORE_BACKWARD_FACTOR[request.attention] * _score_flops(request),
-        launches=launches_of(shape).backward,
+        kernels=_kernels(request).backward,
     )
 
 
 def embedding_seconds(request: Request, rates: GpuRates) -> float:
     """What comes before the first layer: rows of the embedding read and written, positions, mask."""
     num_bytes = 2 * request.tokens_per_step * request.model.hidden_size * COMPUTE_DTYPE_BYTES[request.weights_dtype]
-    return rates.frozen_seconds(flops=0.0, num_bytes=num_bytes, launches=launches_of(request.model).embedding)
+    return rates.frozen_seconds(flops=0.0, num_bytes=num_bytes, launches=OUTER[family_of(request.model)].embedding)
 
 
 def loss_head_seconds(request: Request, rates: GpuRates) -> float:
@@ -197,17 +175,22 @@ def loss_head_seconds(request: Request, rates: GpuRates) -> float:
         launches=0,
     )
     loss_bytes = tokens * vocab_size * LOSS_BYTES_PER_LOGIT[element_bytes]
-    return 2 * product + rates.frozen_seconds(flops=0.0, num_bytes=loss_bytes, launches=launches_of(request.model).head)
+    return 2 * product + rates.frozen_seconds(
+        flops=0.0, num_bytes=loss_bytes, launches=OUTER[family_of(request.model)].head
+    )
 
 
 def _linear_seconds(
-    request: Request, rates: GpuRates, *, num_parameters: int, features: int, more_flops: float, launches: int
+    request: Request, rates: GpuRates, *, num_parameters: int, features: int, more_flops: float, kernels: Kernels
 ) -> float:
-    """Linear maps that read and write ``features`` numbers per token, with the other arithmetic of their part."""
+    """Linear maps that read and write ``features`` numbers per token, with the rest of their part of a layer."""
     tokens = request.tokens_per_step
     num_bytes = (num_parameters + tokens * features) * COMPUTE_DTYPE_BYTES[request.weights_dtype]
     products = rates.frozen_seconds(
-        flops=2 * num_parameters * tokens + more_flops, num_bytes=num_bytes, launches=launches
+        flops=2 * num_parameters * tokens + more_flops,
+        num_bytes=num_bytes,
+        launches=kernels.launches,
+        elementwise_bytes=kernels.elementwise_bytes(request.model, tokens=tokens, seq_len=request.seq_len),
     )
     return products + dequantise_seconds(request, rates, num_parameters=num_parameters)
 
@@ -254,29 +237,33 @@ class AdapterSizes:
 def adapter_forward_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows: Ints) -> Floats:
     """``ReLU(h K^T) V``: ``4*T*A*D`` flops; Key-Experts score again for the gate and multiply the activations by it.
 
-    Traffic: rows, input and output, activations written, ReLU (2), read; with a gate 5 more passes over ``[T, A]``.
+    The products read rows, input and activations and write activations and output; elementwise are ReLU, the sum with
+    the FFN's output, and with a gate 5 more passes over ``[T, A]``.
     """
     tokens, hidden, gated = sizes.tokens, sizes.hidden_size, sizes.key_experts
     flops = 4 * tokens * active_rows * hidden + 2 * tokens * sizes.num_experts * hidden * gated
-    numbers = 2 * hidden * (active_rows + tokens) + (4 + 5 * gated) * tokens * active_rows
-    launches = ADAPTER_FORWARD_LAUNCHES + GATE_FORWARD_LAUNCHES * gated
-    return rates.adapter_seconds(flops=flops, num_bytes=numbers * sizes.element_bytes, launches=launches)
+    return rates.adapter_seconds(
+        flops=flops,
+        num_bytes=(2 * hidden * (active_rows + tokens) + 2 * tokens * active_rows) * sizes.element_bytes,
+        launches=ADAPTER_FORWARD_LAUNCHES + GATE_FORWARD_LAUNCHES * gated,
+        elementwise_bytes=((2 + 5 * gated) * tokens * active_rows + 3 * tokens * hidden) * sizes.element_bytes,
+    )
 
 
 def adapter_backward_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows: Ints) -> Floats:
     """Gradients of values, activations, keys and input: ``8*T*A*D`` flops; a gate adds its sum over each expert's rows
     (``2*T*A*N``) and the router's two products.
 
-    Traffic: rows read and their gradients written, 3 ``[T, D]``, activations and their gradient in 7 passes; with a
-    gate 9 more.
+    Each of four products reads or writes half the rows or their gradients, one ``[T, D]`` and one ``[T, A]``;
+    elementwise are ReLU's mask, the sum with the FFN's input gradient, and with a gate 9 more passes over ``[T, A]``.
     """
     tokens, hidden, gated = sizes.tokens, sizes.hidden_size, sizes.key_experts
     gate_flops = 2 * tokens * sizes.num_experts * (active_rows + 2 * hidden) * gated
-    numbers = hidden * (4 * active_rows + 3 * tokens) + (7 + 9 * gated) * tokens * active_rows
     return rates.adapter_seconds(
         flops=8 * tokens * active_rows * hidden + gate_flops,
-        num_bytes=numbers * sizes.element_bytes,
+        num_bytes=4 * (hidden * (active_rows + tokens) + tokens * active_rows) * sizes.element_bytes,
         launches=ADAPTER_BACKWARD_LAUNCHES + GATE_BACKWARD_LAUNCHES * gated,
+        elementwise_bytes=((3 + 9 * gated) * tokens * active_rows + 3 * tokens * hidden) * sizes.element_bytes,
     )
 
 

@@ -7,13 +7,15 @@ within it. Letters: ``T`` tokens, ``D`` hidden size, ``V`` vocabulary.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-from meft.planner.gpu_timing import LLAMA_LAUNCHES
+from meft.planner.layer_kernels import LAYERS
 from meft.planner.profile_file import Measurement
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.measure import CopyLine, Sample, fit_copies, measurement, sample
@@ -27,6 +29,8 @@ HOST_PRODUCTS = ((128, 576, 1536), (512, 576, 1536), (512, 1024, 1024))
 LINK_SIZES = (64 << 10, 256 << 10, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 HOST_LINK_SIZES = (64 << 10, 256 << 10, MIB, 4 * MIB)
 """The emulated device's copies stay as small as its rows."""
+WEIGHTS_BYTES = 4 * MIB
+"""About a linear layer of a small model in fp32; more than a core's own caches hold."""
 BF16_CAPABILITY = (8, 0)
 """The first cards with bf16 units."""
 LOSS_BYTES_PER_LOGIT = 16
@@ -116,11 +120,13 @@ def booked_launches() -> Iterator[Measurement]:
     """What an operator costs on the emulated device besides its work: Python, autograd and the books.
 
     The slope over layers of the time of a step of a model too small to compute anything, over the launches that
-    :mod:`meft.planner.gpu_timing` counts for a layer.
+    :mod:`meft.planner.layer_kernels` counts for a layer. Between its products memory is read as weights are in a real
+    step, off the clock: the interpreter is slower when its own data has left the cache.
     """
     fewer, more = 2, 6
-    steps = {layers: sample(_tiny_step(layers)) for layers in (fewer, more)}
-    each = LLAMA_LAUNCHES.attention + LLAMA_LAUNCHES.ffn + LLAMA_LAUNCHES.backward
+    steps = {layers: _tiny_steps(layers) for layers in (fewer, more)}
+    layer = LAYERS["llama", 4, "fused"]
+    each = layer.attention.launches + layer.ffn.launches + layer.backward.launches
     pairs = zip(sorted(steps[more].seconds), sorted(steps[fewer].seconds), strict=False)
     slopes = [(longer - shorter) / ((more - fewer) * each) for longer, shorter in pairs]
     slowest = steps[fewer].median / (fewer * each)  # as if a step were launches alone; for a machine that stalls
@@ -131,7 +137,28 @@ def booked_launches() -> Iterator[Measurement]:
     yield measurement("kernel launch", "s", detail, seconds)
 
 
-def _tiny_step(layers: int) -> Callable[[], None]:
+class _Weights:
+    """Stands for a product's weights: reads memory that nothing else uses, and says how long that took."""
+
+    def __init__(self) -> None:
+        self._memory = np.ones(WEIGHTS_BYTES // 8)
+        self.seconds = 0.0
+
+    def read(self, *_: object) -> None:
+        """As a hook of a module or a tensor; numpy, so that the books do not see it."""
+        began = time.perf_counter()
+        self._memory.sum()
+        self.seconds += time.perf_counter() - began
+
+
+def _tiny_steps(layers: int) -> Sample:
+    """Seconds of steps of a tiny model, reading of weights left out."""
+    weights = _Weights()
+    step = _tiny_step(layers, weights)
+    return sample(step, clock=lambda: time.perf_counter() - weights.seconds)
+
+
+def _tiny_step(layers: int, weights: _Weights) -> Callable[[], None]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -144,6 +171,9 @@ def _tiny_step(layers: int) -> Callable[[], None]:
     )
     device = EmulatedDevice(1 << 30)
     model = device.adopt(LlamaForCausalLM(config).requires_grad_(False))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _module, _inputs, output: _read_both_ways(weights, output))
     states = torch.ones(1, 8, 32)
     device.books.adopt(states)
 
@@ -153,6 +183,11 @@ def _tiny_step(layers: int) -> Callable[[], None]:
             out.logits.sum().backward()
 
     return step
+
+
+def _read_both_ways(weights: _Weights, output: torch.Tensor) -> None:
+    weights.read()
+    output.register_hook(weights.read)
 
 
 # --- the link ------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ ALLOCATOR_IS_USED_BY = {"books", "exchange"}
 the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
 
 PROFILING_IS_USED_BY = {
-    "device_rates": {"gpu_timing"},
+    "device_rates": {"layer_kernels"},
     "profile_cli": {"calibrate", "prediction"},
     "sparsity_profile": {"union_fit"},
 }

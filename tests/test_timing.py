@@ -301,34 +301,41 @@ def test_frozen_layers_are_bound_by_arithmetic_at_512_tokens():
     # FFN: 2 * 3 * 4096 * 11008 * 512 flops at half of 100e12 per second = 2.7702539e-3 s, and 6 launches of 1 us.
     # Attention: 2 * 4 * 4096^2 * 512 + 4 * 512 * 256 * 4096 flops = 70,866,960,384 -> 1.4173392e-3 s, 32 launches.
     # Backward: the same linear flops, attention products 2.5 times, 60 launches.
+    # Elementwise kernels, bytes of each of 512 tokens: FFN 6 * 4096 + 10 * 11008 = 134,656; attention
+    # 78 * 4096 + 2 * 20 * 4096 = 483,328; backward 198 * 4096 + 2 * 32 * 4096 + 18 * 11008 = 1,271,296.
     gpu = costs_for().gpu
-    assert gpu.ffn == pytest.approx(2.7702539e-3 + 6e-6, rel=1e-6)
-    assert gpu.attention == pytest.approx(1.4173392e-3 + 32e-6, rel=1e-6)
+    assert gpu.ffn == pytest.approx(2.7702539e-3 + 512 * 134_656 / 0.8e12 + 6e-6, rel=1e-6)
+    assert gpu.attention == pytest.approx(1.4173392e-3 + 512 * 483_328 / 0.8e12 + 32e-6, rel=1e-6)
     backward_flops = 138_512_695_296 + 68_719_476_736 + 2.5 * 2_147_483_648
-    assert gpu.frozen_backward == pytest.approx(backward_flops / 50e12 + 60e-6, rel=1e-6)
+    assert gpu.frozen_backward == pytest.approx(backward_flops / 50e12 + 512 * 1_271_296 / 0.8e12 + 60e-6, rel=1e-6)
 
 
 def test_frozen_layers_are_bound_by_their_weights_at_one_token():
     # FFN: 3 * 4096 * 11008 weights of 2 bytes, and 2 * 4096 + 3 * 11008 numbers of one token, at 0.8e12 bytes per
-    # second.
+    # second; elementwise kernels move 134,656 bytes.
     request = request_of(batch_size=1, seq_len=1)
-    num_bytes = (135_266_304 + 41_216) * 2
+    num_bytes = (135_266_304 + 41_216) * 2 + 134_656
     assert ffn_seconds(request, gpu_rates(gpu_profile(), request)) == pytest.approx(num_bytes / 0.8e12 + 6e-6)
 
 
 def test_adapter_flops_and_its_gate():
-    # Forward 4*T*A*D = 4 * 512 * 1600 * 4096 = 13,421,772,800 flops at 50e12; backward twice that. The traffic is
-    # below: 2 * 4096 * (1600 + 512) + 4 * 512 * 1600 = 20,578,304 numbers of 2 bytes at 0.8e12.
+    # Forward 4*T*A*D = 4 * 512 * 1600 * 4096 = 13,421,772,800 flops at 50e12; backward twice that. The products'
+    # traffic is below: 2 * 4096 * (1600 + 512) + 2 * 512 * 1600 = 18,939,904 numbers of 2 bytes at 0.8e12. Elementwise,
+    # passes of 2 bytes over [T, A] = 819,200 and [T, D] = 2,097,152 numbers: 2 and 3 forward, 3 and 3 backward.
     gpu = costs_for().gpu
-    assert gpu.adapter_forward[0] == pytest.approx(13_421_772_800 / 50e12 + 4e-6)
-    assert gpu.adapter_backward[0] == pytest.approx(26_843_545_600 / 50e12 + 6e-6)
+    forward_bytes, backward_bytes = (2 * (passes * 819_200 + 3 * 2_097_152) for passes in (2, 3))
+    assert gpu.adapter_forward[0] == pytest.approx(13_421_772_800 / 50e12 + forward_bytes / 0.8e12 + 4e-6)
+    assert gpu.adapter_backward[0] == pytest.approx(26_843_545_600 / 50e12 + backward_bytes / 0.8e12 + 6e-6)
     assert gpu.router == 0
     # A gate scores the 64 experts again: 2 * 512 * 64 * 4096 flops forward, and 6 launches; backward twice that and
-    # 2 * 512 * 64 * 1600 for its sum over each expert's rows, and 12 launches.
+    # 2 * 512 * 64 * 1600 for its sum over each expert's rows, and 12 launches; 5 and 9 more passes over [T, A].
     gated = costs_for(decision=decision_of(routing="key-experts")).gpu
-    assert gated.adapter_forward[0] == pytest.approx((13_421_772_800 + 268_435_456) / 50e12 + 10e-6)
+    forward_bytes, backward_bytes = forward_bytes + 2 * 5 * 819_200, backward_bytes + 2 * 9 * 819_200
+    forward_flops = 13_421_772_800 + 268_435_456
+    assert gated.adapter_forward[0] == pytest.approx(forward_flops / 50e12 + forward_bytes / 0.8e12 + 10e-6)
     gate_backward = 2 * 268_435_456 + 104_857_600
-    assert gated.adapter_backward[0] == pytest.approx((26_843_545_600 + gate_backward) / 50e12 + 18e-6)
+    backward_flops = 26_843_545_600 + gate_backward
+    assert gated.adapter_backward[0] == pytest.approx(backward_flops / 50e12 + backward_bytes / 0.8e12 + 18e-6)
     assert gated.router > 0
 
 
