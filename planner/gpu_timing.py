@@ -75,8 +75,9 @@ class GpuRates:
         return self._seconds(flops / self.adapter_flops_per_second, num_bytes, elementwise_bytes, launches)
 
     def _seconds(self, arithmetic: Reals, num_bytes: Reals, elementwise_bytes: Reals, launches: Reals) -> Floats:
-        roofline = np.maximum(arithmetic, num_bytes / self.bytes_per_second)
-        seconds: Floats = roofline + elementwise_bytes / self.bytes_per_second + launches * self.launch_seconds
+        products = np.maximum(arithmetic, num_bytes / self.bytes_per_second)
+        between = np.add(elementwise_bytes / self.bytes_per_second, launches * self.launch_seconds)
+        seconds: Floats = np.add(products, between)
         return seconds
 
 
