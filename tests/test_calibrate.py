@@ -15,6 +15,7 @@ from plan_samples import sample_profiles, sample_report, sample_request
 from meft.planner.calibrate import (
     Run,
     calibrate,
+    corrected_sparsity,
     errors_of,
     given_rows,
     gpu_factors,
@@ -226,10 +227,21 @@ def _wide_plan(profiles: ProfileSet, width: int, routing: str) -> Plan:
 def test_few_runs_do_not_bend_the_law() -> None:
     """Runs that are nearly at one place say nothing of a trend, runs far apart all; what changes together is shared."""
     near, far = np.array([[-0.005], [0.005]]), np.array([[-1.5], [1.5]])
-    assert abs(likely_trends(near, np.array([-0.01, 0.01]))[0]) < 0.03  # 2 if it followed them
-    assert likely_trends(far, np.array([-0.3, 0.3]))[0] == pytest.approx(0.2, rel=0.01)
-    together = likely_trends(np.hstack([far, far]), np.array([-0.3, 0.3]))
+    assert abs(likely_trends(near, np.array([-0.01, 0.01]), spread=0.25)[0]) < 0.03  # 2 if it followed them
+    assert likely_trends(far, np.array([-0.3, 0.3]), spread=0.25)[0] == pytest.approx(0.2, rel=0.01)
+    together = likely_trends(np.hstack([far, far]), np.array([-0.3, 0.3]), spread=0.25)
     assert together == pytest.approx([0.1, 0.1], rel=0.01)
+
+
+def test_a_measured_law_bends_less_than_an_assumed_one(truth, profiles) -> None:
+    """Two runs, one with a quarter of its positions padded and as many rows: growth is weighed against the profile."""
+    bent = {}
+    for basis in ("assumed", "measured"):
+        on = replace(profiles, sparsity=profiles.sparsity.model_copy(update={"basis": basis}))
+        runs = [run_of(plan_of(), truth, filled=filled) for filled in (1.0, 0.75)]
+        after, _ = corrected_sparsity(runs, on.sparsity)
+        bent[basis] = on.sparsity.layers[0].alpha - after.layers[0].alpha
+    assert 0 < bent["measured"] < bent["assumed"] / 2
 
 
 def test_recall_is_never_better_for_looking_further_ahead(truth, profiles) -> None:
