@@ -33,6 +33,8 @@ INLINE_BYTES = 1 << 18
 """Work below this is done by the calling thread: handing it over costs more than it saves."""
 STREAMED_BYTES = 1 << 22
 """A gather of this or more goes past the cache: a core's share of it would not stay there until it is sent."""
+SHARES_PER_THREAD = 2
+"""A thread that starts late, or that something else holds up, leaves its second share to another."""
 BF16_NAN = 0x7FC0
 
 Array = NDArray[Any]
@@ -119,11 +121,11 @@ def _adamw(
     """``numbers``, in the tables' dtype: gradient scale, 1 - beta1, beta2, 1 - beta2, eps, 1 - rate * decay. ``betas``,
     fp64: learning rate, beta1, beta2."""
     scale, rise1, keep2, rise2, eps, keep_weight = numbers
+    constants = np.empty(2, weights.dtype)
     for place in range(first, last):
         row = rows[place]
         count = step_counts[row] + 1
         step_counts[row] = count
-        constants = np.empty(2, weights.dtype)
         constants[0] = betas[0] / (1.0 - betas[1] ** count)
         constants[1] = 1.0 / math.sqrt(1.0 - betas[2] ** count)
         step_size, inverse_root = constants[0], constants[1]  # one division per number, not two
@@ -417,14 +419,20 @@ class HostKernels:
         self._split_counted(items.shape[0], items.shape[0] * bytes_per_item, kernel, *arguments)
 
     def _split_counted(self, count: int, work: int, kernel: Any, *arguments: Any) -> None:
-        """Shares of ``count`` items, the first for the calling thread; all for it where ``work`` is little."""
-        shares = min(self.num_threads, count) if work >= INLINE_BYTES else 1
-        if self._pool is None or shares <= 1:
+        """Threads take shares of ``count`` items until none is left, this one with them; it does all of little work."""
+        threads = min(self.num_threads, count) if work >= INLINE_BYTES else 1
+        if self._pool is None or threads <= 1:
             kernel(*arguments, 0, count)
             return
-        edges = [count * share // shares for share in range(shares + 1)]
-        others = [self._pool.submit(kernel, *(*arguments, *share)) for share in pairwise(edges[1:])]
-        kernel(*arguments, 0, edges[1])
+        num_shares = min(count, SHARES_PER_THREAD * threads)
+        shares = iter(list(pairwise(count * share // num_shares for share in range(num_shares + 1))))
+
+        def take() -> None:
+            for share in shares:  # of a list: no two threads get the same
+                kernel(*arguments, *share)
+
+        others = [self._pool.submit(take) for _ in range(threads - 1)]
+        take()
         for other in others:
             other.result()
 
