@@ -51,6 +51,9 @@ TREND_SPREAD: dict[Basis, float] = {"counted": 0.05, "measured": 0.05, "assumed"
 """Standard deviation taken of how far the old profile may be off in what Key-Experts routing and exponents of ``T`` and
 ``K/R`` do, by its basis. Both keep few runs from bending the law: with 0.25 throughout, five runs of SmolLM2 at 98 to
 194 tokens put a run of 382 tokens, that its measured profile had 4 % low, 29 % low."""
+SETTLED_STEPS = 100
+"""Optimizer steps after which the first ones, in which active rows fall, are a small part of a run's mean:
+``benchmarks/learning_details.md``."""
 GPU_SPREAD, FACTOR_SPREAD = 0.03, 1.0
 """Standard deviations taken: of a run's gpu seconds, and of how far work and launches may differ in their factors."""
 LEAST_FACTOR = 0.05
@@ -221,7 +224,21 @@ def corrected_sparsity(runs: Sequence[Run], profile: SparsityProfile) -> tuple[S
     }
     if any(run.report.observed.dropped_rows for run in runs):
         notes.append("active_rows_cap dropped rows in a run: observed rows are the cap's there, and the law lies low")
+    notes += _unsettled(runs)
     return profile.model_copy(update=update), notes
+
+
+def _unsettled(runs: Sequence[Run]) -> list[str]:
+    """Says so where active rows were observed while they still fell."""
+    steps = [run.report.training.optimizer_steps for run in runs]
+    if min(steps) >= SETTLED_STEPS:
+        return []
+    how_many = f"{min(steps)}" if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"
+    apart = "" if max(steps) <= 1.2 * min(steps) else ", and runs of unequal length are not alike in them"
+    return [
+        f"runs of {how_many} optimizer steps: active rows fall in the first twenty or so of training, so that a longer run has fewer "
+        f"than these{apart}; calibrate runs of {SETTLED_STEPS} or more, or of the length you plan for"
+    ]
 
 
 def _log_residuals(run: Run, profile: SparsityProfile) -> NDArray[np.float64]:

@@ -244,6 +244,22 @@ def test_a_measured_law_bends_less_than_an_assumed_one(truth, profiles) -> None:
     assert 0 < bent["measured"] < bent["assumed"] / 2
 
 
+def test_short_runs_are_said_to_be_short(runs, profiles) -> None:
+    """Active rows fall in the first optimizer steps; the note tells runs of unequal length from alike ones."""
+
+    def told(*optimizer_steps: int) -> str:
+        lengths = [run.report.training.model_copy(update={"optimizer_steps": steps}) for run, steps in
+                   zip(runs, optimizer_steps, strict=False)]  # fmt: skip
+        of_length = [changed(run, training=training) for run, training in zip(runs, lengths, strict=False)]
+        return "\n".join(note for note in calibrate(of_length, profiles).notes if "optimizer steps" in note)
+
+    assert told(100, 400) == ""
+    assert told(20, 20).startswith("runs of 20 optimizer steps: active rows fall")
+    assert "unequal" not in told(20, 22)
+    assert told(20, 40).startswith("runs of 20 to 40 optimizer steps")
+    assert "unequal length" in told(20, 40)
+
+
 def test_recall_is_never_better_for_looking_further_ahead(truth, profiles) -> None:
     recalls = profiles.sparsity.model_copy(update={"prefetch_recall_by_depth": (1.0, 0.9, 0.8, 0.8)})
     run = run_of(plan_of(prefetch_depth=1), truth)  # observed 0.5
