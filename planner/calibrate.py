@@ -236,8 +236,8 @@ def _unsettled(runs: Sequence[Run]) -> list[str]:
     how_many = f"{min(steps)}" if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"
     apart = "" if max(steps) <= 1.2 * min(steps) else ", and runs of unequal length are not alike in them"
     return [
-        f"runs of {how_many} optimizer steps: active rows fall in the first twenty or so of training, so that a longer run has fewer "
-        f"than these{apart}; calibrate runs of {SETTLED_STEPS} or more, or of the length you plan for"
+        f"runs of {how_many} optimizer steps: active rows fall in the first twenty or so of training, so that a longer "
+        f"run has fewer than these{apart}; calibrate runs of {SETTLED_STEPS} or more, or of the length you plan for"
     ]
 
 
