@@ -391,7 +391,8 @@ def _size(method: str, base: Run, shape: ModelShape) -> dict[str, int]:
     """What makes ``narrow`` and ``lora`` as large as the budget lets them be: fp32 weight, gradient and two moments."""
     budget = budget_bytes(base.width, shape.hidden_size)
     if method == "narrow":
-        return {"width": max(1, budget // (16 * 2 * shape.hidden_size * shape.num_layers))}
+        width = max(1, budget // (16 * 2 * shape.hidden_size * shape.num_layers))
+        return {"width": width, "top_k": min(base.top_k, width)}  # a plan's K is at most its width
     if method == "lora":
         per_rank = sum(layer.inputs + layer.outputs for layer in linear_layers(shape)) * shape.num_layers
         return {"rank": max(1, round(budget / (16 * per_rank)))}  # nearest: ranks are coarse

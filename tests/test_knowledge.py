@@ -112,6 +112,15 @@ def test_the_budget_decides_the_sizes(script, glass_folder) -> None:
     assert usual.rank == 16
 
 
+def test_a_narrow_adapter_runs_though_it_has_fewer_rows_than_k(script, glass_folder) -> None:
+    base = script["Run"]("none", 0.0, 0, facts=4, epochs=1, seq_len=64, forgetting_texts=1, forgetting_items=1)
+    base = script["replace"](base, width=128, top_k=32)
+    (narrow,) = script["first_stage"](("narrow",), 0, base, {"narrow": (1e-3,)}, script["_shape"](glass_folder))
+    assert narrow.width < base.top_k
+    record = script["perform"](narrow, glass_folder)
+    assert record["trainable_parameters"] > 0
+
+
 def test_other_seeds_run_at_the_best_rate_of_a_whole_grid(script) -> None:
     base = script["Run"]("none", 0.0, 0, facts=4, epochs=3)
     first = [script["replace"](base, method=m, learning_rate=r) for m in ("meft", "full") for r in (1e-3, 2e-3)]
