@@ -12,14 +12,18 @@ import math
 import mmap
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 HUGE_PAGE_BYTES = 2 << 20
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A table of zeros, resident at once: memory that the machine lacks is missed at the start, not in a step."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < 2 * HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    """A table of zeros, resident at once: memory that the machine lacks is missed at the start, not in a step.
+
+    A fake table under a mode of fake tensors, as in a rehearsal: it has no memory.
+    """
+    size, fake = math.prod(shape) * dtype.itemsize, isinstance(torch.empty(0), FakeTensor)
+    if fake or size < 2 * HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype)
     mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has rules of its own
     with contextlib.suppress(OSError):  # a kernel built without huge pages

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from meft.runtime import huge_pages
 from meft.runtime.host_store import HostStore
@@ -67,3 +68,8 @@ def test_a_kernel_that_refuses_the_advice_gives_ordinary_pages(monkeypatch: pyte
 
     monkeypatch.setattr(mmap, "mmap", Refusing)
     assert int(huge_pages.zeros(LARGE, torch.float32).count_nonzero()) == 0
+
+
+def test_a_rehearsals_tables_are_fake() -> None:
+    with FakeTensorMode():
+        assert isinstance(huge_pages.zeros(LARGE, torch.float32), FakeTensor)
