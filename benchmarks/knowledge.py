@@ -601,9 +601,10 @@ def details_command(
 @click.option("--results", type=click.Path(path_type=Path), required=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 @click.option("--figure", type=click.Path(path_type=Path))
-def report_command(results: Path, json_path: Path | None, figure: Path | None) -> None:
+@click.option("--facts", type=int, help="Only runs of so many facts.")
+def report_command(results: Path, json_path: Path | None, figure: Path | None, facts: int | None) -> None:
     """One table and one figure."""
-    records = read_results(results)
+    records = [record for record in read_results(results) if facts in (None, record["facts"])]
     rows = summarise(records)
     titles = (
         "method",

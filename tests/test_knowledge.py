@@ -73,6 +73,8 @@ def test_a_report_of_what_is_there(results, script, tmp_path) -> None:
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["method", "meft", "parallel", "lora"]
     assert len(json.loads((tmp_path / "r.json").read_text())["runs"]) == 3
     assert (tmp_path / "r.png").stat().st_size > 5000
+    others = CliRunner().invoke(script["main"], ["report", "--results", str(results), "--facts", "5000"])
+    assert len(others.stdout.splitlines()) == 1
 
 
 def _record(rate: float, seed: int, score: float, epochs: int = 8) -> dict:
