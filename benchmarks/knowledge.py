@@ -6,7 +6,9 @@
 
 ``run`` is made to be run in pieces: each run is one JSON line appended when it is done, and what the file holds already
 is left out, so a killed benchmark goes on where it was. The full form takes hours on two cores; ``--quick`` takes about
-a minute or two on SmolLM2 and shows that everything works, not which method is best.
+a minute or two on SmolLM2 and shows that everything works, not which method is best. What is committed was made so,
+in pieces: ``run --results benchmarks/knowledge_results.jsonl``, then ``report --results
+benchmarks/knowledge_results.jsonl --facts 500 --figure docs/knowledge.png``.
 
 Methods: ``meft``; ``parallel`` (dense adapter of the same width, all on the device); ``offload`` (the same, moved
 whole: the runtime with K at the width); ``full`` fine-tuning; ``none``; and under the *budget*, which is the device

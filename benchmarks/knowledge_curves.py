@@ -3,6 +3,8 @@
     python benchmarks/knowledge_curves.py run --results curves.jsonl [--max-runs N]
     python benchmarks/knowledge_curves.py figure --results curves.jsonl --figure curves.png
 
+Committed: ``benchmarks/knowledge_curves_results.jsonl`` and ``docs/knowledge_curves.png``.
+
 Runs are those of ``benchmarks/knowledge.py`` with one number changed: K with exact routing, or the number of experts
 with 8 probed, as the MEFT paper probes. The paper's curves are of LLaMA-7B on Natural Questions: another model, task
 and width, so shapes can be compared and heights cannot.

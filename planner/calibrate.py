@@ -50,7 +50,7 @@ RUN_SPREAD = 0.015
 TREND_SPREAD: dict[Basis, float] = {"counted": 0.1, "measured": 0.1, "assumed": 0.25}
 """Standard deviation taken of how far the old profile may be off in what Key-Experts routing and exponents of ``T`` and
 ``K/R`` do, by its basis. Both keep few runs from bending the law: with 0.25 throughout, five runs of SmolLM2 at 98 to
-194 tokens put a run of 382 tokens, that its measured profile had 4 % low, 29 % low."""
+194 tokens put a run of 382 tokens, that its measured profile had 4 % low, 29 % low; with 0.1, 22 %."""
 SETTLED_STEPS = 100
 """Optimizer steps after which the first ones, in which active rows fall, are a small part of a run's mean:
 ``benchmarks/learning_details.md``."""
