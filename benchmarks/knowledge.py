@@ -68,8 +68,8 @@ LEARNING_RATES = {
     "meft": (4e-3, 8e-3, 1.6e-2),
     "parallel": (4e-3, 8e-3),
     "offload": (8e-3,),
-    "narrow": (1e-2, 2e-2),
-    "lora": (3e-3, 1e-2, 2e-2),
+    "narrow": (1e-2, 2e-2, 4e-2),
+    "lora": (3e-3, 5e-3, 1e-2, 2e-2),
     "lora-16": (1e-3, 3e-3),
     "full": (1e-4, 3e-4),
 }
@@ -533,8 +533,16 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """``"0,1,2"`` as numbers; raises :class:`click.BadParameter`."""
+    return _numbers(text, int)
+
+
 def _numbers(text: str, kind: type) -> tuple[Any, ...]:
-    return tuple(kind(part) for part in text.split(","))
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: give {kind.__name__} values with commas between them") from error
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

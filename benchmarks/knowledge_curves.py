@@ -12,12 +12,14 @@ and width, so shapes can be compared and heights cannot.
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-from knowledge import Run, perform_missing, read_results
+from knowledge import Run, perform_missing, read_results, whole_numbers
 
 from meft.runtime.embedded import smollm2_folder
 
@@ -43,14 +45,13 @@ def curves(base: Run) -> list[Run]:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Two panels, K and experts: ours from the records, the paper's behind them."""
+    """Two panels, K and experts: ours from the records (dots: each seed; line: their mean), the paper's behind them."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    exact = {record["top_k"]: _score(record) for record in records if record["num_experts"] == 1}
-    gated = {record["num_experts"]: _score(record) for record in records if record["num_experts"] > 1}
+    exact, gated = scores_by(records)
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axes, ours, paper, name in (
         (panels[0], exact, PAPER_TOP_K, "rows that each token chooses, K"),
@@ -59,7 +60,10 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
         for label, points in paper.items():
             axes.plot(*zip(*sorted(points.items()), strict=True), "--", alpha=0.6, label=f"paper, NQ, {label}")
         if ours:
-            axes.plot(*zip(*sorted(ours.items()), strict=True), "o-", label="SmolLM2-135M, airport facts")
+            each = [(place, score) for place, scores in ours.items() for score in scores]
+            axes.plot(*zip(*each, strict=True), "C2.", alpha=0.5)
+            means = [(place, statistics.fmean(scores)) for place, scores in ours.items()]
+            axes.plot(*zip(*means, strict=True), "C2o-", label=f"SmolLM2-135M, airport facts, {_seeds(ours)}")
         axes.set(xscale="log", xlabel=name, ylim=(0, 1.05))
         axes.legend(fontsize=8)
     panels[0].set_ylabel("exact match")
@@ -68,8 +72,25 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def _score(record: dict[str, Any]) -> float:
-    return float(record["exact_match"]["exact_match"])
+def scores_by(records: list[dict[str, Any]]) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
+    """Exact match of every seed, by K with exact routing and by the number of experts."""
+    exact = [record for record in records if record["num_experts"] == 1]
+    gated = [record for record in records if record["num_experts"] > 1]
+    return _by(exact, "top_k"), _by(gated, "num_experts")
+
+
+def _by(records: list[dict[str, Any]], name: str) -> dict[int, list[float]]:
+    """Exact match of every seed at each value of ``name``, values ascending."""
+    scores: defaultdict[int, list[float]] = defaultdict(list)
+    for record in records:
+        scores[record[name]].append(record["exact_match"]["exact_match"])
+    return dict(sorted(scores.items()))
+
+
+def _seeds(scores: dict[int, list[float]]) -> str:
+    fewest, most = min(map(len, scores.values())), max(map(len, scores.values()))
+    several = f"{most} seeds" if most > 1 else "one seed"
+    return several if fewest == most else f"{fewest} to {most} seeds"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -85,19 +106,27 @@ def main() -> None:
 @click.option("--width", type=int, default=1024)
 @click.option("--seq-len", type=int, default=11)
 @click.option("--learning-rate", type=float, default=8e-3)
-@click.option("--seed", type=int, default=0)
+@click.option("--seeds", default="0,1,2")
 @click.option("--max-runs", type=int, help="Stop after so many.")
-def run(results: Path, model: Path | None, learning_rate: float, max_runs: int | None, **given: Any) -> None:
-    """Perform what the results file lacks."""
-    perform_missing(curves(Run("meft", learning_rate, **given)), results, model or smollm2_folder(click.echo), max_runs)
+def run(
+    results: Path, model: Path | None, learning_rate: float, seeds: str, max_runs: int | None, **given: Any
+) -> None:
+    """Perform what the results file lacks, seed by seed."""
+    runs = [run for seed in whole_numbers(seeds) for run in curves(Run("meft", learning_rate, seed, **given))]
+    perform_missing(runs, results, model or smollm2_folder(click.echo), max_runs)
 
 
 @main.command("figure")
 @click.option("--results", type=click.Path(path_type=Path), required=True)
 @click.option("--figure", type=click.Path(path_type=Path), required=True)
 def figure_command(results: Path, figure: Path) -> None:
-    """Draw what there is."""
-    draw(read_results(results), figure)
+    """Draw what there is, and print the means."""
+    records = read_results(results)
+    for name, some in zip(("K", "experts"), scores_by(records), strict=True):
+        for place, scores in some.items():
+            each = ", ".join(f"{score:.3f}" for score in scores)
+            click.echo(f"{name:8} {place:5}  {statistics.fmean(scores):.3f}  ({each})")
+    draw(records, figure)
 
 
 if __name__ == "__main__":

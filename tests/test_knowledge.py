@@ -151,6 +151,7 @@ def test_curves_change_one_number_at_a_time_and_are_drawn_beside_the_papers(
     monkeypatch.setattr(curves, "EXPERTS", (16,))
     results, figure = tmp_path / "curves.jsonl", tmp_path / "curves.png"
     small = ["--facts", "4", "--epochs", "1", "--width", "128", "--seq-len", "64", "--model", str(glass_folder)]
+    small += ["--seeds", "0"]
     for arguments in (
         ["run", "--results", str(results), *small],
         ["figure", "--results", str(results), "--figure", str(figure)],
@@ -164,3 +165,19 @@ def test_curves_change_one_number_at_a_time_and_are_drawn_beside_the_papers(
         (32, 16, 8),
     ]
     assert figure.stat().st_size > 5000
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["K", "8"], ["K", "16"], ["experts", "16"]]
+
+
+def test_curves_keep_every_seed_of_a_point() -> None:
+    load_benchmark("knowledge")
+    curves = load_benchmark("knowledge_curves")
+    points = [(32, 1, 0.9), (8, 1, 0.5), (32, 1, 0.7), (32, 16, 0.8)]
+    records = [{"top_k": k, "num_experts": n, "exact_match": {"exact_match": score}} for k, n, score in points]
+    assert curves.scores_by(records) == ({8: [0.5], 32: [0.9, 0.7]}, {16: [0.8]})
+
+
+def test_seeds_that_are_no_numbers_are_refused(script, tmp_path) -> None:
+    arguments = ["run", "--results", str(tmp_path / "r.jsonl"), "--seeds", "0,a"]
+    done = CliRunner().invoke(script["main"], arguments)
+    assert done.exit_code == 2
+    assert "'0,a'" in done.output
