@@ -17,13 +17,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.candidates import Candidates
 from meft.planner.errors import UsageError, unknown_name
 from meft.planner.memory import predict_device_memory
 from meft.planner.plan import Direction, Plan
 from meft.planner.profiles import GpuProfile
 from meft.planner.report import Report
 from meft.planner.schema import Basis, Bytes, Record
-from meft.planner.transfer import Categories, step_bytes_by_category, window_gradient_bytes
+from meft.planner.transfer import Categories, StepRows, step_bytes_by_category, window_gradient_bytes
 
 DEFAULT_TOLERANCE_FRACTION = 0.03
 """What the closed-form ledger promises of the allocated peak."""
@@ -241,19 +242,8 @@ def _categories(
     overflow: NDArray[np.int64],
     hot: NDArray[np.int64],
 ) -> Categories:
-    decision = plan.decision
-    return step_bytes_by_category(
-        request=plan.request,
-        prefetch_depth=decision.prefetch_depth,
-        num_probes=decision.num_probes,
-        key_experts=decision.routing == "key-experts",
-        refetched=decision.rows_in_backward == "refetched",
-        active_rows=rows,
-        missing_rows=missing,
-        overflow_rows=overflow,
-        hot_rows=hot,
-        gradients_on_device=decision.gradients_on_device,
-    )
+    rows_of = StepRows(active=rows, missing=missing, overflow=overflow, hot=hot)
+    return step_bytes_by_category(request=plan.request, candidates=Candidates.of(plan.decision), rows=rows_of)
 
 
 # --- the lines ------------------------------------------------------------------------------------------------------

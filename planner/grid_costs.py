@@ -7,6 +7,7 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -19,7 +20,7 @@ from meft.planner.plan import Request
 from meft.planner.prediction import ProfileSet
 from meft.planner.space import Space
 from meft.planner.sparsity import WindowRows, at_seq_len, hot_rows_among, window_rows
-from meft.planner.transfer import window_bytes
+from meft.planner.transfer import StepRows, window_bytes
 
 RowsOfCache: TypeAlias = Callable[[int], WindowRows | None]
 """:func:`grid_window_rows` by the cache's place on its axis."""
@@ -32,36 +33,15 @@ def grid_allocated_bytes(space: Space, request: Request, profiles: ProfileSet) -
         request=request,
         gpu=profiles.gpu,
         active_rows=np.broadcast_to(space.caps, (num_layers, *space.caps.shape)),
-        active_rows_cap=space.caps,
-        prefetch_depth=space.depth_axis,
-        num_experts=space.num_experts,
-        num_probes=space.num_probes,
-        key_experts=space.key_experts,
-        retained=space.retained_axis,
-        activation_checkpointing=space.checkpointing_axis,
-        cached_rows=space.cached_axis,
-        gradients_on_device=space.on_device_axis,
-        hot_rows=space.hot_rows,
+        candidates=space.candidates,
     )
     return np.broadcast_to(peak, space.shape)
 
 
 def grid_host_bytes(space: Space, request: Request, profiles: ProfileSet, *, bf16_copy: bool) -> NDArray[np.int64]:
     """Tables and buffers in host memory, with a bf16 copy of the rows or without."""
-    return np.asarray(
-        host_total_bytes(
-            request=request,
-            adapter_width=space.adapter_width,
-            active_rows_cap=space.caps,
-            prefetch_depth=space.depth_axis,
-            num_probes=space.num_probes,
-            key_experts=space.key_experts,
-            pinned=profiles.pinned,
-            cached_rows=space.cached_axis,
-            hot_rows=space.hot_rows,
-            bf16_copy=bf16_copy,
-        )
-    )
+    candidates = replace(space.candidates, bf16_copy=bf16_copy)
+    return np.asarray(host_total_bytes(request=request, candidates=candidates, pinned=profiles.pinned))
 
 
 def grid_hot_rows(space: Space, request: Request, profiles: ProfileSet) -> HotRows | None:
@@ -86,13 +66,8 @@ def grid_window_rows(space: Space, request: Request, profiles: ProfileSet, cache
         at_seq_len(profiles.sparsity, request.seq_len),
         request.model.num_layers,
         tokens=request.tokens_per_step,
-        top_k=space.top_k,
-        adapter_width=space.adapter_width,
         grad_accum=request.grad_accum,
-        cached_rows=space.cached_rows[cache_place],
-        active_rows_cap=space.adapter_width,
-        key_experts=space.key_experts,
-        hot_rows=space.hot_rows,
+        candidates=replace(space.candidates_at(cache_place), active_rows_cap=space.adapter_width),
     )
 
 
@@ -101,18 +76,17 @@ def grid_window_bytes(space: Space, request: Request, rows_of: RowsOfCache, hot:
     lengths = (len(space.gradients_on_device), len(space.prefetch_depths), 1, len(space.rows_in_backward), 1)
     moved = np.empty((*lengths, len(space.adapter_width)), np.int64)
     for place, depth, _, backward, _ in np.ndindex(lengths):
-        rows = rows_of(place)
+        cached = rows_of(place)
+        rows = StepRows(
+            active=space.active_rows,
+            missing=None if cached is None else cached.missing,
+            overflow=None if cached is None else cached.overflow,
+            hot=None if hot is None else hot.active,
+        )
         moved[place, depth, 0, backward, 0] = window_bytes(
             request=request,
-            prefetch_depth=space.prefetch_depths[depth],
-            num_probes=space.num_probes,
-            key_experts=space.key_experts,
-            refetched=space.rows_in_backward[backward] == "refetched",
-            active_rows=space.active_rows,
-            missing_rows=None if rows is None else rows.missing,
-            overflow_rows=None if rows is None else rows.overflow,
-            kept_rows=None if rows is None else rows.kept,
-            gradients_on_device=space.gradients_on_device[place],
-            hot=hot,
+            candidates=replace(space.candidates_at(place, backward), prefetch_depth=space.prefetch_depths[depth]),
+            rows=rows,
+            kept_rows=None if cached is None else cached.kept,
         )
     return moved

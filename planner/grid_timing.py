@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.candidates import Candidates
 from meft.planner.grid_costs import RowsOfCache
 from meft.planner.hot_rows import HotRows
 from meft.planner.lanes import StepCosts, baseline_seconds, simulate_candidates
@@ -46,10 +47,8 @@ def grid_step_seconds(
         if baseline.size and not wanted[:, place].any():
             continue
         for backward, choice in enumerate(space.rows_in_backward):
-            refetched = choice == "refetched"
-            costs = _routing_costs(
-                space, request, profiles, rows_of(place), hot, cache_place=place, refetched=refetched
-            )
+            chosen = space.candidates_at(place, backward)
+            costs = _routing_costs(space, request, profiles, rows_of(place), hot, chosen)
             baseline = np.asarray(baseline_seconds(costs[0], num_layers=num_layers))
             may_pay = [np.array(True), *(copy_may_pay(costs[0], own, baseline, num_layers) for own in costs[1:])]
             for depth, again in np.ndindex(wanted.shape[2:4]):
@@ -61,7 +60,7 @@ def grid_step_seconds(
                     num_layers=num_layers,
                     prefetch_depth=np.full(count, space.prefetch_depths[depth]),
                     checkpointing=np.full(count, space.activation_checkpointing[again]),
-                    refetched=np.full(count, refetched),
+                    refetched=np.full(count, choice == "refetched"),
                 )
                 for copy, part in enumerate(np.split(found, [len(members[0])])[: len(members)]):
                     seconds[copy, *at, members[copy]] = part
@@ -74,9 +73,7 @@ def _routing_costs(
     profiles: ProfileSet,
     rows: WindowRows | None,
     hot: HotRows | None,
-    *,
-    cache_place: int,
-    refetched: bool,
+    chosen: Candidates,
 ) -> list[StepCosts]:
     """Costs of every routing, for each of the copies; they do not depend on the cap."""
     return [
@@ -85,17 +82,11 @@ def _routing_costs(
             gpu=profiles.gpu,
             link=profiles.link,
             host=profiles.host,
-            adapter_width=space.adapter_width,
-            num_experts=space.num_experts,
-            num_probes=space.num_probes,
-            key_experts=space.key_experts,
-            refetched=refetched,
+            candidates=replace(chosen, bf16_copy=bf16_copy),
             active_rows=space.active_rows,
             window_active_rows=space.window_active_rows,
             cached=rows,
-            gradients_on_device=space.gradients_on_device[cache_place],
             hot=hot,
-            bf16_copy=bf16_copy,
         )
         for bf16_copy in space.bf16_copies
     ]

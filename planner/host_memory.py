@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from meft.planner import allocator
+from meft.planner.candidates import Candidates
 from meft.planner.plan import Decision, HostMemory, MemoryEntry, Request
 from meft.planner.quantities import (
     ADAPTER_DTYPE_BYTES,
@@ -22,7 +23,6 @@ from meft.planner.quantities import (
     COMPUTE_DTYPE_BYTES,
     INDEX_BYTES,
     MASTER_BYTES,
-    Flags,
     Ints,
 )
 from meft.planner.transfer import layers_queried
@@ -114,21 +114,12 @@ def buffer_bytes(num_bytes: Ints, *, pinned: bool) -> Ints:
     return np.where(num_bytes > 0, np.left_shift(np.int64(1), bit_length), 0)
 
 
-def host_bytes_by_category(
-    *,
-    request: Request,
-    adapter_width: Ints,
-    active_rows_cap: Ints,
-    prefetch_depth: Ints,
-    num_probes: Ints,
-    key_experts: Flags,
-    pinned: bool,
-    cached_rows: Ints = 0,
-    bf16_copy: Flags = False,
-    hot_rows: Ints = 0,
-) -> dict[str, Ints]:
-    """Every category's bytes; the decision is numbers or arrays of candidates."""
+def host_bytes_by_category(*, request: Request, candidates: Candidates, pinned: bool) -> dict[str, Ints]:
+    """Every category's bytes, zeros included."""
     num_layers, hidden_size = request.model.num_layers, request.model.hidden_size
+    adapter_width, prefetch_depth = candidates.adapter_width, candidates.prefetch_depth
+    active_rows_cap, key_experts = candidates.active_rows_cap, candidates.key_experts
+    cached_rows, hot_rows = candidates.cached_rows, candidates.hot_rows
     table = table_bytes(num_layers=num_layers, adapter_width=adapter_width, hidden_size=hidden_size)
     row_buffer = row_buffer_bytes(
         active_rows_cap=active_rows_cap,
@@ -142,11 +133,11 @@ def host_bytes_by_category(
         compute_dtype_bytes=COMPUTE_DTYPE_BYTES[request.weights_dtype],
         pinned=pinned,
     )
-    probes = request.tokens_per_step * num_probes * INDEX_BYTES
+    probes = request.tokens_per_step * candidates.num_probes * INDEX_BYTES
     slots = ring_slots(prefetch_depth=prefetch_depth, num_layers=num_layers)
     queried = layers_queried(num_layers=num_layers, prefetch_depth=prefetch_depth)
     indices = buffer_bytes(active_rows_cap * INDEX_BYTES, pinned=pinned)
-    copied = bf16_copy if request.adapter_dtype == "bf16" else 0
+    copied = candidates.bf16_copy if request.adapter_dtype == "bf16" else 0
     return {
         "adapter_weights": table,
         "adapter_bf16_copy": copied * (table // MASTER_BYTES * BF16_BYTES),
@@ -165,51 +156,15 @@ def host_bytes_by_category(
     }
 
 
-def host_total_bytes(
-    *,
-    request: Request,
-    adapter_width: Ints,
-    active_rows_cap: Ints,
-    prefetch_depth: Ints,
-    num_probes: Ints,
-    key_experts: Flags,
-    pinned: bool,
-    cached_rows: Ints = 0,
-    bf16_copy: Flags = False,
-    hot_rows: Ints = 0,
-) -> Ints:
+def host_total_bytes(*, request: Request, candidates: Candidates, pinned: bool) -> Ints:
     """All of it, for the search."""
-    total: Ints = sum(
-        host_bytes_by_category(
-            request=request,
-            adapter_width=adapter_width,
-            active_rows_cap=active_rows_cap,
-            prefetch_depth=prefetch_depth,
-            num_probes=num_probes,
-            key_experts=key_experts,
-            pinned=pinned,
-            cached_rows=cached_rows,
-            bf16_copy=bf16_copy,
-            hot_rows=hot_rows,
-        ).values()
-    )
+    total: Ints = sum(host_bytes_by_category(request=request, candidates=candidates, pinned=pinned).values())
     return total
 
 
 def host_memory(*, request: Request, decision: Decision, pinned: bool) -> HostMemory:
     """The ledger of a decision. ``pinned`` is true on CUDA, false on the emulated device."""
-    sizes = host_bytes_by_category(
-        request=request,
-        adapter_width=decision.adapter_width,
-        active_rows_cap=decision.active_rows_cap,
-        prefetch_depth=decision.prefetch_depth,
-        num_probes=decision.num_probes,
-        key_experts=decision.routing == "key-experts",
-        pinned=pinned,
-        cached_rows=decision.cached_rows,
-        bf16_copy=decision.bf16_copy,
-        hot_rows=decision.hot_rows,
-    )
+    sizes = host_bytes_by_category(request=request, candidates=Candidates.of(decision), pinned=pinned)
     entries = tuple(_entry(name, int(num_bytes), pinned=pinned) for name, num_bytes in sizes.items() if num_bytes)
     return HostMemory(entries=entries, total_bytes=sum(entry.num_bytes for entry in entries))
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from meft.planner import activations as act
 from meft.planner import terms_weights as wts
 from meft.planner.activations import choose, largest
 from meft.planner.architecture import ModelShape
+from meft.planner.candidates import Candidates
 from meft.planner.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
 from meft.planner.methods import SparseAdapter, Trained, Workload, trained_by
 from meft.planner.plan import ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Request
@@ -87,66 +88,22 @@ def predict_device_memory(
     if len(active_rows_per_layer) != request.model.num_layers:
         given, needed = len(active_rows_per_layer), request.model.num_layers
         raise ValueError(f"active rows are given for {given} layers, the model has {needed}")
-    method = SparseAdapter(
-        active_rows=np.array(active_rows_per_layer, dtype=np.int64),
-        active_rows_cap=decision.active_rows_cap,
-        prefetch_depth=decision.prefetch_depth,
-        retained=decision.rows_in_backward == "retained",
-        key_experts=decision.routing == "key-experts",
-        num_experts=decision.num_experts,
-        num_probes=decision.num_probes,
-        adapter_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
-        cached_rows=decision.cached_rows,
-        gradients_on_device=decision.gradients_on_device,
-        hot_rows=decision.hot_rows,
-    )
-    checkpointing = decision.activation_checkpointing
+    active, candidates = np.array(active_rows_per_layer, dtype=np.int64), Candidates.of(decision)
     memory = device_memory(
-        _request_ledger(request, gpu, method, activation_checkpointing=checkpointing),
-        gpu=gpu,
-        gpu_mem_bytes=request.gpu_mem_bytes,
+        _request_ledger(request, gpu, active, candidates), gpu=gpu, gpu_mem_bytes=request.gpu_mem_bytes
     )
-    full = replace(method, active_rows=np.full_like(method.active_rows, decision.active_rows_cap))
-    at_cap = int(peak_bytes(_request_ledger(request, gpu, full, activation_checkpointing=checkpointing)))
+    full = np.full_like(active, decision.active_rows_cap)
+    at_cap = int(peak_bytes(_request_ledger(request, gpu, full, candidates)))
     return memory.model_copy(
         update={"peak_allocated_bytes_at_cap": at_cap, "peak_reserved_bytes_at_cap": int(reserved_bytes(at_cap))}
     )
 
 
 def peak_allocated_bytes(
-    *,
-    request: Request,
-    gpu: GpuProfile,
-    active_rows: NDArray[np.int64],
-    active_rows_cap: Ints,
-    prefetch_depth: Ints,
-    num_experts: Ints,
-    num_probes: Ints,
-    key_experts: Flags,
-    retained: Flags,
-    activation_checkpointing: Flags,
-    cached_rows: Ints = 0,
-    gradients_on_device: Flags = False,
-    hot_rows: Ints = 0,
+    *, request: Request, gpu: GpuProfile, active_rows: NDArray[np.int64], candidates: Candidates
 ) -> Ints:
-    """Peak allocated device bytes of MEFT for one decision or, with arrays, for many.
-
-    ``active_rows`` is int64 ``[L, ...]``; the rest are scalars or arrays of the candidates.
-    """
-    method = SparseAdapter(
-        active_rows=active_rows,
-        active_rows_cap=active_rows_cap,
-        prefetch_depth=prefetch_depth,
-        retained=retained,
-        key_experts=key_experts,
-        num_experts=num_experts,
-        num_probes=num_probes,
-        adapter_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
-        cached_rows=cached_rows,
-        gradients_on_device=gradients_on_device,
-        hot_rows=hot_rows,
-    )
-    return peak_bytes(_request_ledger(request, gpu, method, activation_checkpointing=activation_checkpointing))
+    """Peak allocated device bytes of MEFT; ``active_rows`` is int64 ``[L, ...]`` over the candidates' axes."""
+    return peak_bytes(_request_ledger(request, gpu, active_rows, candidates))
 
 
 def reserved_bytes(allocated_bytes: Ints) -> Ints:
@@ -203,7 +160,7 @@ def workspace_row(gpu: GpuProfile) -> Row:
 
 
 def _request_ledger(
-    request: Request, gpu: GpuProfile, method: SparseAdapter, *, activation_checkpointing: Flags
+    request: Request, gpu: GpuProfile, active_rows: NDArray[np.int64], candidates: Candidates
 ) -> tuple[Row, ...]:
     workload = Workload(
         batch_size=request.batch_size,
@@ -211,8 +168,9 @@ def _request_ledger(
         weights_dtype=request.weights_dtype,
         double_quant=request.double_quant,
         attention=request.attention,
-        activation_checkpointing=activation_checkpointing,
+        activation_checkpointing=candidates.activation_checkpointing,
     )
+    method = SparseAdapter(active_rows, candidates, ADAPTER_DTYPE_BYTES[request.adapter_dtype])
     return device_ledger(shape=request.model, workload=workload, method=method, gpu=gpu)
 
 

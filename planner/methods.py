@@ -15,6 +15,7 @@ from meft.planner import hot_rows as hot
 from meft.planner import terms_adapter as ada
 from meft.planner.activations import largest
 from meft.planner.architecture import ModelShape
+from meft.planner.candidates import Candidates
 from meft.planner.ledger import Row
 from meft.planner.plan import Attention, WeightsDtype
 from meft.planner.quantities import COMPUTE_DTYPE_BYTES, Flags, Ints
@@ -44,19 +45,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class SparseAdapter:
-    """MEFT: rows on the host, the active ones on the device. ``active_rows`` is ``[L]``, or ``[L, candidates]``."""
+    """MEFT: rows on the host, the active ones on the device. ``active_rows`` is ``[L]``, or ``[L, ...]`` for many."""
 
     active_rows: NDArray[np.int64]
-    active_rows_cap: Ints
-    prefetch_depth: Ints
-    retained: Flags
-    key_experts: Flags
-    num_experts: Ints
-    num_probes: Ints
+    candidates: Candidates
     adapter_bytes: int
-    cached_rows: Ints = 0
-    gradients_on_device: Flags = False
-    hot_rows: Ints = 0
+    """``e``."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
     """What ``method`` adds to a step of ``workload`` on a model of ``shape``."""
     tokens, e = workload.tokens, method.adapter_bytes
     per_layer = ada.adapter_inputs_bytes(tokens=tokens, hidden_size=shape.hidden_size, e=e) + ada.gates_bytes(
-        tokens=tokens, num_experts=method.num_experts, key_experts=method.key_experts, e=e
+        tokens=tokens, num_experts=method.candidates.num_experts, key_experts=method.candidates.key_experts, e=e
     )
 
     def of_rows(active_rows: Ints) -> Ints:
@@ -108,7 +102,7 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
             tokens=tokens,
             hidden_size=shape.hidden_size,
             active_rows=most,
-            key_experts=method.key_experts,
+            key_experts=method.candidates.key_experts,
             e=e,
             q=workload.compute_bytes,
         ),
@@ -116,21 +110,21 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
             tokens=tokens,
             hidden_size=shape.hidden_size,
             active_rows=most,
-            num_experts=method.num_experts,
-            num_probes=method.num_probes,
-            key_experts=method.key_experts,
+            num_experts=method.candidates.num_experts,
+            num_probes=method.candidates.num_probes,
+            key_experts=method.candidates.key_experts,
             e=e,
             q=workload.compute_bytes,
         ),
         optimizer_temporary=largest(
-            router, hot.hot_update_bytes(hidden_size=shape.hidden_size, hot_rows=method.hot_rows)
+            router, hot.hot_update_bytes(hidden_size=shape.hidden_size, hot_rows=method.candidates.hot_rows)
         ),
     )
 
 
 def _routing_bytes(shape: ModelShape, workload: Workload, method: SparseAdapter) -> Ints:
     return shape.num_layers * ada.probes_bytes(
-        tokens=workload.tokens, num_probes=method.num_probes, key_experts=method.key_experts
+        tokens=workload.tokens, num_probes=method.candidates.num_probes, key_experts=method.candidates.key_experts
     )
 
 
@@ -138,8 +132,8 @@ def _router_bytes(shape: ModelShape, method: SparseAdapter) -> Ints:
     return ada.router_weights_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        num_experts=method.num_experts,
-        key_experts=method.key_experts,
+        num_experts=method.candidates.num_experts,
+        key_experts=method.candidates.key_experts,
     )
 
 
@@ -147,39 +141,39 @@ def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[
     staging = ada.row_staging_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        active_rows_cap=method.active_rows_cap,
-        prefetch_depth=method.prefetch_depth,
-        retained=method.retained,
+        active_rows_cap=method.candidates.active_rows_cap,
+        prefetch_depth=method.candidates.prefetch_depth,
+        retained=method.candidates.retained,
         e=method.adapter_bytes,
     )
     gradients = ada.row_gradients_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        active_rows_cap=method.active_rows_cap,
-        prefetch_depth=method.prefetch_depth,
+        active_rows_cap=method.candidates.active_rows_cap,
+        prefetch_depth=method.candidates.prefetch_depth,
         e=method.adapter_bytes,
     )
     router = _router_bytes(shape, method)
     kept = ada.kept_rows_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        cached_rows=method.cached_rows,
+        cached_rows=method.candidates.cached_rows,
         e=method.adapter_bytes,
     )
     sums = ada.gradient_sums_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        cached_rows=method.cached_rows,
-        gradients_on_device=method.gradients_on_device,
-        hot_rows=method.hot_rows,
+        cached_rows=method.candidates.cached_rows,
+        gradients_on_device=method.candidates.gradients_on_device,
+        hot_rows=method.candidates.hot_rows,
         e=method.adapter_bytes,
     )
     indices = ada.row_indices_bytes(
         num_layers=shape.num_layers,
-        active_rows_cap=method.active_rows_cap,
-        cached_rows=method.cached_rows,
-        key_experts=method.key_experts,
-        hot_rows=method.hot_rows,
+        active_rows_cap=method.candidates.active_rows_cap,
+        cached_rows=method.candidates.cached_rows,
+        key_experts=method.candidates.key_experts,
+        hot_rows=method.candidates.hot_rows,
     )
     return (
         *_hot_resident(shape, method),
@@ -196,10 +190,16 @@ def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[
 
 def _hot_resident(shape: ModelShape, method: SparseAdapter) -> tuple[Row, ...]:
     of_rows = hot.hot_rows_bytes(
-        num_layers=shape.num_layers, hidden_size=shape.hidden_size, hot_rows=method.hot_rows, e=method.adapter_bytes
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        hot_rows=method.candidates.hot_rows,
+        e=method.adapter_bytes,
     )
     of_states = hot.hot_states_bytes(
-        num_layers=shape.num_layers, hidden_size=shape.hidden_size, hot_rows=method.hot_rows, e=method.adapter_bytes
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        hot_rows=method.candidates.hot_rows,
+        e=method.adapter_bytes,
     )
     because = "fp32 master weights where rows are bf16, two moments, gradient sums; two counts per row"
     return (

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meft.planner.candidates import Candidates
 from meft.planner.chrome import Event
 from meft.planner.host_memory import host_memory
 from meft.planner.hot_rows import HotRows
@@ -22,7 +23,7 @@ from meft.planner.plan import (
     Timing,
 )
 from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
-from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Flags, Ints
+from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Ints
 from meft.planner.sparsity import hot_rows_among, predict_sparsity
 from meft.planner.timing import step_timing
 from meft.planner.transfer import step_transfer
@@ -102,12 +103,7 @@ def predict(
     """
     sparsity = _sparsity(request, decision, profiles.sparsity, active_rows_per_layer)
     rows = sparsity.active_rows_per_layer
-    trainable = trainable_parameters(
-        request,
-        adapter_width=decision.adapter_width,
-        num_experts=decision.num_experts,
-        key_experts=decision.routing == "key-experts",
-    )
+    trainable = adapter_parameters(request, Candidates.of(decision))
     return Prediction(
         device_memory=predict_device_memory(
             request=request, decision=decision, gpu=profiles.gpu, active_rows_per_layer=rows
@@ -129,9 +125,9 @@ def predict(
     )
 
 
-def trainable_parameters(request: Request, *, adapter_width: Ints, num_experts: Ints, key_experts: Flags) -> Ints:
-    """Keys and values of every row, and for Key-Experts the routers: ``L * (2*R + N) * D``."""
-    vectors = 2 * adapter_width + num_experts * key_experts
+def adapter_parameters(request: Request, candidates: Candidates) -> Ints:
+    """Trainable ones: keys and values of every row, and for Key-Experts the routers, ``L * (2*R + N) * D``."""
+    vectors = 2 * candidates.adapter_width + candidates.num_experts * candidates.key_experts
     return request.model.num_layers * request.model.hidden_size * vectors
 
 

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import bisect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.candidates import Candidates
 from meft.planner.plan import Decision, Request, RowsInBackward
 from meft.planner.profiles import SparsityProfile
 from meft.planner.quantities import Ints
@@ -103,34 +104,36 @@ class Space:
         return int(np.prod(self.shape[1:CAP_AXIS])) * int(self.is_new.sum())
 
     @property
-    def cached_axis(self) -> NDArray[np.int64]:
-        """Cached rows along the axes of caches and routings."""
-        return self.cached_rows[:, None, None, None, None, :]
+    def candidates(self) -> Candidates:
+        """All of the grid, every choice along its own axis, ready to broadcast; without a bf16 copy."""
+        return Candidates(
+            adapter_width=self.adapter_width,
+            top_k=self.top_k,
+            prefetch_depth=np.array(self.prefetch_depths).reshape(-1, 1, 1, 1, 1),
+            active_rows_cap=self.caps,
+            num_experts=self.num_experts,
+            num_probes=self.num_probes,
+            key_experts=self.key_experts,
+            retained=np.array([choice == "retained" for choice in self.rows_in_backward]).reshape(-1, 1, 1),
+            activation_checkpointing=np.array(self.activation_checkpointing).reshape(-1, 1, 1, 1),
+            cached_rows=self.cached_rows[:, None, None, None, None, :],
+            gradients_on_device=np.array(self.gradients_on_device).reshape(-1, 1, 1, 1, 1, 1),
+            hot_rows=self.hot_rows,
+        )
 
-    @property
-    def on_device_axis(self) -> NDArray[np.bool_]:
-        """Whether gradients are summed on the device, along the axis of caches."""
-        return np.array(self.gradients_on_device).reshape(-1, 1, 1, 1, 1, 1)
-
-    @property
-    def depth_axis(self) -> NDArray[np.int64]:
-        """Prefetch depths along their axis, ready to broadcast."""
-        return np.array(self.prefetch_depths).reshape(-1, 1, 1, 1, 1)
+    def candidates_at(self, cache: int, backward: int = 0) -> Candidates:
+        """Those at a place of the cache axis, and at one of the axis of rows in backward."""
+        return replace(
+            self.candidates,
+            cached_rows=self.cached_rows[cache],
+            gradients_on_device=self.gradients_on_device[cache],
+            retained=self.rows_in_backward[backward] == "retained",
+        )
 
     @property
     def recall_axis(self) -> NDArray[np.float64]:
         """Recall of looking ahead, along the axis of prefetch depths."""
         return self.prefetch_recall.reshape(-1, 1, 1, 1, 1)
-
-    @property
-    def checkpointing_axis(self) -> NDArray[np.bool_]:
-        """Activation checkpointing along its axis."""
-        return np.array(self.activation_checkpointing).reshape(-1, 1, 1, 1)
-
-    @property
-    def retained_axis(self) -> NDArray[np.bool_]:
-        """Whether rows are retained, along its axis."""
-        return np.array([choice == "retained" for choice in self.rows_in_backward]).reshape(-1, 1, 1)
 
     def decision(self, index: tuple[int, ...], *, bf16_copy: bool | None = None) -> Decision:
         """The decision at a grid index; the copy as given, or the first of :attr:`bf16_copies`."""

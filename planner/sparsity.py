@@ -26,6 +26,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.candidates import Candidates
 from meft.planner.errors import UsageError
 from meft.planner.hot_rows import HotRows, hot_active_rows, hot_share
 from meft.planner.plan import Decision, Request, Sparsity
@@ -228,13 +229,8 @@ def window_rows(
     num_layers: int,
     *,
     tokens: Ints,
-    top_k: Ints,
-    adapter_width: Ints,
     grad_accum: int,
-    cached_rows: Ints,
-    active_rows_cap: Ints,
-    key_experts: Flags = False,
-    hot_rows: Ints = 0,
+    candidates: Candidates,
 ) -> WindowRows:
     """What travels when a layer keeps the first ``C`` rows that the window activates; hot rows are left out.
 
@@ -243,18 +239,19 @@ def window_rows(
     alike, and those kept are the rows of the first ones.
     """
 
-    share = hot_share(profile, hot_rows=hot_rows, adapter_width=adapter_width)
+    cached_rows, hot_rows = candidates.cached_rows, candidates.hot_rows
+    share = hot_share(profile, hot_rows=hot_rows, adapter_width=candidates.adapter_width)
 
     def union(micro_batches: int) -> NDArray[np.int64]:
         rows = active_rows_per_layer(
             profile,
             num_layers,
             tokens=tokens * micro_batches,
-            top_k=top_k,
-            adapter_width=adapter_width,
-            key_experts=key_experts,
+            top_k=candidates.top_k,
+            adapter_width=candidates.adapter_width,
+            key_experts=candidates.key_experts,
         )
-        rows = np.minimum(distinct_layers(rows), active_rows_cap * micro_batches)
+        rows = np.minimum(distinct_layers(rows), candidates.active_rows_cap * micro_batches)
         return rows - hot_active_rows(rows, hot_rows=hot_rows, share=share)
 
     before = np.zeros_like(union(1))
@@ -306,16 +303,7 @@ def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: De
     cached: dict[str, tuple[int, ...]] = {}
     if decision.cached_rows:
         rows = window_rows(
-            profile,
-            num_layers,
-            tokens=tokens,
-            top_k=top_k,
-            adapter_width=width,
-            grad_accum=request.grad_accum,
-            cached_rows=decision.cached_rows,
-            active_rows_cap=cap,
-            key_experts=experts,
-            hot_rows=decision.hot_rows,
+            profile, num_layers, tokens=tokens, grad_accum=request.grad_accum, candidates=Candidates.of(decision)
         )
         cached = {
             "missing_rows_per_layer": tuple(rows.missing.tolist()),

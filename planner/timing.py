@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.candidates import Candidates, same_for_all
 from meft.planner.chrome import Event
 from meft.planner.gpu_timing import (
     ADAMW_ARRAYS,
@@ -45,7 +46,6 @@ from meft.planner.quantities import (
     BF16_BYTES,
     COMPUTE_DTYPE_BYTES,
     MASTER_BYTES,
-    Flags,
     Floats,
     Ints,
 )
@@ -127,32 +127,26 @@ def step_costs(
     gpu: GpuProfile,
     link: LinkProfile,
     host: HostProfile,
-    adapter_width: Ints,
-    num_experts: Ints,
-    num_probes: Ints,
-    key_experts: Flags,
-    refetched: Flags,
+    candidates: Candidates,
     active_rows: NDArray[np.int64],
     window_active_rows: NDArray[np.int64],
     cached: WindowRows | None = None,
-    gradients_on_device: bool = False,
     hot: HotRows | None = None,
-    bf16_copy: bool = False,
 ) -> StepCosts:
     """Seconds of every task of a step.
 
-    ``active_rows`` of a micro-batch and ``window_active_rows`` of an accumulation window are ``[L, ...]``, the other
-    choices numbers or arrays over the same candidates. ``cached`` are the window's rows where some stay on the device,
-    ``hot`` those of rows that are there for good.
+    ``active_rows`` of a micro-batch and ``window_active_rows`` of an accumulation window are ``[L, ...]`` over the
+    candidates' axes; ``cached`` are the window's rows where some stay on the device, ``hot`` those of rows that are
+    there for good. Raises :class:`ValueError` where some candidates sum gradients on the device, or have a bf16 copy,
+    and others do not.
     """
-    moved = _moved_rows(active_rows, cached, gradients_on_device, request.grad_accum, hot)
-    scored_rows = num_probes * (adapter_width // num_experts)
-    visited_experts = np.where(key_experts, np.minimum(num_experts, request.tokens_per_step * num_probes), 0)
+    on_device = same_for_all(candidates.gradients_on_device)
+    moved = _moved_rows(active_rows, cached, on_device, request.grad_accum, hot)
     window_rows: Ints = (window_active_rows if hot is None else window_active_rows - hot.in_window).sum(axis=0)
     costs = StepCosts(
-        gpu=_gpu_costs(request, gpu_rates(gpu, request), num_experts, key_experts, moved),
-        link=_link_costs(request, link, num_probes, key_experts, refetched, moved),
-        host=_host_costs(request, host, scored_rows, visited_experts, moved, window_rows, bf16_copy=bf16_copy),
+        gpu=_gpu_costs(request, gpu_rates(gpu, request), candidates, moved),
+        link=_link_costs(request, link, candidates, moved),
+        host=_host_costs(request, host, candidates, moved, window_rows),
     )
     return costs if hot is None else _with_hot_update(costs, request, gpu, link, host, hot.per_layer)
 
@@ -237,16 +231,14 @@ def _moved_rows(
     )
 
 
-def _gpu_costs(
-    request: Request, rates: GpuRates, num_experts: Ints, key_experts: Flags, moved: _MovedRows
-) -> GpuSeconds:
+def _gpu_costs(request: Request, rates: GpuRates, candidates: Candidates, moved: _MovedRows) -> GpuSeconds:
     rows = moved.active
     routed = AdapterSizes(
         tokens=request.tokens_per_step,
         hidden_size=request.model.hidden_size,
         element_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
-        num_experts=num_experts,
-        key_experts=key_experts,
+        num_experts=candidates.num_experts,
+        key_experts=candidates.key_experts,
     )
     return GpuSeconds(
         embedding=embedding_seconds(request, rates),
@@ -265,15 +257,9 @@ def _gpu_costs(
     )
 
 
-def _link_costs(
-    request: Request,
-    link: LinkProfile,
-    num_probes: Ints,
-    key_experts: Flags,
-    refetched: Flags,
-    moved: _MovedRows,
-) -> LinkSeconds:
+def _link_costs(request: Request, link: LinkProfile, candidates: Candidates, moved: _MovedRows) -> LinkSeconds:
     tokens, hidden_size = request.tokens_per_step, request.model.hidden_size
+    key_experts, refetched = candidates.key_experts, candidates.refetched
     h2d, d2h, latency = link.h2d_bytes_per_second.value, link.d2h_bytes_per_second.value, link.latency_seconds.value
     h2d_backward = np.where(refetched, link.duplex_h2d_bytes_per_second.value, h2d)
     d2h_backward = np.where(refetched, link.duplex_d2h_bytes_per_second.value, d2h)
@@ -285,7 +271,7 @@ def _link_costs(
     queries = query_bytes(
         tokens=tokens, hidden_size=hidden_size, compute_dtype_bytes=COMPUTE_DTYPE_BYTES[request.weights_dtype]
     )
-    probes = probe_bytes(tokens=tokens, num_probes=num_probes)
+    probes = probe_bytes(tokens=tokens, num_probes=candidates.num_probes)
     experts = key_experts * copy_seconds(row_expert_bytes(active_rows=moved.active), rate=h2d, latency=latency)
     hits = row_expert_bytes(active_rows=moved.active - moved.missing)
     places = moved.has_places * copy_seconds(hits, rate=h2d, latency=latency)
@@ -307,15 +293,13 @@ def _link_costs(
 def _host_costs(
     request: Request,
     host: HostProfile,
-    scored_rows: Ints,
-    visited_experts: Ints,
+    candidates: Candidates,
     moved: _MovedRows,
     window_rows: Ints,
-    *,
-    bf16_copy: bool,
 ) -> HostSeconds:
     hidden_size, element_bytes = request.model.hidden_size, ADAPTER_DTYPE_BYTES[request.adapter_dtype]
-    copied = bf16_copy and request.adapter_dtype == "bf16"
+    tokens, probes, experts = request.tokens_per_step, candidates.num_probes, candidates.num_experts
+    copied = same_for_all(candidates.bf16_copy) and request.adapter_dtype == "bf16"
 
     def gather(rows: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.asarray(
@@ -327,10 +311,10 @@ def _host_costs(
     return HostSeconds(
         route=route_seconds(
             host,
-            tokens=request.tokens_per_step,
+            tokens=tokens,
             hidden_size=hidden_size,
-            scored_rows=scored_rows,
-            visited_experts=visited_experts,
+            scored_rows=probes * (candidates.adapter_width // experts),
+            visited_experts=np.where(candidates.key_experts, np.minimum(experts, tokens * probes), 0),
         ),
         gather=gather(moved.missing),
         gather_again=gather(moved.overflow),
@@ -370,30 +354,24 @@ def step_timing(
     if decision.cached_rows:
         by_kind = (missing_rows_per_layer, overflow_rows_per_layer, kept_rows_per_layer)
         cached = WindowRows(*(np.array(rows, dtype=np.int64) for rows in by_kind))
-    refetched, num_layers = decision.rows_in_backward == "refetched", request.model.num_layers
+    num_layers = request.model.num_layers
     costs = step_costs(
         request=request,
         gpu=gpu,
         link=link,
         host=host,
-        adapter_width=decision.adapter_width,
-        num_experts=decision.num_experts,
-        num_probes=decision.num_probes,
-        key_experts=decision.routing == "key-experts",
-        refetched=refetched,
+        candidates=Candidates.of(decision),
         active_rows=np.array(active_rows_per_layer, dtype=np.int64),
         window_active_rows=np.array(window_active_rows_per_layer, dtype=np.int64),
         cached=cached,
-        gradients_on_device=decision.gradients_on_device,
         hot=hot,
-        bf16_copy=decision.bf16_copy,
     )
     step = simulate(
         costs,
         num_layers=num_layers,
         prefetch_depth=decision.prefetch_depth,
         checkpointing=decision.activation_checkpointing,
-        refetched=refetched,
+        refetched=decision.rows_in_backward == "refetched",
         serial=gpu.shares_host_cores and not overlapped,
         overlapped=overlapped,
         events=events,

@@ -30,12 +30,14 @@ Letters: ``T`` tokens, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.hot_rows import HOT_NORM_BYTES, HotRows, hot_key_bytes
+from meft.planner.candidates import Candidates
+from meft.planner.hot_rows import HOT_NORM_BYTES, hot_key_bytes
 from meft.planner.plan import Decision, Direction, Request, Transfer, TransferEntry
 from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, INDEX_BYTES, Flags, Ints
 
@@ -116,43 +118,42 @@ def whole_adapter_bytes(*, num_layers: Ints, adapter_width: Ints, hidden_size: I
     )
 
 
-def step_bytes_by_category(
-    *,
-    request: Request,
-    prefetch_depth: Ints,
-    num_probes: Ints,
-    key_experts: Flags,
-    refetched: Flags,
-    active_rows: NDArray[np.int64],
-    missing_rows: NDArray[np.int64] | None = None,
-    overflow_rows: NDArray[np.int64] | None = None,
-    gradients_on_device: Flags = False,
-    hot_rows: NDArray[np.int64] | None = None,
-) -> Categories:
-    """Every category of a step, zeros included; rows are ``[L, ...]``, the rest numbers or arrays.
+@dataclass(frozen=True)
+class StepRows:
+    """Active rows of a micro-batch, and which of them are where; all ``[L, ...]``.
 
-    ``hot_rows`` are the active ones that are hot. Without cached rows all others are missing, and overflow.
+    Without cached rows all but the hot ones are missing, and overflow: so they are where nothing else is given.
     """
-    cold_rows = active_rows if hot_rows is None else active_rows - hot_rows
-    missing_rows = cold_rows if missing_rows is None else missing_rows
-    overflow_rows = cold_rows if overflow_rows is None else overflow_rows
+
+    active: NDArray[np.int64]
+    missing: NDArray[np.int64] | None = None
+    overflow: NDArray[np.int64] | None = None
+    hot: NDArray[np.int64] | None = None
+
+
+def step_bytes_by_category(*, request: Request, candidates: Candidates, rows: StepRows) -> Categories:
+    """Every category of a step, zeros included."""
+    cold_rows = rows.active if rows.hot is None else rows.active - rows.hot
+    missing_rows = cold_rows if rows.missing is None else rows.missing
+    overflow_rows = cold_rows if rows.overflow is None else rows.overflow
+    prefetch_depth, key_experts = candidates.prefetch_depth, candidates.key_experts
     num_layers, hidden_size, tokens = request.model.num_layers, request.model.hidden_size, request.tokens_per_step
     row_dtype, query_dtype = ADAPTER_DTYPE_BYTES[request.adapter_dtype], COMPUTE_DTYPE_BYTES[request.weights_dtype]
-    rows: Ints = active_rows.sum(axis=0)
+    active: Ints = rows.active.sum(axis=0)
     missing: Ints = missing_rows.sum(axis=0)
     overflow: Ints = overflow_rows.sum(axis=0)
-    again = refetched_rows(active_rows=overflow_rows, prefetch_depth=prefetch_depth, refetched=refetched)
+    again = refetched_rows(active_rows=overflow_rows, prefetch_depth=prefetch_depth, refetched=candidates.refetched)
     cold: Ints = cold_rows.sum(axis=0)
-    gradients: Ints = cold + (overflow - cold) * gradients_on_device
+    gradients: Ints = cold + (overflow - cold) * candidates.gradients_on_device
     query = query_bytes(tokens=tokens, hidden_size=hidden_size, compute_dtype_bytes=query_dtype)
     return {
         ("h2d", "inputs"): input_bytes(tokens=tokens),
         ("h2d", "rows"): row_bytes(active_rows=missing, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype),
-        ("h2d", "row_positions"): (rows - missing) * INDEX_BYTES,
-        ("h2d", "row_experts"): row_expert_bytes(active_rows=rows) * key_experts,
+        ("h2d", "row_positions"): (active - missing) * INDEX_BYTES,
+        ("h2d", "row_experts"): row_expert_bytes(active_rows=active) * key_experts,
         ("h2d", "rows_refetched"): row_bytes(active_rows=again, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype),
         ("d2h", "queries"): layers_queried(num_layers=num_layers, prefetch_depth=prefetch_depth) * query,
-        ("d2h", "probes"): num_layers * probe_bytes(tokens=tokens, num_probes=num_probes) * key_experts,
+        ("d2h", "probes"): num_layers * probe_bytes(tokens=tokens, num_probes=candidates.num_probes) * key_experts,
         ("d2h", "row_gradients"): row_bytes(
             active_rows=gradients, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype
         ),
@@ -196,38 +197,22 @@ def window_gradient_bytes(*, request: Request, decision: Decision, kept_rows_per
 def window_bytes(
     *,
     request: Request,
-    prefetch_depth: Ints,
-    num_probes: Ints,
-    key_experts: Flags,
-    refetched: Flags,
-    active_rows: NDArray[np.int64],
-    missing_rows: NDArray[np.int64] | None = None,
-    overflow_rows: NDArray[np.int64] | None = None,
+    candidates: Candidates,
+    rows: StepRows,
     kept_rows: NDArray[np.int64] | None = None,
-    gradients_on_device: bool = False,
-    hot: HotRows | None = None,
 ) -> Ints:
-    """Both directions of an accumulation window, its optimizer step included, for the search; rows ``[L, ...]``."""
+    """Both directions of an accumulation window, its optimizer step included, for the search; rows ``[L, ...]``.
+
+    ``kept_rows`` are those that the window keeps on the device.
+    """
     num_layers, hidden_size = request.model.num_layers, request.model.hidden_size
-    categories = step_bytes_by_category(
-        request=request,
-        prefetch_depth=prefetch_depth,
-        num_probes=num_probes,
-        key_experts=key_experts,
-        refetched=refetched,
-        active_rows=active_rows,
-        missing_rows=missing_rows,
-        overflow_rows=overflow_rows,
-        gradients_on_device=gradients_on_device,
-        hot_rows=None if hot is None else hot.active,
-    )
-    summed: Ints = 0 if kept_rows is None or not gradients_on_device else kept_rows.sum(axis=0)
+    categories = step_bytes_by_category(request=request, candidates=candidates, rows=rows)
+    summed: Ints = 0 if kept_rows is None else kept_rows.sum(axis=0) * candidates.gradients_on_device
     e = ADAPTER_DTYPE_BYTES[request.adapter_dtype]
     sums = row_bytes(active_rows=summed, hidden_size=hidden_size, adapter_dtype_bytes=e)
-    hot_rows: Ints = 0 if hot is None else hot.per_layer
-    keys = hot_key_bytes(num_layers=num_layers, hidden_size=hidden_size, hot_rows=hot_rows)
+    keys = hot_key_bytes(num_layers=num_layers, hidden_size=hidden_size, hot_rows=candidates.hot_rows)
     step = step_bytes(categories)
-    once = step_bytes(optimizer_step_bytes(key_experts=key_experts, window_gradients=sums, hot_keys=keys))
+    once = step_bytes(optimizer_step_bytes(key_experts=candidates.key_experts, window_gradients=sums, hot_keys=keys))
     total: Ints = request.grad_accum * (step[0] + step[1]) + once[0] + once[1]
     return total
 
@@ -309,15 +294,10 @@ def _decided(
     for name, rows in {"active": active, "missing": missing, "overflow": overflow, "hot": hot}.items():
         if len(rows) != request.model.num_layers and (rows or name == "active"):
             raise ValueError(f"{name} rows are given for {len(rows)} layers, the model has {request.model.num_layers}")
-    return step_bytes_by_category(
-        request=request,
-        prefetch_depth=decision.prefetch_depth,
-        num_probes=decision.num_probes,
-        key_experts=decision.routing == "key-experts",
-        refetched=decision.rows_in_backward == "refetched",
-        active_rows=np.array(active, dtype=np.int64),
-        missing_rows=np.array(missing, dtype=np.int64) if missing else None,
-        overflow_rows=np.array(overflow, dtype=np.int64) if overflow else None,
-        gradients_on_device=decision.gradients_on_device,
-        hot_rows=np.array(hot, dtype=np.int64) if hot else None,
+    rows_of = StepRows(
+        active=np.array(active, dtype=np.int64),
+        missing=np.array(missing, dtype=np.int64) if missing else None,
+        overflow=np.array(overflow, dtype=np.int64) if overflow else None,
+        hot=np.array(hot, dtype=np.int64) if hot else None,
     )
+    return step_bytes_by_category(request=request, candidates=Candidates.of(decision), rows=rows_of)

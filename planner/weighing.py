@@ -25,7 +25,7 @@ from meft.planner.infeasible import Limit
 from meft.planner.memory import reserved_bytes
 from meft.planner.pareto import pareto_front, thinned
 from meft.planner.plan import Decision, ParetoPoint, Request
-from meft.planner.prediction import ProfileSet, trainable_parameters
+from meft.planner.prediction import ProfileSet, adapter_parameters
 from meft.planner.space import CAP_AXIS, Space, enumerate_space
 
 PARETO_POINTS = 12
@@ -124,14 +124,7 @@ def weigh(request: Request, profiles: ProfileSet, *, simulate_all: bool = False)
     allocated = grid_allocated_bytes(space, request, profiles)
     reserved = np.asarray(reserved_bytes(allocated))
     host = [grid_host_bytes(space, request, profiles, bf16_copy=copied) for copied in space.bf16_copies]
-    trainable = np.asarray(
-        trainable_parameters(
-            request,
-            adapter_width=space.adapter_width,
-            num_experts=space.num_experts,
-            key_experts=space.key_experts,
-        )
-    )
+    trainable = np.asarray(adapter_parameters(request, space.candidates))
     limits = _cheap_limits(request, profiles, reserved=reserved, host=host[0], trainable=trainable)
     fits = np.ones(space.shape, np.bool_)
     for limit in limits:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from planner_records import decision_of, request_of, tiny_shape
 
 from meft.planner.allocator import pinned_bytes
+from meft.planner.candidates import Candidates
 from meft.planner.host_memory import buffer_bytes, host_memory, host_total_bytes
 
 
@@ -105,18 +106,18 @@ def test_pinned_rounding_at_powers_of_two(power: int):
     pinned=st.booleans(),
 )
 def test_the_search_and_the_ledger_agree_to_the_byte(candidates: list[tuple[int, int, int, bool]], pinned: bool):
-    widths, caps, depths, gated = np.array(candidates).T
-    totals = host_total_bytes(
-        request=tiny_request(),
-        adapter_width=widths,
-        active_rows_cap=caps,
-        prefetch_depth=depths,
-        num_probes=np.where(gated, 8, 1),
-        key_experts=gated,
-        pinned=pinned,
-    )
-    for candidate, (width, cap, depth, key_experts) in enumerate(candidates):
-        routing = "key-experts" if key_experts else "exact"
-        decision = decision_of(routing=routing, adapter_width=width, top_k=4, active_rows_cap=cap, prefetch_depth=depth)
+    decisions = [
+        decision_of(
+            routing="key-experts" if key_experts else "exact",
+            adapter_width=width,
+            top_k=4,
+            active_rows_cap=cap,
+            prefetch_depth=depth,
+        )
+        for width, cap, depth, key_experts in candidates
+    ]
+    together = Candidates.side_by_side(decisions)
+    totals = host_total_bytes(request=tiny_request(), candidates=together, pinned=pinned)
+    for candidate, decision in enumerate(decisions):
         ledger = host_memory(request=tiny_request(), decision=decision, pinned=pinned)
         assert totals[candidate] == ledger.total_bytes

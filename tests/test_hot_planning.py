@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from planner_records import decision_of, gpu_profile, request_of, sparsity_profi
 from pydantic import ValidationError
 from rich.console import Console
 
+from meft.planner.candidates import Candidates
 from meft.planner.errors import UsageError
 from meft.planner.host_memory import host_memory
 from meft.planner.hot_rows import hot_active_rows, hot_share
@@ -22,7 +24,7 @@ from meft.planner.prediction import ProfileSet, predict
 from meft.planner.profiles import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.render import plan_view
 from meft.planner.search import make_plan
-from meft.planner.sparsity import window_rows
+from meft.planner.sparsity import WindowRows, window_rows
 from meft.planner.transfer import expected_step_bytes, step_transfer
 
 POPULAR = ({"rows": 0.1, "traffic": 0.4}, {"rows": 0.25, "traffic": 0.7})
@@ -111,12 +113,16 @@ def test_what_moves_by_hand() -> None:
 
 
 def test_hot_rows_are_neither_missing_nor_kept_in_a_window() -> None:
-    sizes = {"tokens": 64, "top_k": 4, "adapter_width": 100, "grad_accum": 8, "active_rows_cap": 100}
-    plain = window_rows(sparsity_profile(), 1, cached_rows=100, **sizes)
-    hot = window_rows(sparsity_profile(), 1, cached_rows=100, hot_rows=50, **sizes)
+    chosen = tiny_decision(top_k=4, adapter_width=100, active_rows_cap=100, cached_rows=100)
+
+    def window_with(hot_rows: int) -> WindowRows:
+        candidates = replace(Candidates.of(chosen), hot_rows=hot_rows)
+        return window_rows(sparsity_profile(), 1, tokens=64, grad_accum=8, candidates=candidates)
+
+    plain, hot = window_with(0), window_with(50)
     assert hot.kept[0] == pytest.approx(plain.kept[0] / 2, abs=1)  # nothing says that they are popular
     assert hot.missing[0] == pytest.approx(plain.missing[0] / 2, abs=1)
-    every = window_rows(sparsity_profile(), 1, cached_rows=100, hot_rows=100, **sizes)
+    every = window_with(100)
     assert (every.missing[0], every.kept[0], every.overflow[0]) == (0, 0, 0)
 
 

@@ -13,6 +13,7 @@ from planner_records import GIB, decision_of, gpu_profile, llama_7b, request_of,
 from meft.planner import activations as act
 from meft.planner import terms_adapter as ada
 from meft.planner import terms_weights as wts
+from meft.planner.candidates import Candidates
 from meft.planner.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
 from meft.planner.memory import device_ledger, peak_allocated_bytes, predict_device_memory
 from meft.planner.methods import SparseAdapter, Workload
@@ -21,17 +22,24 @@ from meft.planner.profiles import SourcedRange
 
 def sparse(**changes) -> SparseAdapter:
     """Three layers with five active rows each, fetched again in backward, exact routing, bf16."""
-    values = {
-        "active_rows": np.array([5, 5, 5], dtype=np.int64),
-        "active_rows_cap": 6,
-        "prefetch_depth": 0,
-        "retained": False,
-        "key_experts": False,
-        "num_experts": 1,
-        "num_probes": 1,
-        "adapter_bytes": 2,
-    }
-    return SparseAdapter(**(values | changes))
+    chosen = Candidates(
+        adapter_width=100,
+        top_k=1,
+        active_rows_cap=6,
+        prefetch_depth=0,
+        retained=False,
+        key_experts=False,
+        num_experts=1,
+        num_probes=1,
+        activation_checkpointing=False,
+    )
+    return changed(SparseAdapter(np.array([5, 5, 5], dtype=np.int64), chosen, adapter_bytes=2), **changes)
+
+
+def changed(method: SparseAdapter, **changes) -> SparseAdapter:
+    """The method with other fields of its own, or of what is chosen."""
+    own = {name: changes.pop(name) for name in ("active_rows", "adapter_bytes") if name in changes}
+    return replace(method, candidates=replace(method.candidates, **changes), **own)
 
 
 def tiny_workload(**changes) -> Workload:
@@ -316,13 +324,13 @@ def test_more_tokens_never_need_less(shape, workload, method) -> None:
 
 @given(shapes, workloads, adapters)
 def test_more_of_an_adapter_never_needs_less(shape, workload, method) -> None:
-    here = peak(shape, workload, method)
-    assert peak(shape, workload, replace(method, active_rows_cap=method.active_rows_cap + 1)) > here
-    assert peak(shape, workload, replace(method, prefetch_depth=method.prefetch_depth + 1)) >= here
+    here, chosen = peak(shape, workload, method), method.candidates
+    assert peak(shape, workload, changed(method, active_rows_cap=chosen.active_rows_cap + 1)) > here
+    assert peak(shape, workload, changed(method, prefetch_depth=chosen.prefetch_depth + 1)) >= here
     assert peak(shape, workload, replace(method, active_rows=method.active_rows + 1)) >= here
-    assert peak(shape, workload, replace(method, num_experts=method.num_experts + 1)) >= here
-    assert peak(shape, workload, replace(method, key_experts=True)) >= peak(
-        shape, workload, replace(method, key_experts=False)
+    assert peak(shape, workload, changed(method, num_experts=chosen.num_experts + 1)) >= here
+    assert peak(shape, workload, changed(method, key_experts=True)) >= peak(
+        shape, workload, changed(method, key_experts=False)
     )
 
 
@@ -344,25 +352,17 @@ def test_arrays_of_candidates_give_what_each_gives_alone(workload, methods, chec
         attention=workload.attention,
         weights_dtype=workload.weights_dtype,
     )
-    names = ["active_rows_cap", "prefetch_depth", "num_experts", "num_probes", "key_experts", "retained"]
+    methods = [
+        changed(method, activation_checkpointing=flag) for method, flag in zip(methods, checkpointing, strict=False)
+    ]
 
-    def peak_of(active_rows, checkpointed, **chosen):
-        return peak_allocated_bytes(
-            request=request,
-            gpu=gpu_profile(),
-            active_rows=active_rows,
-            activation_checkpointing=checkpointed,
-            **chosen,
-        )
+    def peak_of(active_rows, candidates):
+        return peak_allocated_bytes(request=request, gpu=gpu_profile(), active_rows=active_rows, candidates=candidates)
 
-    flags = checkpointing[: len(methods)]
+    each = [vars(method.candidates) for method in methods]
     together = peak_of(
         np.stack([method.active_rows for method in methods], axis=1),
-        np.array(flags),
-        **{name: np.array([getattr(method, name) for method in methods]) for name in names},
+        Candidates(**{name: np.array([chosen[name] for chosen in each]) for name in each[0]}),
     )
-    alone = [
-        peak_of(method.active_rows, flag, **{name: getattr(method, name) for name in names})
-        for method, flag in zip(methods, flags, strict=True)
-    ]
+    alone = [peak_of(method.active_rows, method.candidates) for method in methods]
     assert np.broadcast_to(together, len(methods)).tolist() == alone

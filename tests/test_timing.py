@@ -21,6 +21,7 @@ from planner_records import (
     tiny_shape,
 )
 
+from meft.planner.candidates import Candidates
 from meft.planner.chrome import Event, chrome_trace
 from meft.planner.gpu_timing import attention_seconds, ffn_seconds, gpu_rates
 from meft.planner.lanes import (
@@ -285,14 +286,9 @@ def costs_for(
     used = {"gpu": gpu_profile(), "link": link_profile(), "host": host_profile()} | profiles
     return step_costs(
         request=request,
-        adapter_width=decision.adapter_width,
-        num_experts=decision.num_experts,
-        num_probes=decision.num_probes,
-        key_experts=decision.routing == "key-experts",
-        refetched=decision.rows_in_backward == "refetched",
+        candidates=replace(Candidates.of(decision), bf16_copy=bf16_copy),
         active_rows=np.full(num_layers, rows),
         window_active_rows=np.full(num_layers, window),
-        bf16_copy=bf16_copy,
         **used,
     )
 
@@ -480,16 +476,11 @@ def test_arrays_of_candidates_give_what_each_gives_alone(data: st.DataObject, un
     ]
     layers = data.draw(st.lists(st.tuples(*[st.integers(64, 256)] * count), min_size=3, max_size=3))
     rows = np.broadcast_to(np.array(layers[0]), (3, count)) if uniform else np.array(layers)
-    key_experts = np.array([decision.routing == "key-experts" for decision in decisions])
-    refetched = np.array([decision.rows_in_backward == "refetched" for decision in decisions])
+    candidates = Candidates.side_by_side(decisions)
     profiles = {"gpu": gpu_profile(), "link": link_profile(), "host": host_profile()}
     costs = step_costs(
         request=request,
-        adapter_width=np.array([decision.adapter_width for decision in decisions]),
-        num_experts=np.array([decision.num_experts for decision in decisions]),
-        num_probes=np.array([decision.num_probes for decision in decisions]),
-        key_experts=key_experts,
-        refetched=refetched,
+        candidates=candidates,
         active_rows=rows,
         window_active_rows=2 * rows,
         **profiles,
@@ -499,7 +490,7 @@ def test_arrays_of_candidates_give_what_each_gives_alone(data: st.DataObject, un
         num_layers=3,
         prefetch_depth=np.array([decision.prefetch_depth for decision in decisions]),
         checkpointing=np.array([decision.activation_checkpointing for decision in decisions]),
-        refetched=refetched,
+        refetched=candidates.refetched,
     )
     baselines = np.broadcast_to(baseline_seconds(costs, num_layers=3), (count,))
     for candidate, decision in enumerate(decisions):

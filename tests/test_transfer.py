@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planner_records import decision_of, request_of, tiny_shape
 
+from meft.planner.candidates import Candidates
 from meft.planner.transfer import (
+    StepRows,
     expected_step_bytes,
     refetched_rows,
     step_bytes,
@@ -153,12 +155,7 @@ def test_the_search_and_the_ledger_agree_to_the_byte(rows: list[tuple[int, int, 
     ]
     h2d, d2h = step_bytes(
         step_bytes_by_category(
-            request=request,
-            prefetch_depth=np.array([decision.prefetch_depth for decision in decisions]),
-            num_probes=np.array([decision.num_probes for decision in decisions]),
-            key_experts=np.array([decision.routing == "key-experts" for decision in decisions]),
-            refetched=np.array([decision.rows_in_backward == "refetched" for decision in decisions]),
-            active_rows=np.array(rows).T,
+            request=request, candidates=Candidates.side_by_side(decisions), rows=StepRows(active=np.array(rows).T)
         )
     )
     for candidate, (decision, active) in enumerate(zip(decisions, rows, strict=True)):

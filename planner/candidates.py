@@ -1,0 +1,71 @@
+"""What the term functions are given: one decision as numbers, or all that a search weighs as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from meft.planner.plan import Decision
+from meft.planner.quantities import Flags, Ints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Each field is what :class:`~meft.planner.plan.Decision` says of it: a number, or an array of many decisions'.
+
+    Arrays broadcast against each other, so a choice needs its own axis only.
+    """
+
+    adapter_width: Ints
+    top_k: Ints
+    prefetch_depth: Ints
+    active_rows_cap: Ints
+    num_experts: Ints
+    num_probes: Ints
+    key_experts: Flags
+    retained: Flags
+    """Rows stay on the device until backward; otherwise they are fetched again."""
+    activation_checkpointing: Flags
+    cached_rows: Ints = 0
+    gradients_on_device: Flags = False
+    bf16_copy: Flags = False
+    hot_rows: Ints = 0
+
+    @property
+    def refetched(self) -> Flags:
+        """Rows are fetched again in backward."""
+        return not self.retained if isinstance(self.retained, bool) else ~self.retained
+
+    @classmethod
+    def of(cls, decision: Decision) -> Candidates:
+        """One decision, in numbers."""
+        return cls(
+            adapter_width=decision.adapter_width,
+            top_k=decision.top_k,
+            prefetch_depth=decision.prefetch_depth,
+            active_rows_cap=decision.active_rows_cap,
+            num_experts=decision.num_experts,
+            num_probes=decision.num_probes,
+            key_experts=decision.routing == "key-experts",
+            retained=decision.rows_in_backward == "retained",
+            activation_checkpointing=decision.activation_checkpointing,
+            cached_rows=decision.cached_rows,
+            gradients_on_device=decision.gradients_on_device,
+            bf16_copy=decision.bf16_copy,
+            hot_rows=decision.hot_rows,
+        )
+
+    @classmethod
+    def side_by_side(cls, decisions: Sequence[Decision]) -> Candidates:
+        """Some decisions, every field an array of as many."""
+        each = [vars(cls.of(decision)) for decision in decisions]
+        return cls(**{name: np.array([numbers[name] for numbers in each]) for name in each[0]})
+
+
+def same_for_all(flags: Flags) -> bool:
+    """The one value of a choice that is alike in all candidates; raises :class:`ValueError` where it is not."""
+    if np.any(flags) != np.all(flags):
+        raise ValueError(f"a choice that must be the same for all candidates is not: {flags}")
+    return bool(np.any(flags))
