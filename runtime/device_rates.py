@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,8 @@ HOST_PRODUCTS = ((128, 576, 1536), (512, 576, 1536), (512, 1024, 1024))
 LINK_SIZES = (64 << 10, 256 << 10, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 HOST_LINK_SIZES = (64 << 10, 256 << 10, MIB, 4 * MIB)
 """The emulated device's copies stay as small as its rows."""
+UNCACHED_BYTES = 128 * MIB
+"""Copied before the same memory's turn comes again: more than a cache holds."""
 WEIGHTS_BYTES = 4 * MIB
 """About a linear layer of a small model in fp32; more than a core's own caches hold."""
 BF16_CAPABILITY = (8, 0)
@@ -222,22 +224,31 @@ def link(device: torch.device) -> LinkMeasured:
     for way, taken in duplex.items():
         detail = f"{sizes[-1] // 1024} KiB while as much goes the other way"
         measurements.append(taken.rate(f"{way} duplex", "B/s", detail, amount=sizes[-1]))
-    measurements.extend(_fitted(lines, sizes))
+    where = "" if device.type == "cuda" else " of copies that no cache holds"
+    measurements.extend(_fitted(lines, f"{len(sizes)} sizes{where}"))
     return LinkMeasured(tuple(measurements), lines, duplex, sizes[-1])
 
 
-def _fitted(lines: dict[str, CopyLine], sizes: Sequence[int]) -> Iterator[Measurement]:
+def _fitted(lines: dict[str, CopyLine], through: str) -> Iterator[Measurement]:
     for name, line in lines.items():
-        detail = f"latency + bytes / rate through {len(sizes)} sizes, at most {line.worst_error_fraction:.0%} off"
+        detail = f"latency + bytes / rate through {through}, at most {line.worst_error_fraction:.0%} off"
         yield measurement(f"{name} fitted rate", "B/s", detail, [line.bytes_per_second])
         yield measurement(f"{name} fitted latency", "s", detail, [line.latency_seconds])
 
 
 def _one_way(device: torch.device, way: str, size: int, *, pinned: bool) -> Sample:
-    host = torch.zeros(size, dtype=torch.uint8, pin_memory=pinned)
-    there = torch.zeros(size, dtype=torch.uint8, device=device)
-    source, target = (host, there) if way == "h2d" else (there, host)
-    return sample(lambda: target.copy_(source, non_blocking=pinned), device=device, seconds=0.1)
+    """Copies of ``size`` bytes. Without CUDA each is of other memory than those before it: rows are gathered past the
+    cache, layer after layer, so that no copy finds its own there."""
+    places = 1 if device.type == "cuda" else UNCACHED_BYTES // size
+    host = torch.ones(places, size, dtype=torch.uint8, pin_memory=pinned)
+    there = torch.ones(places, size, dtype=torch.uint8, device=device)
+    pairs = itertools.cycle(zip(host, there, strict=True) if way == "h2d" else zip(there, host, strict=True))
+
+    def copy() -> None:
+        source, target = next(pairs)
+        target.copy_(source, non_blocking=pinned)
+
+    return sample(copy, device=device, seconds=0.1)
 
 
 def _both_ways(device: torch.device, size: int, repetitions: int = 20) -> dict[str, Sample]:
