@@ -13,7 +13,8 @@ benchmarks/knowledge_results.jsonl --facts 500 --figure docs/knowledge.png``.
 Methods: ``meft``; ``parallel`` (dense adapter of the same width, all on the device); ``offload`` (the same, moved
 whole: the runtime with K at the width); ``full`` fine-tuning; ``none``; and under the *budget*, which is the device
 memory that meft's adapter and optimizer take: ``narrow`` (a dense adapter) and ``lora`` (peft, every linear layer),
-each as large as the budget lets it be. ``lora-16`` is LoRA of the usual rank 16, whatever that needs.
+each as large as the budget lets it be. ``--active-rows-cap`` gives meft smaller buffers, as a plan would, and so
+all a smaller budget. ``lora-16`` is LoRA of the usual rank 16, whatever that needs.
 
 Each method trains at every learning rate of its grid with the first seed, then at the best one with the other seeds.
 Evaluation is :mod:`meft.runtime.evaluation`'s: greedy answers to the trained questions (that is what injecting
@@ -76,6 +77,8 @@ LEARNING_RATES = {
 AIRPORTS = "Which city does the airport with IATA code {} serve?", "Airport {} is in"
 CAPITALS = "What is the capital of {}?", "The capital of {} is"
 """A task's question, and the statement put in its place."""
+COMPARED = ("facts", "epochs", "active_rows_cap")
+"""What runs must share to be compared; no cap is 0."""
 AMPLE_BYTES = 64 << 30
 BOOKED_STEPS = 3
 """Two whole optimizer steps and the forward and backward after them."""
@@ -118,11 +121,17 @@ class Run:
     max_norm: float | None = 1.0
     forgetting_texts: int = 16
     forgetting_items: int = 120
+    active_rows_cap: int | None = None
+    """Rows that meft's buffers on the device hold, which is what it needs there; without one ``width``, which drops
+    none. With one the budget is smaller for all methods."""
 
     @property
     def key(self) -> str:
-        """Identifies the run in a results file."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """Identifies the run in a results file. No cap is left out, as in files from before there were any."""
+        fields = asdict(self)
+        if self.active_rows_cap is None:
+            del fields["active_rows_cap"]
+        return json.dumps(fields, sort_keys=True)
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -215,7 +224,8 @@ def _plan(run: Run, shape: ModelShape) -> Plan:
         raise click.ClickException(plan.message)
     routing = "exact" if run.num_experts == 1 else "key-experts"
     experts = {"num_experts": run.num_experts, "num_probes": run.num_probes, "routing": routing}
-    plain = {"active_rows_cap": run.width, "cached_rows": 0, "gradients_on_device": False, "bf16_copy": False}
+    cap = max(top_k, min(run.active_rows_cap or run.width, run.width))
+    plain = {"active_rows_cap": cap, "cached_rows": 0, "gradients_on_device": False, "bf16_copy": False}
     decision = plan.decision.model_copy(update=plain | experts)
     return plan.model_copy(update={"decision": type(decision).model_validate(decision.model_dump())})
 
@@ -345,6 +355,7 @@ def _books(session: Any, trainer: Trainer | None) -> dict[str, Any]:
     }
     if isinstance(session, Session):
         loads = expert_load(session)
+        found["dropped_rows"] = measured.dropped_rows
         found["active_rows_mean"] = statistics.fmean(count for step in measured.active_rows for count in step)
         found["dead_experts"] = sum(load.dead_experts for load in loads)
         found["dead_rows"] = sum(load.dead_rows for load in loads)
@@ -391,7 +402,7 @@ def _exact_match(record: dict[str, Any]) -> float:
 
 def _size(method: str, base: Run, shape: ModelShape) -> dict[str, int]:
     """What makes ``narrow`` and ``lora`` as large as the budget lets them be: fp32 weight, gradient and two moments."""
-    budget = budget_bytes(base.width, shape.hidden_size)
+    budget = budget_bytes(base.active_rows_cap or base.width, shape.hidden_size)
     if method == "narrow":
         width = max(1, budget // (16 * 2 * shape.hidden_size * shape.num_layers))
         return {"width": width, "top_k": min(base.top_k, width)}  # a plan's K is at most its width
@@ -401,9 +412,9 @@ def _size(method: str, base: Run, shape: ModelShape) -> dict[str, int]:
     return {}
 
 
-def budget_bytes(width: int, hidden_size: int) -> int:
-    """What meft needs on the device at most: two fp32 buffers of ``width`` rows, for all layers together."""
-    return 2 * width * 2 * hidden_size * 4
+def budget_bytes(rows: int, hidden_size: int) -> int:
+    """What meft needs on the device at most: two fp32 buffers of so many rows, for all layers together."""
+    return 2 * rows * 2 * hidden_size * 4
 
 
 def details(base: Run) -> Iterator[Run]:
@@ -465,20 +476,25 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per method, facts and length of training its best learning rate by the mean exact match over seeds, of those with
-    the most seeds."""
-    groups: defaultdict[tuple[str, int, int, float], list[dict[str, Any]]] = defaultdict(list)
+    """Per method, budget, facts and length of training its best learning rate by the mean exact match over seeds, of
+    those with the most seeds."""
+    groups: defaultdict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         if "out_of_memory" not in record:
-            groups[record["method"], record["facts"], record["epochs"], record["learning_rate"]].append(record)
-    best: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for (method, facts, epochs, rate), some in groups.items():
-        named = {"method": method, "facts": facts, "epochs": epochs, "learning_rate": rate}
+            groups[*_compared(record), record["method"], record["learning_rate"]].append(record)
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for (*compared, method, rate), some in groups.items():
+        named = dict(zip(COMPARED, compared, strict=True)) | {"method": method, "learning_rate": rate}
         row = _mean_of(some) | named | {"seeds": sorted(each["seed"] for each in some)}
-        place = method, facts, epochs
+        place = *compared, method
         if place not in best or _rank(row) > _rank(best[place]):
             best[place] = row
-    return sorted(best.values(), key=lambda row: (row["facts"], row["epochs"], METHODS.index(row["method"])))
+    return sorted(best.values(), key=lambda row: (*_compared(row), METHODS.index(row["method"])))
+
+
+def _compared(record: dict[str, Any]) -> tuple[int, ...]:
+    """What the methods of one comparison have in common."""
+    return tuple(record.get(name) or 0 for name in COMPARED)
 
 
 def _rank(row: dict[str, Any]) -> tuple[int, float]:
@@ -508,14 +524,14 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    best = {(row["method"], row["learning_rate"]) for row in summarise(records)}
+    best = {(*_compared(row), row["method"], row["learning_rate"]) for row in summarise(records)}
     figure, (by_memory, by_loss) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     runs = [record for record in records if "out_of_memory" not in record]
     for place, method in enumerate(name for name in METHODS if any(run["method"] == name for run in runs)):
         for run in (run for run in runs if run["method"] == method):
-            chosen = (method, run["learning_rate"]) in best
+            chosen = (*_compared(run), method, run["learning_rate"]) in best
             style = {"marker": "o" if chosen else "x", "color": f"C{place}", "linestyle": "none"}
-            score, label = run["exact_match"]["exact_match"], f"{method}, {run['learning_rate']:g}" if chosen else None
+            score, label = run["exact_match"]["exact_match"], method if chosen else None
             by_loss.plot(run["forgetting"]["prose_loss"], score, label=label, **style)
             if run["method_bytes"]:
                 by_memory.plot(run["method_bytes"] / 2**20, score, **style)
@@ -524,7 +540,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     by_loss.set(xlabel="loss on other prose, which training should leave alone")
     handles, labels = by_loss.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    by_loss.legend(unique.values(), unique.keys(), fontsize="small", title="method, best rate")
+    by_loss.legend(unique.values(), unique.keys(), fontsize="small", title="best rate: filled")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -558,6 +574,7 @@ def _common(function: Any) -> Any:
         click.option("--epochs", type=int, default=6),
         click.option("--width", type=int, default=1024),
         click.option("--top-k", type=int, default=32),
+        click.option("--active-rows-cap", type=int, help="Rows in meft's buffers: its budget [default: all]."),
         click.option("--batch-size", type=int, default=16),
         click.option("--seq-len", type=int, default=11, help="Longer facts are left out."),
         click.option("--seeds", default="0,1,2"),
@@ -620,6 +637,7 @@ def report_command(results: Path, json_path: Path | None, figure: Path | None, f
         "method",
         "facts",
         "epochs",
+        "cap",
         "rate",
         "seeds",
         "exact match",
@@ -630,13 +648,14 @@ def report_command(results: Path, json_path: Path | None, figure: Path | None, f
         "traffic",
         "CPU s",
     )
-    click.echo("{:10} {:>6} {:>6} {:>6} {:>5} {:>12} {:>10} {:>8} {:>10} {:>8} {:>8} {:>6}".format(*titles))
+    click.echo("{:10} {:>6} {:>6} {:>5} {:>6} {:>5} {:>12} {:>10} {:>8} {:>10} {:>8} {:>8} {:>6}".format(*titles))
     for row in rows:
         traffic = (row["h2d_bytes_per_step"] + row["d2h_bytes_per_step"]) / 2**20
         spread = "" if row["exact_match_stdev"] is None else f"±{row['exact_match_stdev']:.2f}"
         cpu = "" if row["training_cpu_seconds"] is None else f"{row['training_cpu_seconds']:.0f}"
         click.echo(
-            f"{row['method']:10} {row['facts']:6} {row['epochs']:6} {row['learning_rate']:6.0e} {len(row['seeds']):5} "
+            f"{row['method']:10} {row['facts']:6} {row['epochs']:6} "
+            f"{row['active_rows_cap'] or 'all':>5} {row['learning_rate']:6.0e} {len(row['seeds']):5} "
             f"{row['exact_match']:7.3f}{spread:5} "
             f"{row['prose_loss']:10.3f} {row['capitals_exact_match']:8.3f} {row['method_bytes'] / 2**20:10.1f} "
             f"{row['peak_allocated_bytes'] / 2**20:8.1f} {traffic:8.1f} {cpu:>6}"

@@ -114,6 +114,28 @@ def test_the_budget_decides_the_sizes(script, glass_folder) -> None:
     assert usual.rank == 16
 
 
+def test_a_cap_makes_the_budget_smaller_for_all(script, glass_folder) -> None:
+    whole = script["Run"]("none", 0.0, 0, facts=4, epochs=1, seq_len=64, forgetting_texts=1, forgetting_items=1)
+    whole = script["replace"](whole, width=128, top_k=16, batch_size=4)
+    capped, shape = script["replace"](whole, active_rows_cap=32), script["_shape"](glass_folder)
+    rates = {"meft": (1e-3,), "narrow": (1e-3,), "lora": (1e-3,)}
+    meft, narrow, lora = script["first_stage"](tuple(rates), 0, capped, rates, shape)
+    sizes = script["first_stage"](tuple(rates), 0, whole, rates, shape)
+    assert (narrow.width, lora.rank) < (sizes[1].width, sizes[2].rank)
+    small, large = (script["perform"](run, glass_folder) for run in (meft, sizes[0]))
+    assert small["method_bytes"] < large["method_bytes"] / 2
+    assert small["dropped_rows"] > large["dropped_rows"] == 0
+    assert script["perform"](narrow, glass_folder)["trainable_parameters"] > 0
+    records = [_record(1e-3, 0, 0.5), _record(1e-3, 0, 0.7) | {"active_rows_cap": 32}]
+    assert [row["exact_match"] for row in script["summarise"](records)] == [0.5, 0.7]
+
+
+def test_a_run_without_a_cap_is_the_one_that_older_files_know(script) -> None:
+    run = script["Run"]("meft", 1e-3, 0, facts=4, epochs=1)
+    assert "active_rows_cap" not in run.key
+    assert script["replace"](run, active_rows_cap=9).key != run.key
+
+
 def test_a_narrow_adapter_runs_though_it_has_fewer_rows_than_k(script, glass_folder) -> None:
     base = script["Run"]("none", 0.0, 0, facts=4, epochs=1, seq_len=64, forgetting_texts=1, forgetting_items=1)
     base = script["replace"](base, width=128, top_k=32)
