@@ -22,6 +22,8 @@ from meft.planner.units import GIB, MIB, format_bytes, format_size_argument
 Binding = Literal["device memory", "host memory", "slowdown", "trainable share"]
 
 SHORTEST_SEQUENCE = 16
+FAR = 0.25
+"""Share of a device budget: from 12 to 16 GB is another card."""
 _OPTIONS = {
     "gpu_mem_bytes": "--gpu-mem",
     "host_mem_bytes": "--host-mem",
@@ -154,10 +156,15 @@ def _nearest_change(
 
 def _changes(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Iterator[Request]:
     """Changed requests, the nearest first: the budgets raised by what is missing, a smaller batch, checkpointing, fewer
-    tokens, fixed choices left open, smaller weights, and several of these together."""
+    tokens, fixed choices left open, smaller weights, and several of these together.
+
+    Budgets come last where the host's is this machine's own, or the device's would grow by more than :data:`FAR`: that
+    is another card.
+    """
     raised = _raised(request, needs, gpu)
-    own_machine = request.host_mem_basis == "this machine" and "host_mem_bytes" in needs
-    if raised and not own_machine:
+    far = raised is not None and raised.gpu_mem_bytes > (1 + FAR) * request.gpu_mem_bytes
+    last = far or (request.host_mem_basis == "this machine" and "host_mem_bytes" in needs)
+    if raised and not last:
         yield raised
     for batch_size in _halvings(request.batch_size, 1):
         yield request.model_copy(update={"batch_size": batch_size})
@@ -169,7 +176,7 @@ def _changes(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Iter
         if getattr(request, name) is not None:
             yield request.model_copy(update={name: None})
     yield from _combined(request, gpu)
-    if raised and own_machine:
+    if raised and last:
         yield raised
 
 

@@ -35,6 +35,8 @@ def parse_bytes(text: str, *, field: str = "size") -> int:
     num_bytes = round(float(match["number"]) * _UNITS[match["unit"].lower()])
     if num_bytes <= 0:
         raise UsageError(f"{field}: {text!r} is not above zero; give {_ACCEPTED}")
+    if not match["unit"] and num_bytes < MIB:
+        raise UsageError(f"{field}: {text!r} is so many bytes; did you mean {text.strip()}GB? Give {_ACCEPTED}")
     if num_bytes > MAX_BYTES:
         raise UsageError(f"{field}: {text!r} is more than 1 PiB, which no machine has; give {_ACCEPTED}")
     return num_bytes

@@ -153,6 +153,7 @@ def test_a_local_config_is_a_model() -> None:
         ([], "Give --gpu-mem (such as --gpu-mem 24GB), --gpu (such as --gpu rtx-3090)"),
         (["--gpu-mem", "foo"], "--gpu-mem: 'foo' is not a size; give a positive size such as 24GB"),
         (["--gpu-mem", "-1GB"], "--gpu-mem: '-1GB' is not a size"),
+        (["--gpu-mem", "24"], "--gpu-mem: '24' is so many bytes; did you mean 24GB?"),
         (["--gpu-mem", "0"], "--gpu-mem: '0' is not above zero"),
         (["--gpu-mem", "9999999TB"], "more than 1 PiB"),
         (["--gpu-mem", "24GB", "--host-mem", "lots"], "--host-mem: 'lots' is not a size"),

@@ -491,14 +491,23 @@ def with_options(request: Request, options: dict[str, str]) -> Request:
 
 def test_device_memory_binds_and_the_card_has_more():
     # The 7B model in bf16 takes 12.55 GiB alone; the test card has 24 GiB.
-    request = request_of(gpu_mem_bytes=12 * GIB, adapter_width=6144)
+    request = request_of(gpu_mem_bytes=14 * GIB, adapter_width=6144)
     verdict = refused(request)
     assert verdict.binding == "device memory"
-    assert verdict.limit == 12 * GIB < verdict.needed < 18 * GIB
+    assert verdict.limit == 14 * GIB < verdict.needed < 17 * GIB
     assert verdict.message.startswith("device memory: the nearest needs 1")
-    assert verdict.message.endswith("more than 12.00 GiB (--gpu-mem)")
+    assert verdict.message.endswith("more than 14.00 GiB (--gpu-mem)")
     assert list(verdict.suggestion) == ["--gpu-mem"]
     assert planned(with_options(request, verdict.suggestion)).request.gpu_mem_bytes - GIB < verdict.needed
+
+
+def test_lighter_weights_are_nearer_than_a_card_of_twice_the_memory():
+    request = request_of(gpu_mem_bytes=8 * GIB, adapter_width=1024)
+    verdict = refused(request)
+    assert verdict.suggestion == {"--weights-dtype": "nf4", "--adapter-dtype": "bf16"}
+    planned(with_options(request, verdict.suggestion))
+    hopeless = refused(request.model_copy(update={"gpu_mem_bytes": GIB}))  # 4-bit weights alone take more than 3 GiB
+    assert list(hopeless.suggestion) == ["--gpu-mem"]
 
 
 def test_fewer_hot_rows_are_what_to_change_where_the_card_has_no_more():
@@ -640,7 +649,7 @@ def test_one_limit_is_raised_rather_than_two_by_less():
 
 
 def test_two_limits_that_bind_are_both_told_and_raised():
-    request = request_of(gpu_mem_bytes=12 * GIB, host_mem_bytes=20 * GIB, adapter_width=6144)
+    request = request_of(gpu_mem_bytes=14 * GIB, host_mem_bytes=20 * GIB, adapter_width=6144)
     verdict = refused(request)
     assert verdict.message.count("the nearest needs") == 2
     assert set(verdict.suggestion) == {"--gpu-mem", "--host-mem"}
