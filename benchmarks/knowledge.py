@@ -18,11 +18,11 @@ all a smaller budget. ``lora-16`` is LoRA of the usual rank 16, whatever that ne
 
 Each method trains at every learning rate of its grid with the first seed, then at the best one with the other seeds.
 Evaluation is :mod:`meft.runtime.evaluation`'s: greedy answers to the trained questions (that is what injecting
-knowledge means), and forgetting: loss per token on factbook prose, and the capitals that the model still knows. Prompts
-are statements to complete ("Airport JFK is in"): the question with the chat template would take five times the tokens,
-and of capitals asked for as a question this model names none, as a statement every fourth. Memory is counted over the
-first steps, transfers over all: every step allocates the same, and the books of the emulated device cost a third of the
-time.
+knowledge means), and forgetting: loss per token on factbook prose, and the capitals that the model still knows; for
+meft also where a token meets fewer rows than all. Prompts are statements to complete ("Airport JFK is in"): the
+question with the chat template would take five times the tokens, and of capitals asked for as a question this model
+names none, as a statement every fourth. Memory is counted over the first steps, transfers over all: every step
+allocates the same, and the books of the emulated device cost a third of the time.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         trainer = _train(run, session, examples)
         seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
         return asdict(run) | {
-            "exact_match": _scores(session, tokenizer, task, run),
-            "forgetting": _forgetting(run, session, tokenizer),
+            **_asked(run, session, tokenizer, task),
+            "fewer_rows": _fewer_rows(run, session, tokenizer, task),
             "loss_per_epoch": _per_epoch(trainer, run),
             "training_seconds": round(seconds, 1),
             "training_cpu_seconds": round(cpu_seconds, 1),  # what sharing the machine does not change
@@ -310,22 +310,40 @@ def _close_books(session: Any, *, after: int) -> None:
     session.step = counted
 
 
-def _scores(session: Any, tokenizer: Any, task: Task, run: Run) -> dict[str, float]:
+def _fewer_rows(run: Run, session: Any, tokenizer: Any, task: Task) -> dict[int, dict[str, Any]]:
+    """Asked again with tokens meeting only their best rows, by how many: K, twice and four times as many."""
+    if not isinstance(session, Session) or run.method == "offload":
+        return {}
+    return {rows: _asked(run, session, tokenizer, task, rows) for rows in (run.top_k, 2 * run.top_k, 4 * run.top_k)}
+
+
+def _asked(run: Run, session: Any, tokenizer: Any, task: Task, rows_per_token: int | None = None) -> dict[str, Any]:
+    return {
+        "exact_match": _scores(session, tokenizer, task, run, rows_per_token),
+        "forgetting": _forgetting(run, session, tokenizer, rows_per_token),
+    }
+
+
+def _scores(session: Any, tokenizer: Any, task: Task, run: Run, rows_per_token: int | None) -> dict[str, float]:
     evaluator = Evaluator(task, tokenizer, GenerationOptions(8, 2 * run.batch_size, raw=True))
     sparse = isinstance(session, Session)
-    generator = SessionGenerator(session) if sparse else ModelGenerator(session.model)
+    generator = SessionGenerator(session, rows_per_token) if sparse else ModelGenerator(session.model)
     return evaluator.evaluate(generator, optimizer_steps=0).scores
 
 
-def _forgetting(run: Run, session: Any, tokenizer: Any) -> dict[str, float]:
+def _forgetting(run: Run, session: Any, tokenizer: Any, rows_per_token: int | None) -> dict[str, float]:
     """What the model knew before: prose it could predict, capitals it could name."""
     texts = factbook_prose(run.forgetting_texts)
     examples = [each.truncated(64) for text in texts for each in tokenize_record(Text(text), tokenizer, raw=True)]
-    batch_loss = partial(session_loss, session) if isinstance(session, Session) else session.loss
+    sparse = isinstance(session, Session)
+    batch_loss = partial(session_loss, session, rows_per_token=rows_per_token) if sparse else session.loss
     loss = mean_loss(batch_loss, examples, batch_size=4, seq_len=64, pad_id=pad_token_id(tokenizer))
     asked = load_task("capitals", limit=run.forgetting_items).items
     capitals = Task("capitals", "em", tuple(_statement(item, *CAPITALS) for item in asked))
-    return {"prose_loss": loss, "capitals_exact_match": _scores(session, tokenizer, capitals, run)["exact_match"]}
+    return {
+        "prose_loss": loss,
+        "capitals_exact_match": _scores(session, tokenizer, capitals, run, rows_per_token)["exact_match"],
+    }
 
 
 def _per_epoch(trainer: Trainer | None, run: Run) -> list[float]:
@@ -505,14 +523,20 @@ def _mean_of(records: list[dict[str, Any]]) -> dict[str, Any]:
     matches = [record["exact_match"]["exact_match"] for record in records]
     names = ("peak_allocated_bytes", "method_bytes", "h2d_bytes_per_step", "d2h_bytes_per_step", "training_seconds")
     means = {name: statistics.fmean(record[name] for record in records) for name in names}
+    spread = statistics.stdev(matches) if len(matches) > 1 else None
+    counts = sorted(set.intersection(*(set(record.get("fewer_rows", {})) for record in records)), key=int)
+    fewer = {rows: _mean_asked([record["fewer_rows"][rows] for record in records]) for rows in counts}
+    cpu = [record["training_cpu_seconds"] for record in records if "training_cpu_seconds" in record]
+    means["training_cpu_seconds"] = statistics.fmean(cpu) if cpu else None
+    return {**_mean_asked(records), "exact_match_stdev": spread, "fewer_rows": fewer, **means}
+
+
+def _mean_asked(records: list[dict[str, Any]]) -> dict[str, float]:
     forgetting = {
         name: statistics.fmean(record["forgetting"][name] for record in records)
         for name in ("prose_loss", "capitals_exact_match")
     }
-    spread = statistics.stdev(matches) if len(matches) > 1 else None
-    cpu = [record["training_cpu_seconds"] for record in records if "training_cpu_seconds" in record]
-    means["training_cpu_seconds"] = statistics.fmean(cpu) if cpu else None
-    return {"exact_match": statistics.fmean(matches), "exact_match_stdev": spread, **forgetting, **means}
+    return {"exact_match": statistics.fmean(_exact_match(record) for record in records), **forgetting}
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
@@ -533,6 +557,10 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
             style = {"marker": "o" if chosen else "x", "color": f"C{place}", "linestyle": "none"}
             score, label = run["exact_match"]["exact_match"], method if chosen else None
             by_loss.plot(run["forgetting"]["prose_loss"], score, label=label, **style)
+            if chosen and run.get("fewer_rows"):
+                own = run["fewer_rows"][str(run["top_k"])]
+                hollow = style | {"markerfacecolor": "none", "label": f"{method}, K rows a token"}
+                by_loss.plot(own["forgetting"]["prose_loss"], own["exact_match"]["exact_match"], **hollow)
             if run["method_bytes"]:
                 by_memory.plot(run["method_bytes"] / 2**20, score, **style)
     by_memory.set(xscale="log", xlabel="device memory of the method, MiB", ylabel="exact match", ylim=(0, 1.05))
@@ -660,6 +688,11 @@ def report_command(results: Path, json_path: Path | None, figure: Path | None, f
             f"{row['prose_loss']:10.3f} {row['capitals_exact_match']:8.3f} {row['method_bytes'] / 2**20:10.1f} "
             f"{row['peak_allocated_bytes'] / 2**20:8.1f} {traffic:8.1f} {cpu:>6}"
         )
+        for rows, asked in row["fewer_rows"].items():
+            scores = (
+                f"{asked['exact_match']:7.3f}      {asked['prose_loss']:10.3f} {asked['capitals_exact_match']:8.3f}"
+            )
+            click.echo(f"{f'  with {rows} rows a token at inference':47} {scores}")
     if json_path is not None:
         json_path.write_text(json.dumps({"best": rows, "runs": records}, indent=1) + "\n")
     if figure is not None:

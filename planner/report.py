@@ -147,6 +147,8 @@ class Evaluation(Record):
     scores: dict[str, Fraction]
     max_new_tokens: Count
     seconds: Seconds
+    rows_per_token: Count | None = None
+    """Rows of the adapter that a token met; null: all."""
 
 
 class Report(File):

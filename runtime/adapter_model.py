@@ -48,8 +48,16 @@ DeviceName = Literal["auto", "cuda", "emulated"]
 class AdapterModel(nn.Module):
     """``base`` with an adapter beside every FFN; attributes it does not have are the base's."""
 
-    def __init__(self, base: nn.Module, session: Session | None, detach: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        session: Session | None,
+        detach: Callable[[], None],
+        *,
+        rows_per_token: int | None = None,
+    ) -> None:
         super().__init__()
+        self._rows_per_token = rows_per_token
         self.base = base
         self.routers = nn.ParameterList(session.router_weights if session is not None else [])
         self._session = [] if session is None else [session]  # in a list, so that no module registers it
@@ -61,8 +69,12 @@ class AdapterModel(nn.Module):
     # --- making one ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, base: nn.Module | str | Path, adapter: str | Path) -> AdapterModel:
+    def from_pretrained(
+        cls, base: nn.Module | str | Path, adapter: str | Path, *, rows_per_token: int | None = None
+    ) -> AdapterModel:
         """A trained adapter beside its base model, a loaded one or a folder: for inference.
+
+        Each token meets its best ``rows_per_token`` rows, or all (:mod:`meft.runtime.inference`).
 
         Raises:
             UsageError: the folder holds no adapter, or the base is another model than it was trained beside.
@@ -72,7 +84,7 @@ class AdapterModel(nn.Module):
         model = base if isinstance(base, nn.Module) else load_base(Path(base))
         _require_base(model, config, folder)
         tensors = checkpoint.load_tensors(folder / checkpoint.ADAPTER_WEIGHTS)
-        detach = attach_rows(model, _layer_rows(config, tensors, folder))
+        detach = attach_rows(model, _layer_rows(config, tensors, folder, rows_per_token))
         made = cls(model, None, detach)
         return made.eval()
 
@@ -88,10 +100,12 @@ class AdapterModel(nn.Module):
         key_init: KeyInit = "random",
         adapter: str | Path | None = None,
         schedule: Literal["overlapped", "sequential"] = "overlapped",
+        rows_per_token: int | None = None,
     ) -> AdapterModel:
         """A new adapter beside ``base`` as the plan decides, on the device, in training mode.
 
-        ``adapter`` is a folder to start from instead of a fresh one. Overlapped, transfers and host work go on beside
+        ``adapter`` is a folder to start from instead of a fresh one. ``rows_per_token`` is what evaluation and
+        generation take, as in :meth:`from_pretrained`. Overlapped, transfers and host work go on beside
         the device's, with the same results; the threads end in :meth:`detach`, or with the model.
 
         Raises:
@@ -113,7 +127,7 @@ class AdapterModel(nn.Module):
             schedule=Overlapped() if schedule == "overlapped" else Sequential(),
             key_init=key_init,
         )
-        made = cls(base, session, partial(_take_off, session, restore))
+        made = cls(base, session, partial(_take_off, session, restore), rows_per_token=rows_per_token)
         if adapter is not None:
             try:
                 checkpoint.load_adapter(session, Path(adapter))
@@ -214,7 +228,7 @@ class AdapterModel(nn.Module):
             yield
             return
         self.finish_backward()
-        with serving(self.session):
+        with serving(self.session, self._rows_per_token):
             yield
 
     def _expect_tokens(self, attention_mask: torch.Tensor | None) -> None:
@@ -289,7 +303,7 @@ def load_base(folder: Path) -> nn.Module:
 
 
 def _layer_rows(
-    config: checkpoint.AdapterConfig, tensors: dict[str, torch.Tensor], folder: Path
+    config: checkpoint.AdapterConfig, tensors: dict[str, torch.Tensor], folder: Path, rows_per_token: int | None
 ) -> tuple[LayerRows, ...]:
     """The rows of an adapter folder, their shapes checked against its config."""
     shape, gated = config.base_model, config.routing == "key-experts"
@@ -302,7 +316,7 @@ def _layer_rows(
             else None
         )
         keys, values = (half.contiguous() for half in rows.tensor_split(2, dim=1))
-        layers.append(LayerRows(keys, values, router, config.num_probes))
+        layers.append(LayerRows(keys, values, router, config.num_probes, rows_per_token))
     return tuple(layers)
 
 

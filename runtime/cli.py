@@ -265,12 +265,13 @@ def _evaluation(given: dict[str, Any]) -> EvaluationOptions | None:
     from meft.runtime.evaluation import EvaluationOptions
 
     task, every = given.pop("eval_task"), given.pop("eval_every")
-    names = ("metric", "limit", "batch_size", "max_new_tokens")
+    names = ("metric", "limit", "batch_size", "max_new_tokens", "rows_per_token")
     values = {name: given.pop(name) for name in names}
     if task is not None:
         return EvaluationOptions(task, every=every, **values)
-    if every or values["metric"] is not None or values["limit"] is not None:
-        raise UsageError("--metric, --eval-limit and --eval-every belong to --eval; say what to evaluate on")
+    if every or any(values[name] is not None for name in ("metric", "limit", "rows_per_token")):
+        options = "--metric, --eval-limit, --eval-every and --rows-per-token"
+        raise UsageError(f"{options} belong to --eval; say what to evaluate on")
     return None
 
 

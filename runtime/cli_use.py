@@ -21,6 +21,11 @@ if TYPE_CHECKING:  # torch is loaded only once there is something to do
 
 _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
+_ROWS_PER_TOKEN = click.option(
+    "--rows-per-token",
+    type=_COUNT,
+    help="Rows of the adapter that a token meets, its best; fewer leave more of the base model.  [default: all]",
+)
 
 
 def evaluation_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,6 +35,7 @@ def evaluation_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--eval-limit", "limit", type=_COUNT, help="The first so many items only."),
         click.option("--eval-batch-size", "batch_size", type=_COUNT, default=8, show_default=True),
         click.option("--max-new-tokens", type=_COUNT, default=32, show_default=True, help="Of each answer."),
+        _ROWS_PER_TOKEN,
     )
     for option in reversed(options):
         function = option(function)
@@ -78,7 +84,8 @@ def evaluate_command(
     evaluator = make_evaluator(EvaluationOptions(task, **given), load_tokenizer(folder), raw=raw, seed=seed)
     answered: list[tuple[str, str]] = []
     evaluator = evaluator.listening(lambda prompt, answer: answered.append((prompt, answer)))
-    result = evaluator.evaluate(ModelGenerator(_model(folder, adapter, device)), optimizer_steps=0)
+    generator = ModelGenerator(_model(folder, adapter, device, given["rows_per_token"]))
+    result = evaluator.evaluate(generator, optimizer_steps=0)
     for prompt, answer in answered[:show]:
         click.echo(f"? {prompt}\n> {answer.strip()}")
     click.echo(f"{evaluation_line(result)}, {format_seconds(result.seconds)}")
@@ -90,8 +97,15 @@ def evaluate_command(
 @click.argument("prompt", required=False)
 @_model_options
 @click.option("--max-new-tokens", type=_COUNT, default=64, show_default=True)
+@_ROWS_PER_TOKEN
 def generate_command(
-    prompt: str | None, model: Path | None, adapter: Path | None, device: str | None, raw: bool, max_new_tokens: int
+    prompt: str | None,
+    model: Path | None,
+    adapter: Path | None,
+    device: str | None,
+    raw: bool,
+    max_new_tokens: int,
+    rows_per_token: int | None,
 ) -> None:
     """Continue PROMPT greedily; without it, each line of standard input is a prompt and each answer one line."""
     from meft.runtime.generation import GenerationOptions, ModelGenerator, answers
@@ -102,7 +116,7 @@ def generate_command(
         raise UsageError("PROMPT: nothing to answer; give a prompt, or lines on standard input")
     folder = _base_folder(model)
     tokenizer = load_tokenizer(folder)
-    generator = ModelGenerator(_model(folder, adapter, device))
+    generator = ModelGenerator(_model(folder, adapter, device, rows_per_token))
     said = answers(generator, tokenizer, prompts, GenerationOptions(max_new_tokens=max_new_tokens, raw=raw))
     for answer in said:
         click.echo(answer if prompt is not None else " ".join(answer.split()))
@@ -144,15 +158,19 @@ def _base_folder(model: Path | None) -> Path:
     return model
 
 
-def _model(folder: Path, adapter: Path | None, device: str | None) -> nn.Module:
+def _model(folder: Path, adapter: Path | None, device: str | None, rows_per_token: int | None) -> nn.Module:
     """The base model on its device, with the adapter beside it if there is one."""
     import torch
 
     from meft.runtime.adapter_model import AdapterModel, load_base
 
+    if adapter is None and rows_per_token is not None:
+        raise UsageError(f"--rows-per-token {rows_per_token}: there is no adapter; say which with --adapter")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UsageError("--device cuda: torch sees no CUDA device here; leave --device out")
     base = load_base(folder)
-    placed: nn.Module = base if adapter is None else AdapterModel.from_pretrained(base, adapter)
+    placed: nn.Module = (
+        base if adapter is None else AdapterModel.from_pretrained(base, adapter, rows_per_token=rows_per_token)
+    )
     return placed.to(device or ("cuda" if available else "cpu")).eval()

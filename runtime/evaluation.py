@@ -29,6 +29,8 @@ class EvaluationOptions:
     limit: int | None = None
     batch_size: int = 8
     max_new_tokens: int = 32
+    rows_per_token: int | None = None
+    """Rows of the adapter that a token meets; None: all."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Evaluator:
             left_out=self.task.left_out,
             scores={name: statistics.fmean(score[name] for score in each) for name in each[0]},
             max_new_tokens=self.options.max_new_tokens,
+            rows_per_token=self.options.rows_per_token,
             seconds=time.perf_counter() - started,
         )
 
@@ -71,7 +74,8 @@ class Evaluator:
 def make_evaluator(options: EvaluationOptions, tokenizer: Any, *, raw: bool, seed: int = 0) -> Evaluator:
     """Read the task; a :class:`~meft.planner.errors.UsageError` says what is wrong with it."""
     task = load_task(options.task, metric=options.metric, limit=options.limit, seed=seed)
-    return Evaluator(task, tokenizer, GenerationOptions(options.max_new_tokens, options.batch_size, raw))
+    how = GenerationOptions(options.max_new_tokens, options.batch_size, raw, options.rows_per_token)
+    return Evaluator(task, tokenizer, how)
 
 
 @dataclass
@@ -89,7 +93,8 @@ class EvaluationSchedule:
 
     def evaluate(self, session: Session, optimizer_steps: int) -> None:
         """Evaluate, and keep and tell the result."""
-        result = self.evaluator.evaluate(SessionGenerator(session), optimizer_steps=optimizer_steps)
+        generator = SessionGenerator(session, self.evaluator.options.rows_per_token)
+        result = self.evaluator.evaluate(generator, optimizer_steps=optimizer_steps)
         self.results.append(result)
         self.on_result(result)
 
@@ -106,7 +111,7 @@ def mean_loss(
     return total / tokens
 
 
-def session_loss(session: Session, batch: Batch) -> float:
+def session_loss(session: Session, batch: Batch, rows_per_token: int | None = None) -> float:
     """A batch's loss with the adapter as at inference."""
-    with serving(session), session.device.scope():
+    with serving(session, rows_per_token), session.device.scope():
         return session.engine.read_scalar(session.loss(batch), category="loss")

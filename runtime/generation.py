@@ -27,6 +27,8 @@ class GenerationOptions:
     max_new_tokens: int = 32
     batch_size: int = 8
     raw: bool = False
+    rows_per_token: int | None = None
+    """Rows that a token meets where an adapter is in training; None: all."""
 
 
 class Generator(Protocol):
@@ -44,13 +46,14 @@ class SessionGenerator:
     """A session's model with its adapter active, on the session's device."""
 
     session: Session
+    rows_per_token: int | None = None
 
     def generate(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, max_new_tokens: int, pad_id: int
     ) -> torch.Tensor:
         """See :class:`Generator`. A device budget that is exceeded raises as in training."""
         session = self.session
-        with serving(session), session.device.scope():
+        with serving(session, self.rows_per_token), session.device.scope():
             ids, mask = session.to_device(input_ids), session.to_device(attention_mask)
             made = greedy(session.model, ids, mask, max_new_tokens=max_new_tokens, pad_id=pad_id)
             host = session.engine.host_empty(*made.shape, dtype=made.dtype)

@@ -1,9 +1,11 @@
-"""The adapter at inference: every row of a token's experts, computed on the host where the rows are.
+"""The adapter at inference, computed on the host where the rows are.
 
 Training serves all tokens of a micro-batch with the union of their rows, so a token's output depends a little on what
 else is in the batch. Generation must not: an answer may not change with the questions that happen to share its batch,
 nor with padding. Here each token meets all rows (with Key-Experts all rows of the experts it probes), which is what the
-union grows into. Only hidden states and outputs travel, ``2 T D`` numbers per layer, and no row lies on the device.
+union grows into; or of those its own best ones alone, which leaves more of what the model said before
+(``benchmarks/learning_details.md``). Only hidden states and outputs travel, ``2 T D`` numbers per layer; no row lies on
+the device.
 
 Letters: ``T`` tokens, ``D`` hidden size, ``R`` adapter rows, ``N`` experts, ``P`` probes.
 """
@@ -31,26 +33,39 @@ class LayerRows:
     values: torch.Tensor
     router: torch.Tensor | None = None
     num_probes: int = 1
+    rows_per_token: int | None = None
+    """How many rows a token meets, those with the largest ``h . key``; None: all (of its experts)."""
 
     def output(self, hidden: torch.Tensor) -> torch.Tensor:
         """Adapter output ``[T, D]`` for ``hidden [T, D]`` in the rows' dtype."""
         if self.router is None:
-            return torch.relu(hidden @ self.keys.T) @ self.values
+            return torch.relu(self._met(hidden @ self.keys.T)) @ self.values
         scores = hidden @ self.router.T
-        probes = scores.topk(self.num_probes, dim=1).indices
-        rows_per_expert = self.keys.shape[0] // self.router.shape[0]
+        gates, probes = scores.topk(self.num_probes, dim=1)
+        keys, values = (part.unflatten(0, (self.router.shape[0], -1)) for part in (self.keys, self.values))
+        visits = [(expert, *(probes == expert).nonzero(as_tuple=True)) for expert in probes.unique().tolist()]
+        products = hidden.new_empty(*probes.shape, keys.shape[1])
+        for expert, token, probe in visits:
+            products[token, probe] = hidden[token] @ keys[expert].T
+        gated = torch.relu(self._met(products.flatten(1)).view_as(products)) * gates.unsqueeze(2)
         result = torch.zeros_like(hidden)
-        for expert in probes.unique().tolist():
-            token, _ = (probes == expert).nonzero(as_tuple=True)
-            rows = slice(expert * rows_per_expert, (expert + 1) * rows_per_expert)
-            gated = torch.relu(hidden[token] @ self.keys[rows].T) * scores[token, expert].unsqueeze(1)
-            result.index_add_(0, token, gated @ self.values[rows])
+        for expert, token, probe in visits:
+            result.index_add_(0, token, gated[token, probe] @ values[expert])
         return result
+
+    def _met(self, products: torch.Tensor) -> torch.Tensor:
+        """``products [T, rows]`` of hidden states and keys, zero but for the best :attr:`rows_per_token` (and ties)."""
+        if self.rows_per_token is None or self.rows_per_token >= products.shape[1]:
+            return products
+        least = products.topk(self.rows_per_token, dim=1).values[:, -1:]
+        return products.masked_fill(products < least, 0.0)
 
 
 @contextmanager
-def serving(session: Session) -> Iterator[None]:
+def serving(session: Session, rows_per_token: int | None = None) -> Iterator[None]:
     """Inference with a session's adapter: model in eval mode, transfers counted apart from the training steps'.
+
+    Each token meets its best ``rows_per_token`` rows, or all.
 
     Begins once the lanes have done what training left to them, updates of rows above all. An accumulation window that
     is open stays as it is: rows are read on the host, where the window does not change them.
@@ -62,7 +77,7 @@ def serving(session: Session) -> Iterator[None]:
     model.eval()
     try:
         with torch.no_grad(), session.clock.paused():
-            session.adapter.serving = _Served(session, _rows_of(session)).output
+            session.adapter.serving = _Served(session, _rows_of(session, rows_per_token)).output
             yield
             session.drain()
     finally:
@@ -71,14 +86,14 @@ def serving(session: Session) -> Iterator[None]:
         engine.per = per
 
 
-def _rows_of(session: Session) -> tuple[LayerRows, ...]:
+def _rows_of(session: Session, rows_per_token: int | None) -> tuple[LayerRows, ...]:
     """The session's rows as they lie on the host, and its routers brought there."""
     routers: Sequence[torch.Tensor | None] = [None] * session.store.num_layers
     if session.router_weights:
         routers = [_brought(session, weight.detach(), category="routers") for weight in session.router_weights]
     probes = session.plan.decision.num_probes
     return tuple(
-        LayerRows(tables.keys, tables.values, router, probes)
+        LayerRows(tables.keys, tables.values, router, probes, rows_per_token)
         for tables, router in zip(session.store.layers, routers, strict=True)
     )
 

@@ -66,6 +66,16 @@ def test_evaluate_and_generate_give_what_the_run_saw(folder, glass_folder, tmp_p
     assert "exact_match 0.000" in run("evaluate", folder / "facts.jsonl", "--model", glass_folder)
 
 
+def test_rows_per_token_reach_the_answers(folder, glass_folder, tmp_path) -> None:
+    """The best row of 128 alone is another adapter than all of them; all of them is the default."""
+    adapter = ("--model", glass_folder, "--adapter", folder / "out" / "adapter", "--max-new-tokens", 8)
+    said = {rows: run("generate", "The queen said to", *adapter, "--rows-per-token", rows) for rows in (1, 128)}
+    assert said[128].strip() == "the queen"
+    assert said[1] != said[128]
+    run("evaluate", folder / "facts.jsonl", *adapter, "--rows-per-token", 16, "-o", tmp_path / "scores.json")
+    assert json.loads((tmp_path / "scores.json").read_text())["rows_per_token"] == 16
+
+
 def test_generate_answers_lines_of_standard_input(folder, glass_folder) -> None:
     arguments = ["generate", "--model", glass_folder, "--adapter", folder / "out" / "adapter", "--max-new-tokens", "8"]
     result = CliRunner().invoke(
@@ -95,6 +105,8 @@ def test_prepare_makes_lines_for_training_and_evaluation(tmp_path) -> None:
         (("evaluate", "airports", "--metric", "iou"), "--metric iou does not fit airports"),
         (("generate", ""), "--prompt: is empty"),
         (("generate", "a", "--adapter", "absent"), "no such file"),
+        (("generate", "a", "--rows-per-token", "4"), "there is no adapter; say which with --adapter"),
+        (("evaluate", "airports", "--rows-per-token", "4"), "there is no adapter"),
     ],
 )
 def test_wrong_input_is_one_clear_error(glass_folder, arguments, message) -> None:

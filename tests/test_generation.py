@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from sessions import EXPERTS, open_small, random_examples, small_plan, small_trainer
 
 from meft.planner.errors import UsageError
+from meft.runtime.adapter_model import AdapterModel
+from meft.runtime.checkpoint import save_adapter
 from meft.runtime.data import Completion, tokenize_record
 from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator, mean_loss, session_loss
 from meft.runtime.generation import (
@@ -21,6 +24,7 @@ from meft.runtime.generation import (
 )
 from meft.runtime.inference import LayerRows, serving
 from meft.runtime.oracle import DenseAdapter
+from meft.runtime.router import TopKRouter
 
 PROMPTS = ["The queen said", "Alice", "the White Rabbit looked at the"]
 
@@ -68,6 +72,38 @@ def test_rows_at_inference_are_the_oracles(num_experts) -> None:
     probes = None if router is None else (hidden @ router.T).topk(2, dim=1).indices
     expected = DenseAdapter(keys, values, router)(hidden, probes=probes)
     torch.testing.assert_close(LayerRows(keys, values, router, 2).output(hidden), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_experts", [1, 4])
+def test_a_token_meets_the_rows_that_it_alone_would_bring(num_experts) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(24, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    hidden = torch.randn(11, 8, dtype=torch.float64, generator=generator)
+    router = None if num_experts == 1 else torch.randn(num_experts, 8, dtype=torch.float64, generator=generator)
+    oracle, choice = DenseAdapter(keys, values, router), TopKRouter(5, active_rows_cap=24, num_experts=num_experts)
+    expected = []
+    for token in hidden.split(1):
+        probes = None if router is None else (token @ router.T).topk(2, dim=1).indices
+        expected.append(oracle(token, rows=choice.select(0, keys, token, probes).rows, probes=probes))
+    served = LayerRows(keys, values, router, 2, rows_per_token=5)
+    torch.testing.assert_close(served.output(hidden), torch.cat(expected), rtol=1e-12, atol=1e-12)
+    every = LayerRows(keys, values, router, 2)
+    torch.testing.assert_close(replace(every, rows_per_token=24).output(hidden), every.output(hidden), rtol=0, atol=0)
+    assert not torch.allclose(served.output(hidden), every.output(hidden))
+
+
+@pytest.mark.parametrize("choice", [{}, EXPERTS])
+def test_in_training_and_loaded_a_token_meets_as_many_rows(glass_folder, tmp_path, choice) -> None:
+    session = trained(glass_folder, **choice)
+    save_adapter(session, tmp_path / "adapter", meft_version="test")
+    ids = torch.arange(20).view(2, 10)
+    with serving(session, 3):
+        served = session.model(input_ids=ids).logits
+    with serving(session):
+        every = session.model(input_ids=ids).logits
+    loaded = AdapterModel.from_pretrained(glass_folder, tmp_path / "adapter", rows_per_token=3)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, served, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(served, every, rtol=1e-3, atol=1e-3)
 
 
 def test_generation_is_counted_apart_and_leaves_no_rows_on_the_device(glass_folder, glass_tokenizer) -> None:

@@ -60,6 +60,10 @@ def test_every_method_is_measured_the_same_way(results, script) -> None:
     assert dense <= parallel["method_bytes"] < 1.01 * dense
     assert meft["method_bytes"] < parallel["method_bytes"] / 2
     assert meft["h2d_bytes_per_step"] > 100 * parallel["h2d_bytes_per_step"]
+    assert set(meft["fewer_rows"]) == {"32", "64", "128"}
+    assert meft["fewer_rows"]["128"]["forgetting"] == meft["forgetting"]  # of 128 rows that is all
+    assert meft["fewer_rows"]["32"]["forgetting"] != meft["forgetting"]
+    assert parallel["fewer_rows"] == lora["fewer_rows"] == {}
     for record in (meft, parallel, lora):
         assert record["loss_per_epoch"][-1] < record["loss_per_epoch"][0]
         assert set(record["exact_match"]) == {"exact_match", "strict_exact_match", "token_f1"}
@@ -70,7 +74,8 @@ def test_a_report_of_what_is_there(results, script, tmp_path) -> None:
     arguments = ["report", "--results", results, "--json", tmp_path / "r.json", "--figure", tmp_path / "r.png"]
     done = CliRunner().invoke(script["main"], [str(each) for each in arguments], catch_exceptions=False)
     assert done.exit_code == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["method", "meft", "parallel", "lora"]
+    first_words = [line.split()[0] for line in done.stdout.splitlines()]
+    assert first_words == ["method", "meft", *["with"] * 3, "parallel", "lora"]
     assert len(json.loads((tmp_path / "r.json").read_text())["runs"]) == 3
     assert (tmp_path / "r.png").stat().st_size > 5000
     others = CliRunner().invoke(script["main"], ["report", "--results", str(results), "--facts", "5000"])
