@@ -69,7 +69,7 @@ LEARNING_RATES = {
     "meft": (4e-3, 8e-3, 1.6e-2),
     "parallel": (4e-3, 8e-3),
     "offload": (8e-3,),
-    "narrow": (1e-2, 2e-2, 4e-2),
+    "narrow": (1e-2, 2e-2, 4e-2, 8e-2),
     "lora": (3e-3, 5e-3, 1e-2, 2e-2),
     "lora-16": (1e-3, 3e-3),
     "full": (1e-4, 3e-4),
@@ -547,6 +547,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     best = {(*_compared(row), row["method"], row["learning_rate"]) for row in summarise(records)}
     figure, (by_memory, by_loss) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
@@ -565,7 +566,10 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
                 by_memory.plot(run["method_bytes"] / 2**20, score, **style)
     by_memory.set(xscale="log", xlabel="device memory of the method, MiB", ylabel="exact match", ylim=(0, 1.05))
     by_memory.set_xlim(left=1, right=3e3)
-    by_loss.set(xlabel="loss on other prose, which training should leave alone")
+    by_loss.set(xscale="log", xlabel="loss on other prose, which training should leave alone")
+    by_loss.xaxis.set_major_locator(ticker.FixedLocator([4, 5, 6, 8, 10, 12]))
+    by_loss.xaxis.set_minor_locator(ticker.NullLocator())
+    by_loss.xaxis.set_major_formatter(ticker.ScalarFormatter())
     handles, labels = by_loss.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     by_loss.legend(unique.values(), unique.keys(), fontsize="small", title="best rate: filled")
