@@ -36,6 +36,10 @@ class LayerRows:
     rows_per_token: int | None = None
     """How many rows a token meets, those with the largest ``h . key``; None: all (of its experts)."""
 
+    def __post_init__(self) -> None:
+        if self.rows_per_token is not None and self.rows_per_token < 1:
+            raise UsageError(f"rows_per_token {self.rows_per_token}: a token meets one row at least; None is all")
+
     def output(self, hidden: torch.Tensor) -> torch.Tensor:
         """Adapter output ``[T, D]`` for ``hidden [T, D]`` in the rows' dtype."""
         if self.router is None:

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from sessions import EXPERTS, open_small, random_examples, small_plan, small_trainer
+from transformers import LlamaForCausalLM
 
 from meft.planner.errors import UsageError
 from meft.runtime.adapter_model import AdapterModel
@@ -104,6 +105,27 @@ def test_in_training_and_loaded_a_token_meets_as_many_rows(glass_folder, tmp_pat
     loaded = AdapterModel.from_pretrained(glass_folder, tmp_path / "adapter", rows_per_token=3)
     torch.testing.assert_close(loaded(input_ids=ids).logits, served, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(served, every, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_made_from_a_plan_meets_as_many_rows_when_it_is_asked(glass_folder, tmp_path) -> None:
+    session = trained(glass_folder)
+    save_adapter(session, tmp_path / "adapter", meft_version="test")
+    ids = torch.arange(20).view(2, 10)
+    with serving(session, 3):
+        expected = session.model(input_ids=ids).logits.clone()
+    base = LlamaForCausalLM.from_pretrained(glass_folder)
+    made = AdapterModel.from_plan(
+        base, session.plan, device="emulated", adapter=tmp_path / "adapter", rows_per_token=3
+    ).eval()
+    torch.testing.assert_close(made(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    made.detach()
+
+
+def test_no_row_at_all_is_refused(glass_folder) -> None:
+    session = trained(glass_folder, steps=1)
+    with pytest.raises(UsageError, match="rows_per_token 0: a token meets one row at least"), serving(session, 0):
+        pass
+    assert session.model.training
 
 
 def test_generation_is_counted_apart_and_leaves_no_rows_on_the_device(glass_folder, glass_tokenizer) -> None:

@@ -505,6 +505,21 @@ def test_arrays_of_candidates_give_what_each_gives_alone(data: st.DataObject, un
         assert baselines[candidate] == pytest.approx(alone.baseline_step_seconds, rel=1e-12)
 
 
+def test_costs_of_candidates_that_differ_in_what_must_be_alike_are_refused():
+    decisions = [decision_of(), decision_of(cached_rows=64, gradients_on_device=True)]
+    rows = np.full((request_of().model.num_layers, 2), 1600)
+    with pytest.raises(ValueError, match="must be the same for all candidates"):
+        step_costs(
+            request=request_of(),
+            gpu=gpu_profile(),
+            link=link_profile(),
+            host=host_profile(),
+            candidates=Candidates.side_by_side(decisions),
+            active_rows=rows,
+            window_active_rows=rows,
+        )
+
+
 def test_take_keeps_what_candidates_share():
     costs = costs_of(**HAND)
     varied = replace(costs, host=replace(costs.host, gather=np.array([[1.0, 2.0, 3.0]]), route=np.array([4.0, 5, 6])))
