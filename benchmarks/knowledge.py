@@ -581,12 +581,8 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """``"0,1,2"`` as numbers; raises :class:`click.BadParameter`."""
-    return _numbers(text, int)
-
-
-def _numbers(text: str, kind: type) -> tuple[Any, ...]:
+def listed(text: str, kind: type) -> tuple[Any, ...]:
+    """``"0,1,2"`` as values of a kind; raises :class:`click.BadParameter`."""
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
@@ -627,7 +623,7 @@ def run(
 ) -> None:  # fmt: skip
     """Perform what is missing of the comparison."""
     base = Run("none", 0.0, 0, **given)
-    chosen, rates, numbers = _numbers(methods, str), dict(LEARNING_RATES), _numbers(seeds, int)
+    chosen, rates, numbers = listed(methods, str), dict(LEARNING_RATES), listed(seeds, int)
     if quick:
         base = replace(base, facts=8, epochs=6, forgetting_texts=2, forgetting_items=2)
         chosen, numbers, rates = (
@@ -636,7 +632,7 @@ def run(
             {"meft": (2e-3,), "parallel": (2e-3,), "lora": (1e-3,)},
         )
     if learning_rates is not None:
-        rates = dict.fromkeys(chosen, _numbers(learning_rates, float)) | {"none": (0.0,)}
+        rates = dict.fromkeys(chosen, listed(learning_rates, float)) | {"none": (0.0,)}
     folder = model or smollm2_folder(click.echo)
     first = first_stage(chosen, numbers[0], base, rates, _shape(folder))
     performed = perform_missing(first, results, folder, max_runs)
@@ -652,7 +648,7 @@ def details_command(
     results: Path, model: Path | None, seeds: str, max_runs: int | None, learning_rate: float, **given: Any
 ) -> None:
     """Perform what is missing of the learning details: one change at a time."""
-    runs = [each for seed in _numbers(seeds, int) for each in details(Run("meft", learning_rate, seed, **given))]
+    runs = [each for seed in listed(seeds, int) for each in details(Run("meft", learning_rate, seed, **given))]
     perform_missing(runs, results, model or smollm2_folder(click.echo), max_runs)
 
 

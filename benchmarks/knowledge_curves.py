@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from knowledge import Run, perform_missing, read_results, whole_numbers
+from knowledge import Run, listed, perform_missing, read_results
 
 from meft.runtime.embedded import smollm2_folder
 
@@ -112,7 +112,7 @@ def run(
     results: Path, model: Path | None, learning_rate: float, seeds: str, max_runs: int | None, **given: Any
 ) -> None:
     """Perform what the results file lacks, seed by seed."""
-    runs = [run for seed in whole_numbers(seeds) for run in curves(Run("meft", learning_rate, seed, **given))]
+    runs = [run for seed in listed(seeds, int) for run in curves(Run("meft", learning_rate, seed, **given))]
     perform_missing(runs, results, model or smollm2_folder(click.echo), max_runs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,12 +55,6 @@ class Candidates:
             bf16_copy=decision.bf16_copy,
             hot_rows=decision.hot_rows,
         )
-
-    @classmethod
-    def side_by_side(cls, decisions: Sequence[Decision]) -> Candidates:
-        """Some decisions, every field an array of as many."""
-        each = [vars(cls.of(decision)) for decision in decisions]
-        return cls(**{name: np.array([numbers[name] for numbers in each]) for name in each[0]})
 
 
 def same_for_all(flags: Flags) -> bool:

@@ -77,9 +77,9 @@ class Trained:
 
 def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> Trained:
     """What ``method`` adds to a step of ``workload`` on a model of ``shape``."""
-    tokens, e = workload.tokens, method.adapter_bytes
+    tokens, e, chosen = workload.tokens, method.adapter_bytes, method.candidates
     per_layer = ada.adapter_inputs_bytes(tokens=tokens, hidden_size=shape.hidden_size, e=e) + ada.gates_bytes(
-        tokens=tokens, num_experts=method.candidates.num_experts, key_experts=method.candidates.key_experts, e=e
+        tokens=tokens, num_experts=chosen.num_experts, key_experts=chosen.key_experts, e=e
     )
 
     def of_rows(active_rows: Ints) -> Ints:
@@ -102,7 +102,7 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
             tokens=tokens,
             hidden_size=shape.hidden_size,
             active_rows=most,
-            key_experts=method.candidates.key_experts,
+            key_experts=chosen.key_experts,
             e=e,
             q=workload.compute_bytes,
         ),
@@ -110,14 +110,14 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
             tokens=tokens,
             hidden_size=shape.hidden_size,
             active_rows=most,
-            num_experts=method.candidates.num_experts,
-            num_probes=method.candidates.num_probes,
-            key_experts=method.candidates.key_experts,
+            num_experts=chosen.num_experts,
+            num_probes=chosen.num_probes,
+            key_experts=chosen.key_experts,
             e=e,
             q=workload.compute_bytes,
         ),
         optimizer_temporary=largest(
-            router, hot.hot_update_bytes(hidden_size=shape.hidden_size, hot_rows=method.candidates.hot_rows)
+            router, hot.hot_update_bytes(hidden_size=shape.hidden_size, hot_rows=chosen.hot_rows)
         ),
     )
 
@@ -138,42 +138,43 @@ def _router_bytes(shape: ModelShape, method: SparseAdapter) -> Ints:
 
 
 def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[Row, ...]:
+    chosen = method.candidates
     staging = ada.row_staging_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        active_rows_cap=method.candidates.active_rows_cap,
-        prefetch_depth=method.candidates.prefetch_depth,
-        retained=method.candidates.retained,
+        active_rows_cap=chosen.active_rows_cap,
+        prefetch_depth=chosen.prefetch_depth,
+        retained=chosen.retained,
         e=method.adapter_bytes,
     )
     gradients = ada.row_gradients_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        active_rows_cap=method.candidates.active_rows_cap,
-        prefetch_depth=method.candidates.prefetch_depth,
+        active_rows_cap=chosen.active_rows_cap,
+        prefetch_depth=chosen.prefetch_depth,
         e=method.adapter_bytes,
     )
     router = _router_bytes(shape, method)
     kept = ada.kept_rows_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        cached_rows=method.candidates.cached_rows,
+        cached_rows=chosen.cached_rows,
         e=method.adapter_bytes,
     )
     sums = ada.gradient_sums_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        cached_rows=method.candidates.cached_rows,
-        gradients_on_device=method.candidates.gradients_on_device,
-        hot_rows=method.candidates.hot_rows,
+        cached_rows=chosen.cached_rows,
+        gradients_on_device=chosen.gradients_on_device,
+        hot_rows=chosen.hot_rows,
         e=method.adapter_bytes,
     )
     indices = ada.row_indices_bytes(
         num_layers=shape.num_layers,
-        active_rows_cap=method.candidates.active_rows_cap,
-        cached_rows=method.candidates.cached_rows,
-        key_experts=method.candidates.key_experts,
-        hot_rows=method.candidates.hot_rows,
+        active_rows_cap=chosen.active_rows_cap,
+        cached_rows=chosen.cached_rows,
+        key_experts=chosen.key_experts,
+        hot_rows=chosen.hot_rows,
     )
     return (
         *_hot_resident(shape, method),

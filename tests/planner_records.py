@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from meft.planner.architecture import ModelShape
+from meft.planner.candidates import Candidates
 from meft.planner.plan import Decision, Request
 from meft.planner.profiles import (
     GpuProfile,
@@ -148,3 +152,8 @@ def sparsity_profile(*alphas: float, **changes: Any) -> SparsityProfile:
         "prefetch_recall_by_depth": (1.0, 0.9, 0.85),
     }
     return SparsityProfile(**(values | changes))
+
+
+def side_by_side(each: Sequence[Candidates]) -> Candidates:
+    """Single candidates as one record of arrays."""
+    return Candidates(**{name: np.array([vars(one)[name] for one in each]) for name in vars(each[0])})

@@ -64,12 +64,18 @@ def test_the_adapter_is_active(glass_folder, glass_tokenizer) -> None:
     assert answers(ModelGenerator(session.model), glass_tokenizer, PROMPTS, options) != with_adapter
 
 
-@pytest.mark.parametrize("num_experts", [1, 4])
-def test_rows_at_inference_are_the_oracles(num_experts) -> None:
+def random_rows(num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Keys and values of 24 rows, eleven hidden states, and a router if there are experts; fp64, 8 wide."""
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(24, 8, dtype=torch.float64, generator=generator) for _ in range(2))
     hidden = torch.randn(11, 8, dtype=torch.float64, generator=generator)
     router = None if num_experts == 1 else torch.randn(num_experts, 8, dtype=torch.float64, generator=generator)
+    return keys, values, hidden, router
+
+
+@pytest.mark.parametrize("num_experts", [1, 4])
+def test_rows_at_inference_are_the_oracles(num_experts) -> None:
+    keys, values, hidden, router = random_rows(num_experts)
     probes = None if router is None else (hidden @ router.T).topk(2, dim=1).indices
     expected = DenseAdapter(keys, values, router)(hidden, probes=probes)
     torch.testing.assert_close(LayerRows(keys, values, router, 2).output(hidden), expected, rtol=1e-12, atol=1e-12)
@@ -77,10 +83,7 @@ def test_rows_at_inference_are_the_oracles(num_experts) -> None:
 
 @pytest.mark.parametrize("num_experts", [1, 4])
 def test_a_token_meets_the_rows_that_it_alone_would_bring(num_experts) -> None:
-    generator = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(24, 8, dtype=torch.float64, generator=generator) for _ in range(2))
-    hidden = torch.randn(11, 8, dtype=torch.float64, generator=generator)
-    router = None if num_experts == 1 else torch.randn(num_experts, 8, dtype=torch.float64, generator=generator)
+    keys, values, hidden, router = random_rows(num_experts)
     oracle, choice = DenseAdapter(keys, values, router), TopKRouter(5, active_rows_cap=24, num_experts=num_experts)
     expected = []
     for token in hidden.split(1):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planner_records import decision_of, request_of, tiny_shape
+from planner_records import decision_of, request_of, side_by_side, tiny_shape
 
 from meft.planner.allocator import pinned_bytes
 from meft.planner.candidates import Candidates
@@ -116,7 +116,7 @@ def test_the_search_and_the_ledger_agree_to_the_byte(candidates: list[tuple[int,
         )
         for width, cap, depth, key_experts in candidates
     ]
-    together = Candidates.side_by_side(decisions)
+    together = side_by_side([Candidates.of(decision) for decision in decisions])
     totals = host_total_bytes(request=tiny_request(), candidates=together, pinned=pinned)
     for candidate, decision in enumerate(decisions):
         ledger = host_memory(request=tiny_request(), decision=decision, pinned=pinned)

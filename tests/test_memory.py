@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planner_records import GIB, decision_of, gpu_profile, llama_7b, request_of, sourced, tiny_shape
+from planner_records import GIB, decision_of, gpu_profile, llama_7b, request_of, side_by_side, sourced, tiny_shape
 
 from meft.planner import activations as act
 from meft.planner import terms_adapter as ada
@@ -359,10 +359,9 @@ def test_arrays_of_candidates_give_what_each_gives_alone(workload, methods, chec
     def peak_of(active_rows, candidates):
         return peak_allocated_bytes(request=request, gpu=gpu_profile(), active_rows=active_rows, candidates=candidates)
 
-    each = [vars(method.candidates) for method in methods]
     together = peak_of(
         np.stack([method.active_rows for method in methods], axis=1),
-        Candidates(**{name: np.array([chosen[name] for chosen in each]) for name in each[0]}),
+        side_by_side([method.candidates for method in methods]),
     )
     alone = [peak_of(method.active_rows, method.candidates) for method in methods]
     assert np.broadcast_to(together, len(methods)).tolist() == alone

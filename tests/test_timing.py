@@ -17,6 +17,7 @@ from planner_records import (
     host_profile,
     link_profile,
     request_of,
+    side_by_side,
     sourced,
     tiny_shape,
 )
@@ -476,7 +477,7 @@ def test_arrays_of_candidates_give_what_each_gives_alone(data: st.DataObject, un
     ]
     layers = data.draw(st.lists(st.tuples(*[st.integers(64, 256)] * count), min_size=3, max_size=3))
     rows = np.broadcast_to(np.array(layers[0]), (3, count)) if uniform else np.array(layers)
-    candidates = Candidates.side_by_side(decisions)
+    candidates = side_by_side([Candidates.of(decision) for decision in decisions])
     profiles = {"gpu": gpu_profile(), "link": link_profile(), "host": host_profile()}
     costs = step_costs(
         request=request,
@@ -514,7 +515,7 @@ def test_costs_of_candidates_that_differ_in_what_must_be_alike_are_refused():
             gpu=gpu_profile(),
             link=link_profile(),
             host=host_profile(),
-            candidates=Candidates.side_by_side(decisions),
+            candidates=side_by_side([Candidates.of(decision) for decision in decisions]),
             active_rows=rows,
             window_active_rows=rows,
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planner_records import decision_of, request_of, tiny_shape
+from planner_records import decision_of, request_of, side_by_side, tiny_shape
 
 from meft.planner.candidates import Candidates
 from meft.planner.transfer import (
@@ -155,7 +155,9 @@ def test_the_search_and_the_ledger_agree_to_the_byte(rows: list[tuple[int, int, 
     ]
     h2d, d2h = step_bytes(
         step_bytes_by_category(
-            request=request, candidates=Candidates.side_by_side(decisions), rows=StepRows(active=np.array(rows).T)
+            request=request,
+            candidates=side_by_side([Candidates.of(decision) for decision in decisions]),
+            rows=StepRows(active=np.array(rows).T),
         )
     )
     for candidate, (decision, active) in enumerate(zip(decisions, rows, strict=True)):
