@@ -22,7 +22,8 @@ import click
 
 from meft.planner.estimates import dense_stream
 from meft.planner.models import load_model
-from meft.planner.profiles import GpuProfile, load_gpu
+from meft.planner.profile_catalogue import load_gpu
+from meft.planner.profiles import GpuProfile
 from meft.planner.setup import LossName, TrainingSetup
 from meft.planner.stream import StreamPeaks, stream_peaks
 

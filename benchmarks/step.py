@@ -27,7 +27,7 @@ import torch
 from meft.planner.architecture import ModelShape
 from meft.planner.plan import Decision, Plan, Request, SearchSummary
 from meft.planner.prediction import ProfileSet, inputs_used, predict
-from meft.planner.profiles import load_gpu, load_host, load_link, load_sparsity
+from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.runtime.adapter import ffn_modules
 from meft.runtime.data import Batch
 from meft.runtime.device import EmulatedDevice

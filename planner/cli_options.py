@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
-from meft.planner.plan import AdapterDtype, Attention, Objective, Routing, RowsInBackward, WeightsDtype
+from meft.planner.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.plan import Attention, Objective, Routing, RowsInBackward
 from meft.planner.units import format_size_argument, parse_bytes
 
 if TYPE_CHECKING:

@@ -8,23 +8,22 @@ from typing import Any
 
 from meft.planner.architecture import ModelShape
 from meft.planner.cli_options import RequestOptions
+from meft.planner.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.errors import UsageError
 from meft.planner.models import load_model
-from meft.planner.plan import AdapterDtype, Attention, Request, WeightsDtype
+from meft.planner.names import looks_like_path
+from meft.planner.plan import Attention, Request
 from meft.planner.prediction import ProfileSet
-from meft.planner.profiles import (
-    GpuProfile,
-    Section,
-    SourcedRange,
+from meft.planner.profile_catalogue import (
     gpu_names,
     load_defaults,
     load_gpu,
     load_host,
     load_link,
     load_sparsity,
-    looks_like_path,
     sections_in,
 )
+from meft.planner.profiles import GpuProfile, Section, SourcedRange
 from meft.planner.schema import validated
 from meft.planner.units import GIB, format_bytes
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from meft.planner.dtypes import WeightsDtype
 from meft.planner.estimates import Estimate, dense_peaks, estimate_dense
 from meft.planner.linears import linear_layers, resolve_targets
-from meft.planner.plan import Request, WeightsDtype
+from meft.planner.plan import Request
 from meft.planner.profiles import GpuProfile, LinkProfile
 from meft.planner.schema import Record
 from meft.planner.setup import MethodName, TrainingSetup

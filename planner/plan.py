@@ -12,10 +12,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from meft.planner.architecture import ModelShape
+from meft.planner.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.schema import Basis, Bytes, Count, File, Fraction, Index, Rate, Record, Seconds
 
-WeightsDtype = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
-AdapterDtype = Literal["fp32", "bf16"]
 Attention = Literal["sdpa", "flash", "eager"]
 Objective = Literal["capacity", "speed", "traffic"]
 Routing = Literal["exact", "key-experts"]

@@ -1,35 +1,26 @@
 """Profiles: what is known of GPUs, links, hosts and sparsity, each number with its basis and source.
 
-The built-in ones are the JSON files of :mod:`meft.profiles`; a user's own is a JSON file of one record or a file of
-``meft-profile``, given by its path wherever a name is accepted. Letters: ``e`` bytes per number in the adapter's dtype.
+Where they are read from: :mod:`meft.planner.profile_catalogue`. Letters: ``e`` bytes per number in the adapter's dtype.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
-from importlib import resources
+from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from meft.planner.errors import UsageError, unknown_name
+from meft.planner.errors import UsageError
 from meft.planner.schema import (
     Basis,
     Count,
     Fraction,
     Index,
     Record,
-    parse_json,
-    read_text,
-    validated,
+    Text,
 )
 
-Text = Annotated[str, Field(min_length=1)]
 Section = Literal["host", "gpu", "link", "sparsity"]
 """What a file of ``meft-profile`` may hold."""
 
@@ -240,180 +231,9 @@ class Defaults(Record):
     model: str
 
 
-P = TypeVar("P", GpuProfile, LinkProfile, HostProfile, SparsityProfile)
-
-
-def load_gpu(name_or_path: str) -> GpuProfile:
-    """The GPU of that name ("rtx-3090", "NVIDIA GeForce RTX 3090", "3090") or of that profile file.
-
-    Raises :class:`UsageError`: a misspelt name with the near ones, a bad file with what is wrong in it.
-    """
-    return _load(GpuProfile, "GPU", "gpus.json", name_or_path)
-
-
-def load_link(name_or_path: str) -> LinkProfile:
-    """The link class of that name ("pcie-4.0-x16") or of that profile file; errors as :func:`load_gpu`."""
-    return _load(LinkProfile, "link", "links.json", name_or_path)
-
-
-def load_host(name_or_path: str) -> HostProfile:
-    """The host class of that name or of that profile file; errors as :func:`load_gpu`."""
-    return _load(HostProfile, "host", "hosts.json", name_or_path)
-
-
-def load_sparsity(name_or_path: str) -> SparsityProfile:
-    """The sparsity profile of that name or file; errors as :func:`load_gpu`."""
-    return _load(SparsityProfile, "sparsity profile", "sparsity.json", name_or_path)
-
-
-def gpu_names() -> tuple[str, ...]:
-    """Keys of the built-in GPUs, sorted."""
-    return tuple(sorted(_entries("gpus.json")))
-
-
-def link_names() -> tuple[str, ...]:
-    """Keys of the built-in link classes, sorted."""
-    return tuple(sorted(_entries("links.json")))
-
-
-def host_names() -> tuple[str, ...]:
-    """Keys of the built-in host classes, sorted."""
-    return tuple(sorted(_entries("hosts.json")))
-
-
-def sparsity_names() -> tuple[str, ...]:
-    """Keys of the built-in sparsity profiles, sorted."""
-    return tuple(sorted(_entries("sparsity.json")))
-
-
-@cache
-def load_defaults() -> Defaults:
-    """Which profiles serve a request that names none."""
-    return validated(Defaults, _entries("defaults.json"), source="built-in defaults.json")
-
-
 def sourced_numbers(profile: Record) -> Iterator[tuple[str, Sourced]]:
     """Every number of a profile that carries its basis and source, by field name."""
     for field in type(profile).model_fields:
         value = getattr(profile, field)
         if isinstance(value, Sourced):
             yield field, value
-
-
-def find_name(kind: str, given: str, aliases_by_key: Mapping[str, Iterable[str]]) -> str:
-    """The key that ``given`` means: spelling of case, spaces, dashes and vendor does not matter.
-
-    Raises :class:`UsageError` listing near names and all keys.
-    """
-    by_spelling = {
-        spelling: key
-        for key, aliases in aliases_by_key.items()
-        for name in (key, *aliases)
-        for spelling in _spellings(name)
-    }
-    for spelling in _spellings(given):
-        if spelling in by_spelling:
-            return by_spelling[spelling]
-    raise unknown_name(kind, given, aliases_by_key)
-
-
-def looks_like_path(reference: str) -> bool:
-    """True for what is meant as a file: a ``.json`` name, something with a folder in front, or an existing file."""
-    return reference.endswith(".json") or reference.startswith(("/", "./", "../", "~")) or Path(reference).is_file()
-
-
-def _load(record: type[P], kind: str, collection: str, name_or_path: str) -> P:
-    if looks_like_path(name_or_path):
-        return _from_file(record, kind, Path(name_or_path).expanduser())
-    entries = _entries(collection)
-    key = find_name(kind, name_or_path, {key: entry.get("aliases", ()) for key, entry in entries.items()})
-    return validated(record, {"key": key} | entries[key], source=f"built-in {kind} {key}")
-
-
-def _from_file(record: type[P], kind: str, path: Path) -> P:
-    """A profile of one record, or its section of a file that ``meft-profile`` wrote."""
-    from meft.planner.profile_file import is_profile_file, section_of
-
-    source = f"{kind} file {path}"
-    text = read_text(path, kind=f"{kind} file")
-    content = parse_json(text, source=source)
-    if not is_profile_file(content):
-        return validated(record, content, source=source)
-    sections: dict[type[Record], Section] = {
-        GpuProfile: "gpu",
-        LinkProfile: "link",
-        HostProfile: "host",
-        SparsityProfile: "sparsity",
-    }
-    found: P = section_of(text, sections[record], source=str(path))
-    return found
-
-
-def sections_in(reference: str) -> tuple[Section, ...]:
-    """Which profiles the file at a path holds besides its own; none for a profile of one record.
-
-    Raises :class:`UsageError` for a file that cannot be read.
-    """
-    from meft.planner.profile_file import ProfileFile, is_profile_file
-
-    path = Path(reference).expanduser()
-    text = read_text(path, kind="profile file")
-    if not is_profile_file(parse_json(text, source=f"profile file {path}")):
-        return ()
-    return ProfileFile.from_json(text, source=str(path)).sections()
-
-
-@cache
-def _entries(collection: str) -> dict[str, Any]:
-    """A built-in collection: records by key. Only the one that is asked for is validated, to start fast."""
-    entries: dict[str, Any] = json.loads(profile_text(collection))
-    return entries
-
-
-def profile_text(relative_path: str) -> str:
-    """The text of a file of :mod:`meft.profiles`."""
-    return resources.files("meft.profiles").joinpath(relative_path).read_text(encoding="utf-8")
-
-
-_VENDOR_WORDS = frozenset({"nvidia", "geforce", "tesla", "quadro", "generation"})
-_SERIES_WORDS = frozenset({"rtx", "gtx"})
-
-
-def _spellings(name: str) -> tuple[str, ...]:
-    """Ways to compare a name, strictest first: its words and numbers, then without vendor, then without series.
-
-    >>> _spellings("NVIDIA GeForce RTX3090")
-    ('nvidia-geforce-rtx-3090', 'rtx-3090', '3090')
-    """
-    words = re.findall(r"[a-z]+|[0-9]+", name.lower())
-    without_vendor = [word for word in words if word not in _VENDOR_WORDS]
-    number = [word for word in without_vendor if word not in _SERIES_WORDS]
-    return tuple(dict.fromkeys("-".join(choice) for choice in (words, without_vendor, number) if choice))
-
-
-__all__ = [
-    "Defaults",
-    "GpuProfile",
-    "HostProfile",
-    "LayerSparsity",
-    "LinkProfile",
-    "Section",
-    "Sourced",
-    "SourcedRange",
-    "SparsityProfile",
-    "Text",
-    "find_name",
-    "gpu_names",
-    "host_names",
-    "link_names",
-    "load_defaults",
-    "load_gpu",
-    "load_host",
-    "load_link",
-    "load_sparsity",
-    "looks_like_path",
-    "profile_text",
-    "sections_in",
-    "sourced_numbers",
-    "sparsity_names",
-]

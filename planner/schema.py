@@ -17,6 +17,7 @@ SCHEMA_VERSION = 1
 Basis = Literal["counted", "measured", "assumed"]
 """Where a number comes from: counted (exact arithmetic), measured (on something named), assumed (for a reason)."""
 
+Text = Annotated[str, Field(min_length=1)]
 Bytes = Annotated[int, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Index = Annotated[int, Field(ge=0, strict=True)]

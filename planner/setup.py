@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from meft.planner.architecture import ModelShape
-from meft.planner.plan import AdapterDtype, Attention, WeightsDtype
+from meft.planner.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.plan import Attention
 from meft.planner.schema import Count, Record
 
 MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full"]

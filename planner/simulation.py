@@ -14,10 +14,11 @@ from meft.planner.architecture import ModelShape
 from meft.planner.autograd import FP32, HALF, INT64, Leaf, Tape, Tensor
 from meft.planner.cublas import USUAL_BYTES
 from meft.planner.decoder import BlockWeights, Decoder, Lora, ModelWeights
+from meft.planner.dtypes import WeightsDtype
 from meft.planner.linears import Linear, linear_layers
 from meft.planner.operators import Operators, QuantizedWeights, Weights
 from meft.planner.optimizers import Optimizer
-from meft.planner.plan import Phase, WeightsDtype
+from meft.planner.plan import Phase
 from meft.planner.setup import TrainingSetup
 from meft.planner.stream import Stream, stream_peaks
 from meft.planner.terms_weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK

@@ -7,8 +7,8 @@ Letters: ``L`` layers, ``D`` hidden size, ``I`` intermediate size, ``V`` vocabul
 from __future__ import annotations
 
 from meft.planner.architecture import ModelShape
+from meft.planner.dtypes import WeightsDtype
 from meft.planner.linears import linear_layers
-from meft.planner.plan import WeightsDtype
 from meft.planner.quantities import COMPUTE_DTYPE_BYTES
 
 NF4_BLOCK = 64

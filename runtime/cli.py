@@ -19,13 +19,8 @@ from meft.planner.errors import EXIT_UNEXPECTED, MeftError, UsageError
 from meft.planner.plan import Plan
 from meft.planner.report import Comparison, Report
 from meft.planner.units import format_bytes, format_seconds, parse_bytes
-from meft.runtime.cli_use import (
-    evaluate_command,
-    evaluation_line,
-    evaluation_options,
-    generate_command,
-    prepare_command,
-)
+from meft.runtime.cli_use import evaluate_command, evaluation_options, generate_command, prepare_command
+from meft.runtime.metrics import evaluation_line
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
     from meft.runtime.evaluation import EvaluationOptions

@@ -12,9 +12,8 @@ import click
 
 from meft.planner.errors import UsageError
 from meft.planner.files import write_atomic
-from meft.planner.report import Evaluation
 from meft.planner.units import format_seconds
-from meft.runtime.metrics import MAIN_SCORE, METRICS
+from meft.runtime.metrics import METRICS, evaluation_line
 
 if TYPE_CHECKING:  # torch is loaded only once there is something to do
     from torch import nn
@@ -137,15 +136,6 @@ def prepare_command(task: str, output: Path, **given: Any) -> None:
     left_out = f", {loaded.left_out:,} entries without a gold answer left out" if loaded.left_out else ""
     click.echo(f"{loaded.name}: {len(loaded.items):,} items{left_out}; scored by --metric {loaded.metric}")
     click.echo(f"wrote {output}")
-
-
-def evaluation_line(result: Evaluation) -> str:
-    """An evaluation in one line, its main score first."""
-    main = MAIN_SCORE[result.metric]
-    rest = ", ".join(f"{name} {value:.3f}" for name, value in result.scores.items() if name != main)
-    after = f" after {result.optimizer_steps:,} optimizer steps" if result.optimizer_steps else ""
-    text = f"{result.task}, {result.items:,} items{after}: {main} {result.scores[main]:.3f}"
-    return text + (f" ({rest})" if rest else "")
 
 
 def _base_folder(model: Path | None) -> Path:

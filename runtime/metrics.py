@@ -19,6 +19,8 @@ from collections.abc import Callable, Collection, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Literal, get_args
 
+from meft.planner.report import Evaluation
+
 Metric = Literal["em", "iou", "math"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 MAIN_SCORE: dict[Metric, str] = {"em": "exact_match", "iou": "iou", "math": "accuracy"}
@@ -145,3 +147,12 @@ _SCORES: dict[Metric, dict[str, Callable[[str, Sequence[str]], float]]] = {
 def scores(metric: Metric, output: str, answers: Sequence[str]) -> dict[str, float]:
     """Every score of a metric for one output. For ``iou`` the answers are the set of gold API names."""
     return {name: score(output, answers) for name, score in _SCORES[metric].items()}
+
+
+def evaluation_line(result: Evaluation) -> str:
+    """An evaluation in one line, its main score first."""
+    main = MAIN_SCORE[result.metric]
+    rest = ", ".join(f"{name} {value:.3f}" for name, value in result.scores.items() if name != main)
+    after = f" after {result.optimizer_steps:,} optimizer steps" if result.optimizer_steps else ""
+    text = f"{result.task}, {result.items:,} items{after}: {main} {result.scores[main]:.3f}"
+    return text + (f" ({rest})" if rest else "")

@@ -12,7 +12,7 @@ import click
 
 from meft.planner.errors import UsageError
 from meft.planner.plan import Plan
-from meft.planner.profiles import load_gpu, load_host, load_link, load_sparsity
+from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.report import Report
 from meft.runtime.cli import run_command
 

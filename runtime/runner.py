@@ -21,13 +21,13 @@ from meft.planner.report import Report
 from meft.planner.units import format_bytes
 from meft.runtime import kernels, model_loading, preflight
 from meft.runtime.checkpoint import latest_checkpoint, save_adapter
-from meft.runtime.cli_use import evaluation_line
 from meft.runtime.data import Dataset, load_dataset, pad_token_id
 from meft.runtime.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.embedded import SMOLLM2_PROFILE, smollm2_folder
 from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
 from meft.runtime.initialise import KeyInit
 from meft.runtime.lanes import Overlapped, Sequential
+from meft.runtime.metrics import evaluation_line
 from meft.runtime.nvml import MemoryReading, NvmlReader, NvmlUnavailable, PcieReading
 from meft.runtime.optimizer import AdamWSettings
 from meft.runtime.rehearse import rehearse

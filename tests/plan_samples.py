@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from meft.planner.architecture import ModelShape
 from meft.planner.plan import Decision, Inputs, NumberUsed, Plan, ProfileUsed, Request, SearchSummary, TransferEntry
 from meft.planner.prediction import ProfileSet, predict
-from meft.planner.profiles import load_gpu, load_host, load_link, load_sparsity
+from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.report import (
     ActiveRows,
     DeviceUsed,

@@ -29,6 +29,9 @@ RECORDS_AND_PROFILES = {
     "report",
     "profiles",
     "profile_file",
+    "profile_catalogue",
+    "dtypes",
+    "names",
     "models",
     "architecture",
     "errors",
@@ -53,7 +56,7 @@ meft-profile call those models."""
 CONSTANTS_ARE_USED_BY = {"hot_tables": ("meft.planner.hot_rows", ("HOT_CHUNK_ROWS",))}
 """Numbers that the runtime works by and a model prices, stated once: these names, and nothing else of their module."""
 
-WITH_EFFECTS = {"files", "recording_files", "schema", "profiles", "models", "plot", "render", "verification"}
+WITH_EFFECTS = {"files", "recording_files", "schema", "names", "profile_catalogue", "models", "plot", "render", "verification"}
 """Planner modules that read, write or print. With the command line they are all there are: any other is pure."""
 EFFECTS = {
     "asyncio",

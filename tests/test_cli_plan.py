@@ -21,7 +21,7 @@ from meft.planner.cli_options import RequestOptions
 from meft.planner.cli_request import default_gpu, machine_memory_bytes, planning
 from meft.planner.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_UNEXPECTED, EXIT_USAGE
 from meft.planner.plan import Plan
-from meft.planner.profiles import gpu_names, load_gpu
+from meft.planner.profile_catalogue import gpu_names, load_gpu
 from meft.planner.search import make_plan
 
 GIB = 1 << 30

@@ -18,7 +18,7 @@ from meft.planner.gpu_timing import gpu_rates
 from meft.planner.linears import resolve_targets
 from meft.planner.models import load_model
 from meft.planner.plan import Request
-from meft.planner.profiles import load_gpu, load_link
+from meft.planner.profile_catalogue import load_gpu, load_link
 from meft.planner.setup import TrainingSetup
 from meft.planner.timing import step_timing
 

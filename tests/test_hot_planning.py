@@ -21,7 +21,7 @@ from meft.planner.memory import predict_device_memory
 from meft.planner.models import load_model
 from meft.planner.plan import Decision, Plan
 from meft.planner.prediction import ProfileSet, predict
-from meft.planner.profiles import load_gpu, load_host, load_link, load_sparsity
+from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.render import plan_view
 from meft.planner.search import make_plan
 from meft.planner.sparsity import WindowRows, window_rows

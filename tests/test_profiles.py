@@ -15,12 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft.planner import profiles
+from meft.planner import names
 from meft.planner.errors import UsageError
 from meft.planner.models import load_model, load_model_profile, model_names
-from meft.planner.profiles import (
-    GpuProfile,
-    find_name,
+from meft.planner.names import find_name
+from meft.planner.profile_catalogue import (
     gpu_names,
     host_names,
     link_names,
@@ -29,9 +28,9 @@ from meft.planner.profiles import (
     load_host,
     load_link,
     load_sparsity,
-    sourced_numbers,
     sparsity_names,
 )
+from meft.planner.profiles import GpuProfile, sourced_numbers
 from meft.planner.schema import Record
 from meft.planner.units import MIB
 
@@ -68,8 +67,8 @@ def test_every_profile_is_valid_and_sourced(load: Callable[[str], Record], name:
 
 def test_no_profile_names_a_place_on_some_machine() -> None:
     collections = ("gpus.json", "links.json", "hosts.json", "sparsity.json", "defaults.json")
-    texts = [profiles.profile_text(name) for name in collections]
-    texts += [profiles.profile_text(f"models/{name}.json") for name in model_names()]
+    texts = [names.profile_text(name) for name in collections]
+    texts += [names.profile_text(f"models/{name}.json") for name in model_names()]
     for text in texts:
         assert not re.search(r"/(work|root|tmp|home)\b|shared/|from memory", text)
 
@@ -147,7 +146,7 @@ def test_spellings_are_unambiguous() -> None:
         for name in names:
             profile = load(name)
             own = {
-                spelling for given in (name, profile.name, *profile.aliases) for spelling in profiles._spellings(given)
+                spelling for given in (name, profile.name, *profile.aliases) for spelling in names._spellings(given)
             }
             spellings.update(own)
         assert [spelling for spelling, count in spellings.items() if count > 1] == []

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from plan_samples import DECISION, SHAPE, sample_plan, sample_report, sample_request
 from pydantic import ValidationError
 
+from meft.planner.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.errors import EXIT_USAGE, UsageError
 from meft.planner.plan import (
     LANES,
-    AdapterDtype,
     Attention,
     Decision,
     HostMemory,
@@ -32,7 +32,6 @@ from meft.planner.plan import (
     Timing,
     Transfer,
     TransferEntry,
-    WeightsDtype,
 )
 from meft.planner.report import Comparison, Report
 from meft.planner.schema import SCHEMA_VERSION, Basis, parse_json, validated

@@ -15,7 +15,7 @@ from sparse_setup import AMPLE_BYTES, decision
 from meft.planner.memory import predict_device_memory
 from meft.planner.models import load_model
 from meft.planner.plan import Plan
-from meft.planner.profiles import load_gpu
+from meft.planner.profile_catalogue import load_gpu
 from meft.planner.report import Report
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.model_loading import load_frozen_model
