@@ -24,39 +24,50 @@ LIGHT = {"pydantic", "click", "numpy", "psutil", "rich"}
 ONLY_IN_FUNCTIONS = {"scipy", "matplotlib"}
 
 RECORDS_AND_PROFILES = {
-    "schema",
-    "plan",
-    "report",
-    "profiles",
-    "profile_file",
-    "profile_catalogue",
-    "dtypes",
-    "names",
-    "models",
-    "architecture",
-    "errors",
-    "units",
-    "files",
-    "chrome",
-    "setup",
-    "stream",
+    "meft.planner.schema",
+    "meft.planner.dtypes",
+    "meft.planner.names",
+    "meft.planner.errors",
+    "meft.planner.units",
+    "meft.planner.files",
+    "meft.planner.architecture",
+    "meft.planner.models",
+    "meft.planner.plan",
+    "meft.planner.report",
+    "meft.planner.profiles",
+    "meft.planner.profile_file",
+    "meft.planner.profile_catalogue",
+    "meft.planner.setup",
+    "meft.planner.chrome",
+    "meft.planner.stream",
 }
-ALLOCATOR_IS_USED_BY = {"books", "exchange"}
+ALLOCATOR = "meft.planner.allocator"
+ALLOCATOR_IS_USED_BY = {"meft.runtime.books", "meft.runtime.exchange"}
 """The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it, and
 the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
 
 PROFILING_IS_USED_BY = {
-    "device_rates": {"layer_kernels"},
-    "profile_cli": {"calibrate", "prediction"},
-    "sparsity_profile": {"union_fit"},
+    "meft.runtime.device_rates": {"meft.planner.layer_kernels"},
+    "meft.runtime.profile_cli": {"meft.planner.calibrate", "meft.planner.prediction"},
+    "meft.runtime.sparsity_profile": {"meft.planner.union_fit"},
 }
 """Measuring ends in a fit, calibrating in predictions, and launches are measured as they are counted: the commands of
 meft-profile call those models."""
 
-CONSTANTS_ARE_USED_BY = {"hot_tables": ("meft.planner.hot_rows", ("HOT_CHUNK_ROWS",))}
+CONSTANTS_ARE_USED_BY = {"meft.runtime.hot_tables": ("meft.planner.hot_rows", ("HOT_CHUNK_ROWS",))}
 """Numbers that the runtime works by and a model prices, stated once: these names, and nothing else of their module."""
 
-WITH_EFFECTS = {"files", "recording_files", "schema", "names", "profile_catalogue", "models", "plot", "render", "verification"}
+WITH_EFFECTS = {
+    "meft.planner.files",
+    "meft.planner.recording_files",
+    "meft.planner.schema",
+    "meft.planner.names",
+    "meft.planner.profile_catalogue",
+    "meft.planner.models",
+    "meft.planner.plot",
+    "meft.planner.render",
+    "meft.planner.verification",
+}
 """Planner modules that read, write or print. With the command line they are all there are: any other is pure."""
 EFFECTS = {
     "asyncio",
@@ -80,13 +91,31 @@ EFFECTS = {
     "time",
     "uuid",
 }
-COUNTS_REFERENCES = {"autograd": {"sys"}}
+COUNTS_REFERENCES = {"meft.planner.autograd": {"sys"}}
 """Whether anything else holds a storage decides, as in torch, if gradients are summed in place."""
-MODELS_OF_THE_DESIGN = (
-    *("sparsity", "transfer", "host_memory", "timing", "lanes", "memory"),
-    *("space", "grid_costs", "grid_timing", "choosing", "weighing", "search"),
-    *("allocator", "blocks", "recording", "history", "replay", "simulation", "decoder", "operators", "stream"),
-)
+MODELS_OF_THE_DESIGN = {
+    "meft.planner.sparsity",
+    "meft.planner.transfer",
+    "meft.planner.host_memory",
+    "meft.planner.timing",
+    "meft.planner.lanes",
+    "meft.planner.memory",
+    "meft.planner.space",
+    "meft.planner.grid_costs",
+    "meft.planner.grid_timing",
+    "meft.planner.choosing",
+    "meft.planner.weighing",
+    "meft.planner.search",
+    "meft.planner.allocator",
+    "meft.planner.blocks",
+    "meft.planner.recording",
+    "meft.planner.history",
+    "meft.planner.replay",
+    "meft.planner.simulation",
+    "meft.planner.decoder",
+    "meft.planner.operators",
+    "meft.planner.stream",
+}
 
 
 @dataclass(frozen=True)
@@ -195,29 +224,41 @@ def test_no_module_uses_relative_imports() -> None:
 # --- rule 2: the runtime knows records and profiles, no models -------------------------------------------------------
 
 
+def module_name(path: Path) -> str:
+    """``planner/room/module.py`` as it is imported."""
+    return "meft." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def modules_of(package: str) -> dict[str, Path]:
+    """Every module that is no package, by name."""
+    return {module_name(path): path for path in sources(package) if path.name != "__init__.py"}
+
+
 def planner_modules(each: Import) -> set[str]:
     """Modules of the planner that an import reaches."""
-    modules = {path.stem for path in sources("planner")} - {"__init__"}
-    reached = {module.split(".")[2] for module in each.modules if module.startswith("meft.planner.")}
-    return reached & modules
+    return each.modules & modules_of("planner").keys()
 
 
 def test_the_runtime_imports_only_records_and_profiles_from_the_planner() -> None:
-    for path in sources("runtime"):
-        allowed = RECORDS_AND_PROFILES | ({"allocator"} if path.stem in ALLOCATOR_IS_USED_BY else set())
-        allowed |= PROFILING_IS_USED_BY.get(path.stem, set())
+    for name, path in modules_of("runtime").items():
+        allowed = RECORDS_AND_PROFILES | ({ALLOCATOR} if name in ALLOCATOR_IS_USED_BY else set())
+        allowed |= PROFILING_IS_USED_BY.get(name, set())
         for each in imports_of(path):
-            is_constant = (each.module, each.names) == CONSTANTS_ARE_USED_BY.get(path.stem)
+            is_constant = (each.module, each.names) == CONSTANTS_ARE_USED_BY.get(name)
             assert is_constant or planner_modules(each) <= allowed, each.place
 
 
 def test_the_exceptions_are_still_needed() -> None:
-    users = {
-        path.stem for path in sources("runtime") for each in imports_of(path) if "allocator" in planner_modules(each)
-    }
+    modules = modules_of("runtime")
+    users = {name for name, path in modules.items() for each in imports_of(path) if ALLOCATOR in planner_modules(each)}
     assert users == ALLOCATOR_IS_USED_BY
-    for stem, names in CONSTANTS_ARE_USED_BY.items():
-        assert names in [(each.module, each.names) for each in imports_of(ROOT / "runtime" / f"{stem}.py")]
+    for name, constants in CONSTANTS_ARE_USED_BY.items():
+        assert constants in [(each.module, each.names) for each in imports_of(modules[name])]
+
+
+def test_the_modules_named_above_are_there() -> None:
+    named = RECORDS_AND_PROFILES | WITH_EFFECTS | COUNTS_REFERENCES.keys() | {ALLOCATOR}
+    assert named <= modules_of("planner").keys()
 
 
 def test_profiles_are_data() -> None:
@@ -227,17 +268,22 @@ def test_profiles_are_data() -> None:
 # --- rule 3: the models are pure -------------------------------------------------------------------------------------
 
 
-def pure_modules() -> list[Path]:
-    return [path for path in sources("planner") if path.stem not in WITH_EFFECTS and not path.stem.startswith("cli")]
+def pure_modules() -> dict[str, Path]:
+    return {
+        name: path
+        for name, path in modules_of("planner").items()
+        if name not in WITH_EFFECTS and not name.startswith("meft.planner.cli")
+    }
 
 
 def test_the_models_of_the_design_are_among_the_pure_modules() -> None:
-    assert set(MODELS_OF_THE_DESIGN) <= {path.stem for path in pure_modules()}
+    assert pure_modules().keys() >= MODELS_OF_THE_DESIGN
 
 
-@pytest.mark.parametrize("path", pure_modules(), ids=lambda path: path.stem)
-def test_a_pure_module_has_no_clock_files_or_randomness(path) -> None:
-    effects = EFFECTS - COUNTS_REFERENCES.get(path.stem, set())
+@pytest.mark.parametrize("name", pure_modules())
+def test_a_pure_module_has_no_clock_files_or_randomness(name) -> None:
+    path = pure_modules()[name]
+    effects = EFFECTS - COUNTS_REFERENCES.get(name, set())
     assert [each for each in imports_of(path) if each.top in effects] == []
     tree = ast.parse(path.read_text(encoding="utf-8"))
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -296,9 +342,8 @@ def pyproject() -> dict:
 def test_every_package_folder_lies_at_the_top_and_maps_to_its_package() -> None:
     setuptools = pyproject()["tool"]["setuptools"]
     assert setuptools["package-dir"] == {f"meft.{name}": name for name in PACKAGES}
-    assert sorted(setuptools["packages"]) == sorted(setuptools["package-dir"])
-    with_init = {path.parent.relative_to(ROOT).as_posix() for path in tracked_files() if path.name == "__init__.py"}
-    assert with_init == set(PACKAGES)  # a subpackage would have to be listed to be installed
+    with_init = {module_name(path) for path in tracked_files() if path.name == "__init__.py"}
+    assert sorted(setuptools["packages"]) == sorted(with_init)  # one that is not listed would not be installed
 
 
 @pytest.mark.parametrize("name", PACKAGES)

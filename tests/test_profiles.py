@@ -141,13 +141,11 @@ def test_defaults_exist() -> None:
 
 
 def test_spellings_are_unambiguous() -> None:
-    for names, load in ((gpu_names(), load_gpu), (link_names(), load_link), (host_names(), load_host)):
+    for keys, load in ((gpu_names(), load_gpu), (link_names(), load_link), (host_names(), load_host)):
         spellings: Counter[str] = Counter()
-        for name in names:
+        for name in keys:
             profile = load(name)
-            own = {
-                spelling for given in (name, profile.name, *profile.aliases) for spelling in names._spellings(given)
-            }
+            own = {spelling for given in (name, profile.name, *profile.aliases) for spelling in names._spellings(given)}
             spellings.update(own)
         assert [spelling for spelling, count in spellings.items() if count > 1] == []
 
