@@ -43,7 +43,7 @@ import click
 import torch
 
 from meft.planner.architecture import ModelShape, shape_from_config
-from meft.planner.errors import DeviceOutOfMemory
+from meft.planner.base.errors import DeviceOutOfMemory
 from meft.planner.infeasible import Infeasible
 from meft.planner.linears import linear_layers
 from meft.planner.plan import Plan, Request

@@ -19,9 +19,9 @@ import numpy as np
 
 from meft.planner.allocator import MIN_BLOCK_BYTES
 from meft.planner.architecture import ModelShape
+from meft.planner.base.quantities import Flags, Ints
 from meft.planner.blocks import BIG_REQUEST_BYTES, SEGMENT_ROUND_BYTES, SMALL_LIMIT_BYTES
 from meft.planner.plan import Attention
-from meft.planner.quantities import Flags, Ints
 
 FP32_BYTES = 4
 

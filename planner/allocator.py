@@ -30,6 +30,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from meft.planner.allocator_settings import NO_SPLIT_LIMIT, AllocatorSettings
+from meft.planner.base.errors import DeviceOutOfMemory
+from meft.planner.base.units import format_bytes
 from meft.planner.blocks import (
     ADDRESS_BITS,
     ADDRESS_MASK,
@@ -42,8 +44,6 @@ from meft.planner.blocks import (
     PoolName,
     VirtualRange,
 )
-from meft.planner.errors import DeviceOutOfMemory
-from meft.planner.units import format_bytes
 
 MIN_BLOCK_BYTES = 512
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meft.planner.errors import UsageError, unknown_name
-from meft.planner.units import MIB
+from meft.planner.base.errors import UsageError, unknown_name
+from meft.planner.base.units import MIB
 
 LEAST_SPLIT_MB = 20
 NO_SPLIT_LIMIT = 1 << 62

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from meft.planner.errors import UsageError
-from meft.planner.schema import Count, Fraction, Index, Record, validated
+from meft.planner.base.errors import UsageError
+from meft.planner.base.schema import Count, Fraction, Index, Record, validated
 
 Norm = Literal["rmsnorm", "layernorm"]
 

@@ -17,13 +17,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.base.errors import UsageError, unknown_name
+from meft.planner.base.schema import Basis, Bytes, Record
 from meft.planner.candidates import Candidates
-from meft.planner.errors import UsageError, unknown_name
 from meft.planner.memory import predict_device_memory
 from meft.planner.plan import Direction, Plan
 from meft.planner.profiles import GpuProfile
 from meft.planner.report import Report
-from meft.planner.schema import Basis, Bytes, Record
 from meft.planner.transfer import Categories, StepRows, step_bytes_by_category, window_gradient_bytes
 
 DEFAULT_TOLERANCE_FRACTION = 0.03

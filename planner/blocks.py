@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from meft.planner.units import MIB
+from meft.planner.base.units import MIB
 
 PoolName = Literal["small", "large"]
 

@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.audit import check_belongs
+from meft.planner.base.errors import UsageError
+from meft.planner.base.schema import Basis
 from meft.planner.chrome import Event, task_kind
-from meft.planner.errors import UsageError
 from meft.planner.plan import LANES, Lane, Plan, Prediction
 from meft.planner.prediction import ProfileSet, predict, simulated_tasks
 from meft.planner.profiles import (
@@ -40,7 +41,6 @@ from meft.planner.profiles import (
     sourced_numbers,
 )
 from meft.planner.report import Report
-from meft.planner.schema import Basis
 from meft.planner.sparsity import check_layers, profile_laws
 
 LEAST_RANGE = math.log(1.2)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meft.planner.base.quantities import Flags, Ints
 from meft.planner.plan import Decision
-from meft.planner.quantities import Flags, Ints
 
 
 @dataclass(frozen=True, kw_only=True)

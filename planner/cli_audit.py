@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from meft.planner.audit import DEFAULT_TOLERANCE_FRACTION, audit
+from meft.planner.base.errors import EXIT_DONE, EXIT_UNEXPECTED, UsageError
 from meft.planner.cli_options import PATH
-from meft.planner.errors import EXIT_DONE, EXIT_UNEXPECTED, UsageError
 from meft.planner.plan import Plan
 from meft.planner.profile_catalogue import load_gpu
 from meft.planner.profiles import GpuProfile

@@ -11,6 +11,10 @@ from typing import Annotated, Any, get_args
 import click
 from pydantic import Field
 
+from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.base.errors import InfeasibleError, UsageError, unknown_name
+from meft.planner.base.schema import Record, parse_json, read_text, validated
+from meft.planner.base.units import parse_bytes
 from meft.planner.cli_options import (
     MAX_BATCH_SIZE,
     MAX_GRAD_ACCUM,
@@ -24,8 +28,6 @@ from meft.planner.cli_options import (
 )
 from meft.planner.cli_request import Planning, planning
 from meft.planner.comparison import USUAL_SIZES, USUAL_TOP_K, without_limits
-from meft.planner.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.errors import InfeasibleError, UsageError, unknown_name
 from meft.planner.estimates import Estimate, estimate_dense, estimate_meft, with_trace
 from meft.planner.infeasible import Infeasible
 from meft.planner.linears import passed_over, resolve_targets
@@ -33,10 +35,8 @@ from meft.planner.models import load_model
 from meft.planner.plan import Attention, Decision, Plan, Routing, RowsInBackward
 from meft.planner.prediction import predict
 from meft.planner.profile_catalogue import load_defaults
-from meft.planner.schema import Record, parse_json, read_text, validated
 from meft.planner.search import make_plan
 from meft.planner.setup import METHOD_NAMES, Autocast, LossName, MethodName, OptimizerName, TrainingSetup
-from meft.planner.units import parse_bytes
 from meft.planner.verification import traced_plan, traced_setup
 
 MAX_RANK = 1 << 16

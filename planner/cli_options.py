@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
-from meft.planner.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.base.units import format_size_argument, parse_bytes
 from meft.planner.plan import Attention, Objective, Routing, RowsInBackward
-from meft.planner.units import format_size_argument, parse_bytes
 
 if TYPE_CHECKING:
     _IntType = click.ParamType[int]
@@ -35,12 +35,12 @@ RUNNABLE_WEIGHTS: tuple[WeightsDtype, ...] = ("fp32", "bf16", "nf4")
 
 
 class Size(_IntType):
-    """A memory size, as :func:`~meft.planner.units.parse_bytes` reads it."""
+    """A memory size, as :func:`~meft.planner.base.units.parse_bytes` reads it."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ARG002 - click's
-        """Bytes; a bad size is a :class:`~meft.planner.errors.UsageError` that names the option."""
+        """Bytes; a bad size is a :class:`~meft.planner.base.errors.UsageError` that names the option."""
         if isinstance(value, int):
             return value
         return parse_bytes(value, field=param.opts[0] if param is not None else "size")

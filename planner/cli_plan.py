@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import click
 
+from meft.planner.base.errors import InfeasibleError, UsageError
+from meft.planner.base.files import write_atomic
 from meft.planner.chrome import Event, chrome_trace
 from meft.planner.cli_options import (
     PATH,
@@ -19,8 +21,6 @@ from meft.planner.cli_options import (
     workload_options,
 )
 from meft.planner.cli_request import Planning, planning
-from meft.planner.errors import InfeasibleError, UsageError
-from meft.planner.files import write_atomic
 from meft.planner.infeasible import Infeasible
 from meft.planner.models import load_model
 from meft.planner.plan import Plan

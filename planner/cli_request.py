@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from meft.planner.architecture import ModelShape
+from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.base.errors import UsageError
+from meft.planner.base.names import looks_like_path
+from meft.planner.base.schema import validated
+from meft.planner.base.units import GIB, format_bytes
 from meft.planner.cli_options import RequestOptions
-from meft.planner.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.errors import UsageError
 from meft.planner.models import load_model
-from meft.planner.names import looks_like_path
 from meft.planner.plan import Attention, Request
 from meft.planner.prediction import ProfileSet
 from meft.planner.profile_catalogue import (
@@ -24,8 +26,6 @@ from meft.planner.profile_catalogue import (
     sections_in,
 )
 from meft.planner.profiles import GpuProfile, Section, SourcedRange
-from meft.planner.schema import validated
-from meft.planner.units import GIB, format_bytes
 
 BOX_OVER_NVML = 1.1
 """A card's box may print up to a tenth more than NVML reports (48 GB: 45.0 GiB with ECC on an L40S)."""

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from meft.planner.dtypes import WeightsDtype
+from meft.planner.base.dtypes import WeightsDtype
+from meft.planner.base.schema import Record
+from meft.planner.base.units import MAX_BYTES
 from meft.planner.estimates import Estimate, dense_peaks, estimate_dense
 from meft.planner.linears import linear_layers, resolve_targets
 from meft.planner.plan import Request
 from meft.planner.profiles import GpuProfile, LinkProfile
-from meft.planner.schema import Record
 from meft.planner.setup import MethodName, TrainingSetup
-from meft.planner.units import MAX_BYTES
 
 DenseName = Literal["parallel-adapter", "lora", "qlora", "full"]
 DENSE_NAMES: tuple[DenseName, ...] = get_args(DenseName)

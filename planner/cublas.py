@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from meft.planner.errors import UsageError, unknown_name
-from meft.planner.units import KIB
+from meft.planner.base.errors import UsageError, unknown_name
+from meft.planner.base.units import KIB
 
 USUAL_BYTES = 2 * 4096 * KIB + 8 * 16 * KIB
 """8,519,680: ``:4096:2:16:8``, two chunks of 4096 KiB and eight of 16."""

@@ -16,12 +16,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from meft.planner.architecture import ModelShape
-from meft.planner.dtypes import WeightsDtype
+from meft.planner.base.dtypes import WeightsDtype
+from meft.planner.base.quantities import (
+    ADAPTER_DTYPE_BYTES,
+    COMPUTE_DTYPE_BYTES,
+    MASTER_BYTES,
+    Flags,
+    Floats,
+    Ints,
+    Reals,
+)
 from meft.planner.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.layer_kernels import OUTER, Kernels, LayerKernels, family_of, layer_kernels
 from meft.planner.plan import Attention, Request
 from meft.planner.profiles import GpuProfile
-from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, MASTER_BYTES, Flags, Floats, Ints, Reals
 from meft.planner.terms_adapter import CAST_ROWS
 from meft.planner.transfer import INPUT_TENSORS
 

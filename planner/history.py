@@ -18,8 +18,9 @@ from typing import Any
 
 from meft.planner.allocator import LiveBlock, Segment, round_to_division
 from meft.planner.allocator_settings import AllocatorSettings, parse_settings
+from meft.planner.base.errors import UsageError
+from meft.planner.base.units import MAX_BYTES
 from meft.planner.blocks import LARGE_SEGMENT_BYTES, SMALL_LIMIT_BYTES, SMALL_SEGMENT_BYTES, PoolName
-from meft.planner.errors import UsageError
 from meft.planner.recording import (
     MAX_ADDRESS,
     MAX_STREAM,
@@ -30,7 +31,6 @@ from meft.planner.recording import (
     number_of,
     shown,
 )
-from meft.planner.units import MAX_BYTES
 
 _AS_RECORDED = {
     "alloc": "alloc",

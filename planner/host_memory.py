@@ -15,9 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from meft.planner import allocator
-from meft.planner.candidates import Candidates
-from meft.planner.plan import Decision, HostMemory, MemoryEntry, Request
-from meft.planner.quantities import (
+from meft.planner.base.quantities import (
     ADAPTER_DTYPE_BYTES,
     BF16_BYTES,
     COMPUTE_DTYPE_BYTES,
@@ -25,6 +23,8 @@ from meft.planner.quantities import (
     MASTER_BYTES,
     Ints,
 )
+from meft.planner.candidates import Candidates
+from meft.planner.plan import Decision, HostMemory, MemoryEntry, Request
 from meft.planner.transfer import layers_queried
 
 _FLAG_BYTES = 1

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES, Floats, Ints
 from meft.planner.profiles import SparsityProfile
-from meft.planner.quantities import INDEX_BYTES, MASTER_BYTES, Floats, Ints
 
 HOT_CHUNK_ROWS = 256
 """Rows are updated so many at a time (:mod:`meft.runtime.hot_tables`): AdamW's temporaries are that much smaller."""

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.base.quantities import Floats
+from meft.planner.base.units import GIB, MIB, format_bytes, format_size_argument
 from meft.planner.plan import Decision, Request
 from meft.planner.profiles import GpuProfile
-from meft.planner.quantities import Floats
-from meft.planner.units import GIB, MIB, format_bytes, format_size_argument
 
 Binding = Literal["device memory", "host memory", "slowdown", "trainable share"]
 

@@ -36,9 +36,9 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.base.quantities import Floats
 from meft.planner.chrome import Event
 from meft.planner.plan import LANES, Lane
-from meft.planner.quantities import Floats
 
 CHUNK_CANDIDATES = 8192
 """Candidates simulated together: 64 KiB per array, so that a core's cache holds the lanes."""

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from meft.planner.activations import largest
+from meft.planner.base.quantities import Ints
+from meft.planner.base.schema import Basis
 from meft.planner.plan import Phase
-from meft.planner.quantities import Ints
-from meft.planner.schema import Basis
 
 STEP_PHASES: tuple[Phase, ...] = ("forward", "loss", "backward", "optimizer_step")
 

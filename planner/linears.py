@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meft.planner.architecture import ModelShape
-from meft.planner.errors import UsageError, unknown_name
+from meft.planner.base.errors import UsageError, unknown_name
 
 Place = Literal["attention", "ffn"]
 

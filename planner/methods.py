@@ -15,11 +15,11 @@ from meft.planner import hot_rows as hot
 from meft.planner import terms_adapter as ada
 from meft.planner.activations import largest
 from meft.planner.architecture import ModelShape
+from meft.planner.base.dtypes import WeightsDtype
+from meft.planner.base.quantities import COMPUTE_DTYPE_BYTES, Flags, Ints
 from meft.planner.candidates import Candidates
-from meft.planner.dtypes import WeightsDtype
 from meft.planner.ledger import Row
 from meft.planner.plan import Attention
-from meft.planner.quantities import COMPUTE_DTYPE_BYTES, Flags, Ints
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from meft.planner.architecture import ModelShape
-from meft.planner.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.schema import Basis, Bytes, Count, File, Fraction, Index, Rate, Record, Seconds
+from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.base.schema import Basis, Bytes, Count, File, Fraction, Index, Rate, Record, Seconds
 
 Attention = Literal["sdpa", "flash", "eager"]
 Objective = Literal["capacity", "speed", "traffic"]

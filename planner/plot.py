@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meft.planner.base.errors import UsageError
+from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.chrome import Event
-from meft.planner.errors import UsageError
 from meft.planner.ledger import STEP_PHASES
 from meft.planner.plan import LANES, Lane, Plan
 from meft.planner.render import count, grouped_bytes
-from meft.planner.units import GIB, MIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:  # matplotlib is loaded only when there is something to draw
     from matplotlib.axes import Axes

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Ints
 from meft.planner.candidates import Candidates
 from meft.planner.chrome import Event
 from meft.planner.host_memory import host_memory
@@ -23,7 +24,6 @@ from meft.planner.plan import (
     Timing,
 )
 from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
-from meft.planner.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Ints
 from meft.planner.sparsity import hot_rows_among, predict_sparsity
 from meft.planner.timing import step_timing
 from meft.planner.transfer import step_transfer

@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from meft.planner.names import find_name, looks_like_path, profile_text
+from meft.planner.base.names import find_name, looks_like_path, profile_text
+from meft.planner.base.schema import Record, parse_json, read_text, validated
 from meft.planner.profile_file import ProfileFile, is_profile_file, section_of
 from meft.planner.profiles import Defaults, GpuProfile, HostProfile, LinkProfile, Section, SparsityProfile
-from meft.planner.schema import Record, parse_json, read_text, validated
 
 P = TypeVar("P", bound=Record)
 

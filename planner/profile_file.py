@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
+from meft.planner.base.schema import Count, File, Record, Text
 from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile, Section, SparsityProfile
-from meft.planner.schema import Count, File, Record, Text
 
 SECTIONS: tuple[Section, ...] = ("host", "gpu", "link", "sparsity")
 

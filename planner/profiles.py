@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from meft.planner.errors import UsageError
-from meft.planner.schema import (
+from meft.planner.base.errors import UsageError
+from meft.planner.base.schema import (
     Basis,
     Count,
     Fraction,

@@ -16,9 +16,9 @@ from typing import Any
 
 from meft.planner.allocator import LiveBlock, Segment
 from meft.planner.allocator_settings import AllocatorSettings
+from meft.planner.base.errors import UsageError
+from meft.planner.base.units import MAX_BYTES
 from meft.planner.blocks import UNIT_BYTES
-from meft.planner.errors import UsageError
-from meft.planner.units import MAX_BYTES
 
 TAKEN = ("segment_alloc", "segment_map")
 RETURNED = ("segment_free", "segment_unmap")

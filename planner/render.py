@@ -17,9 +17,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.ledger import STEP_PHASES
 from meft.planner.plan import LANES, MemoryEntry, Objective, ParetoPoint, Phase, Plan, Verification
-from meft.planner.units import GIB, MIB, format_bytes, format_seconds
 
 PIPED_WIDTH = 100
 PARETO_ROWS = 5

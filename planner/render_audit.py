@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from meft.planner.audit import Audit, AuditRow, CategoryCheck
+from meft.planner.base.units import format_bytes, format_seconds
 from meft.planner.render import grid, lines, percent, section
-from meft.planner.units import format_bytes, format_seconds
 
 
 def audit_view(audit: Audit, *, verbose: bool) -> RenderableType:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from meft.planner.base.units import format_bytes, format_seconds
 from meft.planner.comparison import MethodComparison, MethodRow
 from meft.planner.estimates import Estimate
 from meft.planner.plan import MemoryEntry
 from meft.planner.render import count, grid, ledger, lines, percent, section
-from meft.planner.units import format_bytes, format_seconds
 
 
 def estimate_view(estimate: Estimate, *, notes: Sequence[str]) -> RenderableType:

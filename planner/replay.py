@@ -12,9 +12,9 @@ from itertools import count
 
 from meft.planner.allocator import WHAT_TO_DO, CachingAllocator
 from meft.planner.allocator_settings import AllocatorSettings
-from meft.planner.errors import DeviceOutOfMemory, UsageError
+from meft.planner.base.errors import DeviceOutOfMemory, UsageError
+from meft.planner.base.units import format_bytes
 from meft.planner.recording import RETURNED, TAKEN, Recording
-from meft.planner.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)

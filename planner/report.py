@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from meft.planner.base.schema import Bytes, Count, File, Fraction, Index, Record, Seconds
 from meft.planner.plan import Lane, MemoryEntry, TransferEntry
-from meft.planner.schema import Bytes, Count, File, Fraction, Index, Record, Seconds
 
 
 class DeviceUsed(Record):

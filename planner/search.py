@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.infeasible import Infeasible, explain
 from meft.planner.plan import Decision, Plan, Prediction, Request, SearchSummary
 from meft.planner.prediction import ProfileSet, inputs_used, predict

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from meft.planner.architecture import ModelShape
-from meft.planner.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.base.schema import Count, Record
 from meft.planner.plan import Attention
-from meft.planner.schema import Count, Record
 
 MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)

@@ -12,7 +12,7 @@ import pickletools
 from collections.abc import Callable
 from typing import Any, BinaryIO, ClassVar, NoReturn
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.recording import shown
 
 _PLAIN = (

@@ -70,7 +70,7 @@ class StreamPeaks:
 def stream_peaks(stream: Stream, *, capacity_bytes: int | None = None) -> StreamPeaks:
     """Replay a stream through a fresh caching allocator.
 
-    Raises :class:`~meft.planner.errors.DeviceOutOfMemory` when ``capacity_bytes`` does not suffice, and
+    Raises :class:`~meft.planner.base.errors.DeviceOutOfMemory` when ``capacity_bytes`` does not suffice, and
     :class:`ValueError` when a tensor goes that never came, or comes twice.
     """
     allocator = CachingAllocator(capacity_bytes)

@@ -16,6 +16,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.base.quantities import (
+    ADAPTER_DTYPE_BYTES,
+    BF16_BYTES,
+    COMPUTE_DTYPE_BYTES,
+    MASTER_BYTES,
+    Floats,
+    Ints,
+)
 from meft.planner.candidates import Candidates, same_for_all
 from meft.planner.chrome import Event
 from meft.planner.gpu_timing import (
@@ -41,14 +49,6 @@ from meft.planner.hot_rows import HOT_NORM_BYTES, HotRows, hot_key_bytes
 from meft.planner.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
 from meft.planner.plan import Decision, Request, Timing
 from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile
-from meft.planner.quantities import (
-    ADAPTER_DTYPE_BYTES,
-    BF16_BYTES,
-    COMPUTE_DTYPE_BYTES,
-    MASTER_BYTES,
-    Floats,
-    Ints,
-)
 from meft.planner.sparsity import WindowRows, distinct_layers
 from meft.planner.transfer import (
     LOSS_BYTES,

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from meft.planner.errors import DeviceOutOfMemory, InfeasibleError, MachineError
+from meft.planner.base.errors import DeviceOutOfMemory, InfeasibleError, MachineError
+from meft.planner.base.units import format_bytes
 from meft.planner.plan import Plan, Verification
 from meft.planner.setup import TrainingSetup
 from meft.planner.stream import Stream, StreamPeaks, stream_peaks
-from meft.planner.units import format_bytes
 
 GROUP = "meft.verify"
 

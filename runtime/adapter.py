@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.exchange import RowExchange
 
 

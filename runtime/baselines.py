@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.plan import Plan
 from meft.runtime.adapter import add_to, ffn_modules
 from meft.runtime.data import Batch

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meft.planner.allocator import CachingAllocator
-from meft.planner.errors import MeftError
+from meft.planner.base.errors import MeftError
 from meft.runtime.event_log import EventLog
 
 DEFAULT_CATEGORY = "activations"
@@ -48,7 +48,7 @@ class DeviceBooks(TorchDispatchMode):
     """Counts device storages by category and enforces a budget through the allocator model.
 
     ``capacity_bytes`` is what the allocator may reserve (``None``: no limit). Exceeding it raises
-    :class:`~meft.planner.errors.DeviceOutOfMemory` from the operator that allocated.
+    :class:`~meft.planner.base.errors.DeviceOutOfMemory` from the operator that allocated.
     """
 
     def __init__(self, capacity_bytes: int | None = None, log: EventLog | None = None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meft.planner.units import format_bytes
+from meft.planner.base.units import format_bytes
 from meft.runtime.nvml import DeviceIdentity, NvmlFailure, NvmlSession
 
 SLOWDOWN_REASONS = {

@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from meft.planner.architecture import ModelShape
-from meft.planner.dtypes import AdapterDtype
-from meft.planner.errors import UsageError
-from meft.planner.files import fsync_folder
+from meft.planner.base.dtypes import AdapterDtype
+from meft.planner.base.errors import UsageError
+from meft.planner.base.files import fsync_folder
+from meft.planner.base.schema import Count, File, Index
 from meft.planner.plan import Routing
-from meft.planner.schema import Count, File, Index
 from meft.runtime.session import Session
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from meft.planner.errors import UsageError
-from meft.planner.files import write_atomic
-from meft.planner.units import format_seconds
+from meft.planner.base.errors import UsageError
+from meft.planner.base.files import write_atomic
+from meft.planner.base.units import format_seconds
 from meft.runtime.metrics import METRICS, evaluation_line
 
 if TYPE_CHECKING:  # torch is loaded only once there is something to do

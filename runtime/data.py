@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 import torch
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 
 IGNORE_INDEX = -100
 """Label of a token that carries no loss; Hugging Face's and torch's own value."""

@@ -12,8 +12,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from meft.planner.errors import DeviceOutOfMemory, MachineError
-from meft.planner.units import format_bytes
+from meft.planner.base.errors import DeviceOutOfMemory, MachineError
+from meft.planner.base.units import format_bytes
 from meft.runtime.books import DeviceBooks
 
 

@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meft.planner.errors import MeftError, UsageError
-from meft.planner.files import fsync_folder
+from meft.planner.base.errors import MeftError, UsageError
+from meft.planner.base.files import fsync_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

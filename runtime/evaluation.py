@@ -72,7 +72,7 @@ class Evaluator:
 
 
 def make_evaluator(options: EvaluationOptions, tokenizer: Any, *, raw: bool, seed: int = 0) -> Evaluator:
-    """Read the task; a :class:`~meft.planner.errors.UsageError` says what is wrong with it."""
+    """Read the task; a :class:`~meft.planner.base.errors.UsageError` says what is wrong with it."""
     task = load_task(options.task, metric=options.metric, limit=options.limit, seed=seed)
     how = GenerationOptions(options.max_new_tokens, options.batch_size, raw, options.rows_per_token)
     return Evaluator(task, tokenizer, how)

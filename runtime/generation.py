@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.data import pad_token_id
 from meft.runtime.inference import serving
 from meft.runtime.session import Session

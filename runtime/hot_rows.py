@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.plan import Decision, Direction
 from meft.runtime.device import Device
 from meft.runtime.device_rows import Landing

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.adapter import add_to, ffn_modules
 from meft.runtime.session import Session
 

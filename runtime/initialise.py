@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.adapter import ffn_modules
 from meft.runtime.host_store import HostStore
 

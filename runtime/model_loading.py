@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from meft.planner.architecture import ModelShape, shape_from_config
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
+from meft.planner.base.schema import parse_json, read_text
 from meft.planner.plan import Plan
-from meft.planner.schema import parse_json, read_text
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from meft.planner.errors import MachineError
+from meft.planner.base.errors import MachineError
+from meft.planner.base.units import format_bytes
 from meft.planner.plan import Plan
-from meft.planner.units import format_bytes
 
 
 @dataclass(frozen=True)

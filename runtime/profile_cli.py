@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.plan import Plan
 from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.report import Report

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 
+from meft.planner.base.errors import UsageError
+from meft.planner.base.units import format_bytes
 from meft.planner.chrome import chrome_trace
-from meft.planner.errors import UsageError
 from meft.planner.models import load_model
 from meft.planner.plan import Plan
 from meft.planner.report import Report
-from meft.planner.units import format_bytes
 from meft.runtime import kernels, model_loading, preflight
 from meft.runtime.checkpoint import latest_checkpoint, save_adapter
 from meft.runtime.data import Dataset, load_dataset, pad_token_id

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.adapter import ffn_modules
 
 TOKENS = (64, 128, 256, 512, 1024, 2048)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.profile_file import Measurement, ProfileFile
 from meft.planner.profiles import Popularity, SparsityProfile
 from meft.planner.union_fit import FitError, UnionPoints, fit_error, fit_layers
@@ -213,7 +213,7 @@ def _source_sequences(name: str, request: SparsityRequest, tokenizer: Any) -> li
         examples = [each for record in records for each in tokenize_record(record, tokenizer, raw=request.raw)]
         return [example.input_ids[:limit] for example in examples]
     if request.as_text:
-        from meft.planner.schema import read_text
+        from meft.planner.base.schema import read_text
 
         ids = tokenizer.encode(read_text(name, kind="text file"), add_special_tokens=False)
         return [tuple(ids[start : start + limit]) for start in range(0, len(ids), limit)]

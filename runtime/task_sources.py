@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from meft.planner.errors import UsageError, unknown_name
+from meft.planner.base.errors import UsageError, unknown_name
 from meft.runtime.embedded import airport_questions
 from meft.runtime.metrics import Metric
 from meft.runtime.tasks import Item, Task, read_task, tool_prompt

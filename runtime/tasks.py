@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.metrics import FINISH, Metric, called_apis, final_number
 
 NQ_OPEN_MAX_TOKENS = 5

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.plan import Plan
 from meft.planner.setup import TrainingSetup
 from meft.planner.stream import Stream
@@ -34,7 +34,7 @@ WORKSPACE_BYTES = 8_519_680
 def trace_training(setup: TrainingSetup, config: dict[str, Any], *, workspace_bytes: int = WORKSPACE_BYTES) -> Stream:
     """Load, attach and two whole steps of ``setup``; ``config`` is the model's Hugging Face config.
 
-    Raises :class:`~meft.planner.errors.UsageError` for a setup that cannot be run.
+    Raises :class:`~meft.planner.base.errors.UsageError` for a setup that cannot be run.
     """
     _check(setup)
     if setup.method == "meft":

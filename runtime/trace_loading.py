@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.setup import TrainingSetup
 from meft.runtime.model_loading import COMPUTE_DTYPES
 from meft.runtime.trace_books import CudaBooks

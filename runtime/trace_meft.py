@@ -9,7 +9,7 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.plan import Decision, Plan, Prediction, Request, Sparsity
 from meft.planner.setup import TrainingSetup
 from meft.planner.stream import Stream

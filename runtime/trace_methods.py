@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.setup import TrainingSetup
 from meft.runtime.adapter import ffn_modules
 from meft.runtime.session import ADAPTER_DTYPES

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from meft.planner.errors import MeftError, UsageError
+from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.plan import Lane
 from meft.runtime.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from meft.runtime.data import Batch, Example, batch_indices, collate

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from meft.planner.errors import MeftError
+from meft.planner.base.errors import MeftError
 from meft.runtime.embedded import smollm2_folder
 
 SCRIPTS = Path(__file__).parent

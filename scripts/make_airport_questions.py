@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from meft.planner.errors import MeftError
-from meft.planner.files import write_atomic
+from meft.planner.base.errors import MeftError
+from meft.planner.base.files import write_atomic
 from meft.runtime.embedded import airport_questions
 
 

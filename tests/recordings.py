@@ -13,8 +13,8 @@ import pytest
 
 from meft.planner.allocator import CachingAllocator
 from meft.planner.allocator_settings import AllocatorSettings
+from meft.planner.base.errors import DeviceOutOfMemory
 from meft.planner.blocks import RANGE_BYTES, SEGMENTS_END, UNMAPPED, Block, Pool, VirtualRange
-from meft.planner.errors import DeviceOutOfMemory
 from meft.planner.recording import Recording
 from meft.planner.recording_files import load_recording
 

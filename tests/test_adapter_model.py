@@ -12,7 +12,7 @@ import torch
 from sessions import EXPERTS, open_small, random_examples, small_plan, small_trainer
 from transformers import LlamaForCausalLM
 
-from meft.planner.errors import MeftError, UsageError
+from meft.planner.base.errors import MeftError, UsageError
 from meft.runtime.adapter_model import AdapterModel
 from meft.runtime.checkpoint import AdapterConfig, adapter_tensors, base_digest, save_adapter
 from meft.runtime.data import Example, batch_indices, collate

@@ -23,8 +23,8 @@ from meft.planner.allocator import (
     round_to_division,
 )
 from meft.planner.allocator_settings import AllocatorSettings, parse_settings
+from meft.planner.base.errors import DeviceOutOfMemory, UsageError
 from meft.planner.blocks import SMALL_SEGMENT_BYTES
-from meft.planner.errors import DeviceOutOfMemory, UsageError
 from meft.planner.recording import Recording
 
 MIB = 2**20

@@ -7,7 +7,7 @@ import torch
 from sessions import open_small, small_plan, small_trainer
 from sparse_setup import AMPLE_BYTES
 
-from meft.planner.errors import DeviceOutOfMemory
+from meft.planner.base.errors import DeviceOutOfMemory
 from meft.runtime.baselines import STATES, TRAINED, open_baseline
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.model_loading import load_frozen_model

@@ -24,12 +24,12 @@ LIGHT = {"pydantic", "click", "numpy", "psutil", "rich"}
 ONLY_IN_FUNCTIONS = {"scipy", "matplotlib"}
 
 RECORDS_AND_PROFILES = {
-    "meft.planner.schema",
-    "meft.planner.dtypes",
-    "meft.planner.names",
-    "meft.planner.errors",
-    "meft.planner.units",
-    "meft.planner.files",
+    "meft.planner.base.schema",
+    "meft.planner.base.dtypes",
+    "meft.planner.base.names",
+    "meft.planner.base.errors",
+    "meft.planner.base.units",
+    "meft.planner.base.files",
     "meft.planner.architecture",
     "meft.planner.models",
     "meft.planner.plan",
@@ -58,10 +58,10 @@ CONSTANTS_ARE_USED_BY = {"meft.runtime.hot_tables": ("meft.planner.hot_rows", ("
 """Numbers that the runtime works by and a model prices, stated once: these names, and nothing else of their module."""
 
 WITH_EFFECTS = {
-    "meft.planner.files",
+    "meft.planner.base.files",
     "meft.planner.recording_files",
-    "meft.planner.schema",
-    "meft.planner.names",
+    "meft.planner.base.schema",
+    "meft.planner.base.names",
     "meft.planner.profile_catalogue",
     "meft.planner.models",
     "meft.planner.plot",

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from plan_samples import sample_profiles, sample_report, sample_request
 
+from meft.planner.base.errors import UsageError
 from meft.planner.calibrate import (
     Run,
     calibrate,
@@ -28,7 +29,6 @@ from meft.planner.calibrate import (
 )
 from meft.planner.chrome import task_kind
 from meft.planner.cli import command as plan_command
-from meft.planner.errors import UsageError
 from meft.planner.plan import LANES, Plan
 from meft.planner.prediction import ProfileSet, inputs_used, predict, simulated_tasks
 from meft.planner.profile_file import ProfileFile

@@ -16,10 +16,10 @@ from click.testing import CliRunner, Result
 from plan_samples import sample_plan, sample_report
 
 import meft.planner.cli_request as cli_request
+from meft.planner.base.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_UNEXPECTED, EXIT_USAGE
 from meft.planner.cli import command
 from meft.planner.cli_options import RequestOptions
 from meft.planner.cli_request import default_gpu, machine_memory_bytes, planning
-from meft.planner.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_UNEXPECTED, EXIT_USAGE
 from meft.planner.plan import Plan
 from meft.planner.profile_catalogue import gpu_names, load_gpu
 from meft.planner.search import make_plan

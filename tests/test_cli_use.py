@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from sessions import small_plan
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.plan import Plan
 from meft.planner.report import Report
 from meft.runtime.cli import command

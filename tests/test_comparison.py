@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_samples import sample_plan, sample_profiles, sample_request
 
+from meft.planner.base.errors import UsageError
 from meft.planner.cli_compare import compare_methods
 from meft.planner.cli_options import RequestOptions
 from meft.planner.cli_request import planning
 from meft.planner.comparison import DENSE_NAMES, MethodRow, candidate_sizes, compare_dense, sized, usual_setup
 from meft.planner.dense_timing import dense_step_seconds
-from meft.planner.errors import UsageError
 from meft.planner.estimates import Estimate, estimate_dense, estimate_meft, trainable_parameters
 from meft.planner.gpu_timing import gpu_rates
 from meft.planner.linears import resolve_targets

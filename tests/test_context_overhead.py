@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from meft.planner.base.errors import EXIT_DONE, EXIT_USAGE
 from meft.planner.cli import command
-from meft.planner.errors import EXIT_DONE, EXIT_USAGE
 from meft.planner.plan import Plan
 from meft.planner.profile_catalogue import gpu_names, load_gpu
 

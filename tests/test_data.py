@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.data import (
     IGNORE_INDEX,
     BadLineError,

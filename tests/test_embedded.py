@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from meft.planner.errors import MeftError, UsageError
+from meft.planner.base.errors import MeftError, UsageError
 from meft.runtime import embedded
 from meft.runtime.embedded import SMOLLM2_NUM_PARAMETERS, airport_questions, cache_folder, smollm2_folder
 

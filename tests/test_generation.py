@@ -10,7 +10,7 @@ import torch
 from sessions import EXPERTS, open_small, random_examples, small_plan, small_trainer
 from transformers import LlamaForCausalLM
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.adapter_model import AdapterModel
 from meft.runtime.checkpoint import save_adapter
 from meft.runtime.data import Completion, tokenize_record

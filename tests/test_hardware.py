@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nvml_stub import Stub, build
 
+from meft.planner.base.errors import UsageError
 from meft.planner.cli import command as plan_command
-from meft.planner.errors import UsageError
 from meft.planner.plan import Plan
 from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.profile_file import ProfileFile

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from sessions import EXPERTS, random_examples, small_plan
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.adapter_model import AdapterModel
 from meft.runtime.data import collate
 from meft.runtime.hf_trainer import trainer_arguments

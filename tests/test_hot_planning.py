@@ -13,8 +13,8 @@ from planner_records import decision_of, gpu_profile, request_of, sparsity_profi
 from pydantic import ValidationError
 from rich.console import Console
 
+from meft.planner.base.errors import UsageError
 from meft.planner.candidates import Candidates
-from meft.planner.errors import UsageError
 from meft.planner.host_memory import host_memory
 from meft.planner.hot_rows import hot_active_rows, hot_share
 from meft.planner.memory import predict_device_memory

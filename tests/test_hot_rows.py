@@ -14,7 +14,7 @@ from sessions import AMPLE_BYTES, EXPERTS, open_small, random_examples, small_pl
 from sparse_setup import decision, run_step, sparse_setup
 
 from meft.planner.audit import audit
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.host_memory import host_memory as planned_host_memory
 from meft.planner.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.memory import predict_device_memory

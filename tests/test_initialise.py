@@ -8,7 +8,7 @@ from sessions import EXPERTS, open_small, small_plan, small_trainer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.expert_load import expert_load
 from meft.runtime.initialise import ffn_rows

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from meft.planner.architecture import shape_from_config
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.adapter import ffn_modules
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.session import open_session

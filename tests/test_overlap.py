@@ -22,7 +22,7 @@ from late_lanes import (
 )
 from sessions import AMPLE_BYTES, EXPERTS, small_plan, small_trainer
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.engine import TransferEngine
 from meft.runtime.lanes import Overlapped, Sequential

@@ -12,7 +12,7 @@ from plan_samples import SHAPE
 from sessions import small_plan
 from sparse_setup import decision
 
-from meft.planner.errors import EXIT_MACHINE, MachineError
+from meft.planner.base.errors import EXIT_MACHINE, MachineError
 from meft.planner.plan import Plan
 from meft.runtime import runner
 from meft.runtime.optimizer import AdamWSettings

@@ -15,10 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft.planner import names
-from meft.planner.errors import UsageError
+from meft.planner.base import names
+from meft.planner.base.errors import UsageError
+from meft.planner.base.names import find_name
+from meft.planner.base.schema import Record
+from meft.planner.base.units import MIB
 from meft.planner.models import load_model, load_model_profile, model_names
-from meft.planner.names import find_name
 from meft.planner.profile_catalogue import (
     gpu_names,
     host_names,
@@ -31,8 +33,6 @@ from meft.planner.profile_catalogue import (
     sparsity_names,
 )
 from meft.planner.profiles import GpuProfile, sourced_numbers
-from meft.planner.schema import Record
-from meft.planner.units import MIB
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference figures are not here")

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from plan_samples import DECISION, SHAPE, sample_plan, sample_report, sample_request
 from pydantic import ValidationError
 
-from meft.planner.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.errors import EXIT_USAGE, UsageError
+from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.base.errors import EXIT_USAGE, UsageError
+from meft.planner.base.schema import SCHEMA_VERSION, Basis, parse_json, validated
 from meft.planner.plan import (
     LANES,
     Attention,
@@ -34,7 +35,6 @@ from meft.planner.plan import (
     TransferEntry,
 )
 from meft.planner.report import Comparison, Report
-from meft.planner.schema import SCHEMA_VERSION, Basis, parse_json, validated
 
 PLAN = sample_plan()
 REPORT = sample_report(PLAN)

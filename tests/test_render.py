@@ -9,7 +9,8 @@ import pytest
 from plan_samples import DECISION, MIB, SHAPE, sample_plan, sample_profiles, sample_report, sample_request
 
 from meft.planner.audit import audit
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
+from meft.planner.base.units import format_bytes
 from meft.planner.ledger import STEP_PHASES
 from meft.planner.plan import MemoryEntry, ParetoPoint, Plan
 from meft.planner.plot import check_format, plot_plan
@@ -27,7 +28,6 @@ from meft.planner.render import (
     show,
 )
 from meft.planner.render_audit import audit_view
-from meft.planner.units import format_bytes
 
 
 @pytest.fixture(scope="module")

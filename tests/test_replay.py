@@ -25,7 +25,7 @@ from recordings import (
 
 from meft.planner.allocator import LiveBlock, Segment
 from meft.planner.allocator_settings import AllocatorSettings
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.recording import Recording, read_events, read_segments
 from meft.planner.replay import ReplayResult, replay
 

@@ -26,7 +26,7 @@ from planner_records import (
 )
 
 from meft.planner import grid_timing
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.grid_timing import COPY_PAYS
 from meft.planner.infeasible import Infeasible, Limit
 from meft.planner.pareto import pareto_front, thinned

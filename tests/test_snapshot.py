@@ -20,7 +20,7 @@ from recordings import MIB, RecordingAllocator, run_program
 
 from meft.planner.allocator import LiveBlock, Segment
 from meft.planner.allocator_settings import AllocatorSettings
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.history import recording_of
 from meft.planner.replay import replay
 from meft.planner.snapshot import unpickle_plain

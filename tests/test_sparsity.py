@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plan_samples import sample_profiles, sample_request
 from planner_records import decision_of, request_of, sparsity_profile, tiny_shape
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.search import make_plan
 from meft.planner.sparsity import (
     active_fraction,

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.planner.profile_catalogue import load_sparsity
 from meft.planner.profile_file import ProfileFile
 from meft.planner.sparsity import active_rows_per_layer

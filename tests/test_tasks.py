@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 from meft.runtime.task_sources import SOURCES, factbook_prose, load_task
 from meft.runtime.tasks import Item, read_task, toolbench_name
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sessions import EXPERTS, open_small, small_plan, small_trainer
 
-from meft.planner.errors import DeviceOutOfMemory, MeftError, UsageError
+from meft.planner.base.errors import DeviceOutOfMemory, MeftError, UsageError
 from meft.runtime.checkpoint import (
     TRAINING_STATE,
     latest_checkpoint,

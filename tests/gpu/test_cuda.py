@@ -9,7 +9,7 @@ from sparse_setup import decision, sparse_setup
 from test_hot_rows import EXACT, HOT, STATE, train_tower
 from test_sparse_equals_dense import CHOICES, assert_step_equals_the_oracle
 
-from meft.planner.errors import DeviceOutOfMemory
+from meft.planner.base.errors import DeviceOutOfMemory
 from meft.planner.transfer import expected_step_bytes
 from meft.runtime.data import collate
 from meft.runtime.device import CudaDevice

@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from meft.planner.errors import UsageError
-from meft.planner.files import write_atomic
+from meft.planner.base.errors import UsageError
+from meft.planner.base.files import write_atomic
 
 SCHEMA_VERSION = 1
 

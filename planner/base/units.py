@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from meft.planner.errors import UsageError
+from meft.planner.base.errors import UsageError
 
 KIB = 1 << 10
 MIB = 1 << 20

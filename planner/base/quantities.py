@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 
 Ints: TypeAlias = int | NDArray[np.int64]
 Floats: TypeAlias = float | NDArray[np.floating[Any]]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 
-from meft.planner.errors import unknown_name
+from meft.planner.base.errors import unknown_name
 
 
 def find_name(kind: str, given: str, aliases_by_key: Mapping[str, Iterable[str]]) -> str:
