@@ -42,10 +42,10 @@ from typing import Any
 import click
 import torch
 
-from meft.planner.architecture import ModelShape, shape_from_config
 from meft.planner.base.errors import DeviceOutOfMemory
 from meft.planner.infeasible import Infeasible
-from meft.planner.linears import linear_layers
+from meft.planner.models.architecture import ModelShape, shape_from_config
+from meft.planner.models.linears import linear_layers
 from meft.planner.plan import Plan, Request
 from meft.planner.prediction import ProfileSet
 from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity

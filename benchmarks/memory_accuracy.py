@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from meft.planner.estimates import dense_stream
-from meft.planner.models import load_model
+from meft.planner.models.catalogue import load_model
 from meft.planner.profile_catalogue import load_gpu
 from meft.planner.profiles import GpuProfile
 from meft.planner.setup import LossName, TrainingSetup

@@ -24,7 +24,7 @@ from typing import Any
 import click
 import torch
 
-from meft.planner.architecture import ModelShape
+from meft.planner.models.architecture import ModelShape
 from meft.planner.plan import Decision, Plan, Request, SearchSummary
 from meft.planner.prediction import ProfileSet, inputs_used, predict
 from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity

@@ -30,8 +30,8 @@ from meft.planner.cli_request import Planning, planning
 from meft.planner.comparison import USUAL_SIZES, USUAL_TOP_K, without_limits
 from meft.planner.estimates import Estimate, estimate_dense, estimate_meft, with_trace
 from meft.planner.infeasible import Infeasible
-from meft.planner.linears import passed_over, resolve_targets
-from meft.planner.models import load_model
+from meft.planner.models.catalogue import load_model
+from meft.planner.models.linears import passed_over, resolve_targets
 from meft.planner.plan import Attention, Decision, Plan, Routing, RowsInBackward
 from meft.planner.prediction import predict
 from meft.planner.profile_catalogue import load_defaults

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from meft.planner.architecture import ModelShape
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.errors import UsageError
 from meft.planner.base.names import looks_like_path
 from meft.planner.base.schema import validated
 from meft.planner.base.units import GIB, format_bytes
 from meft.planner.cli_options import RequestOptions
-from meft.planner.models import load_model
+from meft.planner.models.architecture import ModelShape
+from meft.planner.models.catalogue import load_model
 from meft.planner.plan import Attention, Request
 from meft.planner.prediction import ProfileSet
 from meft.planner.profile_catalogue import (

@@ -10,7 +10,7 @@ from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.schema import Record
 from meft.planner.base.units import MAX_BYTES
 from meft.planner.estimates import Estimate, dense_peaks, estimate_dense
-from meft.planner.linears import linear_layers, resolve_targets
+from meft.planner.models.linears import linear_layers, resolve_targets
 from meft.planner.plan import Request
 from meft.planner.profiles import GpuProfile, LinkProfile
 from meft.planner.setup import MethodName, TrainingSetup

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from meft.planner import activations as act
-from meft.planner.architecture import ModelShape
 from meft.planner.autograd import BOOL, FP32, HALF, Tensor
-from meft.planner.linears import Place
+from meft.planner.models.architecture import ModelShape
+from meft.planner.models.linears import Place
 from meft.planner.operators import Operators, QuantizedWeights, Weights
 from meft.planner.setup import TrainingSetup
 

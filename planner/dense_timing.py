@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from meft.planner import gpu_timing
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES
 from meft.planner.gpu_timing import GpuRates
-from meft.planner.linears import Linear, linear_layers
+from meft.planner.models.linears import Linear, linear_layers
 from meft.planner.plan import Request
 from meft.planner.profiles import GpuProfile, LinkProfile
 from meft.planner.setup import TrainingSetup

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from meft.planner.architecture import ModelShape
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, Rate, Record, Seconds
 from meft.planner.dense_timing import dense_step_seconds
-from meft.planner.linears import linear_layers
+from meft.planner.models.architecture import ModelShape
+from meft.planner.models.linears import linear_layers
 from meft.planner.plan import Attention, ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Prediction, Request
 from meft.planner.profiles import GpuProfile, LinkProfile
 from meft.planner.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup

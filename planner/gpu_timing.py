@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meft.planner.architecture import ModelShape
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.quantities import (
     ADAPTER_DTYPE_BYTES,
@@ -28,6 +27,7 @@ from meft.planner.base.quantities import (
 )
 from meft.planner.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.layer_kernels import OUTER, Kernels, LayerKernels, family_of, layer_kernels
+from meft.planner.models.architecture import ModelShape
 from meft.planner.plan import Attention, Request
 from meft.planner.profiles import GpuProfile
 from meft.planner.terms_adapter import CAST_ROWS

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from meft.planner.architecture import ModelShape
+from meft.planner.models.architecture import ModelShape
 from meft.planner.plan import Attention
 
 Family = Literal["llama", "gpt2"]

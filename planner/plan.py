@@ -11,9 +11,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from meft.planner.architecture import ModelShape
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, File, Fraction, Index, Rate, Record, Seconds
+from meft.planner.models.architecture import ModelShape
 
 Attention = Literal["sdpa", "flash", "eager"]
 Objective = Literal["capacity", "speed", "traffic"]

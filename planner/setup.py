@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from meft.planner.architecture import ModelShape
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Count, Record
+from meft.planner.models.architecture import ModelShape
 from meft.planner.plan import Attention
 
 MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full"]

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from meft.planner.architecture import ModelShape
 from meft.planner.autograd import FP32, HALF, INT64, Leaf, Tape, Tensor
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.cublas import USUAL_BYTES
 from meft.planner.decoder import BlockWeights, Decoder, Lora, ModelWeights
-from meft.planner.linears import Linear, linear_layers
+from meft.planner.models.architecture import ModelShape
+from meft.planner.models.linears import Linear, linear_layers
 from meft.planner.operators import Operators, QuantizedWeights, Weights
 from meft.planner.optimizers import Optimizer
 from meft.planner.plan import Phase

@@ -6,10 +6,10 @@ Letters: ``L`` layers, ``D`` hidden size, ``I`` intermediate size, ``V`` vocabul
 
 from __future__ import annotations
 
-from meft.planner.architecture import ModelShape
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.quantities import COMPUTE_DTYPE_BYTES
-from meft.planner.linears import linear_layers
+from meft.planner.models.architecture import ModelShape
+from meft.planner.models.linears import linear_layers
 
 NF4_BLOCK = 64
 """Weights that share one scale; two weights to a byte."""

@@ -30,8 +30,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from meft.planner.architecture import shape_from_config
 from meft.planner.base.errors import MeftError, UsageError
+from meft.planner.models.architecture import shape_from_config
 from meft.planner.plan import Plan
 from meft.runtime import checkpoint
 from meft.runtime.device import CudaDevice, Device, EmulatedDevice

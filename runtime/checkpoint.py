@@ -25,11 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from meft.planner.architecture import ModelShape
 from meft.planner.base.dtypes import AdapterDtype
 from meft.planner.base.errors import UsageError
 from meft.planner.base.files import fsync_folder
 from meft.planner.base.schema import Count, File, Index
+from meft.planner.models.architecture import ModelShape
 from meft.planner.plan import Routing
 from meft.runtime.session import Session
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft.planner.architecture import ModelShape, shape_from_config
 from meft.planner.base.errors import UsageError
 from meft.planner.base.schema import parse_json, read_text
+from meft.planner.models.architecture import ModelShape, shape_from_config
 from meft.planner.plan import Plan
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -16,7 +16,7 @@ import torch
 from meft.planner.base.errors import UsageError
 from meft.planner.base.units import format_bytes
 from meft.planner.chrome import chrome_trace
-from meft.planner.models import load_model
+from meft.planner.models.catalogue import load_model
 from meft.planner.plan import Plan
 from meft.planner.report import Report
 from meft.runtime import kernels, model_loading, preflight

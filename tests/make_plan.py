@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from meft.planner.architecture import ModelShape
+from meft.planner.models.architecture import ModelShape
 from meft.planner.plan import (
     ByteRange,
     Decision,

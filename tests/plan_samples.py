@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meft.planner.architecture import ModelShape
+from meft.planner.models.architecture import ModelShape
 from meft.planner.plan import Decision, Inputs, NumberUsed, Plan, ProfileUsed, Request, SearchSummary, TransferEntry
 from meft.planner.prediction import ProfileSet, predict
 from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from meft.planner.architecture import ModelShape
 from meft.planner.candidates import Candidates
+from meft.planner.models.architecture import ModelShape
 from meft.planner.plan import Decision, Request
 from meft.planner.profiles import (
     GpuProfile,

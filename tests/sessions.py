@@ -9,7 +9,7 @@ import torch
 from make_plan import hand_plan
 from sparse_setup import AMPLE_BYTES, decision
 
-from meft.planner.architecture import shape_from_config
+from meft.planner.models.architecture import shape_from_config
 from meft.planner.plan import Plan
 from meft.runtime.data import Example
 from meft.runtime.device import EmulatedDevice

@@ -15,8 +15,8 @@ from meft.planner.comparison import DENSE_NAMES, MethodRow, candidate_sizes, com
 from meft.planner.dense_timing import dense_step_seconds
 from meft.planner.estimates import Estimate, estimate_dense, estimate_meft, trainable_parameters
 from meft.planner.gpu_timing import gpu_rates
-from meft.planner.linears import resolve_targets
-from meft.planner.models import load_model
+from meft.planner.models.catalogue import load_model
+from meft.planner.models.linears import resolve_targets
 from meft.planner.plan import Request
 from meft.planner.profile_catalogue import load_gpu, load_link
 from meft.planner.setup import TrainingSetup

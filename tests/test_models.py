@@ -10,8 +10,8 @@ from sparse_setup import AMPLE_BYTES, decision
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from meft.planner.architecture import shape_from_config
 from meft.planner.base.errors import UsageError
+from meft.planner.models.architecture import shape_from_config
 from meft.runtime.adapter import ffn_modules
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.session import open_session

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from planner_records import GIB, decision_of, request_of
 
-from meft.planner.models import load_model
+from meft.planner.models.catalogue import load_model
 from meft.planner.plan import Plan, Request
 from meft.planner.prediction import ProfileSet, predict
 from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity

@@ -20,7 +20,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.base.names import find_name
 from meft.planner.base.schema import Record
 from meft.planner.base.units import MIB
-from meft.planner.models import load_model, load_model_profile, model_names
+from meft.planner.models.catalogue import load_model, load_model_profile, model_names
 from meft.planner.profile_catalogue import (
     gpu_names,
     host_names,

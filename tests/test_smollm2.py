@@ -13,7 +13,7 @@ from sessions import EXPERTS, random_examples
 from sparse_setup import AMPLE_BYTES, decision
 
 from meft.planner.memory import predict_device_memory
-from meft.planner.models import load_model
+from meft.planner.models.catalogue import load_model
 from meft.planner.plan import Plan
 from meft.planner.profile_catalogue import load_gpu
 from meft.planner.report import Report

@@ -10,7 +10,7 @@ from sessions import EXPERTS, open_small, small_plan, small_trainer
 from sparse_setup import decision
 
 from meft.planner.host_memory import host_memory as planned_host_memory
-from meft.planner.models import load_model
+from meft.planner.models.catalogue import load_model
 from meft.planner.plan import Plan
 from meft.planner.prediction import predict
 from meft.planner.transfer import NORM_BYTES, expected_step_bytes, step_transfer, window_gradient_bytes

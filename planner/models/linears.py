@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from meft.planner.architecture import ModelShape
 from meft.planner.base.errors import UsageError, unknown_name
+from meft.planner.models.architecture import ModelShape
 
 Place = Literal["attention", "ffn"]
 

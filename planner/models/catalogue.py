@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import Field
 
-from meft.planner.architecture import ModelShape, shape_from_config
 from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.base.names import find_name, looks_like_path, profile_text
 from meft.planner.base.schema import Record, Text, parse_json, read_text, validated
+from meft.planner.models.architecture import ModelShape, shape_from_config
 
 CONFIG_NAME = "config.json"
 

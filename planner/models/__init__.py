@@ -1,0 +1,4 @@
+"""The shape of a model, and where it is found.
+
+May import the rooms before it (base).
+"""
