@@ -22,9 +22,9 @@ import click
 
 from meft.planner.estimates import dense_stream
 from meft.planner.models.catalogue import load_model
-from meft.planner.profile_catalogue import load_gpu
-from meft.planner.profiles import GpuProfile
-from meft.planner.setup import LossName, TrainingSetup
+from meft.planner.records.profile_catalogue import load_gpu
+from meft.planner.records.profiles import GpuProfile
+from meft.planner.records.setup import LossName, TrainingSetup
 from meft.planner.stream import StreamPeaks, stream_peaks
 
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "measured_gpu_memory.csv"

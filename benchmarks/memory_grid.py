@@ -24,8 +24,8 @@ from meft.planner.memory import predict_device_memory
 from meft.planner.models.architecture import shape_from_config
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import resolve_targets
-from meft.planner.profile_catalogue import load_gpu
-from meft.planner.setup import TrainingSetup
+from meft.planner.records.profile_catalogue import load_gpu
+from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation import simulate
 from meft.planner.stream import stream_peaks
 

@@ -21,7 +21,7 @@ from meft.planner.allocator import MIN_BLOCK_BYTES
 from meft.planner.base.quantities import Flags, Ints
 from meft.planner.blocks import BIG_REQUEST_BYTES, SEGMENT_ROUND_BYTES, SMALL_LIMIT_BYTES
 from meft.planner.models.architecture import ModelShape
-from meft.planner.plan import Attention
+from meft.planner.records.plan import Attention
 
 FP32_BYTES = 4
 

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.base.schema import Basis, Bytes, Record
-from meft.planner.candidates import Candidates
 from meft.planner.memory import predict_device_memory
-from meft.planner.plan import Direction, Plan
-from meft.planner.profiles import GpuProfile
-from meft.planner.report import Report
+from meft.planner.records.candidates import Candidates
+from meft.planner.records.plan import Direction, Plan
+from meft.planner.records.profiles import GpuProfile
+from meft.planner.records.report import Report
 from meft.planner.transfer import Categories, StepRows, step_bytes_by_category, window_gradient_bytes
 
 DEFAULT_TOLERANCE_FRACTION = 0.03

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from meft.planner.plan import Phase
+from meft.planner.records.plan import Phase
 from meft.planner.stream import StreamEvent
 
 FP32 = 4

@@ -27,9 +27,9 @@ from meft.planner.audit import check_belongs
 from meft.planner.base.errors import UsageError
 from meft.planner.base.schema import Basis
 from meft.planner.chrome import Event, task_kind
-from meft.planner.plan import LANES, Lane, Plan, Prediction
 from meft.planner.prediction import ProfileSet, predict, simulated_tasks
-from meft.planner.profiles import (
+from meft.planner.records.plan import LANES, Lane, Plan, Prediction
+from meft.planner.records.profiles import (
     TYPICAL_SHARE,
     TYPICAL_TOKENS,
     GpuProfile,
@@ -40,7 +40,7 @@ from meft.planner.profiles import (
     SparsityProfile,
     sourced_numbers,
 )
-from meft.planner.report import Report
+from meft.planner.records.report import Report
 from meft.planner.sparsity import check_layers, profile_laws
 
 LEAST_RANGE = math.log(1.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from meft.planner.plan import LANES, Lane
+from meft.planner.records.plan import LANES, Lane
 
 
 class Event(NamedTuple):

@@ -10,10 +10,10 @@ import click
 from meft.planner.audit import DEFAULT_TOLERANCE_FRACTION, audit
 from meft.planner.base.errors import EXIT_DONE, EXIT_UNEXPECTED, UsageError
 from meft.planner.cli_options import PATH
-from meft.planner.plan import Plan
-from meft.planner.profile_catalogue import load_gpu
-from meft.planner.profiles import GpuProfile
-from meft.planner.report import Report
+from meft.planner.records.plan import Plan
+from meft.planner.records.profile_catalogue import load_gpu
+from meft.planner.records.profiles import GpuProfile
+from meft.planner.records.report import Report
 
 
 @click.command("audit", short_help="Compare a plan with the report of its run.")

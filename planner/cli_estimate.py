@@ -32,11 +32,11 @@ from meft.planner.estimates import Estimate, estimate_dense, estimate_meft, with
 from meft.planner.infeasible import Infeasible
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import passed_over, resolve_targets
-from meft.planner.plan import Attention, Decision, Plan, Routing, RowsInBackward
 from meft.planner.prediction import predict
-from meft.planner.profile_catalogue import load_defaults
+from meft.planner.records.plan import Attention, Decision, Plan, Routing, RowsInBackward
+from meft.planner.records.profile_catalogue import load_defaults
+from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, MethodName, OptimizerName, TrainingSetup
 from meft.planner.search import make_plan
-from meft.planner.setup import METHOD_NAMES, Autocast, LossName, MethodName, OptimizerName, TrainingSetup
 from meft.planner.verification import traced_plan, traced_setup
 
 MAX_RANK = 1 << 16

@@ -17,7 +17,7 @@ import click
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.units import format_size_argument, parse_bytes
-from meft.planner.plan import Attention, Objective, Routing, RowsInBackward
+from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward
 
 if TYPE_CHECKING:
     _IntType = click.ParamType[int]

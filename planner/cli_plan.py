@@ -23,8 +23,8 @@ from meft.planner.cli_options import (
 from meft.planner.cli_request import Planning, planning
 from meft.planner.infeasible import Infeasible
 from meft.planner.models.catalogue import load_model
-from meft.planner.plan import Plan
 from meft.planner.prediction import simulated_tasks
+from meft.planner.records.plan import Plan
 from meft.planner.search import make_plan
 from meft.planner.verification import verified
 

@@ -14,9 +14,9 @@ from meft.planner.base.units import GIB, format_bytes
 from meft.planner.cli_options import RequestOptions
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model
-from meft.planner.plan import Attention, Request
 from meft.planner.prediction import ProfileSet
-from meft.planner.profile_catalogue import (
+from meft.planner.records.plan import Attention, Request
+from meft.planner.records.profile_catalogue import (
     gpu_names,
     load_defaults,
     load_gpu,
@@ -25,7 +25,7 @@ from meft.planner.profile_catalogue import (
     load_sparsity,
     sections_in,
 )
-from meft.planner.profiles import GpuProfile, Section, SourcedRange
+from meft.planner.records.profiles import GpuProfile, Section, SourcedRange
 
 BOX_OVER_NVML = 1.1
 """A card's box may print up to a tenth more than NVML reports (48 GB: 45.0 GiB with ECC on an L40S)."""

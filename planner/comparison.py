@@ -11,9 +11,9 @@ from meft.planner.base.schema import Record
 from meft.planner.base.units import MAX_BYTES
 from meft.planner.estimates import Estimate, dense_peaks, estimate_dense
 from meft.planner.models.linears import linear_layers, resolve_targets
-from meft.planner.plan import Request
-from meft.planner.profiles import GpuProfile, LinkProfile
-from meft.planner.setup import MethodName, TrainingSetup
+from meft.planner.records.plan import Request
+from meft.planner.records.profiles import GpuProfile, LinkProfile
+from meft.planner.records.setup import MethodName, TrainingSetup
 
 DenseName = Literal["parallel-adapter", "lora", "qlora", "full"]
 DENSE_NAMES: tuple[DenseName, ...] = get_args(DenseName)

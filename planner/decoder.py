@@ -13,7 +13,7 @@ from meft.planner.autograd import BOOL, FP32, HALF, Tensor
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import Place
 from meft.planner.operators import Operators, QuantizedWeights, Weights
-from meft.planner.setup import TrainingSetup
+from meft.planner.records.setup import TrainingSetup
 
 LayerKey = tuple[Place, str]
 

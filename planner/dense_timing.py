@@ -15,9 +15,9 @@ from meft.planner import gpu_timing
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES
 from meft.planner.gpu_timing import GpuRates
 from meft.planner.models.linears import Linear, linear_layers
-from meft.planner.plan import Request
-from meft.planner.profiles import GpuProfile, LinkProfile
-from meft.planner.setup import TrainingSetup
+from meft.planner.records.plan import Request
+from meft.planner.records.profiles import GpuProfile, LinkProfile
+from meft.planner.records.setup import TrainingSetup
 from meft.planner.timing import copy_seconds
 from meft.planner.transfer import INPUT_TENSORS, LOSS_BYTES, input_bytes
 

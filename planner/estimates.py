@@ -13,9 +13,18 @@ from meft.planner.base.schema import Basis, Bytes, Count, Rate, Record, Seconds
 from meft.planner.dense_timing import dense_step_seconds
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import linear_layers
-from meft.planner.plan import Attention, ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Prediction, Request
-from meft.planner.profiles import GpuProfile, LinkProfile
-from meft.planner.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
+from meft.planner.records.plan import (
+    Attention,
+    ByteRange,
+    Decision,
+    DeviceMemory,
+    MemoryEntry,
+    Phase,
+    Prediction,
+    Request,
+)
+from meft.planner.records.profiles import GpuProfile, LinkProfile
+from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
 from meft.planner.simulation import simulate
 from meft.planner.stream import Stream, StreamPeaks, stream_peaks
 from meft.planner.transfer import LOSS_BYTES, input_bytes

@@ -28,8 +28,8 @@ from meft.planner.base.quantities import (
 from meft.planner.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.layer_kernels import OUTER, Kernels, LayerKernels, family_of, layer_kernels
 from meft.planner.models.architecture import ModelShape
-from meft.planner.plan import Attention, Request
-from meft.planner.profiles import GpuProfile
+from meft.planner.records.plan import Attention, Request
+from meft.planner.records.profiles import GpuProfile
 from meft.planner.terms_adapter import CAST_ROWS
 from meft.planner.transfer import INPUT_TENSORS
 

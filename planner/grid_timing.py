@@ -12,12 +12,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.candidates import Candidates
 from meft.planner.grid_costs import RowsOfCache
 from meft.planner.hot_rows import HotRows
 from meft.planner.lanes import StepCosts, baseline_seconds, simulate_candidates
-from meft.planner.plan import Request
 from meft.planner.prediction import ProfileSet
+from meft.planner.records.candidates import Candidates
+from meft.planner.records.plan import Request
 from meft.planner.space import CAP_AXIS, Space
 from meft.planner.sparsity import WindowRows
 from meft.planner.timing import step_costs

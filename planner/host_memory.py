@@ -23,8 +23,8 @@ from meft.planner.base.quantities import (
     MASTER_BYTES,
     Ints,
 )
-from meft.planner.candidates import Candidates
-from meft.planner.plan import Decision, HostMemory, MemoryEntry, Request
+from meft.planner.records.candidates import Candidates
+from meft.planner.records.plan import Decision, HostMemory, MemoryEntry, Request
 from meft.planner.transfer import layers_queried
 
 _FLAG_BYTES = 1

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES, Floats, Ints
-from meft.planner.profiles import SparsityProfile
+from meft.planner.records.profiles import SparsityProfile
 
 HOT_CHUNK_ROWS = 256
 """Rows are updated so many at a time (:mod:`meft.runtime.hot_tables`): AdamW's temporaries are that much smaller."""

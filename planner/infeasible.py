@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from meft.planner.base.quantities import Floats
 from meft.planner.base.units import GIB, MIB, format_bytes, format_size_argument
-from meft.planner.plan import Decision, Request
-from meft.planner.profiles import GpuProfile
+from meft.planner.records.plan import Decision, Request
+from meft.planner.records.profiles import GpuProfile
 
 Binding = Literal["device memory", "host memory", "slowdown", "trainable share"]
 

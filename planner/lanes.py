@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from meft.planner.base.quantities import Floats
 from meft.planner.chrome import Event
-from meft.planner.plan import LANES, Lane
+from meft.planner.records.plan import LANES, Lane
 
 CHUNK_CANDIDATES = 8192
 """Candidates simulated together: 64 KiB per array, so that a core's cache holds the lanes."""

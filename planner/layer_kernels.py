@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meft.planner.models.architecture import ModelShape
-from meft.planner.plan import Attention
+from meft.planner.records.plan import Attention
 
 Family = Literal["llama", "gpt2"]
 ScoreKernel = Literal["fused", "eager"]

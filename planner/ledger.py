@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from meft.planner.activations import largest
 from meft.planner.base.quantities import Ints
 from meft.planner.base.schema import Basis
-from meft.planner.plan import Phase
+from meft.planner.records.plan import Phase
 
 STEP_PHASES: tuple[Phase, ...] = ("forward", "loss", "backward", "optimizer_step")
 

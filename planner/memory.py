@@ -33,12 +33,12 @@ from meft.planner import activations as act
 from meft.planner import terms_weights as wts
 from meft.planner.activations import choose, largest
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, Flags, Ints
-from meft.planner.candidates import Candidates
 from meft.planner.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
 from meft.planner.methods import SparseAdapter, Trained, Workload, trained_by
 from meft.planner.models.architecture import ModelShape
-from meft.planner.plan import ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Request
-from meft.planner.profiles import GpuProfile
+from meft.planner.records.candidates import Candidates
+from meft.planner.records.plan import ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Request
+from meft.planner.records.profiles import GpuProfile
 from meft.planner.simulation import loaded_rounding_bytes
 from meft.planner.transfer import input_bytes
 

@@ -16,10 +16,10 @@ from meft.planner import terms_adapter as ada
 from meft.planner.activations import largest
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.quantities import COMPUTE_DTYPE_BYTES, Flags, Ints
-from meft.planner.candidates import Candidates
 from meft.planner.ledger import Row
 from meft.planner.models.architecture import ModelShape
-from meft.planner.plan import Attention
+from meft.planner.records.candidates import Candidates
+from meft.planner.records.plan import Attention
 
 
 @dataclass(frozen=True)

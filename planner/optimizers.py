@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meft.planner.autograd import FP32, Leaf, Tape, Tensor
-from meft.planner.setup import OptimizerName
+from meft.planner.records.setup import OptimizerName
 
 EIGHT_BIT_MIN_NUMEL = 4096
 """bitsandbytes keeps the moments of smaller tensors in fp32."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Ints
-from meft.planner.candidates import Candidates
 from meft.planner.chrome import Event
 from meft.planner.host_memory import host_memory
 from meft.planner.hot_rows import HotRows
 from meft.planner.memory import ASSUMED_UNUSED_RESERVED_FRACTION, predict_device_memory
-from meft.planner.plan import (
+from meft.planner.records.candidates import Candidates
+from meft.planner.records.plan import (
     Decision,
     Inputs,
     NumberUsed,
@@ -23,7 +23,7 @@ from meft.planner.plan import (
     Sparsity,
     Timing,
 )
-from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
+from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
 from meft.planner.sparsity import hot_rows_among, predict_sparsity
 from meft.planner.timing import step_timing
 from meft.planner.transfer import step_transfer

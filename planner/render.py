@@ -19,7 +19,7 @@ from rich.text import Text
 
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.ledger import STEP_PHASES
-from meft.planner.plan import LANES, MemoryEntry, Objective, ParetoPoint, Phase, Plan, Verification
+from meft.planner.records.plan import LANES, MemoryEntry, Objective, ParetoPoint, Phase, Plan, Verification
 
 PIPED_WIDTH = 100
 PARETO_ROWS = 5

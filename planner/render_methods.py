@@ -10,7 +10,7 @@ from rich.text import Text
 from meft.planner.base.units import format_bytes, format_seconds
 from meft.planner.comparison import MethodComparison, MethodRow
 from meft.planner.estimates import Estimate
-from meft.planner.plan import MemoryEntry
+from meft.planner.records.plan import MemoryEntry
 from meft.planner.render import count, grid, ledger, lines, percent, section
 
 

@@ -18,8 +18,8 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import Linear, linear_layers
 from meft.planner.operators import Operators, QuantizedWeights, Weights
 from meft.planner.optimizers import Optimizer
-from meft.planner.plan import Phase
-from meft.planner.setup import TrainingSetup
+from meft.planner.records.plan import Phase
+from meft.planner.records.setup import TrainingSetup
 from meft.planner.stream import Stream, stream_peaks
 from meft.planner.terms_weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK
 

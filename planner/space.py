@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.base.quantities import Ints
-from meft.planner.candidates import Candidates
-from meft.planner.plan import Decision, Request, RowsInBackward
-from meft.planner.profiles import SparsityProfile
+from meft.planner.records.candidates import Candidates
+from meft.planner.records.plan import Decision, Request, RowsInBackward
+from meft.planner.records.profiles import SparsityProfile
 from meft.planner.sparsity import active_rows_per_layer, at_seq_len, highest_active_rows, prefetch_recall, spread_at
 
 WIDTHS_PER_HIDDEN_SIZE = 4

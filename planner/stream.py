@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from meft.planner.allocator import CachingAllocator
-from meft.planner.plan import Phase
+from meft.planner.records.plan import Phase
 
 
 class StreamEvent(NamedTuple):

@@ -24,7 +24,6 @@ from meft.planner.base.quantities import (
     Floats,
     Ints,
 )
-from meft.planner.candidates import Candidates, same_for_all
 from meft.planner.chrome import Event
 from meft.planner.gpu_timing import (
     ADAMW_ARRAYS,
@@ -47,8 +46,9 @@ from meft.planner.gpu_timing import (
 )
 from meft.planner.hot_rows import HOT_NORM_BYTES, HotRows, hot_key_bytes
 from meft.planner.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
-from meft.planner.plan import Decision, Request, Timing
-from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile
+from meft.planner.records.candidates import Candidates, same_for_all
+from meft.planner.records.plan import Decision, Request, Timing
+from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile
 from meft.planner.sparsity import WindowRows, distinct_layers
 from meft.planner.transfer import (
     LOSS_BYTES,

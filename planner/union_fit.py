@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.profiles import TYPICAL_SHARE, TYPICAL_TOKENS, LayerSparsity
+from meft.planner.records.profiles import TYPICAL_SHARE, TYPICAL_TOKENS, LayerSparsity
 from meft.planner.sparsity import grown, layer_laws, union_fraction
 
 POINTS_FOR_SHARES = 6

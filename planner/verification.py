@@ -12,8 +12,8 @@ from typing import Any
 
 from meft.planner.base.errors import DeviceOutOfMemory, InfeasibleError, MachineError
 from meft.planner.base.units import format_bytes
-from meft.planner.plan import Plan, Verification
-from meft.planner.setup import TrainingSetup
+from meft.planner.records.plan import Plan, Verification
+from meft.planner.records.setup import TrainingSetup
 from meft.planner.stream import Stream, StreamPeaks, stream_peaks
 
 GROUP = "meft.verify"

@@ -32,7 +32,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.models.architecture import shape_from_config
-from meft.planner.plan import Plan
+from meft.planner.records.plan import Plan
 from meft.runtime import checkpoint
 from meft.runtime.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.inference import LayerRows, attach_rows, serving

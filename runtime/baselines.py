@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
-from meft.planner.plan import Plan
+from meft.planner.records.plan import Plan
 from meft.runtime.adapter import add_to, ffn_modules
 from meft.runtime.data import Batch
 from meft.runtime.device import Device

@@ -30,7 +30,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.base.files import fsync_folder
 from meft.planner.base.schema import Count, File, Index
 from meft.planner.models.architecture import ModelShape
-from meft.planner.plan import Routing
+from meft.planner.records.plan import Routing
 from meft.runtime.session import Session
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -17,8 +17,8 @@ import click
 
 from meft.planner.base.errors import EXIT_UNEXPECTED, MeftError, UsageError
 from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
-from meft.planner.plan import Plan
-from meft.planner.report import Comparison, Report
+from meft.planner.records.plan import Plan
+from meft.planner.records.report import Comparison, Report
 from meft.runtime.cli_use import evaluate_command, evaluation_options, generate_command, prepare_command
 from meft.runtime.metrics import evaluation_line
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from meft.planner.layer_kernels import LAYERS
-from meft.planner.profile_file import Measurement
+from meft.planner.records.profile_file import Measurement
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.measure import CopyLine, Sample, fit_copies, measurement, sample
 

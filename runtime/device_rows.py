@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from meft.planner.plan import Decision
+from meft.planner.records.plan import Decision
 from meft.runtime.device import Device
 from meft.runtime.engine import COPY_DONE, Copy
 from meft.runtime.hot_tables import HotTables

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from meft.planner.base.errors import UsageError
-from meft.planner.plan import Direction
+from meft.planner.records.plan import Direction
 from meft.runtime.device import Device
 from meft.runtime.lanes import Job, Schedule, Sequential
 

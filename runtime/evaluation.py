@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from meft.planner.report import Evaluation
+from meft.planner.records.report import Evaluation
 from meft.runtime.data import Batch, Example, collate
 from meft.runtime.generation import GenerationOptions, Generator, SessionGenerator, answers
 from meft.runtime.inference import serving

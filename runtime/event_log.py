@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meft.planner.plan import Phase
+from meft.planner.records.plan import Phase
 from meft.planner.stream import Stream, StreamEvent
 
 

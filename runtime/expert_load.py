@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from meft.planner.report import ExpertLoad
+from meft.planner.records.report import ExpertLoad
 from meft.runtime.session import Session
 
 

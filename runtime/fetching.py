@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from meft.planner.plan import Decision
+from meft.planner.records.plan import Decision
 from meft.runtime.device_rows import DeviceRows, Landing
 from meft.runtime.engine import COPY_DONE, Copy, TransferEngine
 from meft.runtime.exchange_state import ExchangeState

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from meft.planner.plan import Decision
+from meft.planner.records.plan import Decision
 from meft.runtime.device import Device
 from meft.runtime.device_rows import DeviceRows, GradientSlot
 from meft.runtime.engine import Copy, TransferEngine

@@ -16,8 +16,8 @@ import psutil
 import torch
 
 from meft.planner.base.units import format_bytes
-from meft.planner.profile_file import Machine, Measurement, ProfileFile
-from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile, Sourced, SourcedRange
+from meft.planner.records.profile_file import Machine, Measurement, ProfileFile
+from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, Sourced, SourcedRange
 from meft.runtime import card as cards
 from meft.runtime import device_rates, host_rates
 from meft.runtime.device_rates import LinkMeasured

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from meft.planner.profile_file import Measurement
+from meft.planner.records.profile_file import Measurement
 from meft.runtime.host_store import HostStore
 from meft.runtime.kernels import HostKernels
 from meft.runtime.measure import sample

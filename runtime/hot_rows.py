@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from meft.planner.base.errors import UsageError
-from meft.planner.plan import Decision, Direction
+from meft.planner.records.plan import Decision, Direction
 from meft.runtime.device import Device
 from meft.runtime.device_rows import Landing
 from meft.runtime.engine import TransferEngine

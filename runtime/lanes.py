@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from meft.planner.plan import Lane
+from meft.planner.records.plan import Lane
 
 Delay = Callable[[Lane, str], float]
 """Seconds to sleep before a job: for tests that look for races."""

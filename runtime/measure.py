@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from meft.planner.profile_file import Measurement
+from meft.planner.records.profile_file import Measurement
 
 LEAST_REPETITIONS = 5
 SECONDS_PER_MEASUREMENT = 0.35

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Literal, get_args
 
-from meft.planner.report import Evaluation
+from meft.planner.records.report import Evaluation
 
 Metric = Literal["em", "iou", "math"]
 METRICS: tuple[Metric, ...] = get_args(Metric)

@@ -12,7 +12,7 @@ from torch import nn
 from meft.planner.base.errors import UsageError
 from meft.planner.base.schema import parse_json, read_text
 from meft.planner.models.architecture import ModelShape, shape_from_config
-from meft.planner.plan import Plan
+from meft.planner.records.plan import Plan
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}

@@ -10,7 +10,7 @@ import torch
 
 from meft.planner.base.errors import MachineError
 from meft.planner.base.units import format_bytes
-from meft.planner.plan import Plan
+from meft.planner.records.plan import Plan
 
 
 @dataclass(frozen=True)

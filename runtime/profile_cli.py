@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from meft.planner.base.errors import UsageError
-from meft.planner.plan import Plan
-from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
-from meft.planner.report import Report
+from meft.planner.records.plan import Plan
+from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
+from meft.planner.records.report import Report
 from meft.runtime.cli import run_command
 
 if TYPE_CHECKING:
     from meft.planner.calibrate import ErrorRow, Run
     from meft.planner.prediction import ProfileSet
-    from meft.planner.profile_file import ProfileFile
+    from meft.planner.records.profile_file import ProfileFile
     from meft.runtime.hardware import Tell
 
 PROGRAM = "meft-profile"
@@ -151,7 +151,7 @@ def _profiles_of(plan: Plan) -> ProfileSet:
 
 
 def _calibrated_file(notes: tuple[str, ...], profiles: ProfileSet) -> ProfileFile:
-    from meft.planner.profile_file import ProfileFile
+    from meft.planner.records.profile_file import ProfileFile
     from meft.runtime.hardware import describe_machine
 
     return ProfileFile(

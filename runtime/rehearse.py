@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from meft.planner.plan import Plan, Sparsity
-from meft.planner.report import ActiveRows, Observed, Report, Training
+from meft.planner.records.plan import Plan, Sparsity
+from meft.planner.records.report import ActiveRows, Observed, Report, Training
 from meft.runtime.data import Batch
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.model_loading import model_from_config

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import psutil
 
-from meft.planner.plan import Direction, MemoryEntry, Plan, TransferEntry
-from meft.planner.report import (
+from meft.planner.records.plan import Direction, MemoryEntry, Plan, TransferEntry
+from meft.planner.records.report import (
     ActiveRows,
     Comparison,
     DeviceUsed,

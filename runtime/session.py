@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from meft.planner.plan import Decision, Plan
+from meft.planner.records.plan import Decision, Plan
 from meft.runtime.adapter import AttachedAdapter, attach
 from meft.runtime.data import Batch
 from meft.runtime.device import Device

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from meft.planner.base.errors import UsageError
-from meft.planner.profile_file import Measurement, ProfileFile
-from meft.planner.profiles import Popularity, SparsityProfile
+from meft.planner.records.profile_file import Measurement, ProfileFile
+from meft.planner.records.profiles import Popularity, SparsityProfile
 from meft.planner.union_fit import FitError, UnionPoints, fit_error, fit_layers
 from meft.runtime import sparsity_probe as probe
 from meft.runtime.adapter import ffn_modules

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from meft.planner.chrome import Event, task_kind
-from meft.planner.plan import Lane
+from meft.planner.records.plan import Lane
 
 
 class LaneClock:

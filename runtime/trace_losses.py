@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from meft.planner.setup import LossName
+from meft.planner.records.setup import LossName
 
 IGNORED = -100
 

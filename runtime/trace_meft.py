@@ -10,8 +10,8 @@ from typing import Any
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meft.planner.base.errors import UsageError
-from meft.planner.plan import Decision, Plan, Prediction, Request, Sparsity
-from meft.planner.setup import TrainingSetup
+from meft.planner.records.plan import Decision, Plan, Prediction, Request, Sparsity
+from meft.planner.records.setup import TrainingSetup
 from meft.planner.stream import Stream
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.rehearse import rehearsal_session, rehearse_optimizer_step, rehearse_step

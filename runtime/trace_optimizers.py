@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft.planner.setup import OptimizerName
+from meft.planner.records.setup import OptimizerName
 
 MIN_8BIT_ELEMENTS = 4096
 """Smaller parameters keep their states in fp32 (``min_8bit_size``)."""

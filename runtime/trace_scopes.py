@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from meft.planner.plan import Phase
+from meft.planner.records.plan import Phase
 from meft.runtime.event_log import EventLog
 
 _BY_NAME = {

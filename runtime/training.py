@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from meft.planner.base.errors import MeftError, UsageError
-from meft.planner.plan import Lane
+from meft.planner.records.plan import Lane
 from meft.runtime.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from meft.runtime.data import Batch, Example, batch_indices, collate
 from meft.runtime.device import MemoryPeaks

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from meft.planner.plan import Plan
-from meft.planner.setup import TrainingSetup
+from meft.planner.records.plan import Plan
+from meft.planner.records.setup import TrainingSetup
 from meft.planner.stream import Stream
 from meft.runtime.trace import WORKSPACE_BYTES, trace_plan, trace_training
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sessions import AMPLE_BYTES, EXPERTS, small_plan, small_trainer
 
-from meft.planner.plan import Plan
+from meft.planner.records.plan import Plan
 from meft.runtime.device import CudaDevice, EmulatedDevice
 from meft.runtime.lanes import Overlapped, Schedule, Sequential
 from meft.runtime.model_loading import load_frozen_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meft.planner.models.architecture import ModelShape
-from meft.planner.plan import (
+from meft.planner.records.plan import (
     ByteRange,
     Decision,
     DeviceMemory,

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meft.planner.models.architecture import ModelShape
-from meft.planner.plan import Decision, Inputs, NumberUsed, Plan, ProfileUsed, Request, SearchSummary, TransferEntry
 from meft.planner.prediction import ProfileSet, predict
-from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
-from meft.planner.report import (
+from meft.planner.records.plan import (
+    Decision,
+    Inputs,
+    NumberUsed,
+    Plan,
+    ProfileUsed,
+    Request,
+    SearchSummary,
+    TransferEntry,
+)
+from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
+from meft.planner.records.report import (
     ActiveRows,
     DeviceUsed,
     Observed,

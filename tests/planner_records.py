@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from meft.planner.candidates import Candidates
 from meft.planner.models.architecture import ModelShape
-from meft.planner.plan import Decision, Request
-from meft.planner.profiles import (
+from meft.planner.records.candidates import Candidates
+from meft.planner.records.plan import Decision, Request
+from meft.planner.records.profiles import (
     GpuProfile,
     HostProfile,
     LayerSparsity,

@@ -10,7 +10,7 @@ from make_plan import hand_plan
 from sparse_setup import AMPLE_BYTES, decision
 
 from meft.planner.models.architecture import shape_from_config
-from meft.planner.plan import Plan
+from meft.planner.records.plan import Plan
 from meft.runtime.data import Example
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.model_loading import load_frozen_model

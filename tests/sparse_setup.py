@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from meft.planner.plan import Decision
+from meft.planner.records.plan import Decision
 from meft.runtime.adapter import AttachedAdapter, attach
 from meft.runtime.device import CudaDevice, EmulatedDevice
 from meft.runtime.engine import TransferEngine

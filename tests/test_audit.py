@@ -10,9 +10,9 @@ from plan_samples import SHAPE, sample_plan, sample_profiles, sample_report
 from meft.planner.audit import Audit, AuditRow, audit, bytes_given_rows, weakest_basis
 from meft.planner.base.errors import UsageError
 from meft.planner.cli_audit import gpu_of, parse_tolerances
-from meft.planner.plan import Plan
-from meft.planner.profiles import GpuProfile
-from meft.planner.report import Report
+from meft.planner.records.plan import Plan
+from meft.planner.records.profiles import GpuProfile
+from meft.planner.records.report import Report
 from meft.planner.transfer import expected_step_bytes
 
 

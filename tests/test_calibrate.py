@@ -29,11 +29,11 @@ from meft.planner.calibrate import (
 )
 from meft.planner.chrome import task_kind
 from meft.planner.cli import command as plan_command
-from meft.planner.plan import LANES, Plan
 from meft.planner.prediction import ProfileSet, inputs_used, predict, simulated_tasks
-from meft.planner.profile_file import ProfileFile
-from meft.planner.profiles import LayerSparsity
-from meft.planner.report import Report
+from meft.planner.records.plan import LANES, Plan
+from meft.planner.records.profile_file import ProfileFile
+from meft.planner.records.profiles import LayerSparsity
+from meft.planner.records.report import Report
 from meft.planner.search import make_plan
 from meft.planner.sparsity import at_seq_len
 from meft.runtime.profile_cli import command

@@ -20,8 +20,8 @@ from meft.planner.base.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_UNEXPECTED
 from meft.planner.cli import command
 from meft.planner.cli_options import RequestOptions
 from meft.planner.cli_request import default_gpu, machine_memory_bytes, planning
-from meft.planner.plan import Plan
-from meft.planner.profile_catalogue import gpu_names, load_gpu
+from meft.planner.records.plan import Plan
+from meft.planner.records.profile_catalogue import gpu_names, load_gpu
 from meft.planner.search import make_plan
 
 GIB = 1 << 30

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from meft.planner.plan import Plan
-from meft.planner.report import Report
+from meft.planner.records.plan import Plan
+from meft.planner.records.report import Report
 from meft.planner.transfer import expected_step_bytes
 
 BIN = Path(sys.executable).parent

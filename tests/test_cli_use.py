@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from sessions import small_plan
 
 from meft.planner.base.errors import UsageError
-from meft.planner.plan import Plan
-from meft.planner.report import Report
+from meft.planner.records.plan import Plan
+from meft.planner.records.report import Report
 from meft.runtime.cli import command
 
 WORDS = ("alice", "rabbit", "queen", "hatter")

@@ -17,9 +17,9 @@ from meft.planner.estimates import Estimate, estimate_dense, estimate_meft, trai
 from meft.planner.gpu_timing import gpu_rates
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import resolve_targets
-from meft.planner.plan import Request
-from meft.planner.profile_catalogue import load_gpu, load_link
-from meft.planner.setup import TrainingSetup
+from meft.planner.records.plan import Request
+from meft.planner.records.profile_catalogue import load_gpu, load_link
+from meft.planner.records.setup import TrainingSetup
 from meft.planner.timing import step_timing
 
 GIB = 1 << 30

@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 
 from meft.planner.base.errors import EXIT_DONE, EXIT_USAGE
 from meft.planner.cli import command
-from meft.planner.plan import Plan
-from meft.planner.profile_catalogue import gpu_names, load_gpu
+from meft.planner.records.plan import Plan
+from meft.planner.records.profile_catalogue import gpu_names, load_gpu
 
 MIB, GIB = 2**20, 2**30
 PUBLISHED_MIB = {"rtx-3090": 1687, "v100-16gb": 1343, "rtx-6000-ada": 426, "a100-40gb": 1443}

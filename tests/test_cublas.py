@@ -6,7 +6,7 @@ import pytest
 
 from meft.planner.base.errors import UsageError
 from meft.planner.cublas import Workspace, cublas_workspace
-from meft.planner.profile_catalogue import gpu_names, load_gpu
+from meft.planner.records.profile_catalogue import gpu_names, load_gpu
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from plan_samples import sample_plan, sample_profiles, sample_report
 
 from meft.planner.audit import audit
-from meft.planner.report import ActiveRows
+from meft.planner.records.report import ActiveRows
 from meft.runtime.reporting import active_rows
 
 

@@ -14,10 +14,10 @@ from nvml_stub import Stub, build
 
 from meft.planner.base.errors import UsageError
 from meft.planner.cli import command as plan_command
-from meft.planner.plan import Plan
-from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
-from meft.planner.profile_file import ProfileFile
-from meft.planner.profiles import sourced_numbers
+from meft.planner.records.plan import Plan
+from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
+from meft.planner.records.profile_file import ProfileFile
+from meft.planner.records.profiles import sourced_numbers
 from meft.runtime import card, device_rates, host_rates, measure
 from meft.runtime.card import Card, PcieLink, card_warnings, host_warnings, numa_warnings, parse_cores, slot_warnings
 from meft.runtime.measure import fit_copies, measurement, sample

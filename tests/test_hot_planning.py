@@ -14,14 +14,14 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from meft.planner.base.errors import UsageError
-from meft.planner.candidates import Candidates
 from meft.planner.host_memory import host_memory
 from meft.planner.hot_rows import hot_active_rows, hot_share
 from meft.planner.memory import predict_device_memory
 from meft.planner.models.catalogue import load_model
-from meft.planner.plan import Decision, Plan
 from meft.planner.prediction import ProfileSet, predict
-from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
+from meft.planner.records.candidates import Candidates
+from meft.planner.records.plan import Decision, Plan
+from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.render import plan_view
 from meft.planner.search import make_plan
 from meft.planner.sparsity import WindowRows, window_rows

@@ -13,11 +13,11 @@ from planner_records import GIB, decision_of, gpu_profile, llama_7b, request_of,
 from meft.planner import activations as act
 from meft.planner import terms_adapter as ada
 from meft.planner import terms_weights as wts
-from meft.planner.candidates import Candidates
 from meft.planner.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
 from meft.planner.memory import device_ledger, peak_allocated_bytes, predict_device_memory
 from meft.planner.methods import SparseAdapter, Workload
-from meft.planner.profiles import SourcedRange
+from meft.planner.records.candidates import Candidates
+from meft.planner.records.profiles import SourcedRange
 
 
 def sparse(**changes) -> SparseAdapter:

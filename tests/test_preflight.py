@@ -13,7 +13,7 @@ from sessions import small_plan
 from sparse_setup import decision
 
 from meft.planner.base.errors import EXIT_MACHINE, MachineError
-from meft.planner.plan import Plan
+from meft.planner.records.plan import Plan
 from meft.runtime import runner
 from meft.runtime.optimizer import AdamWSettings
 from meft.runtime.preflight import Machine, check

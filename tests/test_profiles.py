@@ -21,7 +21,7 @@ from meft.planner.base.names import find_name
 from meft.planner.base.schema import Record
 from meft.planner.base.units import MIB
 from meft.planner.models.catalogue import load_model, load_model_profile, model_names
-from meft.planner.profile_catalogue import (
+from meft.planner.records.profile_catalogue import (
     gpu_names,
     host_names,
     link_names,
@@ -32,7 +32,7 @@ from meft.planner.profile_catalogue import (
     load_sparsity,
     sparsity_names,
 )
-from meft.planner.profiles import GpuProfile, sourced_numbers
+from meft.planner.records.profiles import GpuProfile, sourced_numbers
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference figures are not here")

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.errors import EXIT_USAGE, UsageError
 from meft.planner.base.schema import SCHEMA_VERSION, Basis, parse_json, validated
-from meft.planner.plan import (
+from meft.planner.records.plan import (
     LANES,
     Attention,
     Decision,
@@ -34,7 +34,7 @@ from meft.planner.plan import (
     Transfer,
     TransferEntry,
 )
-from meft.planner.report import Comparison, Report
+from meft.planner.records.report import Comparison, Report
 
 PLAN = sample_plan()
 REPORT = sample_report(PLAN)

@@ -30,10 +30,10 @@ from meft.planner.base.errors import UsageError
 from meft.planner.grid_timing import COPY_PAYS
 from meft.planner.infeasible import Infeasible, Limit
 from meft.planner.pareto import pareto_front, thinned
-from meft.planner.plan import Decision, Plan, Request
 from meft.planner.prediction import ProfileSet, predict
-from meft.planner.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
-from meft.planner.profiles import SourcedRange
+from meft.planner.records.plan import Decision, Plan, Request
+from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
+from meft.planner.records.profiles import SourcedRange
 from meft.planner.search import make_plan
 from meft.planner.weighing import weigh
 

@@ -11,7 +11,7 @@ from meft.planner.cublas import USUAL_BYTES
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model, model_names
 from meft.planner.models.linears import linear_layers, module_names, resolve_targets
-from meft.planner.setup import TrainingSetup
+from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation import fused_linear_chunk, simulate
 from meft.planner.stream import Stream, StreamEvent, live_by_category, stream_peaks
 

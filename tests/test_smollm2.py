@@ -14,9 +14,9 @@ from sparse_setup import AMPLE_BYTES, decision
 
 from meft.planner.memory import predict_device_memory
 from meft.planner.models.catalogue import load_model
-from meft.planner.plan import Plan
-from meft.planner.profile_catalogue import load_gpu
-from meft.planner.report import Report
+from meft.planner.records.plan import Plan
+from meft.planner.records.profile_catalogue import load_gpu
+from meft.planner.records.report import Report
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.model_loading import load_frozen_model
 from meft.runtime.rehearse import rehearse

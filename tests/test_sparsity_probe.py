@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from meft.planner.base.errors import UsageError
-from meft.planner.profile_catalogue import load_sparsity
-from meft.planner.profile_file import ProfileFile
+from meft.planner.records.profile_catalogue import load_sparsity
+from meft.planner.records.profile_file import ProfileFile
 from meft.planner.sparsity import active_rows_per_layer
 from meft.runtime import sparsity_probe as probe
 from meft.runtime.profile_cli import command

@@ -22,7 +22,6 @@ from planner_records import (
     tiny_shape,
 )
 
-from meft.planner.candidates import Candidates
 from meft.planner.chrome import Event, chrome_trace
 from meft.planner.gpu_timing import attention_seconds, ffn_seconds, gpu_rates
 from meft.planner.lanes import (
@@ -35,6 +34,7 @@ from meft.planner.lanes import (
     simulate,
     simulate_candidates,
 )
+from meft.planner.records.candidates import Candidates
 from meft.planner.timing import step_costs, step_timing
 
 GPU_FIELDS, LINK_FIELDS, HOST_FIELDS = (

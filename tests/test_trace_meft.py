@@ -14,7 +14,7 @@ from sessions import EXPERTS, random_examples, small_plan  # noqa: E402
 from sparse_setup import AMPLE_BYTES  # noqa: E402
 from trace_setups import live_at  # noqa: E402
 
-from meft.planner.plan import Plan  # noqa: E402
+from meft.planner.records.plan import Plan  # noqa: E402
 from meft.planner.stream import stream_peaks  # noqa: E402
 from meft.runtime.data import collate  # noqa: E402
 from meft.runtime.device import EmulatedDevice  # noqa: E402

@@ -20,7 +20,7 @@ from storage_tracker import StorageTracker  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from trace_setups import config_of, setup_of  # noqa: E402
 
-from meft.planner.setup import TrainingSetup  # noqa: E402
+from meft.planner.records.setup import TrainingSetup  # noqa: E402
 from meft.runtime.rehearse import unpacked_sequences  # noqa: E402
 from meft.runtime.trace import trace_training  # noqa: E402
 from meft.runtime.trace_books import CudaBooks  # noqa: E402

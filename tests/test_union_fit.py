@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft.planner.profile_catalogue import load_sparsity
-from meft.planner.profiles import LayerSparsity, SparsityProfile
+from meft.planner.records.profile_catalogue import load_sparsity
+from meft.planner.records.profiles import LayerSparsity, SparsityProfile
 from meft.planner.sparsity import active_rows_per_layer
 from meft.planner.union_fit import UnionPoints, fit_error, fit_layers, predicted_fractions
 

@@ -13,7 +13,7 @@ from plan_samples import sample_plan
 from meft.planner import verification
 from meft.planner.base.errors import EXIT_INFEASIBLE, EXIT_MACHINE, InfeasibleError, MachineError
 from meft.planner.cli import command
-from meft.planner.plan import Plan, Verification
+from meft.planner.records.plan import Plan, Verification
 from meft.planner.render import plan_view
 from meft.planner.stream import Stream, StreamEvent
 

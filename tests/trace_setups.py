@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from meft.planner.models.architecture import shape_from_config
-from meft.planner.setup import TrainingSetup
+from meft.planner.records.setup import TrainingSetup
 from meft.planner.stream import Stream, StreamEvent
 from meft.runtime.trace import trace_training
 

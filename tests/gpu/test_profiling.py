@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from meft.planner.profile_catalogue import load_gpu, load_host, load_link
-from meft.planner.profile_file import ProfileFile
+from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link
+from meft.planner.records.profile_file import ProfileFile
 from meft.runtime import measure
 from meft.runtime.card import read_card
 from meft.runtime.device_rates import link

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from meft.planner.base.names import find_name, looks_like_path, profile_text
 from meft.planner.base.schema import Record, parse_json, read_text, validated
-from meft.planner.profile_file import ProfileFile, is_profile_file, section_of
-from meft.planner.profiles import Defaults, GpuProfile, HostProfile, LinkProfile, Section, SparsityProfile
+from meft.planner.records.profile_file import ProfileFile, is_profile_file, section_of
+from meft.planner.records.profiles import Defaults, GpuProfile, HostProfile, LinkProfile, Section, SparsityProfile
 
 P = TypeVar("P", bound=Record)
 

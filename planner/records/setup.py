@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Count, Record
 from meft.planner.models.architecture import ModelShape
-from meft.planner.plan import Attention
+from meft.planner.records.plan import Attention
 
 MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.schema import Count, File, Record, Text
-from meft.planner.profiles import GpuProfile, HostProfile, LinkProfile, Section, SparsityProfile
+from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, Section, SparsityProfile
 
 SECTIONS: tuple[Section, ...] = ("host", "gpu", "link", "sparsity")
 

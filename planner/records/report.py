@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from meft.planner.base.schema import Bytes, Count, File, Fraction, Index, Record, Seconds
-from meft.planner.plan import Lane, MemoryEntry, TransferEntry
+from meft.planner.records.plan import Lane, MemoryEntry, TransferEntry
 
 
 class DeviceUsed(Record):

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from meft.planner.base.quantities import Flags, Ints
-from meft.planner.plan import Decision
+from meft.planner.records.plan import Decision
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Each field is what :class:`~meft.planner.plan.Decision` says of it: a number, or an array of many decisions'.
+    """Each field is what :class:`~meft.planner.records.plan.Decision` says of it: a number, or an array of many
+    decisions'.
 
     Arrays broadcast against each other, so a choice needs its own axis only.
     """

@@ -1,6 +1,7 @@
 """Profiles: what is known of GPUs, links, hosts and sparsity, each number with its basis and source.
 
-Where they are read from: :mod:`meft.planner.profile_catalogue`. Letters: ``e`` bytes per number in the adapter's dtype.
+Where they are read from: :mod:`meft.planner.records.profile_catalogue`. Letters: ``e`` bytes per number in the
+adapter's dtype.
 """
 
 from __future__ import annotations
