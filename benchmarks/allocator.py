@@ -3,10 +3,10 @@
     python benchmarks/allocator.py [TRACE.csv.gz ...] [--repeats 9] [--json]
 
 Without arguments every recording in ../shared/traces is replayed, with its start state beside it. Reading the files is
-timed apart; a replay is the whole of :func:`meft.planner.replay.replay`, the start state included. Seconds are the
-process's own CPU time, which on an idle machine is the time that passes (one thread, no waiting) and on a busy one is
-not stretched by the others. How fast a core is at the time still varies: the last column divides by the turns of an
-empty Python loop, so that runs can be compared.
+timed apart; a replay is the whole of :func:`meft.planner.allocator.replay.replay`, the start state included. Seconds
+are the process's own CPU time, which on an idle machine is the time that passes (one thread, no waiting) and on a busy
+one is not stretched by the others. How fast a core is at the time still varies: the last column divides by the turns of
+an empty Python loop, so that runs can be compared.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import click
 
-from meft.planner.recording import Recording
-from meft.planner.recording_files import load_recording
-from meft.planner.replay import replay
+from meft.planner.allocator.recording import Recording
+from meft.planner.allocator.recording_files import load_recording
+from meft.planner.allocator.replay import replay
 
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
 LOOP_TURNS = 200_000

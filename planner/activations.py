@@ -17,9 +17,9 @@ from typing import cast
 
 import numpy as np
 
-from meft.planner.allocator import MIN_BLOCK_BYTES
+from meft.planner.allocator.blocks import BIG_REQUEST_BYTES, SEGMENT_ROUND_BYTES, SMALL_LIMIT_BYTES
+from meft.planner.allocator.caching import MIN_BLOCK_BYTES
 from meft.planner.base.quantities import Flags, Ints
-from meft.planner.blocks import BIG_REQUEST_BYTES, SEGMENT_ROUND_BYTES, SMALL_LIMIT_BYTES
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Attention
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from meft.planner.allocator_settings import AllocatorSettings, parse_settings
+from meft.planner.allocator.recording import Recording
+from meft.planner.allocator.recording_files import load_recording
+from meft.planner.allocator.replay import OutOfMemory, ReplayResult, replay
+from meft.planner.allocator.settings import AllocatorSettings, parse_settings
 from meft.planner.base.errors import DeviceOutOfMemory, UsageError
 from meft.planner.base.units import format_bytes
 from meft.planner.cli_options import PATH, SIZE
-from meft.planner.recording import Recording
-from meft.planner.recording_files import load_recording
-from meft.planner.replay import OutOfMemory, ReplayResult, replay
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

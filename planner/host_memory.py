@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from meft.planner import allocator
+from meft.planner.allocator import caching as allocator
 from meft.planner.base.quantities import (
     ADAPTER_DTYPE_BYTES,
     BF16_BYTES,

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+from meft.planner.allocator.cublas import USUAL_BYTES
 from meft.planner.autograd import FP32, HALF, INT64, Leaf, Tape, Tensor
 from meft.planner.base.dtypes import WeightsDtype
-from meft.planner.cublas import USUAL_BYTES
 from meft.planner.decoder import BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import Linear, linear_layers

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from meft.planner.allocator import CachingAllocator
+from meft.planner.allocator.caching import CachingAllocator
 from meft.planner.records.plan import Phase
 
 

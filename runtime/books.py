@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meft.planner.allocator import CachingAllocator
+from meft.planner.allocator.caching import CachingAllocator
 from meft.planner.base.errors import MeftError
 from meft.runtime.event_log import EventLog
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from meft.planner.allocator import pinned_bytes
+from meft.planner.allocator.caching import pinned_bytes
 from meft.planner.records.plan import Decision
 from meft.runtime.device import Device
 from meft.runtime.device_rows import DeviceRows, GradientSlot, Landing

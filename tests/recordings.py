@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from meft.planner.allocator import CachingAllocator
-from meft.planner.allocator_settings import AllocatorSettings
+from meft.planner.allocator.blocks import RANGE_BYTES, SEGMENTS_END, UNMAPPED, Block, Pool, VirtualRange
+from meft.planner.allocator.caching import CachingAllocator
+from meft.planner.allocator.recording import Recording
+from meft.planner.allocator.recording_files import load_recording
+from meft.planner.allocator.settings import AllocatorSettings
 from meft.planner.base.errors import DeviceOutOfMemory
-from meft.planner.blocks import RANGE_BYTES, SEGMENTS_END, UNMAPPED, Block, Pool, VirtualRange
-from meft.planner.recording import Recording
-from meft.planner.recording_files import load_recording
 
 MIB = 2**20
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"

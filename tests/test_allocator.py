@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from naive_allocator import NaiveAllocator, NoMemory
 from recordings import TRACE_NAMES, load_trace
 
-from meft.planner.allocator import (
+from meft.planner.allocator.blocks import SMALL_SEGMENT_BYTES
+from meft.planner.allocator.caching import (
     NO_BLOCK,
     CachingAllocator,
     LiveBlock,
@@ -22,10 +23,9 @@ from meft.planner.allocator import (
     round_block,
     round_to_division,
 )
-from meft.planner.allocator_settings import AllocatorSettings, parse_settings
+from meft.planner.allocator.recording import Recording
+from meft.planner.allocator.settings import AllocatorSettings, parse_settings
 from meft.planner.base.errors import DeviceOutOfMemory, UsageError
-from meft.planner.blocks import SMALL_SEGMENT_BYTES
-from meft.planner.recording import Recording
 
 MIB = 2**20
 

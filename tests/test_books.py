@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft.planner.allocator import round_block
+from meft.planner.allocator.blocks import Pool
+from meft.planner.allocator.caching import round_block
 from meft.planner.base.errors import EXIT_MACHINE, DeviceOutOfMemory
-from meft.planner.blocks import Pool
 from meft.runtime.books import DeviceBooks, WrongPlaceError
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # errors in a release

@@ -41,7 +41,7 @@ RECORDS_AND_PROFILES = {
     "meft.planner.chrome",
     "meft.planner.stream",
 }
-ALLOCATOR = "meft.planner.allocator"
+ALLOCATOR = "meft.planner.allocator.caching"
 ALLOCATOR_IS_USED_BY = {"meft.runtime.books", "meft.runtime.exchange"}
 """The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it, and
 the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
@@ -59,7 +59,7 @@ CONSTANTS_ARE_USED_BY = {"meft.runtime.hot_tables": ("meft.planner.hot_rows", ("
 
 WITH_EFFECTS = {
     "meft.planner.base.files",
-    "meft.planner.recording_files",
+    "meft.planner.allocator.recording_files",
     "meft.planner.base.schema",
     "meft.planner.base.names",
     "meft.planner.records.profile_catalogue",
@@ -106,11 +106,11 @@ MODELS_OF_THE_DESIGN = {
     "meft.planner.choosing",
     "meft.planner.weighing",
     "meft.planner.search",
-    "meft.planner.allocator",
-    "meft.planner.blocks",
-    "meft.planner.recording",
-    "meft.planner.history",
-    "meft.planner.replay",
+    "meft.planner.allocator.caching",
+    "meft.planner.allocator.blocks",
+    "meft.planner.allocator.recording",
+    "meft.planner.allocator.history",
+    "meft.planner.allocator.replay",
     "meft.planner.simulation",
     "meft.planner.decoder",
     "meft.planner.operators",

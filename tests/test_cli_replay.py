@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from recordings import FLUSHED, MIB, WARM, WARM_START, RecordingAllocator, trace_files
 
-import meft.planner.recording_files as recording_files
+import meft.planner.allocator.recording_files as recording_files
 from meft.planner.base.errors import EXIT_DONE, EXIT_MACHINE, EXIT_USAGE
 from meft.planner.cli import command
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from meft.planner.allocator.cublas import Workspace, cublas_workspace
 from meft.planner.base.errors import UsageError
-from meft.planner.cublas import Workspace, cublas_workspace
 from meft.planner.records.profile_catalogue import gpu_names, load_gpu
 
 

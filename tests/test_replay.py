@@ -23,11 +23,11 @@ from recordings import (
     table,
 )
 
-from meft.planner.allocator import LiveBlock, Segment
-from meft.planner.allocator_settings import AllocatorSettings
+from meft.planner.allocator.caching import LiveBlock, Segment
+from meft.planner.allocator.recording import Recording, read_events, read_segments
+from meft.planner.allocator.replay import ReplayResult, replay
+from meft.planner.allocator.settings import AllocatorSettings
 from meft.planner.base.errors import UsageError
-from meft.planner.recording import Recording, read_events, read_segments
-from meft.planner.replay import ReplayResult, replay
 
 EXPANDABLE = AllocatorSettings(expandable_segments=True)
 

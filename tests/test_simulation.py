@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_records import tiny_shape
 
-from meft.planner.cublas import USUAL_BYTES
+from meft.planner.allocator.cublas import USUAL_BYTES
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model, model_names
 from meft.planner.models.linears import linear_layers, module_names, resolve_targets

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import MIB, RecordingAllocator, run_program
 
-from meft.planner.allocator import LiveBlock, Segment
-from meft.planner.allocator_settings import AllocatorSettings
+from meft.planner.allocator.caching import LiveBlock, Segment
+from meft.planner.allocator.history import recording_of
+from meft.planner.allocator.replay import replay
+from meft.planner.allocator.settings import AllocatorSettings
+from meft.planner.allocator.snapshot import unpickle_plain
 from meft.planner.base.errors import UsageError
-from meft.planner.history import recording_of
-from meft.planner.replay import replay
-from meft.planner.snapshot import unpickle_plain
 
 
 def unpickled(data: bytes) -> object:

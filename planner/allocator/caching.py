@@ -29,10 +29,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from meft.planner.allocator_settings import NO_SPLIT_LIMIT, AllocatorSettings
-from meft.planner.base.errors import DeviceOutOfMemory
-from meft.planner.base.units import format_bytes
-from meft.planner.blocks import (
+from meft.planner.allocator.blocks import (
     ADDRESS_BITS,
     ADDRESS_MASK,
     RANGE_BYTES,
@@ -44,6 +41,9 @@ from meft.planner.blocks import (
     PoolName,
     VirtualRange,
 )
+from meft.planner.allocator.settings import NO_SPLIT_LIMIT, AllocatorSettings
+from meft.planner.base.errors import DeviceOutOfMemory
+from meft.planner.base.units import format_bytes
 
 MIN_BLOCK_BYTES = 512
 

@@ -10,14 +10,14 @@ import io
 import zlib
 from pathlib import Path
 
-from meft.planner.allocator import Segment
-from meft.planner.allocator_settings import AllocatorSettings
+from meft.planner.allocator.caching import Segment
+from meft.planner.allocator.history import recording_of
+from meft.planner.allocator.recording import Recording, read_events, read_segments
+from meft.planner.allocator.settings import AllocatorSettings
+from meft.planner.allocator.snapshot import unpickle_plain
 from meft.planner.base.errors import UsageError
 from meft.planner.base.schema import parse_json
 from meft.planner.base.units import MIB, format_bytes
-from meft.planner.history import recording_of
-from meft.planner.recording import Recording, read_events, read_segments
-from meft.planner.snapshot import unpickle_plain
 
 MAX_FILE_BYTES = 512 * MIB
 """Uncompressed: a few million events. More would not fit in the memory of a usual machine once it is read."""

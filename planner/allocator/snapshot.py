@@ -12,8 +12,8 @@ import pickletools
 from collections.abc import Callable
 from typing import Any, BinaryIO, ClassVar, NoReturn
 
+from meft.planner.allocator.recording import shown
 from meft.planner.base.errors import UsageError
-from meft.planner.recording import shown
 
 _PLAIN = (
     *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK"),

@@ -16,12 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from meft.planner.allocator import LiveBlock, Segment, round_to_division
-from meft.planner.allocator_settings import AllocatorSettings, parse_settings
-from meft.planner.base.errors import UsageError
-from meft.planner.base.units import MAX_BYTES
-from meft.planner.blocks import LARGE_SEGMENT_BYTES, SMALL_LIMIT_BYTES, SMALL_SEGMENT_BYTES, PoolName
-from meft.planner.recording import (
+from meft.planner.allocator.blocks import LARGE_SEGMENT_BYTES, SMALL_LIMIT_BYTES, SMALL_SEGMENT_BYTES, PoolName
+from meft.planner.allocator.caching import LiveBlock, Segment, round_to_division
+from meft.planner.allocator.recording import (
     MAX_ADDRESS,
     MAX_STREAM,
     Recording,
@@ -31,6 +28,9 @@ from meft.planner.recording import (
     number_of,
     shown,
 )
+from meft.planner.allocator.settings import AllocatorSettings, parse_settings
+from meft.planner.base.errors import UsageError
+from meft.planner.base.units import MAX_BYTES
 
 _AS_RECORDED = {
     "alloc": "alloc",

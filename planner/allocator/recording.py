@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from meft.planner.allocator import LiveBlock, Segment
-from meft.planner.allocator_settings import AllocatorSettings
+from meft.planner.allocator.blocks import UNIT_BYTES
+from meft.planner.allocator.caching import LiveBlock, Segment
+from meft.planner.allocator.settings import AllocatorSettings
 from meft.planner.base.errors import UsageError
 from meft.planner.base.units import MAX_BYTES
-from meft.planner.blocks import UNIT_BYTES
 
 TAKEN = ("segment_alloc", "segment_map")
 RETURNED = ("segment_free", "segment_unmap")

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import count
 
-from meft.planner.allocator import WHAT_TO_DO, CachingAllocator
-from meft.planner.allocator_settings import AllocatorSettings
+from meft.planner.allocator.caching import WHAT_TO_DO, CachingAllocator
+from meft.planner.allocator.recording import RETURNED, TAKEN, Recording
+from meft.planner.allocator.settings import AllocatorSettings
 from meft.planner.base.errors import DeviceOutOfMemory, UsageError
 from meft.planner.base.units import format_bytes
-from meft.planner.recording import RETURNED, TAKEN, Recording
 
 
 @dataclass(frozen=True, slots=True)
