@@ -24,7 +24,7 @@ from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Direction, Plan
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.report import Report
-from meft.planner.transfer import Categories, StepRows, step_bytes_by_category, window_gradient_bytes
+from meft.planner.traffic.transfer import Categories, StepRows, step_bytes_by_category, window_gradient_bytes
 
 DEFAULT_TOLERANCE_FRACTION = 0.03
 """What the closed-form ledger promises of the allocated peak."""

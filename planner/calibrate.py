@@ -41,7 +41,7 @@ from meft.planner.records.profiles import (
     sourced_numbers,
 )
 from meft.planner.records.report import Report
-from meft.planner.sparsity import check_layers, profile_laws
+from meft.planner.traffic.sparsity import check_layers, profile_laws
 
 LEAST_RANGE = math.log(1.2)
 """Runs must differ by a fifth in ``T`` or ``K/R`` before anything is said of how rows change with it."""

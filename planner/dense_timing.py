@@ -19,7 +19,7 @@ from meft.planner.records.plan import Request
 from meft.planner.records.profiles import GpuProfile, LinkProfile
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.timing import copy_seconds
-from meft.planner.transfer import INPUT_TENSORS, LOSS_BYTES, input_bytes
+from meft.planner.traffic.transfer import INPUT_TENSORS, LOSS_BYTES, input_bytes
 
 LORA_FORWARD_LAUNCHES = 5
 """Per adapted linear layer, from PEFT's forward: cast of the input, two products, scaling, sum."""

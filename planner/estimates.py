@@ -27,7 +27,7 @@ from meft.planner.records.profiles import GpuProfile, LinkProfile
 from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
 from meft.planner.simulation import simulate
 from meft.planner.stream import Stream, StreamPeaks, stream_peaks
-from meft.planner.transfer import LOSS_BYTES, input_bytes
+from meft.planner.traffic.transfer import LOSS_BYTES, input_bytes
 
 _EVERYWHERE = (
     "what a kernel allocates and frees within itself, but for attention's backward and the cuBLAS workspaces",

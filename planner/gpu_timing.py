@@ -25,13 +25,13 @@ from meft.planner.base.quantities import (
     Ints,
     Reals,
 )
-from meft.planner.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.layer_kernels import OUTER, Kernels, LayerKernels, family_of, layer_kernels
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Attention, Request
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.terms_adapter import CAST_ROWS
-from meft.planner.transfer import INPUT_TENSORS
+from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
+from meft.planner.traffic.transfer import INPUT_TENSORS
 
 ADAPTER_FORWARD_LAUNCHES = 4  # 2 products, ReLU, sum with the FFN's output
 ADAPTER_BACKWARD_LAUNCHES = 6  # 4 products, ReLU's mask, sum with the FFN's input gradient

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.host_memory import host_total_bytes
-from meft.planner.hot_rows import HotRows
 from meft.planner.memory import peak_allocated_bytes
 from meft.planner.prediction import ProfileSet
 from meft.planner.records.plan import Request
 from meft.planner.space import Space
-from meft.planner.sparsity import WindowRows, at_seq_len, hot_rows_among, window_rows
-from meft.planner.transfer import StepRows, window_bytes
+from meft.planner.traffic.hot_rows import HotRows
+from meft.planner.traffic.sparsity import WindowRows, at_seq_len, hot_rows_among, window_rows
+from meft.planner.traffic.transfer import StepRows, window_bytes
 
 RowsOfCache: TypeAlias = Callable[[int], WindowRows | None]
 """:func:`grid_window_rows` by the cache's place on its axis."""

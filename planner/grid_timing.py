@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.grid_costs import RowsOfCache
-from meft.planner.hot_rows import HotRows
 from meft.planner.lanes import StepCosts, baseline_seconds, simulate_candidates
 from meft.planner.prediction import ProfileSet
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Request
 from meft.planner.space import CAP_AXIS, Space
-from meft.planner.sparsity import WindowRows
 from meft.planner.timing import step_costs
+from meft.planner.traffic.hot_rows import HotRows
+from meft.planner.traffic.sparsity import WindowRows
 
 COPY_PAYS = 0.01
 """Least share of the step's time that a bf16 copy must save: rates are not known as well as that, its memory is."""

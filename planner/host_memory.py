@@ -25,7 +25,7 @@ from meft.planner.base.quantities import (
 )
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, HostMemory, MemoryEntry, Request
-from meft.planner.transfer import layers_queried
+from meft.planner.traffic.transfer import layers_queried
 
 _FLAG_BYTES = 1
 _ROW_BYTES = 8

@@ -40,7 +40,7 @@ from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Request
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.simulation import loaded_rounding_bytes
-from meft.planner.transfer import input_bytes
+from meft.planner.traffic.transfer import input_bytes
 
 ASSUMED_UNUSED_RESERVED_FRACTION = 0.086
 """Share of reserved memory that is not allocated at the peak: the median over 31 recordings of real GPU runs replayed

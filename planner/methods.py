@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner import hot_rows as hot
 from meft.planner import terms_adapter as ada
 from meft.planner.activations import largest
 from meft.planner.base.dtypes import WeightsDtype
@@ -20,6 +19,7 @@ from meft.planner.ledger import Row
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Attention
+from meft.planner.traffic import hot_rows as hot
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import numpy as np
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Ints
 from meft.planner.chrome import Event
 from meft.planner.host_memory import host_memory
-from meft.planner.hot_rows import HotRows
 from meft.planner.memory import ASSUMED_UNUSED_RESERVED_FRACTION, predict_device_memory
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import (
@@ -24,9 +23,10 @@ from meft.planner.records.plan import (
     Timing,
 )
 from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
-from meft.planner.sparsity import hot_rows_among, predict_sparsity
 from meft.planner.timing import step_timing
-from meft.planner.transfer import step_transfer
+from meft.planner.traffic.hot_rows import HotRows
+from meft.planner.traffic.sparsity import hot_rows_among, predict_sparsity
+from meft.planner.traffic.transfer import step_transfer
 
 
 @dataclass(frozen=True)

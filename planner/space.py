@@ -28,7 +28,13 @@ from meft.planner.base.quantities import Ints
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, Request, RowsInBackward
 from meft.planner.records.profiles import SparsityProfile
-from meft.planner.sparsity import active_rows_per_layer, at_seq_len, highest_active_rows, prefetch_recall, spread_at
+from meft.planner.traffic.sparsity import (
+    active_rows_per_layer,
+    at_seq_len,
+    highest_active_rows,
+    prefetch_recall,
+    spread_at,
+)
 
 WIDTHS_PER_HIDDEN_SIZE = 4
 """Widths go up to ``4D``, twice the paper's widest (8464 for D = 4096); wider adapters can be asked for by width."""

@@ -44,13 +44,13 @@ from meft.planner.gpu_timing import (
     router_seconds,
     sum_gradients_seconds,
 )
-from meft.planner.hot_rows import HOT_NORM_BYTES, HotRows, hot_key_bytes
 from meft.planner.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
 from meft.planner.records.candidates import Candidates, same_for_all
 from meft.planner.records.plan import Decision, Request, Timing
 from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile
-from meft.planner.sparsity import WindowRows, distinct_layers
-from meft.planner.transfer import (
+from meft.planner.traffic.hot_rows import HOT_NORM_BYTES, HotRows, hot_key_bytes
+from meft.planner.traffic.sparsity import WindowRows, distinct_layers
+from meft.planner.traffic.transfer import (
     LOSS_BYTES,
     NORM_BYTES,
     input_bytes,

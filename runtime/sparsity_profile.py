@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from meft.planner.base.errors import UsageError
 from meft.planner.records.profile_file import Measurement, ProfileFile
 from meft.planner.records.profiles import Popularity, SparsityProfile
-from meft.planner.union_fit import FitError, UnionPoints, fit_error, fit_layers
+from meft.planner.traffic.union_fit import FitError, UnionPoints, fit_error, fit_layers
 from meft.runtime import sparsity_probe as probe
 from meft.runtime.adapter import ffn_modules
 from meft.runtime.checkpoint import ADAPTER_WEIGHTS

@@ -27,7 +27,7 @@ from meft.planner.records.report import (
     Report,
     Training,
 )
-from meft.planner.transfer import step_transfer
+from meft.planner.traffic.transfer import step_transfer
 
 MIB = 1 << 20
 

@@ -13,7 +13,7 @@ from meft.planner.cli_audit import gpu_of, parse_tolerances
 from meft.planner.records.plan import Plan
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.report import Report
-from meft.planner.transfer import expected_step_bytes
+from meft.planner.traffic.transfer import expected_step_bytes
 
 
 @pytest.fixture(scope="module")

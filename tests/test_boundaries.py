@@ -49,12 +49,12 @@ the exchange counts pinned buffers as it rounds them; a second copy of the alloc
 PROFILING_IS_USED_BY = {
     "meft.runtime.device_rates": {"meft.planner.layer_kernels"},
     "meft.runtime.profile_cli": {"meft.planner.calibrate", "meft.planner.prediction"},
-    "meft.runtime.sparsity_profile": {"meft.planner.union_fit"},
+    "meft.runtime.sparsity_profile": {"meft.planner.traffic.union_fit"},
 }
 """Measuring ends in a fit, calibrating in predictions, and launches are measured as they are counted: the commands of
 meft-profile call those models."""
 
-CONSTANTS_ARE_USED_BY = {"meft.runtime.hot_tables": ("meft.planner.hot_rows", ("HOT_CHUNK_ROWS",))}
+CONSTANTS_ARE_USED_BY = {"meft.runtime.hot_tables": ("meft.planner.traffic.hot_rows", ("HOT_CHUNK_ROWS",))}
 """Numbers that the runtime works by and a model prices, stated once: these names, and nothing else of their module."""
 
 WITH_EFFECTS = {
@@ -94,8 +94,8 @@ EFFECTS = {
 COUNTS_REFERENCES = {"meft.planner.autograd": {"sys"}}
 """Whether anything else holds a storage decides, as in torch, if gradients are summed in place."""
 MODELS_OF_THE_DESIGN = {
-    "meft.planner.sparsity",
-    "meft.planner.transfer",
+    "meft.planner.traffic.sparsity",
+    "meft.planner.traffic.transfer",
     "meft.planner.host_memory",
     "meft.planner.timing",
     "meft.planner.lanes",

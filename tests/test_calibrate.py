@@ -35,7 +35,7 @@ from meft.planner.records.profile_file import ProfileFile
 from meft.planner.records.profiles import LayerSparsity
 from meft.planner.records.report import Report
 from meft.planner.search import make_plan
-from meft.planner.sparsity import at_seq_len
+from meft.planner.traffic.sparsity import at_seq_len
 from meft.runtime.profile_cli import command
 
 SLOWER = {"gpu": 1.5, "h2d": 2.0, "d2h": 2.0, "cpu": 3.0}

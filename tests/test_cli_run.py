@@ -13,7 +13,7 @@ import pytest
 
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
-from meft.planner.transfer import expected_step_bytes
+from meft.planner.traffic.transfer import expected_step_bytes
 
 BIN = Path(sys.executable).parent
 WORDS = ("alice", "rabbit", "queen", "hatter", "dormouse", "duchess")

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from meft.planner.base.errors import UsageError
 from meft.planner.host_memory import host_memory
-from meft.planner.hot_rows import hot_active_rows, hot_share
 from meft.planner.memory import predict_device_memory
 from meft.planner.models.catalogue import load_model
 from meft.planner.prediction import ProfileSet, predict
@@ -24,8 +23,9 @@ from meft.planner.records.plan import Decision, Plan
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.render import plan_view
 from meft.planner.search import make_plan
-from meft.planner.sparsity import WindowRows, window_rows
-from meft.planner.transfer import expected_step_bytes, step_transfer
+from meft.planner.traffic.hot_rows import hot_active_rows, hot_share
+from meft.planner.traffic.sparsity import WindowRows, window_rows
+from meft.planner.traffic.transfer import expected_step_bytes, step_transfer
 
 POPULAR = ({"rows": 0.1, "traffic": 0.4}, {"rows": 0.25, "traffic": 0.7})
 

@@ -16,11 +16,11 @@ from sparse_setup import decision, run_step, sparse_setup
 from meft.planner.audit import audit
 from meft.planner.base.errors import UsageError
 from meft.planner.host_memory import host_memory as planned_host_memory
-from meft.planner.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.memory import predict_device_memory
 from meft.planner.prediction import predict
 from meft.planner.stream import stream_peaks
-from meft.planner.transfer import expected_step_bytes, hot_keys_of, step_transfer
+from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
+from meft.planner.traffic.transfer import expected_step_bytes, hot_keys_of, step_transfer
 from meft.runtime.adapter_model import AdapterModel, load_base
 from meft.runtime.data import collate
 from meft.runtime.device import EmulatedDevice

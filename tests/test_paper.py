@@ -14,8 +14,8 @@ from meft.planner.records.plan import Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.search import make_plan
 from meft.planner.space import PROBES, expert_counts
-from meft.planner.sparsity import active_fraction, active_rows
-from meft.planner.transfer import step_transfer
+from meft.planner.traffic.sparsity import active_fraction, active_rows
+from meft.planner.traffic.transfer import step_transfer
 
 NUM_LAYERS, HIDDEN_SIZE, WIDTH, TOP_K, TOKENS = 32, 4096, 6144, 64, 2 * 256
 ADAPTER_WEIGHTS = 2 * WIDTH * HIDDEN_SIZE * NUM_LAYERS

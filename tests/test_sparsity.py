@@ -14,7 +14,7 @@ from planner_records import decision_of, request_of, sparsity_profile, tiny_shap
 
 from meft.planner.base.errors import UsageError
 from meft.planner.search import make_plan
-from meft.planner.sparsity import (
+from meft.planner.traffic.sparsity import (
     active_fraction,
     active_rows,
     active_rows_per_layer,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from meft.planner.base.errors import UsageError
 from meft.planner.records.profile_catalogue import load_sparsity
 from meft.planner.records.profile_file import ProfileFile
-from meft.planner.sparsity import active_rows_per_layer
+from meft.planner.traffic.sparsity import active_rows_per_layer
 from meft.runtime import sparsity_probe as probe
 from meft.runtime.profile_cli import command
 from meft.runtime.sparsity_profile import dealt

@@ -13,7 +13,7 @@ from meft.planner.host_memory import host_memory as planned_host_memory
 from meft.planner.models.catalogue import load_model
 from meft.planner.prediction import predict
 from meft.planner.records.plan import Plan
-from meft.planner.transfer import NORM_BYTES, expected_step_bytes, step_transfer, window_gradient_bytes
+from meft.planner.traffic.transfer import NORM_BYTES, expected_step_bytes, step_transfer, window_gradient_bytes
 from meft.runtime.nvml import PcieReading
 from meft.runtime.reporting import host_memory, transfer
 from meft.runtime.training import Measurements

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from planner_records import decision_of, request_of, side_by_side, tiny_shape
 
 from meft.planner.records.candidates import Candidates
-from meft.planner.transfer import (
+from meft.planner.traffic.transfer import (
     StepRows,
     expected_step_bytes,
     refetched_rows,

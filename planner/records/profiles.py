@@ -150,7 +150,7 @@ TYPICAL_SHARE = 1 / 32
 
 class LayerSparsity(Record):
     """Union growth of one layer: ``A/R = 1 - (1 - K/R)^q`` with ``q(T, K/R)`` effective tokens; see
-    :mod:`meft.planner.sparsity`. With ``alpha`` alone it is ``q = T^alpha``."""
+    :mod:`meft.planner.traffic.sparsity`. With ``alpha`` alone it is ``q = T^alpha``."""
 
     alpha: Annotated[float, Field(gt=0.0, le=1.0)]
     """How effective tokens grow with tokens: ``q ~ T^alpha`` at a share ``K/R`` of 1/32."""

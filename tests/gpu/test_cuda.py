@@ -10,7 +10,7 @@ from test_hot_rows import EXACT, HOT, STATE, train_tower
 from test_sparse_equals_dense import CHOICES, assert_step_equals_the_oracle
 
 from meft.planner.base.errors import DeviceOutOfMemory
-from meft.planner.transfer import expected_step_bytes
+from meft.planner.traffic.transfer import expected_step_bytes
 from meft.runtime.data import collate
 from meft.runtime.device import CudaDevice
 from meft.runtime.engine import COPY_DONE, TransferEngine

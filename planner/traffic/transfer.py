@@ -37,9 +37,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, INDEX_BYTES, Flags, Ints
-from meft.planner.hot_rows import HOT_NORM_BYTES, hot_key_bytes
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, Direction, Request, Transfer, TransferEntry
+from meft.planner.traffic.hot_rows import HOT_NORM_BYTES, hot_key_bytes
 
 Categories: TypeAlias = dict[tuple[Direction, str], Ints]
 """Bytes by direction and category."""

@@ -1,4 +1,5 @@
-"""Fitting the law of :mod:`meft.planner.sparsity` to measured unions, and its error on points that it did not see.
+"""Fitting the law of :mod:`meft.planner.traffic.sparsity` to measured unions, and its error on points that it did not
+see.
 
 Letters: ``T`` tokens, ``R`` adapter rows per layer, ``K`` rows per token, ``A`` active rows, ``L`` layers.
 """
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.records.profiles import TYPICAL_SHARE, TYPICAL_TOKENS, LayerSparsity
-from meft.planner.sparsity import grown, layer_laws, union_fraction
+from meft.planner.traffic.sparsity import grown, layer_laws, union_fraction
 
 POINTS_FOR_SHARES = 6
 """Points of as many as three shares from which the law's dependence on ``K/R`` is fitted; fewer leave it out."""

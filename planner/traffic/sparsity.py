@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.quantities import Flags, Floats, Ints, Reals
-from meft.planner.hot_rows import HotRows, hot_active_rows, hot_share
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, Request, Sparsity
 from meft.planner.records.profiles import TYPICAL_SHARE, TYPICAL_TOKENS, LayerSparsity, SparsityProfile
+from meft.planner.traffic.hot_rows import HotRows, hot_active_rows, hot_share
 
 BENT_FROM, BENT_UP_TO = math.log(64 / TYPICAL_TOKENS), math.log(2048 / TYPICAL_TOKENS)
 """Range of ``t`` in which growth may bend: what is measured."""
