@@ -29,7 +29,7 @@ from meft.planner.layer_kernels import OUTER, Kernels, LayerKernels, family_of, 
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Attention, Request
 from meft.planner.records.profiles import GpuProfile
-from meft.planner.terms_adapter import CAST_ROWS
+from meft.planner.terms.adapter import CAST_ROWS
 from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.traffic.transfer import INPUT_TENSORS
 

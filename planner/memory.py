@@ -29,17 +29,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner import activations as act
-from meft.planner import terms_weights as wts
-from meft.planner.activations import choose, largest
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, Flags, Ints
-from meft.planner.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
-from meft.planner.methods import SparseAdapter, Trained, Workload, trained_by
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Request
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.simulation import loaded_rounding_bytes
+from meft.planner.terms import activations as act
+from meft.planner.terms import weights as wts
+from meft.planner.terms.activations import choose, largest
+from meft.planner.terms.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
+from meft.planner.terms.methods import SparseAdapter, Trained, Workload, trained_by
 from meft.planner.traffic.transfer import input_bytes
 
 ASSUMED_UNUSED_RESERVED_FRACTION = 0.086

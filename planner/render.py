@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
-from meft.planner.ledger import STEP_PHASES
 from meft.planner.records.plan import LANES, MemoryEntry, Objective, ParetoPoint, Phase, Plan, Verification
+from meft.planner.terms.ledger import STEP_PHASES
 
 PIPED_WIDTH = 100
 PARETO_ROWS = 5

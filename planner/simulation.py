@@ -21,7 +21,7 @@ from meft.planner.optimizers import Optimizer
 from meft.planner.records.plan import Phase
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.stream import Stream, stream_peaks
-from meft.planner.terms_weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK
+from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK
 
 ITEM_BYTES = {"fp32": FP32, "bf16": HALF, "fp16": HALF, "nf4": HALF, "int8": HALF}
 NF4_CODE_NUMBERS = 16

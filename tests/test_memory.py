@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planner_records import GIB, decision_of, gpu_profile, llama_7b, request_of, side_by_side, sourced, tiny_shape
 
-from meft.planner import activations as act
-from meft.planner import terms_adapter as ada
-from meft.planner import terms_weights as wts
-from meft.planner.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
 from meft.planner.memory import device_ledger, peak_allocated_bytes, predict_device_memory
-from meft.planner.methods import SparseAdapter, Workload
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.profiles import SourcedRange
+from meft.planner.terms import activations as act
+from meft.planner.terms import adapter as ada
+from meft.planner.terms import weights as wts
+from meft.planner.terms.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
+from meft.planner.terms.methods import SparseAdapter, Workload
 
 
 def sparse(**changes) -> SparseAdapter:

@@ -11,7 +11,6 @@ from plan_samples import DECISION, MIB, SHAPE, sample_plan, sample_profiles, sam
 from meft.planner.audit import audit
 from meft.planner.base.errors import UsageError
 from meft.planner.base.units import format_bytes
-from meft.planner.ledger import STEP_PHASES
 from meft.planner.plot import check_format, plot_plan
 from meft.planner.prediction import predict
 from meft.planner.records.plan import MemoryEntry, ParetoPoint, Plan
@@ -28,6 +27,7 @@ from meft.planner.render import (
     show,
 )
 from meft.planner.render_audit import audit_view
+from meft.planner.terms.ledger import STEP_PHASES
 
 
 @pytest.fixture(scope="module")

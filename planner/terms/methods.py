@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner import terms_adapter as ada
-from meft.planner.activations import largest
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.quantities import COMPUTE_DTYPE_BYTES, Flags, Ints
-from meft.planner.ledger import Row
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Attention
+from meft.planner.terms import adapter as ada
+from meft.planner.terms.activations import largest
+from meft.planner.terms.ledger import Row
 from meft.planner.traffic import hot_rows as hot
 
 

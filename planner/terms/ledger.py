@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from meft.planner.activations import largest
 from meft.planner.base.quantities import Ints
 from meft.planner.base.schema import Basis
 from meft.planner.records.plan import Phase
+from meft.planner.terms.activations import largest
 
 STEP_PHASES: tuple[Phase, ...] = ("forward", "loss", "backward", "optimizer_step")
 

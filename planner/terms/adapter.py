@@ -9,8 +9,8 @@ hidden-state element. A row is a key and a value, ``2D`` numbers.
 
 from __future__ import annotations
 
-from meft.planner.activations import choose, largest, smallest
 from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES, Flags, Ints
+from meft.planner.terms.activations import choose, largest, smallest
 
 INT64_BYTES = 8
 CAST_ROWS = 256
