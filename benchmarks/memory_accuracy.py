@@ -25,7 +25,7 @@ from meft.planner.models.catalogue import load_model
 from meft.planner.records.profile_catalogue import load_gpu
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.setup import LossName, TrainingSetup
-from meft.planner.stream import StreamPeaks, stream_peaks
+from meft.planner.simulation.stream import StreamPeaks, stream_peaks
 
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "measured_gpu_memory.csv"
 MODELS = {

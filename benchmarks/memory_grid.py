@@ -4,8 +4,8 @@
     python benchmarks/memory_grid.py --sample 12      twelve of them, evenly over the grid
 
 Twelve architectures at their real widths, cut to a few layers so that a trace takes a second or two; the layers repeat.
-Implementations that know nothing of each other are compared: :mod:`meft.planner.simulation` (for MEFT the closed form
-of :mod:`meft.planner.memory`), which imports no torch, and :mod:`meft.runtime.trace`, which runs transformers' own
+Implementations that know nothing of each other are compared: :mod:`meft.planner.simulation.run` (for MEFT the closed
+form of :mod:`meft.planner.memory`), which imports no torch, and :mod:`meft.runtime.trace`, which runs transformers' own
 model under fake tensors.
 """
 
@@ -26,8 +26,8 @@ from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import resolve_targets
 from meft.planner.records.profile_catalogue import load_gpu
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation import simulate
-from meft.planner.stream import stream_peaks
+from meft.planner.simulation.run import simulate
+from meft.planner.simulation.stream import stream_peaks
 
 NUM_LAYERS = 3
 CARD = "rtx-3090"

@@ -37,7 +37,7 @@ from meft.planner.records.plan import Attention, Decision, Plan, Routing, RowsIn
 from meft.planner.records.profile_catalogue import load_defaults
 from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, MethodName, OptimizerName, TrainingSetup
 from meft.planner.search import make_plan
-from meft.planner.verification import traced_plan, traced_setup
+from meft.planner.simulation.verification import traced_plan, traced_setup
 
 MAX_RANK = 1 << 16
 WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")

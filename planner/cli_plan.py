@@ -26,7 +26,7 @@ from meft.planner.models.catalogue import load_model
 from meft.planner.prediction import simulated_tasks
 from meft.planner.records.plan import Plan
 from meft.planner.search import make_plan
-from meft.planner.verification import verified
+from meft.planner.simulation.verification import verified
 
 
 @click.command("plan", short_help="The best decision within the budgets (the default).")

@@ -25,8 +25,8 @@ from meft.planner.records.plan import (
 )
 from meft.planner.records.profiles import GpuProfile, LinkProfile
 from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
-from meft.planner.simulation import simulate
-from meft.planner.stream import Stream, StreamPeaks, stream_peaks
+from meft.planner.simulation.run import simulate
+from meft.planner.simulation.stream import Stream, StreamPeaks, stream_peaks
 from meft.planner.traffic.transfer import LOSS_BYTES, input_bytes
 
 _EVERYWHERE = (

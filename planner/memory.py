@@ -1,7 +1,7 @@
 """The device-memory ledger of MEFT: what lies on the device in each phase of a training step, and why.
 
 The closed form that the search weighs candidates with. The dense methods are simulated event by event instead
-(:mod:`meft.planner.simulation`).
+(:mod:`meft.planner.simulation.run`).
 
 The phases of a step are ``forward`` (the layers), ``loss`` (head, logits and loss, both ways), ``backward`` (the
 layers) and ``optimizer_step``; ``resident`` rows count in all of them. Peak allocated is the resident sum plus the
@@ -34,7 +34,7 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Request
 from meft.planner.records.profiles import GpuProfile
-from meft.planner.simulation import loaded_rounding_bytes
+from meft.planner.simulation.run import loaded_rounding_bytes
 from meft.planner.terms import activations as act
 from meft.planner.terms import weights as wts
 from meft.planner.terms.activations import choose, largest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from meft.planner.records.plan import Phase
-from meft.planner.stream import Stream, StreamEvent
+from meft.planner.simulation.stream import Stream, StreamEvent
 
 
 @dataclass

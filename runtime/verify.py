@@ -10,7 +10,7 @@ from typing import Any
 
 from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.stream import Stream
+from meft.planner.simulation.stream import Stream
 from meft.runtime.trace import WORKSPACE_BYTES, trace_plan, trace_training
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from meft.planner.autograd import FP32, Leaf, Tape, Tensor
-from meft.planner.operators import Operators, Weights
+from meft.planner.simulation.autograd import FP32, Leaf, Tape, Tensor
+from meft.planner.simulation.operators import Operators, Weights
 
 
 def live(tape: Tape) -> int:

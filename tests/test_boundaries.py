@@ -39,7 +39,7 @@ RECORDS_AND_PROFILES = {
     "meft.planner.records.profile_catalogue",
     "meft.planner.records.setup",
     "meft.planner.chrome",
-    "meft.planner.stream",
+    "meft.planner.simulation.stream",
 }
 ALLOCATOR = "meft.planner.allocator.caching"
 ALLOCATOR_IS_USED_BY = {"meft.runtime.books", "meft.runtime.exchange"}
@@ -66,7 +66,7 @@ WITH_EFFECTS = {
     "meft.planner.models.catalogue",
     "meft.planner.plot",
     "meft.planner.render",
-    "meft.planner.verification",
+    "meft.planner.simulation.verification",
 }
 """Planner modules that read, write or print. With the command line they are all there are: any other is pure."""
 EFFECTS = {
@@ -91,7 +91,7 @@ EFFECTS = {
     "time",
     "uuid",
 }
-COUNTS_REFERENCES = {"meft.planner.autograd": {"sys"}}
+COUNTS_REFERENCES = {"meft.planner.simulation.autograd": {"sys"}}
 """Whether anything else holds a storage decides, as in torch, if gradients are summed in place."""
 MODELS_OF_THE_DESIGN = {
     "meft.planner.traffic.sparsity",
@@ -111,10 +111,10 @@ MODELS_OF_THE_DESIGN = {
     "meft.planner.allocator.recording",
     "meft.planner.allocator.history",
     "meft.planner.allocator.replay",
-    "meft.planner.simulation",
-    "meft.planner.decoder",
-    "meft.planner.operators",
-    "meft.planner.stream",
+    "meft.planner.simulation.run",
+    "meft.planner.simulation.decoder",
+    "meft.planner.simulation.operators",
+    "meft.planner.simulation.stream",
 }
 
 

@@ -18,7 +18,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.host_memory import host_memory as planned_host_memory
 from meft.planner.memory import predict_device_memory
 from meft.planner.prediction import predict
-from meft.planner.stream import stream_peaks
+from meft.planner.simulation.stream import stream_peaks
 from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.traffic.transfer import expected_step_bytes, hot_keys_of, step_transfer
 from meft.runtime.adapter_model import AdapterModel, load_base

@@ -16,8 +16,8 @@ from storage_tracker import StorageTracker  # noqa: E402
 from meft.planner.memory import predict_device_memory  # noqa: E402
 from meft.planner.models.architecture import shape_from_config  # noqa: E402
 from meft.planner.records.setup import TrainingSetup  # noqa: E402
-from meft.planner.simulation import simulate  # noqa: E402
-from meft.planner.stream import Stream  # noqa: E402
+from meft.planner.simulation.run import simulate  # noqa: E402
+from meft.planner.simulation.stream import Stream  # noqa: E402
 from meft.runtime.data import collate  # noqa: E402
 
 TOLERANCE = 0.015

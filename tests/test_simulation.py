@@ -12,8 +12,8 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model, model_names
 from meft.planner.models.linears import linear_layers, module_names, resolve_targets
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation import fused_linear_chunk, simulate
-from meft.planner.stream import Stream, StreamEvent, live_by_category, stream_peaks
+from meft.planner.simulation.run import fused_linear_chunk, simulate
+from meft.planner.simulation.stream import Stream, StreamEvent, live_by_category, stream_peaks
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -15,7 +15,7 @@ from sparse_setup import AMPLE_BYTES  # noqa: E402
 from trace_setups import live_at  # noqa: E402
 
 from meft.planner.records.plan import Plan  # noqa: E402
-from meft.planner.stream import stream_peaks  # noqa: E402
+from meft.planner.simulation.stream import stream_peaks  # noqa: E402
 from meft.runtime.data import collate  # noqa: E402
 from meft.runtime.device import EmulatedDevice  # noqa: E402
 from meft.runtime.model_loading import load_frozen_model  # noqa: E402

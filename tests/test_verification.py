@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 from plan_samples import sample_plan
 
-from meft.planner import verification
 from meft.planner.base.errors import EXIT_INFEASIBLE, EXIT_MACHINE, InfeasibleError, MachineError
 from meft.planner.cli import command
 from meft.planner.records.plan import Plan, Verification
 from meft.planner.render import plan_view
-from meft.planner.stream import Stream, StreamEvent
+from meft.planner.simulation import verification
+from meft.planner.simulation.stream import Stream, StreamEvent
 
 MIB = 1 << 20
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meft.planner.autograd import BOOL, FP32, HALF, Tensor
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import Place
-from meft.planner.operators import Operators, QuantizedWeights, Weights
 from meft.planner.records.setup import TrainingSetup
+from meft.planner.simulation.autograd import BOOL, FP32, HALF, Tensor
+from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.terms import activations as act
 
 LayerKey = tuple[Place, str]

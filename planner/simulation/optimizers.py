@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from meft.planner.autograd import FP32, Leaf, Tape, Tensor
 from meft.planner.records.setup import OptimizerName
+from meft.planner.simulation.autograd import FP32, Leaf, Tape, Tensor
 
 EIGHT_BIT_MIN_NUMEL = 4096
 """bitsandbytes keeps the moments of smaller tensors in fp32."""

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meft.planner.autograd import BOOL, FP32, GRADIENTS, TEMPORARIES, Backward, Gradients, Leaf, Tape, Tensor, as_view
+from meft.planner.simulation.autograd import (
+    BOOL,
+    FP32,
+    GRADIENTS,
+    TEMPORARIES,
+    Backward,
+    Gradients,
+    Leaf,
+    Tape,
+    Tensor,
+    as_view,
+)
 
 LOG_SUM_EXP_MULTIPLE = 32
 """The memory-efficient kernel rounds the queries of its log-sum-exp up to this."""

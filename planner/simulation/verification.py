@@ -14,7 +14,7 @@ from meft.planner.base.errors import DeviceOutOfMemory, InfeasibleError, Machine
 from meft.planner.base.units import format_bytes
 from meft.planner.records.plan import Plan, Verification
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.stream import Stream, StreamPeaks, stream_peaks
+from meft.planner.simulation.stream import Stream, StreamPeaks, stream_peaks
 
 GROUP = "meft.verify"
 

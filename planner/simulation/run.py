@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from functools import cache
 
 from meft.planner.allocator.cublas import USUAL_BYTES
-from meft.planner.autograd import FP32, HALF, INT64, Leaf, Tape, Tensor
 from meft.planner.base.dtypes import WeightsDtype
-from meft.planner.decoder import BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import Linear, linear_layers
-from meft.planner.operators import Operators, QuantizedWeights, Weights
-from meft.planner.optimizers import Optimizer
 from meft.planner.records.plan import Phase
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.stream import Stream, stream_peaks
+from meft.planner.simulation.autograd import FP32, HALF, INT64, Leaf, Tape, Tensor
+from meft.planner.simulation.decoder import BlockWeights, Decoder, Lora, ModelWeights
+from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
+from meft.planner.simulation.optimizers import Optimizer
+from meft.planner.simulation.stream import Stream, stream_peaks
 from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK
 
 ITEM_BYTES = {"fp32": FP32, "bf16": HALF, "fp16": HALF, "nf4": HALF, "int8": HALF}

@@ -1,8 +1,8 @@
 """A reverse-mode differentiation of nothing but memory: tensors without numbers, freed when the last reference goes.
 
-Operators (:mod:`meft.planner.operators`) are written the way torch runs them: they make tensors, keep what their
-backward needs, and let the rest go out of scope. The reference counts of Python then give the lifetimes, as they do
-in torch, and the tape records every allocation and release in order.
+Operators (:mod:`meft.planner.simulation.operators`) are written the way torch runs them: they make tensors, keep what
+their backward needs, and let the rest go out of scope. The reference counts of Python then give the lifetimes, as they
+do in torch, and the tape records every allocation and release in order.
 
 The engine follows torch's: nodes run latest first, gradients that meet at a node are summed (into the first of them
 when nothing else holds it), a node gives up what it keeps once it has run, and a leaf takes its gradient as it is.
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from meft.planner.records.plan import Phase
-from meft.planner.stream import StreamEvent
+from meft.planner.simulation.stream import StreamEvent
 
 FP32 = 4
 HALF = 2
