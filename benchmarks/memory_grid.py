@@ -5,8 +5,8 @@
 
 Twelve architectures at their real widths, cut to a few layers so that a trace takes a second or two; the layers repeat.
 Implementations that know nothing of each other are compared: :mod:`meft.planner.simulation.run` (for MEFT the closed
-form of :mod:`meft.planner.memory`), which imports no torch, and :mod:`meft.runtime.trace`, which runs transformers' own
-model under fake tensors.
+form of :mod:`meft.planner.memory.device`), which imports no torch, and :mod:`meft.runtime.trace`, which runs
+transformers' own model under fake tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from meft.planner.memory import predict_device_memory
+from meft.planner.memory.device import predict_device_memory
 from meft.planner.models.architecture import shape_from_config
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import resolve_targets

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.base.schema import Basis, Bytes, Record
-from meft.planner.memory import predict_device_memory
+from meft.planner.memory.device import predict_device_memory
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Direction, Plan
 from meft.planner.records.profiles import GpuProfile

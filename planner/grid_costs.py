@@ -13,8 +13,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.host_memory import host_total_bytes
-from meft.planner.memory import peak_allocated_bytes
+from meft.planner.memory.device import peak_allocated_bytes
+from meft.planner.memory.host import host_total_bytes
 from meft.planner.prediction import ProfileSet
 from meft.planner.records.plan import Request
 from meft.planner.space import Space

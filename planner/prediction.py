@@ -9,8 +9,8 @@ import numpy as np
 
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Ints
 from meft.planner.chrome import Event
-from meft.planner.host_memory import host_memory
-from meft.planner.memory import ASSUMED_UNUSED_RESERVED_FRACTION, predict_device_memory
+from meft.planner.memory.device import ASSUMED_UNUSED_RESERVED_FRACTION, predict_device_memory
+from meft.planner.memory.host import host_memory
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import (
     Decision,

@@ -22,7 +22,7 @@ from meft.planner.grid_costs import (
 )
 from meft.planner.grid_timing import grid_step_seconds, with_copies_that_pay
 from meft.planner.infeasible import Limit
-from meft.planner.memory import reserved_bytes
+from meft.planner.memory.device import reserved_bytes
 from meft.planner.pareto import pareto_front, thinned
 from meft.planner.prediction import ProfileSet, adapter_parameters
 from meft.planner.records.plan import Decision, ParetoPoint, Request

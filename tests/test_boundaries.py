@@ -96,10 +96,10 @@ COUNTS_REFERENCES = {"meft.planner.simulation.autograd": {"sys"}}
 MODELS_OF_THE_DESIGN = {
     "meft.planner.traffic.sparsity",
     "meft.planner.traffic.transfer",
-    "meft.planner.host_memory",
+    "meft.planner.memory.host",
     "meft.planner.timing",
     "meft.planner.lanes",
-    "meft.planner.memory",
+    "meft.planner.memory.device",
     "meft.planner.space",
     "meft.planner.grid_costs",
     "meft.planner.grid_timing",

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from meft.planner.base.errors import UsageError
-from meft.planner.host_memory import host_memory
-from meft.planner.memory import predict_device_memory
+from meft.planner.memory.device import predict_device_memory
+from meft.planner.memory.host import host_memory
 from meft.planner.models.catalogue import load_model
 from meft.planner.prediction import ProfileSet, predict
 from meft.planner.records.candidates import Candidates

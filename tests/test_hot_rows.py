@@ -15,8 +15,8 @@ from sparse_setup import decision, run_step, sparse_setup
 
 from meft.planner.audit import audit
 from meft.planner.base.errors import UsageError
-from meft.planner.host_memory import host_memory as planned_host_memory
-from meft.planner.memory import predict_device_memory
+from meft.planner.memory.device import predict_device_memory
+from meft.planner.memory.host import host_memory as planned_host_memory
 from meft.planner.prediction import predict
 from meft.planner.simulation.stream import stream_peaks
 from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planner_records import GIB, decision_of, gpu_profile, llama_7b, request_of, side_by_side, sourced, tiny_shape
 
-from meft.planner.memory import device_ledger, peak_allocated_bytes, predict_device_memory
+from meft.planner.memory.device import device_ledger, peak_allocated_bytes, predict_device_memory
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.profiles import SourcedRange
 from meft.planner.terms import activations as act

@@ -12,7 +12,7 @@ from make_plan import hand_plan
 from sessions import EXPERTS, random_examples
 from sparse_setup import AMPLE_BYTES, decision
 
-from meft.planner.memory import predict_device_memory
+from meft.planner.memory.device import predict_device_memory
 from meft.planner.models.catalogue import load_model
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import load_gpu

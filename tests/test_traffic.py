@@ -9,7 +9,7 @@ from plan_samples import sample_profiles, sample_request
 from sessions import EXPERTS, open_small, small_plan, small_trainer
 from sparse_setup import decision
 
-from meft.planner.host_memory import host_memory as planned_host_memory
+from meft.planner.memory.host import host_memory as planned_host_memory
 from meft.planner.models.catalogue import load_model
 from meft.planner.prediction import predict
 from meft.planner.records.plan import Plan
