@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from meft.planner.audit import check_belongs
 from meft.planner.base.errors import UsageError
 from meft.planner.base.schema import Basis
-from meft.planner.chrome import Event, task_kind
 from meft.planner.prediction import ProfileSet, predict, simulated_tasks
 from meft.planner.records.plan import LANES, Lane, Plan, Prediction
 from meft.planner.records.profiles import (
@@ -41,6 +40,7 @@ from meft.planner.records.profiles import (
     sourced_numbers,
 )
 from meft.planner.records.report import Report
+from meft.planner.timing.chrome import Event, task_kind
 from meft.planner.traffic.sparsity import check_layers, profile_laws
 
 LEAST_RANGE = math.log(1.2)

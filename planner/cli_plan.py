@@ -11,7 +11,6 @@ import click
 
 from meft.planner.base.errors import InfeasibleError, UsageError
 from meft.planner.base.files import write_atomic
-from meft.planner.chrome import Event, chrome_trace
 from meft.planner.cli_options import (
     PATH,
     RequestOptions,
@@ -27,6 +26,7 @@ from meft.planner.prediction import simulated_tasks
 from meft.planner.records.plan import Plan
 from meft.planner.search import make_plan
 from meft.planner.simulation.verification import verified
+from meft.planner.timing.chrome import Event, chrome_trace
 
 
 @click.command("plan", short_help="The best decision within the budgets (the default).")

@@ -10,7 +10,6 @@ from typing import Literal
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, Rate, Record, Seconds
-from meft.planner.dense_timing import dense_step_seconds
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import linear_layers
 from meft.planner.records.plan import (
@@ -27,6 +26,7 @@ from meft.planner.records.profiles import GpuProfile, LinkProfile
 from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
 from meft.planner.simulation.run import simulate
 from meft.planner.simulation.stream import Stream, StreamPeaks, stream_peaks
+from meft.planner.timing.dense import dense_step_seconds
 from meft.planner.traffic.transfer import LOSS_BYTES, input_bytes
 
 _EVERYWHERE = (

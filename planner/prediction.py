@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Ints
-from meft.planner.chrome import Event
 from meft.planner.memory.device import ASSUMED_UNUSED_RESERVED_FRACTION, predict_device_memory
 from meft.planner.memory.host import host_memory
 from meft.planner.records.candidates import Candidates
@@ -23,7 +22,8 @@ from meft.planner.records.plan import (
     Timing,
 )
 from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
-from meft.planner.timing import step_timing
+from meft.planner.timing.chrome import Event
+from meft.planner.timing.step import step_timing
 from meft.planner.traffic.hot_rows import HotRows
 from meft.planner.traffic.sparsity import hot_rows_among, predict_sparsity
 from meft.planner.traffic.transfer import step_transfer

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from meft.planner.layer_kernels import LAYERS
 from meft.planner.records.profile_file import Measurement
+from meft.planner.timing.layer_kernels import LAYERS
 from meft.runtime.device import EmulatedDevice
 from meft.runtime.measure import CopyLine, Sample, fit_copies, measurement, sample
 
@@ -122,8 +122,8 @@ def booked_launches() -> Iterator[Measurement]:
     """What an operator costs on the emulated device besides its work: Python, autograd and the books.
 
     The slope over layers of the time of a step of a model too small to compute anything, over the launches that
-    :mod:`meft.planner.layer_kernels` counts for a layer. Between its products memory is read as weights are in a real
-    step, off the clock: the interpreter is slower when its own data has left the cache.
+    :mod:`meft.planner.timing.layer_kernels` counts for a layer. Between its products memory is read as weights are in a
+    real step, off the clock: the interpreter is slower when its own data has left the cache.
     """
     fewer, more = 2, 6
     steps = {layers: _tiny_steps(layers) for layers in (fewer, more)}

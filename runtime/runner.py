@@ -15,10 +15,10 @@ import torch
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.units import format_bytes
-from meft.planner.chrome import chrome_trace
 from meft.planner.models.catalogue import load_model
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
+from meft.planner.timing.chrome import chrome_trace
 from meft.runtime import kernels, model_loading, preflight
 from meft.runtime.checkpoint import latest_checkpoint, save_adapter
 from meft.runtime.data import Dataset, load_dataset, pad_token_id

@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from meft.planner.chrome import Event, task_kind
 from meft.planner.records.plan import Lane
+from meft.planner.timing.chrome import Event, task_kind
 
 
 class LaneClock:

@@ -38,7 +38,7 @@ RECORDS_AND_PROFILES = {
     "meft.planner.records.profile_file",
     "meft.planner.records.profile_catalogue",
     "meft.planner.records.setup",
-    "meft.planner.chrome",
+    "meft.planner.timing.chrome",
     "meft.planner.simulation.stream",
 }
 ALLOCATOR = "meft.planner.allocator.caching"
@@ -47,7 +47,7 @@ ALLOCATOR_IS_USED_BY = {"meft.runtime.books", "meft.runtime.exchange"}
 the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
 
 PROFILING_IS_USED_BY = {
-    "meft.runtime.device_rates": {"meft.planner.layer_kernels"},
+    "meft.runtime.device_rates": {"meft.planner.timing.layer_kernels"},
     "meft.runtime.profile_cli": {"meft.planner.calibrate", "meft.planner.prediction"},
     "meft.runtime.sparsity_profile": {"meft.planner.traffic.union_fit"},
 }
@@ -97,8 +97,8 @@ MODELS_OF_THE_DESIGN = {
     "meft.planner.traffic.sparsity",
     "meft.planner.traffic.transfer",
     "meft.planner.memory.host",
-    "meft.planner.timing",
-    "meft.planner.lanes",
+    "meft.planner.timing.step",
+    "meft.planner.timing.lanes",
     "meft.planner.memory.device",
     "meft.planner.space",
     "meft.planner.grid_costs",

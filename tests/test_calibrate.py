@@ -27,7 +27,6 @@ from meft.planner.calibrate import (
     slower_host,
     slower_link,
 )
-from meft.planner.chrome import task_kind
 from meft.planner.cli import command as plan_command
 from meft.planner.prediction import ProfileSet, inputs_used, predict, simulated_tasks
 from meft.planner.records.plan import LANES, Plan
@@ -35,6 +34,7 @@ from meft.planner.records.profile_file import ProfileFile
 from meft.planner.records.profiles import LayerSparsity
 from meft.planner.records.report import Report
 from meft.planner.search import make_plan
+from meft.planner.timing.chrome import task_kind
 from meft.planner.traffic.sparsity import at_seq_len
 from meft.runtime.profile_cli import command
 

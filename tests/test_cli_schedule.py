@@ -6,12 +6,12 @@ import json
 
 from test_cli_run import data, finished, plan_path, run  # noqa: F401 - fixtures
 
-from meft.planner.chrome import chrome_trace
 from meft.planner.prediction import ProfileSet
 from meft.planner.records.plan import LANES, Plan
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.report import Report
-from meft.planner.timing import step_timing
+from meft.planner.timing.chrome import chrome_trace
+from meft.planner.timing.step import step_timing
 
 
 def names_of(trace: dict, lane: str) -> set[str]:

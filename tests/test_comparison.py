@@ -12,15 +12,15 @@ from meft.planner.cli_compare import compare_methods
 from meft.planner.cli_options import RequestOptions
 from meft.planner.cli_request import planning
 from meft.planner.comparison import DENSE_NAMES, MethodRow, candidate_sizes, compare_dense, sized, usual_setup
-from meft.planner.dense_timing import dense_step_seconds
 from meft.planner.estimates import Estimate, estimate_dense, estimate_meft, trainable_parameters
-from meft.planner.gpu_timing import gpu_rates
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import resolve_targets
 from meft.planner.records.plan import Request
 from meft.planner.records.profile_catalogue import load_gpu, load_link
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.timing import step_timing
+from meft.planner.timing.dense import dense_step_seconds
+from meft.planner.timing.gpu import gpu_rates
+from meft.planner.timing.step import step_timing
 
 GIB = 1 << 30
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from meft.planner.layer_kernels import LAYERS, Kernels, family_of, layer_kernels
+from meft.planner.timing.layer_kernels import LAYERS, Kernels, family_of, layer_kernels
 
 BATCH, SEQ_LEN = 16, 8
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 512, 8, 4, 64, 1408

@@ -22,9 +22,10 @@ from planner_records import (
     tiny_shape,
 )
 
-from meft.planner.chrome import Event, chrome_trace
-from meft.planner.gpu_timing import attention_seconds, ffn_seconds, gpu_rates
-from meft.planner.lanes import (
+from meft.planner.records.candidates import Candidates
+from meft.planner.timing.chrome import Event, chrome_trace
+from meft.planner.timing.gpu import attention_seconds, ffn_seconds, gpu_rates
+from meft.planner.timing.lanes import (
     GpuSeconds,
     HostSeconds,
     Lanes,
@@ -34,8 +35,7 @@ from meft.planner.lanes import (
     simulate,
     simulate_candidates,
 )
-from meft.planner.records.candidates import Candidates
-from meft.planner.timing import step_costs, step_timing
+from meft.planner.timing.step import step_costs, step_timing
 
 GPU_FIELDS, LINK_FIELDS, HOST_FIELDS = (
     tuple(field.name for field in fields(kind)) for kind in (GpuSeconds, LinkSeconds, HostSeconds)

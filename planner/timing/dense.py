@@ -1,6 +1,6 @@
 """Step time of the methods that train on the GPU alone: nothing waits for a host, so a step is the sum of its work.
 
-The frozen model's terms, the roofline and the launch counts are those of :mod:`meft.planner.gpu_timing`; here are what
+The frozen model's terms, the roofline and the launch counts are those of :mod:`meft.planner.timing.gpu`; here are what
 a dense adapter, LoRA and full fine-tuning add.
 
 Letters: ``T`` tokens, ``L`` layers, ``D`` hidden size, ``V`` vocabulary, ``R`` adapter width, ``r`` LoRA rank, ``e``
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meft.planner import gpu_timing
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES
-from meft.planner.gpu_timing import GpuRates
 from meft.planner.models.linears import Linear, linear_layers
 from meft.planner.records.plan import Request
 from meft.planner.records.profiles import GpuProfile, LinkProfile
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.timing import copy_seconds
+from meft.planner.timing import gpu as gpu_timing
+from meft.planner.timing.gpu import GpuRates
+from meft.planner.timing.step import copy_seconds
 from meft.planner.traffic.transfer import INPUT_TENSORS, LOSS_BYTES, input_bytes
 
 LORA_FORWARD_LAUNCHES = 5

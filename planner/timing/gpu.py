@@ -1,8 +1,8 @@
 """What the gpu lane's tasks take: the frozen model's, forward and backward, and the adapter's.
 
 Products take the longer of arithmetic and memory traffic at the profile's efficiencies; elementwise kernels between
-them (:mod:`meft.planner.layer_kernels`) take their traffic; each kernel takes a launch. For one decision or for arrays
-of them.
+them (:mod:`meft.planner.timing.layer_kernels`) take their traffic; each kernel takes a launch. For one decision or for
+arrays of them.
 
 Letters: ``B`` micro-batch, ``S`` sequence length, ``T = B*S``, ``L`` layers, ``D`` hidden size, ``I`` intermediate
 size, ``V`` vocabulary, ``R`` adapter rows per layer, ``A`` active rows, ``N`` experts, ``P`` probes, ``e`` and ``q``
@@ -25,11 +25,11 @@ from meft.planner.base.quantities import (
     Ints,
     Reals,
 )
-from meft.planner.layer_kernels import OUTER, Kernels, LayerKernels, family_of, layer_kernels
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Attention, Request
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.terms.adapter import CAST_ROWS
+from meft.planner.timing.layer_kernels import OUTER, Kernels, LayerKernels, family_of, layer_kernels
 from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.traffic.transfer import INPUT_TENSORS
 

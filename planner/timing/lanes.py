@@ -1,4 +1,4 @@
-"""The runtime's program of one step on four lanes, simulated. What each task costs: :mod:`meft.planner.timing`.
+"""The runtime's program of one step on four lanes, simulated. What each task costs: :mod:`meft.planner.timing.step`.
 
 Lanes are ``gpu``, ``h2d``, ``d2h`` and ``cpu``. Each does its tasks in the order in which the runtime issues them; a
 task starts when its lane is free and what it needs is done, so nothing is left to chance. *Overlapped*, the host's work
@@ -37,8 +37,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.base.quantities import Floats
-from meft.planner.chrome import Event
 from meft.planner.records.plan import LANES, Lane
+from meft.planner.timing.chrome import Event
 
 CHUNK_CANDIDATES = 8192
 """Candidates simulated together: 64 KiB per array, so that a core's cache holds the lanes."""

@@ -1,8 +1,8 @@
 """What every task of a step costs on a GPU, a link and a host, and the step time that follows.
 
-GPU: :mod:`meft.planner.gpu_timing`. Link: latency plus bytes over the rate. Host: work over measured rates. The order
-of the tasks and what overlaps is the program of :mod:`meft.planner.lanes`; every task's seconds come from here, for one
-decision or for arrays of them.
+GPU: :mod:`meft.planner.timing.gpu`. Link: latency plus bytes over the rate. Host: work over measured rates. The order
+of the tasks and what overlaps is the program of :mod:`meft.planner.timing.lanes`; every task's seconds come from here,
+for one decision or for arrays of them.
 
 Letters: ``T`` tokens of a micro-batch, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per layer, ``A`` active
 rows, ``N`` experts, ``P`` probes.
@@ -24,8 +24,11 @@ from meft.planner.base.quantities import (
     Floats,
     Ints,
 )
-from meft.planner.chrome import Event
-from meft.planner.gpu_timing import (
+from meft.planner.records.candidates import Candidates, same_for_all
+from meft.planner.records.plan import Decision, Request, Timing
+from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile
+from meft.planner.timing.chrome import Event
+from meft.planner.timing.gpu import (
     ADAMW_ARRAYS,
     INPUT_COPIES,
     AdapterSizes,
@@ -44,10 +47,7 @@ from meft.planner.gpu_timing import (
     router_seconds,
     sum_gradients_seconds,
 )
-from meft.planner.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
-from meft.planner.records.candidates import Candidates, same_for_all
-from meft.planner.records.plan import Decision, Request, Timing
-from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile
+from meft.planner.timing.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
 from meft.planner.traffic.hot_rows import HOT_NORM_BYTES, HotRows, hot_key_bytes
 from meft.planner.traffic.sparsity import WindowRows, distinct_layers
 from meft.planner.traffic.transfer import (
@@ -346,7 +346,7 @@ def step_timing(
     overlapped: bool = True,
     events: list[Event] | None = None,
 ) -> Timing:
-    """The time of one decision; ``events`` collects its tasks, for :func:`meft.planner.chrome.chrome_trace`.
+    """The time of one decision; ``events`` collects its tasks, for :func:`meft.planner.timing.chrome.chrome_trace`.
 
     ``overlapped=False``: under the sequential schedule.
     """
