@@ -46,7 +46,7 @@ from meft.planner.base.errors import DeviceOutOfMemory
 from meft.planner.infeasible import Infeasible
 from meft.planner.models.architecture import ModelShape, shape_from_config
 from meft.planner.models.linears import linear_layers
-from meft.planner.prediction import ProfileSet
+from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.search import make_plan

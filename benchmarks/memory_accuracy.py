@@ -20,8 +20,8 @@ from typing import Any
 
 import click
 
-from meft.planner.estimates import dense_stream
 from meft.planner.models.catalogue import load_model
+from meft.planner.predict.estimates import dense_stream
 from meft.planner.records.profile_catalogue import load_gpu
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.setup import LossName, TrainingSetup

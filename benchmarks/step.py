@@ -25,7 +25,7 @@ import click
 import torch
 
 from meft.planner.models.architecture import ModelShape
-from meft.planner.prediction import ProfileSet, inputs_used, predict
+from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
 from meft.planner.records.plan import Decision, Plan, Request, SearchSummary
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.runtime.adapter import ffn_modules

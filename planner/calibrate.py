@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from meft.planner.audit import check_belongs
 from meft.planner.base.errors import UsageError
 from meft.planner.base.schema import Basis
-from meft.planner.prediction import ProfileSet, predict, simulated_tasks
+from meft.planner.predict.prediction import ProfileSet, predict, simulated_tasks
 from meft.planner.records.plan import LANES, Lane, Plan, Prediction
 from meft.planner.records.profiles import (
     TYPICAL_SHARE,

@@ -27,12 +27,12 @@ from meft.planner.cli_options import (
     decision_options,
 )
 from meft.planner.cli_request import Planning, planning
-from meft.planner.comparison import USUAL_SIZES, USUAL_TOP_K, without_limits
-from meft.planner.estimates import Estimate, estimate_dense, estimate_meft, with_trace
 from meft.planner.infeasible import Infeasible
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import passed_over, resolve_targets
-from meft.planner.prediction import predict
+from meft.planner.predict.comparison import USUAL_SIZES, USUAL_TOP_K, without_limits
+from meft.planner.predict.estimates import Estimate, estimate_dense, estimate_meft, with_trace
+from meft.planner.predict.prediction import predict
 from meft.planner.records.plan import Attention, Decision, Plan, Routing, RowsInBackward
 from meft.planner.records.profile_catalogue import load_defaults
 from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, MethodName, OptimizerName, TrainingSetup

@@ -22,7 +22,7 @@ from meft.planner.cli_options import (
 from meft.planner.cli_request import Planning, planning
 from meft.planner.infeasible import Infeasible
 from meft.planner.models.catalogue import load_model
-from meft.planner.prediction import simulated_tasks
+from meft.planner.predict.prediction import simulated_tasks
 from meft.planner.records.plan import Plan
 from meft.planner.search import make_plan
 from meft.planner.simulation.verification import verified

@@ -14,7 +14,7 @@ from meft.planner.base.units import GIB, format_bytes
 from meft.planner.cli_options import RequestOptions
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model
-from meft.planner.prediction import ProfileSet
+from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Attention, Request
 from meft.planner.records.profile_catalogue import (
     gpu_names,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from meft.planner.memory.device import peak_allocated_bytes
 from meft.planner.memory.host import host_total_bytes
-from meft.planner.prediction import ProfileSet
+from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Request
 from meft.planner.space import Space
 from meft.planner.traffic.hot_rows import HotRows

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.grid_costs import RowsOfCache
-from meft.planner.prediction import ProfileSet
+from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Request
 from meft.planner.space import CAP_AXIS, Space

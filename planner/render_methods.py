@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from meft.planner.base.units import format_bytes, format_seconds
-from meft.planner.comparison import MethodComparison, MethodRow
-from meft.planner.estimates import Estimate
+from meft.planner.predict.comparison import MethodComparison, MethodRow
+from meft.planner.predict.estimates import Estimate
 from meft.planner.records.plan import MemoryEntry
 from meft.planner.render import count, grid, ledger, lines, percent, section
 

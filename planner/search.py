@@ -24,7 +24,7 @@ import math
 
 from meft.planner.base.errors import UsageError
 from meft.planner.infeasible import Infeasible, explain
-from meft.planner.prediction import ProfileSet, inputs_used, predict
+from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
 from meft.planner.records.plan import Decision, Plan, Prediction, Request, SearchSummary
 from meft.planner.weighing import Weighed, weigh
 

@@ -24,7 +24,7 @@ from meft.planner.grid_timing import grid_step_seconds, with_copies_that_pay
 from meft.planner.infeasible import Limit
 from meft.planner.memory.device import reserved_bytes
 from meft.planner.pareto import pareto_front, thinned
-from meft.planner.prediction import ProfileSet, adapter_parameters
+from meft.planner.predict.prediction import ProfileSet, adapter_parameters
 from meft.planner.records.plan import Decision, ParetoPoint, Request
 from meft.planner.space import CAP_AXIS, Space, enumerate_space
 

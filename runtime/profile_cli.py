@@ -18,7 +18,7 @@ from meft.runtime.cli import run_command
 
 if TYPE_CHECKING:
     from meft.planner.calibrate import ErrorRow, Run
-    from meft.planner.prediction import ProfileSet
+    from meft.planner.predict.prediction import ProfileSet
     from meft.planner.records.profile_file import ProfileFile
     from meft.runtime.hardware import Tell
 
@@ -131,7 +131,7 @@ def _runs(files: tuple[Path, ...]) -> list[Run]:
 
 def _profiles_of(plan: Plan) -> ProfileSet:
     """The profiles that the plan rests on, unchanged since; else a :class:`UsageError`."""
-    from meft.planner.prediction import ProfileSet
+    from meft.planner.predict.prediction import ProfileSet
 
     request = plan.request
     profiles = ProfileSet(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meft.planner.models.architecture import ModelShape
-from meft.planner.prediction import ProfileSet, predict
+from meft.planner.predict.prediction import ProfileSet, predict
 from meft.planner.records.plan import (
     Decision,
     Inputs,

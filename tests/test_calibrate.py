@@ -28,7 +28,7 @@ from meft.planner.calibrate import (
     slower_link,
 )
 from meft.planner.cli import command as plan_command
-from meft.planner.prediction import ProfileSet, inputs_used, predict, simulated_tasks
+from meft.planner.predict.prediction import ProfileSet, inputs_used, predict, simulated_tasks
 from meft.planner.records.plan import LANES, Plan
 from meft.planner.records.profile_file import ProfileFile
 from meft.planner.records.profiles import LayerSparsity

@@ -6,7 +6,7 @@ import json
 
 from test_cli_run import data, finished, plan_path, run  # noqa: F401 - fixtures
 
-from meft.planner.prediction import ProfileSet
+from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import LANES, Plan
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.report import Report

@@ -11,10 +11,10 @@ from meft.planner.base.errors import UsageError
 from meft.planner.cli_compare import compare_methods
 from meft.planner.cli_options import RequestOptions
 from meft.planner.cli_request import planning
-from meft.planner.comparison import DENSE_NAMES, MethodRow, candidate_sizes, compare_dense, sized, usual_setup
-from meft.planner.estimates import Estimate, estimate_dense, estimate_meft, trainable_parameters
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import resolve_targets
+from meft.planner.predict.comparison import DENSE_NAMES, MethodRow, candidate_sizes, compare_dense, sized, usual_setup
+from meft.planner.predict.estimates import Estimate, estimate_dense, estimate_meft, trainable_parameters
 from meft.planner.records.plan import Request
 from meft.planner.records.profile_catalogue import load_gpu, load_link
 from meft.planner.records.setup import TrainingSetup

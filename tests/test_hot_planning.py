@@ -17,7 +17,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.memory.device import predict_device_memory
 from meft.planner.memory.host import host_memory
 from meft.planner.models.catalogue import load_model
-from meft.planner.prediction import ProfileSet, predict
+from meft.planner.predict.prediction import ProfileSet, predict
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, Plan
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity

@@ -17,7 +17,7 @@ from meft.planner.audit import audit
 from meft.planner.base.errors import UsageError
 from meft.planner.memory.device import predict_device_memory
 from meft.planner.memory.host import host_memory as planned_host_memory
-from meft.planner.prediction import predict
+from meft.planner.predict.prediction import predict
 from meft.planner.simulation.stream import stream_peaks
 from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.traffic.transfer import expected_step_bytes, hot_keys_of, step_transfer

@@ -9,7 +9,7 @@ import pytest
 from planner_records import GIB, decision_of, request_of
 
 from meft.planner.models.catalogue import load_model
-from meft.planner.prediction import ProfileSet, predict
+from meft.planner.predict.prediction import ProfileSet, predict
 from meft.planner.records.plan import Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.search import make_plan

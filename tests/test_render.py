@@ -12,7 +12,7 @@ from meft.planner.audit import audit
 from meft.planner.base.errors import UsageError
 from meft.planner.base.units import format_bytes
 from meft.planner.plot import check_format, plot_plan
-from meft.planner.prediction import predict
+from meft.planner.predict.prediction import predict
 from meft.planner.records.plan import MemoryEntry, ParetoPoint, Plan
 from meft.planner.render import (
     GROUPS,

@@ -30,7 +30,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.grid_timing import COPY_PAYS
 from meft.planner.infeasible import Infeasible, Limit
 from meft.planner.pareto import pareto_front, thinned
-from meft.planner.prediction import ProfileSet, predict
+from meft.planner.predict.prediction import ProfileSet, predict
 from meft.planner.records.plan import Decision, Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.profiles import SourcedRange

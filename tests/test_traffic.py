@@ -11,7 +11,7 @@ from sparse_setup import decision
 
 from meft.planner.memory.host import host_memory as planned_host_memory
 from meft.planner.models.catalogue import load_model
-from meft.planner.prediction import predict
+from meft.planner.predict.prediction import predict
 from meft.planner.records.plan import Plan
 from meft.planner.traffic.transfer import NORM_BYTES, expected_step_bytes, step_transfer, window_gradient_bytes
 from meft.runtime.nvml import PcieReading

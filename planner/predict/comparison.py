@@ -9,8 +9,8 @@ from typing import Literal, get_args
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.schema import Record
 from meft.planner.base.units import MAX_BYTES
-from meft.planner.estimates import Estimate, dense_peaks, estimate_dense
 from meft.planner.models.linears import linear_layers, resolve_targets
+from meft.planner.predict.estimates import Estimate, dense_peaks, estimate_dense
 from meft.planner.records.plan import Request
 from meft.planner.records.profiles import GpuProfile, LinkProfile
 from meft.planner.records.setup import MethodName, TrainingSetup
