@@ -11,10 +11,10 @@ from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.cli_estimate import usual_meft
 from meft.planner.cli_options import RequestOptions, budget_options, search_options, workload_options
 from meft.planner.cli_request import Planning, planning
-from meft.planner.infeasible import Infeasible
 from meft.planner.predict.comparison import DENSE_NAMES, USUAL_SIZES, MethodComparison, MethodRow, compare_dense
 from meft.planner.predict.estimates import estimate_meft
-from meft.planner.search import make_plan
+from meft.planner.search.infeasible import Infeasible
+from meft.planner.search.search import make_plan
 
 
 @click.command("compare", short_help="Every method side by side.")

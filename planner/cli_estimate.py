@@ -27,7 +27,6 @@ from meft.planner.cli_options import (
     decision_options,
 )
 from meft.planner.cli_request import Planning, planning
-from meft.planner.infeasible import Infeasible
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import passed_over, resolve_targets
 from meft.planner.predict.comparison import USUAL_SIZES, USUAL_TOP_K, without_limits
@@ -36,7 +35,8 @@ from meft.planner.predict.prediction import predict
 from meft.planner.records.plan import Attention, Decision, Plan, Routing, RowsInBackward
 from meft.planner.records.profile_catalogue import load_defaults
 from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, MethodName, OptimizerName, TrainingSetup
-from meft.planner.search import make_plan
+from meft.planner.search.infeasible import Infeasible
+from meft.planner.search.search import make_plan
 from meft.planner.simulation.verification import traced_plan, traced_setup
 
 MAX_RANK = 1 << 16

@@ -20,11 +20,11 @@ from meft.planner.cli_options import (
     workload_options,
 )
 from meft.planner.cli_request import Planning, planning
-from meft.planner.infeasible import Infeasible
 from meft.planner.models.catalogue import load_model
 from meft.planner.predict.prediction import simulated_tasks
 from meft.planner.records.plan import Plan
-from meft.planner.search import make_plan
+from meft.planner.search.infeasible import Infeasible
+from meft.planner.search.search import make_plan
 from meft.planner.simulation.verification import verified
 from meft.planner.timing.chrome import Event, chrome_trace
 

@@ -33,7 +33,7 @@ from meft.planner.records.plan import LANES, Plan
 from meft.planner.records.profile_file import ProfileFile
 from meft.planner.records.profiles import LayerSparsity
 from meft.planner.records.report import Report
-from meft.planner.search import make_plan
+from meft.planner.search.search import make_plan
 from meft.planner.timing.chrome import task_kind
 from meft.planner.traffic.sparsity import at_seq_len
 from meft.runtime.profile_cli import command

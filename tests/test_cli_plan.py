@@ -22,7 +22,7 @@ from meft.planner.cli_options import RequestOptions
 from meft.planner.cli_request import default_gpu, machine_memory_bytes, planning
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import gpu_names, load_gpu
-from meft.planner.search import make_plan
+from meft.planner.search.search import make_plan
 
 GIB = 1 << 30
 SMALL = ["--model", "smollm2-135m", "--gpu", "emulated", "--host-mem", "4GB", "--seq-len", "64", "--top-k", "32"]

@@ -12,8 +12,8 @@ from meft.planner.models.catalogue import load_model
 from meft.planner.predict.prediction import ProfileSet, predict
 from meft.planner.records.plan import Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
-from meft.planner.search import make_plan
-from meft.planner.space import PROBES, expert_counts
+from meft.planner.search.search import make_plan
+from meft.planner.search.space import PROBES, expert_counts
 from meft.planner.traffic.sparsity import active_fraction, active_rows
 from meft.planner.traffic.transfer import step_transfer
 

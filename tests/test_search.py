@@ -25,17 +25,17 @@ from planner_records import (
     tiny_shape,
 )
 
-from meft.planner import grid_timing
 from meft.planner.base.errors import UsageError
-from meft.planner.grid_timing import COPY_PAYS
-from meft.planner.infeasible import Infeasible, Limit
-from meft.planner.pareto import pareto_front, thinned
 from meft.planner.predict.prediction import ProfileSet, predict
 from meft.planner.records.plan import Decision, Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.profiles import SourcedRange
-from meft.planner.search import make_plan
-from meft.planner.weighing import weigh
+from meft.planner.search import grid_timing
+from meft.planner.search.grid_timing import COPY_PAYS
+from meft.planner.search.infeasible import Infeasible, Limit
+from meft.planner.search.pareto import pareto_front, thinned
+from meft.planner.search.search import make_plan
+from meft.planner.search.weighing import weigh
 
 KIB = 1 << 10
 LIMITLESS = {"gpu_mem_bytes": 1 << 40, "host_mem_bytes": 1 << 40, "max_slowdown": 1e9}
@@ -244,7 +244,7 @@ def test_the_search_may_not_disagree_with_the_prediction(monkeypatch):
         timing = honest.timing.model_copy(update={"step_seconds": 1.001 * honest.timing.step_seconds})
         return honest.model_copy(update={"timing": timing})
 
-    monkeypatch.setattr("meft.planner.search.predict", slower)
+    monkeypatch.setattr("meft.planner.search.search.predict", slower)
     with pytest.raises(RuntimeError, match="the search found step seconds"):
         planned(tiny_request())
 

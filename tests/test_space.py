@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_records import llama_7b, request_of, sparsity_profile, tiny_shape
 
-from meft.planner.space import (
+from meft.planner.search.space import (
     active_rows_caps,
     adapter_widths,
     enumerate_space,

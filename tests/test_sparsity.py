@@ -13,7 +13,7 @@ from plan_samples import sample_profiles, sample_request
 from planner_records import decision_of, request_of, sparsity_profile, tiny_shape
 
 from meft.planner.base.errors import UsageError
-from meft.planner.search import make_plan
+from meft.planner.search.search import make_plan
 from meft.planner.traffic.sparsity import (
     active_fraction,
     active_rows,

@@ -2,7 +2,8 @@
 
 MeftError                  1  unexpected
 +-- UsageError             2  a bad value, name or file: what was given, what is allowed, what to try
-+-- InfeasibleError        3  no plan fits: carries the :class:`~meft.planner.infeasible.Infeasible` verdict as text
++-- InfeasibleError        3  no plan fits: carries the :class:`~meft.planner.search.infeasible.Infeasible` verdict as
+text
 +-- MachineError           4  this machine cannot run the plan (preflight)
     +-- DeviceOutOfMemory  4  the device budget was exceeded while running
 """

@@ -10,12 +10,12 @@ looks for the same width and K, then the fewest bytes over the link per row so c
 shortest step. Ties go on through the rest, so the order is total: the same request and profiles give the same plan.
 
 Where the request leaves it open whether the host keeps a bf16 copy of the rows, each decision has one if it fits the
-host and makes the step faster by :data:`~meft.planner.grid_timing.COPY_PAYS`. That is no further candidate: the one
-without it is slower for all objectives, and only host memory tells them apart.
+host and makes the step faster by :data:`~meft.planner.search.grid_timing.COPY_PAYS`. That is no further candidate: the
+one without it is slower for all objectives, and only host memory tells them apart.
 
-The decisions are weighed all at once, as a grid of arrays (:mod:`meft.planner.weighing`). The winner is predicted again
-by the functions of a single decision, and that is what the plan reports. Device memory that it leaves over goes to hot
-rows, where the sparsity profile knows how much they carry and a step is the shorter for them.
+The decisions are weighed all at once, as a grid of arrays (:mod:`meft.planner.search.weighing`). The winner is
+predicted again by the functions of a single decision, and that is what the plan reports. Device memory that it leaves
+over goes to hot rows, where the sparsity profile knows how much they carry and a step is the shorter for them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from __future__ import annotations
 import math
 
 from meft.planner.base.errors import UsageError
-from meft.planner.infeasible import Infeasible, explain
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
 from meft.planner.records.plan import Decision, Plan, Prediction, Request, SearchSummary
-from meft.planner.weighing import Weighed, weigh
+from meft.planner.search.infeasible import Infeasible, explain
+from meft.planner.search.weighing import Weighed, weigh
 
 WITHOUT_MLP_MODULE = ("opt",)
 """Model types whose FFN is linear layers among the block's others."""

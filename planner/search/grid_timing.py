@@ -12,11 +12,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.grid_costs import RowsOfCache
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Request
-from meft.planner.space import CAP_AXIS, Space
+from meft.planner.search.grid_costs import RowsOfCache
+from meft.planner.search.space import CAP_AXIS, Space
 from meft.planner.timing.lanes import StepCosts, baseline_seconds, simulate_candidates
 from meft.planner.timing.step import step_costs
 from meft.planner.traffic.hot_rows import HotRows

@@ -1,7 +1,7 @@
 """Weighing: what each decision of a request needs, which of them keep every limit, and which the objective prefers.
 
-Cheap limits come first: memory is computed for the whole grid of :mod:`meft.planner.space`, and only what fits is
-simulated.
+Cheap limits come first: memory is computed for the whole grid of :mod:`meft.planner.search.space`, and only what fits
+is simulated.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.choosing import Values, first_in_order, ranks
-from meft.planner.grid_costs import (
+from meft.planner.memory.device import reserved_bytes
+from meft.planner.predict.prediction import ProfileSet, adapter_parameters
+from meft.planner.records.plan import Decision, ParetoPoint, Request
+from meft.planner.search.choosing import Values, first_in_order, ranks
+from meft.planner.search.grid_costs import (
     grid_allocated_bytes,
     grid_host_bytes,
     grid_hot_rows,
     grid_window_bytes,
     grid_window_rows,
 )
-from meft.planner.grid_timing import grid_step_seconds, with_copies_that_pay
-from meft.planner.infeasible import Limit
-from meft.planner.memory.device import reserved_bytes
-from meft.planner.pareto import pareto_front, thinned
-from meft.planner.predict.prediction import ProfileSet, adapter_parameters
-from meft.planner.records.plan import Decision, ParetoPoint, Request
-from meft.planner.space import CAP_AXIS, Space, enumerate_space
+from meft.planner.search.grid_timing import grid_step_seconds, with_copies_that_pay
+from meft.planner.search.infeasible import Limit
+from meft.planner.search.pareto import pareto_front, thinned
+from meft.planner.search.space import CAP_AXIS, Space, enumerate_space
 
 PARETO_POINTS = 12
 PARETO_NEAR = 6
@@ -35,8 +35,8 @@ PARETO_NEAR = 6
 
 @dataclass(frozen=True)
 class Weighed:
-    """A request's decisions with what each needs. Arrays have the axes of :class:`~meft.planner.space.Space`, of length
-    1 where a choice makes no difference."""
+    """A request's decisions with what each needs. Arrays have the axes of :class:`~meft.planner.search.space.Space`, of
+    length 1 where a choice makes no difference."""
 
     space: Space
     limits: tuple[Limit, ...]

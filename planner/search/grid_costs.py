@@ -1,7 +1,7 @@
 """What every decision of the grid needs besides time: device memory, host memory, and bytes over the link.
 
-Each is one of the term functions of a single decision, given the grid's axes (:mod:`meft.planner.space`) instead of
-numbers.
+Each is one of the term functions of a single decision, given the grid's axes (:mod:`meft.planner.search.space`) instead
+of numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from meft.planner.memory.device import peak_allocated_bytes
 from meft.planner.memory.host import host_total_bytes
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Request
-from meft.planner.space import Space
+from meft.planner.search.space import Space
 from meft.planner.traffic.hot_rows import HotRows
 from meft.planner.traffic.sparsity import WindowRows, at_seq_len, hot_rows_among, window_rows
 from meft.planner.traffic.transfer import StepRows, window_bytes
