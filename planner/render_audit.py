@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from meft.planner.audit import Audit, AuditRow, CategoryCheck
 from meft.planner.base.units import format_bytes, format_seconds
+from meft.planner.check.audit import Audit, AuditRow, CategoryCheck
 from meft.planner.render import grid, lines, percent, section
 
 

@@ -17,7 +17,7 @@ from meft.planner.records.report import Report
 from meft.runtime.cli import run_command
 
 if TYPE_CHECKING:
-    from meft.planner.calibrate import ErrorRow, Run
+    from meft.planner.check.calibrate import ErrorRow, Run
     from meft.planner.predict.prediction import ProfileSet
     from meft.planner.records.profile_file import ProfileFile
     from meft.runtime.hardware import Tell
@@ -104,7 +104,7 @@ def calibrate(files: tuple[Path, ...], output: Path) -> None:
     Shows how far predictions were off before, and how far profiles corrected by the other runs are. Plan with
     `meft-plan --gpu FILE`.
     """
-    from meft.planner.calibrate import calibrate as correct
+    from meft.planner.check.calibrate import calibrate as correct
 
     runs = _runs(files)
     profiles = _profiles_of(runs[0].plan)
@@ -119,7 +119,7 @@ def calibrate(files: tuple[Path, ...], output: Path) -> None:
 
 
 def _runs(files: tuple[Path, ...]) -> list[Run]:
-    from meft.planner.calibrate import Run
+    from meft.planner.check.calibrate import Run
 
     if not files or len(files) % 2:
         raise UsageError(

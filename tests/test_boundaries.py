@@ -48,7 +48,7 @@ the exchange counts pinned buffers as it rounds them; a second copy of the alloc
 
 PROFILING_IS_USED_BY = {
     "meft.runtime.device_rates": {"meft.planner.timing.layer_kernels"},
-    "meft.runtime.profile_cli": {"meft.planner.calibrate", "meft.planner.predict.prediction"},
+    "meft.runtime.profile_cli": {"meft.planner.check.calibrate", "meft.planner.predict.prediction"},
     "meft.runtime.sparsity_profile": {"meft.planner.traffic.union_fit"},
 }
 """Measuring ends in a fit, calibrating in predictions, and launches are measured as they are counted: the commands of

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from plan_samples import sample_profiles, sample_report, sample_request
 
 from meft.planner.base.errors import UsageError
-from meft.planner.calibrate import (
+from meft.planner.check.calibrate import (
     Run,
     calibrate,
     corrected_sparsity,

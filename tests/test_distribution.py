@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from plan_samples import sample_plan, sample_profiles, sample_report
 
-from meft.planner.audit import audit
+from meft.planner.check.audit import audit
 from meft.planner.records.report import ActiveRows
 from meft.runtime.reporting import active_rows
 

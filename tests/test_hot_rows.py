@@ -13,8 +13,8 @@ from planner_records import gpu_profile
 from sessions import AMPLE_BYTES, EXPERTS, open_small, random_examples, small_plan, small_trainer
 from sparse_setup import decision, run_step, sparse_setup
 
-from meft.planner.audit import audit
 from meft.planner.base.errors import UsageError
+from meft.planner.check.audit import audit
 from meft.planner.memory.device import predict_device_memory
 from meft.planner.memory.host import host_memory as planned_host_memory
 from meft.planner.predict.prediction import predict

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from plan_samples import DECISION, MIB, SHAPE, sample_plan, sample_profiles, sample_report, sample_request
 
-from meft.planner.audit import audit
 from meft.planner.base.errors import UsageError
 from meft.planner.base.units import format_bytes
+from meft.planner.check.audit import audit
 from meft.planner.plot import check_format, plot_plan
 from meft.planner.predict.prediction import predict
 from meft.planner.records.plan import MemoryEntry, ParetoPoint, Plan

@@ -4,8 +4,8 @@ Lanes are ``gpu``, ``h2d``, ``d2h`` and ``cpu``. Each does its tasks in the orde
 task starts when its lane is free and what it needs is done, so nothing is left to chance. *Overlapped*, the host's work
 has a thread of its own; in *sequence* one thread works and launches: a gpu task issued after host work starts after it.
 In sequence on the emulated device, every task waits for the one before. Overlapped there, the lanes are threads that
-share cores: they run at once, each the slower for it; once :mod:`meft.planner.calibrate` has seen runs, that is in the
-rates.
+share cores: they run at once, each the slower for it; once :mod:`meft.planner.check.calibrate` has seen runs, that is
+in the rates.
 
 Forward, layer ``l`` (``p`` is the prefetch depth): attention; its result, the hidden state at the FFN's entry, leaves
 for the host (with the best experts for Key-Experts); the FFN; the adapter, once its rows are there. Layer 0's hidden

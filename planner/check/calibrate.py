@@ -23,9 +23,9 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.audit import check_belongs
 from meft.planner.base.errors import UsageError
 from meft.planner.base.schema import Basis
+from meft.planner.check.audit import check_belongs
 from meft.planner.predict.prediction import ProfileSet, predict, simulated_tasks
 from meft.planner.records.plan import LANES, Lane, Plan, Prediction
 from meft.planner.records.profiles import (
