@@ -57,8 +57,8 @@ def audit_command(
     if as_json:
         click.echo(verdict.model_dump_json(indent=2))
     else:
-        from meft.planner.render import show
-        from meft.planner.render_audit import audit_view
+        from meft.planner.render.audit import audit_view
+        from meft.planner.render.plan import show
 
         show(audit_view(verdict, verbose=verbose))
     context.exit(EXIT_DONE if verdict.passed else EXIT_UNEXPECTED)

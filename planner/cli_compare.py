@@ -29,8 +29,8 @@ def compare_command(*, as_json: bool, **given: Any) -> None:
     if as_json:
         click.echo(comparison.model_dump_json(indent=2))
         return
-    from meft.planner.render import show
-    from meft.planner.render_methods import comparison_view
+    from meft.planner.render.methods import comparison_view
+    from meft.planner.render.plan import show
 
     show(comparison_view(comparison))
 

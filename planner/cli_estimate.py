@@ -175,8 +175,8 @@ def estimate_command(*, request_file: str | None, verify: bool, as_json: bool, *
     if as_json:
         click.echo(estimate.model_dump_json(indent=2))
         return
-    from meft.planner.render import show
-    from meft.planner.render_methods import estimate_view
+    from meft.planner.render.methods import estimate_view
+    from meft.planner.render.plan import show
 
     show(estimate_view(estimate, notes=notes))
 

@@ -56,7 +56,7 @@ def plan_command(
 ) -> None:
     """Plan: the decision, what it needs, and what binds. The default command."""
     if plot is not None:
-        from meft.planner.plot import check_format
+        from meft.planner.render.plot import check_format
 
         check_format(plot)
     planned = planning(RequestOptions.taken_from(given))
@@ -69,7 +69,7 @@ def plan_command(
     if trace is not None:
         _write(trace, json.dumps(chrome_trace(simulated_step(found, planned)), separators=(",", ":")), option="--trace")
     if plot is not None:
-        from meft.planner.plot import plot_plan
+        from meft.planner.render.plot import plot_plan
 
         plot_plan(found, simulated_step(found, planned), plot)
     if as_json:
@@ -114,7 +114,7 @@ def _write(path: Path, text: str, *, option: str) -> None:
 
 
 def _show(plan: Plan, planned: Planning, output: Path, *, verbose: bool, also: list[Path]) -> None:
-    from meft.planner.render import plan_view, show
+    from meft.planner.render.plan import plan_view, show
 
     show(plan_view(plan, path=output, notes=planned.notes, verbose=verbose))
     for path in (output, *also):

@@ -64,8 +64,8 @@ WITH_EFFECTS = {
     "meft.planner.base.names",
     "meft.planner.records.profile_catalogue",
     "meft.planner.models.catalogue",
-    "meft.planner.plot",
-    "meft.planner.render",
+    "meft.planner.render.plot",
+    "meft.planner.render.plan",
     "meft.planner.simulation.verification",
 }
 """Planner modules that read, write or print. With the command line they are all there are: any other is pure."""

@@ -21,7 +21,7 @@ from meft.planner.predict.prediction import ProfileSet, predict
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, Plan
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
-from meft.planner.render import plan_view
+from meft.planner.render.plan import plan_view
 from meft.planner.search.search import make_plan
 from meft.planner.traffic.hot_rows import hot_active_rows, hot_share
 from meft.planner.traffic.sparsity import WindowRows, window_rows

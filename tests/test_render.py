@@ -11,10 +11,10 @@ from plan_samples import DECISION, MIB, SHAPE, sample_plan, sample_profiles, sam
 from meft.planner.base.errors import UsageError
 from meft.planner.base.units import format_bytes
 from meft.planner.check.audit import audit
-from meft.planner.plot import check_format, plot_plan
 from meft.planner.predict.prediction import predict
 from meft.planner.records.plan import MemoryEntry, ParetoPoint, Plan
-from meft.planner.render import (
+from meft.planner.render.audit import audit_view
+from meft.planner.render.plan import (
     GROUPS,
     OTHER,
     count,
@@ -26,7 +26,7 @@ from meft.planner.render import (
     plan_view,
     show,
 )
-from meft.planner.render_audit import audit_view
+from meft.planner.render.plot import check_format, plot_plan
 from meft.planner.terms.ledger import STEP_PHASES
 
 

@@ -13,7 +13,7 @@ from plan_samples import sample_plan
 from meft.planner.base.errors import EXIT_INFEASIBLE, EXIT_MACHINE, InfeasibleError, MachineError
 from meft.planner.cli import command
 from meft.planner.records.plan import Plan, Verification
-from meft.planner.render import plan_view
+from meft.planner.render.plan import plan_view
 from meft.planner.simulation import verification
 from meft.planner.simulation.stream import Stream, StreamEvent
 
@@ -101,7 +101,7 @@ def test_what_fits_only_by_giving_back_the_cache_is_counted(monkeypatch) -> None
 
 
 def test_the_view_compares_predicted_and_traced(capsys) -> None:
-    from meft.planner.render import show
+    from meft.planner.render.plan import show
 
     traced = Verification(
         peak_allocated_bytes=2 * MIB,
