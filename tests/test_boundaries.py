@@ -272,7 +272,7 @@ def pure_modules() -> dict[str, Path]:
     return {
         name: path
         for name, path in modules_of("planner").items()
-        if name not in WITH_EFFECTS and not name.startswith("meft.planner.cli")
+        if name not in WITH_EFFECTS and not name.startswith("meft.planner.cli.")
     }
 
 
@@ -320,8 +320,8 @@ def loaded_by(module: str, *arguments: str, folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
-        pytest.param("meft.planner.cli", ("meft-plan", "--help"), id="meft-plan --help"),
-        pytest.param("meft.planner.cli", ("meft-plan", "--gpu-mem", "24GB", "--host-mem", "64GB"), id="meft-plan"),
+        pytest.param("meft.planner.cli.main", ("meft-plan", "--help"), id="meft-plan --help"),
+        pytest.param("meft.planner.cli.main", ("meft-plan", "--gpu-mem", "24GB", "--host-mem", "64GB"), id="meft-plan"),
         pytest.param("meft.runtime.cli", ("meft-run", "--help"), id="meft-run --help"),
         pytest.param("meft.runtime.profile_cli", ("meft-profile", "--help"), id="meft-profile --help"),
     ],

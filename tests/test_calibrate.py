@@ -27,7 +27,7 @@ from meft.planner.check.calibrate import (
     slower_host,
     slower_link,
 )
-from meft.planner.cli import command as plan_command
+from meft.planner.cli.main import command as plan_command
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict, simulated_tasks
 from meft.planner.records.plan import LANES, Plan
 from meft.planner.records.profile_file import ProfileFile

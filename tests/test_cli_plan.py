@@ -15,11 +15,11 @@ import pytest
 from click.testing import CliRunner, Result
 from plan_samples import sample_plan, sample_report
 
-import meft.planner.cli_request as cli_request
+import meft.planner.cli.request as cli_request
 from meft.planner.base.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_UNEXPECTED, EXIT_USAGE
-from meft.planner.cli import command
-from meft.planner.cli_options import RequestOptions
-from meft.planner.cli_request import default_gpu, machine_memory_bytes, planning
+from meft.planner.cli.main import command
+from meft.planner.cli.options import RequestOptions
+from meft.planner.cli.request import default_gpu, machine_memory_bytes, planning
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import gpu_names, load_gpu
 from meft.planner.search.search import make_plan
@@ -200,7 +200,7 @@ def test_an_unexpected_error_is_one_line_and_debugging_shows_where(monkeypatch: 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("meft.planner.cli_plan.make_plan", broken)
+    monkeypatch.setattr("meft.planner.cli.plan.make_plan", broken)
     line = refused("--gpu-mem", "24GB", exit_code=EXIT_UNEXPECTED)
     assert line == "meft-plan: unexpected RuntimeError: two lines (MEFT_DEBUG=1 shows where)"
     monkeypatch.setenv("MEFT_DEBUG", "1")
@@ -528,7 +528,7 @@ def test_an_edited_plan_is_refused(audited_files: list[str]) -> None:
 
 _LOADED = """
 import sys
-from meft.planner.cli import main
+from meft.planner.cli.main import main
 try:
     main()
 except SystemExit as end:

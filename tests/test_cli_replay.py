@@ -15,7 +15,7 @@ from recordings import FLUSHED, MIB, WARM, WARM_START, RecordingAllocator, trace
 
 import meft.planner.allocator.recording_files as recording_files
 from meft.planner.base.errors import EXIT_DONE, EXIT_MACHINE, EXIT_USAGE
-from meft.planner.cli import command
+from meft.planner.cli.main import command
 
 KEYS = {
     "events",

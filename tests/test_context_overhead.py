@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from meft.planner.base.errors import EXIT_DONE, EXIT_USAGE
-from meft.planner.cli import command
+from meft.planner.cli.main import command
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import gpu_names, load_gpu
 

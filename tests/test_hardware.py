@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nvml_stub import Stub, build
 
 from meft.planner.base.errors import UsageError
-from meft.planner.cli import command as plan_command
+from meft.planner.cli.main import command as plan_command
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.profile_file import ProfileFile

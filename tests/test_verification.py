@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from plan_samples import sample_plan
 
 from meft.planner.base.errors import EXIT_INFEASIBLE, EXIT_MACHINE, InfeasibleError, MachineError
-from meft.planner.cli import command
+from meft.planner.cli.main import command
 from meft.planner.records.plan import Plan, Verification
 from meft.planner.render.plan import plan_view
 from meft.planner.simulation import verification

@@ -11,7 +11,7 @@ import click
 
 from meft.planner.base.errors import InfeasibleError, UsageError
 from meft.planner.base.files import write_atomic
-from meft.planner.cli_options import (
+from meft.planner.cli.options import (
     PATH,
     RequestOptions,
     budget_options,
@@ -19,7 +19,7 @@ from meft.planner.cli_options import (
     search_options,
     workload_options,
 )
-from meft.planner.cli_request import Planning, planning
+from meft.planner.cli.request import Planning, planning
 from meft.planner.models.catalogue import load_model
 from meft.planner.predict.prediction import simulated_tasks
 from meft.planner.records.plan import Plan

@@ -15,7 +15,7 @@ from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.errors import InfeasibleError, UsageError, unknown_name
 from meft.planner.base.schema import Record, parse_json, read_text, validated
 from meft.planner.base.units import parse_bytes
-from meft.planner.cli_options import (
+from meft.planner.cli.options import (
     MAX_BATCH_SIZE,
     MAX_GRAD_ACCUM,
     MAX_SEQ_LEN,
@@ -26,7 +26,7 @@ from meft.planner.cli_options import (
     budget_options,
     decision_options,
 )
-from meft.planner.cli_request import Planning, planning
+from meft.planner.cli.request import Planning, planning
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import passed_over, resolve_targets
 from meft.planner.predict.comparison import USUAL_SIZES, USUAL_TOP_K, without_limits

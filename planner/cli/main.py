@@ -1,4 +1,4 @@
-"""``meft-plan``: the command line. Planning is the default command; see the other modules ``cli_*`` for each.
+"""``meft-plan``: the command line. Planning is the default command; each has a module of this room.
 
 Every error is one line on standard error with the exit code of :mod:`meft.planner.base.errors`; ``MEFT_DEBUG=1`` shows
 the traceback of an unexpected one.
@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 import click
 
 from meft.planner.base.errors import EXIT_UNEXPECTED, MeftError, unknown_name
-from meft.planner.cli_audit import audit_command
-from meft.planner.cli_compare import compare_command
-from meft.planner.cli_estimate import estimate_command
-from meft.planner.cli_plan import plan_command
-from meft.planner.cli_replay import replay_command
+from meft.planner.cli.audit import audit_command
+from meft.planner.cli.compare import compare_command
+from meft.planner.cli.estimate import estimate_command
+from meft.planner.cli.plan import plan_command
+from meft.planner.cli.replay import replay_command
 
 PROGRAM = "meft-plan"
 DEFAULT_COMMAND = "plan"

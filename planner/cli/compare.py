@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from meft.planner.base.dtypes import WeightsDtype
-from meft.planner.cli_estimate import usual_meft
-from meft.planner.cli_options import RequestOptions, budget_options, search_options, workload_options
-from meft.planner.cli_request import Planning, planning
+from meft.planner.cli.estimate import usual_meft
+from meft.planner.cli.options import RequestOptions, budget_options, search_options, workload_options
+from meft.planner.cli.request import Planning, planning
 from meft.planner.predict.comparison import DENSE_NAMES, USUAL_SIZES, MethodComparison, MethodRow, compare_dense
 from meft.planner.predict.estimates import estimate_meft
 from meft.planner.search.infeasible import Infeasible

@@ -15,7 +15,7 @@ from meft.planner.allocator.replay import OutOfMemory, ReplayResult, replay
 from meft.planner.allocator.settings import AllocatorSettings, parse_settings
 from meft.planner.base.errors import DeviceOutOfMemory, UsageError
 from meft.planner.base.units import format_bytes
-from meft.planner.cli_options import PATH, SIZE
+from meft.planner.cli.options import PATH, SIZE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -1,7 +1,7 @@
 """The options that commands of ``meft-plan`` share, and how their values are read.
 
 An option's value is either right or refused here with field, value and limit; what depends on the model or the card is
-checked in :mod:`meft.planner.cli_request`.
+checked in :mod:`meft.planner.cli.request`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import click
 
 from meft.planner.base.errors import EXIT_DONE, EXIT_UNEXPECTED, UsageError
 from meft.planner.check.audit import DEFAULT_TOLERANCE_FRACTION, audit
-from meft.planner.cli_options import PATH
+from meft.planner.cli.options import PATH
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import load_gpu
 from meft.planner.records.profiles import GpuProfile
