@@ -52,7 +52,7 @@ from meft.planner.search.infeasible import Infeasible
 from meft.planner.search.search import make_plan
 from meft.runtime.baselines import STATES, TRAINED, BaselineSession, open_baseline
 from meft.runtime.data import Batch, Completion, Example, Text, pad_token_id, tokenize_record
-from meft.runtime.device import EmulatedDevice
+from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.embedded import smollm2_folder
 from meft.runtime.evaluation import Evaluator, mean_loss, session_loss
 from meft.runtime.expert_load import expert_load

@@ -30,10 +30,10 @@ from meft.planner.records.plan import Decision, Plan, Request, SearchSummary
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.runtime.adapter import ffn_modules
 from meft.runtime.data import Batch
-from meft.runtime.device import EmulatedDevice
-from meft.runtime.engine import TransferEngine
+from meft.runtime.device.device import EmulatedDevice
+from meft.runtime.device.engine import TransferEngine
+from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.kernels import warm_up
-from meft.runtime.lanes import Overlapped, Sequential
 from meft.runtime.oracle import DenseAdapter
 from meft.runtime.session import Session, WindowEnd, open_session
 

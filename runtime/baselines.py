@@ -22,13 +22,13 @@ from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Plan
 from meft.runtime.adapter import add_to, ffn_modules
 from meft.runtime.data import Batch
-from meft.runtime.device import Device
-from meft.runtime.engine import TransferEngine
+from meft.runtime.device.device import Device
+from meft.runtime.device.engine import TransferEngine
+from meft.runtime.device.lanes import Sequential
+from meft.runtime.device.timeline import LaneClock
 from meft.runtime.exchange import StepCounters
-from meft.runtime.lanes import Sequential
 from meft.runtime.optimizer import AdamWSettings, clip_scale
 from meft.runtime.session import OptimizerResult, StepResult, WindowEnd
-from meft.runtime.timeline import LaneClock
 
 Baseline = Literal["none", "lora", "parallel-adapter", "full"]
 TRAINED = "trained_weights"

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from meft.planner.records.profile_file import Measurement
 from meft.planner.timing.layer_kernels import LAYERS
-from meft.runtime.device import EmulatedDevice
+from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.measure import CopyLine, Sample, fit_copies, measurement, sample
 
 MIB = 1 << 20

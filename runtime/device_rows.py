@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 
 from meft.planner.records.plan import Decision
-from meft.runtime.device import Device
-from meft.runtime.engine import COPY_DONE, Copy
+from meft.runtime.device.device import Device
+from meft.runtime.device.engine import COPY_DONE, Copy
+from meft.runtime.device.lanes import Job
 from meft.runtime.hot_tables import HotTables
-from meft.runtime.lanes import Job
 from meft.runtime.row_cache import Placement
 
 CAST_ROWS = 256

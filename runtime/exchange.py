@@ -12,8 +12,8 @@ One micro-batch goes through it like this (``p`` is the prefetch depth, ``L`` th
 With ``cached_rows`` rows that the window has brought stay on the device (:mod:`meft.runtime.row_cache`), and with
 ``gradients_on_device`` their gradients are summed there and leave once, when the window's last micro-batch is through.
 
-Everything but the device's own computation is a job of a lane (:mod:`meft.runtime.lanes`). Overlapped, rows are routed
-while the device computes the FFN; in sequence, after it.
+Everything but the device's own computation is a job of a lane (:mod:`meft.runtime.device.lanes`). Overlapped, rows are
+routed while the device computes the FFN; in sequence, after it.
 
 Here is the order of it all, as the adapter's hooks call it. The way to the device is :mod:`meft.runtime.fetching`, the
 way back and the window's end :mod:`meft.runtime.gradient_window`; what they share is
@@ -33,20 +33,20 @@ import torch
 
 from meft.planner.allocator.caching import pinned_bytes
 from meft.planner.records.plan import Decision
-from meft.runtime.device import Device
+from meft.runtime.device.device import Device
+from meft.runtime.device.engine import TransferEngine
+from meft.runtime.device.lanes import Job
+from meft.runtime.device.timeline import LaneClock
 from meft.runtime.device_rows import DeviceRows, GradientSlot, Landing
-from meft.runtime.engine import TransferEngine
 from meft.runtime.exchange_state import ExchangeState, LayerState, StepCounters
 from meft.runtime.fetching import RowFetcher
 from meft.runtime.gradient_window import GradientWindow
 from meft.runtime.host_side import HostSide
 from meft.runtime.host_store import HostStore
 from meft.runtime.hot_rows import HotSet
-from meft.runtime.lanes import Job
 from meft.runtime.optimizer import AdamWSettings
 from meft.runtime.router import Router
 from meft.runtime.row_cache import BesideHotRows, NoCache, RowCache, WindowCache
-from meft.runtime.timeline import LaneClock
 
 __all__ = ["LayerState", "RowExchange", "StepCounters"]
 

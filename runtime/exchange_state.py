@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from meft.runtime.lanes import Job
+from meft.runtime.device.lanes import Job
 from meft.runtime.row_cache import Placement
 
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 import torch
 
 from meft.planner.records.plan import Decision
+from meft.runtime.device.engine import COPY_DONE, Copy, TransferEngine
+from meft.runtime.device.lanes import Job
+from meft.runtime.device.timeline import LaneClock
 from meft.runtime.device_rows import DeviceRows, Landing
-from meft.runtime.engine import COPY_DONE, Copy, TransferEngine
 from meft.runtime.exchange_state import ExchangeState
 from meft.runtime.host_side import HostSide
 from meft.runtime.host_store import HostStore
-from meft.runtime.lanes import Job
 from meft.runtime.router import Router, Selection
 from meft.runtime.row_cache import Placement, RowCache
-from meft.runtime.timeline import LaneClock
 
 
 @dataclass

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 import torch
 
 from meft.planner.records.plan import Decision
-from meft.runtime.device import Device
+from meft.runtime.device.device import Device
+from meft.runtime.device.engine import Copy, TransferEngine
+from meft.runtime.device.lanes import LATER, SOON, Job
 from meft.runtime.device_rows import DeviceRows, GradientSlot
-from meft.runtime.engine import Copy, TransferEngine
 from meft.runtime.exchange_state import ExchangeState
 from meft.runtime.host_side import HostSide
 from meft.runtime.host_store import HostStore
-from meft.runtime.lanes import LATER, SOON, Job
 from meft.runtime.optimizer import AdamWSettings, update_layer
 from meft.runtime.row_cache import RowCache
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from meft.runtime.device import Device
+from meft.runtime.device.device import Device
+from meft.runtime.device.engine import TransferEngine
+from meft.runtime.device.lanes import Job
 from meft.runtime.device_rows import Landing
-from meft.runtime.engine import TransferEngine
-from meft.runtime.lanes import Job
 
 
 @dataclass

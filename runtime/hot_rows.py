@@ -24,14 +24,14 @@ import torch
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Decision, Direction
-from meft.runtime.device import Device
+from meft.runtime.device.device import Device
+from meft.runtime.device.engine import TransferEngine
+from meft.runtime.device.timeline import LaneClock
 from meft.runtime.device_rows import Landing
-from meft.runtime.engine import TransferEngine
 from meft.runtime.gradient_window import GradientWindow, viewed
 from meft.runtime.host_store import HostStore
 from meft.runtime.hot_tables import HotTables
 from meft.runtime.optimizer import AdamWSettings
-from meft.runtime.timeline import LaneClock
 
 TABLES = ("weights", "first_moment", "second_moment", "step_counts")
 """What a row is, on the host and on the device, under the same names."""

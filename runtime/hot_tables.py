@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
-from meft.runtime.device import Device
+from meft.runtime.device.device import Device
 from meft.runtime.optimizer import AdamWSettings, adamw
 
 

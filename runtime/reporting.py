@@ -23,10 +23,10 @@ from meft.planner.records.report import (
     Report,
     Training,
 )
-from meft.runtime.device import MemoryPeaks
-from meft.runtime.engine import Per
+from meft.runtime.device.device import MemoryPeaks
+from meft.runtime.device.engine import Per
+from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.expert_load import expert_load
-from meft.runtime.nvml import MemoryReading, PcieReading
 from meft.runtime.session import Session
 from meft.runtime.training import Trainer, Worked, worked
 

@@ -12,17 +12,17 @@ from torch import nn
 from meft.planner.records.plan import Decision, Plan
 from meft.runtime.adapter import AttachedAdapter, attach
 from meft.runtime.data import Batch
-from meft.runtime.device import Device
-from meft.runtime.engine import Copy, TransferEngine
+from meft.runtime.device.device import Device
+from meft.runtime.device.engine import Copy, TransferEngine
+from meft.runtime.device.lanes import Job, Schedule, Sequential
+from meft.runtime.device.timeline import LaneClock
 from meft.runtime.exchange import RowExchange, StepCounters
 from meft.runtime.host_store import HostStore
 from meft.runtime.initialise import KeyInit, keys_from_ffn
 from meft.runtime.kernels import HostKernels
-from meft.runtime.lanes import Job, Schedule, Sequential
 from meft.runtime.optimizer import AdamWSettings, clip_scale
 from meft.runtime.router import Router, TopKRouter
 from meft.runtime.row_cache import RowCache
-from meft.runtime.timeline import LaneClock
 
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -22,8 +22,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meft.runtime.books import DeviceBooks
-from meft.runtime.event_log import EventLog
+from meft.runtime.device.books import DeviceBooks
+from meft.runtime.device.event_log import EventLog
 from meft.runtime.trace_kernels import GEMMS, Temporaries, fixed_output, passing_bytes
 
 aten = torch.ops.aten
@@ -134,7 +134,7 @@ def _engine_calls() -> bool:
 
 
 _MACHINERY = (
-    "meft.runtime.books",
+    "meft.runtime.device.books",
     "meft.runtime.trace_books",
     "torch._compile",
     "torch._dynamo",

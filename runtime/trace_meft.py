@@ -13,7 +13,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Decision, Plan, Prediction, Request, Sparsity
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
-from meft.runtime.device import EmulatedDevice
+from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.rehearse import rehearsal_session, rehearse_optimizer_step, rehearse_step
 from meft.runtime.session import Session
 from meft.runtime.trace_loading import build_model, load

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from meft.planner.records.plan import Phase
-from meft.runtime.event_log import EventLog
+from meft.runtime.device.event_log import EventLog
 
 _BY_NAME = {
     "mlp": "ffn",

@@ -9,8 +9,8 @@ from torch import nn
 
 from meft.planner.records.plan import Decision
 from meft.runtime.adapter import AttachedAdapter, attach
-from meft.runtime.device import CudaDevice, EmulatedDevice
-from meft.runtime.engine import TransferEngine
+from meft.runtime.device.device import CudaDevice, EmulatedDevice
+from meft.runtime.device.engine import TransferEngine
 from meft.runtime.exchange import RowExchange
 from meft.runtime.host_store import HostStore
 from meft.runtime.router import TopKRouter

@@ -16,8 +16,8 @@ from meft.planner.base.errors import MeftError, UsageError
 from meft.runtime.adapter_model import AdapterModel
 from meft.runtime.checkpoint import AdapterConfig, adapter_tensors, base_digest, save_adapter
 from meft.runtime.data import Example, batch_indices, collate
+from meft.runtime.device.lanes import WORKERS
 from meft.runtime.inference import serving
-from meft.runtime.lanes import WORKERS
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 CHOICES = [

@@ -9,7 +9,7 @@ from sparse_setup import AMPLE_BYTES
 
 from meft.planner.base.errors import DeviceOutOfMemory
 from meft.runtime.baselines import STATES, TRAINED, open_baseline
-from meft.runtime.device import EmulatedDevice
+from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.model_loading import load_frozen_model
 
 WIDTH, HIDDEN, LAYERS = 128, 128, 4

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from meft.planner.allocator.blocks import Pool
 from meft.planner.allocator.caching import round_block
 from meft.planner.base.errors import EXIT_MACHINE, DeviceOutOfMemory
-from meft.runtime.books import DeviceBooks, WrongPlaceError
+from meft.runtime.device.books import DeviceBooks, WrongPlaceError
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # errors in a release
 

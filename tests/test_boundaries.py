@@ -42,7 +42,7 @@ RECORDS_AND_PROFILES = {
     "meft.planner.simulation.stream",
 }
 ALLOCATOR = "meft.planner.allocator.caching"
-ALLOCATOR_IS_USED_BY = {"meft.runtime.books", "meft.runtime.exchange"}
+ALLOCATOR_IS_USED_BY = {"meft.runtime.device.books", "meft.runtime.exchange"}
 """The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it, and
 the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
 

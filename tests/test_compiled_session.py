@@ -6,7 +6,7 @@ import pytest
 import torch
 from sessions import AMPLE_BYTES, EXPERTS, small_plan, small_trainer
 
-from meft.runtime.device import EmulatedDevice
+from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.model_loading import load_frozen_model
 from meft.runtime.session import open_session
 

@@ -9,13 +9,13 @@ import torch
 from late_lanes import CACHED, Delays, assert_bit_equal
 from sessions import AMPLE_BYTES, EXPERTS, small_plan, small_trainer
 
-from meft.runtime.device import EmulatedDevice
+from meft.runtime.device.device import EmulatedDevice
+from meft.runtime.device.lanes import Overlapped, Sequential
+from meft.runtime.device.timeline import LaneClock
 from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
 from meft.runtime.inference import serving
-from meft.runtime.lanes import Overlapped, Sequential
 from meft.runtime.model_loading import load_frozen_model
 from meft.runtime.session import open_session
-from meft.runtime.timeline import LaneClock
 
 STEPS = 8
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

@@ -18,8 +18,17 @@ from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.profile_file import ProfileFile
 from meft.planner.records.profiles import sourced_numbers
-from meft.runtime import card, device_rates, host_rates, measure
-from meft.runtime.card import Card, PcieLink, card_warnings, host_warnings, numa_warnings, parse_cores, slot_warnings
+from meft.runtime import device_rates, host_rates, measure
+from meft.runtime.device import card
+from meft.runtime.device.card import (
+    Card,
+    PcieLink,
+    card_warnings,
+    host_warnings,
+    numa_warnings,
+    parse_cores,
+    slot_warnings,
+)
 from meft.runtime.measure import fit_copies, measurement, sample
 from meft.runtime.profile_cli import command
 
@@ -217,7 +226,7 @@ def test_lists_of_cores() -> None:
 # --- the card, through the real nvidia-ml-py -----------------------------------------------------------------------
 
 ASK = """
-from meft.runtime.card import read_card
+from meft.runtime.device.card import read_card
 found = read_card(nvml.DeviceIdentity("1111-2222", None))
 pcie = found.pcie and [found.pcie.generation, found.pcie.max_generation, found.pcie.width, found.pcie.max_width]
 answer([found.name, found.total_bytes, found.used_bytes, pcie, list(found.slowdowns)])

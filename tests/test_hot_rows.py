@@ -23,11 +23,11 @@ from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.traffic.transfer import expected_step_bytes, hot_keys_of, step_transfer
 from meft.runtime.adapter_model import AdapterModel, load_base
 from meft.runtime.data import collate
-from meft.runtime.device import EmulatedDevice
+from meft.runtime.device.device import EmulatedDevice
+from meft.runtime.device.lanes import Overlapped, Sequential
+from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.host_store import HostStore, LayerTables
 from meft.runtime.hot_tables import HotTables
-from meft.runtime.lanes import Overlapped, Sequential
-from meft.runtime.nvml import MemoryReading, PcieReading
 from meft.runtime.optimizer import AdamWSettings, clip_scale, update_layer
 from meft.runtime.rehearse import rehearse
 from meft.runtime.reporting import build_report, host_memory

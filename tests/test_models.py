@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from meft.planner.base.errors import UsageError
 from meft.planner.models.architecture import shape_from_config
 from meft.runtime.adapter import ffn_modules
-from meft.runtime.device import EmulatedDevice
+from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.session import open_session
 
 COMMON = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from meft.runtime import nvml as module
-from meft.runtime.nvml import DeviceIdentity, NvmlReader, NvmlUnavailable, cuda_identity
+from meft.runtime.device import nvml as module
+from meft.runtime.device.nvml import DeviceIdentity, NvmlReader, NvmlUnavailable, cuda_identity
 
 PID = 4321
 CARD = DeviceIdentity(uuid="1111-2222", pci_bus_id="00000000:65:00.0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from nvml_stub import PID, Stub, build
 
-from meft.runtime.nvml import BYTE_COUNTERS, DEVICE_GROWTH, OWN_PROCESS, SAMPLED_THROUGHPUT
+from meft.runtime.device.nvml import BYTE_COUNTERS, DEVICE_GROWTH, OWN_PROCESS, SAMPLED_THROUGHPUT
 
 MEMORY = "print_memory = lambda card: answer([card.process_memory().num_bytes, card.process_memory().source])\n"
 PCIE = "print_pcie = lambda card: answer([*vars_of(card.pcie_bytes())])\n"

@@ -23,9 +23,9 @@ from late_lanes import (
 from sessions import AMPLE_BYTES, EXPERTS, small_plan, small_trainer
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.device import EmulatedDevice
-from meft.runtime.engine import TransferEngine
-from meft.runtime.lanes import Overlapped, Sequential
+from meft.runtime.device.device import EmulatedDevice
+from meft.runtime.device.engine import TransferEngine
+from meft.runtime.device.lanes import Overlapped, Sequential
 
 
 @pytest.mark.parametrize(("choice", "late", "max_norm"), CHOICES)

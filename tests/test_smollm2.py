@@ -17,7 +17,7 @@ from meft.planner.models.catalogue import load_model
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import load_gpu
 from meft.planner.records.report import Report
-from meft.runtime.device import EmulatedDevice
+from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.model_loading import load_frozen_model
 from meft.runtime.rehearse import rehearse
 from meft.runtime.session import open_session

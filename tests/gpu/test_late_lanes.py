@@ -14,7 +14,7 @@ import pytest
 import torch
 from late_lanes import CHOICES, SLOW, assert_late_lanes_change_nothing, assert_whoever_needs_a_slow_task_waits
 
-from meft.runtime.device import CudaDevice
+from meft.runtime.device.device import CudaDevice
 
 STEPS = 30
 

@@ -10,11 +10,11 @@ import torch
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link
 from meft.planner.records.profile_file import ProfileFile
 from meft.runtime import measure
-from meft.runtime.card import read_card
+from meft.runtime.device.card import read_card
+from meft.runtime.device.nvml import OWN_PROCESS, NvmlReader, NvmlUnavailable, cuda_identity
 from meft.runtime.device_rates import link
 from meft.runtime.hardware import measure_hardware
 from meft.runtime.measure import sample
-from meft.runtime.nvml import OWN_PROCESS, NvmlReader, NvmlUnavailable, cuda_identity
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -14,7 +14,7 @@ import torch
 
 from meft.planner.base.errors import DeviceOutOfMemory, MachineError
 from meft.planner.base.units import format_bytes
-from meft.runtime.books import DeviceBooks
+from meft.runtime.device.books import DeviceBooks
 
 
 @dataclass(frozen=True)

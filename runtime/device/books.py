@@ -5,7 +5,8 @@ operator allocates lies on the device: its storage is entered, passed through th
 out when torch frees it. A device operator that is handed a host tensor is refused, as CUDA would refuse it, so
 nothing crosses the link except through the transfer engine.
 
-With an :class:`~meft.runtime.event_log.EventLog` the books also write down every storage that comes and goes, in order.
+With an :class:`~meft.runtime.device.event_log.EventLog` the books also write down every storage that comes and goes, in
+order.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from meft.planner.allocator.caching import CachingAllocator
 from meft.planner.base.errors import MeftError
-from meft.runtime.event_log import EventLog
+from meft.runtime.device.event_log import EventLog
 
 DEFAULT_CATEGORY = "activations"
 _DEVICE_OF = torch.ops.prim.device.default

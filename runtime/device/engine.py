@@ -18,8 +18,8 @@ import torch
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Direction
-from meft.runtime.device import Device
-from meft.runtime.lanes import Job, Schedule, Sequential
+from meft.runtime.device.device import Device
+from meft.runtime.device.lanes import Job, Schedule, Sequential
 
 Per = Literal["step", "optimizer_step", "run", "probe"]
 """``run``: when there is need, as for a checkpoint, whatever the number of steps."""

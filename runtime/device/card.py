@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meft.planner.base.units import format_bytes
-from meft.runtime.nvml import DeviceIdentity, NvmlFailure, NvmlSession
+from meft.runtime.device.nvml import DeviceIdentity, NvmlFailure, NvmlSession
 
 SLOWDOWN_REASONS = {
     0x04: "its power limit",
