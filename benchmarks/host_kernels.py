@@ -20,11 +20,11 @@ from pathlib import Path
 import click
 import torch
 
-from meft.runtime.host_store import HostStore, LayerTables
-from meft.runtime.kernels import HostKernels, warm_up
-from meft.runtime.optimizer import AdamWSettings, update_touched_rows
-from meft.runtime.optimizer import adamw as update
-from meft.runtime.router import TopKRouter
+from meft.runtime.host.kernels import HostKernels, warm_up
+from meft.runtime.host.optimizer import AdamWSettings, update_touched_rows
+from meft.runtime.host.optimizer import adamw as update
+from meft.runtime.host.router import TopKRouter
+from meft.runtime.host.store import HostStore, LayerTables
 
 ADAMW_BYTES = 7 * 4
 """Per number: weight and two moments read and written, gradient read."""

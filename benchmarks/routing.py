@@ -17,8 +17,8 @@ from pathlib import Path
 import click
 import torch
 
-from meft.runtime.kernels import HostKernels, warm_up
-from meft.runtime.router import TopKRouter
+from meft.runtime.host.kernels import HostKernels, warm_up
+from meft.runtime.host.router import TopKRouter
 
 CLUSTERS, SPREAD = 64, 1.0
 

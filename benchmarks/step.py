@@ -33,7 +33,7 @@ from meft.runtime.data import Batch
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.device.lanes import Overlapped, Sequential
-from meft.runtime.kernels import warm_up
+from meft.runtime.host.kernels import warm_up
 from meft.runtime.oracle import DenseAdapter
 from meft.runtime.session import Session, WindowEnd, open_session
 

@@ -27,7 +27,7 @@ from meft.runtime.device.engine import TransferEngine
 from meft.runtime.device.lanes import Sequential
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.exchange import StepCounters
-from meft.runtime.optimizer import AdamWSettings, clip_scale
+from meft.runtime.host.optimizer import AdamWSettings, clip_scale
 from meft.runtime.session import OptimizerResult, StepResult, WindowEnd
 
 Baseline = Literal["none", "lora", "parallel-adapter", "full"]

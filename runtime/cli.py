@@ -233,7 +233,7 @@ def _shown(row: Comparison, value: float) -> str:
 
 
 def _options(given: dict[str, Any]) -> RunOptions:
-    from meft.runtime.optimizer import AdamWSettings
+    from meft.runtime.host.optimizer import AdamWSettings
     from meft.runtime.runner import RunOptions
     from meft.runtime.training import TrainingOptions
 

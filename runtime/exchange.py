@@ -41,11 +41,11 @@ from meft.runtime.device_rows import DeviceRows, GradientSlot, Landing
 from meft.runtime.exchange_state import ExchangeState, LayerState, StepCounters
 from meft.runtime.fetching import RowFetcher
 from meft.runtime.gradient_window import GradientWindow
+from meft.runtime.host.optimizer import AdamWSettings
+from meft.runtime.host.router import Router
+from meft.runtime.host.store import HostStore
 from meft.runtime.host_side import HostSide
-from meft.runtime.host_store import HostStore
 from meft.runtime.hot_rows import HotSet
-from meft.runtime.optimizer import AdamWSettings
-from meft.runtime.router import Router
 from meft.runtime.row_cache import BesideHotRows, NoCache, RowCache, WindowCache
 
 __all__ = ["LayerState", "RowExchange", "StepCounters"]

@@ -17,9 +17,9 @@ from meft.runtime.device.lanes import Job
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.device_rows import DeviceRows, Landing
 from meft.runtime.exchange_state import ExchangeState
+from meft.runtime.host.router import Router, Selection
+from meft.runtime.host.store import HostStore
 from meft.runtime.host_side import HostSide
-from meft.runtime.host_store import HostStore
-from meft.runtime.router import Router, Selection
 from meft.runtime.row_cache import Placement, RowCache
 
 

@@ -20,9 +20,9 @@ from meft.runtime.device.engine import Copy, TransferEngine
 from meft.runtime.device.lanes import LATER, SOON, Job
 from meft.runtime.device_rows import DeviceRows, GradientSlot
 from meft.runtime.exchange_state import ExchangeState
+from meft.runtime.host.optimizer import AdamWSettings, update_layer
+from meft.runtime.host.store import HostStore
 from meft.runtime.host_side import HostSide
-from meft.runtime.host_store import HostStore
-from meft.runtime.optimizer import AdamWSettings, update_layer
 from meft.runtime.row_cache import RowCache
 
 

@@ -22,7 +22,7 @@ from meft.runtime import device_rates, host_rates
 from meft.runtime.device import card as cards
 from meft.runtime.device.nvml import NvmlReader, NvmlUnavailable, cuda_identity
 from meft.runtime.device_rates import LinkMeasured
-from meft.runtime.kernels import HostKernels, warm_up
+from meft.runtime.host.kernels import HostKernels, warm_up
 
 Tell = Callable[[str, int, int], None]
 """Progress: what is measured now, which stage it is, of how many."""

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from meft.planner.records.profile_file import Measurement
-from meft.runtime.host_store import HostStore
-from meft.runtime.kernels import HostKernels
+from meft.runtime.host.kernels import HostKernels
+from meft.runtime.host.optimizer import AdamWSettings, update_layer
+from meft.runtime.host.router import TopKRouter
+from meft.runtime.host.store import HostStore
 from meft.runtime.measure import sample
-from meft.runtime.optimizer import AdamWSettings, update_layer
-from meft.runtime.router import TopKRouter
 
 MIB = 1 << 20
 COPY_BYTES = (MIB, 64 * MIB)

@@ -12,7 +12,7 @@ import torch
 
 from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
 from meft.runtime.device.device import Device
-from meft.runtime.optimizer import AdamWSettings, adamw
+from meft.runtime.host.optimizer import AdamWSettings, adamw
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class HotTables:
         return torch.stack([part.to(torch.float64, copy=True).square_().sum() for part in parts]).sum()
 
     def update(self, settings: AdamWSettings, *, learning_rate: float, gradient_scale: float) -> None:
-        """AdamW on the touched rows, as :mod:`meft.runtime.optimizer` has it; opens a new window."""
+        """AdamW on the touched rows, as :mod:`meft.runtime.host.optimizer` has it; opens a new window."""
         for part in self._parts():
             part._update(settings, learning_rate=learning_rate, gradient_scale=gradient_scale)
         self.clear()

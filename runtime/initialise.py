@@ -16,7 +16,7 @@ from torch import nn
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.adapter import ffn_modules
-from meft.runtime.host_store import HostStore
+from meft.runtime.host.store import HostStore
 
 KeyInit = Literal["random", "ffn"]
 KEY_INITS: tuple[KeyInit, ...] = get_args(KeyInit)

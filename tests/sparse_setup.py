@@ -12,8 +12,8 @@ from meft.runtime.adapter import AttachedAdapter, attach
 from meft.runtime.device.device import CudaDevice, EmulatedDevice
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.exchange import RowExchange
-from meft.runtime.host_store import HostStore
-from meft.runtime.router import TopKRouter
+from meft.runtime.host.router import TopKRouter
+from meft.runtime.host.store import HostStore
 
 AMPLE_BYTES = 1 << 32
 

@@ -23,9 +23,9 @@ from meft.runtime.generation import (
     left_padded,
     prompt_ids,
 )
+from meft.runtime.host.router import TopKRouter
 from meft.runtime.inference import LayerRows, serving
 from meft.runtime.oracle import DenseAdapter
-from meft.runtime.router import TopKRouter
 
 PROMPTS = ["The queen said", "Alice", "the White Rabbit looked at the"]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from meft.runtime import huge_pages
-from meft.runtime.host_store import HostStore
-from meft.runtime.huge_pages import HUGE_PAGE_BYTES
+from meft.runtime.host import huge_pages
+from meft.runtime.host.huge_pages import HUGE_PAGE_BYTES
+from meft.runtime.host.store import HostStore
 
 SMAPS = Path("/proc/self/smaps")
 LARGE = (3, HUGE_PAGE_BYTES // 4)

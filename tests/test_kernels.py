@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meft.runtime import kernels as kernels_module
-from meft.runtime.host_store import HostStore
-from meft.runtime.kernels import HostKernels
-from meft.runtime.optimizer import AdamWSettings, update_layer, update_touched_rows
-from meft.runtime.router import TopKRouter, capped_union
-from meft.runtime.streaming_copy import can_stream
+from meft.runtime.host import kernels as kernels_module
+from meft.runtime.host.kernels import HostKernels
+from meft.runtime.host.optimizer import AdamWSettings, update_layer, update_touched_rows
+from meft.runtime.host.router import TopKRouter, capped_union
+from meft.runtime.host.store import HostStore
+from meft.runtime.host.streaming_copy import can_stream
 
 SAME_FP32 = {"rtol": 1e-5, "atol": 1e-7}
 """Torch fuses a multiplication with an addition here and there; over a few steps that is a few units in the last
@@ -140,7 +140,7 @@ def test_gather_is_index_select(kernels, source, target) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gather_past_the_cache_is_index_select(kernels, monkeypatch, columns, dtype) -> None:
     """Whatever is streamed: rows of whole units; others, and buffers out of line, take the plain kernel."""
-    monkeypatch.setattr("meft.runtime.kernels.STREAMED_BYTES", 0)
+    monkeypatch.setattr("meft.runtime.host.kernels.STREAMED_BYTES", 0)
     table, rows = torch.randn(WIDTH, columns).to(dtype), torch.randperm(WIDTH)[: WIDTH // 2]
     for offset in (0, 1):
         around = torch.full((len(rows) * columns + 64,), 7.0, dtype=dtype)

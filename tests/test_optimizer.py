@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft.runtime import host_store
-from meft.runtime.host_store import HostStore, LayerTables
-from meft.runtime.optimizer import AdamWSettings, clip_scale, scheduled_learning_rate, update_touched_rows
+from meft.runtime.host import store as host_store
+from meft.runtime.host.optimizer import AdamWSettings, clip_scale, scheduled_learning_rate, update_touched_rows
+from meft.runtime.host.store import HostStore, LayerTables
 
 WIDTH, HIDDEN = 6, 4
 LEARNING_RATE = 0.05

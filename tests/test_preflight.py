@@ -15,7 +15,7 @@ from sparse_setup import decision
 from meft.planner.base.errors import EXIT_MACHINE, MachineError
 from meft.planner.records.plan import Plan
 from meft.runtime import runner
-from meft.runtime.optimizer import AdamWSettings
+from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.preflight import Machine, check
 from meft.runtime.training import TrainingOptions
 

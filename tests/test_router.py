@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft.runtime.router import PlannedRouter, Selection, TopKRouter, capped_union
+from meft.runtime.host.router import PlannedRouter, Selection, TopKRouter, capped_union
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meft.runtime import huge_pages
+from meft.runtime.host import huge_pages
 
 if TYPE_CHECKING:
-    from meft.runtime.kernels import HostKernels
+    from meft.runtime.host.kernels import HostKernels
 
 
 @dataclass(frozen=True)

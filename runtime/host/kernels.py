@@ -1,12 +1,12 @@
 """Host kernels: what the host does to rows, at the speed of its memory.
 
-Compiled (:mod:`meft.runtime.compiled`); rows are independent, so a call splits them over a small pool of threads and
-the result is the same for any number of them. numba's own ``prange`` is not used: of its threading layers only one
+Compiled (:mod:`meft.runtime.host.compiled`); rows are independent, so a call splits them over a small pool of threads
+and the result is the same for any number of them. numba's own ``prange`` is not used: of its threading layers only one
 comes with every wheel, and that one must not be entered from two threads at once, which the runtime's lanes do.
 
-Each kernel repeats a readable one in torch, which stays: :mod:`meft.runtime.optimizer` (AdamW),
-:class:`~meft.runtime.host_store.HostStore` (gather, accumulate) and :mod:`meft.runtime.router` (top-K). Arithmetic is
-in the tables' dtype. Sums of squares and inner products may be reordered and AdamW may fuse multiplications with
+Each kernel repeats a readable one in torch, which stays: :mod:`meft.runtime.host.optimizer` (AdamW),
+:class:`~meft.runtime.host.store.HostStore` (gather, accumulate) and :mod:`meft.runtime.host.router` (top-K). Arithmetic
+is in the tables' dtype. Sums of squares and inner products may be reordered and AdamW may fuse multiplications with
 additions, as torch does elsewhere: results differ from torch's in the last bits at most. All else is in the order
 written.
 
@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from meft.runtime.compiled import cache_folder, compiled
-from meft.runtime.streaming_copy import can_stream, gather_streaming
+from meft.runtime.host.compiled import cache_folder, compiled
+from meft.runtime.host.streaming_copy import can_stream, gather_streaming
 
 INLINE_BYTES = 1 << 18
 """Work below this is done by the calling thread: handing it over costs more than it saves."""
@@ -356,7 +356,7 @@ class HostKernels:
         clear_gradients: bool = False,
         bf16_copy: torch.Tensor | None = None,
     ) -> None:
-        """One AdamW step of ``rows`` (no row twice), as :mod:`meft.runtime.optimizer` defines it.
+        """One AdamW step of ``rows`` (no row twice), as :mod:`meft.runtime.host.optimizer` defines it.
 
         ``clear_gradients`` zeroes the rows' gradients in the same pass; ``bf16_copy [R, C]`` takes the new weights.
         """

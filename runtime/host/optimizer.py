@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from meft.runtime.host_store import HostStore, LayerTables, in_chunks
+from meft.runtime.host.store import HostStore, LayerTables, in_chunks
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ nothing of the next row in a list, so each row's copy asks for what lies :data:`
 the next row's. numba has no word for either, hence the LLVM instructions here.
 
 What is written is not in the cache afterwards. That is right for buffers larger than the cache, and for buffers that
-the device reads; :mod:`meft.runtime.kernels` decides.
+the device reads; :mod:`meft.runtime.host.kernels` decides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numba import types
 from numba.extending import intrinsic as _numba_intrinsic
 from numpy.typing import NDArray
 
-from meft.runtime.compiled import compiled
+from meft.runtime.host.compiled import compiled
 
 Array = NDArray[Any]
 intrinsic: Any = _numba_intrinsic  # called without its first parameter, which no type checker can know

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from meft.runtime.kernels import HostKernels
+    from meft.runtime.host.kernels import HostKernels
 
 
 @dataclass(frozen=True)
