@@ -21,7 +21,7 @@ from typing import Any
 import click
 from knowledge import Run, listed, perform_missing, read_results
 
-from meft.runtime.embedded import smollm2_folder
+from meft.runtime.data.embedded import smollm2_folder
 
 TOP_KS = (8, 16, 32, 64, 128)
 EXPERTS = (16, 32, 64, 128)

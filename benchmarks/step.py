@@ -29,7 +29,7 @@ from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
 from meft.planner.records.plan import Decision, Plan, Request, SearchSummary
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.runtime.adapter import ffn_modules
-from meft.runtime.data import Batch
+from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.device.lanes import Overlapped, Sequential

@@ -20,7 +20,7 @@ from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
 from meft.runtime.cli_use import evaluate_command, evaluation_options, generate_command, prepare_command
-from meft.runtime.metrics import evaluation_line
+from meft.runtime.data.metrics import evaluation_line
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
     from meft.runtime.evaluation import EvaluationOptions

@@ -13,7 +13,7 @@ import click
 from meft.planner.base.errors import UsageError
 from meft.planner.base.files import write_atomic
 from meft.planner.base.units import format_seconds
-from meft.runtime.metrics import METRICS, evaluation_line
+from meft.runtime.data.metrics import METRICS, evaluation_line
 
 if TYPE_CHECKING:  # torch is loaded only once there is something to do
     from torch import nn
@@ -129,7 +129,7 @@ def generate_command(
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Order of a named task's items.")
 def prepare_command(task: str, output: Path, **given: Any) -> None:
     """Write TASK (see meft-run evaluate) as prompt/completion lines with their gold answers."""
-    from meft.runtime.task_sources import load_task
+    from meft.runtime.data.task_sources import load_task
 
     loaded = load_task(task, **given)
     write_atomic(output, "".join(item.line() for item in loaded.items))
@@ -140,7 +140,7 @@ def prepare_command(task: str, output: Path, **given: Any) -> None:
 
 def _base_folder(model: Path | None) -> Path:
     if model is None:
-        from meft.runtime.embedded import smollm2_folder
+        from meft.runtime.data.embedded import smollm2_folder
 
         return smollm2_folder(lambda text: click.echo(text, err=True))
     if not model.is_dir():

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meft.planner.records.report import Evaluation
-from meft.runtime.data import Batch, Example, collate
+from meft.runtime.data.examples import Batch, Example, collate
+from meft.runtime.data.metrics import Metric, scores
+from meft.runtime.data.task_sources import load_task
+from meft.runtime.data.tasks import Task
 from meft.runtime.generation import GenerationOptions, Generator, SessionGenerator, answers
 from meft.runtime.inference import serving
-from meft.runtime.metrics import Metric, scores
 from meft.runtime.session import Session
-from meft.runtime.task_sources import load_task
-from meft.runtime.tasks import Task
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """An evaluation as asked for: a file or a source of :mod:`meft.runtime.task_sources`, and how to ask."""
+    """An evaluation as asked for: a file or a source of :mod:`meft.runtime.data.task_sources`, and how to ask."""
 
     task: str
     metric: Metric | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.data import pad_token_id
+from meft.runtime.data.examples import pad_token_id
 from meft.runtime.inference import serving
 from meft.runtime.session import Session
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meft.planner.records.plan import Plan, Sparsity
 from meft.planner.records.report import ActiveRows, Observed, Report, Training
-from meft.runtime.data import Batch
+from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.host.router import PlannedRouter

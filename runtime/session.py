@@ -11,7 +11,7 @@ from torch import nn
 
 from meft.planner.records.plan import Decision, Plan
 from meft.runtime.adapter import AttachedAdapter, attach
-from meft.runtime.data import Batch
+from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import Copy, TransferEngine
 from meft.runtime.device.lanes import Job, Schedule, Sequential

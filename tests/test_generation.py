@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from meft.planner.base.errors import UsageError
 from meft.runtime.adapter_model import AdapterModel
 from meft.runtime.checkpoint import save_adapter
-from meft.runtime.data import Completion, tokenize_record
+from meft.runtime.data.examples import Completion, tokenize_record
 from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator, mean_loss, session_loss
 from meft.runtime.generation import (
     GenerationOptions,

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.adapter_model import AdapterModel
-from meft.runtime.data import collate
+from meft.runtime.data.examples import collate
 from meft.runtime.hf_trainer import trainer_arguments
 
 CHOICES = [{}, {"prefetch_depth": 1, **EXPERTS}]

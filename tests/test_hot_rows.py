@@ -22,7 +22,7 @@ from meft.planner.simulation.stream import stream_peaks
 from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.traffic.transfer import expected_step_bytes, hot_keys_of, step_transfer
 from meft.runtime.adapter_model import AdapterModel, load_base
-from meft.runtime.data import collate
+from meft.runtime.data.examples import collate
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.device.nvml import MemoryReading, PcieReading

@@ -18,7 +18,7 @@ from meft.planner.models.architecture import shape_from_config  # noqa: E402
 from meft.planner.records.setup import TrainingSetup  # noqa: E402
 from meft.planner.simulation.run import simulate  # noqa: E402
 from meft.planner.simulation.stream import Stream  # noqa: E402
-from meft.runtime.data import collate  # noqa: E402
+from meft.runtime.data.examples import collate  # noqa: E402
 
 TOLERANCE = 0.015
 SIMULATED_TOLERANCE = 0.01

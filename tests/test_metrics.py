@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft.runtime.metrics import (
+from meft.runtime.data.metrics import (
     MAIN_SCORE,
     METRICS,
     called_apis,

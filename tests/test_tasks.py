@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.task_sources import SOURCES, factbook_prose, load_task
-from meft.runtime.tasks import Item, read_task, toolbench_name
+from meft.runtime.data.task_sources import SOURCES, factbook_prose, load_task
+from meft.runtime.data.tasks import Item, read_task, toolbench_name
 
 
 def write(path, content):
@@ -241,7 +241,7 @@ def test_a_missing_package_says_how_to_install_it() -> None:
     code = (
         "import importlib.util as u; find = u.find_spec;"
         "u.find_spec = lambda name, *a: None if name == 'mendeleev' else find(name, *a);"
-        "from meft.runtime.task_sources import load_task; load_task('elements')"
+        "from meft.runtime.data.task_sources import load_task; load_task('elements')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "mendeleev is not installed; install: pip install --no-deps mendeleev" in done.stderr

