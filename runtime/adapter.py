@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.exchange import RowExchange
+from meft.runtime.exchange.exchange import RowExchange
 
 
 class SparseAdapterFunction(torch.autograd.Function):

@@ -19,10 +19,10 @@ from meft.planner.records.report import ActiveRows, Observed, Report, Training
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.nvml import MemoryReading, PcieReading
+from meft.runtime.exchange.row_cache import PlannedCache
 from meft.runtime.host.router import PlannedRouter
 from meft.runtime.model_loading import model_from_config
 from meft.runtime.reporting import active_rows, assemble, device_memory, host_memory, transfer
-from meft.runtime.row_cache import PlannedCache
 from meft.runtime.session import Session, open_session
 
 _NO_NVML = "a rehearsal: no GPU was used"

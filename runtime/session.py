@@ -16,13 +16,13 @@ from meft.runtime.device.device import Device
 from meft.runtime.device.engine import Copy, TransferEngine
 from meft.runtime.device.lanes import Job, Schedule, Sequential
 from meft.runtime.device.timeline import LaneClock
-from meft.runtime.exchange import RowExchange, StepCounters
+from meft.runtime.exchange.exchange import RowExchange, StepCounters
+from meft.runtime.exchange.row_cache import RowCache
 from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
 from meft.runtime.host.router import Router, TopKRouter
 from meft.runtime.host.store import HostStore
 from meft.runtime.initialise import KeyInit, keys_from_ffn
-from meft.runtime.row_cache import RowCache
 
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

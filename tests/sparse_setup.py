@@ -11,7 +11,7 @@ from meft.planner.records.plan import Decision
 from meft.runtime.adapter import AttachedAdapter, attach
 from meft.runtime.device.device import CudaDevice, EmulatedDevice
 from meft.runtime.device.engine import TransferEngine
-from meft.runtime.exchange import RowExchange
+from meft.runtime.exchange.exchange import RowExchange
 from meft.runtime.host.router import TopKRouter
 from meft.runtime.host.store import HostStore
 

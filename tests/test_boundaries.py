@@ -42,7 +42,7 @@ RECORDS_AND_PROFILES = {
     "meft.planner.simulation.stream",
 }
 ALLOCATOR = "meft.planner.allocator.caching"
-ALLOCATOR_IS_USED_BY = {"meft.runtime.device.books", "meft.runtime.exchange"}
+ALLOCATOR_IS_USED_BY = {"meft.runtime.device.books", "meft.runtime.exchange.exchange"}
 """The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it, and
 the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
 
@@ -54,7 +54,7 @@ PROFILING_IS_USED_BY = {
 """Measuring ends in a fit, calibrating in predictions, and launches are measured as they are counted: the commands of
 meft-profile call those models."""
 
-CONSTANTS_ARE_USED_BY = {"meft.runtime.hot_tables": ("meft.planner.traffic.hot_rows", ("HOT_CHUNK_ROWS",))}
+CONSTANTS_ARE_USED_BY = {"meft.runtime.exchange.hot_tables": ("meft.planner.traffic.hot_rows", ("HOT_CHUNK_ROWS",))}
 """Numbers that the runtime works by and a model prices, stated once: these names, and nothing else of their module."""
 
 WITH_EFFECTS = {

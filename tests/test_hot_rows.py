@@ -26,9 +26,9 @@ from meft.runtime.data.examples import collate
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.device.nvml import MemoryReading, PcieReading
+from meft.runtime.exchange.hot_tables import HotTables
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale, update_layer
 from meft.runtime.host.store import HostStore, LayerTables
-from meft.runtime.hot_tables import HotTables
 from meft.runtime.rehearse import rehearse
 from meft.runtime.reporting import build_report, host_memory
 from meft.runtime.trace import trace_plan

@@ -1,8 +1,8 @@
 """Hot rows: how much of a micro-batch's activity is theirs, and what they cost on the device and over the link.
 
 The ``H`` most often active rows of every layer live on the device with their optimizer state; see
-:mod:`meft.runtime.hot_rows`. How much they carry is for the sparsity profile to say (its ``popularity``). Where it does
-not, they are taken to be as active as any other row: rows chosen because they are active are no less.
+:mod:`meft.runtime.exchange.hot_rows`. How much they carry is for the sparsity profile to say (its ``popularity``).
+Where it does not, they are taken to be as active as any other row: rows chosen because they are active are no less.
 
 Letters: ``R`` adapter rows per layer, ``H`` hot ones, ``L`` layers, ``D`` hidden size, ``e`` bytes of an adapter
 element. A row is a key and a value, ``2D`` numbers.
@@ -19,7 +19,8 @@ from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES, Floats, Ints
 from meft.planner.records.profiles import SparsityProfile
 
 HOT_CHUNK_ROWS = 256
-"""Rows are updated so many at a time (:mod:`meft.runtime.hot_tables`): AdamW's temporaries are that much smaller."""
+"""Rows are updated so many at a time (:mod:`meft.runtime.exchange.hot_tables`): AdamW's temporaries are that much
+smaller."""
 HOT_STATES = 3
 """Beside the weights: two moments and the window's gradient sum."""
 HOT_COUNTS = 2

@@ -27,11 +27,11 @@ from meft.planner.records.plan import Decision, Direction
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.device.timeline import LaneClock
-from meft.runtime.device_rows import Landing
-from meft.runtime.gradient_window import GradientWindow, viewed
+from meft.runtime.exchange.device_rows import Landing
+from meft.runtime.exchange.gradient_window import GradientWindow, viewed
+from meft.runtime.exchange.hot_tables import HotTables
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.host.store import HostStore
-from meft.runtime.hot_tables import HotTables
 
 TABLES = ("weights", "first_moment", "second_moment", "step_counts")
 """What a row is, on the host and on the device, under the same names."""

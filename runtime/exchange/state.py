@@ -1,7 +1,7 @@
 """What the two halves of the row exchange share: the micro-batch's layers, its counters, and jobs that both wait for.
 
-Fetching (:mod:`meft.runtime.fetching`) writes it in forward, the gradients' way back
-(:mod:`meft.runtime.gradient_window`) reads it in backward.
+Fetching (:mod:`meft.runtime.exchange.fetching`) writes it in forward, the gradients' way back
+(:mod:`meft.runtime.exchange.gradient_window`) reads it in backward.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from meft.runtime.device.lanes import Job
-from meft.runtime.row_cache import Placement
+from meft.runtime.exchange.row_cache import Placement
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The way back: row gradients go to the host, which sums them over the accumulation window and updates the rows.
 
 Gradients leave as soon as a layer has them. With ``gradients_on_device`` those of rows that are kept there are summed
-there and leave once, when the window's last micro-batch is through. Those of hot rows (:mod:`meft.runtime.hot_rows`)
-never leave.
+there and leave once, when the window's last micro-batch is through. Those of hot rows
+(:mod:`meft.runtime.exchange.hot_rows`) never leave.
 
 Letters: ``D`` hidden size, ``A`` active rows of a layer.
 """
@@ -18,12 +18,12 @@ from meft.planner.records.plan import Decision
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import Copy, TransferEngine
 from meft.runtime.device.lanes import LATER, SOON, Job
-from meft.runtime.device_rows import DeviceRows, GradientSlot
-from meft.runtime.exchange_state import ExchangeState
+from meft.runtime.exchange.device_rows import DeviceRows, GradientSlot
+from meft.runtime.exchange.host_side import HostSide
+from meft.runtime.exchange.row_cache import RowCache
+from meft.runtime.exchange.state import ExchangeState
 from meft.runtime.host.optimizer import AdamWSettings, update_layer
 from meft.runtime.host.store import HostStore
-from meft.runtime.host_side import HostSide
-from meft.runtime.row_cache import RowCache
 
 
 @dataclass
@@ -166,7 +166,7 @@ class GradientWindow:
         after: tuple[Job, ...],
         unless: Callable[[], bool],
     ) -> Job:
-        """See :meth:`meft.runtime.exchange.RowExchange.update`."""
+        """See :meth:`meft.runtime.exchange.exchange.RowExchange.update`."""
 
         def work() -> int:
             if unless():

@@ -9,15 +9,16 @@ One micro-batch goes through it like this (``p`` is the prefetch depth, ``L`` th
   fetched again.
 - Row gradients go to the host as soon as a layer has them and are added to the window's sum there.
 
-With ``cached_rows`` rows that the window has brought stay on the device (:mod:`meft.runtime.row_cache`), and with
-``gradients_on_device`` their gradients are summed there and leave once, when the window's last micro-batch is through.
+With ``cached_rows`` rows that the window has brought stay on the device (:mod:`meft.runtime.exchange.row_cache`), and
+with ``gradients_on_device`` their gradients are summed there and leave once, when the window's last micro-batch is
+through.
 
 Everything but the device's own computation is a job of a lane (:mod:`meft.runtime.device.lanes`). Overlapped, rows are
 routed while the device computes the FFN; in sequence, after it.
 
-Here is the order of it all, as the adapter's hooks call it. The way to the device is :mod:`meft.runtime.fetching`, the
-way back and the window's end :mod:`meft.runtime.gradient_window`; what they share is
-:mod:`meft.runtime.exchange_state`.
+Here is the order of it all, as the adapter's hooks call it. The way to the device is
+:mod:`meft.runtime.exchange.fetching`, the way back and the window's end :mod:`meft.runtime.exchange.gradient_window`;
+what they share is :mod:`meft.runtime.exchange.state`.
 
 ``p = 0`` is exact: a layer's rows come from its own hidden state.
 
@@ -37,16 +38,16 @@ from meft.runtime.device.device import Device
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.device.lanes import Job
 from meft.runtime.device.timeline import LaneClock
-from meft.runtime.device_rows import DeviceRows, GradientSlot, Landing
-from meft.runtime.exchange_state import ExchangeState, LayerState, StepCounters
-from meft.runtime.fetching import RowFetcher
-from meft.runtime.gradient_window import GradientWindow
+from meft.runtime.exchange.device_rows import DeviceRows, GradientSlot, Landing
+from meft.runtime.exchange.fetching import RowFetcher
+from meft.runtime.exchange.gradient_window import GradientWindow
+from meft.runtime.exchange.host_side import HostSide
+from meft.runtime.exchange.hot_rows import HotSet
+from meft.runtime.exchange.row_cache import BesideHotRows, NoCache, RowCache, WindowCache
+from meft.runtime.exchange.state import ExchangeState, LayerState, StepCounters
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.host.router import Router
 from meft.runtime.host.store import HostStore
-from meft.runtime.host_side import HostSide
-from meft.runtime.hot_rows import HotSet
-from meft.runtime.row_cache import BesideHotRows, NoCache, RowCache, WindowCache
 
 __all__ = ["LayerState", "RowExchange", "StepCounters"]
 

@@ -11,7 +11,7 @@ import torch
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.device.lanes import Job
-from meft.runtime.device_rows import Landing
+from meft.runtime.exchange.device_rows import Landing
 
 
 @dataclass

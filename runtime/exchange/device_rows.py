@@ -1,8 +1,8 @@
 """The adapter's buffers on the device: the ring of active rows, rows kept through a window, sums of their gradients.
 
 All are made once, so that device memory is the same in every step, and so are the tables of the hot rows, which are
-there for good (:mod:`meft.runtime.hot_tables`). Letters: ``A`` active rows, ``D`` hidden size, ``C`` rows kept per
-layer, ``L`` layers.
+there for good (:mod:`meft.runtime.exchange.hot_tables`). Letters: ``A`` active rows, ``D`` hidden size, ``C`` rows kept
+per layer, ``L`` layers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from meft.planner.records.plan import Decision
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import COPY_DONE, Copy
 from meft.runtime.device.lanes import Job
-from meft.runtime.hot_tables import HotTables
-from meft.runtime.row_cache import Placement
+from meft.runtime.exchange.hot_tables import HotTables
+from meft.runtime.exchange.row_cache import Placement
 
 CAST_ROWS = 256
 """Row gradients are cast to the sums' dtype so many rows at a time."""

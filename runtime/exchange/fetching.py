@@ -15,12 +15,12 @@ from meft.planner.records.plan import Decision
 from meft.runtime.device.engine import COPY_DONE, Copy, TransferEngine
 from meft.runtime.device.lanes import Job
 from meft.runtime.device.timeline import LaneClock
-from meft.runtime.device_rows import DeviceRows, Landing
-from meft.runtime.exchange_state import ExchangeState
+from meft.runtime.exchange.device_rows import DeviceRows, Landing
+from meft.runtime.exchange.host_side import HostSide
+from meft.runtime.exchange.row_cache import Placement, RowCache
+from meft.runtime.exchange.state import ExchangeState
 from meft.runtime.host.router import Router, Selection
 from meft.runtime.host.store import HostStore
-from meft.runtime.host_side import HostSide
-from meft.runtime.row_cache import Placement, RowCache
 
 
 @dataclass

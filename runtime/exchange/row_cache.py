@@ -6,7 +6,7 @@ others (*missing*) travel, and as many as there is room for are kept from then o
 *overflow*, which travels in every micro-batch that needs it.
 
 The rows of a layer then stand in the order admitted, overflow, hits, hot, so that each part is one slice. *Hot* rows
-(:mod:`meft.runtime.hot_rows`) are on the device for good: none of the above sees them.
+(:mod:`meft.runtime.exchange.hot_rows`) are on the device for good: none of the above sees them.
 
 Letters: ``R`` adapter rows per layer, ``A`` active rows, ``C`` rows kept per layer.
 """
