@@ -28,13 +28,13 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
 from meft.planner.records.plan import Decision, Plan, Request, SearchSummary
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
-from meft.runtime.adapter import ffn_modules
+from meft.runtime.adapter.adapter import ffn_modules
+from meft.runtime.adapter.oracle import DenseAdapter
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.host.kernels import warm_up
-from meft.runtime.oracle import DenseAdapter
 from meft.runtime.session import Session, WindowEnd, open_session
 
 AMPLE_BYTES = 1 << 36

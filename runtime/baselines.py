@@ -20,7 +20,7 @@ from torch import nn
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Plan
-from meft.runtime.adapter import add_to, ffn_modules
+from meft.runtime.adapter.adapter import add_to, ffn_modules
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import TransferEngine

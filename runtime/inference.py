@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.adapter import add_to, ffn_modules
+from meft.runtime.adapter.adapter import add_to, ffn_modules
 from meft.runtime.session import Session
 
 

@@ -20,6 +20,7 @@ from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
 from meft.planner.timing.chrome import chrome_trace
 from meft.runtime import model_loading, preflight
+from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.checkpoint import latest_checkpoint, save_adapter
 from meft.runtime.data.embedded import SMOLLM2_PROFILE, smollm2_folder
 from meft.runtime.data.examples import Dataset, load_dataset, pad_token_id
@@ -31,7 +32,6 @@ from meft.runtime.device.timeline import LaneClock
 from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
 from meft.runtime.host import kernels
 from meft.runtime.host.optimizer import AdamWSettings
-from meft.runtime.initialise import KeyInit
 from meft.runtime.rehearse import rehearse
 from meft.runtime.reporting import build_report
 from meft.runtime.session import Session, open_session

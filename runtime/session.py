@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from meft.planner.records.plan import Decision, Plan
-from meft.runtime.adapter import AttachedAdapter, attach
+from meft.runtime.adapter.adapter import AttachedAdapter, attach
+from meft.runtime.adapter.initialise import KeyInit, keys_from_ffn
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import Copy, TransferEngine
@@ -22,7 +23,6 @@ from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
 from meft.runtime.host.router import Router, TopKRouter
 from meft.runtime.host.store import HostStore
-from meft.runtime.initialise import KeyInit, keys_from_ffn
 
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -270,7 +270,7 @@ def open_session(
     ``router`` and ``cache`` replace the plan's own (a rehearsal passes some that need no data). ``compiled=False`` does
     the host's work with the readable code. ``schedule`` says who does what when, by default one thing after the other;
     the session's :meth:`~Session.close` closes it. ``clock`` is told of every task. ``key_init`` says where keys begin:
-    see :mod:`meft.runtime.initialise`.
+    see :mod:`meft.runtime.adapter.initialise`.
     """
     decision, shape = plan.decision, plan.request.model
     settings = settings or AdamWSettings()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from meft.planner.records.plan import Decision
-from meft.runtime.adapter import AttachedAdapter, attach
+from meft.runtime.adapter.adapter import AttachedAdapter, attach
 from meft.runtime.device.device import CudaDevice, EmulatedDevice
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.exchange.exchange import RowExchange

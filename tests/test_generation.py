@@ -11,6 +11,7 @@ from sessions import EXPERTS, open_small, random_examples, small_plan, small_tra
 from transformers import LlamaForCausalLM
 
 from meft.planner.base.errors import UsageError
+from meft.runtime.adapter.oracle import DenseAdapter
 from meft.runtime.adapter_model import AdapterModel
 from meft.runtime.checkpoint import save_adapter
 from meft.runtime.data.examples import Completion, tokenize_record
@@ -25,7 +26,6 @@ from meft.runtime.generation import (
 )
 from meft.runtime.host.router import TopKRouter
 from meft.runtime.inference import LayerRows, serving
-from meft.runtime.oracle import DenseAdapter
 
 PROMPTS = ["The queen said", "Alice", "the White Rabbit looked at the"]
 

@@ -9,9 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from meft.planner.base.errors import UsageError
+from meft.runtime.adapter.initialise import ffn_rows
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.expert_load import expert_load
-from meft.runtime.initialise import ffn_rows
 from meft.runtime.model_loading import load_frozen_model
 from meft.runtime.session import open_session
 

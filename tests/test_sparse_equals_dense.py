@@ -7,8 +7,8 @@ import torch
 from sparse_setup import Tower, decision, run_step, sparse_setup
 from torch import nn
 
+from meft.runtime.adapter.oracle import DenseAdapter
 from meft.runtime.host.optimizer import AdamWSettings, update_touched_rows
-from meft.runtime.oracle import DenseAdapter
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 CHOICES = [
