@@ -50,17 +50,17 @@ from meft.planner.records.plan import Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.search.infeasible import Infeasible
 from meft.planner.search.search import make_plan
-from meft.runtime.baselines import STATES, TRAINED, BaselineSession, open_baseline
 from meft.runtime.data.embedded import smollm2_folder
 from meft.runtime.data.examples import Batch, Completion, Example, Text, pad_token_id, tokenize_record
 from meft.runtime.data.task_sources import factbook_prose, load_task
 from meft.runtime.data.tasks import Item, Task
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.evaluation import Evaluator, mean_loss, session_loss
-from meft.runtime.expert_load import expert_load
 from meft.runtime.generation import GenerationOptions, ModelGenerator, SessionGenerator
-from meft.runtime.model_loading import load_frozen_model, load_tokenizer
-from meft.runtime.session import Session, StepResult, WindowEnd, open_session
+from meft.runtime.session.baselines import STATES, TRAINED, BaselineSession, open_baseline
+from meft.runtime.session.expert_load import expert_load
+from meft.runtime.session.model_loading import load_frozen_model, load_tokenizer
+from meft.runtime.session.session import Session, StepResult, WindowEnd, open_session
 from meft.runtime.training import Progress, Trainer, TrainingOptions
 
 METHODS = ("none", "meft", "parallel", "offload", "narrow", "lora", "lora-16", "full")

@@ -35,7 +35,7 @@ from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.host.kernels import warm_up
-from meft.runtime.session import Session, WindowEnd, open_session
+from meft.runtime.session.session import Session, WindowEnd, open_session
 
 AMPLE_BYTES = 1 << 36
 LEARNING_RATE = 1e-3

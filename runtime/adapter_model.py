@@ -33,14 +33,14 @@ from torch.nn.modules.module import _IncompatibleKeys
 from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.models.architecture import shape_from_config
 from meft.planner.records.plan import Plan
-from meft.runtime import checkpoint
 from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.inference import LayerRows, attach_rows, serving
 from meft.runtime.row_optimizer import RowOptimizer
-from meft.runtime.session import Session, open_session
+from meft.runtime.session import checkpoint
+from meft.runtime.session.session import Session, open_session
 
 DeviceName = Literal["auto", "cuda", "emulated"]
 

@@ -76,7 +76,7 @@ def evaluate_command(
     """
     from meft.runtime.evaluation import EvaluationOptions, make_evaluator
     from meft.runtime.generation import ModelGenerator
-    from meft.runtime.model_loading import load_tokenizer
+    from meft.runtime.session.model_loading import load_tokenizer
 
     show, seed = given.pop("show"), given.pop("seed")
     folder = _base_folder(model)
@@ -108,7 +108,7 @@ def generate_command(
 ) -> None:
     """Continue PROMPT greedily; without it, each line of standard input is a prompt and each answer one line."""
     from meft.runtime.generation import GenerationOptions, ModelGenerator, answers
-    from meft.runtime.model_loading import load_tokenizer
+    from meft.runtime.session.model_loading import load_tokenizer
 
     prompts = [prompt] if prompt is not None else [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:

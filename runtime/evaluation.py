@@ -15,7 +15,7 @@ from meft.runtime.data.task_sources import load_task
 from meft.runtime.data.tasks import Task
 from meft.runtime.generation import GenerationOptions, Generator, SessionGenerator, answers
 from meft.runtime.inference import serving
-from meft.runtime.session import Session
+from meft.runtime.session.session import Session
 
 
 @dataclass(frozen=True)

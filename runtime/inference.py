@@ -22,7 +22,7 @@ from torch import nn
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.adapter.adapter import add_to, ffn_modules
-from meft.runtime.session import Session
+from meft.runtime.session.session import Session
 
 
 @dataclass(frozen=True)

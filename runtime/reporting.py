@@ -26,8 +26,8 @@ from meft.planner.records.report import (
 from meft.runtime.device.device import MemoryPeaks
 from meft.runtime.device.engine import Per
 from meft.runtime.device.nvml import MemoryReading, PcieReading
-from meft.runtime.expert_load import expert_load
-from meft.runtime.session import Session
+from meft.runtime.session.expert_load import expert_load
+from meft.runtime.session.session import Session
 from meft.runtime.training import Trainer, Worked, worked
 
 T = TypeVar("T", bound=str)

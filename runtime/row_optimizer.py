@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft.runtime.checkpoint import optimizer_tensors, restore_optimizer
-from meft.runtime.session import Session
+from meft.runtime.session.checkpoint import optimizer_tensors, restore_optimizer
+from meft.runtime.session.session import Session
 
 
 class RowOptimizer(torch.optim.Optimizer):

@@ -25,12 +25,12 @@ from meft.planner.records.profiles import Popularity, SparsityProfile
 from meft.planner.traffic.union_fit import FitError, UnionPoints, fit_error, fit_layers
 from meft.runtime import sparsity_probe as probe
 from meft.runtime.adapter.adapter import ffn_modules
-from meft.runtime.checkpoint import ADAPTER_WEIGHTS
 from meft.runtime.data.embedded import SMOLLM2_PROFILE, airport_questions, factbook_texts, smollm2_folder
 from meft.runtime.data.examples import load_dataset, parse_record, tokenize_record
 from meft.runtime.hardware import describe_machine
 from meft.runtime.measure import measurement
-from meft.runtime.model_loading import load_tokenizer
+from meft.runtime.session.checkpoint import ADAPTER_WEIGHTS
+from meft.runtime.session.model_loading import load_tokenizer
 
 FITTED_TOKENS, FITTED_TOP_KS, FITTED_WIDTHS = (64, 256, 1024, 2048), (8, 32, 128), (256, 1024, 4096)
 """The fit sees these, each with each; every other point judges it."""

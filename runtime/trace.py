@@ -19,7 +19,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
-from meft.runtime.model_loading import COMPUTE_DTYPES
+from meft.runtime.session.model_loading import COMPUTE_DTYPES
 from meft.runtime.trace_loading import build_model, load, prepare
 from meft.runtime.trace_losses import use_loss
 from meft.runtime.trace_meft import plan_of_setup, trace_meft

@@ -9,7 +9,7 @@ from torch import nn
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.setup import TrainingSetup
-from meft.runtime.model_loading import COMPUTE_DTYPES
+from meft.runtime.session.model_loading import COMPUTE_DTYPES
 from meft.runtime.trace_books import CudaBooks
 from meft.runtime.trace_flash import use_flash_attention
 from meft.runtime.trace_linear4bit import Linear4bit

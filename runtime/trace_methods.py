@@ -13,7 +13,7 @@ from torch import nn
 from meft.planner.base.errors import UsageError
 from meft.planner.records.setup import TrainingSetup
 from meft.runtime.adapter.adapter import ffn_modules
-from meft.runtime.session import ADAPTER_DTYPES
+from meft.runtime.session.session import ADAPTER_DTYPES
 from meft.runtime.trace_linear4bit import Linear4bit, LoraLinear4bit
 
 LORA_DROPOUT = 0.1

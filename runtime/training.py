@@ -19,11 +19,11 @@ import torch
 
 from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.records.plan import Lane
-from meft.runtime.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from meft.runtime.data.examples import Batch, Example, batch_indices, collate
 from meft.runtime.device.device import MemoryPeaks
 from meft.runtime.host.optimizer import scheduled_learning_rate
-from meft.runtime.session import Session, StepResult, WindowEnd
+from meft.runtime.session.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from meft.runtime.session.session import Session, StepResult, WindowEnd
 
 
 @dataclass(frozen=True)

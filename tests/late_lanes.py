@@ -14,8 +14,8 @@ from sessions import AMPLE_BYTES, EXPERTS, small_plan, small_trainer
 from meft.planner.records.plan import Plan
 from meft.runtime.device.device import CudaDevice, EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Schedule, Sequential
-from meft.runtime.model_loading import load_frozen_model
-from meft.runtime.session import Session, open_session
+from meft.runtime.session.model_loading import load_frozen_model
+from meft.runtime.session.session import Session, open_session
 from meft.runtime.training import Trainer
 
 STEPS = 50

@@ -13,8 +13,8 @@ from meft.planner.models.architecture import shape_from_config
 from meft.planner.records.plan import Plan
 from meft.runtime.data.examples import Example
 from meft.runtime.device.device import EmulatedDevice
-from meft.runtime.model_loading import load_frozen_model
-from meft.runtime.session import Session, open_session
+from meft.runtime.session.model_loading import load_frozen_model
+from meft.runtime.session.session import Session, open_session
 from meft.runtime.training import Trainer, TrainingOptions
 
 WIDE: dict[str, object] = {"adapter_width": 128, "top_k": 8, "active_rows_cap": 128}

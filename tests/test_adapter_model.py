@@ -14,10 +14,10 @@ from transformers import LlamaForCausalLM
 
 from meft.planner.base.errors import MeftError, UsageError
 from meft.runtime.adapter_model import AdapterModel
-from meft.runtime.checkpoint import AdapterConfig, adapter_tensors, base_digest, save_adapter
 from meft.runtime.data.examples import Example, batch_indices, collate
 from meft.runtime.device.lanes import WORKERS
 from meft.runtime.inference import serving
+from meft.runtime.session.checkpoint import AdapterConfig, adapter_tensors, base_digest, save_adapter
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 CHOICES = [

@@ -8,9 +8,9 @@ from sessions import open_small, small_plan, small_trainer
 from sparse_setup import AMPLE_BYTES
 
 from meft.planner.base.errors import DeviceOutOfMemory
-from meft.runtime.baselines import STATES, TRAINED, open_baseline
 from meft.runtime.device.device import EmulatedDevice
-from meft.runtime.model_loading import load_frozen_model
+from meft.runtime.session.baselines import STATES, TRAINED, open_baseline
+from meft.runtime.session.model_loading import load_frozen_model
 
 WIDTH, HIDDEN, LAYERS = 128, 128, 4
 DENSE_BYTES = 2 * WIDTH * HIDDEN * LAYERS * 4

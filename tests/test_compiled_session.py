@@ -7,8 +7,8 @@ import torch
 from sessions import AMPLE_BYTES, EXPERTS, small_plan, small_trainer
 
 from meft.runtime.device.device import EmulatedDevice
-from meft.runtime.model_loading import load_frozen_model
-from meft.runtime.session import open_session
+from meft.runtime.session.model_loading import load_frozen_model
+from meft.runtime.session.session import open_session
 
 
 @pytest.mark.parametrize("routing", [{}, EXPERTS], ids=["exact", "experts"])

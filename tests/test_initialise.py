@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from meft.planner.base.errors import UsageError
 from meft.runtime.adapter.initialise import ffn_rows
 from meft.runtime.device.device import EmulatedDevice
-from meft.runtime.expert_load import expert_load
-from meft.runtime.model_loading import load_frozen_model
-from meft.runtime.session import open_session
+from meft.runtime.session.expert_load import expert_load
+from meft.runtime.session.model_loading import load_frozen_model
+from meft.runtime.session.session import open_session
 
 
 @pytest.mark.parametrize("width", [128, 512])

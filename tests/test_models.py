@@ -14,7 +14,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.models.architecture import shape_from_config
 from meft.runtime.adapter.adapter import ffn_modules
 from meft.runtime.device.device import EmulatedDevice
-from meft.runtime.session import open_session
+from meft.runtime.session.session import open_session
 
 COMMON = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 GATED = {**COMMON, "intermediate_size": 64, "num_key_value_heads": 2}

@@ -7,7 +7,7 @@ import torch
 from sessions import EXPERTS, open_small, small_plan, small_trainer
 
 from meft.planner.base.errors import DeviceOutOfMemory, MeftError, UsageError
-from meft.runtime.checkpoint import (
+from meft.runtime.session.checkpoint import (
     TRAINING_STATE,
     latest_checkpoint,
     list_checkpoints,
@@ -96,7 +96,7 @@ def test_a_run_killed_while_saving_leaves_the_last_checkpoint(glass_folder, tmp_
 
     def on_step(progress) -> None:
         if progress.step == 2:
-            monkeypatch.setattr("meft.runtime.checkpoint._save_tensors", killed_at_the_second)
+            monkeypatch.setattr("meft.runtime.session.checkpoint._save_tensors", killed_at_the_second)
 
     trainer.on_step = on_step
     with pytest.raises(KeyboardInterrupt):

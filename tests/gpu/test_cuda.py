@@ -15,8 +15,8 @@ from meft.runtime.data.examples import collate
 from meft.runtime.device.device import CudaDevice
 from meft.runtime.device.engine import COPY_DONE, TransferEngine
 from meft.runtime.device.nvml import OWN_PROCESS, NvmlReader
-from meft.runtime.model_loading import load_frozen_model
-from meft.runtime.session import open_session
+from meft.runtime.session.model_loading import load_frozen_model
+from meft.runtime.session.session import open_session
 
 MIB, GIB = 1 << 20, 1 << 30
 LONG_CYCLES = 1_000_000_000

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from meft.planner.records.report import ExpertLoad
-from meft.runtime.session import Session
+from meft.runtime.session.session import Session
 
 
 def expert_load(session: Session) -> tuple[ExpertLoad, ...]:

@@ -1,8 +1,8 @@
 """What people use instead, in the same loop and books: LoRA, a dense parallel adapter, full fine-tuning, nothing.
 
-A :class:`BaselineSession` stands where a :class:`~meft.runtime.session.Session` stands: the trainer drives it, the
-device's books count it, the same evaluation asks it. Its trained parameters, gradients and Adam states are all on the
-device. (The dense adapter that is offloaded whole is the runtime's own with ``top_k`` at the adapter width.)
+A :class:`BaselineSession` stands where a :class:`~meft.runtime.session.session.Session` stands: the trainer drives it,
+the device's books count it, the same evaluation asks it. Its trained parameters, gradients and Adam states are all on
+the device. (The dense adapter that is offloaded whole is the runtime's own with ``top_k`` at the adapter width.)
 
 Letters: ``R`` adapter rows, ``D`` hidden size.
 """
@@ -28,7 +28,7 @@ from meft.runtime.device.lanes import Sequential
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.exchange.exchange import StepCounters
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
-from meft.runtime.session import OptimizerResult, StepResult, WindowEnd
+from meft.runtime.session.session import OptimizerResult, StepResult, WindowEnd
 
 Baseline = Literal["none", "lora", "parallel-adapter", "full"]
 TRAINED = "trained_weights"

@@ -31,7 +31,7 @@ from meft.planner.base.files import fsync_folder
 from meft.planner.base.schema import Count, File, Index
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Routing
-from meft.runtime.session import Session
+from meft.runtime.session.session import Session
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
