@@ -17,7 +17,7 @@ each as large as the budget lets it be. ``--active-rows-cap`` gives meft smaller
 all a smaller budget. ``lora-16`` is LoRA of the usual rank 16, whatever that needs.
 
 Each method trains at every learning rate of its grid with the first seed, then at the best one with the other seeds.
-Evaluation is :mod:`meft.runtime.evaluation`'s: greedy answers to the trained questions (that is what injecting
+Evaluation is :mod:`meft.runtime.use.evaluation`'s: greedy answers to the trained questions (that is what injecting
 knowledge means), and forgetting: loss per token on factbook prose, and the capitals that the model still knows; for
 meft also where a token meets fewer rows than all. Prompts are statements to complete ("Airport JFK is in"): the
 question with the chat template would take five times the tokens, and of capitals asked for as a question this model
@@ -55,13 +55,13 @@ from meft.runtime.data.examples import Batch, Completion, Example, Text, pad_tok
 from meft.runtime.data.task_sources import factbook_prose, load_task
 from meft.runtime.data.tasks import Item, Task
 from meft.runtime.device.device import EmulatedDevice
-from meft.runtime.evaluation import Evaluator, mean_loss, session_loss
-from meft.runtime.generation import GenerationOptions, ModelGenerator, SessionGenerator
 from meft.runtime.session.baselines import STATES, TRAINED, BaselineSession, open_baseline
 from meft.runtime.session.expert_load import expert_load
 from meft.runtime.session.model_loading import load_frozen_model, load_tokenizer
 from meft.runtime.session.session import Session, StepResult, WindowEnd, open_session
 from meft.runtime.training import Progress, Trainer, TrainingOptions
+from meft.runtime.use.evaluation import Evaluator, mean_loss, session_loss
+from meft.runtime.use.generation import GenerationOptions, ModelGenerator, SessionGenerator
 
 METHODS = ("none", "meft", "parallel", "offload", "narrow", "lora", "lora-16", "full")
 LEARNING_RATES = {

@@ -23,8 +23,8 @@ from meft.runtime.cli_use import evaluate_command, evaluation_options, generate_
 from meft.runtime.data.metrics import evaluation_line
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
-    from meft.runtime.evaluation import EvaluationOptions
     from meft.runtime.runner import Display, RunOptions
+    from meft.runtime.use.evaluation import EvaluationOptions
 
 DEFAULT_COMMAND = "train"
 EXIT_INTERRUPTED = 130
@@ -257,7 +257,7 @@ def _options(given: dict[str, Any]) -> RunOptions:
 
 def _evaluation(given: dict[str, Any]) -> EvaluationOptions | None:
     """Take the options of an evaluation out; None without --eval, where they would mean nothing."""
-    from meft.runtime.evaluation import EvaluationOptions
+    from meft.runtime.use.evaluation import EvaluationOptions
 
     task, every = given.pop("eval_task"), given.pop("eval_every")
     names = ("metric", "limit", "batch_size", "max_new_tokens", "rows_per_token")

@@ -74,9 +74,9 @@ def evaluate_command(
     TASK is a file (prompt/completion lines, NQ-open, simplified Natural Questions, SQuAD, ToolBench, GSM8K or
     MetaMathQA) or a name: airports, factbook, capitals, elements, bfcl, gsm-symbolic.
     """
-    from meft.runtime.evaluation import EvaluationOptions, make_evaluator
-    from meft.runtime.generation import ModelGenerator
     from meft.runtime.session.model_loading import load_tokenizer
+    from meft.runtime.use.evaluation import EvaluationOptions, make_evaluator
+    from meft.runtime.use.generation import ModelGenerator
 
     show, seed = given.pop("show"), given.pop("seed")
     folder = _base_folder(model)
@@ -107,8 +107,8 @@ def generate_command(
     rows_per_token: int | None,
 ) -> None:
     """Continue PROMPT greedily; without it, each line of standard input is a prompt and each answer one line."""
-    from meft.runtime.generation import GenerationOptions, ModelGenerator, answers
     from meft.runtime.session.model_loading import load_tokenizer
+    from meft.runtime.use.generation import GenerationOptions, ModelGenerator, answers
 
     prompts = [prompt] if prompt is not None else [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
@@ -152,7 +152,7 @@ def _model(folder: Path, adapter: Path | None, device: str | None, rows_per_toke
     """The base model on its device, with the adapter beside it if there is one."""
     import torch
 
-    from meft.runtime.adapter_model import AdapterModel, load_base
+    from meft.runtime.use.adapter_model import AdapterModel, load_base
 
     if adapter is None and rows_per_token is not None:
         raise UsageError(f"--rows-per-token {rows_per_token}: there is no adapter; say which with --adapter")

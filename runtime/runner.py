@@ -28,7 +28,6 @@ from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.device.nvml import MemoryReading, NvmlReader, NvmlUnavailable, PcieReading
 from meft.runtime.device.timeline import LaneClock
-from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
 from meft.runtime.host import kernels
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.rehearse import rehearse
@@ -37,6 +36,7 @@ from meft.runtime.session import model_loading
 from meft.runtime.session.checkpoint import latest_checkpoint, save_adapter
 from meft.runtime.session.session import Session, open_session
 from meft.runtime.training import Progress, Trainer, TrainingOptions
+from meft.runtime.use.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
 
 DeviceKind = Literal["cuda", "emulated"]
 

@@ -13,11 +13,11 @@ from sessions import EXPERTS, open_small, random_examples, small_plan, small_tra
 from transformers import LlamaForCausalLM
 
 from meft.planner.base.errors import MeftError, UsageError
-from meft.runtime.adapter_model import AdapterModel
 from meft.runtime.data.examples import Example, batch_indices, collate
 from meft.runtime.device.lanes import WORKERS
-from meft.runtime.inference import serving
 from meft.runtime.session.checkpoint import AdapterConfig, adapter_tensors, base_digest, save_adapter
+from meft.runtime.use.adapter_model import AdapterModel
+from meft.runtime.use.inference import serving
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 CHOICES = [

@@ -12,10 +12,10 @@ from sessions import AMPLE_BYTES, EXPERTS, small_plan, small_trainer
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.device.timeline import LaneClock
-from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
-from meft.runtime.inference import serving
 from meft.runtime.session.model_loading import load_frozen_model
 from meft.runtime.session.session import open_session
+from meft.runtime.use.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
+from meft.runtime.use.inference import serving
 
 STEPS = 8
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

@@ -12,10 +12,12 @@ from transformers import LlamaForCausalLM
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.adapter.oracle import DenseAdapter
-from meft.runtime.adapter_model import AdapterModel
 from meft.runtime.data.examples import Completion, tokenize_record
-from meft.runtime.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator, mean_loss, session_loss
-from meft.runtime.generation import (
+from meft.runtime.host.router import TopKRouter
+from meft.runtime.session.checkpoint import save_adapter
+from meft.runtime.use.adapter_model import AdapterModel
+from meft.runtime.use.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator, mean_loss, session_loss
+from meft.runtime.use.generation import (
     GenerationOptions,
     ModelGenerator,
     SessionGenerator,
@@ -23,9 +25,7 @@ from meft.runtime.generation import (
     left_padded,
     prompt_ids,
 )
-from meft.runtime.host.router import TopKRouter
-from meft.runtime.inference import LayerRows, serving
-from meft.runtime.session.checkpoint import save_adapter
+from meft.runtime.use.inference import LayerRows, serving
 
 PROMPTS = ["The queen said", "Alice", "the White Rabbit looked at the"]
 

@@ -9,9 +9,9 @@ from sessions import EXPERTS, random_examples, small_plan
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.adapter_model import AdapterModel
 from meft.runtime.data.examples import collate
-from meft.runtime.hf_trainer import trainer_arguments
+from meft.runtime.use.adapter_model import AdapterModel
+from meft.runtime.use.hf_trainer import trainer_arguments
 
 CHOICES = [{}, {"prefetch_depth": 1, **EXPERTS}]
 

@@ -21,7 +21,6 @@ from meft.planner.predict.prediction import predict
 from meft.planner.simulation.stream import stream_peaks
 from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
 from meft.planner.traffic.transfer import expected_step_bytes, hot_keys_of, step_transfer
-from meft.runtime.adapter_model import AdapterModel, load_base
 from meft.runtime.data.examples import collate
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
@@ -33,6 +32,7 @@ from meft.runtime.rehearse import rehearse
 from meft.runtime.reporting import build_report, host_memory
 from meft.runtime.trace import trace_plan
 from meft.runtime.trace_books import CudaBooks
+from meft.runtime.use.adapter_model import AdapterModel, load_base
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 """In fp64. Not bit-equal to rows on the host: hot rows stand last in a layer's matrix of active rows, and so sums over

@@ -20,8 +20,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.adapter_model import AdapterModel
-from meft.runtime.row_optimizer import RowOptimizer
+from meft.runtime.use.adapter_model import AdapterModel
+from meft.runtime.use.row_optimizer import RowOptimizer
 
 
 def trainer_arguments(model: AdapterModel, args: TrainingArguments) -> dict[str, Any]:

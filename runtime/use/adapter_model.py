@@ -10,7 +10,7 @@
     base = model.detach()                                                  # the base as it was
 
 In training mode with gradients on, a forward fetches the rows that its batch activates, as in ``meft-run``; otherwise
-it is inference (see :mod:`meft.runtime.inference`). Gradients accumulate over backwards until the optimizer steps.
+it is inference (see :mod:`meft.runtime.use.inference`). Gradients accumulate over backwards until the optimizer steps.
 
 ``meft-run``'s own loop also runs inside the device's books; a loop of one's own does not, so on the emulated device its
 activations are neither counted nor limited.
@@ -37,10 +37,10 @@ from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.host.optimizer import AdamWSettings
-from meft.runtime.inference import LayerRows, attach_rows, serving
-from meft.runtime.row_optimizer import RowOptimizer
 from meft.runtime.session import checkpoint
 from meft.runtime.session.session import Session, open_session
+from meft.runtime.use.inference import LayerRows, attach_rows, serving
+from meft.runtime.use.row_optimizer import RowOptimizer
 
 DeviceName = Literal["auto", "cuda", "emulated"]
 
@@ -74,7 +74,7 @@ class AdapterModel(nn.Module):
     ) -> AdapterModel:
         """A trained adapter beside its base model, a loaded one or a folder: for inference.
 
-        Each token meets its best ``rows_per_token`` rows, or all (:mod:`meft.runtime.inference`).
+        Each token meets its best ``rows_per_token`` rows, or all (:mod:`meft.runtime.use.inference`).
 
         Raises:
             UsageError: the folder holds no adapter, or the base is another model than it was trained beside.

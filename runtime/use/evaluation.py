@@ -13,9 +13,9 @@ from meft.runtime.data.examples import Batch, Example, collate
 from meft.runtime.data.metrics import Metric, scores
 from meft.runtime.data.task_sources import load_task
 from meft.runtime.data.tasks import Task
-from meft.runtime.generation import GenerationOptions, Generator, SessionGenerator, answers
-from meft.runtime.inference import serving
 from meft.runtime.session.session import Session
+from meft.runtime.use.generation import GenerationOptions, Generator, SessionGenerator, answers
+from meft.runtime.use.inference import serving
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import nn
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.data.examples import pad_token_id
-from meft.runtime.inference import serving
 from meft.runtime.session.session import Session
+from meft.runtime.use.inference import serving
 
 
 @dataclass(frozen=True)
