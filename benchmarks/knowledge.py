@@ -59,7 +59,7 @@ from meft.runtime.session.baselines import STATES, TRAINED, BaselineSession, ope
 from meft.runtime.session.expert_load import expert_load
 from meft.runtime.session.model_loading import load_frozen_model, load_tokenizer
 from meft.runtime.session.session import Session, StepResult, WindowEnd, open_session
-from meft.runtime.training import Progress, Trainer, TrainingOptions
+from meft.runtime.training.training import Progress, Trainer, TrainingOptions
 from meft.runtime.use.evaluation import Evaluator, mean_loss, session_loss
 from meft.runtime.use.generation import GenerationOptions, ModelGenerator, SessionGenerator
 

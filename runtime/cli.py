@@ -23,7 +23,7 @@ from meft.runtime.cli_use import evaluate_command, evaluation_options, generate_
 from meft.runtime.data.metrics import evaluation_line
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
-    from meft.runtime.runner import Display, RunOptions
+    from meft.runtime.training.runner import Display, RunOptions
     from meft.runtime.use.evaluation import EvaluationOptions
 
 DEFAULT_COMMAND = "train"
@@ -124,7 +124,7 @@ def train_command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> No
     """
     loaded = Plan.load(plan)
     options = _options(given)
-    from meft.runtime.runner import run_rehearsal, run_training
+    from meft.runtime.training.runner import run_rehearsal, run_training
 
     with _display(options.training.steps) as display:
         report = (run_rehearsal if rehearse else run_training)(loaded, options, display)
@@ -234,8 +234,8 @@ def _shown(row: Comparison, value: float) -> str:
 
 def _options(given: dict[str, Any]) -> RunOptions:
     from meft.runtime.host.optimizer import AdamWSettings
-    from meft.runtime.runner import RunOptions
-    from meft.runtime.training import TrainingOptions
+    from meft.runtime.training.runner import RunOptions
+    from meft.runtime.training.training import TrainingOptions
 
     gpu_mem, evaluation = given.pop("gpu_mem"), _evaluation(given)
     training = TrainingOptions(
@@ -276,8 +276,8 @@ def _display(total_steps: int) -> Iterator[Display]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from meft.runtime.runner import Display
-    from meft.runtime.training import Progress as Step
+    from meft.runtime.training.runner import Display
+    from meft.runtime.training.training import Progress as Step
 
     console = Console(stderr=True, highlight=False)
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft.runtime.rehearse import unpacked_sequences
 from meft.runtime.trace_autocast import cuda_lists
 from meft.runtime.trace_books import CudaBooks
 from meft.runtime.trace_flash import flash_attention_package
 from meft.runtime.trace_functions import cuda_functions
 from meft.runtime.trace_scopes import Scopes, decoder_layers, first_tensor
+from meft.runtime.training.rehearse import unpacked_sequences
 
 STEPS = 2
 """In the first step the optimizer has no state yet."""

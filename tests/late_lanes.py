@@ -16,7 +16,7 @@ from meft.runtime.device.device import CudaDevice, EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Schedule, Sequential
 from meft.runtime.session.model_loading import load_frozen_model
 from meft.runtime.session.session import Session, open_session
-from meft.runtime.training import Trainer
+from meft.runtime.training.training import Trainer
 
 STEPS = 50
 LONGEST_DELAY_SECONDS = 4e-4

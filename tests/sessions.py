@@ -15,7 +15,7 @@ from meft.runtime.data.examples import Example
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.session.model_loading import load_frozen_model
 from meft.runtime.session.session import Session, open_session
-from meft.runtime.training import Trainer, TrainingOptions
+from meft.runtime.training.training import Trainer, TrainingOptions
 
 WIDE: dict[str, object] = {"adapter_width": 128, "top_k": 8, "active_rows_cap": 128}
 EXPERTS: dict[str, object] = {"routing": "key-experts", "num_experts": 16, "num_probes": 4}

@@ -149,7 +149,7 @@ def own_loop(model, optimizer, plan, *, first: int, last: int) -> list[float]:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_an_own_loop_equals_meft_runs(glass_folder, glass_model, choice, monkeypatch) -> None:
-    monkeypatch.setattr("meft.runtime.training.scheduled_learning_rate", lambda *_, peak, **__: peak)
+    monkeypatch.setattr("meft.runtime.training.training.scheduled_learning_rate", lambda *_, peak, **__: peak)
     plan = small_plan(glass_folder, choice=choice, grad_accum=2)
     trainer = small_trainer(open_small(glass_folder, plan), steps=4)
     trainer.examples = whole_examples(plan)

@@ -7,7 +7,7 @@ from plan_samples import sample_plan, sample_profiles, sample_report
 
 from meft.planner.check.audit import audit
 from meft.planner.records.report import ActiveRows
-from meft.runtime.reporting import active_rows
+from meft.runtime.training.reporting import active_rows
 
 
 def test_the_distribution_by_hand() -> None:

@@ -28,10 +28,10 @@ from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.exchange.hot_tables import HotTables
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale, update_layer
 from meft.runtime.host.store import HostStore, LayerTables
-from meft.runtime.rehearse import rehearse
-from meft.runtime.reporting import build_report, host_memory
 from meft.runtime.trace import trace_plan
 from meft.runtime.trace_books import CudaBooks
+from meft.runtime.training.rehearse import rehearse
+from meft.runtime.training.reporting import build_report, host_memory
 from meft.runtime.use.adapter_model import AdapterModel, load_base
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}

@@ -14,10 +14,10 @@ from sparse_setup import decision
 
 from meft.planner.base.errors import EXIT_MACHINE, MachineError
 from meft.planner.records.plan import Plan
-from meft.runtime import runner
 from meft.runtime.host.optimizer import AdamWSettings
-from meft.runtime.preflight import Machine, check
-from meft.runtime.training import TrainingOptions
+from meft.runtime.training import runner
+from meft.runtime.training.preflight import Machine, check
+from meft.runtime.training.training import TrainingOptions
 
 GIB = 1 << 30
 LAPTOP = Machine(available_host_bytes=8 * GIB, cuda_total_bytes=None, supports_bf16=True, packages=frozenset())

@@ -18,10 +18,10 @@ from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import load_gpu
 from meft.planner.records.report import Report
 from meft.runtime.device.device import EmulatedDevice
-from meft.runtime.rehearse import rehearse
 from meft.runtime.session.model_loading import load_frozen_model
 from meft.runtime.session.session import open_session
-from meft.runtime.training import Trainer, TrainingOptions
+from meft.runtime.training.rehearse import rehearse
+from meft.runtime.training.training import Trainer, TrainingOptions
 
 BIN = Path(sys.executable).parent
 DECISIONS = [

@@ -21,10 +21,10 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from trace_setups import config_of, setup_of  # noqa: E402
 
 from meft.planner.records.setup import TrainingSetup  # noqa: E402
-from meft.runtime.rehearse import unpacked_sequences  # noqa: E402
 from meft.runtime.trace import trace_training  # noqa: E402
 from meft.runtime.trace_books import CudaBooks  # noqa: E402
 from meft.runtime.trace_methods import attach_method  # noqa: E402
+from meft.runtime.training.rehearse import unpacked_sequences  # noqa: E402
 
 SCALAR_BYTES = 8
 """Losses, seeds of gradients and counts of steps: some of them live on the host in a CUDA run."""

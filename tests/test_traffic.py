@@ -15,8 +15,8 @@ from meft.planner.predict.prediction import predict
 from meft.planner.records.plan import Plan
 from meft.planner.traffic.transfer import NORM_BYTES, expected_step_bytes, step_transfer, window_gradient_bytes
 from meft.runtime.device.nvml import PcieReading
-from meft.runtime.reporting import host_memory, transfer
-from meft.runtime.training import Measurements
+from meft.runtime.training.reporting import host_memory, transfer
+from meft.runtime.training.training import Measurements
 
 CHOICES = [
     pytest.param(

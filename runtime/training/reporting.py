@@ -28,7 +28,7 @@ from meft.runtime.device.engine import Per
 from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.session.expert_load import expert_load
 from meft.runtime.session.session import Session
-from meft.runtime.training import Trainer, Worked, worked
+from meft.runtime.training.training import Trainer, Worked, worked
 
 T = TypeVar("T", bound=str)
 _DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")

@@ -21,9 +21,9 @@ from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.exchange.row_cache import PlannedCache
 from meft.runtime.host.router import PlannedRouter
-from meft.runtime.reporting import active_rows, assemble, device_memory, host_memory, transfer
 from meft.runtime.session.model_loading import model_from_config
 from meft.runtime.session.session import Session, open_session
+from meft.runtime.training.reporting import active_rows, assemble, device_memory, host_memory, transfer
 
 _NO_NVML = "a rehearsal: no GPU was used"
 

@@ -19,7 +19,6 @@ from meft.planner.models.catalogue import load_model
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
 from meft.planner.timing.chrome import chrome_trace
-from meft.runtime import preflight
 from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.data.embedded import SMOLLM2_PROFILE, smollm2_folder
 from meft.runtime.data.examples import Dataset, load_dataset, pad_token_id
@@ -30,12 +29,13 @@ from meft.runtime.device.nvml import MemoryReading, NvmlReader, NvmlUnavailable,
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.host import kernels
 from meft.runtime.host.optimizer import AdamWSettings
-from meft.runtime.rehearse import rehearse
-from meft.runtime.reporting import build_report
 from meft.runtime.session import model_loading
 from meft.runtime.session.checkpoint import latest_checkpoint, save_adapter
 from meft.runtime.session.session import Session, open_session
-from meft.runtime.training import Progress, Trainer, TrainingOptions
+from meft.runtime.training import preflight
+from meft.runtime.training.rehearse import rehearse
+from meft.runtime.training.reporting import build_report
+from meft.runtime.training.training import Progress, Trainer, TrainingOptions
 from meft.runtime.use.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
 
 DeviceKind = Literal["cuda", "emulated"]
