@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from meft.planner.check.calibrate import ErrorRow, Run
     from meft.planner.predict.prediction import ProfileSet
     from meft.planner.records.profile_file import ProfileFile
-    from meft.runtime.hardware import Tell
+    from meft.runtime.profiling.hardware import Tell
 
 PROGRAM = "meft-profile"
 WIDTH_WITHOUT_TERMINAL = 160
@@ -46,7 +46,7 @@ def hardware(output: Path) -> None:
 
     Plan with `meft-plan --gpu FILE`. Without a GPU the emulated device is measured.
     """
-    from meft.runtime.hardware import measure_hardware
+    from meft.runtime.profiling.hardware import measure_hardware
 
     with _progress() as tell:
         measured = measure_hardware(tell, meft_version=version("meft"))
@@ -81,7 +81,7 @@ def sparsity(output: Path, **given: Any) -> None:
 
     Plan with `meft-plan --sparsity FILE`.
     """
-    from meft.runtime.sparsity_profile import SparsityRequest, measure_sparsity
+    from meft.runtime.profiling.sparsity_profile import SparsityRequest, measure_sparsity
 
     with _progress() as tell:
         measured, error = measure_sparsity(SparsityRequest(**given), tell, meft_version=version("meft"))
@@ -152,7 +152,7 @@ def _profiles_of(plan: Plan) -> ProfileSet:
 
 def _calibrated_file(notes: tuple[str, ...], profiles: ProfileSet) -> ProfileFile:
     from meft.planner.records.profile_file import ProfileFile
-    from meft.runtime.hardware import describe_machine
+    from meft.runtime.profiling.hardware import describe_machine
 
     return ProfileFile(
         meft_version=version("meft"),

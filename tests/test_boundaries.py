@@ -47,9 +47,9 @@ ALLOCATOR_IS_USED_BY = {"meft.runtime.device.books", "meft.runtime.exchange.exch
 the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
 
 PROFILING_IS_USED_BY = {
-    "meft.runtime.device_rates": {"meft.planner.timing.layer_kernels"},
+    "meft.runtime.profiling.device_rates": {"meft.planner.timing.layer_kernels"},
     "meft.runtime.profile_cli": {"meft.planner.check.calibrate", "meft.planner.predict.prediction"},
-    "meft.runtime.sparsity_profile": {"meft.planner.traffic.union_fit"},
+    "meft.runtime.profiling.sparsity_profile": {"meft.planner.traffic.union_fit"},
 }
 """Measuring ends in a fit, calibrating in predictions, and launches are measured as they are counted: the commands of
 meft-profile call those models."""

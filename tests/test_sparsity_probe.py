@@ -14,9 +14,9 @@ from meft.planner.base.errors import UsageError
 from meft.planner.records.profile_catalogue import load_sparsity
 from meft.planner.records.profile_file import ProfileFile
 from meft.planner.traffic.sparsity import active_rows_per_layer
-from meft.runtime import sparsity_probe as probe
 from meft.runtime.profile_cli import command
-from meft.runtime.sparsity_profile import dealt
+from meft.runtime.profiling import sparsity_probe as probe
+from meft.runtime.profiling.sparsity_profile import dealt
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import torch
 
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link
 from meft.planner.records.profile_file import ProfileFile
-from meft.runtime import measure
 from meft.runtime.device.card import read_card
 from meft.runtime.device.nvml import OWN_PROCESS, NvmlReader, NvmlUnavailable, cuda_identity
-from meft.runtime.device_rates import link
-from meft.runtime.hardware import measure_hardware
-from meft.runtime.measure import sample
+from meft.runtime.profiling import measure
+from meft.runtime.profiling.device_rates import link
+from meft.runtime.profiling.hardware import measure_hardware
+from meft.runtime.profiling.measure import sample
 
 MIB, GIB = 1 << 20, 1 << 30
 

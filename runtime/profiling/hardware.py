@@ -18,11 +18,11 @@ import torch
 from meft.planner.base.units import format_bytes
 from meft.planner.records.profile_file import Machine, Measurement, ProfileFile
 from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, Sourced, SourcedRange
-from meft.runtime import device_rates, host_rates
 from meft.runtime.device import card as cards
 from meft.runtime.device.nvml import NvmlReader, NvmlUnavailable, cuda_identity
-from meft.runtime.device_rates import LinkMeasured
 from meft.runtime.host.kernels import HostKernels, warm_up
+from meft.runtime.profiling import device_rates, host_rates
+from meft.runtime.profiling.device_rates import LinkMeasured
 
 Tell = Callable[[str, int, int], None]
 """Progress: what is measured now, which stage it is, of how many."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 from meft.planner.records.profile_file import Measurement
 from meft.planner.timing.layer_kernels import LAYERS
 from meft.runtime.device.device import EmulatedDevice
-from meft.runtime.measure import CopyLine, Sample, fit_copies, measurement, sample
+from meft.runtime.profiling.measure import CopyLine, Sample, fit_copies, measurement, sample
 
 MIB = 1 << 20
 CUDA_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

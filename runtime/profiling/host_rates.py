@@ -16,7 +16,7 @@ from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.optimizer import AdamWSettings, update_layer
 from meft.runtime.host.router import TopKRouter
 from meft.runtime.host.store import HostStore
-from meft.runtime.measure import sample
+from meft.runtime.profiling.measure import sample
 
 MIB = 1 << 20
 COPY_BYTES = (MIB, 64 * MIB)
