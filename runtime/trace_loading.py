@@ -9,10 +9,10 @@ from torch import nn
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.setup import TrainingSetup
+from meft.runtime.fake.books import CudaBooks
+from meft.runtime.fake.flash import use_flash_attention
+from meft.runtime.fake.linear4bit import Linear4bit
 from meft.runtime.session.model_loading import COMPUTE_DTYPES
-from meft.runtime.trace_books import CudaBooks
-from meft.runtime.trace_flash import use_flash_attention
-from meft.runtime.trace_linear4bit import Linear4bit
 from meft.runtime.trace_scopes import decoder_layers
 
 QUANTIZED_DTYPE = torch.bfloat16

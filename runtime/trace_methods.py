@@ -13,8 +13,8 @@ from torch import nn
 from meft.planner.base.errors import UsageError
 from meft.planner.records.setup import TrainingSetup
 from meft.runtime.adapter.adapter import ffn_modules
+from meft.runtime.fake.linear4bit import Linear4bit, LoraLinear4bit
 from meft.runtime.session.session import ADAPTER_DTYPES
-from meft.runtime.trace_linear4bit import Linear4bit, LoraLinear4bit
 
 LORA_DROPOUT = 0.1
 """Any rate above 0 needs the same memory."""

@@ -26,10 +26,10 @@ from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.exchange.hot_tables import HotTables
+from meft.runtime.fake.books import CudaBooks
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale, update_layer
 from meft.runtime.host.store import HostStore, LayerTables
 from meft.runtime.trace import trace_plan
-from meft.runtime.trace_books import CudaBooks
 from meft.runtime.training.rehearse import rehearse
 from meft.runtime.training.reporting import build_report, host_memory
 from meft.runtime.use.adapter_model import AdapterModel, load_base

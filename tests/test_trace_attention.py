@@ -6,8 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from meft.runtime.trace_attention import FlashAttention, choose_kernel, scaled_dot_product_attention  # noqa: E402
-from meft.runtime.trace_books import CudaBooks  # noqa: E402
+from meft.runtime.fake.attention import FlashAttention, choose_kernel, scaled_dot_product_attention  # noqa: E402
+from meft.runtime.fake.books import CudaBooks  # noqa: E402
 
 B, S, H, G, D = 2, 40, 4, 2, 16
 """Batch, length (no multiple of 32, 64 or 128), heads, key-value heads, head size."""

@@ -18,10 +18,10 @@ from meft.planner.records.plan import Plan  # noqa: E402
 from meft.planner.simulation.stream import stream_peaks  # noqa: E402
 from meft.runtime.data.examples import collate  # noqa: E402
 from meft.runtime.device.device import EmulatedDevice  # noqa: E402
+from meft.runtime.fake.books import CudaBooks  # noqa: E402
 from meft.runtime.session.model_loading import load_frozen_model  # noqa: E402
 from meft.runtime.session.session import open_session  # noqa: E402
 from meft.runtime.trace import trace_plan  # noqa: E402
-from meft.runtime.trace_books import CudaBooks  # noqa: E402
 
 
 def with_rows(plan: Plan, rows: list[int]) -> Plan:

@@ -13,10 +13,10 @@ pytest.importorskip("peft")
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from meft.runtime.trace_autocast import autocast_dtype, cuda_lists  # noqa: E402
-from meft.runtime.trace_books import CudaBooks  # noqa: E402
-from meft.runtime.trace_functions import cuda_functions  # noqa: E402
-from meft.runtime.trace_linear4bit import Linear4bit, QuantizedWeight  # noqa: E402
+from meft.runtime.fake.autocast import autocast_dtype, cuda_lists  # noqa: E402
+from meft.runtime.fake.books import CudaBooks  # noqa: E402
+from meft.runtime.fake.functions import cuda_functions  # noqa: E402
+from meft.runtime.fake.linear4bit import Linear4bit, QuantizedWeight  # noqa: E402
 from meft.runtime.trace_losses import FusedCrossEntropy, FusedLinearCrossEntropy, chunk_tokens  # noqa: E402
 from meft.runtime.trace_optimizers import make_optimizer, state_tensors  # noqa: E402
 

@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from trace_setups import config_of, setup_of  # noqa: E402
 
 from meft.planner.records.setup import TrainingSetup  # noqa: E402
+from meft.runtime.fake.books import CudaBooks  # noqa: E402
 from meft.runtime.trace import trace_training  # noqa: E402
-from meft.runtime.trace_books import CudaBooks  # noqa: E402
 from meft.runtime.trace_methods import attach_method  # noqa: E402
 from meft.runtime.training.rehearse import unpacked_sequences  # noqa: E402
 

@@ -9,8 +9,8 @@ from unittest import mock
 import torch
 from torch.nn import functional as F
 
-from meft.runtime.trace_attention import scaled_dot_product_attention
-from meft.runtime.trace_autocast import autocast_dtype
+from meft.runtime.fake.attention import scaled_dot_product_attention
+from meft.runtime.fake.autocast import autocast_dtype
 
 aten = torch.ops.aten
 

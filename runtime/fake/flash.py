@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from meft.runtime.trace_attention import FlashAttention
+from meft.runtime.fake.attention import FlashAttention
 
 
 def use_flash_attention(model: nn.Module) -> None:

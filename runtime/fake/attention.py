@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
-from meft.runtime.trace_autocast import autocast_dtype, cast_to, without_autocast
+from meft.runtime.fake.autocast import autocast_dtype, cast_to, without_autocast
 
 Kernel = Literal["flash", "efficient", "math"]
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from meft.runtime.trace_books import made_as
+from meft.runtime.fake.books import made_as
 
 BLOCK = 64
 NESTED_BLOCK = 256

@@ -6,7 +6,7 @@ Three things differ below the level of operators:
   first. While a dispatch mode is active it never does (it cannot know the mode), so the books do it: they recognise
   the engine's own additions and count references as the engine would.
 - Workspaces. cuBLAS takes one per thread that multiplies: the program's, and autograd's own thread.
-- Temporaries inside one operator; see :mod:`meft.runtime.trace_kernels`.
+- Temporaries inside one operator; see :mod:`meft.runtime.fake.kernels`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from meft.runtime.device.books import DeviceBooks
 from meft.runtime.device.event_log import EventLog
-from meft.runtime.trace_kernels import GEMMS, Temporaries, fixed_output, passing_bytes
+from meft.runtime.fake.kernels import GEMMS, Temporaries, fixed_output, passing_bytes
 
 aten = torch.ops.aten
 _ENGINE = "_engine_run_backward"
@@ -135,7 +135,7 @@ def _engine_calls() -> bool:
 
 _MACHINERY = (
     "meft.runtime.device.books",
-    "meft.runtime.trace_books",
+    "meft.runtime.fake.books",
     "torch._compile",
     "torch._dynamo",
     "torch.utils._python",
