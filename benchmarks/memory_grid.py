@@ -5,7 +5,7 @@
 
 Twelve architectures at their real widths, cut to a few layers so that a trace takes a second or two; the layers repeat.
 Implementations that know nothing of each other are compared: :mod:`meft.planner.simulation.run` (for MEFT the closed
-form of :mod:`meft.planner.memory.device`), which imports no torch, and :mod:`meft.runtime.trace`, which runs
+form of :mod:`meft.planner.memory.device`), which imports no torch, and :mod:`meft.runtime.trace.run`, which runs
 transformers' own model under fake tensors.
 """
 
@@ -109,7 +109,7 @@ def short_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def compare(name: str, setup: TrainingSetup, config: dict[str, Any]) -> Result:
     """Simulate and trace one configuration, and replay both through the allocator."""
-    from meft.runtime.trace import trace_training
+    from meft.runtime.trace.run import trace_training
 
     started = time.perf_counter()
     traced = stream_peaks(trace_training(setup, config))
@@ -123,7 +123,7 @@ def predicted(setup: TrainingSetup) -> tuple[int, int]:
     if setup.method != "meft":
         peaks = stream_peaks(simulate(setup))
         return peaks.allocated_bytes, peaks.reserved_bytes
-    from meft.runtime.trace_meft import plan_of_setup
+    from meft.runtime.trace.meft import plan_of_setup
 
     plan = plan_of_setup(setup)
     rows = [setup.active_rows or 0] * setup.model.num_layers

@@ -29,7 +29,7 @@ from meft.runtime.exchange.hot_tables import HotTables
 from meft.runtime.fake.books import CudaBooks
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale, update_layer
 from meft.runtime.host.store import HostStore, LayerTables
-from meft.runtime.trace import trace_plan
+from meft.runtime.trace.run import trace_plan
 from meft.runtime.training.rehearse import rehearse
 from meft.runtime.training.reporting import build_report, host_memory
 from meft.runtime.use.adapter_model import AdapterModel, load_base

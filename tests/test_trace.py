@@ -19,7 +19,7 @@ from meft.planner.models.architecture import shape_from_config  # noqa: E402
 from meft.planner.models.catalogue import load_model  # noqa: E402
 from meft.planner.records.setup import TrainingSetup  # noqa: E402
 from meft.planner.simulation.stream import Stream, stream_peaks  # noqa: E402
-from meft.runtime.trace import peak_holders, trace_training  # noqa: E402
+from meft.runtime.trace.run import peak_holders, trace_training  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")  # PEFT gives no kind of checkpointing
 

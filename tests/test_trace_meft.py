@@ -21,7 +21,7 @@ from meft.runtime.device.device import EmulatedDevice  # noqa: E402
 from meft.runtime.fake.books import CudaBooks  # noqa: E402
 from meft.runtime.session.model_loading import load_frozen_model  # noqa: E402
 from meft.runtime.session.session import open_session  # noqa: E402
-from meft.runtime.trace import trace_plan  # noqa: E402
+from meft.runtime.trace.run import trace_plan  # noqa: E402
 
 
 def with_rows(plan: Plan, rows: list[int]) -> Plan:

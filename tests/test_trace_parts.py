@@ -17,8 +17,8 @@ from meft.runtime.fake.autocast import autocast_dtype, cuda_lists  # noqa: E402
 from meft.runtime.fake.books import CudaBooks  # noqa: E402
 from meft.runtime.fake.functions import cuda_functions  # noqa: E402
 from meft.runtime.fake.linear4bit import Linear4bit, QuantizedWeight  # noqa: E402
-from meft.runtime.trace_losses import FusedCrossEntropy, FusedLinearCrossEntropy, chunk_tokens  # noqa: E402
-from meft.runtime.trace_optimizers import make_optimizer, state_tensors  # noqa: E402
+from meft.runtime.trace.losses import FusedCrossEntropy, FusedLinearCrossEntropy, chunk_tokens  # noqa: E402
+from meft.runtime.trace.optimizers import make_optimizer, state_tensors  # noqa: E402
 
 BF16 = torch.bfloat16
 

@@ -35,7 +35,7 @@ def with_tracer(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
 def test_the_tracer_is_an_entry_point_of_the_installed_package() -> None:
     pytest.importorskip("torch")
     found = {each.name: each.value for each in verification.entry_points(group=verification.GROUP)}
-    assert found == {"plan": "meft.runtime.verify:verify_plan", "setup": "meft.runtime.verify:verify_setup"}
+    assert found == {"plan": "meft.runtime.trace.verify:verify_plan", "setup": "meft.runtime.trace.verify:verify_setup"}
 
 
 def test_without_torch_the_error_says_what_to_install(monkeypatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from meft.planner.models.architecture import shape_from_config
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream, StreamEvent
-from meft.runtime.trace import trace_training
+from meft.runtime.trace.run import trace_training
 
 _ROTARY = {
     "hidden_size": 64,

@@ -15,8 +15,8 @@ from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.session.session import Session
-from meft.runtime.trace_loading import build_model, load
-from meft.runtime.trace_stage import MICRO_BATCHES, STEPS, Stage, without_collection
+from meft.runtime.trace.loading import build_model, load
+from meft.runtime.trace.stage import MICRO_BATCHES, STEPS, Stage, without_collection
 from meft.runtime.training.rehearse import rehearsal_session, rehearse_optimizer_step, rehearse_step
 
 NO_LIMIT_BYTES = 1 << 62

@@ -14,7 +14,7 @@ from meft.runtime.fake.autocast import cuda_lists
 from meft.runtime.fake.books import CudaBooks
 from meft.runtime.fake.flash import flash_attention_package
 from meft.runtime.fake.functions import cuda_functions
-from meft.runtime.trace_scopes import Scopes, decoder_layers, first_tensor
+from meft.runtime.trace.scopes import Scopes, decoder_layers, first_tensor
 from meft.runtime.training.rehearse import unpacked_sequences
 
 STEPS = 2

@@ -13,7 +13,7 @@ from meft.runtime.fake.books import CudaBooks
 from meft.runtime.fake.flash import use_flash_attention
 from meft.runtime.fake.linear4bit import Linear4bit
 from meft.runtime.session.model_loading import COMPUTE_DTYPES
-from meft.runtime.trace_scopes import decoder_layers
+from meft.runtime.trace.scopes import decoder_layers
 
 QUANTIZED_DTYPE = torch.bfloat16
 """What 4-bit weights are written out to, and what is not quantized is loaded in."""

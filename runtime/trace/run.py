@@ -20,12 +20,12 @@ from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
 from meft.runtime.session.model_loading import COMPUTE_DTYPES
-from meft.runtime.trace_loading import build_model, load, prepare
-from meft.runtime.trace_losses import use_loss
-from meft.runtime.trace_meft import plan_of_setup, trace_meft
-from meft.runtime.trace_methods import attach_method
-from meft.runtime.trace_optimizers import keeps_steps_on_host, make_optimizer, state_tensors
-from meft.runtime.trace_stage import MICRO_BATCHES, STEPS, Stage, without_collection
+from meft.runtime.trace.loading import build_model, load, prepare
+from meft.runtime.trace.losses import use_loss
+from meft.runtime.trace.meft import plan_of_setup, trace_meft
+from meft.runtime.trace.methods import attach_method
+from meft.runtime.trace.optimizers import keeps_steps_on_host, make_optimizer, state_tensors
+from meft.runtime.trace.stage import MICRO_BATCHES, STEPS, Stage, without_collection
 
 WORKSPACE_BYTES = 8_519_680
 """cuBLAS's workspace below Hopper: 4096 KiB x 2 + 16 KiB x 8, torch's default CUBLAS_WORKSPACE_CONFIG."""

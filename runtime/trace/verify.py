@@ -11,7 +11,7 @@ from typing import Any
 from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
-from meft.runtime.trace import WORKSPACE_BYTES, trace_plan, trace_training
+from meft.runtime.trace.run import WORKSPACE_BYTES, trace_plan, trace_training
 
 
 def verify_setup(setup: TrainingSetup, config: dict[str, Any], *, workspace_bytes: int = WORKSPACE_BYTES) -> Stream:
