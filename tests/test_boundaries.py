@@ -48,7 +48,7 @@ the exchange counts pinned buffers as it rounds them; a second copy of the alloc
 
 PROFILING_IS_USED_BY = {
     "meft.runtime.profiling.device_rates": {"meft.planner.timing.layer_kernels"},
-    "meft.runtime.profile_cli": {"meft.planner.check.calibrate", "meft.planner.predict.prediction"},
+    "meft.runtime.cli.profile": {"meft.planner.check.calibrate", "meft.planner.predict.prediction"},
     "meft.runtime.profiling.sparsity_profile": {"meft.planner.traffic.union_fit"},
 }
 """Measuring ends in a fit, calibrating in predictions, and launches are measured as they are counted: the commands of
@@ -322,8 +322,8 @@ def loaded_by(module: str, *arguments: str, folder: Path) -> set[str]:
     [
         pytest.param("meft.planner.cli.main", ("meft-plan", "--help"), id="meft-plan --help"),
         pytest.param("meft.planner.cli.main", ("meft-plan", "--gpu-mem", "24GB", "--host-mem", "64GB"), id="meft-plan"),
-        pytest.param("meft.runtime.cli", ("meft-run", "--help"), id="meft-run --help"),
-        pytest.param("meft.runtime.profile_cli", ("meft-profile", "--help"), id="meft-profile --help"),
+        pytest.param("meft.runtime.cli.run", ("meft-run", "--help"), id="meft-run --help"),
+        pytest.param("meft.runtime.cli.profile", ("meft-profile", "--help"), id="meft-profile --help"),
     ],
 )
 def test_a_command_starts_without_torch(module, arguments, tmp_path) -> None:

@@ -36,7 +36,7 @@ from meft.planner.records.report import Report
 from meft.planner.search.search import make_plan
 from meft.planner.timing.chrome import task_kind
 from meft.planner.traffic.sparsity import at_seq_len
-from meft.runtime.profile_cli import command
+from meft.runtime.cli.profile import command
 
 SLOWER = {"gpu": 1.5, "h2d": 2.0, "d2h": 2.0, "cpu": 3.0}
 STEPS = 4

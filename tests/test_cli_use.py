@@ -11,7 +11,7 @@ from sessions import small_plan
 from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
-from meft.runtime.cli import command
+from meft.runtime.cli.run import command
 
 WORDS = ("alice", "rabbit", "queen", "hatter")
 

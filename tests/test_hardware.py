@@ -18,6 +18,7 @@ from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.profile_file import ProfileFile
 from meft.planner.records.profiles import sourced_numbers
+from meft.runtime.cli.profile import command
 from meft.runtime.device import card
 from meft.runtime.device.card import (
     Card,
@@ -28,7 +29,6 @@ from meft.runtime.device.card import (
     parse_cores,
     slot_warnings,
 )
-from meft.runtime.profile_cli import command
 from meft.runtime.profiling import device_rates, host_rates, measure
 from meft.runtime.profiling.measure import fit_copies, measurement, sample
 

@@ -14,7 +14,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.records.profile_catalogue import load_sparsity
 from meft.planner.records.profile_file import ProfileFile
 from meft.planner.traffic.sparsity import active_rows_per_layer
-from meft.runtime.profile_cli import command
+from meft.runtime.cli.profile import command
 from meft.runtime.profiling import sparsity_probe as probe
 from meft.runtime.profiling.sparsity_profile import dealt
 

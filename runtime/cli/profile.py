@@ -14,7 +14,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.report import Report
-from meft.runtime.cli import run_command
+from meft.runtime.cli.run import run_command
 
 if TYPE_CHECKING:
     from meft.planner.check.calibrate import ErrorRow, Run

@@ -1,6 +1,6 @@
 """``meft-run``: execute a plan, measure it, and put prediction and observation side by side.
 
-Training is the default command; what uses its result is in :mod:`meft.runtime.cli_use`.
+Training is the default command; what uses its result is in :mod:`meft.runtime.cli.use`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from meft.planner.base.errors import EXIT_UNEXPECTED, MeftError, UsageError
 from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
-from meft.runtime.cli_use import evaluate_command, evaluation_options, generate_command, prepare_command
+from meft.runtime.cli.use import evaluate_command, evaluation_options, generate_command, prepare_command
 from meft.runtime.data.metrics import evaluation_line
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
