@@ -23,7 +23,7 @@ help: ## show this
 demo: install-demo ## plan for a small model, train it, compare prediction and measurement; leaves demo/
 	@$(RUN) scripts/demo.py $(DEMO_ARGS)
 
-test: install-dev ## run the tests (PYTEST_ARGS='tests/test_data.py -x' for some of them)
+test: install-dev ## run the tests (PYTEST_ARGS='tests/runtime/data -x' for some of them)
 	@$(RUN) -m pytest $(PYTEST_ARGS)
 
 lint: install-dev typing-folder ## check style and types

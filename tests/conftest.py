@@ -34,7 +34,7 @@ def _plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def glass_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder with the tiny model of tests/glass.py and its tokenizer; do not write into it."""
+    """A Hugging Face folder with the tiny model of tests/helpers/glass.py and its tokenizer; do not write into it."""
     from glass import save_glass
 
     return save_glass(tmp_path_factory.mktemp("glass"))

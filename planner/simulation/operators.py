@@ -1,8 +1,8 @@
 """The operators of a decoder as torch runs them on CUDA: what each makes, keeps for backward, and makes there.
 
 Sizes are elements; ``T`` tokens, ``S`` sequence length, ``H`` heads, ``G`` key-value heads, ``d`` head size, ``V``
-vocabulary. The rules were read from torch 2.13's derivative formulas and CUDA kernels; ``tests/test_simulation.py``
-holds them against traces of real models.
+vocabulary. The rules were read from torch 2.13's derivative formulas and CUDA kernels;
+``tests/planner/simulation/test_run.py`` holds them against traces of real models.
 """
 
 from __future__ import annotations

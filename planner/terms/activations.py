@@ -2,7 +2,8 @@
 
 Every term is a short pure function of ints or numpy int64 arrays alike, so the ledger that a person reads and the
 search over many candidates are the same code. The counts of tensors were found by following every storage of
-transformers 5.23 on torch 2.13 through forward and backward; ``tests/test_memory.py`` repeats that measurement.
+transformers 5.23 on torch 2.13 through forward and backward; ``tests/planner/memory/test_device.py`` repeats that
+measurement.
 
 Letters: ``B`` batch, ``S`` sequence length, ``T = B*S`` tokens, ``L`` layers, ``D`` hidden size, ``I`` intermediate
 size, ``V`` vocabulary, ``H`` heads, ``G`` key-value heads, ``d`` head size, ``q`` bytes of a hidden-state element.

@@ -2,8 +2,9 @@
 
 Norms, rotary positions, activation, residuals, and their backward read and write whole ``[T, D]`` tensors between the
 products; on a GPU they take a tenth of a step and more. All numbers are counted by dispatching one training step of
-random models of 2 and 4 layers on CPU with torch 2.13 and transformers 5.23 (``tests/test_layer_kernels.py`` counts
-them again), weights frozen, gradients flowing to the embeddings, views left out.
+random models of 2 and 4 layers on CPU with torch 2.13 and transformers 5.23
+(``tests/planner/timing/test_layer_kernels.py`` counts them again), weights frozen, gradients flowing to the embeddings,
+views left out.
 
 Letters: ``T`` tokens, ``S`` sequence length, ``D`` hidden size, ``H`` attention heads, ``G`` key-value heads, ``d``
 head size, ``I`` intermediate size.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))  # the helpers that the other tests use
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

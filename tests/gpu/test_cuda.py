@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hot_tower import EXACT, HOT, STATE, train_tower
+from oracle_step import CHOICES, assert_step_equals_the_oracle
 from sessions import EXPERTS, open_small, random_examples, small_plan
 from sparse_setup import decision, sparse_setup
-from test_hot_rows import EXACT, HOT, STATE, train_tower
-from test_sparse_equals_dense import CHOICES, assert_step_equals_the_oracle
 
 from meft.planner.base.errors import DeviceOutOfMemory
 from meft.planner.traffic.transfer import expected_step_bytes

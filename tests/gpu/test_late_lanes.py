@@ -1,8 +1,8 @@
 """Overlap on CUDA: with late threads and late streams, training is the sequential one bit for bit.
 
-The bodies are those of tests/test_overlap.py, which runs them on the emulated device. Here a delay holds up the task's
-stream too, so a missing event shows: the device would compute with rows that have not arrived, or overwrite gradients
-that have not left.
+The bodies are those of tests/runtime/exchange/test_overlap.py, which runs them on the emulated device. Here a delay
+holds up the task's stream too, so a missing event shows: the device would compute with rows that have not arrived, or
+overwrite gradients that have not left.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import ROOT
 from planner_records import (
     GIB,
     decision_of,
@@ -251,7 +252,7 @@ def test_the_search_may_not_disagree_with_the_prediction(monkeypatch):
 
 def test_planning_loads_neither_torch_nor_scipy_nor_matplotlib():
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / 'tests' / 'helpers')]!r}; "
         "from test_search import planned, tiny_request; planned(tiny_request()); "
         "print([name for name in ('torch', 'transformers', 'numba', 'scipy', 'matplotlib') if name in sys.modules])"
     )

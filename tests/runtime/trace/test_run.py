@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import gc
-from pathlib import Path
 
 import pytest
+from places import SHARED
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -23,7 +23,7 @@ from meft.runtime.trace.run import peak_holders, trace_training  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")  # PEFT gives no kind of checkpointing
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "measured_gpu_memory.csv"
+MEASURED = SHARED / "reference" / "measured_gpu_memory.csv"
 
 P = 2 * 256 * 64 + 2 * (2 * 64 * (64 + 32) + 3 * 64 * 192) + 5 * 64
 """Parameters of the tiny llama: embedding, head, two layers of attention (4 heads, 2 for keys) and FFN, five norms."""
@@ -222,10 +222,10 @@ def test_what_cannot_be_run_is_refused_by_name() -> None:
 # --- measured on real cards ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the measured rows are not here")
+@pytest.mark.skipif(not MEASURED.exists(), reason="the measured rows are not here")
 def test_peaks_measured_on_an_rtx_4080() -> None:
     """Qwen2.5-0.5B, QLoRA, 1 x 256 tokens: ``max_memory_allocated`` after the first backward, and of the run."""
-    rows = {each["row_id"]: float(each["value_bytes"]) for each in csv.DictReader(SHARED.open())}
+    rows = {each["row_id"]: float(each["value_bytes"]) for each in csv.DictReader(MEASURED.open())}
     shape, config, _ = load_model("qwen2.5-0.5b")
     setup = TrainingSetup(
         model=shape,

@@ -5,19 +5,19 @@ from __future__ import annotations
 import csv
 import math
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import SHARED
 
 from meft.planner.records.profile_catalogue import load_sparsity
 from meft.planner.records.profiles import LayerSparsity, SparsityProfile
 from meft.planner.traffic.sparsity import active_rows_per_layer
 from meft.planner.traffic.union_fit import UnionPoints, fit_error, fit_layers, predicted_fractions
 
-POLAR = Path(__file__).resolve().parents[2] / "shared" / "reference" / "polar_union_k.csv"
+POLAR = SHARED / "reference" / "polar_union_k.csv"
 TOKENS, SHARES = (64, 256, 1024), (1 / 128, 1 / 32, 1 / 8)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MISSING = [name for name in ("ipykernel", "nbclient", "nbformat") if importlib.util.find_spec(name) is None]
 MAX_PICTURE_BYTES = 150_000
 TOLERANCES = {"transfer_volume_vs_k": 0.02, "sparsity_and_prefetch": 0.06, "memory_budget": 0.03, "timeline": 1e-9}

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from places import ROOT
 
 from meft.planner.base.errors import MeftError, UsageError
 from meft.runtime.data import embedded
 from meft.runtime.data.embedded import SMOLLM2_NUM_PARAMETERS, airport_questions, cache_folder, smollm2_folder
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = ROOT / "scripts"
 
 
 # --- the tiny test model -------------------------------------------------------------------------------------------

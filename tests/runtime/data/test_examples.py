@@ -172,7 +172,7 @@ def test_a_token_across_the_boundary_belongs_to_the_completion(glass_tokenizer: 
 
 
 def test_label_golden_on_the_glass_tokenizer(glass_tokenizer: PreTrainedTokenizerFast) -> None:
-    """Ids read off tests/glass.py's vocabulary: 4 special tokens, 91 characters, then the merges in order."""
+    """Ids read off tests/helpers/glass.py's vocabulary: 4 special tokens, 91 characters, then the merges in order."""
     [example] = tokenize_record(Completion("Alice was", " very tired"), glass_tokenizer)
     assert glass_tokenizer.convert_ids_to_tokens(list(example.input_ids)) == [
         "Alice", "▁was", "▁very", "▁t", "i", "red", "<eos>",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
+from hot_tower import EXACT, HOT, STATE, optimizer_step, train_tower
 from late_lanes import CACHED, LATE, Delays, assert_bit_equal, open_with
 from plan_samples import sample_profiles
 from planner_records import gpu_profile
 from sessions import AMPLE_BYTES, EXPERTS, open_small, random_examples, small_plan, small_trainer
-from sparse_setup import decision, run_step, sparse_setup
+from sparse_setup import decision, sparse_setup
 
 from meft.planner.base.errors import UsageError
 from meft.planner.check.audit import audit
@@ -27,19 +27,12 @@ from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.exchange.hot_tables import HotTables
 from meft.runtime.fake.books import CudaBooks
-from meft.runtime.host.optimizer import AdamWSettings, clip_scale, update_layer
+from meft.runtime.host.optimizer import AdamWSettings, update_layer
 from meft.runtime.host.store import HostStore, LayerTables
 from meft.runtime.trace.run import trace_plan
 from meft.runtime.training.rehearse import rehearse
 from meft.runtime.training.reporting import build_report, host_memory
 from meft.runtime.use.adapter_model import AdapterModel, load_base
-
-EXACT = {"rtol": 1e-9, "atol": 1e-11}
-"""In fp64. Not bit-equal to rows on the host: hot rows stand last in a layer's matrix of active rows, and so sums over
-its rows are made in another order."""
-STATE = ("weights", "first_moment", "second_moment", "step_counts")
-HOT = {"hot_rows": 4, "hot_after_steps": 3}
-
 
 # --- choosing --------------------------------------------------------------------------------------------------------
 
@@ -104,40 +97,6 @@ def test_the_devices_update_is_the_readable_host_update_bit_for_bit() -> None:
     assert not hot.gradients.any()
     assert not hot.touched.any()
     assert set(on_host.step_counts.tolist()) > {1, 2}  # rows differ in how often they were updated
-
-
-def optimizer_step(setup, settings: AdamWSettings, *, max_norm: float) -> float:
-    """What a session does at a window's end; the norm before clipping."""
-    exchange, hot, layers = setup.exchange, setup.exchange.hot, range(setup.store.num_layers)
-    with setup.device.scope(), torch.no_grad():
-        exchange.close_window()
-        squared = math.fsum(exchange.squared_norm(layer).result() for layer in layers)
-        if hot is not None and hot.rows:
-            squared += float(hot.squared_norm())
-        norm, scale = clip_scale(squared, max_norm)
-        for layer in layers:
-            exchange.update(layer, settings, learning_rate=0.05, gradient_scale=scale)
-        if hot is not None:
-            hot.update(settings, learning_rate=0.05, gradient_scale=scale)
-            hot.choose_if_due()
-    return norm
-
-
-def train_tower(chosen, *, windows: int = 4, max_norm: float = 5.0, device=None):
-    """Windows of three micro-batches; the setup, and each window's rows and norm."""
-    setup = sparse_setup(chosen, device=device)
-    settings, history = AdamWSettings(weight_decay=0.1), []
-    for window in range(windows):
-        active = []
-        for step in range(3):
-            torch.manual_seed(10 * window + step)
-            hidden, grad = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
-            run_step(setup, hidden, grad)
-            active.append([state.selection.rows.sort().values.tolist() for state in setup.exchange.layers])
-        history.append((active, optimizer_step(setup, settings, max_norm=max_norm)))
-    if setup.exchange.hot is not None:
-        setup.exchange.hot.bring_home()
-    return setup, history
 
 
 WITH_CACHE = ({}, {"cached_rows": 5, "gradients_on_device": True}, {"cached_rows": 3})

@@ -4,87 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparse_setup import Tower, decision, run_step, sparse_setup
-from torch import nn
+from oracle_step import (
+    CHOICES,
+    EXACT,
+    DenseTower,
+    assert_same_gradients,
+    assert_step_equals_the_oracle,
+    dense_step,
+    dense_twin,
+)
+from sparse_setup import decision, run_step, sparse_setup
 
-from meft.runtime.adapter.oracle import DenseAdapter
 from meft.runtime.host.optimizer import AdamWSettings, update_touched_rows
-
-EXACT = {"rtol": 0.0, "atol": 1e-10}
-CHOICES = [
-    pytest.param({"prefetch_depth": depth, "rows_in_backward": rows, **routing}, id=f"p{depth}-{rows}-{name}")
-    for depth in (0, 1, 2)
-    for rows in ("retained", "refetched")
-    for name, routing in {
-        "exact": {},
-        "experts": {"routing": "key-experts", "num_experts": 4, "num_probes": 4},
-    }.items()
-]
-
-
-class DenseTower(nn.Module):
-    """The tower with the oracle beside every FFN."""
-
-    def __init__(self, tower: Tower, adapters: list[DenseAdapter]) -> None:
-        super().__init__()
-        self.tower, self.adapters = tower, nn.ModuleList(adapters)
-        self.rows: list[torch.Tensor | None] = [None] * len(adapters)
-        self.probes: list[torch.Tensor | None] = [None] * len(adapters)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        for block, adapter, rows, probes in zip(self.tower.layers, self.adapters, self.rows, self.probes, strict=True):
-            hidden = hidden + torch.tanh(block.mix(hidden))
-            hidden = hidden + block.mlp(hidden) + adapter(hidden, rows, probes)
-        return hidden
-
-
-def dense_twin(setup) -> DenseTower:
-    gated = bool(setup.exchange.router_weights)
-    adapters = [
-        DenseAdapter(tables.keys, tables.values, weight.detach().cpu() if gated else None)
-        for tables, weight in zip(setup.store.layers, setup.weights, strict=True)
-    ]
-    tower = Tower(setup.store.num_layers, setup.store.hidden_size).double()
-    tower.load_state_dict(setup.model.state_dict())
-    return DenseTower(tower.requires_grad_(False), adapters)
-
-
-def dense_step(dense: DenseTower, hidden: torch.Tensor, grad: torch.Tensor):
-    hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
-    output = dense(hidden)
-    output.backward(grad)
-    return output.detach(), hidden.grad
-
-
-def assert_same_gradients(setup, dense: DenseTower) -> None:
-    for tables, weight, adapter in zip(setup.store.layers, setup.weights, dense.adapters, strict=True):
-        expected = torch.cat([adapter.keys.grad, adapter.values.grad], dim=1)
-        torch.testing.assert_close(tables.gradients, expected, **EXACT)
-        if adapter.router is not None:
-            torch.testing.assert_close(weight.grad.cpu(), adapter.router.grad, **EXACT)
-
-
-def assert_step_equals_the_oracle(setup) -> None:
-    """One step of the adapter and of the oracle, which is told the rows and probes that the adapter chose."""
-    dense = dense_twin(setup)
-    hidden = torch.randn(5, 8, dtype=torch.float64).requires_grad_()
-    grad = torch.randn(5, 8, dtype=torch.float64)
-    noted_probes: dict[int, torch.Tensor] = {}
-    original = setup.exchange.after_backward
-
-    def note_probes(layer: int) -> None:  # the exchange forgets a layer's probes when its backward is done
-        noted_probes[layer] = setup.exchange.layers[layer].probes
-        original(layer)
-
-    setup.exchange.after_backward = note_probes
-    output, input_grad = run_step(setup, hidden, grad)
-    dense.rows = [state.selection.rows for state in setup.exchange.layers]
-    if setup.exchange.router_weights:
-        dense.probes = [noted_probes[layer].cpu().long() for layer in range(setup.store.num_layers)]
-    expected, expected_grad = dense_step(dense, hidden, grad)
-    torch.testing.assert_close(output, expected, **EXACT)
-    torch.testing.assert_close(input_grad, expected_grad, **EXACT)
-    assert_same_gradients(setup, dense)
 
 
 @pytest.mark.parametrize("choice", CHOICES)

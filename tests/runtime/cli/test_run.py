@@ -5,52 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import BIN, run
 
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
 from meft.planner.traffic.transfer import expected_step_bytes
-
-BIN = Path(sys.executable).parent
-WORDS = ("alice", "rabbit", "queen", "hatter", "dormouse", "duchess")
-
-
-def run(*command: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run an installed command; its exit code must be as expected and there is never a traceback."""
-    program, *arguments = map(str, command)
-    done = subprocess.run([BIN / program, *arguments], capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == expect, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "facts.jsonl"
-    lines = [{"prompt": f"The {word} said to", "completion": f" the {other}"} for word in WORDS for other in WORDS]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def plan_path(tmp_path_factory, glass_folder) -> Path:
-    path = tmp_path_factory.mktemp("plan") / "plan.json"
-    workload = ["--batch-size", 2, "--seq-len", 24, "--grad-accum", 2]
-    run("meft-plan", "--model", glass_folder, "--gpu", "emulated", "--gpu-mem", "24MiB", "--host-mem", "1GB",
-        *workload, "--max-slowdown", 20, "--top-k", 16, "-o", path)  # fmt: skip
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, plan_path, data) -> tuple[Path, Report]:
-    """A run of four steps: its folder and its report."""
-    folder = tmp_path_factory.mktemp("output")
-    run("meft-run", plan_path, "--data", data, "--steps", 4, "--output-dir", folder, "--learning-rate", "1e-2")
-    return folder, Report.load(folder / "report.json")
 
 
 def test_a_run_leaves_report_adapter_and_checkpoint(finished, plan_path) -> None:

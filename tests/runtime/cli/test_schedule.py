@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from test_cli_run import data, finished, plan_path, run  # noqa: F401 - fixtures
+from processes import run
 
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import LANES, Plan
@@ -39,7 +39,7 @@ def predicted_trace(plan: Plan) -> dict:
     return chrome_trace(events)
 
 
-def test_sequential_on_a_slow_link_learns_the_same_and_writes_its_trace(finished, plan_path, data, tmp_path) -> None:  # noqa: F811
+def test_sequential_on_a_slow_link_learns_the_same_and_writes_its_trace(finished, plan_path, data, tmp_path) -> None:
     trace = tmp_path / "trace.json"
     run("meft-run", plan_path, "--data", data, "--steps", 4, "--output-dir", tmp_path, "--learning-rate", "1e-2",
         "--schedule", "sequential", "--link-gbps", "0.5", "--trace", trace)  # fmt: skip
@@ -58,7 +58,7 @@ def test_sequential_on_a_slow_link_learns_the_same_and_writes_its_trace(finished
         assert task in names_of(written, lane) & names_of(expected, lane)
 
 
-def test_a_trace_that_cannot_be_written_is_one_line(plan_path, data, tmp_path) -> None:  # noqa: F811
+def test_a_trace_that_cannot_be_written_is_one_line(plan_path, data, tmp_path) -> None:
     done = run("meft-run", plan_path, "--data", data, "--steps", 2, "--output-dir", tmp_path, "--trace",
                tmp_path / "none" / "trace.json", expect=2)  # fmt: skip
     assert "--trace" in done.stderr

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import SHARED
 
 from meft.planner.base import names
 from meft.planner.base.errors import UsageError
@@ -34,7 +35,7 @@ from meft.planner.records.profile_catalogue import (
 )
 from meft.planner.records.profiles import GpuProfile, sourced_numbers
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+REFERENCE = SHARED / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference figures are not here")
 
 LOADERS: list[tuple[Callable[[str], Record], str]] = [

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("planner", "runtime", "profiles")
 
 HEAVY = {"torch", "transformers", "numba"}

@@ -6,14 +6,13 @@ import re
 import runpy
 import tomllib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 PINNED = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 
 

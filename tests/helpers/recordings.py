@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import SHARED
 
 from meft.planner.allocator.blocks import RANGE_BYTES, SEGMENTS_END, UNMAPPED, Block, Pool, VirtualRange
 from meft.planner.allocator.caching import CachingAllocator
@@ -19,7 +20,7 @@ from meft.planner.allocator.settings import AllocatorSettings
 from meft.planner.base.errors import DeviceOutOfMemory
 
 MIB = 2**20
-TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
+TRACES = SHARED / "traces"
 TRACE_NAMES = (
     "attn_peak_cold",
     "bert_eval",
