@@ -14,24 +14,27 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from meft.planner.base.errors import UsageError, unknown_name
-from meft.planner.base.schema import Basis, Bytes, Record
+from meft.planner.base.schema import Basis, Record
+from meft.planner.check.counted_bytes import (
+    DIRECTIONS,
+    CategoryCheck,
+    by_direction,
+    bytes_of_optimizer_steps,
+    bytes_of_report,
+    category_checks,
+    windows_of,
+)
 from meft.planner.memory.device import predict_device_memory
-from meft.planner.records.candidates import Candidates
-from meft.planner.records.plan import Direction, Plan
+from meft.planner.records.plan import Plan
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.report import Report
-from meft.planner.traffic.transfer import Categories, StepRows, step_bytes_by_category, window_gradient_bytes
 
 DEFAULT_TOLERANCE_FRACTION = 0.03
 """What the closed-form ledger promises of the allocated peak."""
 
 Rule = Literal["exact", "within", "at most", "shown"]
 
-_DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
 _GIVEN_ROWS = ("h2d_bytes_given_rows", "d2h_bytes_given_rows")
 
 
@@ -50,17 +53,6 @@ class AuditRow(Record):
     holds: bool | None
     """Null for what is only shown."""
     because: str
-
-
-class CategoryCheck(Record):
-    """Bytes of one category over the link: predicted from the observed active rows, and counted; means per ``per``."""
-
-    direction: Direction
-    category: str
-    per: Literal["step", "optimizer_step"]
-    predicted_bytes: Bytes
-    counted_bytes: Bytes
-    equal: bool
 
 
 class Audit(Record):
@@ -127,97 +119,6 @@ def weakest_basis(bases: Iterable[Basis]) -> Basis:
     return max(bases, key=order.index, default="counted")
 
 
-def bytes_given_rows(
-    plan: Plan,
-    *,
-    rows_total: Iterable[int],
-    steps: int,
-    missing_total: Iterable[int] | None = None,
-    overflow_total: Iterable[int] | None = None,
-    hot_total: Iterable[int] | None = None,
-) -> dict[tuple[Direction, str], int]:
-    """Bytes by category over ``steps`` micro-batches whose active rows, summed over them, are ``rows_total [L]``.
-
-    A step's bytes are a constant plus a multiple of each layer's rows, so sums of rows give sums of bytes. Without
-    cached rows all that are not hot are missing, and overflow.
-    """
-    active = np.array(list(rows_total), dtype=np.int64)
-    nothing = np.zeros_like(active)
-    hot = nothing if hot_total is None else np.array(list(hot_total), dtype=np.int64)
-    missing, overflow = (
-        active - hot if given is None else np.array(list(given), dtype=np.int64)
-        for given in (missing_total, overflow_total)
-    )
-    with_rows = _categories(plan, active, missing, overflow, hot)
-    without = _categories(plan, nothing, nothing, nothing, nothing)
-    return {key: int(with_rows[key]) + (steps - 1) * int(without[key]) for key in with_rows}
-
-
-def _bytes_of_report(plan: Plan, report: Report, steps: int) -> dict[tuple[Direction, str], int]:
-    layers = report.observed.active_rows
-    hot = [layer.hot_total or 0 for layer in layers]
-    cold = [layer.total - of_layer for layer, of_layer in zip(layers, hot, strict=True)]
-    missing, overflow = [layer.missing_total for layer in layers], [layer.overflow_total for layer in layers]
-    return bytes_given_rows(
-        plan,
-        rows_total=[layer.total for layer in layers],
-        missing_total=[rows if seen is None else seen for rows, seen in zip(cold, missing, strict=True)],
-        overflow_total=[rows if seen is None else seen for rows, seen in zip(cold, overflow, strict=True)],
-        hot_total=hot,
-        steps=steps,
-    )
-
-
-def _windows(plan: Plan, report: Report) -> int:
-    """Accumulation windows that the report measured; the last may be incomplete."""
-    return -(-report.observed.steps // plan.request.grad_accum)
-
-
-def _bytes_of_optimizer_steps(plan: Plan, report: Report) -> dict[tuple[Direction, str], int]:
-    """Bytes by category over all optimizer steps: as predicted for each, but the gradient sums of the rows that were
-    kept, and what hot rows cost from when they were chosen."""
-    windows = _windows(plan, report)
-    with_hot = windows if report.rehearsal else report.observed.hot_windows
-    entries = [entry for entry in plan.prediction.transfer.entries if entry.per == "optimizer_step"]
-    found = {
-        (entry.direction, entry.category): entry.num_bytes
-        * (with_hot if entry.category.startswith("hot_") else windows)
-        for entry in entries
-    }
-    kept = [layer.kept_total for layer in report.observed.active_rows if layer.kept_total is not None]
-    if kept and plan.decision.gradients_on_device:
-        total = window_gradient_bytes(request=plan.request, decision=plan.decision, kept_rows_per_layer=kept)
-        found["d2h", "window_gradients"] = total
-    return found
-
-
-def category_checks(plan: Plan, report: Report, steps: int) -> tuple[CategoryCheck, ...]:
-    """Every category that was predicted or counted, per step and per optimizer step."""
-    totals = _bytes_of_report(plan, report, steps)
-    predicted: dict[tuple[Direction, str, Literal["step", "optimizer_step"]], int] = {
-        (way, name, "step"): round(size / steps) for (way, name), size in totals.items()
-    }
-    for (way, name), size in _bytes_of_optimizer_steps(plan, report).items():
-        predicted[way, name, "optimizer_step"] = round(size / _windows(plan, report))
-    counted = {
-        (entry.direction, entry.category, entry.per): entry.num_bytes
-        for entry in report.observed.transfer.entries
-        if entry.per != "run"
-    }
-    return tuple(
-        CategoryCheck(
-            direction=key[0],
-            category=key[1],
-            per=key[2],
-            predicted_bytes=predicted.get(key, 0),
-            counted_bytes=counted.get(key, 0),
-            equal=predicted.get(key, 0) == counted.get(key, 0),
-        )
-        for key in {**predicted, **counted}
-        if predicted.get(key) or counted.get(key)
-    )
-
-
 def check_belongs(plan: Plan, report: Report) -> None:
     """Raise :class:`UsageError` for a report of another plan or model."""
     digest = plan.content_digest()
@@ -229,21 +130,6 @@ def check_belongs(plan: Plan, report: Report) -> None:
     layers, expected = len(report.observed.active_rows), plan.request.model.num_layers
     if layers != expected:
         raise UsageError(f"report: active rows of {layers} layers, but the plan's model has {expected}")
-
-
-def _by_direction(totals: Mapping[tuple[Direction, str], int]) -> list[int]:
-    return [sum(size for (way, _), size in totals.items() if way == direction) for direction in _DIRECTIONS]
-
-
-def _categories(
-    plan: Plan,
-    rows: NDArray[np.int64],
-    missing: NDArray[np.int64],
-    overflow: NDArray[np.int64],
-    hot: NDArray[np.int64],
-) -> Categories:
-    rows_of = StepRows(active=rows, missing=missing, overflow=overflow, hot=hot)
-    return step_bytes_by_category(request=plan.request, candidates=Candidates.of(plan.decision), rows=rows_of)
 
 
 # --- the lines ------------------------------------------------------------------------------------------------------
@@ -368,9 +254,9 @@ def _host_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
 
 def _exact_transfer_rows(plan: Plan, report: Report, steps: int) -> tuple[AuditRow, ...]:
     observed = report.observed.transfer
-    once = [round(size / _windows(plan, report)) for size in _by_direction(_bytes_of_optimizer_steps(plan, report))]
-    totals = _bytes_of_report(plan, report, steps)
-    given_rows = zip(_by_direction(totals), (observed.h2d_bytes_total, observed.d2h_bytes_total), strict=True)
+    once = [round(size / windows_of(plan, report)) for size in by_direction(bytes_of_optimizer_steps(plan, report))]
+    totals = bytes_of_report(plan, report, steps)
+    given_rows = zip(by_direction(totals), (observed.h2d_bytes_total, observed.d2h_bytes_total), strict=True)
     seen_once = (observed.h2d_bytes_per_optimizer_step, observed.d2h_bytes_per_optimizer_step)
     per_optimizer_step = tuple(zip(once, seen_once, strict=True))
     counted: tuple[Basis, Basis] = ("counted", "counted")
@@ -395,7 +281,7 @@ def _exact_transfer_rows(plan: Plan, report: Report, steps: int) -> tuple[AuditR
                 because="outside the steps, once per accumulation window",
                 rule="exact",
             )
-            for way, (expected, seen) in zip(_DIRECTIONS, per_optimizer_step, strict=True)
+            for way, (expected, seen) in zip(DIRECTIONS, per_optimizer_step, strict=True)
             if expected or seen
         ),
     )
@@ -410,7 +296,7 @@ def _planned_transfer_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
     bases: tuple[Basis, Basis] = (plan.prediction.sparsity.basis, "counted")
     return tuple(
         _row(f"{way}_bytes_per_step", expected, seen, bases=bases, because="with the planned active rows")
-        for way, (expected, seen) in zip(_DIRECTIONS, pairs, strict=True)
+        for way, (expected, seen) in zip(DIRECTIONS, pairs, strict=True)
     )
 
 

@@ -6,7 +6,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from meft.planner.base.units import format_bytes, format_seconds
-from meft.planner.check.audit import Audit, AuditRow, CategoryCheck
+from meft.planner.check.audit import Audit, AuditRow
+from meft.planner.check.counted_bytes import CategoryCheck
 from meft.planner.render.plan import grid, lines, percent, section
 
 

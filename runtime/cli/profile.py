@@ -17,7 +17,8 @@ from meft.planner.records.report import Report
 from meft.runtime.cli.run import run_command
 
 if TYPE_CHECKING:
-    from meft.planner.check.calibrate import ErrorRow, Run
+    from meft.planner.check.calibrate import ErrorRow
+    from meft.planner.check.rates import Run
     from meft.planner.predict.prediction import ProfileSet
     from meft.planner.records.profile_file import ProfileFile
     from meft.runtime.profiling.hardware import Tell
@@ -119,7 +120,7 @@ def calibrate(files: tuple[Path, ...], output: Path) -> None:
 
 
 def _runs(files: tuple[Path, ...]) -> list[Run]:
-    from meft.planner.check.calibrate import Run
+    from meft.planner.check.rates import Run
 
     if not files or len(files) % 2:
         raise UsageError(

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from plan_samples import SHAPE, sample_plan, sample_profiles, sample_report
 
 from meft.planner.base.errors import UsageError
-from meft.planner.check.audit import Audit, AuditRow, audit, bytes_given_rows, weakest_basis
+from meft.planner.check.audit import Audit, AuditRow, audit, weakest_basis
+from meft.planner.check.counted_bytes import bytes_given_rows
 from meft.planner.cli.audit import gpu_of, parse_tolerances
 from meft.planner.records.plan import Plan
 from meft.planner.records.profiles import GpuProfile

@@ -13,16 +13,13 @@ from click.testing import CliRunner
 from plan_samples import sample_profiles, sample_report, sample_request
 
 from meft.planner.base.errors import UsageError
-from meft.planner.check.calibrate import (
+from meft.planner.check.calibrate import calibrate, corrected_sparsity, errors_of, likely_trends
+from meft.planner.check.rates import (
     Run,
-    calibrate,
-    corrected_sparsity,
-    errors_of,
     given_rows,
     gpu_factors,
     host_factors,
     lane_factors,
-    likely_trends,
     slower_gpu,
     slower_host,
     slower_link,

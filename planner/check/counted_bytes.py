@@ -1,0 +1,139 @@
+"""Bytes over the link that a plan means, given the rows that a run saw active, beside those that the run counted.
+
+Letters: ``L`` layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meft.planner.base.schema import Bytes, Record
+from meft.planner.records.candidates import Candidates
+from meft.planner.records.plan import Direction, Plan
+from meft.planner.records.report import Report
+from meft.planner.traffic.transfer import Categories, StepRows, step_bytes_by_category, window_gradient_bytes
+
+DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
+
+
+class CategoryCheck(Record):
+    """Bytes of one category over the link: predicted from the observed active rows, and counted; means per ``per``."""
+
+    direction: Direction
+    category: str
+    per: Literal["step", "optimizer_step"]
+    predicted_bytes: Bytes
+    counted_bytes: Bytes
+    equal: bool
+
+
+def bytes_given_rows(
+    plan: Plan,
+    *,
+    rows_total: Iterable[int],
+    steps: int,
+    missing_total: Iterable[int] | None = None,
+    overflow_total: Iterable[int] | None = None,
+    hot_total: Iterable[int] | None = None,
+) -> dict[tuple[Direction, str], int]:
+    """Bytes by category over ``steps`` micro-batches whose active rows, summed over them, are ``rows_total [L]``.
+
+    A step's bytes are a constant plus a multiple of each layer's rows, so sums of rows give sums of bytes. Without
+    cached rows all that are not hot are missing, and overflow.
+    """
+    active = np.array(list(rows_total), dtype=np.int64)
+    nothing = np.zeros_like(active)
+    hot = nothing if hot_total is None else np.array(list(hot_total), dtype=np.int64)
+    missing, overflow = (
+        active - hot if given is None else np.array(list(given), dtype=np.int64)
+        for given in (missing_total, overflow_total)
+    )
+    with_rows = _categories(plan, active, missing, overflow, hot)
+    without = _categories(plan, nothing, nothing, nothing, nothing)
+    return {key: int(with_rows[key]) + (steps - 1) * int(without[key]) for key in with_rows}
+
+
+def bytes_of_report(plan: Plan, report: Report, steps: int) -> dict[tuple[Direction, str], int]:
+    """Bytes by category over the ``steps`` micro-batches of a report, for the rows that it saw active."""
+    layers = report.observed.active_rows
+    hot = [layer.hot_total or 0 for layer in layers]
+    cold = [layer.total - of_layer for layer, of_layer in zip(layers, hot, strict=True)]
+    missing, overflow = [layer.missing_total for layer in layers], [layer.overflow_total for layer in layers]
+    return bytes_given_rows(
+        plan,
+        rows_total=[layer.total for layer in layers],
+        missing_total=[rows if seen is None else seen for rows, seen in zip(cold, missing, strict=True)],
+        overflow_total=[rows if seen is None else seen for rows, seen in zip(cold, overflow, strict=True)],
+        hot_total=hot,
+        steps=steps,
+    )
+
+
+def windows_of(plan: Plan, report: Report) -> int:
+    """Accumulation windows that the report measured; the last may be incomplete."""
+    return -(-report.observed.steps // plan.request.grad_accum)
+
+
+def bytes_of_optimizer_steps(plan: Plan, report: Report) -> dict[tuple[Direction, str], int]:
+    """Bytes by category over all optimizer steps: as predicted for each, but the gradient sums of the rows that were
+    kept, and what hot rows cost from when they were chosen."""
+    windows = windows_of(plan, report)
+    with_hot = windows if report.rehearsal else report.observed.hot_windows
+    entries = [entry for entry in plan.prediction.transfer.entries if entry.per == "optimizer_step"]
+    found = {
+        (entry.direction, entry.category): entry.num_bytes
+        * (with_hot if entry.category.startswith("hot_") else windows)
+        for entry in entries
+    }
+    kept = [layer.kept_total for layer in report.observed.active_rows if layer.kept_total is not None]
+    if kept and plan.decision.gradients_on_device:
+        total = window_gradient_bytes(request=plan.request, decision=plan.decision, kept_rows_per_layer=kept)
+        found["d2h", "window_gradients"] = total
+    return found
+
+
+def category_checks(plan: Plan, report: Report, steps: int) -> tuple[CategoryCheck, ...]:
+    """Every category that was predicted or counted, per step and per optimizer step."""
+    totals = bytes_of_report(plan, report, steps)
+    predicted: dict[tuple[Direction, str, Literal["step", "optimizer_step"]], int] = {
+        (way, name, "step"): round(size / steps) for (way, name), size in totals.items()
+    }
+    for (way, name), size in bytes_of_optimizer_steps(plan, report).items():
+        predicted[way, name, "optimizer_step"] = round(size / windows_of(plan, report))
+    counted = {
+        (entry.direction, entry.category, entry.per): entry.num_bytes
+        for entry in report.observed.transfer.entries
+        if entry.per != "run"
+    }
+    return tuple(
+        CategoryCheck(
+            direction=key[0],
+            category=key[1],
+            per=key[2],
+            predicted_bytes=predicted.get(key, 0),
+            counted_bytes=counted.get(key, 0),
+            equal=predicted.get(key, 0) == counted.get(key, 0),
+        )
+        for key in {**predicted, **counted}
+        if predicted.get(key) or counted.get(key)
+    )
+
+
+def by_direction(totals: Mapping[tuple[Direction, str], int]) -> list[int]:
+    """Sums of each of :data:`DIRECTIONS`."""
+    return [sum(size for (way, _), size in totals.items() if way == direction) for direction in DIRECTIONS]
+
+
+def _categories(
+    plan: Plan,
+    rows: NDArray[np.int64],
+    missing: NDArray[np.int64],
+    overflow: NDArray[np.int64],
+    hot: NDArray[np.int64],
+) -> Categories:
+    rows_of = StepRows(active=rows, missing=missing, overflow=overflow, hot=hot)
+    return step_bytes_by_category(request=plan.request, candidates=Candidates.of(plan.decision), rows=rows_of)

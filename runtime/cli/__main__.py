@@ -1,0 +1,5 @@
+"""``python -m meft.runtime.cli``."""
+
+from meft.runtime.cli.run import main
+
+main()
