@@ -21,7 +21,7 @@ SOURCE = Path(__file__).with_name("nvml_stub.c")
 PID = 4321
 PRELUDE = f"""
 import json, os, pathlib
-from meft.runtime import nvml
+from meft.runtime.device import nvml
 nvml.SAMPLE_SECONDS = 3600.0  # sampling is the test's
 def stub(*lines):
     path = pathlib.Path(os.environ["MEFT_NVML_STUB"])

@@ -48,7 +48,11 @@ the exchange counts pinned buffers as it rounds them; a second copy of the alloc
 
 PROFILING_IS_USED_BY = {
     "meft.runtime.profiling.device_rates": {"meft.planner.timing.layer_kernels"},
-    "meft.runtime.cli.profile": {"meft.planner.check.calibrate", "meft.planner.predict.prediction"},
+    "meft.runtime.cli.profile": {
+        "meft.planner.check.calibrate",
+        "meft.planner.check.rates",
+        "meft.planner.predict.prediction",
+    },
     "meft.runtime.profiling.sparsity_profile": {"meft.planner.traffic.union_fit"},
 }
 """Measuring ends in a fit, calibrating in predictions, and launches are measured as they are counted: the commands of

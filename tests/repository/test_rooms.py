@@ -51,7 +51,7 @@ def imports(package: str, root: Path = ROOT) -> dict[str, set[str]]:
 
 def room_of(module: str) -> str:
     """``meft.planner.base.units`` is in ``base``; the package itself is in no room."""
-    return (module.split(".") + [""])[2]
+    return [*module.split("."), ""][2]
 
 
 def upward(package: str, root: Path = ROOT) -> list[str]:

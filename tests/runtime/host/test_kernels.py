@@ -155,7 +155,7 @@ def test_nothing_is_left_to_compile_once_the_kernels_are_warm() -> None:
     """In a process of its own, where no other test has compiled anything."""
     script = """
 import torch
-from meft.runtime import kernels, streaming_copy
+from meft.runtime.host import kernels, streaming_copy
 kernels.warm_up(lambda text: None)
 compiled = list(streaming_copy.gather_streaming.signatures)
 kernels.STREAMED_BYTES = 0
