@@ -29,7 +29,9 @@ Rate = Annotated[float, Field(gt=0.0)]
 class Record(BaseModel):
     """An immutable value that refuses unknown keys, NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
 
     def canonical_json(self) -> str:
         """The one text of this record: sorted keys, no spaces, shortest exact floats."""

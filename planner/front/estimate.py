@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -12,6 +11,7 @@ from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.errors import InfeasibleError, UsageError
 from meft.planner.base.schema import Record
 from meft.planner.base.units import parse_bytes
+from meft.planner.base.version import VERSION
 from meft.planner.front.options import (
     MAX_BATCH_SIZE,
     MAX_GRAD_ACCUM,
@@ -173,10 +173,10 @@ def _meft_plan(planned: Planning, *, active_rows: int | None) -> Plan:
     chosen = {"adapter_width": width, "top_k": top_k, "bf16_copy": bool(request.bf16_copy)}
     unlimited = without_limits(request.model_copy(update=chosen))
     on_the_card = unlimited.model_copy(update={"gpu_mem_bytes": request.gpu_mem_bytes})
-    found = make_plan(on_the_card, planned.profiles, meft_version=version("meft"))
+    found = make_plan(on_the_card, planned.profiles, meft_version=VERSION)
     lean = {}
     if isinstance(found, Infeasible):
-        found = make_plan(unlimited, planned.profiles, meft_version=version("meft"))
+        found = make_plan(unlimited, planned.profiles, meft_version=VERSION)
         lean = {"cached_rows": 0, "gradients_on_device": False, "hot_rows": request.hot_rows or 0}
     if isinstance(found, Infeasible):
         raise InfeasibleError(f"no such configuration: {found.message}")

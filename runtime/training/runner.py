@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import torch
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.units import format_bytes
+from meft.planner.base.version import VERSION
 from meft.planner.models.catalogue import load_model
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
@@ -77,7 +77,7 @@ def run_rehearsal(plan: Plan, options: RunOptions, display: Display) -> Report:
     shape, config, _ = load_model(reference)
     model_loading.check_shape(plan.request.model, shape, where=reference)
     display.say(f"rehearsing one step of {plan.request.model.name} under fake tensors: no weights, data or GPU")
-    return rehearse(plan, dict(config), budget_bytes=_budget(plan, options), meft_version=version("meft"))
+    return rehearse(plan, dict(config), budget_bytes=_budget(plan, options), meft_version=VERSION)
 
 
 def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
@@ -136,14 +136,14 @@ def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOpt
     with _stopping_on_signals(trainer, display):
         trainer.run()
     ((memory, pcie),) = readings
-    save_adapter(trainer.session, options.output_dir / "adapter", meft_version=version("meft"))
+    save_adapter(trainer.session, options.output_dir / "adapter", meft_version=VERSION)
     if trainer.stop_requested:
         display.say(f"stopped after step {len(trainer.history.losses)}; go on with --resume")
     if options.trace is not None:
         _write_trace(trainer.session, options.trace)
         display.say(f"wrote {options.trace}, the last step's tasks")
     recall = trainer.measure_recall()
-    return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=version("meft"))
+    return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=VERSION)
 
 
 def _read_nvml(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable) -> tuple[MemoryReading, PcieReading]:
@@ -189,7 +189,7 @@ def _trainer(session: Session, dataset: Dataset, options: RunOptions, pad_id: in
         dataset.examples,
         options.training,
         pad_id=pad_id,
-        meft_version=version("meft"),
+        meft_version=VERSION,
         output=options.output_dir,
         sequence_tokens=dataset.statistics.sequence_tokens,
         on_step=display.on_step,

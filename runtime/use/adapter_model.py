@@ -22,7 +22,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from meft.planner.base.errors import MeftError, UsageError
+from meft.planner.base.version import VERSION
 from meft.planner.models.architecture import shape_from_config
 from meft.planner.records.plan import Plan
 from meft.runtime.adapter.initialise import KeyInit
@@ -200,7 +200,7 @@ class AdapterModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter folder, whole or not at all; :meth:`from_pretrained` reads it."""
-        checkpoint.save_adapter(self.session, Path(folder), meft_version=version("meft"))
+        checkpoint.save_adapter(self.session, Path(folder), meft_version=VERSION)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """The adapter alone, under the names of an adapter folder: the base is frozen and has files of its own."""
