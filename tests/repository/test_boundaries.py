@@ -29,6 +29,7 @@ RECORDS_AND_PROFILES = {
     "meft.planner.base.names",
     "meft.planner.base.errors",
     "meft.planner.base.units",
+    "meft.planner.base.version",
     "meft.planner.base.files",
     "meft.planner.models.architecture",
     "meft.planner.models.catalogue",
