@@ -69,8 +69,9 @@ class _Tasks:
 
     def take(self, candidates: NDArray[np.int64] | slice) -> Self:
         """Those of some candidates."""
+        whole = isinstance(candidates, slice)
         taken = {
-            each.name: value[..., candidates]
+            each.name: value[..., candidates] if whole else value.take(candidates, axis=-1)
             for each in fields(self)
             if isinstance(value := getattr(self, each.name), np.ndarray)
         }
@@ -201,32 +202,36 @@ def _repeated(
     for layer in layers[:look]:
         past.append(layer_of(tasks, past[-1], layer))
     now, left = past[-1], len(layers) - look
-    going_on = np.arange(tasks.count)
-    after: State = [np.empty(tasks.count) for _ in now]
-    for lag in [1] if first_look else sorted({1, period}):
-        going_on = _taken_on(after, going_on, now, past[-1 - lag], times=left // lag)
+    after, even = _taken_on(now, past[-2], times=left)
+    going_on = np.flatnonzero(~even)
+    if len(going_on) and not first_look and period > 1:
+        before = past[-1 - period]
+        found, even = _taken_on(_some(now, going_on), _some(before, going_on), times=left // period)
+        _put(after, going_on, found)
+        going_on = going_on[~even]
     if len(going_on):
-        rest = [times[going_on] for times in now]
-        kept = tasks.take(going_on)
+        rest, kept = _some(now, going_on), tasks.take(going_on)
         rest = _repeated(layer_of, kept, rest, layers[look:], period=period, first_look=False)
-        for times, of_rest in zip(after, rest, strict=True):
-            times[going_on] = of_rest
+        _put(after, going_on, rest)
     return after
 
 
-def _taken_on(
-    after: State, candidates: NDArray[np.int64], now: State, before: State, *, times: int
-) -> NDArray[np.int64]:
-    """Write the state of those candidates whose lanes all moved on alike from ``before`` to ``now``, as it is when they
-    have done so some ``times`` more; returns the others."""
-    if len(candidates) < len(now[0]):
-        now, before = ([each[candidates] for each in state] for state in (now, before))
+def _taken_on(now: State, before: State, *, times: int) -> tuple[State, NDArray[np.bool_]]:
+    """The state when the time from ``before`` has passed some ``times`` more; and where it is true: all lanes moved on
+    alike."""
     moved = [later - earlier for later, earlier in zip(now, before, strict=True)]
     even = reduce(np.maximum, moved) - reduce(np.minimum, moved) <= EVEN * now[0]
-    moved[0] *= times
-    for written, later in zip(after, now, strict=True):
-        written[candidates] = later + moved[0]
-    return candidates[~even]
+    by = times * moved[0]
+    return [later + by for later in now], even
+
+
+def _some(state: State, candidates: NDArray[np.int64]) -> State:
+    return [times.take(candidates) for times in state]
+
+
+def _put(state: State, candidates: NDArray[np.int64], found: State) -> None:
+    for times, those in zip(state, found, strict=True):
+        times[candidates] = those
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------

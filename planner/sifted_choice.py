@@ -235,16 +235,19 @@ def _ranks(seconds: Seconds, moved: NDArray[np.float64] | None, *, apart: float)
 
 # --- a first, coarse sieve -------------------------------------------------------------------------------------------
 
-LEVELS = 64
+LEVELS = 32
 """Of memory, at least half as many are used."""
 FINER_LEVELS = 160
+WORTH_ACCUMULATING = 200
+"""So many passed that those after them are the fewer for it."""
 
 
 def _unbeaten_by_far(sifted: Sifted, cap: int) -> Listed:
     """Decisions at a cap but for those that another beats for certain: it has no less capacity, is on a lower level of
     memory, and costs less."""
     sieve = _Sieve(sifted, cap)
-    listed = [sieve.passed(*place) for place in np.ndindex(sifted.within.shape[:2])]
+    places = np.argwhere(sifted.within[:, :, :, :, cap].any(axis=(2, 3, 4))).tolist()
+    listed = [sieve.passed(*place) for place in places]
     found = Listed(sifted, tuple(np.concatenate(axis) for axis in zip(*listed, strict=True)))
     return found.where(sieve.passes_finer(found))
 
@@ -269,9 +272,9 @@ class _Sieve:
         place = self.group * (LEVELS + 1) + np.minimum(level, LEVELS - 1)
         passes = self.sifted.within[cache, depth][:, :, self.cap] & ~(self.least.take(place) < cost * (1 - APART))
         again, backward, routing = np.nonzero(passes)
-        if len(routing):
-            place, cost = (np.broadcast_to(each, passes.shape)[passes] for each in (place, cost))
-            np.minimum.at(self.least.reshape(-1), place + 1, cost)
+        place, cost = (np.broadcast_to(each, passes.shape)[passes] for each in (place, cost))
+        np.minimum.at(self.least.reshape(-1), place + 1, cost)
+        if len(routing) > WORTH_ACCUMULATING:
             _accumulate(self.least)
         given = (np.full(len(routing), each) for each in (cache, depth, self.cap))
         cache_axis, depth_axis, cap_axis = given

@@ -85,8 +85,8 @@ class Sifted:
         forward.flat[members] = least_forward
         most = self.request.max_slowdown * table.baseline * (1 + WITHIN)
         backward = np.moveaxis(least_backward.reshape(*least_backward.shape[:2], num_caches, -1), 2, 0)
-        fits &= forward[:, None, None] + backward[..., table.kind_of] <= most
-        may_pay = [own.reshape(num_caches, 1, 1, -1)[..., table.kind_of] for own in table.may_pay]
+        fits &= forward[:, None, None] + backward.take(table.kind_of, axis=-1) <= most
+        may_pay = [own.reshape(num_caches, 1, 1, -1).take(table.kind_of, axis=-1) for own in table.may_pay]
         return [self._seconds_of(0, fits), *(self._seconds_of(1, fits & pays) for pays in may_pay)]
 
     def _seconds_of(self, copied: int, wanted: NDArray[np.bool_]) -> Seconds:
@@ -103,7 +103,8 @@ class Sifted:
         forward = forward.reshape(num_depths, num_caches, 1, 1, -1)
         seconds = np.empty((num_caches, num_depths, *variants, num_routings))
         for cache, depth in np.ndindex(num_caches, num_depths):
-            np.add(forward[depth, cache], backward[depth, :, :, cache][..., table.kind_of], out=seconds[cache, depth])
+            of_routings = backward[depth, :, :, cache].take(table.kind_of, axis=-1)
+            np.add(forward[depth, cache], of_routings, out=seconds[cache, depth])
         return seconds
 
     def _decided(self) -> NDArray[np.bool_]:
