@@ -2,9 +2,9 @@
 
     python benchmarks/cold_start.py [COMMAND ...]
 
-runs ``meft-plan --gpu-mem 24GB --host-mem 64GB`` and ``python -c "import numpy, pydantic, click"`` in turn, as
-processes of their own, and prints the medians of their wall-clock and processor seconds and of their peak resident memory. Both
-run once beforehand, so that files are in the page cache. ``COMMAND`` takes the place of ``meft-plan``, the one that is
+runs ``meft-plan --gpu-mem 24GB --host-mem 64GB`` and ``python -c "import numpy, pydantic, click"`` in turn, each as a
+process of its own, and prints the medians of their wall-clock and processor seconds and of their peak resident memory.
+Both run once beforehand, so that files are in the page cache. ``COMMAND`` takes the place of ``meft-plan``, the one
 installed beside the interpreter, with the same options.
 """
 

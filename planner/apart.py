@@ -69,9 +69,8 @@ class _Tasks:
 
     def take(self, candidates: NDArray[np.int64] | slice) -> Self:
         """Those of some candidates."""
-        whole = isinstance(candidates, slice)
         taken = {
-            each.name: value[..., candidates] if whole else value.take(candidates, axis=-1)
+            each.name: value[..., candidates] if isinstance(candidates, slice) else value.take(candidates, axis=-1)
             for each in fields(self)
             if isinstance(value := getattr(self, each.name), np.ndarray)
         }

@@ -128,18 +128,17 @@ def front(sifted: Sifted, winner: Index) -> list[Index]:
     kept, unsure = points.swept()
     points.listed.where(unsure).made_exact()
     points = _Points.of(points.listed.where(kept))
-    order = points.in_order()
-    chosen = [points.listed.where(np.array(order))]
-    near = next(place for place in range(len(order)) if chosen[0].index(place) == winner)
-    places = thinned(len(order), near=near, most=PARETO_POINTS, neighbours=PARETO_NEAR)
-    shown = chosen[0].where(np.array(places)).made_exact()
+    unbeaten = points.listed.where(np.array(points.in_order()))
+    near = next(place for place in range(len(unbeaten)) if unbeaten.index(place) == winner)
+    places = thinned(len(unbeaten), near=near, most=PARETO_POINTS, neighbours=PARETO_NEAR)
+    shown = unbeaten.where(np.array(places)).made_exact()
     return [shown.index(place) for place in range(len(shown))]
 
 
 @dataclass(frozen=True)
 class _Points:
     """Decisions by what a front weighs, ``[n]``: capacity as a number to be large, cost and memory to be small. Costs
-    are ranks: equal where the seconds do not tell for certain which is less."""
+    are ranks, of which :attr:`cost` is equal where the seconds do not tell for certain which is less."""
 
     listed: Listed
     capacity: NDArray[np.int64]

@@ -45,7 +45,7 @@ class Sifted:
         """Cells of which some cap fits."""
         self.table = CostTable(self.space, request, profiles)
         self.seconds = self._quick_seconds()
-        """Of cells, by copy: close, or exact where :attr:`exact` says so; infinite where no limit can be kept."""
+        """Of cells, by copy: close, or exact once :meth:`make_exact` was asked; infinite where no limit can be kept."""
         self.pays = self._decided()
         """Cells that a copy makes faster by enough, where there is room for it."""
 
@@ -148,12 +148,8 @@ class Sifted:
         places = np.concatenate(known)
         if len(places):
             found = self.table.exact_seconds(Cells(copied, *(axis[places] for axis in cells)))
-            for own, of_copy, exact in zip(self.seconds, known, self._by_copy(found, known), strict=True):
-                own[tuple(axis[of_copy] for axis in cells)] = exact
-
-    @staticmethod
-    def _by_copy(found: Seconds, known: list[NDArray[np.int64]]) -> list[Seconds]:
-        return np.split(found, np.cumsum([len(each) for each in known[:-1]]))
+            for copy, seconds in enumerate(self.seconds):
+                seconds[tuple(axis[known[copy]] for axis in cells)] = found[copied == copy]
 
     @cached_property
     def window_bytes(self) -> NDArray[np.int64] | None:

@@ -1,7 +1,8 @@
 """Weighing: what each decision of a request needs, which of them keep every limit, and which the objective prefers.
 
 Cheap limits come first: memory is computed for the whole grid of :mod:`meft.planner.space`, and only what fits is
-simulated.
+simulated. This is the search to read. :mod:`meft.planner.sifting` comes to the same with a fraction of the work, and
+tests compare the two; where nothing fits, the verdict is drawn from here.
 """
 
 from __future__ import annotations
