@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from meft.planner.base.errors import Infeasible
 from meft.planner.base.version import VERSION
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.request import Planning, planning
 from meft.planner.models.catalogue import load_model
 from meft.planner.predict.prediction import simulated_tasks
 from meft.planner.records.plan import Plan
-from meft.planner.search.infeasible import Infeasible
 from meft.planner.search.search import make_plan
 from meft.planner.timing.chrome import Event
 

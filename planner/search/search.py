@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import math
 
-from meft.planner.base.errors import UsageError
+from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
 from meft.planner.records.plan import Decision, Plan, Prediction, Request, SearchSummary
-from meft.planner.search.infeasible import Infeasible, explain
+from meft.planner.search.infeasible import explain
 from meft.planner.search.sifted_choice import best, front
 from meft.planner.search.sifting import Sifted
 from meft.planner.search.weighing import weigh
