@@ -5,6 +5,7 @@ Training is the default command; what uses its result is in :mod:`meft.runtime.c
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from meft.planner.base.errors import EXIT_UNEXPECTED, MeftError, UsageError
+from meft.planner.base.options import as_typed, option_hint
+from meft.planner.base.packages import missing_package
 from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
@@ -50,8 +53,15 @@ class RunGroup(click.Group):
         """What is no command is a plan."""
         own = {"--version", *self.get_help_option_names(ctx)}
         if args and args[0] not in own and args[0] not in self.commands:
+            self._refuse_misspelt(args[0])
             args = [DEFAULT_COMMAND, *args]
         return super().parse_args(ctx, args)
+
+    def _refuse_misspelt(self, word: str) -> None:
+        """What is no file and nearly a command is one, misspelt."""
+        near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
+        if near and not Path(word).exists():
+            raise UsageError(f"{word}: no such plan and no such command; did you mean {near[0]}?")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options of running a plan, the group's own, and the commands."""
@@ -161,17 +171,35 @@ def run_command(command: click.Command, program: str, *, interrupted: str) -> No
     """Run a command: every error a user can cause is one line on standard error and a documented exit code."""
     try:
         command.main(prog_name=program, standalone_mode=False)
-    except MeftError as error:
-        _fail(program, str(error), error.exit_code)
     except click.exceptions.Abort:
         _fail(program, interrupted, EXIT_INTERRUPTED)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(program, _one_line(error, program), error.exit_code)
     except Exception as error:
+        missing = missing_package(error)
+        if missing is not None:
+            _fail(program, str(missing), missing.exit_code)
+        if isinstance(error, MeftError):
+            _fail(program, str(error), error.exit_code)
         if os.environ.get("MEFT_DEBUG"):
             raise
         _fail(program, f"unexpected {type(error).__name__}: {error} (MEFT_DEBUG=1 shows where)", EXIT_UNEXPECTED)
+
+
+def _one_line(error: click.ClickException, program: str) -> str:
+    """Click's message, what an unknown option means, and where to read on."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path.removesuffix(f" {DEFAULT_COMMAND}") if context is not None else program
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if isinstance(error, click.NoSuchOption):
+        option = as_typed(error.option_name, sys.argv[1:])
+        known = [name for each in context.command.get_params(context) for name in each.opts] if context else []
+        hint = option_hint(option, known, program=program)
+        message = f"no such option {option}" + (f"; {hint}" if hint else "")
+    return f"{message}{'' if message.endswith('?') else ';'} {path} --help lists what there is"
 
 
 def print_report(report: Report, path: Path) -> None:
