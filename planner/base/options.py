@@ -9,12 +9,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
+import click
+
 _OTHER_NAMES: Mapping[tuple[str, ...], str] = {
     ("--learning-rate",): "lr learn-rate rate peak-lr max-lr",
     ("--batch-size",): "bs batch micro-batch micro-batch-size train-batch-size per-device-train-batch-size batchsize",
     ("--epochs", "--steps"): "epoch epochs num-epochs n-epochs num-train-epochs",
     ("--steps",): "max-steps num-steps n-steps iters iterations max-iters train-steps step",
-    ("--output-dir", "--output"): "output out out-dir outdir save-dir save output-folder output-file dest o",
+    ("--output-dir", "--output"): "output output-dir out out-dir outdir save-dir save output-folder output-file dest o",
     ("--gpu-mem",): "gpu-memory gpumem gpu-ram vram mem memory device-mem device-memory max-gpu-memory",
     ("--host-mem",): "host-memory hostmem ram cpu-mem cpu-memory cpu-ram host-ram",
     ("--seq-len",): "max-length max-len max-seq-len max-seq-length seq-length sequence-length seqlen context "
@@ -68,6 +70,22 @@ OF_THE_RUN = (
     *("--eval-every", "--save-every", "--warmup", "--weight-decay", "--max-grad-norm", "--seed"),
 )
 """What meft-run is told and no plan depends on."""
+
+
+def one_line(error: click.ClickException, *, program: str, default_command: str, arguments: Iterable[str]) -> str:
+    """Click's message, what an unknown option means, and where to read on; ``arguments`` are the command line's."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path.removesuffix(f" {default_command}") if context is not None else program
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if isinstance(error, click.NoSuchOption):
+        known = [name for each in context.command.get_params(context) for name in each.opts] if context else []
+        message = _no_such_option(as_typed(error.option_name, arguments), known, program)
+    return f"{message}{'' if message.endswith('?') else ';'} {path} --help lists what there is"
+
+
+def _no_such_option(option: str, known: list[str], program: str) -> str:
+    hint = option_hint(option, known, program=program)
+    return f"no such option {option}" + (f"; {hint}" if hint else "")
 
 
 def option_hint(given: str, known: Iterable[str], *, program: str) -> str:

@@ -70,7 +70,8 @@ class File(Record):
         """
         content = _parse_object(text, source=source, kind=cls.kind)
         refuse_other_kind(content, source=source, wanted=cls.kind)
-        content.pop("kind", None)
+        if content.pop("kind", cls.kind) != cls.kind:
+            raise UsageError(f"{cls.kind} {source}: it says that it is of another kind, which is not known here")
         _check_version(content, source=source, kind=cls.kind)
         stated = content.pop("digest", None)
         record = validated(cls, content, source=f"{cls.kind} {source}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from meft.planner.base.errors import EXIT_UNEXPECTED, MeftError, UsageError
-from meft.planner.base.options import as_typed, option_hint
+from meft.planner.base.options import one_line
 from meft.planner.base.packages import missing_package
 from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
 from meft.planner.records.plan import Plan
@@ -177,29 +177,15 @@ def run_command(command: click.Command, program: str, *, interrupted: str) -> No
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        _fail(program, _one_line(error, program), error.exit_code)
+        said = one_line(error, program=program, default_command=DEFAULT_COMMAND, arguments=sys.argv[1:])
+        _fail(program, said, error.exit_code)
     except Exception as error:
-        missing = missing_package(error)
-        if missing is not None:
-            _fail(program, str(missing), missing.exit_code)
-        if isinstance(error, MeftError):
-            _fail(program, str(error), error.exit_code)
+        known = missing_package(error) or error
+        if isinstance(known, MeftError):
+            _fail(program, str(known), known.exit_code)
         if os.environ.get("MEFT_DEBUG"):
             raise
         _fail(program, f"unexpected {type(error).__name__}: {error} (MEFT_DEBUG=1 shows where)", EXIT_UNEXPECTED)
-
-
-def _one_line(error: click.ClickException, program: str) -> str:
-    """Click's message, what an unknown option means, and where to read on."""
-    context = getattr(error, "ctx", None)
-    path = context.command_path.removesuffix(f" {DEFAULT_COMMAND}") if context is not None else program
-    message = " ".join(error.format_message().split()).rstrip(".")
-    if isinstance(error, click.NoSuchOption):
-        option = as_typed(error.option_name, sys.argv[1:])
-        known = [name for each in context.command.get_params(context) for name in each.opts] if context else []
-        hint = option_hint(option, known, program=program)
-        message = f"no such option {option}" + (f"; {hint}" if hint else "")
-    return f"{message}{'' if message.endswith('?') else ';'} {path} --help lists what there is"
 
 
 def print_report(report: Report, path: Path) -> None:

@@ -71,12 +71,10 @@ def test_what_is_no_plan(name: str, message: str, files: Path) -> None:
 
 @pytest.mark.parametrize("name", ["plan.json", "older-plan.json"])
 def test_a_plan_is_no_report_profile_or_model(name: str, files: Path) -> None:
-    with pytest.raises(UsageError, match="is a plan, not a report of a run; give the plan first, then the report.json"):
+    with pytest.raises(UsageError, match=r"is a plan, not a report of a run; give the plan first, then the rep"):
         Report.load(files / name)
     for load in (load_gpu, sections_in):
-        with pytest.raises(
-            UsageError, match="is a plan, not a profile; meft-profile hardware -o FILE writes a profile"
-        ):
+        with pytest.raises(UsageError, match="is a plan, not a profile; meft-profile hardware -o FILE writes"):
             load(str(files / name))
     with pytest.raises(UsageError, match="is a plan, not the config of a model; give the model's folder"):
         load_model(str(files / name))
@@ -92,7 +90,7 @@ def test_profiles_and_models_of_other_forms(files: Path) -> None:
 def test_older_files_are_read_and_mean_the_same(files: Path) -> None:
     assert Plan.load(files / "older-plan.json") == PLAN == Plan.load(files / "plan.json")
     assert json.loads((files / "plan.json").read_text())["kind"] == "plan"
-    assert list(json.loads((files / "report.json").read_text()))[0] == "kind"
+    assert next(iter(json.loads((files / "report.json").read_text()))) == "kind"
 
 
 def test_what_is_not_known_keeps_its_own_error(tmp_path: Path) -> None:
