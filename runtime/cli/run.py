@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from meft.planner.base.packages import missing_package
 from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
+from meft.runtime.cli.pace import Pace
 from meft.runtime.cli.use import evaluate_command, evaluation_options, generate_command, prepare_command
 from meft.runtime.data.metrics import evaluation_line
 
@@ -288,7 +290,7 @@ def _evaluation(given: dict[str, Any]) -> EvaluationOptions | None:
 def _display(total_steps: int) -> Iterator[Display]:
     """A progress bar on a terminal, about ten lines elsewhere; all on standard error."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from meft.runtime.training.runner import Display
     from meft.runtime.training.training import Progress as Step
@@ -298,21 +300,24 @@ def _display(total_steps: int) -> Iterator[Display]:
     def say(text: str) -> None:
         console.print(f"meft-run: {text}", soft_wrap=True, markup=False)
 
+    pace = Pace(time.monotonic)
     if not console.is_terminal:
         every = max(1, total_steps // LINES_WITHOUT_TERMINAL)
 
         def line(step: Step) -> None:
+            told = pace.told(step.step, step.total_steps)
             if step.step % every == 0 or step.step in (1, step.total_steps):
-                say(f"step {step.step}/{step.total_steps} loss {step.loss:.4f}")
+                say(f"step {step.step}/{step.total_steps} loss {step.loss:.4f}{told}")
 
         yield Display(say, line)
         return
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=total_steps, loss="-", visible=False)
 
         def advance(step: Step) -> None:
-            bar.update(task, completed=step.step, loss=f"{step.loss:.4f}", visible=True)
+            told = pace.told(step.step, step.total_steps)
+            bar.update(task, completed=step.step, loss=f"{step.loss:.4f}{told}", visible=True)
 
         yield Display(say, advance)
 

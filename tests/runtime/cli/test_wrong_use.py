@@ -52,7 +52,12 @@ def one_line(done: subprocess.CompletedProcess[str], exit_code: int) -> str:
         ("meft-run", ["prepare", "elements", "-o", "OUT"], "mendeleev", "pip install --no-deps mendeleev"),
         ("meft-profile", ["hardware", "-o", "OUT"], "torch", RUN),
         ("meft-profile", ["sparsity", "--model", "MODEL", "--data", "DATA", "-o", "OUT"], "transformers", RUN),
-        ("meft-plan", ["--gpu", "emulated", "--gpu-mem", "64MiB", "--model", "MODEL", "--verify"], "torch", RUN),
+        (
+            "meft-plan",
+            ["--gpu", "emulated", "--gpu-mem", "64MiB", "--model", "MODEL", "--seq-len", "24", "--verify"],
+            "torch",
+            RUN,
+        ),
         ("meft-plan", ["estimate", "--method", "lora", "--gpu-mem", "24GB", "--verify"], "peft", RUN),
         ("meft-plan", ["estimate", "--method", "lora", "--gpu-mem", "24GB", "--verify"], "torch", RUN),
     ],
