@@ -45,6 +45,9 @@ MODELS = (
     "pythia-1.4b",
     "opt-1.3b",
     "smollm2-135m",
+    "smollm3-3b",
+    "olmo-2-1b",
+    "granite-3.1-2b",
 )
 LORA = {"method": "lora", "rank": 8, "target_modules": "attention"}
 QLORA = {"method": "qlora", "rank": 16, "target_modules": "all-linear", "weights_dtype": "nf4", "double_quant": True}
@@ -101,10 +104,9 @@ def grid() -> Iterator[tuple[str, TrainingSetup, dict[str, Any]]]:
 def short_config(config: dict[str, Any]) -> dict[str, Any]:
     """The same architecture with few layers."""
     key = "n_layer" if "n_layer" in config else "num_hidden_layers"
-    short = dict(config) | {key: NUM_LAYERS}
-    if "layer_types" in short:
-        short["layer_types"] = short["layer_types"][:NUM_LAYERS]
-    return short
+    layers = config.get("no_rope_layer_interval", NUM_LAYERS)  # with one of the layers that rotate nothing
+    short = dict(config) | {key: layers}
+    return short | {name: short[name][:layers] for name in ("layer_types", "no_rope_layers") if name in short}
 
 
 def compare(name: str, setup: TrainingSetup, config: dict[str, Any]) -> Result:

@@ -114,7 +114,9 @@ class _Loader:
                 if layer.place == part:
                     block.linears[layer.place, layer.name] = self._linear(layer)
             if part == "attention" and shape.head_norms_per_layer:
-                block.head_norms = [self._norm(shape.head_dim) for _ in range(shape.head_norms_per_layer)]
+                joint = (shape.query_size, shape.kv_size)
+                widths = joint if shape.joint_head_norms else (shape.head_dim,) * shape.head_norms_per_layer
+                block.head_norms = [self._norm(width) for width in widths]
         return block
 
     def _norm(self, width: int | None = None) -> tuple[Tensor, Tensor | None]:
