@@ -72,7 +72,7 @@ WITH_EFFECTS = {
     "meft.planner.render.plan",
     "meft.planner.simulation.verification",
 }
-"""Planner modules that read, write or print. With the command line they are all there are: any other is pure."""
+"""Planner modules that read, write or print. With the front door and the commands they are all: any other is pure."""
 EFFECTS = {
     "asyncio",
     "datetime",
@@ -276,7 +276,7 @@ def pure_modules() -> dict[str, Path]:
     return {
         name: path
         for name, path in modules_of("planner").items()
-        if name not in WITH_EFFECTS and not name.startswith("meft.planner.cli.")
+        if name not in WITH_EFFECTS and not name.startswith(("meft.planner.cli.", "meft.planner.front."))
     }
 
 
