@@ -47,6 +47,8 @@ MODULES = {
     "meft-profile": "meft.runtime.cli.profile",
 }
 """The commands, and the modules with their ``main`` and click ``command``."""
+DEFAULTS = {"meft-plan": "plan", "meft-run": "train"}
+"""What they do when no command is named."""
 WARM = ("meft-run", "meft-profile")
 """Commands that take seconds to import torch: their processes are forked from one that has."""
 PRELOADED = [
@@ -231,10 +233,8 @@ def unknown_options(words: Sequence[str]) -> list[str]:
     rest = list(words[1:])
     known = {"--help", "-h", "--version"}
     if isinstance(command, click.Group):
-        if rest and rest[0] in command.commands:
-            command = command.commands[rest.pop(0)]
-        else:
-            command = command.commands["train" if words[0] == "meft-run" else "plan"]
+        named = rest.pop(0) if rest and rest[0] in command.commands else DEFAULTS.get(words[0])
+        command = command.commands[named] if named is not None else command
     known |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     return [word for word in rest if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in known]
 

@@ -65,7 +65,15 @@ LETTERS = {
 """Arguments of term functions, and the letters that stand for them; other arguments stand for themselves."""
 WIDTHS = ("q", "e", "element_bytes", "compute_bytes", "compute_dtype_bytes", "adapter_dtype_bytes")
 PRICED = (
-    *("terms/activations", "terms/adapter", "terms/weights", "terms/ledger", "memory/device", "memory/host"),
+    *(
+        "terms/activations",
+        "terms/adapter",
+        "terms/weights",
+        "terms/ledger",
+        "memory/device",
+        "memory/host",
+        "memory/disk",
+    ),
     *("traffic/transfer", "traffic/hot_rows", "timing/step", "timing/gpu", "timing/dense", "timing/lanes"),
 )
 """Modules whose public functions of bytes, seconds and slots are the terms."""
