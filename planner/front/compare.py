@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from meft.planner.base.dtypes import WeightsDtype
+from meft.planner.base.errors import Infeasible
 from meft.planner.front.estimate import usual_meft
 from meft.planner.front.request import Planning
 from meft.planner.predict.comparison import DENSE_NAMES, USUAL_SIZES, MethodComparison, MethodRow, compare_dense
 from meft.planner.predict.estimates import estimate_meft
-from meft.planner.search.infeasible import Infeasible
 from meft.planner.search.search import make_plan
 
 
