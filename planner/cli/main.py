@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import click
 
 from meft.planner.base.errors import EXIT_UNEXPECTED, MeftError, unknown_name
+from meft.planner.base.options import one_line
+from meft.planner.base.packages import missing_package
 from meft.planner.cli.audit import audit_command
 from meft.planner.cli.compare import compare_command
 from meft.planner.cli.estimate import estimate_command
@@ -53,15 +55,17 @@ class PlannerGroup(click.Group):
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run as :meth:`click.Group.main` does, and end the process with the documented exit code."""
+        words = sys.argv[1:] if not args or args[0] is None else args[0]
         try:
             code = super().main(*args, **options | {"prog_name": PROGRAM, "standalone_mode": False})
-        except MeftError as error:
-            _fail(str(error), error.exit_code)
         except click.ClickException as error:
-            _fail(_one_line(error), error.exit_code)
+            _fail(one_line(error, program=PROGRAM, default_command=DEFAULT_COMMAND, arguments=words), error.exit_code)
         except click.exceptions.Abort:
             _fail("interrupted", EXIT_INTERRUPTED)
         except Exception as error:
+            known = missing_package(error) or error
+            if isinstance(known, MeftError):
+                _fail(str(known), known.exit_code)
             if os.environ.get("MEFT_DEBUG"):
                 raise
             _fail(f"unexpected {type(error).__name__}: {error} (MEFT_DEBUG=1 shows where)", EXIT_UNEXPECTED)
@@ -90,14 +94,6 @@ def command() -> None:
 def main() -> None:
     """Entry point."""
     command.main()
-
-
-def _one_line(error: click.ClickException) -> str:
-    """Click's message and where to read on."""
-    message = " ".join(error.format_message().split())
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else PROGRAM
-    return f"{message.rstrip('.')}; {path.removesuffix(' plan')} --help lists what there is"
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

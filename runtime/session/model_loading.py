@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
+from meft.planner.base.kinds import MODEL, refuse_other_path
+from meft.planner.base.packages import require_packages
 from meft.planner.base.schema import parse_json, read_text
 from meft.planner.models.architecture import ModelShape, shape_from_config
+from meft.planner.models.catalogue import how_to_download, is_hub_name
 from meft.planner.records.plan import Plan
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,6 +26,20 @@ def check_model_folder(plan: Plan, folder: Path) -> None:
     text = read_text(folder / "config.json", kind="model config")
     shape = shape_from_config(parse_json(text, source=str(folder / "config.json")), name=folder.name)
     check_shape(plan.request.model, shape, where=str(folder))
+
+
+def existing_folder(reference: str | Path, *, field: str = "--model") -> Path:
+    """``reference`` as a folder; a :class:`UsageError` that says where a folder comes from when there is none."""
+    folder = Path(reference)
+    if folder.is_dir():
+        return folder
+    refuse_other_path(folder, wanted=MODEL)
+    if is_hub_name(str(reference)):
+        raise UsageError(
+            f"{field} {reference}: no such folder, and nothing is downloaded here; get it first: "
+            f"{how_to_download(str(reference))}"
+        )
+    raise UsageError(f"{field} {reference}: no such folder; give one with config.json and weights")
 
 
 def check_shape(planned: ModelShape, found: ModelShape, *, where: str) -> None:
@@ -77,6 +94,8 @@ def _weight_options(plan: Plan) -> dict[str, Any]:
     if plan.request.weights_dtype in COMPUTE_DTYPES:
         return {"dtype": COMPUTE_DTYPES[plan.request.weights_dtype]}
     from transformers import BitsAndBytesConfig
+
+    require_packages("bitsandbytes", "accelerate", purpose="nf4 weights")
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

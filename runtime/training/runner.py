@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-from meft.planner.base.errors import UsageError
+from meft.planner.base.errors import MachineError, UsageError
 from meft.planner.base.units import format_bytes
-from meft.planner.models.catalogue import load_model
+from meft.planner.models.catalogue import how_to_download, hub_name_of, load_model
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
 from meft.planner.timing.chrome import chrome_trace
@@ -39,6 +39,8 @@ from meft.runtime.training.training import Progress, Trainer, TrainingOptions
 from meft.runtime.use.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
 
 DeviceKind = Literal["cuda", "emulated"]
+EMULATED = "emulated"
+"""The name of the profile that a plan for the emulated device rests on."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
     folder = _model_folder(plan, options, display)
     model_loading.check_model_folder(plan, folder)
     checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
-    kind = _device_kind(options)
+    kind = _device_kind(plan, options)
     with closing(_open_nvml(kind)) as nvml:
         machine = preflight.Machine.here()
         for note in preflight.check(plan, machine, device_kind=kind, budget_bytes=_budget(plan, options)):
@@ -201,16 +203,25 @@ def _model_folder(plan: Plan, options: RunOptions, display: Display) -> Path:
     if reference is None and plan.request.model.name == SMOLLM2_PROFILE:
         return smollm2_folder(display.say)
     if reference is None:
-        raise UsageError(f"--model: give the folder that holds the weights of {plan.request.model.name}, or --rehearse")
-    if not Path(reference).is_dir():
-        raise UsageError(f"--model {reference}: no such folder; training needs one with config.json and weights")
-    return Path(reference)
+        name = plan.request.model.name
+        hub_name = hub_name_of(name)
+        how = f" ({how_to_download(hub_name)})" if hub_name else ""
+        raise UsageError(f"--model: give the folder that holds the weights of {name}{how}, or --rehearse")
+    return model_loading.existing_folder(reference)
 
 
-def _device_kind(options: RunOptions) -> DeviceKind:
-    if options.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "emulated"
-    return options.device
+def _device_kind(plan: Plan, options: RunOptions) -> DeviceKind:
+    """Where the run takes place; a plan for a card is never trained elsewhere without a word."""
+    if options.device != "auto":
+        return options.device
+    if torch.cuda.is_available():
+        return "cuda"
+    if any(used.kind == "gpu" and used.name == EMULATED for used in plan.inputs.profiles):
+        return "emulated"
+    raise MachineError(
+        f"the plan is for {plan.request.gpu} and torch sees no CUDA device here; --device emulated trains on the CPU "
+        f"within the same books and budget (slow), --rehearse counts one step without weights"
+    )
 
 
 def _budget(plan: Plan, options: RunOptions) -> int:
