@@ -43,11 +43,14 @@ def parse_bytes(text: str, *, field: str = "size") -> int:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Render bytes for a table: ``23.4 GiB``, ``512.0 MiB``, ``3.0 KiB``, ``17 B``; negative sizes keep their sign."""
+    """Render bytes for a table, in three or four digits: ``23.42 GiB``, ``512.0 MiB``, ``1,007 MiB``, ``17 B``.
+
+    Negative sizes keep their sign.
+    """
     magnitude = abs(num_bytes)
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if magnitude >= unit:
-            return f"{num_bytes / unit:.2f} {name}" if unit == GIB else f"{num_bytes / unit:.1f} {name}"
+            return f"{_digits(num_bytes / unit, most_decimals=2 if unit == GIB else 1)} {name}"
     return f"{num_bytes:.0f} B"
 
 
@@ -60,7 +63,18 @@ def format_size_argument(num_bytes: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Render a duration for a table: ``1.23 s``, ``45.6 ms``, ``7.8 us``."""
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+    """Render a duration for a table: ``58.4 us``, ``45.6 ms``, ``1.23 s``, ``12.5 min``, ``3.4 h``, ``2.1 days``."""
+    if seconds < 0.99995e-3:
+        return f"{seconds * 1e6:.1f} us"
+    if seconds < 0.99995:
+        return f"{seconds * 1e3:.1f} ms"
+    for unit, name, up_to in ((1, "s", 120), (60, "min", 7200), (3600, "h", 172_800)):
+        if seconds < up_to:
+            return f"{_digits(seconds / unit, most_decimals=2 if unit == 1 else 1)} {name}"
+    return f"{_digits(seconds / 86_400, most_decimals=1)} days"
+
+
+def _digits(number: float, *, most_decimals: int) -> str:
+    """No more decimals than four digits have room for."""
+    whole = len(str(int(abs(number))))
+    return f"{number:,.{max(min(most_decimals, 4 - whole), 0)}f}"

@@ -8,7 +8,7 @@ from rich.text import Text
 from meft.planner.base.units import format_bytes, format_seconds
 from meft.planner.check.audit import Audit, AuditRow
 from meft.planner.check.counted_bytes import CategoryCheck
-from meft.planner.render.plan import grid, lines, percent, section
+from meft.planner.render.tables import grid, lines, percent, section
 
 
 def audit_view(audit: Audit, *, verbose: bool) -> RenderableType:

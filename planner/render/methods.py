@@ -11,7 +11,8 @@ from meft.planner.base.units import format_bytes, format_seconds
 from meft.planner.predict.comparison import MethodComparison, MethodRow
 from meft.planner.predict.estimates import Estimate
 from meft.planner.records.plan import MemoryEntry
-from meft.planner.render.plan import count, grid, ledger, lines, percent, section
+from meft.planner.render.details import ledger
+from meft.planner.render.tables import count, grid, lines, percent, section
 
 
 def estimate_view(estimate: Estimate, *, notes: Sequence[str]) -> RenderableType:

@@ -4,7 +4,7 @@ Training serves all tokens of a micro-batch with the union of their rows, so a t
 else is in the batch. Generation must not: an answer may not change with the questions that happen to share its batch,
 nor with padding. Here each token meets all rows (with Key-Experts all rows of the experts it probes), which is what the
 union grows into; or of those its own best ones alone, which leaves more of what the model said before
-(``benchmarks/learning_details.md``). Only hidden states and outputs travel, ``2 T D`` numbers per layer; no row lies on
+(``docs/learning.md``). Only hidden states and outputs travel, ``2 T D`` numbers per layer; no row lies on
 the device.
 
 Letters: ``T`` tokens, ``D`` hidden size, ``R`` adapter rows, ``N`` experts, ``P`` probes.
