@@ -20,6 +20,7 @@ from meft.planner.front.options import (
     MAX_BATCH_SIZE,
     MAX_GRAD_ACCUM,
     MAX_SEQ_LEN,
+    MAX_SLOWDOWN,
     MAX_WIDTH,
     RUNNABLE_WEIGHTS,
 )
@@ -156,7 +157,7 @@ def search_options(command: Command) -> Command:
         ),
         click.option(
             "--max-slowdown",
-            type=FiniteRange(1.0, 1000.0),
+            type=FiniteRange(1.0, MAX_SLOWDOWN),
             help="Over the same adapter all on the GPU. [default: 1.587, the paper's 1 / 0.63]",
         ),
         click.option(

@@ -8,12 +8,11 @@ from typing import Any, NoReturn
 
 import click
 
-from meft.planner.base.errors import InfeasibleError, UsageError
+from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
 from meft.planner.base.files import write_atomic
 from meft.planner.cli.options import COUNT, PATH, budget_options, command_with, search_options, workload_options
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.plan import Planned, find_plan, levers_of, simulated_step
-from meft.planner.search.infeasible import Infeasible
 from meft.planner.timing.chrome import chrome_trace
 
 
@@ -83,7 +82,7 @@ def refuse(context: click.Context, verdict: Infeasible, *, as_json: bool) -> NoR
         }
         click.echo(json.dumps(content, indent=2, allow_nan=False))
     hint = f"; the nearest that fits: {nearest}" if nearest else "; no change nearby was found that fits"
-    raise InfeasibleError(f"no plan fits: {verdict.message.rstrip('.')}{hint}")
+    raise InfeasibleError(f"no plan fits: {verdict.message.rstrip('.')}{hint}", verdict)
 
 
 def _write(path: Path, text: str, *, option: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from meft.planner.base.dtypes import WeightsDtype
+from meft.planner.base.errors import Infeasible
 from meft.planner.front.estimate import usual_meft
 from meft.planner.front.request import Planning
 from meft.planner.predict.comparison import (
@@ -16,7 +17,6 @@ from meft.planner.predict.comparison import (
     first_that_fits,
 )
 from meft.planner.predict.estimates import estimate_meft
-from meft.planner.search.infeasible import Infeasible
 from meft.planner.search.search import make_plan
 
 

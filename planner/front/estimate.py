@@ -9,17 +9,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.base.errors import InfeasibleError, UsageError
+from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
 from meft.planner.base.schema import Record
 from meft.planner.base.units import format_bytes, parse_bytes
-from meft.planner.front.options import (
-    MAX_BATCH_SIZE,
-    MAX_GRAD_ACCUM,
-    MAX_RANK,
-    MAX_SEQ_LEN,
-    MAX_WIDTH,
-    RequestOptions,
-)
+from meft.planner.front.options import MAX_RANK, BatchSize, Depth, GradAccum, RequestOptions, Rows, SeqLen, Width
 from meft.planner.front.request import Planning, planning
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import passed_over, resolve_targets
@@ -35,7 +28,6 @@ from meft.planner.predict.prediction import predict
 from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward
 from meft.planner.records.profile_catalogue import load_defaults
 from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
-from meft.planner.search.infeasible import Infeasible
 from meft.planner.search.search import make_plan
 from meft.planner.simulation.verification import traced_plan, traced_setup
 
@@ -58,6 +50,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "routing": ("meft",),
     "rows_in_backward": ("meft",),
     "hot_rows": ("meft",),
+    "bf16_copy": ("meft",),
     "autocast": _DENSE,
     "optimizer": _DENSE,
     "loss": _DENSE,
@@ -83,21 +76,22 @@ class EstimateRequest(Record):
     rank: Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)] | None = None
     target_modules: tuple[str, ...] | str | None = None
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    adapter_width: Annotated[int, Field(ge=1, le=MAX_WIDTH, strict=True)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=MAX_WIDTH, strict=True)] | None = None
-    active_rows: Annotated[int, Field(ge=1, le=MAX_WIDTH, strict=True)] | None = None
-    prefetch_depth: Annotated[int, Field(ge=0, strict=True)] | None = None
+    adapter_width: Width | None = None
+    top_k: Width | None = None
+    active_rows: Width | None = None
+    prefetch_depth: Depth | None = None
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
-    hot_rows: Annotated[int, Field(ge=0, le=MAX_WIDTH, strict=True)] | None = None
+    hot_rows: Rows | None = None
+    bf16_copy: bool | None = None
     weights_dtype: WeightsDtype | None = None
     double_quant: bool | None = None
     kbit_preparation: bool | None = None
     autocast: Autocast | None = None
     adapter_dtype: AdapterDtype | None = None
-    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE, strict=True)] = 2
-    seq_len: Annotated[int, Field(ge=1, le=MAX_SEQ_LEN, strict=True)] = 256
-    grad_accum: Annotated[int, Field(ge=1, le=MAX_GRAD_ACCUM, strict=True)] | None = None
+    batch_size: BatchSize = 2
+    seq_len: SeqLen = 256
+    grad_accum: GradAccum | None = None
     activation_checkpointing: bool | None = None
     attention: Attention | None = None
     optimizer: OptimizerName | None = None
@@ -238,7 +232,7 @@ def _leanest(planned: Planning, unlimited: Request) -> Plan:
     left_open = {name: value for name, value in lean.items() if getattr(unlimited, name) is None}
     found = make_plan(unlimited.model_copy(update=left_open), planned.profiles, meft_version=version("meft"))
     if isinstance(found, Infeasible):
-        raise InfeasibleError(f"no such configuration: {found.message}")
+        raise InfeasibleError(f"no such configuration: {found.message}", found)
     update = {"cached_rows": 0, "gradients_on_device": False}
     return found.model_copy(update={"decision": found.decision.model_copy(update=update)})
 
@@ -308,6 +302,7 @@ def _options(asked: EstimateRequest) -> RequestOptions:
         routing=asked.routing,
         rows_in_backward=asked.rows_in_backward,
         hot_rows=asked.hot_rows,
+        bf16_copy=asked.bf16_copy,
     )
 
 

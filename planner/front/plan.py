@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from meft.planner.base.errors import Infeasible
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.request import Planning, planning
 from meft.planner.models.catalogue import load_model
 from meft.planner.predict.prediction import simulated_tasks
 from meft.planner.records.plan import Plan
-from meft.planner.search.infeasible import Infeasible
 from meft.planner.search.levers import Lever, levers
 from meft.planner.search.search import make_plan
 from meft.planner.simulation.verification import verified

@@ -551,6 +551,13 @@ def test_estimate_of_meft_with_its_active_rows_given() -> None:
     assert few["h2d_bytes_per_step"] < many["h2d_bytes_per_step"]
 
 
+def test_estimate_of_meft_with_a_bf16_copy_of_the_rows() -> None:
+    sizes = ["--adapter-width", "2048", "--top-k", "16", "--model", "qwen2.5-0.5b"]
+    plain, copied = estimated("--method", "meft", *sizes), estimated("--method", "meft", *sizes, "--bf16-copy")
+    assert copied["host_bytes"] - plain["host_bytes"] == 24 * 2048 * 2 * 896 * 2  # L, R, key and value, D, bytes
+    assert "--bf16-copy does not go with --method lora" in refused("estimate", "--method", "lora", "--bf16-copy")
+
+
 def test_a_target_of_another_architecture_is_passed_over_and_said() -> None:
     result = run("estimate", "--method", "lora", "--model", "qwen2.5-0.5b", "--target-modules", "q_proj,c_attn")
     assert "target c_attn: qwen2.5-0.5b has no such layer" in " ".join(result.stdout.split())
