@@ -256,17 +256,17 @@ def _parts(sizes: dict[str, int], *more: tuple[str, int], total: int) -> str:
 def _levers(levers: Sequence[Lever]) -> Columns:
     rows = [
         (
-            f"  {lever.option}",
+            f"  {lever.change}{'' if lever.fits else ' (does not fit)'}",
             _change(lever.device_bytes),
             _change(lever.host_bytes),
             _speed(lever.tokens_per_second_ratio),
             percent(lever.trainable_fraction),
-            "" if lever.fits else "does not fit",
+            lever.option,
         )
         for lever in levers
     ]
-    headers = ("One change alone", "GPU memory", "CPU memory", "tokens/s", "trains", "")
-    return grid(headers, rows, right=(1, 2, 3, 4), wrapping=0, optional=(4,))
+    headers = ("One change alone", "GPU memory", "CPU memory", "tokens/s", "trains", "give")
+    return grid(headers, rows, right=(1, 2, 3, 4), optional=(4, 5))
 
 
 def _change(num_bytes: int) -> str:

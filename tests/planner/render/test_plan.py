@@ -123,7 +123,7 @@ def test_the_verdict_comes_first_and_the_decision_next(plan: Plan, capsys: pytes
     assert lines[1].startswith("Trains 864 weights beside its ")
     assert lines[2].startswith(f"Speed: {timing.tokens_per_second:,.0f} tokens/s; a step of 1 x 4 takes ")
     assert lines[3].startswith("Decision: the widest adapter")
-    assert re.search(r"--weights-dtype nf4 +-9.0 MiB +same +-10.0 % +21.0 %", text)
+    assert re.search(r"\n  4-bit weights +-9.0 MiB +same +-10.0 % +21.0 % +--weights-dtype nf4\n", text)
     # rows 3 * 16 * 16 numbers * 4 bytes and 3 routers of 4 * 8 numbers: 3,456; a checkpoint holds twice that again for
     # the moments, 48 counts, 3 router counts and the random state: 3 * 3,456 + 192 + 12 + 5,056
     assert re.search(r"disk +15.3 KiB +a checkpoint, .*the adapter alone 3.4 KiB", text)
