@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_one_clear_line(glass_folder, tmp_path) -> None:
     plan = small_plan(glass_folder)
     small_trainer(open_small(glass_folder, plan), steps=1, output=tmp_path).run()
     folder = latest_checkpoint(tmp_path)
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / "meft_adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UsageError, match="not a complete safetensors file"):
         small_trainer(open_small(glass_folder, plan), steps=1).resume(folder)
