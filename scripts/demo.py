@@ -54,7 +54,7 @@ def _commands(gpu_mem: str, steps: int, questions: int, folder: Path) -> list[tu
     find_plan += ["--batch-size", "4", "--seq-len", "64", "--grad-accum", "2", "--top-k", "32"]
     find_plan += ["--sparsity", "smollm2-airports", "-o", plan, "--plot", str(folder / "plan.png")]
     train = ["meft-run", plan, "--data", data, "--device", "emulated", "--steps", str(steps)]
-    train += ["--learning-rate", "2e-3", "--warmup", "0.1", "--output-dir", str(folder)]
+    train += ["--learning-rate", "2e-3", "--warmup", "0.1", "--output-dir", str(folder), "--overwrite"]
     return [
         ("Facts that the model does not know", facts),
         ("What fits the budget?", find_plan),

@@ -31,6 +31,7 @@ from meft.planner.base.files import file_mode, replace_folder, write_atomic, wri
 from meft.planner.base.schema import Count, File, Index, parse_json, read_text
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Plan, Routing
+from meft.planner.records.report import Evaluation
 from meft.runtime.session.model_card import model_card
 from meft.runtime.session.session import Session
 
@@ -113,6 +114,7 @@ class TrainingState(File):
     gradient_norm_per_optimizer_step: tuple[float, ...]
     data_digest: str
     settings: dict[str, float]
+    evaluations: tuple[Evaluation, ...] = ()
 
 
 def adapter_bytes(plan: Plan) -> int:

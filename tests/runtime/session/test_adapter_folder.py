@@ -1,4 +1,4 @@
-"""Adapter folders: not PEFT's, readable by others as the umask says, with a card; older ones load; disks that refuse."""
+"""Adapter folders: not PEFT's, with the umask's permissions and a card; older ones load; disks that refuse."""
 
 from __future__ import annotations
 
