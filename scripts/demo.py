@@ -30,7 +30,7 @@ BIN = Path(sys.executable).parent
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--gpu-mem", default="1GB", show_default=True, help="Device budget, as meft-plan takes it.")
-@click.option("--steps", type=click.IntRange(min=1), default=120, show_default=True, help="Micro-batches to train.")
+@click.option("--steps", type=click.IntRange(min=1), default=48, show_default=True, help="Micro-batches to train.")
 @click.option("--questions", type=click.IntRange(min=ASKED), default=24, show_default=True, help="Airport facts.")
 @click.option(
     "--output-dir",
@@ -77,7 +77,8 @@ def _find_plan(plan: Path, gpu_mem: str) -> list[str]:
 
 def _train(plan: Path, data: Path, steps: int, folder: Path) -> list[str]:
     command = ["meft-run", str(plan), "--data", str(data), "--device", "emulated", "--steps", str(steps)]
-    return [*command, "--learning-rate", "2e-3", "--warmup", "0.1", "--save-every", "0", "--output-dir", str(folder)]
+    command += ["--learning-rate", "2e-3", "--warmup", "0.1", "--save-every", "0"]
+    return [*command, "--output-dir", str(folder), "--overwrite"]
 
 
 def _run(title: str, command: list[str]) -> None:

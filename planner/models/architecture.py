@@ -61,6 +61,10 @@ class ModelShape(Record):
     """Share of the head size that positions rotate (Phi: half, GPT-NeoX: a quarter)."""
     rotary_pause: Index = 0
     """Every so manieth layer rotates nothing (SmolLM3: 4); 0: every layer rotates."""
+    rotary_sets: Count = 1
+    """Kinds of layers with rotary positions of their own (Gemma 3: sliding and full layers)."""
+    priced_window: Index = 0
+    """Gemma 3: tokens that its sliding layers see; longer sequences need masks, which sdpa is not priced with."""
     hidden_dropout: bool = False
     """Dropout on what attention and FFN add to the residual stream."""
     embedding_dropout: bool = False
@@ -353,6 +357,29 @@ def _gemma2(fields: _Fields) -> dict[str, Any]:
     return _gemma(fields, kv_heads=4) | own
 
 
+def _gemma3_text(fields: _Fields) -> dict[str, Any]:
+    """Published configs of the larger ones leave out what is at its default."""
+    fields.require("use_bidirectional_attention", False)
+    usual = {"num_attention_heads": 8, "vocab_size": 262_208, "max_position_embeddings": 131_072}
+    filled = _Fields(usual | {name: value for name, value in fields.config.items() if value is not None}, fields.model)
+    kinds = filled.config.get("layer_types")
+    if kinds is None:
+        pattern = filled.size("sliding_window_pattern", default=6)
+        kinds = [
+            "full" if (layer + 1) % pattern == 0 else "sliding" for layer in range(filled.size("num_hidden_layers"))
+        ]
+    if filled.has("attn_logit_softcapping"):
+        raise filled.invalid("attn_logit_softcapping", filled.config["attn_logit_softcapping"], "null, as published")
+    own = {
+        "norms_per_layer": 4,
+        "head_norms_per_layer": 2,
+        "logit_softcap": filled.has("final_logit_softcapping"),
+        "rotary_sets": len(set(kinds)),
+        "priced_window": filled.size("sliding_window", default=4096),
+    }
+    return _gemma(filled, kv_heads=4) | own
+
+
 def _phi3(fields: _Fields) -> dict[str, Any]:
     own = {
         "rotary_fraction": fields.rotary_fraction("partial_rotary_factor", default=1.0),
@@ -446,6 +473,7 @@ def _opt(fields: _Fields) -> dict[str, Any]:
 _READERS: dict[str, Callable[[_Fields], dict[str, Any]]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
+    "gemma3_text": _gemma3_text,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "granite": _granite,

@@ -75,11 +75,13 @@ class Decoder:
     def hidden_states(self, cache: list[tuple[Tensor, Tensor]] | None) -> Tensor:
         """Everything up to the last block; ``cache`` receives keys and values when transformers makes one."""
         x = self._embedded()
+        others = [self._rotary_tables(x.itemsize) for _ in range(1, self.shape.rotary_sets)]
         shared = Shared(self._rotary_tables(x.itemsize), self._mask(x.itemsize), cache)
         resting = Shared(None, shared.mask, cache)
         pause = self.shape.rotary_pause
         for number, block in enumerate(self.weights.blocks, start=1):
             x = self._block(x, block, resting if pause and number % pause == 0 else shared)
+        del others  # alive while the blocks run
         return x
 
     def logits(self, normalised: Tensor) -> Tensor:
@@ -423,7 +425,7 @@ class Decoder:
 
 LARGEST_FLASH_HEAD = 256
 KEEPS_OUTPUT = frozenset({"relu", "tanh", "sigmoid"})
-SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2"})
+SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2", "gemma3_text"})
 """Model types that scale their embeddings and multiply by a norm's weight in fp32."""
 SCALED_RESIDUALS = frozenset({"granite"})
 """Model types that scale embeddings, what attention and FFN add, and logits by numbers of their config."""

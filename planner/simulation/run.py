@@ -98,7 +98,9 @@ class _Loader:
         head_bias = self._weight(shape.vocab_size) if shape.head_bias else None
         if not shape.learned_positions:
             rotated = int(shape.head_dim * shape.rotary_fraction)
-            self._frequencies = [self.tape.new(rotated // 2, FP32, "rotary_frequencies") for _ in range(2)]
+            self._frequencies = [
+                self.tape.new(rotated // 2, FP32, "rotary_frequencies") for _ in range(2 * shape.rotary_sets)
+            ]
         head = Weights(shape.hidden_size, shape.vocab_size, head_weight, head_bias)
         return ModelWeights(embedding, positions, blocks, final_norm, head)
 

@@ -44,8 +44,8 @@ SOFT_CAPPED_ATTENTION = frozenset({"gemma2"})
 EAGER_SOFTMAX_AS_COMPUTED = frozenset({"gpt2"})
 """Model types whose eager softmax stays in the dtype of the hidden states instead of going through fp32."""
 
-MASKS_PER_MODEL = {"gemma2": 2}
-"""Model types that make more than one mask: Gemma 2 for its full and its sliding layers."""
+MASKS_PER_MODEL = {"gemma2": 2, "gemma3_text": 2}
+"""Model types that make more than one mask: Gemma 2 and 3 for their full and their sliding layers."""
 
 FUSED_QKV_ROTARY = frozenset({"gpt_neox", "phi3"})
 """Model types whose value is a view of one query-key-value product: keeping the value keeps the product, beside the

@@ -29,7 +29,7 @@ from meft.runtime.data.examples import load_dataset, parse_record, tokenize_reco
 from meft.runtime.profiling import sparsity_probe as probe
 from meft.runtime.profiling.hardware import describe_machine
 from meft.runtime.profiling.measure import measurement
-from meft.runtime.session.checkpoint import ADAPTER_WEIGHTS
+from meft.runtime.session.checkpoint import weights_path
 from meft.runtime.session.model_loading import load_tokenizer
 
 FITTED_TOKENS, FITTED_TOP_KS, FITTED_WIDTHS = (64, 256, 1024, 2048), (8, 32, 128), (256, 1024, 4096)
@@ -155,11 +155,11 @@ def _pools(request: SparsityRequest, model: torch.nn.Module) -> tuple[list[torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = request.adapter / ADAPTER_WEIGHTS
+    path = weights_path(request.adapter)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"--adapter {request.adapter}: {ADAPTER_WEIGHTS} cannot be read ({error})") from error
+        raise UsageError(f"--adapter {request.adapter}: {path.name} cannot be read ({error})") from error
     blocks = len(ffn_modules(model))
     names = [f"layers.{layer}.rows" for layer in range(blocks)]
     if any(name not in tensors for name in names) or f"layers.{blocks}.rows" in tensors:

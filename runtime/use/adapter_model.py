@@ -80,10 +80,10 @@ class AdapterModel(nn.Module):
             UsageError: the folder holds no adapter, or the base is another model than it was trained beside.
         """
         folder = Path(adapter)
-        config = checkpoint.AdapterConfig.load(folder / checkpoint.ADAPTER_CONFIG)
+        config = checkpoint.load_config(folder)
         model = base if isinstance(base, nn.Module) else load_base(Path(base))
         _require_base(model, config, folder)
-        tensors = checkpoint.load_tensors(folder / checkpoint.ADAPTER_WEIGHTS)
+        tensors = checkpoint.load_tensors(checkpoint.weights_path(folder))
         detach = attach_rows(model, _layer_rows(config, tensors, folder, rows_per_token))
         made = cls(model, None, detach)
         return made.eval()
@@ -324,5 +324,5 @@ def _tensor(tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...],
     found = tensors.get(name)
     if found is None or tuple(found.shape) != shape:
         seen = "nothing" if found is None else f"{tuple(found.shape)}"
-        raise UsageError(f"{folder / checkpoint.ADAPTER_WEIGHTS}: {name} should be {shape}, found {seen}")
+        raise UsageError(f"{checkpoint.weights_path(folder)}: {name} should be {shape}, found {seen}")
     return found
