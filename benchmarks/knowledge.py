@@ -42,13 +42,12 @@ from typing import Any
 import click
 import torch
 
-from meft.planner.base.errors import DeviceOutOfMemory
+from meft.planner.base.errors import DeviceOutOfMemory, Infeasible
 from meft.planner.models.architecture import ModelShape, shape_from_config
 from meft.planner.models.linears import linear_layers
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
-from meft.planner.search.infeasible import Infeasible
 from meft.planner.search.search import make_plan
 from meft.runtime.data.embedded import smollm2_folder
 from meft.runtime.data.examples import Batch, Completion, Example, Text, pad_token_id, tokenize_record

@@ -95,8 +95,12 @@ def validated(record: type[R], content: object, *, source: str) -> R:
     try:
         return record.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(_describe(problem) for problem in error.errors(include_url=False))
-        raise UsageError(f"{source}: {problems}") from None
+        raise UsageError(f"{source}: {problems_of(error)}") from None
+
+
+def problems_of(error: ValidationError) -> str:
+    """Every problem, in one line: field, what is wrong, the value."""
+    return "; ".join(_describe(problem) for problem in error.errors(include_url=False))
 
 
 def read_text(path: Path | str, *, kind: str) -> str:

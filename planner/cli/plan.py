@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from meft.planner.base.errors import InfeasibleError, UsageError
+from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
 from meft.planner.base.files import write_atomic
-from meft.planner.cli.options import (
-    PATH,
-    RequestOptions,
-    budget_options,
-    command_with,
-    search_options,
-    workload_options,
-)
-from meft.planner.cli.request import Planning, planning
-from meft.planner.models.catalogue import load_model
-from meft.planner.predict.prediction import simulated_tasks
-from meft.planner.records.plan import Plan
-from meft.planner.search.infeasible import Infeasible
-from meft.planner.search.search import make_plan
-from meft.planner.simulation.verification import verified
-from meft.planner.timing.chrome import Event, chrome_trace
+from meft.planner.cli.options import PATH, budget_options, command_with, search_options, workload_options
+from meft.planner.front.options import RequestOptions
+from meft.planner.front.plan import Planned, find_plan, simulated_step
+from meft.planner.timing.chrome import chrome_trace
 
 
 @click.command("plan", short_help="The best decision within the budgets (the default).")
@@ -59,34 +46,20 @@ def plan_command(
         from meft.planner.render.plot import check_format
 
         check_format(plot)
-    planned = planning(RequestOptions.taken_from(given))
-    found = make_plan(planned.request, planned.profiles, meft_version=version("meft"))
+    found = find_plan(RequestOptions.taken_from(given), verify=verify)
     if isinstance(found, Infeasible):
         refuse(context, found, as_json=as_json)
-    if verify:
-        found = _verified(found, planned)
-    _write(output, found.to_json(), option="-o")
+    _write(output, found.plan.to_json(), option="-o")
     if trace is not None:
-        _write(trace, json.dumps(chrome_trace(simulated_step(found, planned)), separators=(",", ":")), option="--trace")
+        _write(trace, json.dumps(chrome_trace(simulated_step(found)), separators=(",", ":")), option="--trace")
     if plot is not None:
         from meft.planner.render.plot import plot_plan
 
-        plot_plan(found, simulated_step(found, planned), plot)
+        plot_plan(found.plan, simulated_step(found), plot)
     if as_json:
-        click.echo(found.to_json(), nl=False)
+        click.echo(found.plan.to_json(), nl=False)
     else:
-        _show(found, planned, output, verbose=verbose, also=[path for path in (plot, trace) if path is not None])
-
-
-def _verified(plan: Plan, planned: Planning) -> Plan:
-    """The plan with its verification; looks up the model's config again."""
-    _, config, _ = load_model(plan.request.model_path or plan.request.model.name)
-    return verified(plan, config, workspace_bytes=int(planned.profiles.gpu.workspace_bytes.value))
-
-
-def simulated_step(plan: Plan, planned: Planning) -> list[Event]:
-    """The tasks of the plan's step, as its timing was simulated."""
-    return simulated_tasks(plan.request, plan.decision, planned.profiles, plan.prediction.sparsity)
+        _show(found, output, verbose=verbose, also=[path for path in (plot, trace) if path is not None])
 
 
 def refuse(context: click.Context, verdict: Infeasible, *, as_json: bool) -> NoReturn:
@@ -103,7 +76,7 @@ def refuse(context: click.Context, verdict: Infeasible, *, as_json: bool) -> NoR
         }
         click.echo(json.dumps(content, indent=2, allow_nan=False))
     hint = f"; the nearest that fits: {nearest}" if nearest else "; no change nearby was found that fits"
-    raise InfeasibleError(f"no plan fits: {verdict.message.rstrip('.')}{hint}")
+    raise InfeasibleError(f"no plan fits: {verdict.message.rstrip('.')}{hint}", verdict)
 
 
 def _write(path: Path, text: str, *, option: str) -> None:
@@ -113,9 +86,9 @@ def _write(path: Path, text: str, *, option: str) -> None:
         raise UsageError(f"{option} {path}: cannot be written ({error.strerror})") from None
 
 
-def _show(plan: Plan, planned: Planning, output: Path, *, verbose: bool, also: list[Path]) -> None:
+def _show(found: Planned, output: Path, *, verbose: bool, also: list[Path]) -> None:
     from meft.planner.render.plan import plan_view, show
 
-    show(plan_view(plan, path=output, notes=planned.notes, verbose=verbose))
+    show(plan_view(found.plan, path=output, notes=found.planning.notes, verbose=verbose))
     for path in (output, *also):
         click.echo(f"wrote {path}")

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.schema import Record
-from meft.planner.base.units import MAX_BYTES
+from meft.planner.base.units import MAX_BYTES, format_bytes, format_seconds
 from meft.planner.models.linears import linear_layers, resolve_targets
 from meft.planner.predict.estimates import Estimate, dense_peaks, estimate_dense
 from meft.planner.records.plan import Request
@@ -59,6 +59,37 @@ class MethodComparison(Record):
     request: Request
     rows: tuple[MethodRow, ...]
     notes: tuple[str, ...]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: each method at its usual size and at the largest that fits."""
+        from meft.planner.base.html import html_table
+
+        request = self.request
+        headers = ("method", "", "size", "trainable", "device", "host", "traffic per step", "step", "fits")
+        rows = [
+            cells
+            for row in self.rows
+            for cells in (_html_cells(row.method, "usual", row.usual), _html_cells("", "largest", row.largest))
+        ]
+        title = f"{request.model.name}, {request.batch_size} x {request.seq_len} tokens per step"
+        budget = f"{format_bytes(request.gpu_mem_bytes)} on {request.gpu}, {format_bytes(request.host_mem_bytes)} host"
+        return html_table(f"{title}, {budget} memory", headers, rows, notes=self.notes)
+
+
+def _html_cells(method: str, which: str, estimate: Estimate | None) -> tuple[str, ...]:
+    if estimate is None:
+        return (method, which, "none", "-", "-", "-", "-", "-", "no")
+    return (
+        method,
+        which,
+        "-" if estimate.size is None else f"{estimate.size:,}",
+        f"{estimate.trainable_fraction:.1%}",
+        format_bytes(estimate.peak_reserved_bytes),
+        format_bytes(estimate.host_bytes),
+        format_bytes(estimate.h2d_bytes_per_step + estimate.d2h_bytes_per_step),
+        format_seconds(estimate.step_seconds),
+        "yes" if estimate.fits else "no",
+    )
 
 
 def without_limits(request: Request) -> Request:

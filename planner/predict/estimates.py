@@ -120,6 +120,26 @@ class Estimate(Record):
     leaves_out: tuple[str, ...]
     traced: TracedPeaks | None = None
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the totals."""
+        from meft.planner.base.html import html_table
+        from meft.planner.base.units import format_bytes, format_seconds
+
+        size = "" if self.size is None else f", {str(self.size_name).replace('_', ' ')} {self.size:,}"
+        rows = [
+            ("trainable", f"{self.trainable_parameters:,} ({self.trainable_fraction:.1%} of the model)"),
+            ("resident", format_bytes(self.resident_bytes)),
+            ("peak allocated", f"{format_bytes(self.peak_allocated_bytes)} in {self.peak_phase}"),
+            ("peak reserved", format_bytes(self.peak_reserved_bytes)),
+            ("allocator's budget", format_bytes(self.allocator_budget_bytes)),
+            ("fits", "yes" if self.fits else "no"),
+            ("host memory", format_bytes(self.host_bytes)),
+            ("to the device, per step", format_bytes(self.h2d_bytes_per_step)),
+            ("to the host, per step", format_bytes(self.d2h_bytes_per_step)),
+            ("step", format_seconds(self.step_seconds)),
+        ]
+        return html_table(f"{self.method} on {self.model}{size}", ("", ""), rows)
+
 
 def estimate_dense(setup: TrainingSetup, *, request: Request, gpu: GpuProfile, link: LinkProfile) -> Estimate:
     """What a dense method needs; of the request only the budgets and names matter, ``setup`` says the rest."""

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import math
 
-from meft.planner.base.errors import UsageError
+from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
 from meft.planner.records.plan import Decision, Plan, Prediction, Request, SearchSummary
-from meft.planner.search.infeasible import Infeasible, explain
+from meft.planner.search.infeasible import explain
 from meft.planner.search.weighing import Weighed, weigh
 
 WITHOUT_MLP_MODULE = ("opt",)

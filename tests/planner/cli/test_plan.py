@@ -15,11 +15,11 @@ import pytest
 from click.testing import CliRunner, Result
 from plan_samples import sample_plan, sample_report
 
-import meft.planner.cli.request as cli_request
+import meft.planner.front.request as front_request
 from meft.planner.base.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_UNEXPECTED, EXIT_USAGE
 from meft.planner.cli.main import command
-from meft.planner.cli.options import RequestOptions
-from meft.planner.cli.request import default_gpu, machine_memory_bytes, planning
+from meft.planner.front.options import RequestOptions
+from meft.planner.front.request import default_gpu, machine_memory_bytes, planning
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import gpu_names, load_gpu
 from meft.planner.search.search import make_plan
@@ -200,7 +200,7 @@ def test_an_unexpected_error_is_one_line_and_debugging_shows_where(monkeypatch: 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("meft.planner.cli.plan.make_plan", broken)
+    monkeypatch.setattr("meft.planner.front.plan.make_plan", broken)
     line = refused("--gpu-mem", "24GB", exit_code=EXIT_UNEXPECTED)
     assert line == "meft-plan: unexpected RuntimeError: two lines (MEFT_DEBUG=1 shows where)"
     monkeypatch.setenv("MEFT_DEBUG", "1")
@@ -279,7 +279,7 @@ def test_the_stand_in_card_holds_the_budget() -> None:
 
 
 def test_without_host_mem_it_is_this_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_request, "machine_memory_bytes", lambda: 10 * GIB)
+    monkeypatch.setattr(front_request, "machine_memory_bytes", lambda: 10 * GIB)
     planned = planning(options(gpu="rtx-3090", host_mem=None))
     assert (planned.request.host_mem_bytes, planned.request.host_mem_basis) == (8 * GIB, "this machine")
     assert any("this machine's RAM, 10.00 GiB, less 2.00 GiB for all else" in note for note in planned.notes)
@@ -287,13 +287,13 @@ def test_without_host_mem_it_is_this_machines(monkeypatch: pytest.MonkeyPatch) -
     assert emulated.request.host_mem_bytes == 4 * GIB  # the emulated device lives in the same RAM
     line = refused("--gpu", "emulated", "--gpu-mem", "10GB", "--model", "gpt2")
     assert "lives in this machine's RAM, which has 8.00 GiB to spare" in line
-    monkeypatch.setattr(cli_request, "machine_memory_bytes", lambda: 2 * GIB)
+    monkeypatch.setattr(front_request, "machine_memory_bytes", lambda: 2 * GIB)
     assert planning(options(gpu="rtx-3090", host_mem=None)).request.host_mem_bytes == GIB
 
 
 def test_a_containers_share_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(cli_request, "_CGROUP_LIMITS", (tmp_path / "none", limit))
+    monkeypatch.setattr(front_request, "_CGROUP_LIMITS", (tmp_path / "none", limit))
     limit.write_text("max\n")
     whole = machine_memory_bytes()
     limit.write_text(f"{GIB // 4}\n")
@@ -450,6 +450,13 @@ def test_estimate_of_meft_with_its_active_rows_given() -> None:
     assert few["decision"]["active_rows_cap"] == 100
     assert few["peak_allocated_bytes"] < many["peak_allocated_bytes"]
     assert few["h2d_bytes_per_step"] < many["h2d_bytes_per_step"]
+
+
+def test_estimate_of_meft_with_a_bf16_copy_of_the_rows() -> None:
+    sizes = ["--adapter-width", "2048", "--top-k", "16", "--model", "qwen2.5-0.5b"]
+    plain, copied = estimated("--method", "meft", *sizes), estimated("--method", "meft", *sizes, "--bf16-copy")
+    assert copied["host_bytes"] - plain["host_bytes"] == 24 * 2048 * 2 * 896 * 2  # L, R, key and value, D, bytes
+    assert "--bf16-copy does not go with --method lora" in refused("estimate", "--method", "lora", "--bf16-copy")
 
 
 def test_a_target_of_another_architecture_is_passed_over_and_said() -> None:

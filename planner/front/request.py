@@ -11,7 +11,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.base.names import looks_like_path
 from meft.planner.base.schema import validated
 from meft.planner.base.units import GIB, format_bytes
-from meft.planner.cli.options import RequestOptions
+from meft.planner.front.options import RequestOptions
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model
 from meft.planner.predict.prediction import ProfileSet
