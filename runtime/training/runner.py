@@ -224,10 +224,13 @@ def _begin(trainer: Trainer, options: RunOptions, checkpoint: Path | None, displ
     """Where the run starts from: a checkpoint, a trained adapter, or nothing."""
     if checkpoint is not None:
         trainer.resume(checkpoint)
+        output.remove_superseded(checkpoint)
         display.say(f"resumed from {checkpoint} after step {trainer.steps_done}")
         if trainer.steps_done >= options.training.steps:
+            adapter = _save_adapter(trainer, options)  # a run that was killed after its last step has none
             raise UsageError(
-                f"--steps {options.training.steps}: the checkpoint is there already; give more steps to train on"
+                f"--steps {options.training.steps}: the run is complete, and its adapter is in {adapter}; give more "
+                f"steps to train on"
             )
         if trainer.out_of_patience:
             raise UsageError(
@@ -265,7 +268,7 @@ def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOpt
     nvml.start_pcie()
     with display.interrupts.while_training(lambda: setattr(trainer, "stop_requested", True)):
         trainer.run()
-    save_adapter(trainer.session, options.output_dir / output.ADAPTER, meft_version=VERSION)
+    _save_adapter(trainer, options)
     if not readings:  # a run that went on only to learn that its patience was at an end
         raise UsageError(f"--patience {options.training.patience}: it ended this run; give a larger one to train on")
     _say_why_it_ended(trainer, options, display)
@@ -288,6 +291,12 @@ def _say_why_it_ended(trainer: Trainer, options: RunOptions, display: Display) -
         display.say(f"stopped after step {done}: {options.training.patience} evaluations in a row were no better")
     elif trainer.stop_requested:
         display.interrupts.stopped_after = done
+
+
+def _save_adapter(trainer: Trainer, options: RunOptions) -> Path:
+    folder = options.output_dir / output.ADAPTER
+    save_adapter(trainer.session, folder, meft_version=VERSION)
+    return folder
 
 
 def _read_nvml(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable) -> tuple[MemoryReading, PcieReading]:
