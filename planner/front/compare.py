@@ -8,7 +8,14 @@ from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.errors import Infeasible
 from meft.planner.front.estimate import usual_meft
 from meft.planner.front.request import Planning
-from meft.planner.predict.comparison import DENSE_NAMES, USUAL_SIZES, MethodComparison, MethodRow, compare_dense
+from meft.planner.predict.comparison import (
+    DENSE_NAMES,
+    USUAL_SIZES,
+    MethodComparison,
+    MethodRow,
+    compare_dense,
+    first_that_fits,
+)
 from meft.planner.predict.estimates import estimate_meft
 from meft.planner.search.search import make_plan
 
@@ -37,10 +44,12 @@ def _meft_row(planned: Planning) -> MethodRow:
     else:
         largest = estimate_meft(found.request, found.decision, found.prediction)
         because = f"what meft-plan chooses, K {found.decision.top_k}"
+    configurations = usual_meft(planned)
     return MethodRow(
         method="meft",
-        usual=usual_meft(planned),
-        usual_because=USUAL_SIZES["meft"].because,
+        usual=first_that_fits(configurations),
+        usual_because=f"{USUAL_SIZES['meft'].because}, no rows kept on the device",
+        usual_configurations=configurations,
         largest=largest,
         largest_because=because,
     )

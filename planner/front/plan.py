@@ -11,6 +11,7 @@ from meft.planner.front.request import Planning, planning
 from meft.planner.models.catalogue import load_model
 from meft.planner.predict.prediction import simulated_tasks
 from meft.planner.records.plan import Plan
+from meft.planner.search.levers import Lever, levers
 from meft.planner.search.search import make_plan
 from meft.planner.simulation.verification import verified
 from meft.planner.timing.chrome import Event
@@ -35,6 +36,12 @@ def find_plan(options: RequestOptions, *, verify: bool = False) -> Planned | Inf
     if isinstance(found, Infeasible):
         return found
     return Planned(_verified(found, planned) if verify else found, planned)
+
+
+def levers_of(found: Planned) -> tuple[Lever, ...]:
+    """What one change alone would save of the plan."""
+    plan = found.plan
+    return levers(plan.request, plan.decision, plan.prediction, found.planning.profiles)
 
 
 def simulated_step(found: Planned) -> list[Event]:

@@ -6,7 +6,7 @@ Only reads records. What is known of a plan beyond this screen is in :mod:`meft.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
@@ -14,10 +14,13 @@ from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.memory.disk import disk
 from meft.planner.records.plan import Objective, Plan
 from meft.planner.render.details import detail_sections, grouped_bytes, limits_used
-from meft.planner.render.tables import Columns, Command, Paragraph, count, grid, lines, percent, section, show
+from meft.planner.render.tables import Columns, Command, Paragraph, count, grid, lines, percent, section
 from meft.planner.search.levers import Lever, reserved_at_most
 
-__all__ = ["count", "grid", "grouped_bytes", "lines", "next_command", "plan_view", "show"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["count", "grouped_bytes", "next_command", "plan_view"]
 
 LEVERS_SHOWN = 4
 PARTS_SHOWN = 3
@@ -28,7 +31,11 @@ _WANTED: dict[Objective, str] = {
     "traffic": "the widest adapter, moved with the fewest bytes,",
 }
 _LIMITS = {"device memory": "GPU memory", "host memory": "CPU memory", "slowdown": "--max-slowdown"}
-_SHORT = {"active rows and their gradients": "adapter rows", "kept for backward": "activations"}
+_SHORT = {
+    "frozen model": "model",
+    "active rows and their gradients": "adapter rows",
+    "kept for backward": "activations",
+}
 _HOST_PARTS = {
     "moments": ("adapter_moments",),
     "weights": ("adapter_weights", "adapter_bf16_copy"),
@@ -80,19 +87,16 @@ def _verdict(plan: Plan, tokens: int | None) -> list[RenderableType]:
     spare = memory.allocator_budget_bytes - reserved_at_most(prediction)
     fits = f"{request.model.name} fits in {format_bytes(request.gpu_mem_bytes)} of GPU memory"
     trained, frozen = count(prediction.trainable_parameters), count(request.model.num_parameters)
-    step = (
-        f"{format_seconds(timing.step_seconds)} a step of {request.batch_size} x {request.seq_len:,}, "
-        f"{timing.slowdown:.2f} x all on the GPU"
-    )
-    speed = f"Speed: {timing.tokens_per_second:,.0f} tokens a second ({step})"
+    speed = f"{timing.tokens_per_second:,.0f} tokens/s"
     if tokens is not None:
-        speed += f"; {_hours(tokens, timing.tokens_per_second)}"
+        speed += f", {_hours(tokens, timing.tokens_per_second)}"
+    step = f"a step of {request.batch_size} x {request.seq_len:,} takes {format_seconds(timing.step_seconds)}"
     return [
         Paragraph(f"{fits}, with {format_bytes(spare)} to spare.", style="bold"),
         lines(
             [
                 f"Trains {trained} weights beside its {frozen} frozen ones: {percent(prediction.trainable_fraction)}.",
-                f"{speed}.",
+                f"Speed: {speed}; {step}, {timing.slowdown:.2f} x as long as with all on the GPU.",
                 *_verified(plan),
             ]
         ),
@@ -102,7 +106,7 @@ def _verdict(plan: Plan, tokens: int | None) -> list[RenderableType]:
 def _hours(tokens: int, tokens_per_second: float) -> str:
     if not tokens_per_second:
         return f"{_compact(tokens)} tokens never end"
-    return f"{_compact(tokens)} tokens: {format_seconds(tokens / tokens_per_second)}"
+    return f"{_compact(tokens)} tokens in {format_seconds(tokens / tokens_per_second)}"
 
 
 def _compact(tokens: int) -> str:
@@ -158,7 +162,7 @@ def _about_width(plan: Plan) -> str:
     if plan.request.adapter_width is not None:
         return about
     name, used = limits_used(plan)[0]
-    return f"{about}; limit: {_LIMITS[name]}, {percent(used)} used"
+    return f"{about}; {_LIMITS[name]} {percent(used)} used"
 
 
 def _about_top_k(plan: Plan) -> str:
@@ -208,34 +212,22 @@ def _about_checkpointing(plan: Plan) -> str:
 
 def _needs(plan: Plan) -> RenderableType:
     request, prediction = plan.request, plan.prediction
-    memory, host = prediction.device_memory, prediction.host_memory
+    memory, on_host = prediction.device_memory, prediction.host_memory.total_bytes
+    on_device = reserved_at_most(prediction) + memory.context_bytes.high_bytes
+    device_parts = _parts(_device_parts(plan), _context(plan), total=on_device)
+    host_parts = _parts(_host_parts(plan), total=on_host)
     written = disk(request, plan.decision)
-    accum = request.grad_accum
-    moved = round(prediction.transfer.window_bytes(accum) / accum)
+    moved = round(prediction.transfer.window_bytes(request.grad_accum) / request.grad_accum)
     ratio = prediction.transfer.whole_adapter_offload_ratio
+    host_budget = f"{format_bytes(request.host_mem_bytes)} ({request.host_mem_basis})"
+    checkpoint = f"a checkpoint, twice as one replaces another; the adapter alone {format_bytes(written.adapter_bytes)}"
     rows = [
-        (
-            "GPU memory",
-            format_bytes(reserved_at_most(prediction) + memory.context_bytes.high_bytes),
-            f"of {format_bytes(request.gpu_mem_bytes)}: {_parts(_device_parts(plan), last=_context(plan))}",
-        ),
-        (
-            "CPU memory",
-            format_bytes(host.total_bytes),
-            f"of {format_bytes(request.host_mem_bytes)} ({request.host_mem_basis}): {_parts(_host_parts(plan))}",
-        ),
-        (
-            "disk",
-            format_bytes(written.checkpoint_bytes),
-            f"a checkpoint, twice as one replaces another; the adapter alone {format_bytes(written.adapter_bytes)}",
-        ),
-        (
-            "transfers",
-            format_bytes(moved),
-            f"a step; the whole adapter both ways would be {ratio:.2f} times as much",
-        ),
+        ("GPU memory", on_device, f"of {format_bytes(request.gpu_mem_bytes)}: {device_parts}"),
+        ("CPU memory", on_host, f"of {host_budget}: {host_parts}"),
+        ("disk", written.checkpoint_bytes, checkpoint),
+        ("transfers", moved, f"a step; the whole adapter both ways would be {ratio:.2f} times as much"),
     ]
-    return grid(("", "", ""), rows, right=(1,))
+    return grid(("", "", ""), [(name, format_bytes(size), about) for name, size, about in rows], right=(1,))
 
 
 def _device_parts(plan: Plan) -> dict[str, int]:
@@ -254,11 +246,11 @@ def _context(plan: Plan) -> tuple[str, int]:
     return "CUDA", plan.prediction.device_memory.context_bytes.high_bytes
 
 
-def _parts(sizes: dict[str, int], *, last: tuple[str, int] = ("", 0)) -> str:
-    """The largest, and one more, in one unit."""
+def _parts(sizes: dict[str, int], *more: tuple[str, int], total: int) -> str:
+    """The largest, and some more, in the unit of their total."""
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:PARTS_SHOWN]
-    unit, decimals = (GIB, 2) if max(sizes.values()) >= GIB else (MIB, 1)
-    told = [(name, f"{num_bytes / unit:,.{decimals}f}") for name, num_bytes in (*largest, last)]
+    unit, decimals = (GIB, 2) if total >= GIB else (MIB, 1)
+    told = [(name, f"{num_bytes / unit:,.{decimals}f}") for name, num_bytes in (*largest, *more)]
     return ", ".join(f"{name} {number}" for name, number in told if float(number.replace(",", "")))
 
 

@@ -163,7 +163,7 @@ class Command:
 
 def section(title: str, body: RenderableType) -> RenderableType:
     """A heading in bold and what is under it, indented."""
-    return Group(Text(title, style="bold"), Padding(body, (0, 0, 0, 2)))
+    return Group(Paragraph(title, style="bold"), Padding(body, (0, 0, 0, 2)))
 
 
 def grid(

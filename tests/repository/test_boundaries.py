@@ -76,7 +76,7 @@ WITH_EFFECTS = {
     "meft.planner.records.profile_catalogue",
     "meft.planner.models.catalogue",
     "meft.planner.render.plot",
-    "meft.planner.render.plan",
+    "meft.planner.render.tables",
     "meft.planner.simulation.verification",
 }
 """Planner modules that read, write or print. With the front door and the commands they are all: any other is pure."""
