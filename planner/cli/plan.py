@@ -97,6 +97,6 @@ def _show(found: Planned, output: Path, *, tokens: int | None, verbose: bool, al
     from meft.planner.render.tables import show
 
     levers, notes = levers_of(found), found.planning.notes
-    show(plan_view(found.plan, path=output, notes=notes, verbose=verbose, levers=levers, tokens=tokens))
+    show(plan_view(found.plan, path=str(output), notes=notes, verbose=verbose, levers=levers, tokens=tokens))
     for path in (output, *also):
         click.echo(f"wrote {path}")

@@ -6,7 +6,6 @@ Only reads records. What is known of a plan beyond this screen is in :mod:`meft.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
@@ -16,9 +15,6 @@ from meft.planner.records.plan import Objective, Plan
 from meft.planner.render.details import detail_sections, grouped_bytes, limits_used
 from meft.planner.render.tables import Columns, Command, Paragraph, count, grid, lines, percent, section
 from meft.planner.search.levers import Lever, reserved_at_most
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["count", "grouped_bytes", "next_command", "plan_view"]
 
@@ -46,7 +42,7 @@ _HOST_PARTS = {
 def plan_view(
     plan: Plan,
     *,
-    path: Path,
+    path: str,
     notes: Sequence[str],
     verbose: bool,
     levers: Sequence[Lever] = (),
@@ -70,9 +66,9 @@ def plan_view(
     return Group(*parts)
 
 
-def next_command(plan: Plan, path: Path) -> list[str]:
+def next_command(plan: Plan, path: str) -> list[str]:
     """What to type now, in words."""
-    words = ["meft-run", str(path), "--model", plan.request.model_path or "DIR", "--data", "FILE.jsonl"]
+    words = ["meft-run", path, "--model", plan.request.model_path or "DIR", "--data", "FILE.jsonl"]
     if plan.request.gpu == "emulated":
         words += ["--device", "emulated"]
     return words

@@ -92,7 +92,7 @@ def test_limits_used_puts_the_tightest_first(plan: Plan) -> None:
 
 
 def test_piped_output_is_plain_and_narrow(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, plan_view(plan, path=Path("plan.json"), notes=["a note"], verbose=False))
+    text = shown(capsys, plan_view(plan, path="plan.json", notes=["a note"], verbose=False))
     assert "\x1b" not in text
     assert all(line == line.rstrip() and len(line) <= 100 for line in text.splitlines())
     assert len(text.splitlines()) <= 24
@@ -111,7 +111,7 @@ LEVER = Lever(
 
 
 def test_the_verdict_comes_first_and_the_decision_next(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
-    view = plan_view(plan, path=Path("plan.json"), notes=[], verbose=False, levers=[LEVER])
+    view = plan_view(plan, path="plan.json", notes=[], verbose=False, levers=[LEVER])
     text = shown(capsys, view)
     prediction = plan.prediction
     memory, timing = prediction.device_memory, prediction.timing
@@ -134,7 +134,7 @@ def test_a_data_set_is_told_in_hours(plan: Plan, capsys: pytest.CaptureFixture[s
     made = plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"timing": timing})})
 
     def text_of(tokens: int | None) -> str:
-        return shown(capsys, plan_view(made, path=Path("p"), notes=[], verbose=False, tokens=tokens))
+        return shown(capsys, plan_view(made, path="p", notes=[], verbose=False, tokens=tokens))
 
     assert "1,000 tokens/s, 36 M tokens in 10.0 h;" in text_of(36_000_000)
     assert "1,000 tokens/s, 1.5 B tokens in 17.4 days;" in text_of(1_500_000_000)
@@ -145,7 +145,7 @@ def test_a_data_set_is_told_in_hours(plan: Plan, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("word", ["retained", "refetched", "probed", "hot rows", "key-experts", "staging", "Pareto"])
 def test_words_of_our_own_wait_for_verbose(plan: Plan, capsys: pytest.CaptureFixture[str], word: str) -> None:
     """``key-experts`` is what the routing is called, and is explained beside it."""
-    text = shown(capsys, plan_view(plan, path=Path("p"), notes=[], verbose=False, levers=[LEVER]))
+    text = shown(capsys, plan_view(plan, path="p", notes=[], verbose=False, levers=[LEVER]))
     explained = "key-experts  4 groups of rows, a token looks through its best 2"
     assert word not in text.replace(explained, "")
 
@@ -162,7 +162,7 @@ def numbers_in(text: str) -> list[str]:
 def test_no_number_of_a_plan_is_cut(
     plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int, verbose: bool
 ) -> None:
-    view = plan_view(plan, path=Path("plan.json"), notes=["a note of 12,345"], verbose=verbose, levers=[LEVER] * 3)
+    view = plan_view(plan, path="plan.json", notes=["a note of 12,345"], verbose=verbose, levers=[LEVER] * 3)
     monkeypatch.setenv("COLUMNS", "500")
     wide = shown(capsys, view)
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -180,18 +180,18 @@ def test_no_number_of_a_plan_is_cut(
 
 def test_columns_are_obeyed(plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    text = shown(capsys, plan_view(plan, path=Path("plan.json"), notes=[], verbose=True))
+    text = shown(capsys, plan_view(plan, path="plan.json", notes=[], verbose=True))
     assert max(map(len, text.splitlines())) <= 60
 
 
 def test_a_plan_shows_its_decision_and_what_to_type_next(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(capsys, plan_view(plan, path=Path("out/my plan.json"), notes=[], verbose=False))
+    text = shown(capsys, plan_view(plan, path="out/my plan.json", notes=[], verbose=False))
     assert re.search(r"adapter width +16 ", text)
     assert re.search(
         r"routing +key-experts  4 groups of rows, a token looks through its best 2 \(50.0 % of rows\)", text
     )
     assert "meft-run 'out/my plan.json' --model DIR --data FILE.jsonl --device emulated" in text
-    full = shown(capsys, plan_view(plan, path=Path("plan.json"), notes=[], verbose=True))
+    full = shown(capsys, plan_view(plan, path="plan.json", notes=[], verbose=True))
     assert re.search(r"routing +key-experts  4 experts of 4 rows, 2 probed: 50.0 % of rows scored", full)
     step = plan.prediction.transfer
     assert f"the whole adapter both ways would be {step.whole_adapter_offload_ratio:.2f} times as much" in text
@@ -208,7 +208,7 @@ def test_a_bf16_copy_is_shown_to_those_who_may_have_one(plan: Plan, capsys: pyte
                 "prediction": predict(request, decision, sample_profiles()),
             }
         )
-        return shown(capsys, plan_view(made, path=Path("plan.json"), notes=[], verbose=True))
+        return shown(capsys, plan_view(made, path="plan.json", notes=[], verbose=True))
 
     assert "bf16 copy" not in text_of(None, copied=False, adapter_dtype="fp32")
     assert re.search(r"bf16 copy +off  rows are gathered from fp32, rounded on the way\n", text_of(None, copied=False))
@@ -223,7 +223,7 @@ def test_sums_that_leave_once_per_window_count_in_the_traffic(capsys: pytest.Cap
     decision = DECISION.model_copy(update={"cached_rows": 16, "gradients_on_device": True})
     prediction = predict(request, decision, sample_profiles())
     made = sample_plan().model_copy(update={"request": request, "decision": decision, "prediction": prediction})
-    text = shown(capsys, plan_view(made, path=Path("plan.json"), notes=[], verbose=True))
+    text = shown(capsys, plan_view(made, path="plan.json", notes=[], verbose=True))
     once = prediction.transfer.d2h_bytes_per_optimizer_step
     assert once >= MIB
     in_all = round(prediction.transfer.window_bytes(4) / 4)
@@ -232,7 +232,7 @@ def test_sums_that_leave_once_per_window_count_in_the_traffic(capsys: pytest.Cap
 
 def test_the_next_command_names_the_models_folder(plan: Plan) -> None:
     request = plan.request.model_copy(update={"model_path": "models/tiny", "gpu": "rtx-3090"})
-    command = next_command(plan.model_copy(update={"request": request}), Path("p.json"))
+    command = next_command(plan.model_copy(update={"request": request}), "p.json")
     assert command == ["meft-run", "p.json", "--model", "models/tiny", "--data", "FILE.jsonl"]
 
 
@@ -241,9 +241,7 @@ def test_what_was_asked_for_is_said(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     request = plan.request.model_copy(update={"top_k": 2, "adapter_width": 16})
-    text = shown(
-        capsys, plan_view(plan.model_copy(update={"request": request}), path=Path("p"), notes=[], verbose=False)
-    )
+    text = shown(capsys, plan_view(plan.model_copy(update={"request": request}), path="p", notes=[], verbose=False))
     assert re.search(r"adapter width.*\(as asked\)", text)
     assert re.search(r"top K.*\(as asked\)", text)
     assert not re.search(r"routing.*\(as asked\)", text)
@@ -251,8 +249,8 @@ def test_what_was_asked_for_is_said(
 
 def test_verbose_gives_every_number_with_its_source(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     number = plan.inputs.numbers[0]
-    brief = shown(capsys, plan_view(plan, path=Path("p"), notes=[], verbose=False))
-    full = shown(capsys, plan_view(plan, path=Path("p"), notes=[], verbose=True))
+    brief = shown(capsys, plan_view(plan, path="p", notes=[], verbose=False))
+    full = shown(capsys, plan_view(plan, path="p", notes=[], verbose=True))
     assert number.name not in brief
     assert number.name in full
     assert " ".join(number.source.split()[:2]) in full
@@ -272,7 +270,7 @@ def test_trade_offs_show_the_plan_first_and_both_ends(plan: Plan, capsys: pytest
         for width in widths
     )
     search = plan.search.model_copy(update={"pareto": points})
-    text = shown(capsys, plan_view(plan.model_copy(update={"search": search}), path=Path("p"), notes=[], verbose=True))
+    text = shown(capsys, plan_view(plan.model_copy(update={"search": search}), path="p", notes=[], verbose=True))
     lines = text[text.index("Trade-offs") : text.index("What this rests on")].splitlines()[2:]
     assert [line.split()[0] for line in lines] == ["16*", "6,000", "4,000", "3,000", "1,000"]
 

@@ -62,7 +62,7 @@ def test_where_what_must_show_has_no_room_rows_are_stacked() -> None:
 
 @given(
     cells=st.lists(st.integers(0, 10**15), min_size=1, max_size=8),
-    width=st.integers(24, 200),
+    width=st.integers(30, 200),
     droppable=st.integers(0, 8),
 )
 def test_whole_numbers_at_every_width(cells: list[int], width: int, droppable: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,7 +204,7 @@ def test_a_profile_that_does_not_know_is_not_guessed_at() -> None:
 
 def rendered(plan: Plan, *, verbose: bool = False) -> str:
     console = Console(file=StringIO(), width=200)
-    console.print(plan_view(plan, path=Path("plan.json"), notes=[], verbose=verbose))
+    console.print(plan_view(plan, path="plan.json", notes=[], verbose=verbose))
     return console.file.getvalue()
 
 

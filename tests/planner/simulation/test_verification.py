@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import EntryPoint, EntryPoints
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -111,7 +110,7 @@ def test_the_view_compares_predicted_and_traced(capsys) -> None:
         cache_flushes_at_cap=2,
     )
     plan = sample_plan().model_copy(update={"verification": traced})
-    show(plan_view(plan, path=Path("plan.json"), notes=(), verbose=False))
+    show(plan_view(plan, path="plan.json", notes=(), verbose=False))
     text = capsys.readouterr().out
     assert "Verified" in text
     assert "giving back its cache 2 times" in " ".join(text.split())
