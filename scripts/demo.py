@@ -30,7 +30,7 @@ BIN = Path(sys.executable).parent
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--gpu-mem", default="1GB", show_default=True, help="Device budget, as meft-plan takes it.")
-@click.option("--steps", type=click.IntRange(min=1), default=120, show_default=True, help="Micro-batches to train.")
+@click.option("--steps", type=click.IntRange(min=1), default=48, show_default=True, help="Micro-batches to train.")
 @click.option("--questions", type=click.IntRange(min=ASKED), default=24, show_default=True, help="Airport facts.")
 @click.option(
     "--output-dir",

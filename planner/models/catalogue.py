@@ -23,6 +23,8 @@ from meft.planner.base.schema import Record, Text, parse_json, read_text, valida
 from meft.planner.models.architecture import ModelShape, shape_from_config
 
 CONFIG_NAME = "config.json"
+_WRAPPERS = {"gemma3": "gemma3_text"}
+"""Model types of text and images, by that of the decoder in their ``text_config``."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -124,10 +126,19 @@ def _from_file(path: Path) -> tuple[ModelShape, dict[str, Any], str]:
     if not isinstance(config, dict):
         raise UsageError(f"{source}: expected a JSON object, found {type(config).__name__}")
     refuse_other_kind(config, source=path, wanted=MODEL)
+    config = text_part(config)
     place = path.resolve()
     whole_folder = place.name == CONFIG_NAME
     name = place.parent.name if whole_folder else place.stem
     return shape_from_config(config, name=name or str(place)), config, str(place.parent if whole_folder else place)
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The text decoder's config of a model of text and images that is known here, any other config as it is."""
+    text = config.get("text_config")
+    if config.get("model_type") not in _WRAPPERS or not isinstance(text, dict):
+        return config
+    return {"model_type": _WRAPPERS[config["model_type"]], **text}
 
 
 def _convert_first(folder: Path, file: str) -> UsageError:

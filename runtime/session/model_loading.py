@@ -14,7 +14,7 @@ from meft.planner.base.kinds import MODEL, refuse_other_path
 from meft.planner.base.packages import require_packages
 from meft.planner.base.schema import parse_json, read_text
 from meft.planner.models.architecture import ModelShape, shape_from_config
-from meft.planner.models.catalogue import how_to_download, is_hub_name
+from meft.planner.models.catalogue import how_to_download, is_hub_name, text_part
 from meft.planner.records.plan import Plan
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,7 +24,13 @@ ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
 def check_model_folder(plan: Plan, folder: Path) -> None:
     """Raise :class:`UsageError` unless ``folder`` holds a model of the plan's shape."""
     text = read_text(folder / "config.json", kind="model config")
-    shape = shape_from_config(parse_json(text, source=str(folder / "config.json")), name=folder.name)
+    config = parse_json(text, source=str(folder / "config.json"))
+    if isinstance(config, dict) and text_part(config) is not config:
+        raise UsageError(
+            f"--model {folder}: a model of text and images ({config['model_type']}), whose text part can be planned "
+            f"but not trained yet; give a text model, such as gemma-3-1b"
+        )
+    shape = shape_from_config(config, name=folder.name)
     check_shape(plan.request.model, shape, where=str(folder))
 
 
