@@ -141,6 +141,18 @@ def test_a_function_that_a_link_names_is_in_its_file(document) -> None:
         assert defined or last in Path(path).with_suffix("").parts, f"{name} in {path}"
 
 
+def test_what_contributors_are_told_to_touch_is_there() -> None:
+    """Names beside a file in the tables of CONTRIBUTING.md are in a file that the row links."""
+    rows = [line for line in text_of(ROOT / "CONTRIBUTING.md").splitlines() if line.startswith("| ")]
+    seen = []
+    for row in rows:
+        files = [ROOT / path for path in re.findall(r"\]\(([\w/]+\.py)\)", row)]
+        for name in re.findall(r"(?<!\[)`([A-Za-z]\w*_\w*|_\w+|[A-Z]{3,})`(?!\])", row):
+            assert any(re.search(rf"\b{name}\b", text_of(file)) for file in files), f"{name}: {row}"
+            seen.append(name)
+    assert {"_READERS", "USUAL_SIZES", "_BECAUSE"} <= set(seen)
+
+
 def test_readme_leads_to_every_document_and_notebook() -> None:
     there = {link.partition("#")[0] for link in links(ROOT / "README.md")}
     wanted = [path for path in (*DOCUMENTS, *(ROOT / "notebooks").glob("*.ipynb")) if path.name != "README.md"]
