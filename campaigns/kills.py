@@ -3,8 +3,8 @@
     python campaigns/kills.py --count 100 --seed 0 --json campaigns/results/kills.json
 
 Kinds, in turn: ``moment`` (SIGKILL at a random moment), ``write`` (SIGKILL before or after a random call that changes
-the disk, or in the middle of a safetensors file), ``signal`` (SIGINT or SIGTERM at a random moment) and ``fault`` (such a
-call fails with ENOSPC, EIO or EROFS, once or from then on). Half of the trials are hit twice. A trial passes when
+the disk, or in the middle of a safetensors file), ``signal`` (SIGINT or SIGTERM at a random moment) and ``fault`` (such
+a call fails with ENOSPC, EIO or EROFS, once or from then on). Half of the trials are hit twice. A trial passes when
 
 - every checkpoint that was reported is still there, or a newer one;
 - an interrupted run exits 130 or 143, one whose disk failed exits 4 with one line, and neither writes a traceback;
