@@ -67,6 +67,15 @@ def load_model(reference: str) -> tuple[ModelShape, dict[str, Any], str | None]:
     return shape_from_config(profile.config, name=key), profile.config, None
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a ``config.json``, or a :class:`UsageError` that names the file."""
+    source = f"model config {path}"
+    config = parse_json(read_text(path, kind="model config"), source=source)
+    if not isinstance(config, dict):
+        raise UsageError(f"{source}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
 def _from_folder(folder: Path) -> tuple[ModelShape, dict[str, Any], str]:
     if (folder / CONFIG_NAME).is_file():
         return _from_file(folder / CONFIG_NAME)
@@ -77,10 +86,7 @@ def _from_folder(folder: Path) -> tuple[ModelShape, dict[str, Any], str]:
 
 
 def _from_file(path: Path) -> tuple[ModelShape, dict[str, Any], str]:
-    source = f"model config {path}"
-    config = parse_json(read_text(path, kind="model config"), source=source)
-    if not isinstance(config, dict):
-        raise UsageError(f"{source}: expected a JSON object, found {type(config).__name__}")
+    config = read_config(path)
     place = path.resolve()
     whole_folder = place.name == CONFIG_NAME
     name = place.parent.name if whole_folder else place.stem

@@ -154,7 +154,7 @@ def load_checkpoint(session: Session, folder: Path) -> TrainingState:
 def load_adapter(session: Session, folder: Path) -> None:
     """Read an adapter folder into the session; a :class:`UsageError` names what does not fit."""
     config = AdapterConfig.load(folder / ADAPTER_CONFIG)
-    expected = _adapter_config(session, config.meft_version)
+    expected = adapter_config(session, config.meft_version)
     require_base(config, expected.base_model, str(expected.base_digest), folder=folder)
     for name in ("adapter_width", "num_experts", "routing"):
         given, wanted = getattr(config, name), getattr(expected, name)
@@ -192,10 +192,11 @@ def adapter_tensors(session: Session) -> dict[str, torch.Tensor]:
 
 def _write_adapter(session: Session, folder: Path, meft_version: str) -> None:
     _save_tensors(adapter_tensors(session), folder / ADAPTER_WEIGHTS)
-    _adapter_config(session, meft_version).save(folder / ADAPTER_CONFIG)
+    adapter_config(session, meft_version).save(folder / ADAPTER_CONFIG)
 
 
-def _adapter_config(session: Session, meft_version: str) -> AdapterConfig:
+def adapter_config(session: Session, meft_version: str) -> AdapterConfig:
+    """What a session's adapter folder says of itself."""
     decision = session.plan.decision
     return AdapterConfig(
         meft_version=meft_version,
@@ -270,7 +271,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except SafetensorError as error:
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # the last ones: a dtype that torch has not
         raise UsageError(f"{path}: not a complete safetensors file ({error})") from None
 
 

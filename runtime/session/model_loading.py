@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
-from meft.planner.base.schema import parse_json, read_text
 from meft.planner.models.architecture import ModelShape, shape_from_config
+from meft.planner.models.catalogue import CONFIG_NAME, read_config
 from meft.planner.records.plan import Plan
+from meft.runtime.session.model_folder import SAFE, load_causal_lm, reading
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
@@ -20,8 +21,7 @@ ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
 
 def check_model_folder(plan: Plan, folder: Path) -> None:
     """Raise :class:`UsageError` unless ``folder`` holds a model of the plan's shape."""
-    text = read_text(folder / "config.json", kind="model config")
-    shape = shape_from_config(parse_json(text, source=str(folder / "config.json")), name=folder.name)
+    shape = shape_from_config(read_config(folder / CONFIG_NAME), name=folder.name)
     check_shape(plan.request.model, shape, where=str(folder))
 
 
@@ -35,29 +35,29 @@ def check_shape(planned: ModelShape, found: ModelShape, *, where: str) -> None:
 
 def load_frozen_model(plan: Plan, folder: Path) -> nn.Module:
     """Load the model to host memory (nf4: straight to the GPU) in the plan's dtype and attention."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options: dict[str, Any] = {"attn_implementation": ATTENTION[plan.request.attention], "local_files_only": True}
-    options |= _weight_options(plan)
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UsageError(f"--model {folder}: transformers cannot load it: {first_line}") from error
-    return model
+    return load_causal_lm(folder, attn_implementation=ATTENTION[plan.request.attention], **_weight_options(plan))
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The model's tokenizer, or a :class:`UsageError`."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UsageError(f"--model {folder}: no tokenizer can be loaded: {first_line}") from error
+    with reading(folder, "tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, **SAFE)
+
+
+def check_token_ids(sequences: Iterable[Sequence[int]], vocab_size: int, *, where: str) -> None:
+    """Raise :class:`UsageError` unless the model's vocabulary has every token; ``where`` says where they are from."""
+    for number, ids in enumerate(sequences, 1):
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            wrong = max(ids) if max(ids) >= vocab_size else min(ids)
+            raise UsageError(
+                f"{where}, sequence {number}: token {wrong}, but the model's vocabulary has {vocab_size:,} tokens "
+                f"(0 to {vocab_size - 1:,}); is the tokenizer that of another model?"
+            )
 
 
 def model_from_config(plan: Plan, config: dict[str, Any]) -> nn.Module:
@@ -68,7 +68,7 @@ def model_from_config(plan: Plan, config: dict[str, Any]) -> nn.Module:
     made = AutoConfig.for_model(options.pop("model_type"), **options)
     dtype = COMPUTE_DTYPES[plan.request.weights_dtype]
     model: nn.Module = AutoModelForCausalLM.from_config(
-        made, dtype=dtype, attn_implementation=ATTENTION[plan.request.attention]
+        made, dtype=dtype, attn_implementation=ATTENTION[plan.request.attention], trust_remote_code=False
     )
     return model
 
