@@ -96,6 +96,7 @@ def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
         tokenizer = model_loading.load_tokenizer(folder)
         dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
         display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+        _check_tokens(plan, dataset, pad_token_id(tokenizer), options)
         evaluation = _evaluation(options, tokenizer, display)
         kernels.warm_up(display.say)
         with closing(_open_session(plan, options, folder, kind)) as session:
@@ -107,6 +108,13 @@ def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
                 display.say(f"resumed from {checkpoint} after step {len(trainer.history.losses)}")
             report = _train(trainer, nvml, options, display)
     return report.model_copy(update={"evaluations": () if evaluation is None else tuple(evaluation.results)})
+
+
+def _check_tokens(plan: Plan, dataset: Dataset, pad_id: int, options: RunOptions) -> None:
+    """The tokenizer's tokens are the model's, that of padding too."""
+    vocab_size, ids = plan.request.model.vocab_size, (example.input_ids for example in dataset.examples)
+    model_loading.check_token_ids(ids, vocab_size, where=f"--data {options.data}")
+    model_loading.check_token_ids([[pad_id]], vocab_size, where="the tokenizer's padding")
 
 
 def _evaluation(options: RunOptions, tokenizer: Any, display: Display) -> EvaluationSchedule | None:
