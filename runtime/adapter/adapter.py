@@ -145,7 +145,7 @@ def attach(model: nn.Module, exchange: RowExchange, weights: list[nn.Parameter])
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     attached = AttachedAdapter(model, exchange, [], required)
-    handles: list[Any] = [model.register_forward_pre_hook(_begin_hook(attached))]
+    handles: list[Any] = [decoder(model).register_forward_pre_hook(_begin_hook(attached))]
     for layer, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
         handles.append(block.register_forward_pre_hook(_entry_hook(attached, layer)))
         handles.append(block.register_forward_hook(_exit_hook(attached, layer, weight)))
@@ -155,11 +155,21 @@ def attach(model: nn.Module, exchange: RowExchange, weights: list[nn.Parameter])
 
 def ffn_modules(model: nn.Module) -> list[nn.Module]:
     """The FFN of every block: the longest module list whose members all have an ``mlp``."""
+    return [block.get_submodule("mlp") for block in _blocks(model)]
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The module that runs the blocks, whose forward every use of the model passes through, with or without head."""
+    blocks = _blocks(model)
+    return next(module for module in model.modules() if any(child is blocks for child in module.children()))
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     stacks = [stack for stack in lists if all(hasattr(block, "mlp") for block in stack)]
     if not stacks:
         raise UsageError(f"{type(model).__name__}: no list of blocks with an 'mlp' each, which the adapter sits beside")
-    return [block.get_submodule("mlp") for block in max(stacks, key=len)]
+    return max(stacks, key=len)
 
 
 def _begin_hook(attached: AttachedAdapter) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -35,6 +35,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.models.architecture import shape_from_config
 from meft.planner.records.plan import Plan
+from meft.runtime.adapter.adapter import decoder
 from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
@@ -46,6 +47,8 @@ from meft.runtime.use.guards import (
     BackwardOrder,
     RowNorm,
     carry,
+    differentiable,
+    refuse_bypass,
     refuse_method,
     require_placed,
     require_planned_dtype,
@@ -81,12 +84,13 @@ class AdapterModel(nn.Module):
         self._session = [] if session is None else [session]  # in a list, so that no module registers it
         self._detach: Callable[[], None] | None = detach
         self._ends: list[Callable[[], None]] = []
-        self._in_backward = False
+        self._in_backward = self._guided = False
         self._order = BackwardOrder()
         if session is not None:
             norm = weakref.WeakMethod(self._row_gradient_norm)
             self.row_norm = RowNorm.of(lambda: None if (ask := norm()) is None else ask())
             self._ends.append(watch_foreign_steps(self, session.router_optimizer))
+            self._ends.append(refuse_bypass(self, decoder(base)))
         # If nobody detached before, hooks and threads end with the model.
         self._abandoned = weakref.finalize(self, _abandon, session, detach, self._ends)
 
@@ -196,18 +200,31 @@ class AdapterModel(nn.Module):
         """The base's forward with the adapter active; arguments and result are the base's."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **others}
         given = {name: value for name, value in given.items() if value is not None}
-        if not (self.training and torch.is_grad_enabled() and self._session):
-            with self._inference():
-                return self.base(**given)
-        self.finish_backward()
-        self._check_inputs(given)
-        self._expect_tokens(attention_mask)
-        number = self._order.forward()
-        outputs = self.base(**given)
-        for name in ("loss", "logits"):  # whichever the caller goes backward from
-            anchor = getattr(outputs, name, None)
-            if anchor is not None and anchor.requires_grad:
-                anchor.register_hook(partial(self._begin_backward, number, name))
+        return self._guide(given, lambda: self.base(**given))
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """As :meth:`forward`, or whatever a library has put in its place (TRL's trainers do)."""
+        given = dict(zip(("input_ids", "attention_mask", "labels"), args, strict=False)) | options
+        return self._guide(given, lambda: super(AdapterModel, self).__call__(*args, **options))
+
+    def _guide(self, given: Mapping[str, Any], forward: Callable[[], Any]) -> Any:
+        """Run a forward of the base with the adapter active; in training, its backward will find what it needs."""
+        if self._guided:
+            return forward()
+        self._guided = True
+        try:
+            if not (self.training and torch.is_grad_enabled() and self._session):
+                with self._inference():
+                    return forward()
+            self.finish_backward()
+            self._check_inputs(given)
+            self._expect_tokens(given.get("attention_mask"))
+            number = self._order.forward()
+            outputs = forward()
+        finally:
+            self._guided = False
+        for name, anchor in differentiable(outputs):  # whichever the caller goes backward from
+            anchor.register_hook(partial(self._begin_backward, number, name))
         return outputs
 
     def generate(self, *args: Any, **options: Any) -> Any:
@@ -239,6 +256,12 @@ class AdapterModel(nn.Module):
     def optimizer(self, *, learning_rate: float, max_norm: float | None = 1.0) -> RowOptimizer:
         """AdamW over rows and routers, clipping both by their common norm; see :class:`RowOptimizer`."""
         return RowOptimizer(self.session, self.finish_backward, learning_rate=learning_rate, max_norm=max_norm)
+
+    @property
+    def bypassed(self) -> bool:
+        """Whether a forward of the base that runs now is one for training that was not asked of this model."""
+        training = self.training and torch.is_grad_enabled() and bool(self._session)
+        return training and not self._guided and self.session.adapter.serving is None
 
     def finish_backward(self) -> None:
         """Bring in the gradients that the last backward left on their way; the optimizer does it."""

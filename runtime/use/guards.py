@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -145,6 +145,38 @@ def watch_foreign_steps(model: nn.Module, own: object) -> Callable[[], None]:
             )
 
     return register_optimizer_step_pre_hook(before_step).remove
+
+
+class _Guided(Protocol):
+    @property
+    def bypassed(self) -> bool: ...
+
+
+def refuse_bypass(model: _Guided, base_decoder: nn.Module) -> Callable[[], None]:
+    """Refuse training forwards of the base alone, whose backward nobody would prepare; returns what ends it."""
+    watched = weakref.ref(model)
+
+    def before_forward(module: nn.Module, args: Any) -> None:
+        del module, args
+        mine = watched()
+        if mine is not None and mine.bypassed:
+            raise UsageError(
+                "a training forward of the base itself: call the AdapterModel, which leads its gradients to the rows; "
+                "or eval() or torch.no_grad() to ask it only"
+            )
+
+    return base_decoder.register_forward_pre_hook(before_forward, prepend=True).remove
+
+
+def differentiable(outputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What of a model's outputs a caller may go backward from, by name."""
+    if isinstance(outputs, torch.Tensor):
+        outputs = (outputs,)
+    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
+    for name, value in items:
+        last = value[-1] if isinstance(value, tuple) and value else value
+        if isinstance(last, torch.Tensor) and last.requires_grad:
+            yield str(name), last
 
 
 class BackwardOrder:

@@ -272,3 +272,34 @@ def test_a_second_backward_of_one_forward_is_refused(glass_folder) -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(UsageError, match="a second backward of one forward"):
         loss.backward()
+
+
+def test_a_forward_that_a_library_replaced_trains_as_the_models_own(glass_folder) -> None:
+    """TRL's trainers put a forward of their own in place of the model's: the base's decoder, and a loss by itself."""
+    plain = losses_of(opened(glass_folder))
+    model = opened(glass_folder)
+
+    def forward(input_ids, labels):
+        hidden = model.base_model(input_ids=input_ids).last_hidden_state
+        logits = model.get_output_embeddings()(hidden)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": None}
+
+    class Wrapped(dict):
+        loss = property(lambda self: self["loss"])
+
+    model.forward = lambda **given: Wrapped(forward(**given))
+    assert losses_of(model) == pytest.approx(plain, rel=1e-4)
+    model.eval()
+    assert float(model(input_ids=IDS, labels=IDS).loss) < plain[0]
+
+
+def test_a_training_forward_of_the_base_itself_is_refused(glass_folder) -> None:
+    model = opened(glass_folder)
+    for call in (model.base, model.base.model):
+        with pytest.raises(UsageError, match="call the AdapterModel"):
+            call(input_ids=IDS)
+        with torch.no_grad():
+            call(input_ids=IDS)
+    base = model.detach()
+    base(input_ids=IDS)
