@@ -179,6 +179,7 @@ def _run(
         assert options.data is not None
         dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
         display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+        _check_tokens(plan, dataset, pad_token_id(tokenizer), options)
         check()
         options = _with_length(plan, options, dataset, checkpoint)
         _require_room(plan, options, resumed=checkpoint is not None)
@@ -242,6 +243,13 @@ def _begin(trainer: Trainer, options: RunOptions, checkpoint: Path | None, displ
         load_adapter(trainer.session, options.adapter)
         display.say(f"starting from the adapter in {options.adapter}")
     output.remove_replaced(options.output_dir, display.say)
+
+
+def _check_tokens(plan: Plan, dataset: Dataset, pad_id: int, options: RunOptions) -> None:
+    """The tokenizer's tokens are the model's, that of padding too."""
+    vocab_size, ids = plan.request.model.vocab_size, (example.input_ids for example in dataset.examples)
+    model_loading.check_token_ids(ids, vocab_size, where=f"--data {options.data}")
+    model_loading.check_token_ids([[pad_id]], vocab_size, where="the tokenizer's padding")
 
 
 def _evaluation(options: RunOptions, tokenizer: Any, display: Display) -> EvaluationSchedule | None:
