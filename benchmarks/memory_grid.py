@@ -21,8 +21,8 @@ from typing import Any
 import click
 
 from meft.planner.memory.device import predict_device_memory
-from meft.planner.models.architecture import shape_from_config
 from meft.planner.models.catalogue import load_model
+from meft.planner.models.configs import shape_from_config
 from meft.planner.models.linears import resolve_targets
 from meft.planner.records.profile_catalogue import load_gpu
 from meft.planner.records.setup import TrainingSetup
