@@ -11,16 +11,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.files import write_atomic
+from meft.planner.base.kinds import refuse_other_kind, refuse_other_path
 
 SCHEMA_VERSION = 1
 
 Basis = Literal["counted", "measured", "assumed"]
 """Where a number comes from: counted (exact arithmetic), measured (on something named), assumed (for a reason)."""
 
+MAX_WHOLE = 1 << 60
+"""No count is larger, and no size in bytes (an EiB): sums of a few of them are still 64-bit integers."""
+
 Text = Annotated[str, Field(min_length=1)]
-Bytes = Annotated[int, Field(ge=0, strict=True)]
-Count = Annotated[int, Field(ge=1, strict=True)]
-Index = Annotated[int, Field(ge=0, strict=True)]
+Bytes = Annotated[int, Field(ge=0, le=MAX_WHOLE, strict=True)]
+Count = Annotated[int, Field(ge=1, le=MAX_WHOLE, strict=True)]
+Index = Annotated[int, Field(ge=0, le=MAX_WHOLE, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seconds = Annotated[float, Field(ge=0.0)]
 Rate = Annotated[float, Field(gt=0.0)]
@@ -29,7 +33,9 @@ Rate = Annotated[float, Field(gt=0.0)]
 class Record(BaseModel):
     """An immutable value that refuses unknown keys, NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
 
     def canonical_json(self) -> str:
         """The one text of this record: sorted keys, no spaces, shortest exact floats."""
@@ -49,24 +55,28 @@ def _canonical(content: dict[str, Any]) -> str:
 
 
 class File(Record):
-    """A record that is a file of its own: it carries ``schema_version`` and a digest of everything else in it."""
+    """A record that is a file of its own: it carries its kind, ``schema_version`` and a digest of everything else."""
 
     kind: ClassVar[str] = "file"
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
-        """Indented JSON with the record's ``digest`` as its last key; :meth:`from_json` is the exact inverse."""
-        content = self.model_dump(mode="json") | {"digest": self.content_digest()}
+        """Indented JSON, ``kind`` first and the record's ``digest`` last; :meth:`from_json` is the exact inverse."""
+        content = {"kind": self.kind} | self.model_dump(mode="json") | {"digest": self.content_digest()}
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> Self:
         """Parse and check ``text``; ``source`` names it in errors.
 
-        Raises :class:`UsageError` for text that is not JSON, a newer schema, an unknown or missing field, a value
-        out of range, or a digest that does not match what the file says.
+        Raises :class:`UsageError` for text that is not JSON, a file of another kind, a newer schema, an unknown or
+        missing field, a value out of range, or a digest that does not match what the file says. Files of older versions
+        do not say their kind.
         """
         content = _parse_object(text, source=source, kind=cls.kind)
+        refuse_other_kind(content, source=source, wanted=cls.kind)
+        if content.pop("kind", cls.kind) != cls.kind:
+            raise UsageError(f"{cls.kind} {source}: it says that it is of another kind, which is not known here")
         _check_version(content, source=source, kind=cls.kind)
         stated = content.pop("digest", None)
         record = validated(cls, content, source=f"{cls.kind} {source}")
@@ -80,7 +90,11 @@ class File(Record):
     @classmethod
     def load(cls, path: Path | str) -> Self:
         """Read a file written by :meth:`save`; see :meth:`from_json` for the errors."""
-        return cls.from_json(read_text(path, kind=cls.kind), source=str(path))
+        try:
+            return cls.from_json(read_text(path, kind=cls.kind), source=str(path))
+        except UsageError:
+            refuse_other_path(Path(path), wanted=cls.kind)
+            raise
 
     def save(self, path: Path | str) -> None:
         """Write atomically: a crash leaves the old file or the new one."""

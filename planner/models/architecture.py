@@ -18,6 +18,30 @@ from meft.planner.base.schema import Count, Fraction, Index, Record, validated
 Norm = Literal["rmsnorm", "layernorm"]
 
 
+SHAPE_LIMITS = {
+    "num_layers": 512,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_heads": 1 << 16,
+    "num_kv_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 26,
+    "max_positions": 1 << 40,
+    "learned_positions": 1 << 32,
+    "norms_per_layer": 64,
+    "head_norms_per_layer": 64,
+}
+"""The largest sizes that are read: far beyond any model; sums and products stay 64-bit integers."""
+MAX_PARAMETERS = 1 << 44
+_SHAPE_FIELDS = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_positions",
+}
+"""Fields of a config by the name that a shape has for them, where it is another one."""
+
+
 class ModelShape(Record):
     """What the models of memory, transfer and time need to know of a frozen decoder.
 
@@ -45,6 +69,10 @@ class ModelShape(Record):
     norm: Norm
     norms_per_layer: Count
     head_norms_per_layer: Index = 0
+    joint_head_norms: bool = False
+    """The q/k norms span all heads at once, ``H * d`` and ``G * d`` weights (OLMo 2)."""
+    norms_after: bool = False
+    """The two norms of a layer are on what attention and FFN give, none on what they take (OLMo 2)."""
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -55,6 +83,12 @@ class ModelShape(Record):
     """Logits pass through ``c * tanh(logits / c)`` (Gemma 2)."""
     rotary_fraction: Fraction = 1.0
     """Share of the head size that positions rotate (Phi: half, GPT-NeoX: a quarter)."""
+    rotary_pause: Index = 0
+    """Every so manieth layer rotates nothing (SmolLM3: 4); 0: every layer rotates."""
+    rotary_sets: Count = 1
+    """Kinds of layers with rotary positions of their own (Gemma 3: sliding and full layers)."""
+    priced_window: Index = 0
+    """Gemma 3: tokens that its sliding layers see; longer sequences need masks, which sdpa is not priced with."""
     hidden_dropout: bool = False
     """Dropout on what attention and FFN add to the residual stream."""
     embedding_dropout: bool = False
@@ -62,6 +96,13 @@ class ModelShape(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelShape:
+        for field, limit in SHAPE_LIMITS.items():
+            if getattr(self, field) > limit:
+                raise ValueError(f"{field} {getattr(self, field)} is more than {limit:,}, the largest that is read")
+        if self.num_parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"{self.num_parameters:,} parameters are more than {MAX_PARAMETERS:,}, the most that is read"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         return self
@@ -114,7 +155,10 @@ class ModelShape(Record):
     @property
     def norm_parameters(self) -> int:
         """Weights of every norm, and their biases when ``norm`` is ``layernorm``; the final norm included."""
-        per_layer = self.norms_per_layer * self.hidden_size + self.head_norms_per_layer * self.head_dim
+        head_norms = self.head_norms_per_layer * self.head_dim
+        if self.joint_head_norms:
+            head_norms = self.query_size + self.kv_size
+        per_layer = self.norms_per_layer * self.hidden_size + head_norms
         vectors = self.num_layers * per_layer + self.hidden_size
         return 2 * vectors if self.norm == "layernorm" else vectors
 
@@ -168,6 +212,9 @@ class _Fields:
         value = self._value(names, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.invalid(names[0], value, "a positive integer")
+        limit = SHAPE_LIMITS.get(_SHAPE_FIELDS.get(names[0], names[0]))
+        if limit is not None and value > limit:
+            raise self.invalid(names[0], value, f"within {limit:,}, the largest that is read")
         return value
 
     def has(self, name: str) -> bool:
@@ -289,6 +336,45 @@ def _qwen3(fields: _Fields) -> dict[str, Any]:
     return shape | _attention_bias(fields, default=False) | {"head_norms_per_layer": 2}
 
 
+def _olmo2(fields: _Fields) -> dict[str, Any]:
+    own = {"head_norms_per_layer": 2, "joint_head_norms": True, "norms_after": True}
+    return _gated(fields) | _attention_bias(fields, default=False) | own
+
+
+def _granite(fields: _Fields) -> dict[str, Any]:
+    own = {
+        "mlp_bias": fields.flag("mlp_bias", default=False),
+        "tied_embeddings": fields.flag("tie_word_embeddings", default=False),
+    }
+    return _gated(fields) | _attention_bias(fields, default=False) | own
+
+
+def _smollm3(fields: _Fields) -> dict[str, Any]:
+    fields.require("use_sliding_window", False)
+    shape = _gated(fields, kv_heads=4) | _attention_bias(fields, default=False)
+    own = {
+        "mlp_bias": fields.flag("mlp_bias", default=False),
+        "tied_embeddings": fields.flag("tie_word_embeddings", default=True),
+        "rotary_pause": _rotary_pause(fields, shape["num_layers"]),
+    }
+    return shape | own
+
+
+def _rotary_pause(fields: _Fields, num_layers: int) -> int:
+    """The period of the layers without rotary positions: ``no_rope_layers`` has 1 for a layer that rotates."""
+    listed = fields.config.get("no_rope_layers")
+    if listed is None:
+        return fields.size("no_rope_layer_interval", default=4)
+    if not isinstance(listed, list) or len(listed) != num_layers:
+        raise fields.invalid("no_rope_layers", listed, f"a list of num_hidden_layers {num_layers} entries")
+    pause = next((index for index, rotates in enumerate(listed, start=1) if not rotates), 0)
+    if [int(bool(each)) for each in listed] != [
+        int(not pause or index % pause > 0) for index in range(1, num_layers + 1)
+    ]:
+        raise fields.invalid("no_rope_layers", listed, "a regular pattern, which alone is supported")
+    return pause
+
+
 def _gemma(fields: _Fields, *, kv_heads: int = 16) -> dict[str, Any]:
     own = {
         "tied_embeddings": fields.flag("tie_word_embeddings", default=True),
@@ -303,6 +389,29 @@ def _gemma2(fields: _Fields) -> dict[str, Any]:
         "logit_softcap": fields.config.get("final_logit_softcapping", 30.0) is not None,
     }
     return _gemma(fields, kv_heads=4) | own
+
+
+def _gemma3_text(fields: _Fields) -> dict[str, Any]:
+    """Published configs of the larger ones leave out what is at its default."""
+    fields.require("use_bidirectional_attention", False)
+    usual = {"num_attention_heads": 8, "vocab_size": 262_208, "max_position_embeddings": 131_072}
+    filled = _Fields(usual | {name: value for name, value in fields.config.items() if value is not None}, fields.model)
+    kinds = filled.config.get("layer_types")
+    if kinds is None:
+        pattern = filled.size("sliding_window_pattern", default=6)
+        kinds = [
+            "full" if (layer + 1) % pattern == 0 else "sliding" for layer in range(filled.size("num_hidden_layers"))
+        ]
+    if filled.has("attn_logit_softcapping"):
+        raise filled.invalid("attn_logit_softcapping", filled.config["attn_logit_softcapping"], "null, as published")
+    own = {
+        "norms_per_layer": 4,
+        "head_norms_per_layer": 2,
+        "logit_softcap": filled.has("final_logit_softcapping"),
+        "rotary_sets": len(set(kinds)),
+        "priced_window": filled.size("sliding_window", default=4096),
+    }
+    return _gemma(filled, kv_heads=4) | own
 
 
 def _phi3(fields: _Fields) -> dict[str, Any]:
@@ -398,15 +507,19 @@ def _opt(fields: _Fields) -> dict[str, Any]:
 _READERS: dict[str, Callable[[_Fields], dict[str, Any]]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
+    "gemma3_text": _gemma3_text,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
+    "granite": _granite,
     "llama": _llama,
     "mistral": _mistral,
+    "olmo2": _olmo2,
     "opt": _opt,
     "phi": _phi,
     "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "smollm3": _smollm3,
 }
 
 SUPPORTED_MODEL_TYPES: tuple[str, ...] = tuple(_READERS)

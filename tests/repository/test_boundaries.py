@@ -29,7 +29,12 @@ RECORDS_AND_PROFILES = {
     "meft.planner.base.names",
     "meft.planner.base.errors",
     "meft.planner.base.units",
+    "meft.planner.base.version",
     "meft.planner.base.files",
+    "meft.planner.base.cache",
+    "meft.planner.base.kinds",
+    "meft.planner.base.options",
+    "meft.planner.base.packages",
     "meft.planner.models.architecture",
     "meft.planner.models.catalogue",
     "meft.planner.records.plan",
@@ -63,6 +68,9 @@ CONSTANTS_ARE_USED_BY = {"meft.runtime.exchange.hot_tables": ("meft.planner.traf
 
 WITH_EFFECTS = {
     "meft.planner.base.files",
+    "meft.planner.base.cache",
+    "meft.planner.base.kinds",
+    "meft.planner.base.packages",
     "meft.planner.allocator.recording_files",
     "meft.planner.base.schema",
     "meft.planner.base.names",
