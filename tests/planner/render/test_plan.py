@@ -16,7 +16,7 @@ from meft.planner.records.plan import MemoryEntry, ParetoPoint, Plan
 from meft.planner.render.audit import audit_view
 from meft.planner.render.details import GROUPS, OTHER, grouped_bytes, limits_used
 from meft.planner.render.plan import next_command, plan_view
-from meft.planner.render.plot import check_format, plot_plan
+from meft.planner.render.plot import check_format, labelled_points, plot_plan
 from meft.planner.render.tables import count, grid, percent, show
 from meft.planner.search.levers import Lever
 from meft.planner.terms.ledger import STEP_PHASES
@@ -325,3 +325,17 @@ def test_a_picture_in_each_format(plan: Plan, tmp_path: Path, name: str, start: 
 def test_other_formats_are_refused() -> None:
     with pytest.raises(UsageError, match=r"--plot p.txt: the name must end in one of .png, .svg, .pdf"):
         check_format(Path("p.txt"))
+
+
+def test_trade_offs_are_labelled_once_for_each_choice_and_apart(plan: Plan) -> None:
+    """Of points with the same width and K the fastest; of points in one place one."""
+    (point, *_) = plan.search.pareto
+
+    def at(width: int, top_k: int, step_seconds: float, parameters: int) -> ParetoPoint:
+        decision = point.decision.model_copy(update={"adapter_width": width, "top_k": top_k})
+        update = {"decision": decision, "step_seconds": step_seconds, "trainable_parameters": parameters}
+        return point.model_copy(update=update)
+
+    slow, quick, beside, far = at(64, 8, 2.0, 100), at(64, 8, 1.9, 100), at(64, 4, 1.95, 99), at(16, 8, 1.0, 25)
+    assert labelled_points([slow, quick, beside, far]) == [quick, far]
+    assert labelled_points([]) == []
