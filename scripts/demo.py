@@ -77,7 +77,8 @@ def _find_plan(plan: Path, gpu_mem: str) -> list[str]:
 
 def _train(plan: Path, data: Path, steps: int, folder: Path) -> list[str]:
     command = ["meft-run", str(plan), "--data", str(data), "--device", "emulated", "--steps", str(steps)]
-    return [*command, "--learning-rate", "2e-3", "--warmup", "0.1", "--save-every", "0", "--output-dir", str(folder)]
+    command += ["--learning-rate", "2e-3", "--warmup", "0.1", "--save-every", "0"]
+    return [*command, "--output-dir", str(folder), "--overwrite"]
 
 
 def _run(title: str, command: list[str]) -> None:

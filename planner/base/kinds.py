@@ -77,6 +77,7 @@ _FIRST_BYTES = (
 )
 _FOLDERS = (
     ("training_state.json", "checkpoint"),
+    ("meft_config.json", "adapter folder"),
     ("adapter_config.json", "adapter folder"),
     ("report.json", "run folder"),
     ("config.json", "model folder"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.errors import Infeasible
+from meft.planner.base.version import VERSION
 from meft.planner.front.estimate import usual_meft
 from meft.planner.front.request import Planning
 from meft.planner.predict.comparison import (
@@ -38,7 +37,7 @@ def compare_methods(planned: Planning) -> MethodComparison:
 
 
 def _meft_row(planned: Planning) -> MethodRow:
-    found = make_plan(planned.request, planned.profiles, meft_version=version("meft"))
+    found = make_plan(planned.request, planned.profiles, meft_version=VERSION)
     if isinstance(found, Infeasible):
         largest, because = None, found.message
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -12,6 +11,7 @@ from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
 from meft.planner.base.schema import Record
 from meft.planner.base.units import format_bytes, parse_bytes
+from meft.planner.base.version import VERSION
 from meft.planner.front.options import MAX_RANK, BatchSize, Depth, GradAccum, RequestOptions, Rows, SeqLen, Width
 from meft.planner.front.request import Planning, planning
 from meft.planner.models.catalogue import load_model
@@ -207,7 +207,7 @@ def _meft_plan(planned: Planning, *, active_rows: int | None) -> Plan:
     request = planned.request
     usual = _at_usual_size(request)
     on_the_card = usual.model_copy(update={"gpu_mem_bytes": request.gpu_mem_bytes})
-    found = make_plan(on_the_card, planned.profiles, meft_version=version("meft"))
+    found = make_plan(on_the_card, planned.profiles, meft_version=VERSION)
     if isinstance(found, Infeasible):
         found = _leanest(planned, usual)
     decision = found.decision
@@ -230,7 +230,7 @@ def _leanest(planned: Planning, unlimited: Request) -> Plan:
     """What takes least device memory where the request leaves it open: rows are fetched again and none kept."""
     lean = {"activation_checkpointing": True, "rows_in_backward": "refetched", "prefetch_depth": 0, "hot_rows": 0}
     left_open = {name: value for name, value in lean.items() if getattr(unlimited, name) is None}
-    found = make_plan(unlimited.model_copy(update=left_open), planned.profiles, meft_version=version("meft"))
+    found = make_plan(unlimited.model_copy(update=left_open), planned.profiles, meft_version=VERSION)
     if isinstance(found, Infeasible):
         raise InfeasibleError(f"no such configuration: {found.message}", found)
     update = {"cached_rows": 0, "gradients_on_device": False}

@@ -18,6 +18,30 @@ from meft.planner.base.schema import Count, Fraction, Index, Record, validated
 Norm = Literal["rmsnorm", "layernorm"]
 
 
+SHAPE_LIMITS = {
+    "num_layers": 512,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_heads": 1 << 16,
+    "num_kv_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 26,
+    "max_positions": 1 << 40,
+    "learned_positions": 1 << 32,
+    "norms_per_layer": 64,
+    "head_norms_per_layer": 64,
+}
+"""The largest sizes that are read: far beyond any model; sums and products stay 64-bit integers."""
+MAX_PARAMETERS = 1 << 44
+_SHAPE_FIELDS = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_positions",
+}
+"""Fields of a config by the name that a shape has for them, where it is another one."""
+
+
 class ModelShape(Record):
     """What the models of memory, transfer and time need to know of a frozen decoder.
 
@@ -72,6 +96,13 @@ class ModelShape(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelShape:
+        for field, limit in SHAPE_LIMITS.items():
+            if getattr(self, field) > limit:
+                raise ValueError(f"{field} {getattr(self, field)} is more than {limit:,}, the largest that is read")
+        if self.num_parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"{self.num_parameters:,} parameters are more than {MAX_PARAMETERS:,}, the most that is read"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         return self
@@ -181,6 +212,9 @@ class _Fields:
         value = self._value(names, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.invalid(names[0], value, "a positive integer")
+        limit = SHAPE_LIMITS.get(_SHAPE_FIELDS.get(names[0], names[0]))
+        if limit is not None and value > limit:
+            raise self.invalid(names[0], value, f"within {limit:,}, the largest that is read")
         return value
 
     def has(self, name: str) -> bool:

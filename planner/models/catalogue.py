@@ -107,6 +107,20 @@ def _not_downloaded(reference: str) -> UsageError:
     )
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a ``config.json``, or a :class:`UsageError` that names the file, or says what it is instead."""
+    source = f"model config {path}"
+    try:
+        config = parse_json(read_text(path, kind="model config"), source=source)
+    except UsageError:
+        refuse_other_path(path, wanted=MODEL)
+        raise
+    if not isinstance(config, dict):
+        raise UsageError(f"{source}: expected a JSON object, found {type(config).__name__}")
+    refuse_other_kind(config, source=path, wanted=MODEL)
+    return config
+
+
 def _from_folder(folder: Path) -> tuple[ModelShape, dict[str, Any], str]:
     if (folder / CONFIG_NAME).is_file():
         return _from_file(folder / CONFIG_NAME)
@@ -117,16 +131,7 @@ def _from_folder(folder: Path) -> tuple[ModelShape, dict[str, Any], str]:
 
 
 def _from_file(path: Path) -> tuple[ModelShape, dict[str, Any], str]:
-    source = f"model config {path}"
-    try:
-        config = parse_json(read_text(path, kind="model config"), source=source)
-    except UsageError:
-        refuse_other_path(path, wanted=MODEL)
-        raise
-    if not isinstance(config, dict):
-        raise UsageError(f"{source}: expected a JSON object, found {type(config).__name__}")
-    refuse_other_kind(config, source=path, wanted=MODEL)
-    config = text_part(config)
+    config = text_part(read_config(path))
     place = path.resolve()
     whole_folder = place.name == CONFIG_NAME
     name = place.parent.name if whole_folder else place.stem

@@ -243,11 +243,12 @@ def _context(plan: Plan) -> tuple[str, int]:
 
 
 def _parts(sizes: dict[str, int], *more: tuple[str, int], total: int) -> str:
-    """The largest, and some more, in the unit of their total."""
+    """The largest, and some more, in the unit of their total, which is said where it is not GiB."""
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:PARTS_SHOWN]
-    unit, decimals = (GIB, 2) if total >= GIB else (MIB, 1)
-    told = [(name, f"{num_bytes / unit:,.{decimals}f}") for name, num_bytes in (*largest, *more)]
-    return ", ".join(f"{name} {number}" for name, number in told if float(number.replace(",", "")))
+    unit, decimals, name = (GIB, 2, "") if total >= GIB else (MIB, 1, " MiB")
+    told = [(part, f"{num_bytes / unit:,.{decimals}f}") for part, num_bytes in (*largest, *more)]
+    shown = ", ".join(f"{part} {number}" for part, number in told if float(number.replace(",", "")))
+    return f"{shown}{name}" if shown else f"all below 0.1{name}"
 
 
 # --- levers ---------------------------------------------------------------------------------------------------------
@@ -256,17 +257,17 @@ def _parts(sizes: dict[str, int], *more: tuple[str, int], total: int) -> str:
 def _levers(levers: Sequence[Lever]) -> Columns:
     rows = [
         (
-            f"  {lever.option}",
+            f"  {lever.change}{'' if lever.fits else ' (does not fit)'}",
             _change(lever.device_bytes),
             _change(lever.host_bytes),
             _speed(lever.tokens_per_second_ratio),
             percent(lever.trainable_fraction),
-            "" if lever.fits else "does not fit",
+            lever.option,
         )
         for lever in levers
     ]
-    headers = ("One change alone", "GPU memory", "CPU memory", "tokens/s", "trains", "")
-    return grid(headers, rows, right=(1, 2, 3, 4), wrapping=0, optional=(4,))
+    headers = ("One change alone", "GPU memory", "CPU memory", "tokens/s", "trains", "give")
+    return grid(headers, rows, right=(1, 2, 3, 4), optional=(4, 5))
 
 
 def _change(num_bytes: int) -> str:

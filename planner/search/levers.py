@@ -83,7 +83,8 @@ def _changes(
         yield f"width {width:,}", f"--adapter-width {width}", request, _recapped(request, request, narrow, profiles)
     if request.weights_dtype != "nf4" and not profiles.gpu.shares_host_cores:
         lighter = request.model_copy(update={"weights_dtype": "nf4"})
-        yield "4-bit weights", f"--weights-dtype nf4 --adapter-dtype {request.adapter_dtype}", lighter, decision
+        kept = "" if request.adapter_dtype == "bf16" else f" --adapter-dtype {request.adapter_dtype}"
+        yield "4-bit weights", f"--weights-dtype nf4{kept}", lighter, decision
     yield from _smaller_batches(request, decision, profiles)
     if decision.rows_in_backward == "retained":
         refetched = _decided(decision, rows_in_backward="refetched")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # torch is loaded only once there is something to do
 
 ADAPTER_FOLDER = "adapter"
 """Of a run's output folder, where its trained adapter is."""
+ADAPTER_CONFIGS = ("meft_config.json", "adapter_config.json")
+"""What an adapter's folder has: the one, and that of older versions."""
 _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
 _ROWS_PER_TOKEN = click.option(
@@ -153,10 +155,10 @@ def _base_folder(model: Path | None) -> Path:
     return existing_folder(model)
 
 
-def _adapter_folder(given: Path) -> Path:
+def adapter_folder(given: Path) -> Path:
     """The folder of an adapter: itself, or the one in a run's output folder."""
     for folder in (given, given / ADAPTER_FOLDER):
-        if (folder / "adapter_config.json").is_file():
+        if any((folder / name).is_file() for name in ADAPTER_CONFIGS):
             return folder
     if not given.exists():
         raise UsageError(f"--adapter {given}: no such folder; give the one that meft-run wrote, such as output/adapter")
@@ -173,7 +175,7 @@ def _model(folder: Path, adapter: Path | None, device: str | None, rows_per_toke
     if adapter is None and rows_per_token is not None:
         raise UsageError(f"--rows-per-token {rows_per_token}: there is no adapter; say which with --adapter")
     available = torch.cuda.is_available()
-    where = None if adapter is None else _adapter_folder(adapter)
+    where = None if adapter is None else adapter_folder(adapter)
     if device == "cuda" and not available:
         raise UsageError("--device cuda: torch sees no CUDA device here; leave --device out")
     base = load_base(folder)

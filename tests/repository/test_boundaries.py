@@ -29,6 +29,7 @@ RECORDS_AND_PROFILES = {
     "meft.planner.base.names",
     "meft.planner.base.errors",
     "meft.planner.base.units",
+    "meft.planner.base.version",
     "meft.planner.base.files",
     "meft.planner.base.cache",
     "meft.planner.base.kinds",

@@ -210,7 +210,7 @@ def test_a_local_config_is_a_model() -> None:
         (["--gpu", "emulated", "--gpu-mem", "1GB", "--weights-dtype", "nf4"], "it needs a CUDA device"),
         (["--gpu", "emulated", "--gpu-mem", "1GB", "--attention", "flash"], "it needs a CUDA device"),
         (["--gpu-mem", "24GB", "--plot", "plan.jpeg"], "must end in one of .png, .svg, .pdf"),
-        (["--gpu-mme", "24GB"], "No such option '--gpu-mme'"),
+        (["--gpu-mme", "24GB"], "no such option --gpu-mme; did you mean --gpu-mem"),
         (["comapre"], "unknown command 'comapre'; did you mean compare"),
         (["audit", "none.json", "none.json"], "plan none.json: no such file"),
         (["audit", "none.json"], "Missing argument 'REPORT'"),

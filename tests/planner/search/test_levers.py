@@ -68,7 +68,7 @@ def test_the_commonest_questions_are_answered(found: dict[str, Lever]) -> None:
     assert set(found) == {
         "--activation-checkpointing",
         "--adapter-width 2048",
-        "--weights-dtype nf4 --adapter-dtype bf16",
+        "--weights-dtype nf4",
         "--batch-size 1",
         "--rows-in-backward refetched",
         "--no-bf16-copy",
@@ -83,7 +83,7 @@ def test_what_a_lever_saves_is_predicted(request_: Request, profiles: ProfileSet
     assert lever.host_bytes == 0
     assert lever.tokens_per_second_ratio == after.timing.tokens_per_second / before.timing.tokens_per_second < 1
     lighter = predict(request_.model_copy(update={"weights_dtype": "nf4"}), DECISION, profiles)
-    saved = found["--weights-dtype nf4 --adapter-dtype bf16"].device_bytes
+    saved = found["--weights-dtype nf4"].device_bytes
     assert saved == reserved_at_most(lighter) - reserved_at_most(before) < -8 * GIB
 
 
@@ -125,3 +125,11 @@ def test_every_option_of_a_lever_is_one_of_the_command(found: dict[str, Lever]) 
     text = CliRunner().invoke(command, ["plan", "--help"], terminal_width=300).output
     for option in found:
         assert option.split()[0] in text
+
+
+def test_an_fp32_adapter_stays_one_beside_lighter_weights(request_: Request, profiles: ProfileSet) -> None:
+    """With nf4 weights the default is a bf16 adapter."""
+    fp32 = request_.model_copy(update={"weights_dtype": "fp32", "adapter_dtype": "fp32"})
+    decision = DECISION.model_copy(update={"bf16_copy": False})
+    several = levers(fp32, decision, predict(fp32, decision, profiles), profiles)
+    assert "--weights-dtype nf4 --adapter-dtype fp32" in {lever.option for lever in several}
