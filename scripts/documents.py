@@ -176,10 +176,15 @@ class Stage:
         return output
 
     def _python(self, block: Block) -> None:
-        """At its lines of the document, so that a traceback points there."""
+        """At its lines of the document, so that a traceback points there; our commands are on the path."""
         code = compile("\n" * block.first_line + block.text, "<python of the document>", "exec")
-        with contextlib.chdir(self.folder), contextlib.redirect_stdout(io.StringIO()):
-            exec(code, self._names)
+        path = os.environ.get("PATH", os.defpath)
+        os.environ["PATH"] = os.pathsep.join((str(BIN), path))
+        try:
+            with contextlib.chdir(self.folder), contextlib.redirect_stdout(io.StringIO()):
+                exec(code, self._names)
+        finally:
+            os.environ["PATH"] = path
 
 
 def _cold(words: Sequence[str], folder: Path) -> tuple[int, str]:

@@ -263,7 +263,7 @@ def test_a_formula_is_the_functions(name: str, path: str, written: str) -> None:
         letters = {LETTERS.get(each, each): value for each, value in given.items()}
         if arguments[0] == "shape":
             shape = given["shape"] = load_model(chance.choice(model_names()))[0]
-            letters |= {"d": shape.head_dim, "learned_positions": shape.learned_positions}
+            letters |= {"d": shape.head_dim, **dict(shape)}
         expected = function(**given)
         assert eval(written, {"ceil": math.ceil, "pow2": pow2, "max": max, "min": min}, letters) == expected, given
         values.add(expected)
