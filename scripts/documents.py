@@ -238,8 +238,9 @@ def unknown_options(words: Sequence[str]) -> list[str]:
     rest = list(words[1:])
     known = {"--help", "-h", "--version"}
     if isinstance(command, click.Group):
-        named = rest.pop(0) if rest and rest[0] in command.commands else DEFAULTS.get(words[0])
-        command = command.commands[named] if named is not None else command
+        context = click.Context(command)
+        named = rest.pop(0) if rest and rest[0] in command.list_commands(context) else DEFAULTS.get(words[0], "")
+        command = command.get_command(context, named) or command
     known |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     return [word for word in rest if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in known]
 
@@ -247,7 +248,11 @@ def unknown_options(words: Sequence[str]) -> list[str]:
 def all_options() -> set[str]:
     """Options of all our commands."""
     groups: list[click.Group] = [import_module(module).command for module in MODULES.values()]
-    commands = [each for group in groups for each in (group, *group.commands.values())]
+    commands: list[click.Command] = [*groups]
+    for group in groups:
+        context = click.Context(group)
+        named = (group.get_command(context, name) for name in group.list_commands(context))
+        commands += [each for each in named if each is not None]
     found = {option for each in commands for parameter in each.params for option in parameter.opts}
     found |= {option for each in commands for parameter in each.params for option in parameter.secondary_opts}
     return found | {"--help"}
