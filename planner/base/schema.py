@@ -18,6 +18,8 @@ SCHEMA_VERSION = 1
 Basis = Literal["counted", "measured", "assumed"]
 """Where a number comes from: counted (exact arithmetic), measured (on something named), assumed (for a reason)."""
 
+MAX_PROBLEMS = 20
+"""So many of a record's problems are named, the rest counted."""
 MAX_WHOLE = 1 << 60
 """No count is larger, and no size in bytes (an EiB): sums of a few of them are still 64-bit integers."""
 
@@ -105,7 +107,7 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def validated(record: type[R], content: object, *, source: str) -> R:
-    """Validate ``content`` as ``record``; every problem in one :class:`UsageError` line that names ``source``."""
+    """Validate ``content`` as ``record``; its problems in one :class:`UsageError` line that names ``source``."""
     try:
         return record.model_validate(content)
     except ValidationError as error:
@@ -113,8 +115,11 @@ def validated(record: type[R], content: object, *, source: str) -> R:
 
 
 def problems_of(error: ValidationError) -> str:
-    """Every problem, in one line: field, what is wrong, the value."""
-    return "; ".join(_describe(problem) for problem in error.errors(include_url=False))
+    """The first problems, in one line: field, what is wrong, the value."""
+    found = error.errors(include_url=False)
+    problems = [_describe(problem) for problem in found[:MAX_PROBLEMS]]
+    more = [f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else []
+    return "; ".join(problems + more)
 
 
 def read_text(path: Path | str, *, kind: str) -> str:
@@ -165,14 +170,17 @@ def _check_version(content: dict[str, Any], *, source: str, kind: str) -> None:
 
 
 def _describe(problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"]) or "(whole record)"
+    place = ".".join(shortened(str(part)) for part in problem["loc"]) or "(whole record)"
     if problem["type"] == "extra_forbidden":
         return f"{place}: unknown field"
     if problem["type"] == "missing":
         return f"{place}: missing"
-    given = repr(problem["input"])
-    shown = given if len(given) <= 60 else given[:57] + "..."
-    return f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {shown})"
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {shortened(repr(problem['input']))})"
+
+
+def shortened(text: str) -> str:
+    """A value as errors show it: its beginning, if it is long."""
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _refuse_constant(name: str) -> float:

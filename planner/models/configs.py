@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meft.planner.base.errors import UsageError
-from meft.planner.base.schema import validated
+from meft.planner.base.schema import shortened, validated
 from meft.planner.models.architecture import SHAPE_LIMITS, ModelShape
 
 _SHAPE_FIELDS = {
@@ -34,7 +34,9 @@ def shape_from_config(config: Mapping[str, Any], *, name: str) -> ModelShape:
     reader = _READERS.get(model_type)
     if reader is None:
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
-        raise UsageError(f"model {name}: model_type {model_type!r} is not supported; supported: {supported}")
+        raise UsageError(
+            f"model {name}: model_type {shortened(repr(model_type))} is not supported; supported: {supported}"
+        )
     fields = {"name": name, "model_type": model_type} | reader(_Fields(config, name))
     return validated(ModelShape, fields, source=f"model {name}")
 
@@ -95,7 +97,7 @@ class _Fields:
 
     def invalid(self, name: str, value: object, expected: str) -> UsageError:
         """The error for a field of the wrong type or out of range."""
-        return UsageError(f"model {self.model}: config field {name} = {value!r} is not {expected}")
+        return UsageError(f"model {self.model}: config field {name} = {shortened(repr(value))} is not {expected}")
 
     def _value(self, names: tuple[str, ...], default: object) -> Any:
         for name in names:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -50,10 +51,12 @@ def _limited() -> Iterator[None]:
         del number, frame
         raise _TakesTooLong
 
-    before = signal.signal(signal.SIGALRM, stop)
+    before, started = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
     try:
-        signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if remaining:  # somebody else's alarm goes off when it would have
+            signal.setitimer(signal.ITIMER_REAL, max(remaining - time.monotonic() + started, 1e-3), interval)

@@ -205,8 +205,17 @@ def load_checkpoint(session: Session, folder: Path) -> TrainingState:
     load_adapter(session, folder)
     tensors = load_tensors(folder / OPTIMIZER_STATE)
     restore_optimizer(session, tensors, folder / OPTIMIZER_STATE)
-    torch.set_rng_state(tensors["rng_state"])
+    _restore_rng(tensors.get("rng_state"), folder / OPTIMIZER_STATE)
     return state
+
+
+def _restore_rng(state: torch.Tensor | None, path: Path) -> None:
+    if state is None:
+        raise UsageError(f"{path}: rng_state is missing")
+    try:
+        torch.set_rng_state(state)
+    except (TypeError, RuntimeError):
+        raise UsageError(f"{path}: rng_state is no state of torch's random generator") from None
 
 
 def load_adapter(session: Session, folder: Path) -> None:
@@ -386,4 +395,4 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (SafetensorError, ValueError, KeyError, TypeError) as error:  # the last ones: a dtype that torch has not
-        raise UsageError(f"{path}: not a complete safetensors file ({error})") from None
+        raise UsageError(f"{path}: not a complete safetensors file ({str(error)[:300]})") from None

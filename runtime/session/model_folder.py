@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import MachineError, MeftError, UsageError
-from meft.planner.base.schema import parse_json, read_text
+from meft.planner.base.schema import parse_json, read_text, shortened
 from meft.planner.models.catalogue import CONFIG_NAME, read_config
 
 SAFE = {"local_files_only": True, "trust_remote_code": False}
@@ -99,20 +99,24 @@ def refuse_code(folder: Path, *, said: str = "--model") -> None:
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         for shard in set(_texts(weight_map)):
             if PurePath(shard).name != shard:
-                raise UsageError(f"{said} {folder}: {index} names {shard!r}, which is no file of the folder itself")
+                raise UsageError(
+                    f"{said} {folder}: {index} names {shortened(repr(shard))}, which is no file of the folder itself"
+                )
 
 
 def _refuse_code_of_its_own(content: Mapping[str, Any], where: str) -> None:
     needed = content.get("auto_map")
     if needed:
-        names = ", ".join(sorted(set(_texts(needed)))) or "files"
+        names = shortened(", ".join(sorted(set(_texts(needed)))) or "files")
         raise UsageError(
             f"{where} asks for code of its own to be run (auto_map: {names}), which is never done; "
             f"use a model whose type transformers knows, or take auto_map out if it does"
         )
     for field, value in _fields(content):
         if _KERNEL_FIELDS.fullmatch(field) and isinstance(value, str) and "/" in value:
-            raise UsageError(f"{where} asks for code from a hub to be run ({field} = {value!r}), which is never done")
+            raise UsageError(
+                f"{where} asks for code from a hub to be run ({field} = {shortened(repr(value))}), which is never done"
+            )
 
 
 def first_damage(folder: Path) -> str | None:

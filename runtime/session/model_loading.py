@@ -18,6 +18,7 @@ from meft.planner.models.configs import shape_from_config
 from meft.planner.records.plan import Plan
 from meft.runtime.session.model_folder import SAFE, load_causal_lm, reading
 
+_PROBE = "A word, or two."
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
 
@@ -69,7 +70,9 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     with reading(folder, "tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, **SAFE)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **SAFE)
+        tokenizer.decode(tokenizer.encode(_PROBE), skip_special_tokens=True)  # some damage shows only in use
+        return tokenizer
 
 
 def check_token_ids(sequences: Iterable[Sequence[int]], vocab_size: int, *, where: str) -> None:
