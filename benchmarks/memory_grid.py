@@ -3,7 +3,7 @@
     python benchmarks/memory_grid.py                  all 350, worst first (error first)
     python benchmarks/memory_grid.py --sample 12      twelve of them, evenly over the grid
 
-Sixteen architectures at their real widths, cut to a few layers so that a trace takes a second or two; the layers repeat.
+Sixteen architectures at their real widths, cut to a few layers so that a trace takes a second or two; layers repeat.
 Implementations that know nothing of each other are compared: :mod:`meft.planner.simulation.run` (for MEFT the closed
 form of :mod:`meft.planner.memory.device`), which imports no torch, and :mod:`meft.runtime.trace.run`, which runs
 transformers' own model under fake tensors.
