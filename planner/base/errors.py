@@ -2,8 +2,7 @@
 
 MeftError                  1  unexpected
 +-- UsageError             2  a bad value, name or file: what was given, what is allowed, what to try
-+-- InfeasibleError        3  no plan fits: carries the :class:`~meft.planner.search.infeasible.Infeasible` verdict as
-text
++-- InfeasibleError        3  nothing fits: carries the :class:`Infeasible` verdict, its message is the text of it
 +-- MachineError           4  this machine cannot run the plan (preflight)
     +-- DeviceOutOfMemory  4  the device budget was exceeded while running
 """
@@ -12,6 +11,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
 
 EXIT_DONE = 0
 EXIT_UNEXPECTED = 1
@@ -32,10 +33,30 @@ class UsageError(MeftError):
     exit_code = EXIT_USAGE
 
 
+Binding = Literal["device memory", "host memory", "slowdown", "trainable share"]
+
+
+@dataclass(frozen=True)
+class Infeasible:
+    """The verdict that nothing fits. ``needed`` and ``limit`` are bytes, or plain ratios for slowdown and share."""
+
+    binding: Binding
+    needed: float
+    limit: float
+    message: str
+    """What binds and by how much: one line."""
+    suggestion: dict[str, str] = field(default_factory=dict)
+    """Options of ``meft-plan`` to change or add so that a plan exists, empty if none was found; a flag has no value."""
+
+
 class InfeasibleError(MeftError):
-    """Nothing in the search space satisfies the budgets."""
+    """Nothing in the search space satisfies the budgets; ``verdict`` says what binds and what would do."""
 
     exit_code = EXIT_INFEASIBLE
+
+    def __init__(self, message: str, verdict: Infeasible | None = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
 
 
 class MachineError(MeftError):

@@ -18,10 +18,13 @@ SCHEMA_VERSION = 1
 Basis = Literal["counted", "measured", "assumed"]
 """Where a number comes from: counted (exact arithmetic), measured (on something named), assumed (for a reason)."""
 
+MAX_WHOLE = 1 << 60
+"""No count is larger, and no size in bytes (an EiB): sums of a few of them are still 64-bit integers."""
+
 Text = Annotated[str, Field(min_length=1)]
-Bytes = Annotated[int, Field(ge=0, strict=True)]
-Count = Annotated[int, Field(ge=1, strict=True)]
-Index = Annotated[int, Field(ge=0, strict=True)]
+Bytes = Annotated[int, Field(ge=0, le=MAX_WHOLE, strict=True)]
+Count = Annotated[int, Field(ge=1, le=MAX_WHOLE, strict=True)]
+Index = Annotated[int, Field(ge=0, le=MAX_WHOLE, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seconds = Annotated[float, Field(ge=0.0)]
 Rate = Annotated[float, Field(gt=0.0)]
@@ -30,7 +33,9 @@ Rate = Annotated[float, Field(gt=0.0)]
 class Record(BaseModel):
     """An immutable value that refuses unknown keys, NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
 
     def canonical_json(self) -> str:
         """The one text of this record: sorted keys, no spaces, shortest exact floats."""
@@ -104,8 +109,12 @@ def validated(record: type[R], content: object, *, source: str) -> R:
     try:
         return record.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(_describe(problem) for problem in error.errors(include_url=False))
-        raise UsageError(f"{source}: {problems}") from None
+        raise UsageError(f"{source}: {problems_of(error)}") from None
+
+
+def problems_of(error: ValidationError) -> str:
+    """Every problem, in one line: field, what is wrong, the value."""
+    return "; ".join(_describe(problem) for problem in error.errors(include_url=False))
 
 
 def read_text(path: Path | str, *, kind: str) -> str:

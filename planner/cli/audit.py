@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import click
 
-from meft.planner.base.errors import EXIT_DONE, EXIT_UNEXPECTED, UsageError
+from meft.planner.base.errors import EXIT_DONE, EXIT_UNEXPECTED
 from meft.planner.check.audit import DEFAULT_TOLERANCE_FRACTION
 from meft.planner.cli.options import PATH
-from meft.planner.front.audit import audit_files
+from meft.planner.front.audit import audit_run, tolerance_of
 
 
 @click.command("audit", short_help="Compare a plan with the report of its run.")
@@ -43,12 +42,12 @@ def audit_command(
     judged quantity holds, 1 otherwise, 2 for a report of another plan.
     """
     fraction, by_name = parse_tolerances(tolerances)
-    verdict = audit_files(plan, report, tolerance_fraction=fraction, tolerances=by_name)
+    verdict = audit_run(plan, report, tolerance_fraction=fraction, tolerances=by_name)
     if as_json:
         click.echo(verdict.model_dump_json(indent=2))
     else:
         from meft.planner.render.audit import audit_view
-        from meft.planner.render.plan import show
+        from meft.planner.render.tables import show
 
         show(audit_view(verdict, verbose=verbose))
     context.exit(EXIT_DONE if verdict.passed else EXIT_UNEXPECTED)
@@ -59,12 +58,7 @@ def parse_tolerances(texts: tuple[str, ...]) -> tuple[float, dict[str, float]]:
     overall, by_name = DEFAULT_TOLERANCE_FRACTION, {}
     for text in texts:
         name, _, number = text.rpartition("=")
-        try:
-            fraction = float(number)
-        except ValueError:
-            fraction = math.nan
-        if not 0 <= fraction < math.inf:
-            raise UsageError(f"--tolerance {text}: {number!r} is not a fraction of 0 or more; give such as 0.05")
+        fraction = tolerance_of(number, shown=text)
         if name:
             by_name[name] = fraction
         else:

@@ -6,9 +6,9 @@ the traceback of an unexpected one.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 import click
@@ -16,15 +16,15 @@ import click
 from meft.planner.base.errors import EXIT_UNEXPECTED, MeftError, unknown_name
 from meft.planner.base.options import one_line
 from meft.planner.base.packages import missing_package
-from meft.planner.cli.audit import audit_command
-from meft.planner.cli.compare import compare_command
-from meft.planner.cli.estimate import estimate_command
-from meft.planner.cli.plan import plan_command
-from meft.planner.cli.replay import replay_command
+from meft.planner.base.version import VERSION
 
 PROGRAM = "meft-plan"
 DEFAULT_COMMAND = "plan"
 EXIT_INTERRUPTED = 130
+COMMANDS = {
+    name: f"meft.planner.cli.{name}:{name}_command" for name in ("audit", "compare", "estimate", "plan", "replay")
+}
+"""Where each command is: loaded when it is asked for, so that planning need not wait for the others."""
 
 
 class PlannerGroup(click.Group):
@@ -37,17 +37,31 @@ class PlannerGroup(click.Group):
             args = [DEFAULT_COMMAND, *args]
         return super().parse_args(ctx, args)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's
+        """All of them, loaded or not."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's
+        """The command, imported now."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """A misspelt command gets the near names."""
-        if args[0] not in self.commands:
-            raise unknown_name("command", args[0], self.commands)
+        if args[0] not in COMMANDS:
+            raise unknown_name("command", args[0], COMMANDS)
         return super().resolve_command(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options of planning, the group's own, and the commands."""
-        with click.Context(self.commands[DEFAULT_COMMAND], parent=ctx, info_name=DEFAULT_COMMAND) as plan:
+        default = self.get_command(ctx, DEFAULT_COMMAND)
+        assert default is not None
+        with click.Context(default, parent=ctx, info_name=DEFAULT_COMMAND) as plan:
             records = [record for param in plan.command.get_params(plan) if (record := param.get_help_record(plan))]
         with formatter.section("Options of planning, the default command"):
             formatter.write_dl([record for record in records if not record[0].startswith("-h")])
@@ -74,12 +88,11 @@ class PlannerGroup(click.Group):
 
 @click.group(
     cls=PlannerGroup,
-    commands=[plan_command, estimate_command, compare_command, audit_command, replay_command],
     context_settings={"help_option_names": ["-h", "--help"]},
     options_metavar="",
     subcommand_metavar="[COMMAND] [OPTIONS]",
 )
-@click.version_option(version("meft"), prog_name=PROGRAM)
+@click.version_option(VERSION, prog_name=PROGRAM)
 def command() -> None:
     """Find what MEFT can train within a GPU's memory, and say what it needs.
 

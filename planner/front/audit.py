@@ -1,7 +1,8 @@
-"""Predicted against observed, from the files of a plan and of a run of it."""
+"""Predicted against observed: a plan and the report of a run of it, as records or as files."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,22 +14,36 @@ from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.report import Report
 
 
-def audit_files(
-    plan: Path,
-    report: Path,
+def audit_run(
+    plan: Plan | Path,
+    report: Report | Path,
     *,
     tolerance_fraction: float = DEFAULT_TOLERANCE_FRACTION,
     tolerances: Mapping[str, float] | None = None,
 ) -> Audit:
-    """Read both and compare them; see :func:`~meft.planner.check.audit.audit` for tolerances and errors."""
-    loaded = Plan.load(plan)
+    """Compare them, read from their files first if need be.
+
+    See :func:`~meft.planner.check.audit.audit` for tolerances and errors.
+    """
+    loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
     return audit(
         loaded,
-        Report.load(report),
+        report if isinstance(report, Report) else Report.load(report),
         gpu=gpu_of(loaded),
         tolerance_fraction=tolerance_fraction,
         tolerances=tolerances,
     )
+
+
+def tolerance_of(given: object, *, shown: str) -> float:
+    """A tolerance as a fraction; ``shown`` is how it was given, for the :class:`UsageError` that refuses it."""
+    try:
+        fraction = float(str(given))
+    except ValueError:
+        fraction = math.nan
+    if not 0 <= fraction < math.inf:
+        raise UsageError(f"--tolerance {shown}: {given!r} is not a fraction of 0 or more; give such as 0.05")
+    return fraction
 
 
 def gpu_of(plan: Plan) -> GpuProfile | None:

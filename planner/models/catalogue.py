@@ -20,7 +20,8 @@ from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.base.kinds import MODEL, refuse_other_kind, refuse_other_path
 from meft.planner.base.names import find_name, looks_like_path, profile_text
 from meft.planner.base.schema import Record, Text, parse_json, read_text, validated
-from meft.planner.models.architecture import ModelShape, shape_from_config
+from meft.planner.models.architecture import ModelShape
+from meft.planner.models.configs import shape_from_config
 
 CONFIG_NAME = "config.json"
 _WRAPPERS = {"gemma3": "gemma3_text"}
@@ -107,6 +108,20 @@ def _not_downloaded(reference: str) -> UsageError:
     )
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a ``config.json``, or a :class:`UsageError` that names the file, or says what it is instead."""
+    source = f"model config {path}"
+    try:
+        config = parse_json(read_text(path, kind="model config"), source=source)
+    except UsageError:
+        refuse_other_path(path, wanted=MODEL)
+        raise
+    if not isinstance(config, dict):
+        raise UsageError(f"{source}: expected a JSON object, found {type(config).__name__}")
+    refuse_other_kind(config, source=path, wanted=MODEL)
+    return config
+
+
 def _from_folder(folder: Path) -> tuple[ModelShape, dict[str, Any], str]:
     if (folder / CONFIG_NAME).is_file():
         return _from_file(folder / CONFIG_NAME)
@@ -117,16 +132,7 @@ def _from_folder(folder: Path) -> tuple[ModelShape, dict[str, Any], str]:
 
 
 def _from_file(path: Path) -> tuple[ModelShape, dict[str, Any], str]:
-    source = f"model config {path}"
-    try:
-        config = parse_json(read_text(path, kind="model config"), source=source)
-    except UsageError:
-        refuse_other_path(path, wanted=MODEL)
-        raise
-    if not isinstance(config, dict):
-        raise UsageError(f"{source}: expected a JSON object, found {type(config).__name__}")
-    refuse_other_kind(config, source=path, wanted=MODEL)
-    config = text_part(config)
+    config = text_part(read_config(path))
     place = path.resolve()
     whole_folder = place.name == CONFIG_NAME
     name = place.parent.name if whole_folder else place.stem

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,6 +20,7 @@ from meft.planner.base.errors import EXIT_UNEXPECTED, MeftError, UsageError
 from meft.planner.base.options import one_line
 from meft.planner.base.packages import missing_package
 from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
+from meft.planner.base.version import VERSION
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
 from meft.runtime.cli.pace import Pace
@@ -182,7 +182,7 @@ def train_command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> No
     options_metavar="",
     subcommand_metavar="PLAN [OPTIONS] | COMMAND [OPTIONS]",
 )
-@click.version_option(version("meft"), prog_name="meft-run")
+@click.version_option(VERSION, prog_name="meft-run")
 def command() -> None:
     """Run PLAN, compare what it needs with what was predicted, and use what it learnt.
 

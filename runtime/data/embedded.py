@@ -156,14 +156,15 @@ def _load_gguf(gguf_file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    safe = {"local_files_only": True, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(
         gguf_file.parent,
         gguf_file=gguf_file.name,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
-        local_files_only=True,
+        **safe,
     )
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, **safe)
     tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF files do not tell tokenizers
     return model, tokenizer
 

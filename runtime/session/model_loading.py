@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import nn
 from meft.planner.base.errors import UsageError
 from meft.planner.base.kinds import MODEL, refuse_other_path
 from meft.planner.base.packages import require_packages
-from meft.planner.base.schema import parse_json, read_text
-from meft.planner.models.architecture import ModelShape, shape_from_config
-from meft.planner.models.catalogue import how_to_download, is_hub_name, text_part
+from meft.planner.models.architecture import ModelShape
+from meft.planner.models.catalogue import CONFIG_NAME, how_to_download, is_hub_name, read_config, text_part
+from meft.planner.models.configs import shape_from_config
 from meft.planner.records.plan import Plan
+from meft.runtime.session.model_folder import SAFE, load_causal_lm, reading
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
@@ -23,9 +24,8 @@ ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
 
 def check_model_folder(plan: Plan, folder: Path) -> None:
     """Raise :class:`UsageError` unless ``folder`` holds a model of the plan's shape."""
-    text = read_text(folder / "config.json", kind="model config")
-    config = parse_json(text, source=str(folder / "config.json"))
-    if isinstance(config, dict) and text_part(config) is not config:
+    config = read_config(folder / CONFIG_NAME)
+    if text_part(config) is not config:
         raise UsageError(
             f"--model {folder}: a model of text and images ({config['model_type']}), whose text part can be planned "
             f"but not trained yet; give a text model, such as gemma-3-1b"
@@ -58,29 +58,29 @@ def check_shape(planned: ModelShape, found: ModelShape, *, where: str) -> None:
 
 def load_frozen_model(plan: Plan, folder: Path) -> nn.Module:
     """Load the model to host memory (nf4: straight to the GPU) in the plan's dtype and attention."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options: dict[str, Any] = {"attn_implementation": ATTENTION[plan.request.attention], "local_files_only": True}
-    options |= _weight_options(plan)
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UsageError(f"--model {folder}: transformers cannot load it: {first_line}") from error
-    return model
+    return load_causal_lm(folder, attn_implementation=ATTENTION[plan.request.attention], **_weight_options(plan))
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The model's tokenizer, or a :class:`UsageError`."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UsageError(f"--model {folder}: no tokenizer can be loaded: {first_line}") from error
+    with reading(folder, "tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, **SAFE)
+
+
+def check_token_ids(sequences: Iterable[Sequence[int]], vocab_size: int, *, where: str) -> None:
+    """Raise :class:`UsageError` unless the model's vocabulary has every token; ``where`` says where they are from."""
+    for number, ids in enumerate(sequences, 1):
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            wrong = max(ids) if max(ids) >= vocab_size else min(ids)
+            raise UsageError(
+                f"{where}, sequence {number}: token {wrong}, but the model's vocabulary has {vocab_size:,} tokens "
+                f"(0 to {vocab_size - 1:,}); is the tokenizer that of another model?"
+            )
 
 
 def model_from_config(plan: Plan, config: dict[str, Any]) -> nn.Module:
@@ -91,7 +91,7 @@ def model_from_config(plan: Plan, config: dict[str, Any]) -> nn.Module:
     made = AutoConfig.for_model(options.pop("model_type"), **options)
     dtype = COMPUTE_DTYPES[plan.request.weights_dtype]
     model: nn.Module = AutoModelForCausalLM.from_config(
-        made, dtype=dtype, attn_implementation=ATTENTION[plan.request.attention]
+        made, dtype=dtype, attn_implementation=ATTENTION[plan.request.attention], trust_remote_code=False
     )
     return model
 

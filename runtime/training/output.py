@@ -100,6 +100,14 @@ def remove_replaced(folder: Path, say: Callable[[str], None]) -> None:
             say(f"removed {path} of an earlier run (--overwrite)")
 
 
+def remove_superseded(checkpoint: Path) -> None:
+    """Older checkpoints, which a run that was killed while it removed them left beside the one that was just loaded."""
+    for path in list_checkpoints(checkpoint.parent):
+        if path < checkpoint:
+            with writing(path):
+                shutil.rmtree(path)
+
+
 @dataclass(frozen=True)
 class Writes:
     """What a run will write: how many steps long its lists become, and whether there is more than one checkpoint."""

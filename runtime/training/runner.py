@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ import torch
 from meft.planner.base.errors import MachineError, UsageError
 from meft.planner.base.files import writing
 from meft.planner.base.units import format_bytes
+from meft.planner.base.version import VERSION
 from meft.planner.models.catalogue import how_to_download, hub_name_of, load_model
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
@@ -108,7 +108,7 @@ def run_rehearsal(plan: Plan, options: RunOptions, display: Display) -> Report:
     with output.locked(options.output_dir, display.say):
         output.require_unused(options.output_dir, resume=False, overwrite=options.overwrite)
         display.say(f"rehearsing one step of {plan.request.model.name} under fake tensors: no weights, data or GPU")
-        report = rehearse(plan, dict(config), budget_bytes=_budget(plan, options), meft_version=version("meft"))
+        report = rehearse(plan, dict(config), budget_bytes=_budget(plan, options), meft_version=VERSION)
         _save_report(report, options)
     return report
 
@@ -179,6 +179,7 @@ def _run(
         assert options.data is not None
         dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
         display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+        _check_tokens(plan, dataset, pad_token_id(tokenizer), options)
         check()
         options = _with_length(plan, options, dataset, checkpoint)
         _require_room(plan, options, resumed=checkpoint is not None)
@@ -224,10 +225,13 @@ def _begin(trainer: Trainer, options: RunOptions, checkpoint: Path | None, displ
     """Where the run starts from: a checkpoint, a trained adapter, or nothing."""
     if checkpoint is not None:
         trainer.resume(checkpoint)
+        output.remove_superseded(checkpoint)
         display.say(f"resumed from {checkpoint} after step {trainer.steps_done}")
         if trainer.steps_done >= options.training.steps:
+            adapter = _save_adapter(trainer, options)  # a run that was killed after its last step has none
             raise UsageError(
-                f"--steps {options.training.steps}: the checkpoint is there already; give more steps to train on"
+                f"--steps {options.training.steps}: the run is complete, and its adapter is in {adapter}; give more "
+                f"steps to train on"
             )
         if trainer.out_of_patience:
             raise UsageError(
@@ -239,6 +243,13 @@ def _begin(trainer: Trainer, options: RunOptions, checkpoint: Path | None, displ
         load_adapter(trainer.session, options.adapter)
         display.say(f"starting from the adapter in {options.adapter}")
     output.remove_replaced(options.output_dir, display.say)
+
+
+def _check_tokens(plan: Plan, dataset: Dataset, pad_id: int, options: RunOptions) -> None:
+    """The tokenizer's tokens are the model's, that of padding too."""
+    vocab_size, ids = plan.request.model.vocab_size, (example.input_ids for example in dataset.examples)
+    model_loading.check_token_ids(ids, vocab_size, where=f"--data {options.data}")
+    model_loading.check_token_ids([[pad_id]], vocab_size, where="the tokenizer's padding")
 
 
 def _evaluation(options: RunOptions, tokenizer: Any, display: Display) -> EvaluationSchedule | None:
@@ -265,7 +276,7 @@ def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOpt
     nvml.start_pcie()
     with display.interrupts.while_training(lambda: setattr(trainer, "stop_requested", True)):
         trainer.run()
-    save_adapter(trainer.session, options.output_dir / output.ADAPTER, meft_version=version("meft"))
+    _save_adapter(trainer, options)
     if not readings:  # a run that went on only to learn that its patience was at an end
         raise UsageError(f"--patience {options.training.patience}: it ended this run; give a larger one to train on")
     _say_why_it_ended(trainer, options, display)
@@ -274,7 +285,7 @@ def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOpt
         display.say(f"wrote {options.trace}, the last step's tasks")
     recall = trainer.measure_recall()
     memory, pcie = readings[-1]
-    return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=version("meft"))
+    return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=VERSION)
 
 
 def _say_why_it_ended(trainer: Trainer, options: RunOptions, display: Display) -> None:
@@ -288,6 +299,12 @@ def _say_why_it_ended(trainer: Trainer, options: RunOptions, display: Display) -
         display.say(f"stopped after step {done}: {options.training.patience} evaluations in a row were no better")
     elif trainer.stop_requested:
         display.interrupts.stopped_after = done
+
+
+def _save_adapter(trainer: Trainer, options: RunOptions) -> Path:
+    folder = options.output_dir / output.ADAPTER
+    save_adapter(trainer.session, folder, meft_version=VERSION)
+    return folder
 
 
 def _read_nvml(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable) -> tuple[MemoryReading, PcieReading]:
@@ -328,14 +345,14 @@ def _write_trace(session: Session, path: Path) -> None:
 def _trainer(session: Session, dataset: Dataset, options: RunOptions, pad_id: int, display: Display) -> Trainer:
     def keep_best() -> None:
         if options.training.patience is not None:
-            save_adapter(session, options.output_dir / output.BEST_ADAPTER, meft_version=version("meft"))
+            save_adapter(session, options.output_dir / output.BEST_ADAPTER, meft_version=VERSION)
 
     return Trainer(
         session,
         dataset.examples,
         options.training,
         pad_id=pad_id,
-        meft_version=version("meft"),
+        meft_version=VERSION,
         output=options.output_dir,
         sequence_tokens=dataset.statistics.sequence_tokens,
         on_step=display.on_step,

@@ -195,7 +195,7 @@ class Trainer:
                 self._evaluate()
             if ends:
                 return
-            if self.out_of_patience or self.stop_requested:
+            if evaluates and (self.out_of_patience or self.stop_requested):
                 self.save()
                 return
 

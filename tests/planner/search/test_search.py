@@ -26,14 +26,14 @@ from planner_records import (
     tiny_shape,
 )
 
-from meft.planner.base.errors import UsageError
+from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.predict.prediction import ProfileSet, predict
 from meft.planner.records.plan import Decision, Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.profiles import SourcedRange
 from meft.planner.search import grid_timing
 from meft.planner.search.grid_timing import COPY_PAYS
-from meft.planner.search.infeasible import Infeasible, Limit
+from meft.planner.search.infeasible import Limit
 from meft.planner.search.pareto import pareto_front, thinned
 from meft.planner.search.search import make_plan
 from meft.planner.search.weighing import weigh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,17 @@ def test_a_run_cannot_be_made_shorter_or_go_on_past_its_end(small, four) -> None
     code, said = small.run(four, "--resume", "--steps", 6)
     assert code == 2
     assert said.endswith("the run was to be 8 steps long, now 6; it can be made longer, not shorter")
+
+
+def test_a_run_killed_after_its_last_checkpoint_still_gets_its_adapter(small, four) -> None:
+    weights = (four / "adapter" / "meft_adapter.safetensors").read_bytes()
+    shutil.rmtree(four / "adapter")
     code, said = small.run(four, "--resume")
-    assert (code, said) == (2, "--steps 8: the checkpoint is there already; give more steps to train on")
+    assert code == 2
+    assert said == (
+        f"--steps 8: the run is complete, and its adapter is in {four / 'adapter'}; give more steps to train on"
+    )
+    assert (four / "adapter" / "meft_adapter.safetensors").read_bytes() == weights
 
 
 def test_a_trained_adapter_is_where_a_run_starts(small, four, tmp_path) -> None:

@@ -78,6 +78,22 @@ def test_an_interrupted_run_ends_with_its_code_after_its_checkpoint_and_goes_on(
     assert losses[0] == losses[1]
 
 
+def test_a_signal_while_a_checkpoint_is_written_is_obeyed_after_the_next_window(small, tmp_path, monkeypatch) -> None:
+    """Whether the run ends was decided before the write."""
+    from meft.runtime.training.training import Trainer
+
+    real = Trainer.save
+
+    def save(self) -> None:
+        if self.steps_done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(self)
+
+    monkeypatch.setattr(Trainer, "save", save)
+    code, said = small.run(tmp_path / "out", "--steps", 8, "--save-every", 1)
+    assert (code, said) == (130, "SIGINT: stopped after step 4, with a checkpoint; go on with --resume")
+
+
 def test_handlers_are_given_back() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with interrupts.Interrupts().installed() as asked:

@@ -207,6 +207,19 @@ def test_leftovers_of_killed_saves_go_at_the_next_start(small, used) -> None:
     assert names(used) == {"adapter", "checkpoint-00000006", "report.json", ".git"}
 
 
+def test_older_checkpoints_go_once_the_newest_is_loaded(small, used) -> None:
+    """A run killed while it removed them leaves them beside the newest; one that cannot be loaded loses nothing."""
+    shutil.copytree(used / "checkpoint-00000004", used / "checkpoint-00000002")
+    state = used / "checkpoint-00000004" / "training_state.json"
+    whole = state.read_text()
+    state.write_text("{")
+    assert small.run(used, "--steps", 4, "--resume")[0] == 2
+    assert (used / "checkpoint-00000002").exists()
+    state.write_text(whole)
+    assert "the run is complete" in small.run(used, "--steps", 4, "--resume")[1]
+    assert names(used) == {"adapter", "checkpoint-00000004", "report.json"}
+
+
 @pytest.mark.parametrize("nested", [False, True], ids=["this version", "an older one"])
 def test_a_folder_that_was_moved_aside_for_one_that_never_came_goes_back(small, used, nested) -> None:
     checkpoint = latest_checkpoint(used)
