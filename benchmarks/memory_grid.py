@@ -1,6 +1,6 @@
 """The simulated step against a trace of the real model, over a grid of configurations: allocated peaks.
 
-    python benchmarks/memory_grid.py                  all 350, worst first (error first)
+    python benchmarks/memory_grid.py                  all 350, worst first (the error in the first column)
     python benchmarks/memory_grid.py --sample 12      twelve of them, evenly over the grid
 
 Sixteen architectures at their real widths, cut to a few layers so that a trace takes a second or two (layers repeat).
