@@ -1,7 +1,6 @@
 """What a file is, told by what is in it: so that a file given in another's place is called by its name.
 
-Files of this project say their kind (:class:`meft.planner.base.schema.File`); older ones, and files of other programs,
-are known by the fields or the first bytes that only they have.
+Files of this project and of other programs are known by the fields or the first bytes that only they have.
 """
 
 from __future__ import annotations
@@ -142,9 +141,6 @@ _MAKES = {
 
 def kind_of(content: Mapping[str, Any]) -> str | None:
     """The kind of a JSON object, None when it is nothing that is known here."""
-    stated = content.get("kind")
-    if isinstance(stated, str) and stated in _WANTED:
-        return stated
     return next((kind for kind, fields in _FIELDS if fields <= content.keys()), None)
 
 

@@ -57,14 +57,14 @@ def _canonical(content: dict[str, Any]) -> str:
 
 
 class File(Record):
-    """A record that is a file of its own: it carries its kind, ``schema_version`` and a digest of everything else."""
+    """A record that is a file of its own: it carries ``schema_version`` and a digest of everything else."""
 
     kind: ClassVar[str] = "file"
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
-        """Indented JSON, ``kind`` first and the record's ``digest`` last; :meth:`from_json` is the exact inverse."""
-        content = {"kind": self.kind} | self.model_dump(mode="json") | {"digest": self.content_digest()}
+        """Indented JSON with the record's ``digest`` as its last key; :meth:`from_json` is the exact inverse."""
+        content = self.model_dump(mode="json") | {"digest": self.content_digest()}
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -72,13 +72,10 @@ class File(Record):
         """Parse and check ``text``; ``source`` names it in errors.
 
         Raises :class:`UsageError` for text that is not JSON, a file of another kind, a newer schema, an unknown or
-        missing field, a value out of range, or a digest that does not match what the file says. Files of older versions
-        do not say their kind.
+        missing field, a value out of range, or a digest that does not match what the file says.
         """
         content = _parse_object(text, source=source, kind=cls.kind)
         refuse_other_kind(content, source=source, wanted=cls.kind)
-        if content.pop("kind", cls.kind) != cls.kind:
-            raise UsageError(f"{cls.kind} {source}: it says that it is of another kind, which is not known here")
         _check_version(content, source=source, kind=cls.kind)
         stated = content.pop("digest", None)
         record = validated(cls, content, source=f"{cls.kind} {source}")

@@ -21,17 +21,10 @@ REPORT = sample_report(PLAN)
 MODEL = {"model_type": "llama", "tokenizer_class": "LlamaTokenizer", "hidden_size": 4}
 
 
-def older(text: str) -> str:
-    """As versions that did not say the kind wrote it."""
-    return json.dumps({name: value for name, value in json.loads(text).items() if name != "kind"})
-
-
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     PLAN.save(tmp_path / "plan.json")
     REPORT.save(tmp_path / "report.json")
-    (tmp_path / "older-plan.json").write_text(older(PLAN.to_json()))
-    (tmp_path / "older-report.json").write_text(older(REPORT.to_json()))
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     (tmp_path / "peft.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
@@ -49,7 +42,6 @@ def files(tmp_path: Path) -> Path:
     ("name", "message"),
     [
         ("report.json", "is a report of a run, not a plan; give the plan.json that it was run with"),
-        ("older-report.json", "is a report of a run, not a plan; give the plan.json that it was run with"),
         (
             "config.json",
             "is the config of a Hugging Face model, not a plan; plan for the model first: meft-plan --model",
@@ -69,8 +61,8 @@ def test_what_is_no_plan(name: str, message: str, files: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["plan.json", "older-plan.json"])
-def test_a_plan_is_no_report_profile_or_model(name: str, files: Path) -> None:
+def test_a_plan_is_no_report_profile_or_model(files: Path) -> None:
+    name = "plan.json"
     with pytest.raises(UsageError, match=r"is a plan, not a report of a run; give the plan first, then the rep"):
         Report.load(files / name)
     for load in (load_gpu, sections_in):
@@ -85,12 +77,6 @@ def test_profiles_and_models_of_other_forms(files: Path) -> None:
         load_gpu(str(files / "report.json"))
     with pytest.raises(UsageError, match=r"model.safetensors is a file of model weights, not the config of a model"):
         load_model(str(files / "model.safetensors"))
-
-
-def test_older_files_are_read_and_mean_the_same(files: Path) -> None:
-    assert Plan.load(files / "older-plan.json") == PLAN == Plan.load(files / "plan.json")
-    assert json.loads((files / "plan.json").read_text())["kind"] == "plan"
-    assert next(iter(json.loads((files / "report.json").read_text()))) == "kind"
 
 
 def test_what_is_not_known_keeps_its_own_error(tmp_path: Path) -> None:

@@ -83,8 +83,12 @@ def test_a_trace_above_the_budget_is_infeasible(monkeypatch) -> None:
     monkeypatch.setattr(verification, "_tracer", lambda name: lambda *_, **__: stream_of(budget // MIB + 1))
     with pytest.raises(
         InfeasibleError, match=r"reserves .* with its rows at the cap, more than the allocator's budget"
-    ):
+    ) as caught:
         verification.verified(plan, {}, workspace_bytes=0)
+    verdict = caught.value.verdict
+    assert verdict is not None
+    assert (verdict.binding, verdict.limit) == ("device memory", budget)
+    assert verdict.needed > budget
 
 
 def test_what_fits_only_by_giving_back_the_cache_is_counted(monkeypatch) -> None:
