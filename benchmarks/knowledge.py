@@ -43,7 +43,8 @@ import click
 import torch
 
 from meft.planner.base.errors import DeviceOutOfMemory, Infeasible
-from meft.planner.models.architecture import ModelShape, shape_from_config
+from meft.planner.models.architecture import ModelShape
+from meft.planner.models.configs import shape_from_config
 from meft.planner.models.linears import linear_layers
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Plan, Request

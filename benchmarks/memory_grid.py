@@ -1,6 +1,6 @@
 """The simulated step against a trace of the real model, over a grid of configurations: allocated peaks.
 
-    python benchmarks/memory_grid.py                  all 350, worst first (error first)
+    python benchmarks/memory_grid.py                  all 350, worst first (the error in the first column)
     python benchmarks/memory_grid.py --sample 12      twelve of them, evenly over the grid
 
 Sixteen architectures at their real widths, cut to a few layers so that a trace takes a second or two (layers repeat).
@@ -21,8 +21,8 @@ from typing import Any
 import click
 
 from meft.planner.memory.device import predict_device_memory
-from meft.planner.models.architecture import shape_from_config
 from meft.planner.models.catalogue import load_model
+from meft.planner.models.configs import shape_from_config
 from meft.planner.models.linears import resolve_targets
 from meft.planner.records.profile_catalogue import load_gpu
 from meft.planner.records.setup import TrainingSetup

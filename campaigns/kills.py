@@ -72,6 +72,16 @@ class Outcome:
     seconds: float
     calls: tuple[str, ...]
 
+    @property
+    def nothing_left(self) -> bool:
+        """Whether it went on from the last step, where nothing is left to do."""
+        return self.code == 2 and "the run is complete" in self.said
+
+    @property
+    def ended(self) -> bool:
+        """Whether it came to its end, whatever was to happen to it."""
+        return self.code == 0 or self.nothing_left
+
 
 @dataclass
 class Counts:
@@ -142,7 +152,7 @@ class Campaign:
             outcome, hit, wrong = getattr(self, f"_{kind}")(name)
             problems += wrong + self._lost(name)
             was_hit = was_hit or hit
-            if outcome.code == 0 or problems:
+            if outcome.ended or problems:
                 break
         if not was_hit and not problems:
             counts.late += 1
@@ -158,7 +168,7 @@ class Campaign:
     def _moment(self, name: str) -> tuple[Outcome, bool, list[str]]:
         outcome = self._hit_later(name, signal.SIGKILL)
         hit = outcome.code == -signal.SIGKILL
-        return outcome, self._note("moment", hit), _unless(hit or outcome.code == 0, outcome)
+        return outcome, self._note("moment", hit), _unless(hit or outcome.ended, outcome)
 
     def _write(self, name: str) -> tuple[Outcome, bool, list[str]]:
         place = self.random.randrange(len(self.straight.calls))
@@ -166,13 +176,17 @@ class Campaign:
         outcome = self.run(name, *self._how(name), fault=Fault(place, what))  # type: ignore[arg-type]
         hit = outcome.code == -signal.SIGKILL
         call = outcome.calls[-1] if outcome.calls else ""
-        return outcome, self._note(f"{what} {call}", hit), _unless(hit or outcome.code == 0, outcome)
+        return outcome, self._note(f"{what} {call}", hit), _unless(hit or outcome.ended, outcome)
 
     def _signal(self, name: str) -> tuple[Outcome, bool, list[str]]:
         number = self.random.choice((signal.SIGINT, signal.SIGTERM))
         outcome = self._hit_later(name, number)
         hit = outcome.code in (128 + number, -number)
-        right = outcome.code in (0, 128 + number) or (outcome.code == -number and not (self.work / name).exists())
+        right = (
+            outcome.ended
+            or outcome.code == 128 + number
+            or (outcome.code == -number and not (self.work / name).exists())
+        )
         return outcome, self._note(number.name, hit), _unless(right and "Traceback" not in outcome.said, outcome)
 
     def _fault(self, name: str) -> tuple[Outcome, bool, list[str]]:
@@ -183,7 +197,7 @@ class Campaign:
         hit = len(outcome.calls) > fault.place
         last = outcome.said.splitlines()[-1:]
         named = bool(last) and str(self.work) in last[0] and os.strerror(number) in last[0]
-        right = (outcome.code == 4 and named) if hit else outcome.code == 0
+        right = (outcome.code == 4 and named) if hit else outcome.ended
         call = outcome.calls[fault.place] if hit else ""
         return outcome, self._note(f"{errno.errorcode[number]} in {call}", hit), _unless(right, outcome)
 
@@ -223,12 +237,11 @@ class Campaign:
 
     def _differences(self, name: str, ended: Outcome) -> list[str]:
         """Go on to the end, if it is not there, and compare; a run killed after its last step has no report."""
-        if ended.code != 0:
+        if not ended.ended:
             ended = self.run(name, *self._how(name))
-        complete = ended.code == 2 and "the run is complete" in ended.said
-        if ended.code != 0 and not complete:
+        if not ended.ended:
             return [f"going on exits {ended.code}: {ended.said}"]
-        return compare(self.work / name, self.work / "straight", with_report=not complete)
+        return compare(self.work / name, self.work / "straight", with_report=not ended.nothing_left)
 
     def _note(self, what: str, hit: bool) -> bool:
         if hit:
@@ -297,7 +310,16 @@ def main(count: int, seed: int, seconds: float | None, result: Path | None) -> N
             if seconds is not None and time.monotonic() - started > seconds:
                 break
             campaign.trial(KINDS[number % len(KINDS)])
-    content = summary(campaign, f"python campaigns/kills.py --count {count} --seed {seed}")
+    content = summary(
+        campaign,
+        " ".join(
+            [
+                "python campaigns/kills.py",
+                f"--count {count} --seed {seed}",
+                *([] if seconds is None else [f"--seconds {seconds:g}"]),
+            ]
+        ),
+    )
     text = json.dumps(content, indent=2) + "\n"
     click.echo(text, nl=False)
     if result is not None:

@@ -52,10 +52,13 @@ def plan_command(
         from meft.planner.render.plot import check_format
 
         check_format(plot)
+    before = _plan_there(output)
     found = find_plan(RequestOptions.taken_from(given), verify=verify)
     if isinstance(found, Infeasible):
         refuse(context, found, as_json=as_json)
     _write(output, found.plan.to_json(), option="-o")
+    if before not in (None, found.plan.to_json()):
+        click.echo(f"meft-plan: {output} held another plan, which this one has replaced", err=True)
     if trace is not None:
         _write(trace, json.dumps(chrome_trace(simulated_step(found)), separators=(",", ":")), option="--trace")
     if plot is not None:
@@ -83,6 +86,22 @@ def refuse(context: click.Context, verdict: Infeasible, *, as_json: bool) -> NoR
         click.echo(json.dumps(content, indent=2, allow_nan=False))
     hint = f"; the nearest that fits: {nearest}" if nearest else "; no change nearby was found that fits"
     raise InfeasibleError(f"no plan fits: {verdict.message.rstrip('.')}{hint}", verdict)
+
+
+def _plan_there(output: Path) -> str | None:
+    """The text of the plan that is there and would be replaced; anything else that is there is refused."""
+    if not output.exists() and not output.is_symlink():
+        return None
+    try:
+        text = output.read_text(encoding="utf-8") if output.is_file() else ""
+        content = json.loads(text)
+    except OSError as error:
+        raise UsageError(f"-o {output}: cannot be written ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or "decision" not in content:
+        raise UsageError(f"-o {output}: what is there is no plan, and would be lost; remove it, or choose another name")
+    return text
 
 
 def _write(path: Path, text: str, *, option: str) -> None:

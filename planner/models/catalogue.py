@@ -20,7 +20,8 @@ from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.base.kinds import MODEL, refuse_other_kind, refuse_other_path
 from meft.planner.base.names import find_name, looks_like_path, profile_text
 from meft.planner.base.schema import Record, Text, parse_json, read_text, validated
-from meft.planner.models.architecture import ModelShape, shape_from_config
+from meft.planner.models.architecture import ModelShape
+from meft.planner.models.configs import shape_from_config
 
 CONFIG_NAME = "config.json"
 _WRAPPERS = {"gemma3": "gemma3_text"}

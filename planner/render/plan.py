@@ -16,8 +16,6 @@ from meft.planner.render.details import detail_sections, grouped_bytes, limits_u
 from meft.planner.render.tables import Columns, Command, Paragraph, count, grid, lines, percent, section
 from meft.planner.search.levers import Lever, reserved_at_most
 
-__all__ = ["count", "grouped_bytes", "next_command", "plan_view"]
-
 LEVERS_SHOWN = 4
 PARTS_SHOWN = 3
 """Of what takes memory, the largest."""

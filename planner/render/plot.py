@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from meft.planner.base.errors import UsageError
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.records.plan import LANES, Lane, ParetoPoint, Plan
-from meft.planner.render.plan import count, grouped_bytes
+from meft.planner.render.details import grouped_bytes
+from meft.planner.render.tables import count
 from meft.planner.terms.ledger import STEP_PHASES
 from meft.planner.timing.chrome import Event
 

@@ -25,9 +25,9 @@ It works beside the weights that it was trained beside and no others; loading ch
 
 In Python:
 
-    from meft.runtime.use.adapter_model import AdapterModel
+    import meft
 
-    model = AdapterModel.from_pretrained("FOLDER-OF-THE-BASE-MODEL", "THIS-FOLDER")
+    model = meft.AdapterModel.from_pretrained("FOLDER-OF-THE-BASE-MODEL", "THIS-FOLDER")
     model.generate(**tokenizer("...", return_tensors="pt"))
 
 On the command line:

@@ -12,8 +12,9 @@ from torch import nn
 from meft.planner.base.errors import UsageError
 from meft.planner.base.kinds import MODEL, refuse_other_path
 from meft.planner.base.packages import require_packages
-from meft.planner.models.architecture import ModelShape, shape_from_config
+from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import CONFIG_NAME, how_to_download, is_hub_name, read_config, text_part
+from meft.planner.models.configs import shape_from_config
 from meft.planner.records.plan import Plan
 from meft.runtime.session.model_folder import SAFE, load_causal_lm, reading
 

@@ -33,7 +33,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.base.version import VERSION
-from meft.planner.models.architecture import shape_from_config
+from meft.planner.models.configs import shape_from_config
 from meft.planner.records.plan import Plan
 from meft.runtime.adapter.adapter import decoder
 from meft.runtime.adapter.initialise import KeyInit

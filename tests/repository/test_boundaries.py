@@ -36,6 +36,7 @@ RECORDS_AND_PROFILES = {
     "meft.planner.base.options",
     "meft.planner.base.packages",
     "meft.planner.models.architecture",
+    "meft.planner.models.configs",
     "meft.planner.models.catalogue",
     "meft.planner.records.plan",
     "meft.planner.records.report",

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meft.planner.base.errors import UsageError
-from meft.planner.models.architecture import SUPPORTED_MODEL_TYPES, ModelShape, shape_from_config
+from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model, model_names
+from meft.planner.models.configs import SUPPORTED_MODEL_TYPES, shape_from_config
 
 # Published totals, to the last digit: the numbers of parameters that the hub shows beside the weights.
 PUBLISHED = {

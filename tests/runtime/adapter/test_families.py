@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from meft.planner.base.errors import UsageError
-from meft.planner.models.architecture import shape_from_config
+from meft.planner.models.configs import shape_from_config
 from meft.runtime.adapter.adapter import ffn_modules
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.session.session import open_session

@@ -33,7 +33,7 @@ def test_a_checkpoint_takes_the_disk_that_the_planner_says(
     small_trainer(session, steps=4, output=tmp_path, save_every=4).run()
     folder = latest_checkpoint(tmp_path)
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    assert sizes.keys() == {ADAPTER_WEIGHTS, ADAPTER_CONFIG, OPTIMIZER_STATE, TRAINING_STATE}
+    assert sizes.keys() >= {ADAPTER_WEIGHTS, ADAPTER_CONFIG, OPTIMIZER_STATE, TRAINING_STATE}
     predicted = disk(plan.request, plan.decision)
     assert 0 < sizes[ADAPTER_WEIGHTS] - predicted.adapter_bytes < HEADER_BYTES
     state_bytes = predicted.checkpoint_bytes - predicted.adapter_bytes
