@@ -189,7 +189,7 @@ def run_command(command: click.Command, program: str, *, interrupted: str) -> No
             command.main(prog_name=program, standalone_mode=False)
     except MeftError as error:
         _fail(program, str(error), error.exit_code)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):  # the second, where click has not begun or has ended
         _fail(program, interrupted, EXIT_INTERRUPTED)
     except click.ClickException as error:
         error.show()
