@@ -279,15 +279,18 @@ def warm_up(work: Path) -> None:
 
 def _be_child(words: list[str], said: Path, calls: Path, fault: Fault | None, watched: tuple[str, ...]) -> None:
     """Be a process that runs ``meft-run`` with these words; never returns."""
-    code = 99
+    code, begun = 99, False
     try:
         for descriptor, path in ((1, Path(os.devnull)), (2, said)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
         told = os.open(calls, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         sys.argv = ["meft-run", *words]
         Hooks(watched, fault, lambda name: os.write(told, f"{name}\n".encode())).install()  # type: ignore[arg-type]
+        begun = True
         cli.main()
         code = 0
+    except KeyboardInterrupt:  # before the program began, which is the campaign's affair
+        code = 99 if begun else 128 + signal.SIGINT
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     finally:

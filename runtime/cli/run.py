@@ -201,7 +201,7 @@ def run_command(command: click.Command, program: str, *, interrupted: str) -> No
     try:
         with no_interrupt_ignored(program, interrupted):
             command.main(prog_name=program, standalone_mode=False)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):  # the second, where click has not begun or has ended
         _fail(program, interrupted, EXIT_INTERRUPTED)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()

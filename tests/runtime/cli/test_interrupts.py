@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from meft.planner.records.report import Report
+from meft.runtime.cli import run as cli
 from meft.runtime.training import interrupts
 
 RUNNER = "meft.runtime.training.runner"
@@ -115,6 +116,17 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     assert (done.returncode, done.stdout) == (130, "")
     assert "SIGTERM: stopping before training begins; again to stop at once" in done.stderr
     assert "SIGINT again: stopped at once; what was saved is whole" in done.stderr
+
+
+def test_ctrl_c_before_click_has_begun_is_one_line(monkeypatch, capsys) -> None:
+    def pressed(**_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.command, "main", pressed)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == f"meft-run: {cli.INTERRUPTED}\n"
 
 
 def test_ctrl_c_in_a_destructor_is_not_ignored() -> None:
