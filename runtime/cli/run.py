@@ -121,6 +121,13 @@ class RunGroup(click.Group):
     help="Optimizer steps between checkpoints; 0: only at the end.",
 )
 @click.option(
+    "--divergence-factor",
+    type=click.FloatRange(min=0),
+    default=3.0,
+    show_default=True,
+    help="Stop when the loss is so many times the first ones for 20 optimizer steps; 0: never.",
+)
+@click.option(
     "--schedule",
     type=click.Choice(["overlapped", "sequential"]),
     default="overlapped",
@@ -297,6 +304,7 @@ def _options(given: dict[str, Any]) -> RunOptions:
         seed=given.pop("seed"),
         save_every=given.pop("save_every"),
         patience=patience,
+        divergence_factor=given.pop("divergence_factor"),
     )
     return RunOptions(
         training=training,

@@ -26,15 +26,17 @@ def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, add_gener
     """A conversation as text. Raises :class:`TemplateError`, whatever the template does."""
     try:
         with _limited():
-            return str(
+            text = str(
                 tokenizer.apply_chat_template(
                     list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
                 )
             )
+        text.encode()  # half of a surrogate pair, which no tokenizer can read, is refused here
     except _TakesTooLong:
         raise TemplateError(f"it takes more than {LIMIT_SECONDS:g} s for one conversation") from None
     except Exception as error:  # it raises what it likes
         raise TemplateError(str(error)) from error
+    return text
 
 
 class _TakesTooLong(BaseException):

@@ -304,3 +304,30 @@ def test_the_text_part_of_a_model_of_text_and_images(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
     with pytest.raises(UsageError, match="model_type 'another' is not supported"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [
+        ("num_hidden_layers", 100_000, "512"),
+        ("head_dim", 10**18, "65,536"),
+        ("vocab_size", 2**63, "67,108,864"),
+        ("hidden_size", 2**21, "1,048,576"),
+        ("max_position_embeddings", 10**30, "1,099,511,627,776"),
+    ],
+)
+def test_a_size_that_no_model_has_is_refused_by_its_field(field, value, limit) -> None:
+    with pytest.raises(UsageError, match=rf"config field {field} = {value} is not within {limit}, the largest that is"):
+        shape_from_config(LLAMA | {field: value}, name="x")
+
+
+def test_sizes_that_are_too_many_parameters_together_are_refused() -> None:
+    large = {"hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 512, "head_dim": 2}
+    with pytest.raises(UsageError, match=r"parameters are more than 17,592,186,044,416, the most that is read"):
+        shape_from_config(LLAMA | large, name="x")
+
+
+def test_a_value_that_is_refused_is_shown_shortened() -> None:
+    with pytest.raises(UsageError, match=r"config field hidden_size = 'x+\.\.\. is not a positive integer$") as caught:
+        shape_from_config(LLAMA | {"hidden_size": "x" * 100_000}, name="x")
+    assert len(str(caught.value)) < 200

@@ -431,3 +431,13 @@ def test_a_decision_that_contradicts_itself_is_refused(changes: dict[str, object
 def test_decisions_at_the_limits_are_taken(changes: dict[str, object]) -> None:
     content = DECISION.model_dump() | changes
     assert Decision.model_validate(content).model_dump() == content
+
+
+@pytest.mark.parametrize("count", [2**63, 2**60 + 1])
+def test_a_count_that_no_machine_has_is_refused_by_its_place(count) -> None:
+    """Sums of a few of what is read are 64-bit integers."""
+    content = json.loads(sample_report(PLAN).to_json())
+    content["observed"]["device_memory"]["peak_allocated_bytes"] = count
+    said = r"observed\.device_memory\.peak_allocated_bytes: Input should be less than or equal to 1152921504606846976"
+    with pytest.raises(UsageError, match=said):
+        Report.from_json(json.dumps(content), source="r.json")
