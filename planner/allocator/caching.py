@@ -74,15 +74,6 @@ def round_to_division(num_bytes: int, divisions: int) -> int:
     return -(-num_bytes // step) * step
 
 
-def pinned_bytes(num_bytes: int) -> int:
-    """Pinned host memory behind a request, in bytes: the next power of two (the host cache never splits a block).
-
-    >>> pinned_bytes(129 * 2**20 + 2**19) == 256 * 2**20
-    True
-    """
-    return 1 << (num_bytes - 1).bit_length() if num_bytes > 0 else 0
-
-
 @dataclass(frozen=True, slots=True)
 class LiveBlock:
     """An allocated block of a recorded segment; ``num_bytes`` is the block, ``requested_bytes`` what was asked for."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -13,8 +14,9 @@ from meft.planner.base.files import write_atomic
 from meft.planner.cli.options import PATH, budget_options, command_with, search_options, workload_options
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.plan import Planned, find_plan, simulated_step
-from meft.planner.search.infeasible import Infeasible
-from meft.planner.timing.chrome import chrome_trace
+
+if TYPE_CHECKING:
+    from meft.planner.search.infeasible import Infeasible
 
 
 @click.command("plan", short_help="The best decision within the budgets (the default).")
@@ -47,11 +49,15 @@ def plan_command(
         from meft.planner.render.plot import check_format
 
         check_format(plot)
+    if verify:
+        gc.enable()  # tracing makes garbage of its own; see main
     found = find_plan(RequestOptions.taken_from(given), verify=verify)
-    if isinstance(found, Infeasible):
+    if not isinstance(found, Planned):
         refuse(context, found, as_json=as_json)
     _write(output, found.plan.to_json(), option="-o")
     if trace is not None:
+        from meft.planner.timing.chrome import chrome_trace
+
         _write(trace, json.dumps(chrome_trace(simulated_step(found)), separators=(",", ":")), option="--trace")
     if plot is not None:
         from meft.planner.render.plot import plot_plan

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from meft.planner.base.errors import UsageError, unknown_name
-from meft.planner.base.names import find_name, looks_like_path, profile_text
+from meft.planner.base.names import PROFILES, find_name, looks_like_path, profile_text
 from meft.planner.base.schema import Record, Text, parse_json, read_text, validated
 from meft.planner.models.architecture import ModelShape, shape_from_config
 
@@ -34,8 +33,7 @@ class ModelProfile(Record):
 @cache
 def model_names() -> tuple[str, ...]:
     """Keys of the built-in models, sorted."""
-    files = resources.files("meft.profiles").joinpath("models").iterdir()
-    return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
+    return tuple(sorted(file.stem for file in (PROFILES / "models").glob("*.json")))
 
 
 def load_model_profile(name: str) -> tuple[str, ModelProfile]:

@@ -48,7 +48,7 @@ from meft.planner.traffic.sparsity import WindowRows, at_seq_len, distinct_layer
 Part = TypeVar("Part", GpuSeconds, LinkSeconds, HostSeconds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Cells:
     """Candidates without their caps, as lists of equal length of places on the grid's axes. ``copied``: 0 without a
     bf16 copy, 1 with one, as places in :attr:`~meft.planner.search.space.Space.bf16_copies`."""

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.search.pareto import thinned
+from meft.planner.search.pareto import PARETO_NEAR, PARETO_POINTS, thinned
 from meft.planner.search.sifting import Index, Sifted
 from meft.planner.search.space import CAP_AXIS
-from meft.planner.search.weighing import PARETO_NEAR, PARETO_POINTS
 from meft.planner.timing.apart import WITHIN, Seconds
 
 APART = 3 * WITHIN
 """Relative difference of two candidates' seconds that tells for certain which is faster."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Listed:
     """Some decisions as places along the grid's axes, in the grid's order."""
 
@@ -135,7 +134,7 @@ def front(sifted: Sifted, winner: Index) -> list[Index]:
     return [shown.index(place) for place in range(len(shown))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Points:
     """Decisions by what a front weighs, ``[n]``: capacity as a number to be large, cost and memory to be small. Costs
     are ranks, of which :attr:`cost` is equal where the seconds do not tell for certain which is less."""

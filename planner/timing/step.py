@@ -173,7 +173,7 @@ def _with_hot_update(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _MovedRows:
     """Rows of a micro-batch ``[L, ...]``, or ``[1, ...]`` where all layers are alike, by what becomes of them."""
 
