@@ -41,6 +41,7 @@ from meft.planner.allocator.blocks import (
     PoolName,
     VirtualRange,
 )
+from meft.planner.allocator.pinned import pinned_bytes as pinned_bytes  # here too, with the other rules
 from meft.planner.allocator.settings import NO_SPLIT_LIMIT, AllocatorSettings
 from meft.planner.base.errors import DeviceOutOfMemory
 from meft.planner.base.units import format_bytes

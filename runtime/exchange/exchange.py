@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
-from meft.planner.allocator.pinned import pinned_bytes
+from meft.planner.allocator.caching import pinned_bytes
 from meft.planner.records.plan import Decision
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import TransferEngine

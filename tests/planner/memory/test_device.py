@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_records import GIB, decision_of, gpu_profile, llama_7b, request_of, side_by_side, sourced, tiny_shape
 
@@ -385,16 +385,24 @@ def test_what_blocks_hold_above_the_weights_is_as_loading_is_simulated(dtype) ->
         assert weights_rounding_bytes(shape, dtype, False) == loaded_rounding_bytes(shape, dtype, False), name
 
 
+@settings(max_examples=300)
 @given(
-    hidden=st.sampled_from([8, 24, 320, 2048, 2560]),
-    inner=st.sampled_from([16, 500, 5120, 6144]),
+    num_layers=st.sampled_from([3, 6]),
+    hidden=st.sampled_from([8, 320, 1000, 2560, 4096]),
+    inner=st.sampled_from([16, 500, 1408, 6144]),
     vocab=st.sampled_from([32, 50257, 65536]),
     norm=st.sampled_from(["rmsnorm", "layernorm"]),
     tied=st.booleans(),
     bias=st.booleans(),
 )
-def test_what_blocks_hold_above_weights_of_any_shape(hidden, inner, vocab, norm, tied, bias) -> None:
-    sizes_of = {"hidden_size": hidden, "intermediate_size": inner, "vocab_size": vocab, "head_dim": hidden // 2}
+def test_what_blocks_hold_above_weights_of_any_shape(num_layers, hidden, inner, vocab, norm, tied, bias) -> None:
+    sizes_of = {
+        "num_layers": num_layers,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "vocab_size": vocab,
+        "head_dim": hidden // 2,
+    }
     chosen = {"norm": norm, "tied_embeddings": tied, "qkv_bias": bias, "mlp_bias": bias, "head_bias": bias}
     shape = tiny_shape().model_copy(update=sizes_of | chosen)
     assert weights_rounding_bytes(shape, "bf16", False) == loaded_rounding_bytes(shape, "bf16", False)
