@@ -44,6 +44,11 @@ class Listed:
         return (*self.axes[:CAP_AXIS], self.axes[-1])
 
     @property
+    def is_one_cell(self) -> bool:
+        """Whether they differ in nothing but their caps, which their seconds do not depend on."""
+        return all((axis == axis[0]).all() for axis in self.cells)
+
+    @property
     def seconds(self) -> Seconds:
         """Step seconds, with a copy where one pays and has room."""
         sifted, (cache, depth, _, _, cap, routing) = self.sifted, self.axes
@@ -89,7 +94,9 @@ def best(sifted: Sifted) -> Index:
     if moved is not None:
         found = found.where(moved == moved.min())
     seconds = found.ranked_seconds
-    found = found.where(seconds <= seconds.min() * (1 + APART)).made_exact()
+    found = found.where(seconds <= seconds.min() * (1 + APART))
+    if not found.is_one_cell:
+        found.made_exact()
     space, (*_, cap, routing) = sifted.space, found.axes
     order = [found.ranked_seconds, -space.adapter_width[routing], -space.top_k[routing], -space.caps[cap, routing]]
     in_grid = np.ravel_multi_index(found.axes, space.shape)
@@ -98,12 +105,10 @@ def best(sifted: Sifted) -> Index:
 
 def _of_most_capacity(sifted: Sifted) -> Listed:
     """The feasible decisions of the widest adapter, and of those of the largest K."""
-    space = sifted.space
-    routings = np.flatnonzero(sifted.feasible_routings)
-    for values in (space.adapter_width, space.top_k):
-        routings = routings[values[routings] == values[routings].max()]
-    *axes, place = np.nonzero(sifted.within[..., routings] & space.is_new[..., routings])
-    return Listed(sifted, (*axes, routings[place]))
+    routings, feasible = sifted.most_capable()
+    *axes, place = np.nonzero(feasible)
+    top_k = sifted.space.top_k[routings[place]]
+    return Listed(sifted, (*axes, routings[place])).where(top_k == top_k.max())
 
 
 def _fastest_of_all(sifted: Sifted) -> Listed:
@@ -244,7 +249,7 @@ def _unbeaten_by_far(sifted: Sifted, cap: int) -> Listed:
     """Decisions at a cap but for those that another beats for certain: it has no less capacity, is on a lower level of
     memory, and costs less."""
     sieve = _Sieve(sifted, cap)
-    places = np.argwhere(sifted.within[:, :, :, :, cap].any(axis=(2, 3, 4))).tolist()
+    places = np.argwhere(sieve.within.any(axis=(2, 3, 4))).tolist()
     listed = [sieve.passed(*place) for place in places]
     found = Listed(sifted, tuple(np.concatenate(axis) for axis in zip(*listed, strict=True)))
     return found.where(sieve.passes_finer(found))
@@ -256,9 +261,14 @@ class _Sieve:
 
     def __init__(self, sifted: Sifted, cap: int) -> None:
         self.sifted, self.cap = sifted, cap
+        self.routings = sifted.leading_routings
+        """The others are beaten by these."""
         capacities, self.group = np.unique(-_capacity(sifted), return_inverse=True)
-        """The largest capacity first."""
+        """Of each routing, the largest capacity first."""
+        self.first_place = self.group[self.routings] * (LEVELS + 1)
         self.num_groups = len(capacities)
+        self.within = sifted.within[:, :, :, :, cap].take(self.routings, axis=-1)
+        self.memory = sifted.device.at_cap(cap, self.routings)
         self.lowest = sifted.device.least
         self.level_bits = max((sifted.most_allocated - self.lowest).bit_length() - LEVELS.bit_length() + 1, 0)
         self.least = np.full((self.num_groups, LEVELS + 1), math.inf)
@@ -266,9 +276,9 @@ class _Sieve:
     def passed(self, cache: int, depth: int) -> tuple[NDArray[np.int64], ...]:
         """Those of a cache and a prefetch depth that pass, as places along the grid's axes."""
         cost = self.costs(cache, depth)
-        level = (self.sifted.device.on(cache, depth, self.cap) - self.lowest) >> self.level_bits
-        place = self.group * (LEVELS + 1) + np.minimum(level, LEVELS - 1)
-        passes = self.sifted.within[cache, depth][:, :, self.cap] & ~(self.least.take(place) < cost * (1 - APART))
+        level = (self.memory.on(cache, depth) - self.lowest) >> self.level_bits
+        place = self.first_place + np.minimum(level, LEVELS - 1)
+        passes = self.within[cache, depth] & ~(self.least.take(place) < cost * (1 - APART))
         again, backward, routing = np.nonzero(passes)
         place, cost = (np.broadcast_to(each, passes.shape)[passes] for each in (place, cost))
         np.minimum.at(self.least.reshape(-1), place + 1, cost)
@@ -276,15 +286,15 @@ class _Sieve:
             _accumulate(self.least)
         given = (np.full(len(routing), each) for each in (cache, depth, self.cap))
         cache_axis, depth_axis, cap_axis = given
-        return (cache_axis, depth_axis, again, backward, cap_axis, routing)
+        return (cache_axis, depth_axis, again, backward, cap_axis, self.routings[routing])
 
     def costs(self, cache: int, depth: int) -> NDArray[np.float64]:
-        """``[checkpointing, backward, routings]`` of cells that keep the limits."""
+        """``[checkpointing, backward, leading routings]`` of cells that keep the limits."""
         sifted, recall = self.sifted, self.sifted.space.prefetch_recall[depth]
         if sifted.window_bytes is not None:
-            moved: NDArray[np.float64] = sifted.window_bytes[cache, depth, :, :, 0] / recall
+            moved: NDArray[np.float64] = sifted.window_bytes[cache, depth, :, :, 0].take(self.routings, axis=-1) / recall
             return moved
-        seconds = sifted.seconds_on(cache, depth, self.cap)
+        seconds = sifted.seconds_on(cache, depth, self.cap, self.routings)
         return seconds if sifted.request.objective == "speed" else seconds / recall
 
     def passes_finer(self, listed: Listed) -> NDArray[np.bool_]:
