@@ -106,6 +106,7 @@ def command() -> None:
 def main() -> None:
     """Entry point."""
     gc.disable()  # planning ends before garbage adds up; looking for it takes a twentieth of the time
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some means reading every installation
     command.main()
 
 

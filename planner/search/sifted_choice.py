@@ -176,7 +176,7 @@ class _Points:
             else:
                 stairs.add(cost, memory)
         found = np.array(sorted(kept), dtype=np.int64)
-        return found, found[np.isin(self.cost[found], list(unsure))]
+        return found, found[[cost in unsure for cost in self.cost[found].tolist()]]
 
     def in_order(self) -> list[int]:
         """The places of points that no other beats, of equal ones the first: the largest capacity first, then the least
@@ -263,7 +263,9 @@ class _Sieve:
         self.sifted, self.cap = sifted, cap
         self.routings = sifted.leading_routings
         """The others are beaten by these."""
-        capacities, self.group = np.unique(-_capacity(sifted), return_inverse=True)
+        of_routings = -_capacity(sifted)
+        capacities = _distinct(of_routings)
+        self.group = np.searchsorted(capacities, of_routings)
         """Of each routing, the largest capacity first."""
         self.first_place = self.group[self.routings] * (LEVELS + 1)
         self.num_groups = len(capacities)
@@ -302,13 +304,19 @@ class _Sieve:
         memory, group = listed.allocated_bytes, self.group[listed.axes[-1]]
         moved = listed.ranked_bytes
         cost = listed.ranked_seconds if moved is None else moved
-        between = np.unique(np.sort(memory)[:: max(len(memory) // FINER_LEVELS, 1)])
+        between = _distinct(np.sort(memory)[:: max(len(memory) // FINER_LEVELS, 1)])
         level = np.searchsorted(between, memory, side="right")
         least = np.full((self.num_groups, len(between) + 2), math.inf)
         np.minimum.at(least, (group, level + 1), cost)
         _accumulate(least)
         passes: NDArray[np.bool_] = ~(least[group, level] < cost * (1 - APART))
         return passes
+
+
+def _distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The values, each once, ascending; the first call of :func:`numpy.unique` loads masked arrays, which is slow."""
+    ascending = np.sort(values)
+    return ascending[np.diff(ascending, prepend=ascending[0] - 1) > 0]
 
 
 def _accumulate(least: NDArray[np.float64]) -> None:

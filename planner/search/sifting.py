@@ -184,14 +184,16 @@ class Sifted:
         if len(self.seconds) > 1:
             *cell, before = np.nonzero(self.pays[..., 1:] & ~self.pays[..., :-1] & ~leads[1:])
             without, copied = self.seconds[0][(*cell, before)], self.seconds[1][(*cell, before + 1)]
-            leads |= np.isin(kind_of, kind_of[before[copied < without * (1 + WITHIN)]])
+            whole = np.zeros(len(first), np.bool_)
+            whole[kind_of[before[copied < without * (1 + WITHIN)]]] = True
+            leads |= whole[kind_of]
         return np.flatnonzero(leads)
 
     def most_capable(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Routings of the widest adapter with which some candidate keeps every limit; and the candidates that do,
         ``[caches, depths, checkpointing, backward, caps, of these]``. Some candidate must."""
         widths = self.space.adapter_width
-        for width in np.unique(widths)[::-1]:
+        for width in sorted(set(widths.tolist()), reverse=True):
             routings = np.flatnonzero(widths == width)
             feasible: NDArray[np.bool_] = self.within.take(routings, axis=-1) & self.space.is_new.take(routings, axis=-1)
             if feasible.any():

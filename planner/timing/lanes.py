@@ -381,7 +381,7 @@ def simulate_candidates(
 ) -> NDArray[np.float64]:
     """Step seconds of every candidate: :func:`simulate` on those that look ahead equally far."""
     seconds = np.empty(len(prefetch_depth))
-    for depth in np.unique(prefetch_depth).tolist():
+    for depth in sorted(set(prefetch_depth.tolist())):  # numpy.unique is slow to load
         members = np.flatnonzero(prefetch_depth == depth)
         for first in range(0, len(members), CHUNK_CANDIDATES):
             chunk = members[first : first + CHUNK_CANDIDATES]
