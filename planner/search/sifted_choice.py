@@ -294,8 +294,9 @@ class _Sieve:
         """``[checkpointing, backward, leading routings]`` of cells that keep the limits."""
         sifted, recall = self.sifted, self.sifted.space.prefetch_recall[depth]
         if sifted.window_bytes is not None:
-            moved: NDArray[np.float64] = sifted.window_bytes[cache, depth, :, :, 0].take(self.routings, axis=-1) / recall
-            return moved
+            moved = sifted.window_bytes[cache, depth, :, :, 0].take(self.routings, axis=-1)
+            ranked: NDArray[np.float64] = moved / recall
+            return ranked
         seconds = sifted.seconds_on(cache, depth, self.cap, self.routings)
         return seconds if sifted.request.objective == "speed" else seconds / recall
 

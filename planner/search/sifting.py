@@ -195,7 +195,7 @@ class Sifted:
         widths = self.space.adapter_width
         for width in sorted(set(widths.tolist()), reverse=True):
             routings = np.flatnonzero(widths == width)
-            feasible: NDArray[np.bool_] = self.within.take(routings, axis=-1) & self.space.is_new.take(routings, axis=-1)
+            feasible = self.within.take(routings, axis=-1) & self.space.is_new.take(routings, axis=-1)
             if feasible.any():
                 return routings, feasible
         raise ValueError("no candidate keeps every limit")
