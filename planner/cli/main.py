@@ -105,9 +105,15 @@ def command() -> None:
 
 def main() -> None:
     """Entry point."""
-    gc.disable()  # planning ends before garbage adds up; looking for it takes a twentieth of the time
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some means reading every installation
+    _start_lightly()
     command.main()
+
+
+def _start_lightly() -> None:
+    """Leave out what a short process has nothing of; must come before numpy and pydantic are loaded."""
+    gc.disable()  # planning ends before garbage adds up; looking for it takes a twentieth of the time
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # no command multiplies large matrices by numpy
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some means reading all installations
 
 
 def _one_line(error: click.ClickException) -> str:
