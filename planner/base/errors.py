@@ -9,7 +9,6 @@ MeftError                  1  unexpected
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -75,6 +74,8 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> UsageError:
     >>> print(unknown_name("GPU", "rtx-3900", ["rtx-3090", "rtx-4090"]))
     unknown GPU 'rtx-3900'; did you mean rtx-3090, rtx-4090? Known: rtx-3090, rtx-4090
     """
+    import difflib  # only mistakes need it, and it is slow to load
+
     names = sorted(known)
     near = difflib.get_close_matches(given.lower(), names, n=3, cutoff=0.5)
     hint = f"; did you mean {', '.join(near)}?" if near else "."

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,11 +68,11 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
                 retired.rename(folder)
             raise
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        _remove_folder(new, ignore_errors=True)
         raise
     fsync_folder(folder.parent)
     if retired.exists():
-        shutil.rmtree(retired)
+        _remove_folder(retired)
 
 
 def require_folder_or_nothing(path: Path) -> None:
@@ -101,7 +99,7 @@ def clear_leftovers(folder: Path, mine: re.Pattern[str]) -> list[Path]:
         if match["old"] and kept.is_dir() and any(kept.iterdir()) and not place.exists():
             kept.rename(place)
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            _remove_folder(path)
         else:
             path.unlink(missing_ok=True)
         removed.append(path)
@@ -126,4 +124,10 @@ def file_mode() -> int:
 
 def _beside(path: Path, suffix: str = "") -> Path:
     """A name that nobody has yet, in the folder of ``path``."""
-    return path.with_name(f".{path.name}{suffix}.{secrets.token_hex(4)}")
+    return path.with_name(f".{path.name}{suffix}.{os.urandom(4).hex()}")
+
+
+def _remove_folder(folder: Path, *, ignore_errors: bool = False) -> None:
+    import shutil  # slow to load, and planning removes none
+
+    shutil.rmtree(folder, ignore_errors=ignore_errors)

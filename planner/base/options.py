@@ -6,7 +6,6 @@ table of other names, by its spelling, or that another command takes it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 
 import click
@@ -103,6 +102,8 @@ def option_hint(given: str, known: Iterable[str], *, program: str) -> str:
         return f"did you mean {meant[0]}?"
     if elsewhere := _elsewhere((f"--{name}", *_MEANT.get(name, ())), program):
         return elsewhere
+    import difflib  # only mistakes need it, and it is slow to load
+
     near = difflib.get_close_matches(f"--{name}", options, n=3, cutoff=0.6)
     return f"did you mean {', '.join(near)}?" if near else ""
 

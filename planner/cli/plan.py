@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +14,6 @@ from meft.planner.base.files import write_atomic
 from meft.planner.cli.options import COUNT, PATH, budget_options, command_with, search_options, workload_options
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.plan import Planned, find_plan, levers_of, simulated_step
-from meft.planner.timing.chrome import chrome_trace
 
 
 @click.command("plan", short_help="The best decision within the budgets (the default).")
@@ -53,13 +53,17 @@ def plan_command(
 
         check_format(plot)
     before = _plan_there(output)
+    if verify:
+        gc.enable()  # tracing makes garbage of its own; see main
     found = find_plan(RequestOptions.taken_from(given), verify=verify)
-    if isinstance(found, Infeasible):
+    if not isinstance(found, Planned):
         refuse(context, found, as_json=as_json)
     _write(output, found.plan.to_json(), option="-o")
     if before not in (None, found.plan.to_json()):
         click.echo(f"meft-plan: {output} held another plan, which this one has replaced", err=True)
     if trace is not None:
+        from meft.planner.timing.chrome import chrome_trace
+
         _write(trace, json.dumps(chrome_trace(simulated_step(found)), separators=(",", ":")), option="--trace")
     if plot is not None:
         from meft.planner.render.plot import plot_plan

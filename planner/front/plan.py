@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from meft.planner.base.errors import Infeasible
 from meft.planner.base.version import VERSION
@@ -11,9 +12,11 @@ from meft.planner.front.request import Planning, planning
 from meft.planner.models.catalogue import load_model
 from meft.planner.predict.prediction import simulated_tasks
 from meft.planner.records.plan import Plan
-from meft.planner.search.levers import Lever, levers
 from meft.planner.search.search import make_plan
 from meft.planner.timing.chrome import Event
+
+if TYPE_CHECKING:
+    from meft.planner.search.levers import Lever
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,15 @@ def find_plan(options: RequestOptions, *, verify: bool = False) -> Planned | Inf
     """
     planned = planning(options)
     found = make_plan(planned.request, planned.profiles, meft_version=VERSION)
-    if isinstance(found, Infeasible):
+    if not isinstance(found, Plan):
         return found
     return Planned(_verified(found, planned) if verify else found, planned)
 
 
 def levers_of(found: Planned) -> tuple[Lever, ...]:
     """What one change alone would save of the plan."""
+    from meft.planner.search.levers import levers  # for people's eyes: JSON needs none
+
     plan = found.plan
     return levers(plan.request, plan.decision, plan.prediction, found.planning.profiles)
 

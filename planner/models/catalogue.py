@@ -6,11 +6,9 @@ and the fields of its ``config.json`` that make the architecture.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from pydantic import Field
 
 from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.base.kinds import MODEL, refuse_other_kind, refuse_other_path
-from meft.planner.base.names import find_name, looks_like_path, profile_text
+from meft.planner.base.names import PROFILES, find_name, looks_like_path, profile_text
 from meft.planner.base.schema import Record, Text, parse_json, read_text, validated
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.configs import shape_from_config
@@ -41,8 +39,7 @@ class ModelProfile(Record):
 @cache
 def model_names() -> tuple[str, ...]:
     """Keys of the built-in models, sorted."""
-    files = resources.files("meft.profiles").joinpath("models").iterdir()
-    return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
+    return tuple(sorted(file.stem for file in (PROFILES / "models").glob("*.json")))
 
 
 def load_model_profile(name: str) -> tuple[str, ModelProfile]:
@@ -100,6 +97,8 @@ def hub_name_of(key: str) -> str | None:
 
 
 def _not_downloaded(reference: str) -> UsageError:
+    import difflib  # only mistakes need it, and it is slow to load
+
     near = difflib.get_close_matches(reference.rsplit("/", 1)[-1].lower(), model_names(), n=2, cutoff=0.6)
     names = ", ".join(near) or "llama-7b"
     return UsageError(

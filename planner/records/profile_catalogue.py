@@ -14,7 +14,6 @@ from meft.planner.base.errors import UsageError
 from meft.planner.base.kinds import PROFILE, refuse_other_kind, refuse_other_path
 from meft.planner.base.names import find_name, looks_like_path, profile_text
 from meft.planner.base.schema import Record, parse_json, read_text, validated
-from meft.planner.records.profile_file import ProfileFile, is_profile_file, section_of
 from meft.planner.records.profiles import Defaults, GpuProfile, HostProfile, LinkProfile, Section, SparsityProfile
 
 P = TypeVar("P", bound=Record)
@@ -79,6 +78,8 @@ def _load(record: type[P], kind: str, collection: str, name_or_path: str) -> P:
 
 def _from_file(record: type[P], kind: str, path: Path) -> P:
     """A profile of one record, or its section of a file that ``meft-profile`` wrote."""
+    from meft.planner.records.profile_file import is_profile_file, section_of  # built-in profiles do without
+
     source = f"{kind} file {path}"
     text, content = _read(path, kind=f"{kind} file")
     if not is_profile_file(content):
@@ -98,6 +99,8 @@ def sections_in(reference: str) -> tuple[Section, ...]:
 
     Raises :class:`UsageError` for a file that cannot be read.
     """
+    from meft.planner.records.profile_file import ProfileFile, is_profile_file  # built-in profiles do without
+
     path = Path(reference).expanduser()
     text, content = _read(path, kind="profile file")
     return ProfileFile.from_json(text, source=str(path)).sections() if is_profile_file(content) else ()

@@ -42,13 +42,13 @@ from meft.planner.timing.lanes import (
     baseline_seconds,
     simulate_candidates,
 )
-from meft.planner.timing.step import step_costs
+from meft.planner.timing.step import step_costs_of_choices
 from meft.planner.traffic.sparsity import WindowRows, at_seq_len, distinct_layers, hot_rows_among, window_rows
 
 Part = TypeVar("Part", GpuSeconds, LinkSeconds, HostSeconds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Cells:
     """Candidates without their caps, as lists of equal length of places on the grid's axes. ``copied``: 0 without a
     bf16 copy, 1 with one, as places in :attr:`~meft.planner.search.space.Space.bf16_copies`."""
@@ -75,15 +75,10 @@ class CostTable:
         self.space = space
         self.num_layers = request.model.num_layers
         self.first_of_kind, self.kind_of = _kinds(space)
-        terms = _Terms(space, request, profiles)
-        self.route, self.probes = terms.of_probes()
+        one_choice = replace(space, bf16_copies=space.bf16_copies[:1], rows_in_backward=space.rows_in_backward[:1])
+        self.route, self.probes = _Terms(one_choice, request, profiles).of_probes()
         """Of each routing."""
-        bare = [
-            terms.of_kinds(self.first_of_kind, copied=space.bf16_copies[0], retained=choice == "retained")
-            for choice in space.rows_in_backward
-        ]
-        hosts = [terms.of_kinds(self.first_of_kind, copied=copied).host for copied in space.bf16_copies[1:]]
-        self.costs = [bare, *([replace(costs, host=host) for costs in bare] for host in hosts)]
+        self.costs = _Terms(space, request, profiles).of_kinds(self.first_of_kind)
         """By copy and by rows in backward; arrays ``[C * U]``."""
         whole = np.asarray(baseline_seconds(self.costs[0][0], num_layers=self.num_layers))
         self.baseline = whole[: len(self.first_of_kind)][self.kind_of]
@@ -219,23 +214,21 @@ class _Terms:
 
     def of_probes(self) -> tuple[Seconds, Seconds]:
         """Routing on the host, and sending the probed experts, of each routing."""
-        costs = self._step_costs(slice(0, 1), slice(None), None, copied=False, retained=True)
+        costs = self._step_costs(slice(0, 1), slice(None), None)[0][0]
         return np.asarray(costs.host.route).reshape(-1), np.asarray(costs.link.probes).reshape(-1)
 
-    def of_kinds(self, kinds: NDArray[np.int64], *, copied: bool, retained: bool = True) -> StepCosts:
-        """Everything else ``[C * U]``, but routing; ``kinds`` are places of routings."""
+    def of_kinds(self, kinds: NDArray[np.int64]) -> list[list[StepCosts]]:
+        """Everything else ``[C * U]``, but routing, by copy and by rows in backward; ``kinds`` are places of
+        routings."""
         groups = list(_alike_caches(self.space))
-        parts = [
-            self._step_costs(caches, kinds, self._window(caches, kinds), copied=copied, retained=retained)
-            for caches in groups
-        ]
+        parts = [self._step_costs(caches, kinds, self._window(caches, kinds)) for caches in groups]
         shapes = [(caches.stop - caches.start, len(kinds)) for caches in groups]
-        host = _flat([part.host for part in parts], shapes)
-        return StepCosts(
-            gpu=_flat([part.gpu for part in parts], shapes),
-            link=_flat([part.link for part in parts], shapes),
-            host=replace(host, route=0.0),
-        )
+        gpu = _flat([part[0][0].gpu for part in parts], shapes)
+        links = [
+            _flat([choice.link for choice in same], shapes) for same in zip(*(part[0] for part in parts), strict=True)
+        ]
+        hosts = [_flat([choice[0].host for choice in same], shapes) for same in zip(*parts, strict=True)]
+        return [[StepCosts(gpu, link, replace(host, route=0.0)) for link in links] for host in hosts]
 
     def _window(self, caches: slice, kinds: NDArray[np.int64]) -> WindowRows | None:
         """What a window's rows do under some caches, ``[L, caches, U]``; None where these cache none."""
@@ -278,11 +271,9 @@ class _Terms:
         caches: slice,
         routings: NDArray[np.int64] | slice,
         window: WindowRows | None,
-        *,
-        copied: bool,
-        retained: bool,
-    ) -> StepCosts:
-        """Costs ``[L, caches, routings]`` of alike caches with some routings; layers that are alike are one."""
+    ) -> list[list[StepCosts]]:
+        """Costs ``[L, caches, routings]`` of alike caches with some routings, by copy and by rows in backward; layers
+        that are alike are one."""
         space = self.space
         width = space.adapter_width[routings]
         active, in_window = (_by_cache(rows, routings) for rows in (space.active_rows, space.window_active_rows))
@@ -292,10 +283,8 @@ class _Terms:
             num_experts=space.num_experts[routings],
             num_probes=space.num_probes[routings],
             key_experts=space.key_experts[routings],
-            bf16_copy=copied,
-            retained=retained,
         )
-        return step_costs(
+        return step_costs_of_choices(
             request=self.request,
             gpu=self.profiles.gpu,
             link=self.profiles.link,
@@ -311,6 +300,8 @@ class _Terms:
                 active_rows=active,
                 window_active_rows=in_window,
             ),
+            copied=space.bf16_copies,
+            retained=[choice == "retained" for choice in space.rows_in_backward],
         )
 
 

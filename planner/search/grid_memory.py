@@ -18,7 +18,7 @@ from meft.planner.memory.device import device_ledger, reserved_bytes
 from meft.planner.memory.host import host_bytes_by_category
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Request
-from meft.planner.search.space import NUM_AXES, Space
+from meft.planner.search.space import CAP_AXIS, NUM_AXES, Space
 from meft.planner.terms.activations import largest
 from meft.planner.terms.ledger import STEP_PHASES, phase_bytes
 from meft.planner.terms.methods import SparseAdapter, Workload
@@ -51,10 +51,15 @@ class GridSum:
             total += part[tuple(axis if length > 1 else 0 for axis, length in zip(axes, part.shape, strict=True))]
         return total
 
-    def on(self, cache: int, depth: int, cap: int) -> NDArray[np.int64]:
-        """The sums at a cache, a prefetch depth and a cap, ``[checkpointing, backward, routings]``, 1 where alike."""
-        parts = (part[_along(part, (cache, depth))] for part in self._parts.values())
-        return _total([part[:, :, min(cap, part.shape[2] - 1)] for part in parts])
+    def at_cap(self, cap: int, routings: NDArray[np.int64]) -> GridSum:
+        """The sum at a cap with some routings: a grid whose axis of caps is 1 long."""
+        of_cap = (part.take([min(cap, part.shape[CAP_AXIS] - 1)], axis=CAP_AXIS) for part in self._parts.values())
+        return GridSum(part.take(routings, axis=-1) if part.shape[-1] > 1 else part for part in of_cap)
+
+    def on(self, cache: int, depth: int) -> NDArray[np.int64]:
+        """The sums at a cache and a prefetch depth where there is one cap, ``[checkpointing, backward, routings]``, 1
+        where alike."""
+        return _total([part[_along(part, (cache, depth))] for part in self._parts.values()])[:, :, 0]
 
     def rest_of(self, most: Ints, depth: int) -> Callable[[int], NDArray[np.bool_]]:
         """Where the sum is no more than ``most`` (a number, or one of each routing) at a prefetch depth: a function of
@@ -71,7 +76,7 @@ class GridSum:
 
 def _total(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     """The sum of arrays, the smallest first; 0 of none."""
-    return reduce(np.add, sorted(parts, key=lambda each: each.size), np.zeros((1,) * 3, np.int64))
+    return reduce(np.add, sorted(parts, key=lambda each: each.size), np.zeros((1,) * 4, np.int64))
 
 
 def _along(part: NDArray[np.int64], index: tuple[int, ...]) -> tuple[int, ...]:

@@ -26,10 +26,8 @@ import math
 from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
 from meft.planner.records.plan import Decision, Plan, Prediction, Request, SearchSummary
-from meft.planner.search.infeasible import explain
 from meft.planner.search.sifted_choice import best, front
 from meft.planner.search.sifting import Sifted
-from meft.planner.search.weighing import weigh
 
 WITHOUT_MLP_MODULE = ("opt",)
 """Model types whose FFN is linear layers among the block's others."""
@@ -145,6 +143,9 @@ def _fits(request: Request, profiles: ProfileSet, prediction: Prediction) -> boo
 
 
 def _infeasible(request: Request, profiles: ProfileSet) -> Infeasible:
+    from meft.planner.search.infeasible import explain  # a plan does without both
+    from meft.planner.search.weighing import weigh
+
     weighed = weigh(request, profiles, simulate_all=True)
 
     def best_of(changed: Request) -> Decision | None:

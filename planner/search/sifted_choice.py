@@ -11,17 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.search.pareto import thinned
+from meft.planner.search.pareto import PARETO_NEAR, PARETO_POINTS, thinned
 from meft.planner.search.sifting import Index, Sifted
 from meft.planner.search.space import CAP_AXIS
-from meft.planner.search.weighing import PARETO_NEAR, PARETO_POINTS
 from meft.planner.timing.apart import WITHIN, Seconds
 
 APART = 3 * WITHIN
 """Relative difference of two candidates' seconds that tells for certain which is faster."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Listed:
     """Some decisions as places along the grid's axes, in the grid's order."""
 
@@ -43,6 +42,11 @@ class Listed:
     def cells(self) -> tuple[NDArray[np.int64], ...]:
         """Without their caps."""
         return (*self.axes[:CAP_AXIS], self.axes[-1])
+
+    @property
+    def is_one_cell(self) -> bool:
+        """Whether they differ in nothing but their caps, which their seconds do not depend on."""
+        return all((axis == axis[0]).all() for axis in self.cells)
 
     @property
     def seconds(self) -> Seconds:
@@ -90,7 +94,9 @@ def best(sifted: Sifted) -> Index:
     if moved is not None:
         found = found.where(moved == moved.min())
     seconds = found.ranked_seconds
-    found = found.where(seconds <= seconds.min() * (1 + APART)).made_exact()
+    found = found.where(seconds <= seconds.min() * (1 + APART))
+    if not found.is_one_cell:
+        found.made_exact()
     space, (*_, cap, routing) = sifted.space, found.axes
     order = [found.ranked_seconds, -space.adapter_width[routing], -space.top_k[routing], -space.caps[cap, routing]]
     in_grid = np.ravel_multi_index(found.axes, space.shape)
@@ -99,12 +105,10 @@ def best(sifted: Sifted) -> Index:
 
 def _of_most_capacity(sifted: Sifted) -> Listed:
     """The feasible decisions of the widest adapter, and of those of the largest K."""
-    space = sifted.space
-    routings = np.flatnonzero(sifted.feasible_routings)
-    for values in (space.adapter_width, space.top_k):
-        routings = routings[values[routings] == values[routings].max()]
-    *axes, place = np.nonzero(sifted.within[..., routings] & space.is_new[..., routings])
-    return Listed(sifted, (*axes, routings[place]))
+    routings, feasible = sifted.most_capable()
+    *axes, place = np.nonzero(feasible)
+    top_k = sifted.space.top_k[routings[place]]
+    return Listed(sifted, (*axes, routings[place])).where(top_k == top_k.max())
 
 
 def _fastest_of_all(sifted: Sifted) -> Listed:
@@ -135,7 +139,7 @@ def front(sifted: Sifted, winner: Index) -> list[Index]:
     return [shown.index(place) for place in range(len(shown))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Points:
     """Decisions by what a front weighs, ``[n]``: capacity as a number to be large, cost and memory to be small. Costs
     are ranks, of which :attr:`cost` is equal where the seconds do not tell for certain which is less."""
@@ -172,7 +176,7 @@ class _Points:
             else:
                 stairs.add(cost, memory)
         found = np.array(sorted(kept), dtype=np.int64)
-        return found, found[np.isin(self.cost[found], list(unsure))]
+        return found, found[[cost in unsure for cost in self.cost[found].tolist()]]
 
     def in_order(self) -> list[int]:
         """The places of points that no other beats, of equal ones the first: the largest capacity first, then the least
@@ -245,7 +249,7 @@ def _unbeaten_by_far(sifted: Sifted, cap: int) -> Listed:
     """Decisions at a cap but for those that another beats for certain: it has no less capacity, is on a lower level of
     memory, and costs less."""
     sieve = _Sieve(sifted, cap)
-    places = np.argwhere(sifted.within[:, :, :, :, cap].any(axis=(2, 3, 4))).tolist()
+    places = np.argwhere(sieve.within.any(axis=(2, 3, 4))).tolist()
     listed = [sieve.passed(*place) for place in places]
     found = Listed(sifted, tuple(np.concatenate(axis) for axis in zip(*listed, strict=True)))
     return found.where(sieve.passes_finer(found))
@@ -257,9 +261,16 @@ class _Sieve:
 
     def __init__(self, sifted: Sifted, cap: int) -> None:
         self.sifted, self.cap = sifted, cap
-        capacities, self.group = np.unique(-_capacity(sifted), return_inverse=True)
-        """The largest capacity first."""
+        self.routings = sifted.leading_routings
+        """The others are beaten by these."""
+        of_routings = -_capacity(sifted)
+        capacities = _distinct(of_routings)
+        self.group = np.searchsorted(capacities, of_routings)
+        """Of each routing, the largest capacity first."""
+        self.first_place = self.group[self.routings] * (LEVELS + 1)
         self.num_groups = len(capacities)
+        self.within = sifted.within[:, :, :, :, cap].take(self.routings, axis=-1)
+        self.memory = sifted.device.at_cap(cap, self.routings)
         self.lowest = sifted.device.least
         self.level_bits = max((sifted.most_allocated - self.lowest).bit_length() - LEVELS.bit_length() + 1, 0)
         self.least = np.full((self.num_groups, LEVELS + 1), math.inf)
@@ -267,9 +278,9 @@ class _Sieve:
     def passed(self, cache: int, depth: int) -> tuple[NDArray[np.int64], ...]:
         """Those of a cache and a prefetch depth that pass, as places along the grid's axes."""
         cost = self.costs(cache, depth)
-        level = (self.sifted.device.on(cache, depth, self.cap) - self.lowest) >> self.level_bits
-        place = self.group * (LEVELS + 1) + np.minimum(level, LEVELS - 1)
-        passes = self.sifted.within[cache, depth][:, :, self.cap] & ~(self.least.take(place) < cost * (1 - APART))
+        level = (self.memory.on(cache, depth) - self.lowest) >> self.level_bits
+        place = self.first_place + np.minimum(level, LEVELS - 1)
+        passes = self.within[cache, depth] & ~(self.least.take(place) < cost * (1 - APART))
         again, backward, routing = np.nonzero(passes)
         place, cost = (np.broadcast_to(each, passes.shape)[passes] for each in (place, cost))
         np.minimum.at(self.least.reshape(-1), place + 1, cost)
@@ -277,15 +288,16 @@ class _Sieve:
             _accumulate(self.least)
         given = (np.full(len(routing), each) for each in (cache, depth, self.cap))
         cache_axis, depth_axis, cap_axis = given
-        return (cache_axis, depth_axis, again, backward, cap_axis, routing)
+        return (cache_axis, depth_axis, again, backward, cap_axis, self.routings[routing])
 
     def costs(self, cache: int, depth: int) -> NDArray[np.float64]:
-        """``[checkpointing, backward, routings]`` of cells that keep the limits."""
+        """``[checkpointing, backward, leading routings]`` of cells that keep the limits."""
         sifted, recall = self.sifted, self.sifted.space.prefetch_recall[depth]
         if sifted.window_bytes is not None:
-            moved: NDArray[np.float64] = sifted.window_bytes[cache, depth, :, :, 0] / recall
-            return moved
-        seconds = sifted.seconds_on(cache, depth, self.cap)
+            moved = sifted.window_bytes[cache, depth, :, :, 0].take(self.routings, axis=-1)
+            ranked: NDArray[np.float64] = moved / recall
+            return ranked
+        seconds = sifted.seconds_on(cache, depth, self.cap, self.routings)
         return seconds if sifted.request.objective == "speed" else seconds / recall
 
     def passes_finer(self, listed: Listed) -> NDArray[np.bool_]:
@@ -293,13 +305,19 @@ class _Sieve:
         memory, group = listed.allocated_bytes, self.group[listed.axes[-1]]
         moved = listed.ranked_bytes
         cost = listed.ranked_seconds if moved is None else moved
-        between = np.unique(np.sort(memory)[:: max(len(memory) // FINER_LEVELS, 1)])
+        between = _distinct(np.sort(memory)[:: max(len(memory) // FINER_LEVELS, 1)])
         level = np.searchsorted(between, memory, side="right")
         least = np.full((self.num_groups, len(between) + 2), math.inf)
         np.minimum.at(least, (group, level + 1), cost)
         _accumulate(least)
         passes: NDArray[np.bool_] = ~(least[group, level] < cost * (1 - APART))
         return passes
+
+
+def _distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The values, each once, ascending; the first call of :func:`numpy.unique` loads masked arrays, which is slow."""
+    ascending = np.sort(values)
+    return ascending[np.diff(ascending, prepend=ascending[0] - 1) > 0]
 
 
 def _accumulate(least: NDArray[np.float64]) -> None:

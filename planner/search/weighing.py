@@ -26,12 +26,8 @@ from meft.planner.search.grid_costs import (
 )
 from meft.planner.search.grid_timing import grid_step_seconds, with_copies_that_pay
 from meft.planner.search.infeasible import Limit
-from meft.planner.search.pareto import pareto_front, thinned
+from meft.planner.search.pareto import PARETO_NEAR, PARETO_POINTS, pareto_front, thinned
 from meft.planner.search.space import CAP_AXIS, Space, enumerate_space
-
-PARETO_POINTS = 12
-PARETO_NEAR = 6
-"""Points of the front kept at the winner and around it; the others spread over the rest of it."""
 
 
 @dataclass(frozen=True)

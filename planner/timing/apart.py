@@ -48,7 +48,7 @@ CHUNK = 8192
 """Candidates at a time: 64 KiB per array."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Tasks:
     """Seconds of tasks."""
 
@@ -77,7 +77,7 @@ class _Tasks:
         return replace(self, **taken)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Forward(_Tasks):
     """What forward is made of, with the embedding before it."""
 
@@ -100,7 +100,7 @@ class Forward(_Tasks):
         return self.rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Backward(_Tasks):
     """What follows forward: head and loss, backward, and the step's share of the optimizer."""
 
@@ -296,7 +296,7 @@ def _forward_layer(tasks: Forward, state: State, layer: int, *, depth: int) -> S
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _BackwardProgram:
     """The discrete choices of backward. The state: gpu, host, when the last ``slots`` row gradients left (the latest
     first), when those before the last were added up (if there are two slots), and when the rows of the next

@@ -90,7 +90,7 @@ class Lanes:
 # --- the program -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Seconds:
     """Seconds of tasks, each a number or an array over candidates.
 
@@ -116,7 +116,7 @@ def _nothing() -> NDArray[np.float64]:
     return np.zeros(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class GpuSeconds(_Seconds):
     """Tasks of the gpu lane. One layer's, but for the embedding, the head with the loss, and the optimizer's share."""
 
@@ -139,7 +139,7 @@ class GpuSeconds(_Seconds):
     """A step's share; None where no rows are hot."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinkSeconds(_Seconds):
     """Copies, of both directions; ``router_norm``, ``hot_keys`` and sums of row gradients are a step's share."""
 
@@ -157,7 +157,7 @@ class LinkSeconds(_Seconds):
     hot_keys: Floats = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class HostSeconds(_Seconds):
     """Tasks of the cpu lane; ``adamw`` and ``hot_keys`` are a step's share."""
 
@@ -172,7 +172,7 @@ class HostSeconds(_Seconds):
     hot_keys: Floats = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class StepCosts:
     """Seconds of every task of a step."""
 
@@ -185,7 +185,7 @@ class StepCosts:
         return StepCosts(self.gpu.take(candidates), self.link.take(candidates), self.host.take(candidates))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class StepTime:
     """Length of a step and how long each lane works in it."""
 
@@ -381,7 +381,7 @@ def simulate_candidates(
 ) -> NDArray[np.float64]:
     """Step seconds of every candidate: :func:`simulate` on those that look ahead equally far."""
     seconds = np.empty(len(prefetch_depth))
-    for depth in np.unique(prefetch_depth).tolist():
+    for depth in sorted(set(prefetch_depth.tolist())):  # numpy.unique is slow to load
         members = np.flatnonzero(prefetch_depth == depth)
         for first in range(0, len(members), CHUNK_CANDIDATES):
             chunk = members[first : first + CHUNK_CANDIDATES]
