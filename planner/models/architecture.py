@@ -6,9 +6,9 @@ Letters: ``L`` layers, ``D`` hidden size, ``I`` intermediate size, ``V`` vocabul
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from meft.planner.base.schema import Count, Fraction, Index, Record
 
@@ -30,6 +30,10 @@ SHAPE_LIMITS = {
 }
 """The largest sizes that are read: far beyond any model; sums and products stay 64-bit integers."""
 MAX_PARAMETERS = 1 << 44
+
+
+_LATER = frozenset(("joint_head_norms", "norms_after", "rotary_pause", "rotary_sets", "priced_window"))
+"""Fields of a shape that came with families after the first."""
 
 
 class ModelShape(Record):
@@ -83,6 +87,13 @@ class ModelShape(Record):
     """Dropout on what attention and FFN add to the residual stream."""
     embedding_dropout: bool = False
     attention_dropout: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_what_later_families_added(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Written only where they say something, so that files of the models before them stay as they were."""
+        content: dict[str, Any] = handler(self)
+        defaults = type(self).model_fields
+        return {key: value for key, value in content.items() if key not in _LATER or value != defaults[key].default}
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelShape:
