@@ -41,12 +41,11 @@ from meft.planner.allocator.blocks import (
     PoolName,
     VirtualRange,
 )
-from meft.planner.allocator.pinned import pinned_bytes as pinned_bytes  # here too, with the other rules
+from meft.planner.allocator.rounding import MIN_BLOCK_BYTES
+from meft.planner.allocator.rounding import pinned_bytes as pinned_bytes  # here too, with the other rules
 from meft.planner.allocator.settings import NO_SPLIT_LIMIT, AllocatorSettings
 from meft.planner.base.errors import DeviceOutOfMemory
 from meft.planner.base.units import format_bytes
-
-MIN_BLOCK_BYTES = 512
 
 NO_BLOCK = 0
 """The handle of a request for 0 bytes: torch gives such a tensor a null pointer and no block."""

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.allocator.rounding import MIN_BLOCK_BYTES
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, Flags, Ints
 from meft.planner.models.architecture import ModelShape
@@ -49,10 +50,10 @@ through the default caching allocator; 0.38 at worst. A closed form cannot know 
 CUBLAS_WORKSPACES = 2
 """One per handle and stream: the forward thread's and, once backward has run, the autograd thread's."""
 
-BLOCK_BYTES, SMALL_BYTES = 512, 1 << 20
+SMALL_BYTES = 1 << 20
 OWN_SEGMENT_BYTES, SEGMENT_STEP_BYTES = 10 << 20, 2 << 20
-"""As the caching allocator has them (:mod:`meft.planner.allocator.caching`): blocks are multiples of 512 bytes, small
-ones are up to 1 MiB, and from 10 MiB on each has a segment of its own, a multiple of 2 MiB."""
+"""As the caching allocator has them (:mod:`meft.planner.allocator.caching`): small blocks are up to 1 MiB, and from 10
+MiB on each has a segment of its own, a multiple of 2 MiB."""
 
 _BECAUSE = {
     "linear_weights": "the blocks' linear layers, as stored",
@@ -311,7 +312,7 @@ def weights_rounding_bytes(shape: ModelShape, dtype: WeightsDtype, double_quant:
     if dtype != "nf4":
         sizes = wts.tensor_sizes_bytes(shape, dtype=dtype)
         if all(map(_cut_to_measure, sizes)):
-            return sum(-num_bytes % BLOCK_BYTES for num_bytes in sizes)
+            return sum(-num_bytes % MIN_BLOCK_BYTES for num_bytes in sizes)
     from meft.planner.simulation.run import loaded_rounding_bytes  # slow to load, and often not needed
 
     return loaded_rounding_bytes(shape, dtype, double_quant)

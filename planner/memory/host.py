@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from meft.planner.allocator.pinned import pinned_bytes
+from meft.planner.allocator.rounding import pinned_bytes
 from meft.planner.base.quantities import (
     ADAPTER_DTYPE_BYTES,
     BF16_BYTES,

@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 
 from meft.planner.allocator.blocks import BIG_REQUEST_BYTES, SEGMENT_ROUND_BYTES, SMALL_LIMIT_BYTES
-from meft.planner.allocator.caching import MIN_BLOCK_BYTES
+from meft.planner.allocator.rounding import MIN_BLOCK_BYTES
 from meft.planner.base.quantities import Flags, Ints
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Attention

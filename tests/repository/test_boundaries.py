@@ -120,7 +120,7 @@ MODELS_OF_THE_DESIGN = {
     "meft.planner.search.weighing",
     "meft.planner.search.search",
     "meft.planner.allocator.caching",
-    "meft.planner.allocator.pinned",
+    "meft.planner.allocator.rounding",
     "meft.planner.allocator.blocks",
     "meft.planner.allocator.recording",
     "meft.planner.allocator.history",

@@ -22,8 +22,8 @@ from meft.planner.allocator.caching import (
     round_block,
     round_to_division,
 )
-from meft.planner.allocator.pinned import pinned_bytes
 from meft.planner.allocator.recording import Recording
+from meft.planner.allocator.rounding import pinned_bytes
 from meft.planner.allocator.settings import AllocatorSettings, parse_settings
 from meft.planner.base.errors import DeviceOutOfMemory, UsageError
 

@@ -303,6 +303,23 @@ def test_every_cell_s_seconds_and_bytes_are_the_program_s():
     np.testing.assert_array_equal(listed.allocated_bytes, slow.allocated_bytes.ravel())
 
 
+def test_what_the_front_leaves_out_is_beaten_by_fewer_probes():
+    # a host that gathers slowly: with more probes a copy pays in some steps that it does not shorten with fewer
+    host = host_profile(gather_bytes_per_second=sourced(5e9))
+    quick = Sifted(
+        request_of(**(LLAMA | {"objective": "speed", "min_trainable_fraction": 0.0})), profiles_of(host=host)
+    )
+    first, kind_of, leading = quick.table.first_of_kind, quick.table.kind_of, quick.leading_routings
+    assert len(first) < len(leading) < len(kind_of)
+    left_out = np.setdiff1d(np.arange(len(kind_of)), leading)
+    *axes, place = np.nonzero(quick.within[..., left_out])
+    beaten = Listed(quick, (*axes, left_out[place]))
+    by = Listed(quick, (*axes, first[kind_of[left_out[place]]]))
+    assert quick.within[by.axes].all()
+    assert np.all(by.seconds <= beaten.seconds * (1 + 1e-9))
+    assert np.all(by.allocated_bytes <= beaten.allocated_bytes)
+
+
 @given(st.integers(0, 1 << 44))
 def test_the_most_that_may_be_allocated(budget):
     most = most_allocated_bytes(budget)
