@@ -52,5 +52,6 @@ clean: ## remove what was generated (demo/, build/, caches); the environment sta
 	rm -rf demo build meft.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv too
+distclean: clean ## remove .venv too, and what the demo left in the cache folder
 	rm -rf .venv
+	@$(PYTHON) scripts/remove_cache.py

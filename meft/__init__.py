@@ -80,9 +80,9 @@ if not os.path.isdir(os.path.join(_folder, "planner")):  # noqa: PTH112, PTH118
 def __getattr__(name: str) -> Any:
     """Import what is asked for, once."""
     if name == "__version__":
-        from importlib.metadata import version
+        from meft.planner.base.version import VERSION
 
-        value: Any = version("meft")
+        value: Any = VERSION
     elif name in _HOME:
         value = getattr(_imported(name), name)
     else:

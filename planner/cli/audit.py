@@ -47,7 +47,7 @@ def audit_command(
         click.echo(verdict.model_dump_json(indent=2))
     else:
         from meft.planner.render.audit import audit_view
-        from meft.planner.render.plan import show
+        from meft.planner.render.tables import show
 
         show(audit_view(verdict, verbose=verbose))
     context.exit(EXIT_DONE if verdict.passed else EXIT_UNEXPECTED)

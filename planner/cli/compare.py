@@ -24,6 +24,6 @@ def compare_command(*, as_json: bool, **given: Any) -> None:
         click.echo(comparison.model_dump_json(indent=2))
         return
     from meft.planner.render.methods import comparison_view
-    from meft.planner.render.plan import show
+    from meft.planner.render.tables import show
 
     show(comparison_view(comparison))

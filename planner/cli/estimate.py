@@ -9,7 +9,7 @@ from typing import Any, get_args
 import click
 
 from meft.planner.base.dtypes import AdapterDtype
-from meft.planner.base.errors import UsageError, unknown_name
+from meft.planner.base.errors import EXIT_DONE, EXIT_INFEASIBLE, UsageError, unknown_name
 from meft.planner.base.schema import parse_json, read_text, validated
 from meft.planner.cli.options import Command, apply_options, budget_options, decision_options
 from meft.planner.front.estimate import WEIGHTS, EstimateRequest, estimate_of
@@ -33,7 +33,11 @@ def setup_options(command: Command) -> Command:
         option("--lora-dropout", type=click.FloatRange(0.0, 1.0, max_open=True), help="[default: 0]"),
         option("--active-rows", type=click.IntRange(1, MAX_WIDTH), help="MEFT: rows per layer that a batch activates."),
         option("--model", metavar="NAME|DIR|FILE", help="Name, folder, or config.json. [default: llama-7b]"),
-        option("--weights-dtype", type=click.Choice(WEIGHTS), help="[default: bf16; nf4 for qlora]"),
+        option(
+            "--weights-dtype",
+            type=click.Choice(WEIGHTS),
+            help="[default: bf16, fp32 on the emulated device; nf4 for qlora]",
+        ),
         option("--double-quant/--no-double-quant", default=None, help="Quantize nf4's scales too."),
         option(
             "--kbit-preparation/--no-kbit-preparation",
@@ -45,7 +49,11 @@ def setup_options(command: Command) -> Command:
         option("--batch-size", type=click.IntRange(1, MAX_BATCH_SIZE), help="[default: 2]"),
         option("--seq-len", type=click.IntRange(1, MAX_SEQ_LEN), help="[default: 256]"),
         option("--grad-accum", type=click.IntRange(1, MAX_GRAD_ACCUM), help="Steps per update. [default: 1; MEFT: 32]"),
-        option("--activation-checkpointing/--no-activation-checkpointing", default=None, help="[default: off]"),
+        option(
+            "--activation-checkpointing/--no-activation-checkpointing",
+            default=None,
+            help="[default: on if need be]",
+        ),
         option("--attention", type=click.Choice(get_args(Attention)), help="[default: sdpa; eager for Gemma 2]"),
         option("--optimizer", type=click.Choice(get_args(OptimizerName)), help="[default: adamw, multi-tensor]"),
         option("--loss", type=click.Choice(get_args(LossName)), help="[default: hf, which upcasts the logits]"),
@@ -72,17 +80,25 @@ def setup_options(command: Command) -> Command:
 @budget_options
 @click.option("--verify", is_flag=True, help="Trace the real model's code too (needs torch) and show both peaks.")
 @click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
-def estimate_command(*, request_file: str | None, verify: bool, as_json: bool, **given: Any) -> None:
-    """What one configuration of a method needs, whether or not it fits."""
+@click.pass_context
+def estimate_command(
+    context: click.Context, /, *, request_file: str | None, verify: bool, as_json: bool, **given: Any
+) -> None:
+    """What one configuration of a method needs, and whether it fits: exit code 3 when it does not.
+
+    Activation checkpointing, attention, dropout and dtypes that are left open are chosen as compare chooses them, and
+    the output says so.
+    """
     asked = _asked(request_file, given)
     estimate, notes = estimate_of(asked, verify=verify)
     if as_json:
         click.echo(estimate.model_dump_json(indent=2))
-        return
-    from meft.planner.render.methods import estimate_view
-    from meft.planner.render.plan import show
+    else:
+        from meft.planner.render.methods import estimate_view
+        from meft.planner.render.tables import show
 
-    show(estimate_view(estimate, notes=notes))
+        show(estimate_view(estimate, notes=notes))
+    context.exit(EXIT_DONE if estimate.fits else EXIT_INFEASIBLE)
 
 
 def _asked(request_file: str | None, given: dict[str, Any]) -> EstimateRequest:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from meft.planner.base.dtypes import AdapterDtype
-from meft.planner.base.units import format_size_argument, parse_bytes
+from meft.planner.base.units import format_size_argument, parse_bytes, parse_count
 from meft.planner.front.options import (
     MAX_BATCH_SIZE,
     MAX_GRAD_ACCUM,
@@ -46,6 +46,18 @@ class Size(_IntType):
         return parse_bytes(value, field=param.opts[0] if param is not None else "size")
 
 
+class Quantity(_IntType):
+    """A number of things, as :func:`~meft.planner.base.units.parse_count` reads it."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ARG002 - click's
+        """The number; a bad one is a :class:`~meft.planner.base.errors.UsageError` that names the option."""
+        if isinstance(value, int):
+            return value
+        return parse_count(value, field=param.opts[0] if param is not None else "count")
+
+
 class FiniteRange(click.FloatRange):
     """A float range that refuses NaN, which is neither below nor above anything."""
 
@@ -58,6 +70,7 @@ class FiniteRange(click.FloatRange):
 
 
 SIZE = Size()
+COUNT = Quantity()
 PATH = click.Path(path_type=Path)
 
 

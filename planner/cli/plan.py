@@ -10,9 +10,9 @@ import click
 
 from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
 from meft.planner.base.files import write_atomic
-from meft.planner.cli.options import PATH, budget_options, command_with, search_options, workload_options
+from meft.planner.cli.options import COUNT, PATH, budget_options, command_with, search_options, workload_options
 from meft.planner.front.options import RequestOptions
-from meft.planner.front.plan import Planned, find_plan, simulated_step
+from meft.planner.front.plan import Planned, find_plan, levers_of, simulated_step
 from meft.planner.timing.chrome import chrome_trace
 
 
@@ -27,6 +27,11 @@ from meft.planner.timing.chrome import chrome_trace
 @click.option(
     "--verify", is_flag=True, help="Trace the step in the real model's code (needs torch); exit 3 if it does not fit."
 )
+@click.option(
+    "--tokens",
+    type=COUNT,
+    help="Tokens of the data (10M, 1.5B, 2500000): the output says how long one pass takes.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Every ledger entry, and every number with its source.")
 @click.pass_context
 def plan_command(
@@ -38,6 +43,7 @@ def plan_command(
     plot: Path | None,
     trace: Path | None,
     verify: bool,
+    tokens: int | None,
     verbose: bool,
     **given: Any,
 ) -> None:
@@ -62,7 +68,7 @@ def plan_command(
     if as_json:
         click.echo(found.plan.to_json(), nl=False)
     else:
-        _show(found, output, verbose=verbose, also=[path for path in (plot, trace) if path is not None])
+        _show(found, output, tokens=tokens, verbose=verbose, also=[path for path in (plot, trace) if path is not None])
 
 
 def refuse(context: click.Context, verdict: Infeasible, *, as_json: bool) -> NoReturn:
@@ -105,9 +111,11 @@ def _write(path: Path, text: str, *, option: str) -> None:
         raise UsageError(f"{option} {path}: cannot be written ({error.strerror})") from None
 
 
-def _show(found: Planned, output: Path, *, verbose: bool, also: list[Path]) -> None:
-    from meft.planner.render.plan import plan_view, show
+def _show(found: Planned, output: Path, *, tokens: int | None, verbose: bool, also: list[Path]) -> None:
+    from meft.planner.render.plan import plan_view
+    from meft.planner.render.tables import show
 
-    show(plan_view(found.plan, path=output, notes=found.planning.notes, verbose=verbose))
+    levers, notes = levers_of(found), found.planning.notes
+    show(plan_view(found.plan, path=str(output), notes=notes, verbose=verbose, levers=levers, tokens=tokens))
     for path in (output, *also):
         click.echo(f"wrote {path}")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.errors import Infeasible
+from meft.planner.base.version import VERSION
 from meft.planner.front.estimate import usual_meft
 from meft.planner.front.request import Planning
-from meft.planner.predict.comparison import DENSE_NAMES, USUAL_SIZES, MethodComparison, MethodRow, compare_dense
+from meft.planner.predict.comparison import (
+    DENSE_NAMES,
+    USUAL_SIZES,
+    MethodComparison,
+    MethodRow,
+    compare_dense,
+    first_that_fits,
+)
 from meft.planner.predict.estimates import estimate_meft
 from meft.planner.search.search import make_plan
 
@@ -31,16 +37,18 @@ def compare_methods(planned: Planning) -> MethodComparison:
 
 
 def _meft_row(planned: Planning) -> MethodRow:
-    found = make_plan(planned.request, planned.profiles, meft_version=version("meft"))
+    found = make_plan(planned.request, planned.profiles, meft_version=VERSION)
     if isinstance(found, Infeasible):
         largest, because = None, found.message
     else:
         largest = estimate_meft(found.request, found.decision, found.prediction)
         because = f"what meft-plan chooses, K {found.decision.top_k}"
+    configurations = usual_meft(planned)
     return MethodRow(
         method="meft",
-        usual=usual_meft(planned),
-        usual_because=USUAL_SIZES["meft"].because,
+        usual=first_that_fits(configurations),
+        usual_because=f"{USUAL_SIZES['meft'].because}, no rows kept on the device",
+        usual_configurations=configurations,
         largest=largest,
         largest_because=because,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -11,15 +10,22 @@ from pydantic import Field
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
 from meft.planner.base.schema import Record
-from meft.planner.base.units import parse_bytes
+from meft.planner.base.units import format_bytes, parse_bytes
+from meft.planner.base.version import VERSION
 from meft.planner.front.options import MAX_RANK, BatchSize, Depth, GradAccum, RequestOptions, Rows, SeqLen, Width
 from meft.planner.front.request import Planning, planning
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import passed_over, resolve_targets
-from meft.planner.predict.comparison import USUAL_SIZES, USUAL_TOP_K, without_limits
-from meft.planner.predict.estimates import Estimate, estimate_dense, estimate_meft, with_trace
+from meft.planner.predict.comparison import (
+    USUAL_SIZES,
+    USUAL_TOP_K,
+    checkpointing_choices,
+    first_that_fits,
+    without_limits,
+)
+from meft.planner.predict.estimates import Estimate, estimate_dense, estimate_meft, reserved_at_most, with_trace
 from meft.planner.predict.prediction import predict
-from meft.planner.records.plan import Attention, Decision, Plan, Routing, RowsInBackward
+from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward
 from meft.planner.records.profile_catalogue import load_defaults
 from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
 from meft.planner.search.search import make_plan
@@ -111,16 +117,48 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
         return _estimate_meft(asked, verify=verify)
     planned, setup, notes = dense_setup(asked)
     profiles = planned.profiles
-    estimate = estimate_dense(setup, request=planned.request, gpu=profiles.gpu, link=profiles.link)
+    tried: list[Estimate] = []
+    for flag in checkpointing_choices(asked.activation_checkpointing):
+        variant = setup.model_copy(update={"activation_checkpointing": flag})
+        tried.append(estimate_dense(variant, request=planned.request, gpu=profiles.gpu, link=profiles.link))
+        if tried[-1].fits:
+            break
+    estimate = first_that_fits(tried)
+    estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=tried[0])})
     if verify:
+        setup = setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
         estimate = with_trace(estimate, traced_setup(setup, _config(planned), workspace_bytes=_workspace(planned)))
     return estimate, notes
 
 
+def _chosen(asked: EstimateRequest, estimate: Estimate, *, without: Estimate) -> tuple[str, ...]:
+    """What was left open and what was taken, as in ``compare``; ``without`` is without activation checkpointing."""
+    texts = []
+    if asked.activation_checkpointing is None:
+        needed = f"without it {format_bytes(reserved_at_most(without))}"
+        why = needed if estimate.activation_checkpointing else "it fits without"
+        flag = "on" if estimate.activation_checkpointing else "off"
+        texts.append(f"checkpointing: {flag}, chosen as compare does: {why}")
+    others = {
+        "attention": f"{estimate.attention} attention",
+        "lora_dropout": "no dropout" if asked.method in _LORA else "",
+        "weights_dtype": f"{estimate.weights_dtype} weights",
+        "adapter_dtype": "" if estimate.adapter_dtype is None else f"{estimate.adapter_dtype} adapter",
+    }
+    open_ones = [text for name, text in others.items() if text and getattr(asked, name) is None]
+    if open_ones:
+        texts.append(f"{', '.join(open_ones)}: chosen as compare does")
+    return tuple(texts)
+
+
 def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[str, ...]]:
-    """The run that a request for a dense method describes, on which card, and notes."""
-    weights, double_quant = _weights(asked)
-    planned = _planning(replace(_options(asked), weights_dtype=weights, double_quant=double_quant))
+    """The run that a request for a dense method describes, on which card, and notes.
+
+    Without activation checkpointing where the request leaves that open.
+    """
+    given, double_quant = _weights(asked)
+    planned = _planning(replace(_options(asked), weights_dtype=given, double_quant=double_quant))
+    weights = given or planned.request.weights_dtype
     shape, usual = planned.request.model, USUAL_SIZES[asked.method]
     names = asked.target_names or (usual.targets,)
     lora = asked.method in _LORA
@@ -152,34 +190,51 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
     return planned, setup, (*notes, *planned.notes)
 
 
-def usual_meft(planned: Planning) -> Estimate:
-    """MEFT at its usual size, where the request leaves that open."""
-    plan = _meft_plan(planned, active_rows=None)
-    return estimate_meft(planned.request, plan.decision, plan.prediction)
+def usual_meft(planned: Planning) -> tuple[Estimate, ...]:
+    """MEFT at its usual size, where the request leaves that open, and as lean as the planner knows: the same at every
+    budget, without activation checkpointing and with it, or as asked."""
+    found = []
+    for flag in checkpointing_choices(planned.request.activation_checkpointing):
+        asked = replace(planned, request=planned.request.model_copy(update={"activation_checkpointing": flag}))
+        decision = _leanest(asked, _at_usual_size(asked.request)).decision
+        found.append(estimate_meft(planned.request, decision, predict(planned.request, decision, planned.profiles)))
+    return tuple(found)
 
 
 def _meft_plan(planned: Planning, *, active_rows: int | None) -> Plan:
     """The paper's width and K where the request leaves them open: what the planner makes of the card's memory, or,
     where nothing fits, the leanest that it weighs."""
     request = planned.request
-    width = request.adapter_width or USUAL_SIZES["meft"].size
-    top_k = request.top_k or min(USUAL_TOP_K, width or USUAL_TOP_K)
-    chosen = {"adapter_width": width, "top_k": top_k, "bf16_copy": bool(request.bf16_copy)}
-    unlimited = without_limits(request.model_copy(update=chosen))
-    on_the_card = unlimited.model_copy(update={"gpu_mem_bytes": request.gpu_mem_bytes})
-    found = make_plan(on_the_card, planned.profiles, meft_version=version("meft"))
-    lean = {}
+    usual = _at_usual_size(request)
+    on_the_card = usual.model_copy(update={"gpu_mem_bytes": request.gpu_mem_bytes})
+    found = make_plan(on_the_card, planned.profiles, meft_version=VERSION)
     if isinstance(found, Infeasible):
-        found = make_plan(unlimited, planned.profiles, meft_version=version("meft"))
-        lean = {"cached_rows": 0, "gradients_on_device": False, "hot_rows": request.hot_rows or 0}
-    if isinstance(found, Infeasible):
-        raise InfeasibleError(f"no such configuration: {found.message}", found)
-    decision = found.decision.model_copy(update=lean)
+        found = _leanest(planned, usual)
+    decision = found.decision
     if active_rows is not None:
         decision = _with_rows(decision, active_rows)
     rows = None if active_rows is None else [active_rows] * request.model.num_layers
     prediction = predict(request, decision, planned.profiles, rows)
     return found.model_copy(update={"decision": decision, "prediction": prediction})
+
+
+def _at_usual_size(request: Request) -> Request:
+    """The paper's width and K where they are open, and no limits."""
+    width = request.adapter_width or USUAL_SIZES["meft"].size
+    top_k = request.top_k or min(USUAL_TOP_K, width or USUAL_TOP_K)
+    chosen = {"adapter_width": width, "top_k": top_k, "bf16_copy": bool(request.bf16_copy)}
+    return without_limits(request.model_copy(update=chosen))
+
+
+def _leanest(planned: Planning, unlimited: Request) -> Plan:
+    """What takes least device memory where the request leaves it open: rows are fetched again and none kept."""
+    lean = {"activation_checkpointing": True, "rows_in_backward": "refetched", "prefetch_depth": 0, "hot_rows": 0}
+    left_open = {name: value for name, value in lean.items() if getattr(unlimited, name) is None}
+    found = make_plan(unlimited.model_copy(update=left_open), planned.profiles, meft_version=VERSION)
+    if isinstance(found, Infeasible):
+        raise InfeasibleError(f"no such configuration: {found.message}", found)
+    update = {"cached_rows": 0, "gradients_on_device": False}
+    return found.model_copy(update={"decision": found.decision.model_copy(update=update)})
 
 
 def _with_rows(decision: Decision, active_rows: int) -> Decision:
@@ -200,8 +255,8 @@ def _check_applies(asked: EstimateRequest) -> None:
         raise UsageError(f"{option} does not go with --method {asked.method}; it is of {', '.join(methods)}")
 
 
-def _weights(asked: EstimateRequest) -> tuple[WeightsDtype, bool]:
-    """The weights' dtype, and whether their scales are quantized too."""
+def _weights(asked: EstimateRequest) -> tuple[WeightsDtype | None, bool]:
+    """The weights' dtype as far as method and request say it, and whether their scales are quantized too."""
     given = asked.weights_dtype
     if given == "int8":
         raise UsageError(f"weights_dtype int8: estimate knows {', '.join(WEIGHTS)}")
@@ -209,9 +264,9 @@ def _weights(asked: EstimateRequest) -> tuple[WeightsDtype, bool]:
         raise UsageError(f"--weights-dtype {given}: qlora has nf4 weights; use --method lora")
     if asked.method == "full" and given == "nf4":
         raise UsageError("--weights-dtype nf4: full trains its weights; give fp32, bf16 or fp16")
-    weights: WeightsDtype = given or ("nf4" if asked.method == "qlora" else "bf16")
+    weights: WeightsDtype | None = given or ("nf4" if asked.method == "qlora" else None)
     if asked.double_quant and weights != "nf4":
-        raise UsageError(f"--double-quant: the weights are {weights}; it goes with --weights-dtype nf4")
+        raise UsageError(f"--double-quant: the weights are {weights or 'bf16'}; it goes with --weights-dtype nf4")
     return weights, asked.method == "qlora" if asked.double_quant is None else asked.double_quant
 
 
@@ -240,7 +295,7 @@ def _options(asked: EstimateRequest) -> RequestOptions:
         double_quant=asked.double_quant,
         adapter_dtype=asked.adapter_dtype,
         attention=asked.attention,
-        activation_checkpointing=bool(asked.activation_checkpointing),
+        activation_checkpointing=asked.activation_checkpointing,
         adapter_width=asked.adapter_width if asked.method == "meft" else None,
         top_k=asked.top_k,
         prefetch_depth=asked.prefetch_depth,
@@ -260,9 +315,17 @@ def _estimate_meft(asked: EstimateRequest, *, verify: bool) -> tuple[Estimate, t
     planned = _planning(_options(asked))
     plan = _meft_plan(planned, active_rows=asked.active_rows)
     estimate = estimate_meft(planned.request, plan.decision, plan.prediction)
+    estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=_plain(planned, plan))})
     if verify:
         estimate = with_trace(estimate, traced_plan(plan, _config(planned), workspace_bytes=_workspace(planned)))
     return estimate, planned.notes
+
+
+def _plain(planned: Planning, plan: Plan) -> Estimate:
+    """The same decision without activation checkpointing."""
+    decision = plan.decision.model_copy(update={"activation_checkpointing": False})
+    rows = plan.prediction.sparsity.active_rows_per_layer
+    return estimate_meft(planned.request, decision, predict(planned.request, decision, planned.profiles, rows))
 
 
 def _config(planned: Planning) -> dict[str, Any]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from meft.planner.base.errors import Infeasible
+from meft.planner.base.version import VERSION
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.request import Planning, planning
 from meft.planner.models.catalogue import load_model
 from meft.planner.predict.prediction import simulated_tasks
 from meft.planner.records.plan import Plan
+from meft.planner.search.levers import Lever, levers
 from meft.planner.search.search import make_plan
-from meft.planner.simulation.verification import verified
 from meft.planner.timing.chrome import Event
 
 
@@ -31,10 +31,16 @@ def find_plan(options: RequestOptions, *, verify: bool = False) -> Planned | Inf
     :class:`~meft.planner.base.errors.InfeasibleError` if the trace does not fit.
     """
     planned = planning(options)
-    found = make_plan(planned.request, planned.profiles, meft_version=version("meft"))
+    found = make_plan(planned.request, planned.profiles, meft_version=VERSION)
     if isinstance(found, Infeasible):
         return found
     return Planned(_verified(found, planned) if verify else found, planned)
+
+
+def levers_of(found: Planned) -> tuple[Lever, ...]:
+    """What one change alone would save of the plan."""
+    plan = found.plan
+    return levers(plan.request, plan.decision, plan.prediction, found.planning.profiles)
 
 
 def simulated_step(found: Planned) -> list[Event]:
@@ -45,5 +51,7 @@ def simulated_step(found: Planned) -> list[Event]:
 
 def _verified(plan: Plan, planned: Planning) -> Plan:
     """The plan with its verification; looks up the model's config again."""
+    from meft.planner.simulation.verification import verified  # it asks the installation: slow to load
+
     _, config, _ = load_model(plan.request.model_path or plan.request.model.name)
     return verified(plan, config, workspace_bytes=int(planned.profiles.gpu.workspace_bytes.value))

@@ -384,7 +384,8 @@ def _shared_rows(phase: Phase, step: _Step, *, inputs: int) -> tuple[Row, ...]:
     )
     rotary: Ints = 0
     if not shape.learned_positions:
-        rotary = act.rotary_tables_bytes(seq_len=workload.seq_len, head_dim=shape.head_dim, compute_bytes=q)
+        one_set = act.rotary_tables_bytes(seq_len=workload.seq_len, head_dim=shape.head_dim, compute_bytes=q)
+        rotary = shape.rotary_sets * one_set
     masks = act.masks_bytes(
         shape,
         batch_size=workload.batch_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -47,7 +47,10 @@ class MethodRow(Record):
 
     method: MethodName
     usual: Estimate | None
+    """Of :attr:`usual_configurations` the first that fits, else the one that misses by least."""
     usual_because: str
+    usual_configurations: tuple[Estimate, ...] = ()
+    """At the usual size without activation checkpointing and with it, or as asked: the same at every budget."""
     largest: Estimate | None
     """At the largest size that fits; null when none does."""
     largest_because: str
@@ -133,10 +136,10 @@ def compare_dense(
     def estimate(one: TrainingSetup) -> Estimate:
         return estimate_dense(one, request=request, gpu=gpu, link=link)
 
-    asked = request.activation_checkpointing
-    flags = (False, True) if asked is None else (asked,)
+    flags = checkpointing_choices(request.activation_checkpointing)
     variants = [setup.model_copy(update={"activation_checkpointing": flag}) for flag in flags]
-    at_usual = _first_that_fits(variants, estimate)
+    configurations = tuple(map(estimate, variants))
+    at_usual = first_that_fits(configurations)
     if usual.size is None:
         largest = at_usual if at_usual.fits else None
     else:
@@ -146,6 +149,7 @@ def compare_dense(
         method=method,
         usual=at_usual,
         usual_because=usual.because,
+        usual_configurations=configurations,
         largest=largest,
         largest_because=_why_largest(method, largest),
     )
@@ -165,14 +169,19 @@ def candidate_sizes(setup: TrainingSetup) -> range:
     return range(1, max(min(layer.inputs, layer.outputs) for layer in layers) + 1)
 
 
-def _first_that_fits(variants: Sequence[TrainingSetup], estimate: Callable[[TrainingSetup], Estimate]) -> Estimate:
-    """The first that fits, else the one that misses by least."""
-    estimates = []
-    for variant in variants:
-        estimates.append(estimate(variant))
-        if estimates[-1].fits:
-            return estimates[-1]
-    return min(estimates, key=lambda each: each.peak_reserved_bytes)
+def checkpointing_choices(asked: bool | None) -> tuple[bool, ...]:
+    """Without activation checkpointing first, which costs time; only what was asked where something was."""
+    return (False, True) if asked is None else (asked,)
+
+
+def first_that_fits(estimates: Iterable[Estimate]) -> Estimate:
+    """The first that fits, else the one that misses by least; no more are made than are needed."""
+    seen = []
+    for estimate in estimates:
+        if estimate.fits:
+            return estimate
+        seen.append(estimate)
+    return min(seen, key=lambda each: each.peak_reserved_bytes)
 
 
 def _largest(variants: Sequence[TrainingSetup], *, budget_bytes: int, gpu: GpuProfile) -> TrainingSetup | None:

@@ -113,11 +113,14 @@ class Estimate(Record):
     """Reserved (at the cap) within the budget, and the adapter within host memory."""
     entries: tuple[MemoryEntry, ...]
     host_bytes: Bytes
+    host_budget_bytes: Bytes
     host_entries: tuple[MemoryEntry, ...]
     h2d_bytes_per_step: Bytes
     d2h_bytes_per_step: Bytes
     step_seconds: Seconds
     leaves_out: tuple[str, ...]
+    chosen: tuple[str, ...] = ()
+    """What the request left open, and how it was chosen."""
     traced: TracedPeaks | None = None
 
     def _repr_html_(self) -> str:
@@ -188,6 +191,11 @@ def estimate_meft(request: Request, decision: Decision, prediction: Prediction) 
         step_seconds=prediction.timing.step_seconds,
         leaves_out=(*_EVERYWHERE, "on the host: the process itself, the frozen model while it loads, the data"),
     )
+
+
+def reserved_at_most(estimate: Estimate) -> int:
+    """What must fit: reserved with MEFT's active rows at their cap, for the dense methods at the peak."""
+    return estimate.peak_reserved_bytes_at_cap or estimate.peak_reserved_bytes
 
 
 def with_trace(estimate: Estimate, stream: Stream) -> Estimate:
@@ -314,6 +322,7 @@ def _estimate(
         "peak_reserved_bytes_at_cap": memory.peak_reserved_bytes_at_cap,
         "fits": at_most <= memory.allocator_budget_bytes and host_bytes <= host_budget_bytes,
         "host_bytes": host_bytes,
+        "host_budget_bytes": host_budget_bytes,
         "entries": memory.entries,
     }
     return Estimate.model_validate(shared | fields)

@@ -10,12 +10,13 @@ looks for the same width and K, then the fewest bytes over the link per row so c
 shortest step. Ties go on through the rest, so the order is total: the same request and profiles give the same plan.
 
 Where the request leaves it open whether the host keeps a bf16 copy of the rows, each decision has one if it fits the
-host and makes the step faster by :data:`~meft.planner.search.grid_timing.COPY_PAYS`. That is no further candidate: the
-one without it is slower for all objectives, and only host memory tells them apart.
+host and makes the step faster by :data:`~meft.planner.search.grid_timing.COPY_PAYS`. That is no further
+candidate: the one without it is slower for all objectives, and only host memory tells them apart.
 
-The decisions are weighed all at once, as a grid of arrays (:mod:`meft.planner.search.weighing`). The winner is
-predicted again by the functions of a single decision, and that is what the plan reports. Device memory that it leaves
-over goes to hot rows, where the sparsity profile knows how much they carry and a step is the shorter for them.
+The decisions are weighed all at once, as a grid of arrays; :mod:`meft.planner.search.weighing` is the way to read,
+:mod:`meft.planner.search.sifting` the quick one that comes to the same. The winner is predicted again
+by the functions of a single decision, and that is what the plan reports. Device memory that it leaves over goes to hot
+rows, where the sparsity profile knows how much they carry and a step is the shorter for them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
 from meft.planner.records.plan import Decision, Plan, Prediction, Request, SearchSummary
 from meft.planner.search.infeasible import explain
-from meft.planner.search.weighing import Weighed, weigh
+from meft.planner.search.sifted_choice import best, front
+from meft.planner.search.sifting import Sifted
+from meft.planner.search.weighing import weigh
 
 WITHOUT_MLP_MODULE = ("opt",)
 """Model types whose FFN is linear layers among the block's others."""
@@ -43,13 +46,13 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
     refuse, and for a sparsity profile of another number of layers.
     """
     check_request(request)
-    weighed = weigh(request, profiles)
-    if not weighed.feasible.any():
+    sifted = Sifted(request, profiles)
+    if not sifted.num_feasible:
         return _infeasible(request, profiles)
-    winner = weighed.best(request)
-    decision = weighed.decision(winner)
+    winner = best(sifted)
+    decision = sifted.decision(winner)
     prediction = predict(request, decision, profiles)
-    _check_consistent(weighed, winner, request, prediction)
+    _check_consistent(sifted, winner, prediction)
     decision, prediction = with_hot_rows(request, profiles, decision, prediction)
     return Plan(
         meft_version=meft_version,
@@ -58,9 +61,9 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
         prediction=prediction,
         inputs=inputs_used(request, decision, profiles),
         search=SearchSummary(
-            candidates=weighed.space.num_candidates,
-            feasible=int(weighed.feasible.sum()),
-            pareto=tuple(weighed.point(index, request) for index in weighed.front(winner, request)),
+            candidates=sifted.space.num_candidates,
+            feasible=sifted.num_feasible,
+            pareto=tuple(sifted.point(index) for index in front(sifted, winner)),
         ),
     )
 
@@ -144,30 +147,27 @@ def _fits(request: Request, profiles: ProfileSet, prediction: Prediction) -> boo
 def _infeasible(request: Request, profiles: ProfileSet) -> Infeasible:
     weighed = weigh(request, profiles, simulate_all=True)
 
-    def best(changed: Request) -> Decision | None:
-        found = weigh(changed, profiles)
-        return found.decision(found.best(changed)) if found.feasible.any() else None
+    def best_of(changed: Request) -> Decision | None:
+        found = Sifted(changed, profiles)
+        return found.decision(best(found)) if found.num_feasible else None
 
-    return explain(request, weighed.limits, weighed.space.is_new, gpu=profiles.gpu, best=best)
+    return explain(request, weighed.limits, weighed.space.is_new, gpu=profiles.gpu, best=best_of)
 
 
-def _check_consistent(weighed: Weighed, winner: tuple[int, ...], request: Request, prediction: Prediction) -> None:
+def _check_consistent(sifted: Sifted, winner: tuple[int, ...], prediction: Prediction) -> None:
     """The search's arrays and the prediction of the winner are the same terms; a difference is a bug."""
     pairs: dict[str, tuple[float, float | None]] = {
         "peak allocated at the cap": (
-            weighed.at(weighed.allocated_bytes, winner),
+            sifted.device.at(winner),
             prediction.device_memory.peak_allocated_bytes_at_cap,
         ),
-        "host memory": (weighed.at(weighed.host_bytes, winner), prediction.host_memory.total_bytes),
-        "trainable parameters": (
-            weighed.at(weighed.trainable_parameters, winner),
-            prediction.trainable_parameters,
-        ),
-        "step seconds": (weighed.at(weighed.step_seconds, winner), prediction.timing.step_seconds),
+        "host memory": (sifted.host_bytes_at(winner), prediction.host_memory.total_bytes),
+        "trainable parameters": (sifted.trainable_at(winner), prediction.trainable_parameters),
+        "step seconds": (sifted.seconds_at(winner), prediction.timing.step_seconds),
     }
-    if weighed.window_bytes is not None:
-        moved = prediction.transfer.window_bytes(request.grad_accum)
-        pairs["bytes per window"] = (weighed.at(weighed.window_bytes, winner), moved)
+    moved = sifted.window_bytes_at(winner)
+    if moved is not None:
+        pairs["bytes per window"] = (moved, prediction.transfer.window_bytes(sifted.request.grad_accum))
     for name, (searched, predicted) in pairs.items():
         if predicted is None or not math.isclose(searched, predicted, rel_tol=SAME_SECONDS):
             raise RuntimeError(f"the search found {name} {searched} where the prediction says {predicted}")

@@ -1,7 +1,8 @@
 """Weighing: what each decision of a request needs, which of them keep every limit, and which the objective prefers.
 
 Cheap limits come first: memory is computed for the whole grid of :mod:`meft.planner.search.space`, and only what fits
-is simulated.
+is simulated. This is the search to read. :mod:`meft.planner.search.sifting` comes to the same with a fraction of the
+work, and tests compare the two; where nothing fits, the verdict is drawn from here.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ PARETO_NEAR = 6
 
 @dataclass(frozen=True)
 class Weighed:
-    """A request's decisions with what each needs. Arrays have the axes of :class:`~meft.planner.search.space.Space`, of
-    length 1 where a choice makes no difference."""
+    """A request's decisions with what each needs. Arrays have the axes of
+    :class:`~meft.planner.search.space.Space`, of length 1 where a choice makes no difference."""
 
     space: Space
     limits: tuple[Limit, ...]

@@ -75,14 +75,20 @@ class Decoder:
     def hidden_states(self, cache: list[tuple[Tensor, Tensor]] | None) -> Tensor:
         """Everything up to the last block; ``cache`` receives keys and values when transformers makes one."""
         x = self._embedded()
+        others = [self._rotary_tables(x.itemsize) for _ in range(1, self.shape.rotary_sets)]
         shared = Shared(self._rotary_tables(x.itemsize), self._mask(x.itemsize), cache)
-        for block in self.weights.blocks:
-            x = self._block(x, block, shared)
+        resting = Shared(None, shared.mask, cache)
+        pause = self.shape.rotary_pause
+        for number, block in enumerate(self.weights.blocks, start=1):
+            x = self._block(x, block, resting if pause and number % pause == 0 else shared)
+        del others  # alive while the blocks run
         return x
 
     def logits(self, normalised: Tensor) -> Tensor:
         """The head on :meth:`final_hidden`; a soft cap is three tensors more."""
         logits = self.ops.linear(normalised, self.weights.head, "logits")
+        if self.shape.model_type in SCALED_RESIDUALS:
+            logits = self.ops.scale(logits, "logits")
         if not self.shape.logit_softcap:
             return logits
         logits = self.ops.scale(logits, "logits")
@@ -100,6 +106,8 @@ class Decoder:
             x = ops.scale(x, "embeddings")
         if setup.activation_checkpointing and not x.requires_grad:
             x = ops.tape.as_leaf(x)  # transformers makes the embedding module's output require a gradient
+        if shape.model_type in SCALED_RESIDUALS:
+            x = ops.scale(x, "embeddings")
         if self.weights.positions is not None:
             positions = ops.embedding(self.weights.positions, setup.seq_len, shape.hidden_size)
             x = ops.add(x, positions, "layer_inputs")
@@ -143,20 +151,35 @@ class Decoder:
     def _layer(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
         if self.shape.parallel_blocks:
             return self._parallel_layer(x, block, shared)
+        if self.shape.norms_after:
+            return self._layer_with_norms_after(x, block, shared)
         residual = x
         x = self._norm(x, block.norms[0], self.shape.hidden_size)
         x, _probabilities = self._attention(x, block, shared)
         if len(block.norms) == 4:
             x = self._norm(x, block.norms[1], self.shape.hidden_size)
-        x = self._dropped(x)
+        x = self._scaled(self._dropped(x))
         x = self.ops.add(residual, x, "layer_inputs")
         residual = x
         x = self._norm(x, block.norms[-2 if len(block.norms) == 4 else 1], self.shape.hidden_size)
         x = self._ffn_with_adapter(x, block)
         if len(block.norms) == 4:
             x = self._norm(x, block.norms[3], self.shape.hidden_size)
-        x = self._dropped(x)
+        x = self._scaled(self._dropped(x))
         return self.ops.add(residual, x, "layer_inputs")
+
+    def _layer_with_norms_after(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
+        residual, width = x, self.shape.hidden_size
+        x, _probabilities = self._attention(x, block, shared)
+        x = self._norm(x, block.norms[0], width)
+        x = self.ops.add(residual, x, "layer_inputs")
+        residual = x
+        x = self._ffn_with_adapter(x, block)
+        x = self._norm(x, block.norms[1], width)
+        return self.ops.add(residual, x, "layer_inputs")
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return self.ops.scale(x, "layer_inputs") if self.shape.model_type in SCALED_RESIDUALS else x
 
     def _parallel_layer(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
         """Phi norms once for both; GPT-NeoX norms for each, and adds in another order."""
@@ -180,6 +203,8 @@ class Decoder:
         weight, bias = weights
         if bias is not None:
             return self.ops.layer_norm(x, weight, bias, width)
+        if self.shape.model_type in NORM_WEIGHT_BEFORE_CAST:
+            return self.ops.rms_norm(x, weight, width, weight_before_cast=True)
         return self.ops.rms_norm(x, weight, width, weight_in_fp32=self.shape.model_type in SCALED_EMBEDDINGS)
 
     def _linear(self, x: Tensor, block: BlockWeights, key: LayerKey) -> Tensor:
@@ -301,12 +326,12 @@ class Decoder:
             return q, k, v
         q = self._linear(x, block, ("attention", "q_proj"))
         if block.head_norms:
-            q = self._norm(q, block.head_norms[0], shape.head_dim)
+            q = self._norm(q, block.head_norms[0], shape.query_size if shape.joint_head_norms else shape.head_dim)
         if shape.model_type == "opt":
             q = self.ops.scale(q, "attention")
         k = self._linear(x, block, ("attention", "k_proj"))
         if block.head_norms:
-            k = self._norm(k, block.head_norms[1], shape.head_dim)
+            k = self._norm(k, block.head_norms[1], shape.kv_size if shape.joint_head_norms else shape.head_dim)
         return q, k, self._linear(x, block, ("attention", "v_proj"))
 
     def _rotated(self, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -400,8 +425,12 @@ class Decoder:
 
 LARGEST_FLASH_HEAD = 256
 KEEPS_OUTPUT = frozenset({"relu", "tanh", "sigmoid"})
-SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2"})
+SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2", "gemma3_text"})
 """Model types that scale their embeddings and multiply by a norm's weight in fp32."""
+SCALED_RESIDUALS = frozenset({"granite"})
+"""Model types that scale embeddings, what attention and FFN add, and logits by numbers of their config."""
+NORM_WEIGHT_BEFORE_CAST = frozenset({"olmo2"})
+"""Model types that multiply by a norm's weight before the cast back from fp32."""
 PARTIAL_ROTARY = frozenset({"phi", "gpt_neox"})
 OUTPUT_NAMES = frozenset({"o_proj", "dense", "out_proj", "c_proj"})
 

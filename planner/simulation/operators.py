@@ -271,12 +271,17 @@ class Operators:
 
     # --- norms ------------------------------------------------------------------------------------------------------
 
-    def rms_norm(self, x: Tensor, weight: Tensor, width: int, *, weight_in_fp32: bool = False) -> Tensor:
-        """RMSNorm as transformers writes it, in fp32; Gemma also multiplies by its weight there."""
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, width: int, *, weight_in_fp32: bool = False, weight_before_cast: bool = False
+    ) -> Tensor:
+        """RMSNorm as transformers writes it, in fp32; Gemma also multiplies by its weight there, OLMo 2 as it is."""
         outer = x.itemsize
         wide = self.cast(x, FP32, "norms")
         normalised = self.multiply(wide, self._inverse_root(wide, x.numel // width), "norms")
         del wide
+        if weight_before_cast:
+            normalised = self.multiply(weight, normalised, "norms")
+            return self.cast(normalised, outer, "norms")
         if not weight_in_fp32:
             return self.multiply(weight, self.cast(normalised, outer, "norms"), "norms")
         scale = self.shift(self.cast(weight, FP32, "norms"), "norms")

@@ -68,5 +68,5 @@ def dequantized_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> int:
 
 
 def rotary_frequencies_bytes(shape: ModelShape) -> int:
-    """Two fp32 buffers of ``d/2`` frequencies in a rotary model."""
-    return 0 if shape.learned_positions else 2 * (shape.head_dim // 2) * FP32_BYTES
+    """Two fp32 buffers of ``d/2`` frequencies in a rotary model, for each kind of layers with its own."""
+    return 0 if shape.learned_positions else shape.rotary_sets * 2 * (shape.head_dim // 2) * FP32_BYTES

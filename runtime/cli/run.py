@@ -5,21 +5,26 @@ Training is the default command; what uses its result is in :mod:`meft.runtime.c
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from meft.planner.base.errors import EXIT_UNEXPECTED, MeftError, UsageError
+from meft.planner.base.options import one_line
+from meft.planner.base.packages import missing_package
 from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
+from meft.planner.base.version import VERSION
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
-from meft.runtime.cli.use import evaluate_command, evaluation_options, generate_command, prepare_command
+from meft.runtime.cli.pace import Pace
+from meft.runtime.cli.use import adapter_folder, evaluate_command, evaluation_options, generate_command, prepare_command
 from meft.runtime.data.metrics import evaluation_line
 from meft.runtime.training.interrupts import Interrupts, no_interrupt_ignored
 
@@ -51,8 +56,15 @@ class RunGroup(click.Group):
         """What is no command is a plan."""
         own = {"--version", *self.get_help_option_names(ctx)}
         if args and args[0] not in own and args[0] not in self.commands:
+            self._refuse_misspelt(args[0])
             args = [DEFAULT_COMMAND, *args]
         return super().parse_args(ctx, args)
+
+    def _refuse_misspelt(self, word: str) -> None:
+        """What is no file and nearly a command is one, misspelt."""
+        near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
+        if near and not Path(word).exists():
+            raise UsageError(f"{word}: no such plan and no such command; did you mean {near[0]}?")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options of running a plan, the group's own, and the commands."""
@@ -109,6 +121,13 @@ class RunGroup(click.Group):
     help="Optimizer steps between checkpoints; 0: only at the end.",
 )
 @click.option(
+    "--divergence-factor",
+    type=click.FloatRange(min=0),
+    default=3.0,
+    show_default=True,
+    help="Stop when the loss is so many times the first ones for 20 optimizer steps; 0: never.",
+)
+@click.option(
     "--schedule",
     type=click.Choice(["overlapped", "sequential"]),
     default="overlapped",
@@ -148,6 +167,8 @@ def train_command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> No
     """
     with Interrupts().installed() as interrupts:
         loaded = Plan.load(plan)
+        if given["adapter"] is not None:
+            given["adapter"] = adapter_folder(given["adapter"])
         options = _options(given)
         from meft.runtime.training.runner import run_rehearsal, run_training
 
@@ -168,7 +189,7 @@ def train_command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> No
     options_metavar="",
     subcommand_metavar="PLAN [OPTIONS] | COMMAND [OPTIONS]",
 )
-@click.version_option(version("meft"), prog_name="meft-run")
+@click.version_option(VERSION, prog_name="meft-run")
 def command() -> None:
     """Run PLAN, compare what it needs with what was predicted, and use what it learnt.
 
@@ -187,14 +208,18 @@ def run_command(command: click.Command, program: str, *, interrupted: str) -> No
     try:
         with no_interrupt_ignored(program, interrupted):
             command.main(prog_name=program, standalone_mode=False)
-    except MeftError as error:
-        _fail(program, str(error), error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):  # the second, where click has not begun or has ended
         _fail(program, interrupted, EXIT_INTERRUPTED)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        said = one_line(error, program=program, default_command=DEFAULT_COMMAND, arguments=sys.argv[1:])
+        _fail(program, said, error.exit_code)
     except Exception as error:
+        known = missing_package(error) or error
+        if isinstance(known, MeftError):
+            _fail(program, str(known), known.exit_code)
         if os.environ.get("MEFT_DEBUG"):
             raise
         _fail(program, f"unexpected {type(error).__name__}: {error} (MEFT_DEBUG=1 shows where)", EXIT_UNEXPECTED)
@@ -279,6 +304,7 @@ def _options(given: dict[str, Any]) -> RunOptions:
         seed=given.pop("seed"),
         save_every=given.pop("save_every"),
         patience=patience,
+        divergence_factor=given.pop("divergence_factor"),
     )
     return RunOptions(
         training=training,
@@ -309,7 +335,7 @@ def _evaluation(given: dict[str, Any]) -> EvaluationOptions | None:
 def _display(interrupts: Interrupts) -> Iterator[Display]:
     """A progress bar on a terminal, about ten lines elsewhere; all on standard error."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from meft.runtime.training.runner import Display
     from meft.runtime.training.training import Progress as Step
@@ -319,21 +345,24 @@ def _display(interrupts: Interrupts) -> Iterator[Display]:
     def say(text: str) -> None:
         console.print(f"meft-run: {text}", soft_wrap=True, markup=False)
 
+    pace = Pace(time.monotonic)
     if not console.is_terminal:
 
         def line(step: Step) -> None:
+            told = pace.told(step.step, step.total_steps)
             every = max(1, step.total_steps // LINES_WITHOUT_TERMINAL)
             if step.step % every == 0 or step.step in (1, step.total_steps):
-                say(f"step {step.step}/{step.total_steps} loss {step.loss:.4f}")
+                say(f"step {step.step}/{step.total_steps} loss {step.loss:.4f}{told}")
 
         yield Display(say, line, interrupts)
         return
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=None, loss="-", visible=False)
 
         def advance(step: Step) -> None:
-            bar.update(task, total=step.total_steps, completed=step.step, loss=f"{step.loss:.4f}", visible=True)
+            told = pace.told(step.step, step.total_steps)
+            bar.update(task, total=step.total_steps, completed=step.step, loss=f"{step.loss:.4f}{told}", visible=True)
 
         yield Display(say, advance, interrupts)
 

@@ -115,6 +115,9 @@ class TrainingState(File):
     data_digest: str
     settings: dict[str, float]
     evaluations: tuple[Evaluation, ...] = ()
+    data: str = ""
+    """As it was named; empty in checkpoints of older versions."""
+    num_examples: Index = 0
 
 
 def adapter_bytes(plan: Plan) -> int:
@@ -202,14 +205,23 @@ def load_checkpoint(session: Session, folder: Path) -> TrainingState:
     load_adapter(session, folder)
     tensors = load_tensors(folder / OPTIMIZER_STATE)
     restore_optimizer(session, tensors, folder / OPTIMIZER_STATE)
-    torch.set_rng_state(tensors["rng_state"])
+    _restore_rng(tensors.get("rng_state"), folder / OPTIMIZER_STATE)
     return state
+
+
+def _restore_rng(state: torch.Tensor | None, path: Path) -> None:
+    if state is None:
+        raise UsageError(f"{path}: rng_state is missing")
+    try:
+        torch.set_rng_state(state)
+    except (TypeError, RuntimeError):
+        raise UsageError(f"{path}: rng_state is no state of torch's random generator") from None
 
 
 def load_adapter(session: Session, folder: Path) -> None:
     """Read an adapter folder into the session; a :class:`UsageError` names what does not fit."""
     config = load_config(folder)
-    expected = _adapter_config(session, config.meft_version)
+    expected = adapter_config(session, config.meft_version)
     require_base(config, expected.base_model, str(expected.base_digest), folder=folder)
     for name in ("adapter_width", "num_experts", "routing"):
         given, wanted = getattr(config, name), getattr(expected, name)
@@ -217,6 +229,11 @@ def load_adapter(session: Session, folder: Path) -> None:
             raise UsageError(f"{folder}: {name} does not fit this plan: {given} instead of {wanted}")
     path = weights_path(folder)
     restore_adapter(session, load_tensors(path), path)
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder has an adapter's config, of this version or an older one."""
+    return any((folder / name).exists() for name in (ADAPTER_CONFIG, OLD_ADAPTER_CONFIG))
 
 
 def load_config(folder: Path) -> AdapterConfig:
@@ -265,7 +282,7 @@ def adapter_tensors(session: Session) -> dict[str, torch.Tensor]:
 
 
 def _write_adapter(session: Session, folder: Path, meft_version: str) -> None:
-    config = _adapter_config(session, meft_version)
+    config = adapter_config(session, meft_version)
     _save_tensors(adapter_tensors(session), folder / ADAPTER_WEIGHTS)
     write_atomic(folder / MODEL_CARD, model_card(session.plan, meft_version=meft_version))
     config.save(folder / ADAPTER_CONFIG)
@@ -273,7 +290,7 @@ def _write_adapter(session: Session, folder: Path, meft_version: str) -> None:
 
 def _write_into(session: Session, folder: Path, meft_version: str) -> None:
     """The adapter's files among others, each whole at any time; the weights come last but one, the card first."""
-    config = _adapter_config(session, meft_version)
+    config = adapter_config(session, meft_version)
     if not (folder / MODEL_CARD).exists():
         write_atomic(folder / MODEL_CARD, model_card(session.plan, meft_version=meft_version))
     new = folder / f".{ADAPTER_WEIGHTS}.new"
@@ -291,7 +308,8 @@ def _holds_other_files(folder: Path) -> bool:
     return any(path.name not in _ADAPTER_FILES for path in folder.iterdir())
 
 
-def _adapter_config(session: Session, meft_version: str) -> AdapterConfig:
+def adapter_config(session: Session, meft_version: str) -> AdapterConfig:
+    """What a session's adapter folder says of itself."""
     decision = session.plan.decision
     return AdapterConfig(
         meft_version=meft_version,
@@ -374,5 +392,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except SafetensorError as error:
-        raise UsageError(f"{path}: not a complete safetensors file ({error})") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # the last ones: a dtype that torch has not
+        raise UsageError(f"{path}: not a complete safetensors file ({str(error)[:300]})") from None

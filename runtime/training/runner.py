@@ -7,16 +7,16 @@ import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from meft.planner.base.errors import UsageError
+from meft.planner.base.errors import MachineError, UsageError
 from meft.planner.base.files import writing
 from meft.planner.base.units import format_bytes
-from meft.planner.models.catalogue import load_model
+from meft.planner.base.version import VERSION
+from meft.planner.models.catalogue import how_to_download, hub_name_of, load_model
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
 from meft.planner.timing.chrome import chrome_trace
@@ -42,6 +42,8 @@ from meft.runtime.training.training import Progress, Trainer, TrainingOptions
 from meft.runtime.use.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
 
 DeviceKind = Literal["cuda", "emulated"]
+EMULATED = "emulated"
+"""The name of the profile that a plan for the emulated device rests on."""
 DEFAULT_STEPS = 100
 
 
@@ -106,7 +108,7 @@ def run_rehearsal(plan: Plan, options: RunOptions, display: Display) -> Report:
     with output.locked(options.output_dir, display.say):
         output.require_unused(options.output_dir, resume=False, overwrite=options.overwrite)
         display.say(f"rehearsing one step of {plan.request.model.name} under fake tensors: no weights, data or GPU")
-        report = rehearse(plan, dict(config), budget_bytes=_budget(plan, options), meft_version=version("meft"))
+        report = rehearse(plan, dict(config), budget_bytes=_budget(plan, options), meft_version=VERSION)
         _save_report(report, options)
     return report
 
@@ -117,6 +119,7 @@ def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
     ``display.interrupts`` says whether a signal ended it early.
     """
     _check_options(options)
+    _device_kind(plan, options)  # before anything is written
     folder = _model_folder(plan, options, display)
     model_loading.check_model_folder(plan, folder)
     display.interrupts.check()
@@ -165,7 +168,7 @@ def _run(
     plan: Plan, options: RunOptions, display: Display, folder: Path, checkpoint: Path | None, tell: Tell
 ) -> Report:
     """The stages of a run, in a folder that is this run's alone; between two of them a signal is obeyed."""
-    kind, check = _device_kind(options), display.interrupts.check
+    kind, check = _device_kind(plan, options), display.interrupts.check
     with closing(_open_nvml(kind)) as nvml:
         machine = preflight.Machine.here()
         for note in preflight.check(plan, machine, device_kind=kind, budget_bytes=_budget(plan, options)):
@@ -176,6 +179,7 @@ def _run(
         assert options.data is not None
         dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
         display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+        _check_tokens(plan, dataset, pad_token_id(tokenizer), options)
         check()
         options = _with_length(plan, options, dataset, checkpoint)
         _require_room(plan, options, resumed=checkpoint is not None)
@@ -241,6 +245,13 @@ def _begin(trainer: Trainer, options: RunOptions, checkpoint: Path | None, displ
     output.remove_replaced(options.output_dir, display.say)
 
 
+def _check_tokens(plan: Plan, dataset: Dataset, pad_id: int, options: RunOptions) -> None:
+    """The tokenizer's tokens are the model's, that of padding too."""
+    vocab_size, ids = plan.request.model.vocab_size, (example.input_ids for example in dataset.examples)
+    model_loading.check_token_ids(ids, vocab_size, where=f"--data {options.data}")
+    model_loading.check_token_ids([[pad_id]], vocab_size, where="the tokenizer's padding")
+
+
 def _evaluation(options: RunOptions, tokenizer: Any, display: Display) -> EvaluationSchedule | None:
     """When and what to evaluate, read before anything is loaded for long."""
     if options.evaluation is None:
@@ -274,7 +285,7 @@ def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOpt
         display.say(f"wrote {options.trace}, the last step's tasks")
     recall = trainer.measure_recall()
     memory, pcie = readings[-1]
-    return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=version("meft"))
+    return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=VERSION)
 
 
 def _say_why_it_ended(trainer: Trainer, options: RunOptions, display: Display) -> None:
@@ -292,7 +303,7 @@ def _say_why_it_ended(trainer: Trainer, options: RunOptions, display: Display) -
 
 def _save_adapter(trainer: Trainer, options: RunOptions) -> Path:
     folder = options.output_dir / output.ADAPTER
-    save_adapter(trainer.session, folder, meft_version=version("meft"))
+    save_adapter(trainer.session, folder, meft_version=VERSION)
     return folder
 
 
@@ -334,18 +345,19 @@ def _write_trace(session: Session, path: Path) -> None:
 def _trainer(session: Session, dataset: Dataset, options: RunOptions, pad_id: int, display: Display) -> Trainer:
     def keep_best() -> None:
         if options.training.patience is not None:
-            save_adapter(session, options.output_dir / output.BEST_ADAPTER, meft_version=version("meft"))
+            save_adapter(session, options.output_dir / output.BEST_ADAPTER, meft_version=VERSION)
 
     return Trainer(
         session,
         dataset.examples,
         options.training,
         pad_id=pad_id,
-        meft_version=version("meft"),
+        meft_version=VERSION,
         output=options.output_dir,
         sequence_tokens=dataset.statistics.sequence_tokens,
         on_step=display.on_step,
         on_best=keep_best,
+        data=str(options.data),
     )
 
 
@@ -354,16 +366,25 @@ def _model_folder(plan: Plan, options: RunOptions, display: Display) -> Path:
     if reference is None and plan.request.model.name == SMOLLM2_PROFILE:
         return smollm2_folder(display.say)
     if reference is None:
-        raise UsageError(f"--model: give the folder that holds the weights of {plan.request.model.name}, or --rehearse")
-    if not Path(reference).is_dir():
-        raise UsageError(f"--model {reference}: no such folder; training needs one with config.json and weights")
-    return Path(reference)
+        name = plan.request.model.name
+        hub_name = hub_name_of(name)
+        how = f" ({how_to_download(hub_name)})" if hub_name else ""
+        raise UsageError(f"--model: give the folder that holds the weights of {name}{how}, or --rehearse")
+    return model_loading.existing_folder(reference)
 
 
-def _device_kind(options: RunOptions) -> DeviceKind:
-    if options.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "emulated"
-    return options.device
+def _device_kind(plan: Plan, options: RunOptions) -> DeviceKind:
+    """Where the run takes place; a plan for a card is never trained elsewhere without a word."""
+    if options.device != "auto":
+        return options.device
+    if torch.cuda.is_available():
+        return "cuda"
+    if any(used.kind == "gpu" and used.name == EMULATED for used in plan.inputs.profiles):
+        return "emulated"
+    raise MachineError(
+        f"the plan is for {plan.request.gpu} and torch sees no CUDA device here; --device emulated trains on the CPU "
+        f"within the same books and budget (slow), --rehearse counts one step without weights"
+    )
 
 
 def _budget(plan: Plan, options: RunOptions) -> int:

@@ -24,8 +24,9 @@ from meft.runtime.data.examples import Batch, Example, batch_indices, collate
 from meft.runtime.data.metrics import MAIN_SCORE
 from meft.runtime.device.device import MemoryPeaks
 from meft.runtime.host.optimizer import scheduled_learning_rate
-from meft.runtime.session.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from meft.runtime.session.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
 from meft.runtime.session.session import Session, StepResult, WindowEnd
+from meft.runtime.training.divergence import PATIENCE, highest_sound_loss, windows_too_high
 from meft.runtime.training.journal import Tell, silent
 
 
@@ -42,6 +43,9 @@ class TrainingOptions:
     """Optimizer steps between checkpoints; 0 saves only at the end."""
     patience: int | None = None
     """End after so many evaluations in a row that were no better than the best before; None: never."""
+    divergence_factor: float = 3.0
+    """How often its first loss a run's loss may be for long; 0: as often as it likes. See
+    :mod:`meft.runtime.training.divergence`."""
 
 
 @dataclass
@@ -146,6 +150,8 @@ class Trainer:
     """What it needs of the device is not counted as training's."""
     history: History = field(default_factory=History)
     measured: Measurements = field(default_factory=Measurements)
+    data: str = ""
+    """Where the examples come from, for errors."""
     stop_requested: bool = False
     """Set by a signal handler: the run ends after the current window, with a checkpoint."""
 
@@ -185,7 +191,8 @@ class Trainer:
             self._run_window(first, last)
             ends = self.stop_requested or last == self.options.steps
             evaluates = self._evaluation_due(last=last == self.options.steps) and not self.stop_requested
-            if ends or self._save_due():
+            sound = self._sound()
+            if ends or (sound and self._save_due()):
                 self.save()
             if ends or evaluates:
                 self.on_trained()
@@ -220,7 +227,9 @@ class Trainer:
         """
         state = load_checkpoint(self.session, folder)
         now = self._state()
-        for name in ("data_digest", "seed", "settings"):
+        if state.data_digest != now.data_digest:
+            raise UsageError(f"--resume {folder}: {_data_changed(state, now)}")
+        for name in ("seed", "settings"):
             before, given = getattr(state, name), getattr(now, name)
             if before != given:
                 raise UsageError(f"--resume {folder}: {name} was {before}, now {given}; give what the run began with")
@@ -265,6 +274,27 @@ class Trainer:
             session.exchange.observer = observe
             session.loss(batch)
         return sum(recalls, start=1.0) / (len(recalls) + 1)  # layer 0 is routed exactly
+
+    def _sound(self) -> bool:
+        """Whether the loss is where a checkpoint should be: one that is rising would take the last good one's place.
+
+        Raises :class:`MeftError` if the run has diverged.
+        """
+        size, factor = self.session.plan.request.grad_accum, self.options.divergence_factor
+        too_high = windows_too_high(self.history.losses, window=size, factor=factor)
+        if too_high >= PATIENCE:
+            limit = highest_sound_loss(self.history.losses, factor)
+            raise MeftError(
+                f"the run has diverged: in the last {too_high} optimizer steps the loss was above {limit:.4g}, "
+                f"{factor:g} times where it began or more; {self._last_checkpoint()}. Try a lower --learning-rate; "
+                f"--divergence-factor 0 lets it go on"
+            )
+        return too_high == 0
+
+    def _last_checkpoint(self) -> str:
+        """What is left of a run that ends here."""
+        found = [] if self.output is None else list_checkpoints(self.output)
+        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was due before"
 
     def _windows(self) -> Iterator[tuple[int, int]]:
         """First and one-past-last step of every window still to run."""
@@ -330,7 +360,7 @@ class Trainer:
         if not math.isfinite(result.loss):
             raise MeftError(
                 f"the loss became {result.loss} at step {len(self.history.losses) + 1}; nothing of this window was "
-                f"applied. Try a lower --learning-rate, or --weights-dtype fp32 in the plan"
+                f"applied; {self._last_checkpoint()}. Try a lower --learning-rate, or --weights-dtype fp32 in the plan"
             )
         self.history.losses.append(result.loss)
         self.measured.step_seconds.append(result.seconds)
@@ -365,9 +395,25 @@ class Trainer:
             learning_rate_per_optimizer_step=tuple(self.history.learning_rates),
             gradient_norm_per_optimizer_step=tuple(self.history.gradient_norms),
             data_digest=digest_of(self.examples),
+            data=self.data,
+            num_examples=len(self.examples),
             settings=settings,
             evaluations=() if self.evaluation is None else tuple(self.evaluation.results),
         )
+
+
+def _data_changed(before: TrainingState, now: TrainingState) -> str:
+    """Which data, and what is different about it."""
+    what = f"as many examples, {now.num_examples:,}, but other tokens or another part of them with loss"
+    if before.num_examples == 0:  # of an older version
+        what = f"{now.num_examples:,} examples, which are not those of then"
+    elif before.num_examples != now.num_examples:
+        what = f"{before.num_examples:,} examples then, {now.num_examples:,} now"
+    was = f" (it was {before.data} then)" if before.data not in ("", now.data) else ""
+    return (
+        f"the data is not what the checkpoint was made with: {now.data}{was} has {what}; give the same data and "
+        f"options (--raw), or begin anew: --overwrite, with --adapter to start from what is learnt"
+    )
 
 
 def best_result(results: Sequence[Scores]) -> int:

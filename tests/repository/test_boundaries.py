@@ -29,8 +29,14 @@ RECORDS_AND_PROFILES = {
     "meft.planner.base.names",
     "meft.planner.base.errors",
     "meft.planner.base.units",
+    "meft.planner.base.version",
     "meft.planner.base.files",
+    "meft.planner.base.cache",
+    "meft.planner.base.kinds",
+    "meft.planner.base.options",
+    "meft.planner.base.packages",
     "meft.planner.models.architecture",
+    "meft.planner.models.configs",
     "meft.planner.models.catalogue",
     "meft.planner.records.plan",
     "meft.planner.records.report",
@@ -63,13 +69,16 @@ CONSTANTS_ARE_USED_BY = {"meft.runtime.exchange.hot_tables": ("meft.planner.traf
 
 WITH_EFFECTS = {
     "meft.planner.base.files",
+    "meft.planner.base.cache",
+    "meft.planner.base.kinds",
+    "meft.planner.base.packages",
     "meft.planner.allocator.recording_files",
     "meft.planner.base.schema",
     "meft.planner.base.names",
     "meft.planner.records.profile_catalogue",
     "meft.planner.models.catalogue",
     "meft.planner.render.plot",
-    "meft.planner.render.plan",
+    "meft.planner.render.tables",
     "meft.planner.simulation.verification",
 }
 """Planner modules that read, write or print. With the front door and the commands they are all: any other is pure."""

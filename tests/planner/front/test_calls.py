@@ -221,7 +221,7 @@ def names_of(command: Any) -> set[str]:
     return {parameter.name for parameter in command.params}
 
 
-NOT_ARGUMENTS = {"output", "as_json", "plot", "trace", "verbose", "request_file", "help"}
+NOT_ARGUMENTS = {"output", "as_json", "plot", "trace", "verbose", "request_file", "tokens", "help"}
 
 
 def test_arguments_have_the_names_and_defaults_of_the_commands_options() -> None:
