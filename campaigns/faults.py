@@ -42,7 +42,7 @@ class Hooks:
         """In this process, which is a child."""
         for name in CALLS:
             setattr(os, name, self._wrapped(name, getattr(os, name)))
-        checkpoint.save_file = self._wrapped("save_file", checkpoint.save_file)  # type: ignore[assignment]
+        vars(checkpoint)["save_file"] = self._wrapped("save_file", vars(checkpoint)["save_file"])
 
     def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         if name not in self.watched:

@@ -40,7 +40,7 @@ import click
 import torch
 from faults import CALLS, ERRORS, FAILING, Fault, Hooks
 from tiny import make_tiny
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report

@@ -28,6 +28,7 @@ class SmallRuns:
     def run(self, output: Path, *options: object) -> tuple[int, str]:
         """Exit code and error (or, without one, what went to standard error)."""
         words = [self.folder / "plan.json", "--model", self.model, "--data", self.facts, "--output-dir", output]
+        words += ["--device", "emulated"]
         try:
             result = CliRunner().invoke(
                 command,
