@@ -121,8 +121,9 @@ def targets(folder: Path) -> list[Target]:
     from meft.runtime.session import checkpoint
     from meft.runtime.session.model_folder import load_causal_lm
     from meft.runtime.session.model_loading import check_model_folder, load_tokenizer
-    from meft.runtime.use.adapter_model import AdapterModel, load_base
+    from meft.runtime.use.adapter_model import AdapterModel
     from meft.runtime.use.generation import prompt_ids
+    from meft.runtime.use.saved import load_base
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -42,7 +42,6 @@ from meft.planner.allocator.blocks import (
     VirtualRange,
 )
 from meft.planner.allocator.rounding import MIN_BLOCK_BYTES
-from meft.planner.allocator.rounding import pinned_bytes as pinned_bytes  # here too, with the other rules
 from meft.planner.allocator.settings import NO_SPLIT_LIMIT, AllocatorSettings
 from meft.planner.base.errors import DeviceOutOfMemory
 from meft.planner.base.units import format_bytes

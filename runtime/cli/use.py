@@ -170,7 +170,8 @@ def _model(folder: Path, adapter: Path | None, device: str | None, rows_per_toke
     """The base model on its device, with the adapter beside it if there is one."""
     import torch
 
-    from meft.runtime.use.adapter_model import AdapterModel, load_base
+    from meft.runtime.use.adapter_model import AdapterModel
+    from meft.runtime.use.saved import load_base
 
     if adapter is None and rows_per_token is not None:
         raise UsageError(f"--rows-per-token {rows_per_token}: there is no adapter; say which with --adapter")

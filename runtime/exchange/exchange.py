@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
-from meft.planner.allocator.caching import pinned_bytes
+from meft.planner.allocator.rounding import pinned_bytes
 from meft.planner.records.plan import Decision
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import TransferEngine
@@ -48,8 +48,6 @@ from meft.runtime.exchange.state import ExchangeState, LayerState, StepCounters
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.host.router import Router
 from meft.runtime.host.store import HostStore
-
-__all__ = ["LayerState", "RowExchange", "StepCounters"]
 
 
 @dataclass

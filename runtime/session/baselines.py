@@ -26,7 +26,7 @@ from meft.runtime.device.device import Device
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.device.lanes import Sequential
 from meft.runtime.device.timeline import LaneClock
-from meft.runtime.exchange.exchange import StepCounters
+from meft.runtime.exchange.state import StepCounters
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
 from meft.runtime.session.session import OptimizerResult, StepResult, WindowEnd
 

@@ -17,8 +17,9 @@ from meft.runtime.device.device import Device
 from meft.runtime.device.engine import Copy, TransferEngine
 from meft.runtime.device.lanes import Job, Schedule, Sequential
 from meft.runtime.device.timeline import LaneClock
-from meft.runtime.exchange.exchange import RowExchange, StepCounters
+from meft.runtime.exchange.exchange import RowExchange
 from meft.runtime.exchange.row_cache import RowCache
+from meft.runtime.exchange.state import StepCounters
 from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
 from meft.runtime.host.router import Router, TopKRouter

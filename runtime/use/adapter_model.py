@@ -59,8 +59,6 @@ from meft.runtime.use.inference import Speaking, attach_rows, serving
 from meft.runtime.use.row_optimizer import RowOptimizer
 from meft.runtime.use.saved import EXTRA_STATE, described, description, layer_rows, load_base, saved_adapter
 
-__all__ = ["AdapterModel", "load_base"]
-
 DeviceName = Literal["auto", "cuda", "emulated"]
 
 

@@ -32,7 +32,8 @@ from meft.runtime.host.store import HostStore, LayerTables
 from meft.runtime.trace.run import trace_plan
 from meft.runtime.training.rehearse import rehearse
 from meft.runtime.training.reporting import build_report, host_memory
-from meft.runtime.use.adapter_model import AdapterModel, load_base
+from meft.runtime.use.adapter_model import AdapterModel
+from meft.runtime.use.saved import load_base
 
 # --- choosing --------------------------------------------------------------------------------------------------------
 
