@@ -195,7 +195,8 @@ def _invoke_plan(*arguments: str) -> None:
 
     from meft.planner.cli.main import command
 
-    group = command.commands[arguments[0]]
+    group = command.get_command(click.Context(command), arguments[0])
+    assert group is not None
     done = CliRunner().invoke(group, list(arguments[1:]), standalone_mode=False)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from meft.planner.base.errors import MachineError
 
+_PRIVATE_FILE, _PRIVATE_FOLDER = 0o600, 0o700
 _LEFTOVER = re.compile(r"\.(?P<name>.+?)(?P<old>\.old)?\.[a-z0-9_]{8}")
 """Names of what is being written, and of a folder that was moved aside for its successor."""
 
@@ -28,17 +29,18 @@ def writing(path: Path, *, hint: str = "") -> Iterator[None]:
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write ``data`` beside ``path``, fsync, rename over it, and fsync the folder. Creates missing parents.
 
-    Permissions follow the umask. Raises :class:`OSError`.
+    Permissions follow the umask once it is whole; until then it is the owner's alone. Raises :class:`OSError`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     payload = data.encode() if isinstance(data, str) else data
     new = _beside(path)
     try:
-        with new.open("xb") as file:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE_FILE), "wb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
+        new.chmod(file_mode())
         new.replace(path)
     except BaseException:
         new.unlink(missing_ok=True)
@@ -55,9 +57,10 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     require_folder_or_nothing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, retired = _beside(folder), _beside(folder, ".old")
-    new.mkdir()
+    new.mkdir(_PRIVATE_FOLDER)
     try:
         write(new)
+        new.chmod(file_mode(0o777))
         fsync_folder(new)
         if folder.exists():
             folder.rename(retired)
@@ -115,11 +118,11 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def file_mode() -> int:
-    """Permissions of a new file under the umask."""
+def file_mode(wanted: int = 0o666) -> int:
+    """Permissions of a new file, or as ``wanted``, under the umask."""
     current = os.umask(0)
     os.umask(current)
-    return 0o666 & ~current
+    return wanted & ~current
 
 
 def _beside(path: Path, suffix: str = "") -> Path:

@@ -19,7 +19,7 @@ from meft.runtime.trace.loading import build_model, load
 from meft.runtime.trace.stage import MICRO_BATCHES, STEPS, Stage, without_collection
 from meft.runtime.training.rehearse import rehearsal_session, rehearse_optimizer_step, rehearse_step
 
-NO_LIMIT_BYTES = 1 << 62
+NO_LIMIT_BYTES = 1 << 60
 """The trace says what is needed; whether it fits is for the allocator to say afterwards."""
 
 

@@ -379,7 +379,8 @@ def _device_kind(plan: Plan, options: RunOptions) -> DeviceKind:
         return options.device
     if torch.cuda.is_available():
         return "cuda"
-    if any(used.kind == "gpu" and used.name == EMULATED for used in plan.inputs.profiles):
+    profiles = (used.name for used in plan.inputs.profiles if used.kind == "gpu")
+    if EMULATED in (plan.request.gpu, *profiles):
         return "emulated"
     raise MachineError(
         f"the plan is for {plan.request.gpu} and torch sees no CUDA device here; --device emulated trains on the CPU "

@@ -64,8 +64,6 @@ def test_every_test_that_the_document_names_is_there() -> None:
 
 
 def test_what_is_being_written_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from meft.runtime.session import checkpoint
-
     seen = []
 
     def watched(path: Path) -> None:
@@ -73,6 +71,6 @@ def test_what_is_being_written_is_its_owners_alone(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(files.os, "fsync", lambda _: [watched(path) for path in tmp_path.glob(".plan.json.*")])
     files.write_atomic(tmp_path / "plan.json", "{}")
-    checkpoint._in_place_of(tmp_path / "adapter", watched)
+    files.replace_folder(tmp_path / "adapter", watched)
     assert seen
     assert not any(mode & 0o077 for mode in seen)

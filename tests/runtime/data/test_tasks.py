@@ -244,4 +244,4 @@ def test_a_missing_package_says_how_to_install_it() -> None:
         "from meft.runtime.data.task_sources import load_task; load_task('elements')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "mendeleev is not installed; install: pip install --no-deps mendeleev" in done.stderr
+    assert "mendeleev is not installed, and this needs it; install: pip install --no-deps mendeleev" in done.stderr
