@@ -191,6 +191,7 @@ def targets(folder: Path) -> list[Target]:
 
 def _invoke_plan(*arguments: str) -> None:
     """A command of ``meft-plan`` in this process; what it raises is raised."""
+    import click
     from click.testing import CliRunner
 
     from meft.planner.cli.main import command
