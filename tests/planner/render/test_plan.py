@@ -207,7 +207,7 @@ def test_an_audit_names_what_missed(plan: Plan, capsys: pytest.CaptureFixture[st
     report = sample_report(plan)
     gpu = sample_profiles().gpu
     passed = shown(capsys, audit_view(audit(plan, report, gpu=gpu), verbose=False))
-    assert "PASSED: all 6 judged quantities hold" in passed
+    assert "PASSED: all 7 judged quantities hold" in passed
     assert "Transfer by category" not in passed
     counted = report.observed.transfer.h2d_bytes_total + 8
     failed = shown(
@@ -215,7 +215,7 @@ def test_an_audit_names_what_missed(plan: Plan, capsys: pytest.CaptureFixture[st
     )
     assert re.search(r"h2d_bytes_given_rows .* exact: MISSED", failed)
     assert "DO NOT equal" in failed
-    assert "FAILED: h2d_bytes_given_rows missed, 5 of 6 hold" in failed
+    assert "FAILED: h2d_bytes_given_rows missed, 6 of 7 hold" in failed
     assert "Transfer by category" in failed  # shown unasked when something differs
 
 

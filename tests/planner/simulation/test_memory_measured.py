@@ -210,6 +210,5 @@ def test_the_runtime_on_the_emulated_device(glass_folder, choice, request_change
         request=plan.request,
         decision=plan.decision,
         gpu=gpu_profile(),
-        active_rows_per_layer=session.exchange.counters.active_rows,
     )
     assert predicted.peak_allocated_bytes == pytest.approx(allocator.peak_requested_bytes, rel=TOLERANCE)
