@@ -304,7 +304,6 @@ def test_device_memory_is_the_predicted_one(glass_folder, choice, dtype) -> None
         request=plan.request,
         decision=plan.decision,
         gpu=gpu_profile(),
-        active_rows_per_layer=session.exchange.counters.active_rows,
     )
     assert predicted.peak_allocated_bytes == pytest.approx(in_step, rel=0.015)
     (temporary,) = (entry.num_bytes for entry in predicted.entries if entry.category == "optimizer_temporary")
