@@ -98,7 +98,7 @@ class Loader:
         head_weight = embedding if shape.tied_embeddings else self._weight(shape.embedding_parameters)
         head_bias = self._weight(shape.vocab_size) if shape.head_bias else None
         if shape.model_type in SCALED_EMBEDDINGS:
-            self._embedding_scale = self._weight(1)
+            self._embedding_scale = self.tape.new(1, ITEM_BYTES[self.setup.weights_dtype], "embeddings")
         if not shape.learned_positions:
             rotated = int(shape.head_dim * shape.rotary_fraction)
             self._frequencies = [self.tape.new(rotated // 2, FP32, "rotary_frequencies") for _ in range(2)]
