@@ -29,7 +29,7 @@ test: install-dev ## run the tests (PYTEST_ARGS='tests/runtime/data -x' for some
 lint: install-dev typing-folder ## check style and types
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@MYPYPATH=build/typing $(RUN) -m mypy -p meft.planner -p meft.runtime
+	@MYPYPATH=build/typing $(RUN) -m mypy -p meft
 	@MYPYPATH=build/typing $(RUN) -m mypy scripts
 
 format: install-dev ## put the code into its usual form
@@ -39,6 +39,7 @@ format: install-dev ## put the code into its usual form
 # A type checker does not see the editable installation's mapping of folders to packages; this folder shows it.
 typing-folder:
 	@mkdir -p build/typing/meft
+	@for file in __init__.py py.typed; do ln -sfn "$(CURDIR)/meft/$$file" build/typing/meft/$$file; done
 	@for package in planner runtime profiles; do ln -sfn "$(CURDIR)/$$package" build/typing/meft/$$package; done
 
 install-demo:
@@ -51,5 +52,6 @@ clean: ## remove what was generated (demo/, build/, caches); the environment sta
 	rm -rf demo build meft.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv too
+distclean: clean ## remove .venv too, and what the demo left in the cache folder
 	rm -rf .venv
+	@$(PYTHON) scripts/remove_cache.py

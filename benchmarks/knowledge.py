@@ -42,13 +42,13 @@ from typing import Any
 import click
 import torch
 
-from meft.planner.base.errors import DeviceOutOfMemory
-from meft.planner.models.architecture import ModelShape, shape_from_config
+from meft.planner.base.errors import DeviceOutOfMemory, Infeasible
+from meft.planner.models.architecture import ModelShape
+from meft.planner.models.configs import shape_from_config
 from meft.planner.models.linears import linear_layers
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
-from meft.planner.search.infeasible import Infeasible
 from meft.planner.search.search import make_plan
 from meft.runtime.data.embedded import smollm2_folder
 from meft.runtime.data.examples import Batch, Completion, Example, Text, pad_token_id, tokenize_record
@@ -539,9 +539,25 @@ def _mean_asked(records: list[dict[str, Any]]) -> dict[str, float]:
     return {"exact_match": statistics.fmean(_exact_match(record) for record in records), **forgetting}
 
 
+NAMES = {
+    "meft": "MEFT",
+    "parallel": "dense adapter of MEFT's width",
+    "offload": "dense adapter, moved whole",
+    "narrow": "narrow dense adapter",
+    "lora": "LoRA, every linear layer",
+    "lora-16": "LoRA of rank 16",
+    "full": "full fine-tuning",
+}
+HEADROOM = 0.02
+FAR_BELOW = 0.25
+"""What lies so far below the best is named at the lower edge: the axis is for telling the others apart."""
+
+
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Two panels, each run a point: exact match against the device memory that its method takes beside the frozen
-    model, and against the loss on other prose. A method's runs share a colour; a filled point is at its best rate.
+    """Two panels of every method at its best rate, means over seeds with their standard deviation: exact match against
+    the device memory that the method takes beside the frozen model, and against the loss on other prose.
+
+    The axis of exact match shows the range in which methods differ; one far below it is named at the lower edge.
     """
     import matplotlib as mpl
 
@@ -549,33 +565,63 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib import ticker
 
-    best = {(*_compared(row), row["method"], row["learning_rate"]) for row in summarise(records)}
-    figure, (by_memory, by_loss) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    runs = [record for record in records if "out_of_memory" not in record]
-    for place, method in enumerate(name for name in METHODS if any(run["method"] == name for run in runs)):
-        for run in (run for run in runs if run["method"] == method):
-            chosen = (*_compared(run), method, run["learning_rate"]) in best
-            style = {"marker": "o" if chosen else "x", "color": f"C{place}", "linestyle": "none"}
-            score, label = run["exact_match"]["exact_match"], method if chosen else None
-            by_loss.plot(run["forgetting"]["prose_loss"], score, label=label, **style)
-            if chosen and run.get("fewer_rows"):
-                own = run["fewer_rows"][str(run["top_k"])]
-                hollow = style | {"markerfacecolor": "none", "label": f"{method}, K rows a token"}
-                by_loss.plot(own["forgetting"]["prose_loss"], own["exact_match"]["exact_match"], **hollow)
-            if run["method_bytes"]:
-                by_memory.plot(run["method_bytes"] / 2**20, score, **style)
-    by_memory.set(xscale="log", xlabel="device memory of the method, MiB", ylabel="exact match", ylim=(0, 1.05))
-    by_memory.set_xlim(left=1, right=3e3)
-    by_loss.set(xscale="log", xlabel="loss on other prose, which training should leave alone")
-    by_loss.xaxis.set_major_locator(ticker.FixedLocator([4, 5, 6, 8, 10, 12]))
-    by_loss.xaxis.set_minor_locator(ticker.NullLocator())
-    by_loss.xaxis.set_major_formatter(ticker.ScalarFormatter())
-    handles, labels = by_loss.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    by_loss.legend(unique.values(), unique.keys(), fontsize="small", title="best rate: filled")
-    figure.tight_layout()
+    rows = [row for row in summarise(records) if row["method"] != "none"]
+    rows.sort(key=lambda row: row["method_bytes"])
+    best = max(row["exact_match"] for row in rows)
+    near = [row for row in rows if row["exact_match"] > best - FAR_BELOW]
+    floor = min(row["exact_match"] - (row["exact_match_stdev"] or 0.0) for row in near) - HEADROOM
+    figure, (by_memory, by_loss) = plt.subplots(1, 2, figsize=(12, 4.4), sharey=True, layout="constrained")
+    handles: list[Any] = []
+    for place, row in zip(_apart([row["method_bytes"] / 2**20 for row in rows]), rows, strict=True):
+        handles += _draw_row(row, place, by_memory, by_loss, floor)
+    for untrained in (row for row in summarise(records) if row["method"] == "none"):
+        handles.append(by_loss.axvline(untrained["prose_loss"], color="black", linestyle=":", label="before training"))
+    by_memory.set(xscale="log", xlabel="device memory of the method, MiB", ylabel="exact match")
+    by_memory.set_ylim(floor, best + HEADROOM)
+    by_memory.margins(x=0.12)
+    by_memory.yaxis.set_major_locator(ticker.MaxNLocator(steps=[1, 2, 5, 10]))
+    by_memory.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
+    by_memory.xaxis.set_major_formatter(ticker.FuncFormatter(lambda size, _: f"{size:g}"))
+    by_loss.set(xlabel="loss on other prose, which training should leave alone")
+    for axes in (by_memory, by_loss):
+        axes.grid(alpha=0.3)
+    by_loss.legend(handles=handles, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _apart(places: list[float]) -> list[float]:
+    """Ascending places on a logarithmic axis, moved so that no two marks lie on one another."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] * 1.12) if moved else place)
+    return moved
+
+
+def _draw_row(row: dict[str, Any], mebibytes: float, by_memory: Any, by_loss: Any, floor: float) -> list[Any]:
+    """One method in both panels, MEFT's with fewer rows a token beside it; what the legend shows of it."""
+    score, spread = row["exact_match"], row["exact_match_stdev"] or 0.0
+    spread_text = f" ± {spread:.1%}" if spread else ""
+    label = f"{NAMES[row['method']]}: {row['method_bytes'] / 2**20:,.1f} MiB, {score:.1%}{spread_text}"
+    color = f"C{METHODS.index(row['method'])}"
+    marker = "s" if row.get("active_rows_cap") else "o"  # a budget of its own
+    below = score < floor
+    style = {"color": color, "marker": "v" if below else marker, "linestyle": "none", "capsize": 3}
+    shown = floor if below else score
+    for axes, place in ((by_memory, mebibytes), (by_loss, row["prose_loss"])):
+        drawn = axes.errorbar(
+            place, shown, yerr=0 if below else spread, label=label, clip_on=not below, zorder=3, **style
+        )
+        if below:
+            at = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": "small", "color": color}
+            axes.annotate(f"{score:.0%}, below", (place, shown), **at)
+    fewer = [(each["prose_loss"], each["exact_match"]) for each in row["fewer_rows"].values()]
+    points = [(loss, match) for loss, match in fewer if match >= floor]
+    if not points:
+        return [drawn]
+    text = f"the same, a token meets {', '.join(row['fewer_rows'])} rows at inference"
+    line = {"color": color, "markerfacecolor": "none", "linewidth": 1, "label": text}
+    return [drawn, *by_loss.plot(*zip(*points, strict=True), f"{marker}--", **line)]
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

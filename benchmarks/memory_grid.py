@@ -1,9 +1,9 @@
 """The simulated step against a trace of the real model, over a grid of configurations: allocated peaks.
 
-    python benchmarks/memory_grid.py                  all 262, worst first (the first column is the error)
+    python benchmarks/memory_grid.py                  all 350, worst first (the error in the first column)
     python benchmarks/memory_grid.py --sample 12      twelve of them, evenly over the grid
 
-Twelve architectures at their real widths, cut to a few layers so that a trace takes a second or two; the layers repeat.
+Sixteen architectures at their real widths, cut to a few layers so that a trace takes a second or two (layers repeat).
 Implementations that know nothing of each other are compared: :mod:`meft.planner.simulation.run` (for MEFT the closed
 form of :mod:`meft.planner.memory.device`), which imports no torch, and :mod:`meft.runtime.trace.run`, which runs
 transformers' own model under fake tensors.
@@ -21,8 +21,8 @@ from typing import Any
 import click
 
 from meft.planner.memory.device import predict_device_memory
-from meft.planner.models.architecture import shape_from_config
 from meft.planner.models.catalogue import load_model
+from meft.planner.models.configs import shape_from_config
 from meft.planner.models.linears import resolve_targets
 from meft.planner.records.profile_catalogue import load_gpu
 from meft.planner.records.setup import TrainingSetup
@@ -45,6 +45,10 @@ MODELS = (
     "pythia-1.4b",
     "opt-1.3b",
     "smollm2-135m",
+    "smollm3-3b",
+    "olmo-2-1b",
+    "granite-3.1-2b",
+    "gemma-3-1b",
 )
 LORA = {"method": "lora", "rank": 8, "target_modules": "attention"}
 QLORA = {"method": "qlora", "rank": 16, "target_modules": "all-linear", "weights_dtype": "nf4", "double_quant": True}
@@ -101,10 +105,11 @@ def grid() -> Iterator[tuple[str, TrainingSetup, dict[str, Any]]]:
 def short_config(config: dict[str, Any]) -> dict[str, Any]:
     """The same architecture with few layers."""
     key = "n_layer" if "n_layer" in config else "num_hidden_layers"
-    short = dict(config) | {key: NUM_LAYERS}
-    if "layer_types" in short:
-        short["layer_types"] = short["layer_types"][:NUM_LAYERS]
-    return short
+    layers = NUM_LAYERS  # or as many as it takes to have a layer of each kind
+    for name in ("no_rope_layer_interval", "sliding_window_pattern"):
+        layers = max(layers, config.get(name, 0))
+    short = dict(config) | {key: layers}
+    return short | {name: short[name][:layers] for name in ("layer_types", "no_rope_layers") if name in short}
 
 
 def compare(name: str, setup: TrainingSetup, config: dict[str, Any]) -> Result:

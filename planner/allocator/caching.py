@@ -41,11 +41,11 @@ from meft.planner.allocator.blocks import (
     PoolName,
     VirtualRange,
 )
+from meft.planner.allocator.rounding import MIN_BLOCK_BYTES
+from meft.planner.allocator.rounding import pinned_bytes as pinned_bytes  # here too, with the other rules
 from meft.planner.allocator.settings import NO_SPLIT_LIMIT, AllocatorSettings
 from meft.planner.base.errors import DeviceOutOfMemory
 from meft.planner.base.units import format_bytes
-
-MIN_BLOCK_BYTES = 512
 
 NO_BLOCK = 0
 """The handle of a request for 0 bytes: torch gives such a tensor a null pointer and no block."""
@@ -72,15 +72,6 @@ def round_to_division(num_bytes: int, divisions: int) -> int:
         return round_block(num_bytes)
     step = (1 << (num_bytes.bit_length() - 1)) // divisions
     return -(-num_bytes // step) * step
-
-
-def pinned_bytes(num_bytes: int) -> int:
-    """Pinned host memory behind a request, in bytes: the next power of two (the host cache never splits a block).
-
-    >>> pinned_bytes(129 * 2**20 + 2**19) == 256 * 2**20
-    True
-    """
-    return 1 << (num_bytes - 1).bit_length() if num_bytes > 0 else 0
 
 
 @dataclass(frozen=True, slots=True)

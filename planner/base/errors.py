@@ -2,16 +2,16 @@
 
 MeftError                  1  unexpected
 +-- UsageError             2  a bad value, name or file: what was given, what is allowed, what to try
-+-- InfeasibleError        3  no plan fits: carries the :class:`~meft.planner.search.infeasible.Infeasible` verdict as
-text
++-- InfeasibleError        3  nothing fits: carries the :class:`Infeasible` verdict, its message is the text of it
 +-- MachineError           4  this machine cannot run the plan (preflight)
     +-- DeviceOutOfMemory  4  the device budget was exceeded while running
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
 
 EXIT_DONE = 0
 EXIT_UNEXPECTED = 1
@@ -32,10 +32,30 @@ class UsageError(MeftError):
     exit_code = EXIT_USAGE
 
 
+Binding = Literal["device memory", "host memory", "slowdown", "trainable share"]
+
+
+@dataclass(frozen=True)
+class Infeasible:
+    """The verdict that nothing fits. ``needed`` and ``limit`` are bytes, or plain ratios for slowdown and share."""
+
+    binding: Binding
+    needed: float
+    limit: float
+    message: str
+    """What binds and by how much: one line."""
+    suggestion: dict[str, str] = field(default_factory=dict)
+    """Options of ``meft-plan`` to change or add so that a plan exists, empty if none was found; a flag has no value."""
+
+
 class InfeasibleError(MeftError):
-    """Nothing in the search space satisfies the budgets."""
+    """Nothing in the search space satisfies the budgets; ``verdict`` says what binds and what would do."""
 
     exit_code = EXIT_INFEASIBLE
+
+    def __init__(self, message: str, verdict: Infeasible | None = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
 
 
 class MachineError(MeftError):
@@ -54,6 +74,8 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> UsageError:
     >>> print(unknown_name("GPU", "rtx-3900", ["rtx-3090", "rtx-4090"]))
     unknown GPU 'rtx-3900'; did you mean rtx-3090, rtx-4090? Known: rtx-3090, rtx-4090
     """
+    import difflib  # only mistakes need it, and it is slow to load
+
     names = sorted(known)
     near = difflib.get_close_matches(given.lower(), names, n=3, cutoff=0.5)
     hint = f"; did you mean {', '.join(near)}?" if near else "."

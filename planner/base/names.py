@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 
+import meft.profiles
 from meft.planner.base.errors import unknown_name
+
+PROFILES = Path(meft.profiles.__path__[0])
+"""The folder of the built-in profiles; :mod:`importlib.resources` is slow to load."""
 
 
 def find_name(kind: str, given: str, aliases_by_key: Mapping[str, Iterable[str]]) -> str:
@@ -34,7 +37,7 @@ def looks_like_path(reference: str) -> bool:
 
 def profile_text(relative_path: str) -> str:
     """The text of a file of :mod:`meft.profiles`."""
-    return resources.files("meft.profiles").joinpath(relative_path).read_text(encoding="utf-8")
+    return (PROFILES / relative_path).read_text(encoding="utf-8")
 
 
 _VENDOR_WORDS = frozenset({"nvidia", "geforce", "tesla", "quadro", "generation"})

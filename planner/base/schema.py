@@ -11,16 +11,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.files import write_atomic
+from meft.planner.base.kinds import refuse_other_kind, refuse_other_path
 
 SCHEMA_VERSION = 1
 
 Basis = Literal["counted", "measured", "assumed"]
 """Where a number comes from: counted (exact arithmetic), measured (on something named), assumed (for a reason)."""
 
+MAX_PROBLEMS = 20
+"""So many of a record's problems are named, the rest counted."""
+MAX_WHOLE = 1 << 60
+"""No count is larger, and no size in bytes (an EiB): sums of a few of them are still 64-bit integers."""
+
 Text = Annotated[str, Field(min_length=1)]
-Bytes = Annotated[int, Field(ge=0, strict=True)]
-Count = Annotated[int, Field(ge=1, strict=True)]
-Index = Annotated[int, Field(ge=0, strict=True)]
+Bytes = Annotated[int, Field(ge=0, le=MAX_WHOLE, strict=True)]
+Count = Annotated[int, Field(ge=1, le=MAX_WHOLE, strict=True)]
+Index = Annotated[int, Field(ge=0, le=MAX_WHOLE, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seconds = Annotated[float, Field(ge=0.0)]
 Rate = Annotated[float, Field(gt=0.0)]
@@ -29,7 +35,9 @@ Rate = Annotated[float, Field(gt=0.0)]
 class Record(BaseModel):
     """An immutable value that refuses unknown keys, NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), defer_build=True
+    )
 
     def canonical_json(self) -> str:
         """The one text of this record: sorted keys, no spaces, shortest exact floats."""
@@ -49,7 +57,7 @@ def _canonical(content: dict[str, Any]) -> str:
 
 
 class File(Record):
-    """A record that is a file of its own: it carries ``schema_version`` and a digest of everything else in it."""
+    """A record that is a file of its own: it carries ``schema_version`` and a digest of everything else."""
 
     kind: ClassVar[str] = "file"
     schema_version: int = SCHEMA_VERSION
@@ -63,10 +71,11 @@ class File(Record):
     def from_json(cls, text: str, *, source: str) -> Self:
         """Parse and check ``text``; ``source`` names it in errors.
 
-        Raises :class:`UsageError` for text that is not JSON, a newer schema, an unknown or missing field, a value
-        out of range, or a digest that does not match what the file says.
+        Raises :class:`UsageError` for text that is not JSON, a file of another kind, a newer schema, an unknown or
+        missing field, a value out of range, or a digest that does not match what the file says.
         """
         content = _parse_object(text, source=source, kind=cls.kind)
+        refuse_other_kind(content, source=source, wanted=cls.kind)
         _check_version(content, source=source, kind=cls.kind)
         stated = content.pop("digest", None)
         record = validated(cls, content, source=f"{cls.kind} {source}")
@@ -80,7 +89,11 @@ class File(Record):
     @classmethod
     def load(cls, path: Path | str) -> Self:
         """Read a file written by :meth:`save`; see :meth:`from_json` for the errors."""
-        return cls.from_json(read_text(path, kind=cls.kind), source=str(path))
+        try:
+            return cls.from_json(read_text(path, kind=cls.kind), source=str(path))
+        except UsageError:
+            refuse_other_path(Path(path), wanted=cls.kind)
+            raise
 
     def save(self, path: Path | str) -> None:
         """Write atomically: a crash leaves the old file or the new one."""
@@ -91,12 +104,19 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def validated(record: type[R], content: object, *, source: str) -> R:
-    """Validate ``content`` as ``record``; every problem in one :class:`UsageError` line that names ``source``."""
+    """Validate ``content`` as ``record``; its problems in one :class:`UsageError` line that names ``source``."""
     try:
         return record.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(_describe(problem) for problem in error.errors(include_url=False))
-        raise UsageError(f"{source}: {problems}") from None
+        raise UsageError(f"{source}: {problems_of(error)}") from None
+
+
+def problems_of(error: ValidationError) -> str:
+    """The first problems, in one line: field, what is wrong, the value."""
+    found = error.errors(include_url=False)
+    problems = [_describe(problem) for problem in found[:MAX_PROBLEMS]]
+    more = [f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else []
+    return "; ".join(problems + more)
 
 
 def read_text(path: Path | str, *, kind: str) -> str:
@@ -147,14 +167,17 @@ def _check_version(content: dict[str, Any], *, source: str, kind: str) -> None:
 
 
 def _describe(problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"]) or "(whole record)"
+    place = ".".join(shortened(str(part)) for part in problem["loc"]) or "(whole record)"
     if problem["type"] == "extra_forbidden":
         return f"{place}: unknown field"
     if problem["type"] == "missing":
         return f"{place}: missing"
-    given = repr(problem["input"])
-    shown = given if len(given) <= 60 else given[:57] + "..."
-    return f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {shown})"
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {shortened(repr(problem['input']))})"
+
+
+def shortened(text: str) -> str:
+    """A value as errors show it: its beginning, if it is long."""
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _refuse_constant(name: str) -> float:

@@ -6,6 +6,7 @@ For memory ``GB`` means what is printed on the box of a GPU: 2**30 bytes, the sa
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from meft.planner.base.errors import UsageError
 
@@ -17,6 +18,10 @@ _UNITS = {"": 1, "b": 1, "k": KIB, "kb": KIB, "kib": KIB, "m": MIB, "mb": MIB, "
 _UNITS |= {"g": GIB, "gb": GIB, "gib": GIB, "t": GIB << 10, "tb": GIB << 10, "tib": GIB << 10}
 _SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?P<unit>[A-Za-z]*)")
 _ACCEPTED = "a positive size such as 24GB, 24GiB, 1200MiB or 25769803776 (bytes); for memory GB = GiB = 2^30 bytes"
+
+_COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_COUNT = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?P<unit>[kKmMbBgGtT]?)", re.ASCII)
+MAX_COUNT = 10**15
 
 MAX_BYTES = 1 << 50  # one PiB: above this a size is a typing slip, not a machine
 
@@ -43,12 +48,30 @@ def parse_bytes(text: str, *, field: str = "size") -> int:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Render bytes for a table: ``23.4 GiB``, ``512.0 MiB``, ``3.0 KiB``, ``17 B``; negative sizes keep their sign."""
+    """Render bytes for a table, in three or four digits: ``23.42 GiB``, ``512.0 MiB``, ``1,007 MiB``, ``17 B``.
+
+    Negative sizes keep their sign.
+    """
     magnitude = abs(num_bytes)
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if magnitude >= unit:
-            return f"{num_bytes / unit:.2f} {name}" if unit == GIB else f"{num_bytes / unit:.1f} {name}"
+            return f"{_digits(num_bytes / unit, most_decimals=2 if unit == GIB else 1)} {name}"
     return f"{num_bytes:.0f} B"
+
+
+def parse_count(text: str, *, field: str = "count") -> int:
+    """Read a number of things: ``1500000``, ``1,500,000``, ``1.5M``, ``2B``; here M is a million and B 10^9.
+
+    Raises :class:`UsageError` naming ``field``, the value and what is accepted.
+    """
+    accepted = "a whole number above zero, such as 10M, 1.5B or 2500000"
+    match = _COUNT.fullmatch(text.strip().replace(",", "").replace("_", ""))
+    if match is None:
+        raise UsageError(f"{field}: {text!r} is not a count; give {accepted}")
+    number = Decimal(match["number"]) * _COUNT_UNITS[match["unit"].lower()]
+    if not 1 <= number <= MAX_COUNT or number != number.to_integral_value():
+        raise UsageError(f"{field}: {text!r} is not between 1 and 10^15, or not whole; give {accepted}")
+    return int(number)
 
 
 def format_size_argument(num_bytes: int) -> str:
@@ -60,7 +83,18 @@ def format_size_argument(num_bytes: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Render a duration for a table: ``1.23 s``, ``45.6 ms``, ``7.8 us``."""
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+    """Render a duration for a table: ``58.4 us``, ``45.6 ms``, ``1.23 s``, ``12.5 min``, ``3.4 h``, ``2.1 days``."""
+    if seconds < 0.99995e-3:
+        return f"{seconds * 1e6:.1f} us"
+    if seconds < 0.99995:
+        return f"{seconds * 1e3:.1f} ms"
+    for unit, name, up_to in ((1, "s", 120), (60, "min", 7200), (3600, "h", 172_800)):
+        if seconds < up_to:
+            return f"{_digits(seconds / unit, most_decimals=2 if unit == 1 else 1)} {name}"
+    return f"{_digits(seconds / 86_400, most_decimals=1)} days"
+
+
+def _digits(number: float, *, most_decimals: int) -> str:
+    """No more decimals than four digits have room for."""
+    whole = len(str(int(abs(number))))
+    return f"{number:,.{max(min(most_decimals, 4 - whole), 0)}f}"

@@ -70,6 +70,26 @@ class Audit(Record):
     notes: tuple[str, ...]
     passed: bool
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: each quantity, and the verdict."""
+        from meft.planner.base.html import html_table
+
+        rows = [
+            (
+                row.quantity,
+                f"{row.predicted:,.6g}" if row.predicted < 1e6 else f"{row.predicted:,.0f}",
+                f"{row.observed:,.6g}" if row.observed < 1e6 else f"{row.observed:,.0f}",
+                "-" if row.ratio is None else f"{row.ratio:.3f}",
+                row.rule,
+                "" if row.holds is None else "ok" if row.holds else "missed",
+            )
+            for row in self.rows
+        ]
+        verdict = "passed" if self.passed else "failed"
+        title = f"Predicted against observed on {self.device_name}, {self.steps} steps: {verdict}"
+        headers = ("quantity", "predicted", "observed", "ratio", "rule", "")
+        return html_table(title, headers, rows, notes=self.notes)
+
 
 def audit(
     plan: Plan,

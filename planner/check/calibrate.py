@@ -56,7 +56,7 @@ TREND_SPREAD: dict[Basis, float] = {"counted": 0.1, "measured": 0.1, "assumed": 
 194 tokens put a run of 382 tokens, that its measured profile had 4 % low, 29 % low; with 0.1, 22 %."""
 SETTLED_STEPS = 100
 """Optimizer steps after which the first ones, in which active rows fall, are a small part of a run's mean:
-``benchmarks/learning_details.md``."""
+``docs/learning.md``."""
 _MOST_FRACTION = 1 - 1e-6
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import click
 
-from meft.planner.base.errors import EXIT_DONE, EXIT_UNEXPECTED, UsageError
-from meft.planner.check.audit import DEFAULT_TOLERANCE_FRACTION, audit
+from meft.planner.base.errors import EXIT_DONE, EXIT_UNEXPECTED
+from meft.planner.check.audit import DEFAULT_TOLERANCE_FRACTION
 from meft.planner.cli.options import PATH
-from meft.planner.records.plan import Plan
-from meft.planner.records.profile_catalogue import load_gpu
-from meft.planner.records.profiles import GpuProfile
-from meft.planner.records.report import Report
+from meft.planner.front.audit import audit_run, tolerance_of
 
 
 @click.command("audit", short_help="Compare a plan with the report of its run.")
@@ -46,19 +42,12 @@ def audit_command(
     judged quantity holds, 1 otherwise, 2 for a report of another plan.
     """
     fraction, by_name = parse_tolerances(tolerances)
-    loaded = Plan.load(plan)
-    verdict = audit(
-        loaded,
-        Report.load(report),
-        gpu=gpu_of(loaded),
-        tolerance_fraction=fraction,
-        tolerances=by_name,
-    )
+    verdict = audit_run(plan, report, tolerance_fraction=fraction, tolerances=by_name)
     if as_json:
         click.echo(verdict.model_dump_json(indent=2))
     else:
         from meft.planner.render.audit import audit_view
-        from meft.planner.render.plan import show
+        from meft.planner.render.tables import show
 
         show(audit_view(verdict, verbose=verbose))
     context.exit(EXIT_DONE if verdict.passed else EXIT_UNEXPECTED)
@@ -69,22 +58,9 @@ def parse_tolerances(texts: tuple[str, ...]) -> tuple[float, dict[str, float]]:
     overall, by_name = DEFAULT_TOLERANCE_FRACTION, {}
     for text in texts:
         name, _, number = text.rpartition("=")
-        try:
-            fraction = float(number)
-        except ValueError:
-            fraction = math.nan
-        if not 0 <= fraction < math.inf:
-            raise UsageError(f"--tolerance {text}: {number!r} is not a fraction of 0 or more; give such as 0.05")
+        fraction = tolerance_of(number, shown=text)
         if name:
             by_name[name] = fraction
         else:
             overall = fraction
     return overall, by_name
-
-
-def gpu_of(plan: Plan) -> GpuProfile | None:
-    """The plan's GPU profile, if it is still there."""
-    try:
-        return load_gpu(plan.request.gpu)
-    except UsageError:
-        return None

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 import click
 
-from meft.planner.base.dtypes import WeightsDtype
-from meft.planner.cli.estimate import usual_meft
-from meft.planner.cli.options import RequestOptions, budget_options, search_options, workload_options
-from meft.planner.cli.request import Planning, planning
-from meft.planner.predict.comparison import DENSE_NAMES, USUAL_SIZES, MethodComparison, MethodRow, compare_dense
-from meft.planner.predict.estimates import estimate_meft
-from meft.planner.search.infeasible import Infeasible
-from meft.planner.search.search import make_plan
+from meft.planner.cli.options import budget_options, search_options, workload_options
+from meft.planner.front.compare import compare_methods
+from meft.planner.front.options import RequestOptions
+from meft.planner.front.request import planning
 
 
 @click.command("compare", short_help="Every method side by side.")
@@ -24,45 +19,11 @@ from meft.planner.search.search import make_plan
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def compare_command(*, as_json: bool, **given: Any) -> None:
     """Every method side by side: at its usual size, and at the largest size that fits."""
-    planned = planning(RequestOptions.taken_from(given))
-    comparison = compare_methods(planned)
+    comparison = compare_methods(planning(RequestOptions.taken_from(given)))
     if as_json:
         click.echo(comparison.model_dump_json(indent=2))
         return
     from meft.planner.render.methods import comparison_view
-    from meft.planner.render.plan import show
+    from meft.planner.render.tables import show
 
     show(comparison_view(comparison))
-
-
-def compare_methods(planned: Planning) -> MethodComparison:
-    """MEFT as it would be planned, and the dense methods."""
-    request, profiles = planned.request, planned.profiles
-    base: WeightsDtype = "bf16" if request.weights_dtype == "nf4" else request.weights_dtype
-    names = [name for name in DENSE_NAMES if name != "qlora" or not profiles.gpu.shares_host_cores]
-    dense = [
-        compare_dense(name, request=request, gpu=profiles.gpu, link=profiles.link, weights_dtype=base) for name in names
-    ]
-    notes = [
-        "device: peak reserved; traffic and step: per micro-batch, the optimizer's share included",
-        f"dense methods: fp32 adapters, AdamW, {base} weights (QLoRA: nf4, double-quantized), no padding, outputs kept",
-    ]
-    if len(names) < len(DENSE_NAMES):
-        notes.append("qlora: its kernels need a CUDA device")
-    return MethodComparison(request=request, rows=(_meft_row(planned), *dense), notes=(*notes, *planned.notes))
-
-
-def _meft_row(planned: Planning) -> MethodRow:
-    found = make_plan(planned.request, planned.profiles, meft_version=version("meft"))
-    if isinstance(found, Infeasible):
-        largest, because = None, found.message
-    else:
-        largest = estimate_meft(found.request, found.decision, found.prediction)
-        because = f"what meft-plan chooses, K {found.decision.top_k}"
-    return MethodRow(
-        method="meft",
-        usual=usual_meft(planned),
-        usual_because=USUAL_SIZES["meft"].because,
-        largest=largest,
-        largest_because=because,
-    )

@@ -3,115 +3,19 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import click
-from pydantic import Field
 
-from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.base.errors import InfeasibleError, UsageError, unknown_name
-from meft.planner.base.schema import Record, parse_json, read_text, validated
-from meft.planner.base.units import parse_bytes
-from meft.planner.cli.options import (
-    MAX_BATCH_SIZE,
-    MAX_GRAD_ACCUM,
-    MAX_SEQ_LEN,
-    MAX_WIDTH,
-    Command,
-    RequestOptions,
-    apply_options,
-    budget_options,
-    decision_options,
-)
-from meft.planner.cli.request import Planning, planning
-from meft.planner.models.catalogue import load_model
-from meft.planner.models.linears import passed_over, resolve_targets
-from meft.planner.predict.comparison import USUAL_SIZES, USUAL_TOP_K, without_limits
-from meft.planner.predict.estimates import Estimate, estimate_dense, estimate_meft, with_trace
-from meft.planner.predict.prediction import predict
-from meft.planner.records.plan import Attention, Decision, Plan, Routing, RowsInBackward
-from meft.planner.records.profile_catalogue import load_defaults
-from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, MethodName, OptimizerName, TrainingSetup
-from meft.planner.search.infeasible import Infeasible
-from meft.planner.search.search import make_plan
-from meft.planner.simulation.verification import traced_plan, traced_setup
-
-MAX_RANK = 1 << 16
-WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")
-USUAL_GRAD_ACCUM = {"meft": 32}
-"""Where nothing is said: MEFT's is the paper's, a dense method updates after every micro-batch."""
-
-_DENSE = ("parallel-adapter", "lora", "qlora", "full")
-_LORA = ("lora", "qlora")
-_ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "rank": _LORA,
-    "target_modules": _LORA,
-    "lora_dropout": _LORA,
-    "kbit_preparation": _LORA,
-    "adapter_width": ("meft", "parallel-adapter"),
-    "adapter_dtype": ("meft", "parallel-adapter", *_LORA),
-    "top_k": ("meft",),
-    "active_rows": ("meft",),
-    "prefetch_depth": ("meft",),
-    "routing": ("meft",),
-    "rows_in_backward": ("meft",),
-    "hot_rows": ("meft",),
-    "autocast": _DENSE,
-    "optimizer": _DENSE,
-    "loss": _DENSE,
-    "keep_outputs": _DENSE,
-    "padding": _DENSE,
-}
-_WHAT_MEFT_RUNS = {"autocast": "none", "optimizer": "adamw", "loss": "hf"}
-"""What the runtime does whatever is asked: saying it is no error."""
-
-
-class EstimateRequest(Record):
-    """What ``--request`` takes, and what the options amount to. ``None`` is what was not said."""
-
-    method: MethodName
-    model: str | None = None
-    gpu: str | None = None
-    gpu_mem: int | str | None = None
-    host_mem: int | str | None = None
-    context_overhead: int | str | None = None
-    host: str | None = None
-    link: str | None = None
-    sparsity: str | None = None
-    rank: Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)] | None = None
-    target_modules: tuple[str, ...] | str | None = None
-    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    adapter_width: Annotated[int, Field(ge=1, le=MAX_WIDTH, strict=True)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=MAX_WIDTH, strict=True)] | None = None
-    active_rows: Annotated[int, Field(ge=1, le=MAX_WIDTH, strict=True)] | None = None
-    prefetch_depth: Annotated[int, Field(ge=0, strict=True)] | None = None
-    routing: Routing | None = None
-    rows_in_backward: RowsInBackward | None = None
-    hot_rows: Annotated[int, Field(ge=0, le=MAX_WIDTH, strict=True)] | None = None
-    weights_dtype: WeightsDtype | None = None
-    double_quant: bool | None = None
-    kbit_preparation: bool | None = None
-    autocast: Autocast | None = None
-    adapter_dtype: AdapterDtype | None = None
-    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE, strict=True)] = 2
-    seq_len: Annotated[int, Field(ge=1, le=MAX_SEQ_LEN, strict=True)] = 256
-    grad_accum: Annotated[int, Field(ge=1, le=MAX_GRAD_ACCUM, strict=True)] | None = None
-    activation_checkpointing: bool | None = None
-    attention: Attention | None = None
-    optimizer: OptimizerName | None = None
-    loss: LossName | None = None
-    padding: bool | None = None
-    keep_outputs: bool | None = None
-
-    @property
-    def target_names(self) -> tuple[str, ...] | None:
-        """The targets as a list, however they were given."""
-        if isinstance(self.target_modules, str):
-            return tuple(self.target_modules.replace(",", " ").split())
-        return self.target_modules
+from meft.planner.base.dtypes import AdapterDtype
+from meft.planner.base.errors import EXIT_DONE, EXIT_INFEASIBLE, UsageError, unknown_name
+from meft.planner.base.schema import parse_json, read_text, validated
+from meft.planner.cli.options import Command, apply_options, budget_options, decision_options
+from meft.planner.front.estimate import WEIGHTS, EstimateRequest, estimate_of
+from meft.planner.front.options import MAX_BATCH_SIZE, MAX_GRAD_ACCUM, MAX_RANK, MAX_SEQ_LEN, MAX_WIDTH
+from meft.planner.records.plan import Attention
+from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, OptimizerName
 
 
 def setup_options(command: Command) -> Command:
@@ -129,7 +33,11 @@ def setup_options(command: Command) -> Command:
         option("--lora-dropout", type=click.FloatRange(0.0, 1.0, max_open=True), help="[default: 0]"),
         option("--active-rows", type=click.IntRange(1, MAX_WIDTH), help="MEFT: rows per layer that a batch activates."),
         option("--model", metavar="NAME|DIR|FILE", help="Name, folder, or config.json. [default: llama-7b]"),
-        option("--weights-dtype", type=click.Choice(WEIGHTS), help="[default: bf16; nf4 for qlora]"),
+        option(
+            "--weights-dtype",
+            type=click.Choice(WEIGHTS),
+            help="[default: bf16, fp32 on the emulated device; nf4 for qlora]",
+        ),
         option("--double-quant/--no-double-quant", default=None, help="Quantize nf4's scales too."),
         option(
             "--kbit-preparation/--no-kbit-preparation",
@@ -141,7 +49,11 @@ def setup_options(command: Command) -> Command:
         option("--batch-size", type=click.IntRange(1, MAX_BATCH_SIZE), help="[default: 2]"),
         option("--seq-len", type=click.IntRange(1, MAX_SEQ_LEN), help="[default: 256]"),
         option("--grad-accum", type=click.IntRange(1, MAX_GRAD_ACCUM), help="Steps per update. [default: 1; MEFT: 32]"),
-        option("--activation-checkpointing/--no-activation-checkpointing", default=None, help="[default: off]"),
+        option(
+            "--activation-checkpointing/--no-activation-checkpointing",
+            default=None,
+            help="[default: on if need be]",
+        ),
         option("--attention", type=click.Choice(get_args(Attention)), help="[default: sdpa; eager for Gemma 2]"),
         option("--optimizer", type=click.Choice(get_args(OptimizerName)), help="[default: adamw, multi-tensor]"),
         option("--loss", type=click.Choice(get_args(LossName)), help="[default: hf, which upcasts the logits]"),
@@ -168,105 +80,25 @@ def setup_options(command: Command) -> Command:
 @budget_options
 @click.option("--verify", is_flag=True, help="Trace the real model's code too (needs torch) and show both peaks.")
 @click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
-def estimate_command(*, request_file: str | None, verify: bool, as_json: bool, **given: Any) -> None:
-    """What one configuration of a method needs, whether or not it fits."""
+@click.pass_context
+def estimate_command(
+    context: click.Context, /, *, request_file: str | None, verify: bool, as_json: bool, **given: Any
+) -> None:
+    """What one configuration of a method needs, and whether it fits: exit code 3 when it does not.
+
+    Activation checkpointing, attention, dropout and dtypes that are left open are chosen as compare chooses them, and
+    the output says so.
+    """
     asked = _asked(request_file, given)
     estimate, notes = estimate_of(asked, verify=verify)
     if as_json:
         click.echo(estimate.model_dump_json(indent=2))
-        return
-    from meft.planner.render.methods import estimate_view
-    from meft.planner.render.plan import show
+    else:
+        from meft.planner.render.methods import estimate_view
+        from meft.planner.render.tables import show
 
-    show(estimate_view(estimate, notes=notes))
-
-
-def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estimate, tuple[str, ...]]:
-    """The estimate, and what was taken for granted; with ``verify`` traced as well.
-
-    Raises :class:`UsageError` for what does not go together.
-    """
-    _check_applies(asked)
-    if asked.method == "meft":
-        return _estimate_meft(asked, verify=verify)
-    planned, setup, notes = dense_setup(asked)
-    profiles = planned.profiles
-    estimate = estimate_dense(setup, request=planned.request, gpu=profiles.gpu, link=profiles.link)
-    if verify:
-        estimate = with_trace(estimate, traced_setup(setup, _config(planned), workspace_bytes=_workspace(planned)))
-    return estimate, notes
-
-
-def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[str, ...]]:
-    """The run that a request for a dense method describes, on which card, and notes."""
-    weights, double_quant = _weights(asked)
-    planned = _planning(replace(_options(asked), weights_dtype=weights, double_quant=double_quant))
-    shape, usual = planned.request.model, USUAL_SIZES[asked.method]
-    names = asked.target_names or (usual.targets,)
-    lora = asked.method in _LORA
-    setup = TrainingSetup(
-        model=shape,
-        method=asked.method,
-        rank=(asked.rank or usual.size) if lora else None,
-        target_modules=resolve_targets(shape, names) if lora else (),
-        lora_dropout=bool(asked.lora_dropout),
-        adapter_width=(asked.adapter_width or usual.size) if asked.method == "parallel-adapter" else None,
-        weights_dtype=weights,
-        double_quant=double_quant,
-        kbit_preparation=bool(asked.kbit_preparation),
-        autocast=asked.autocast or "none",
-        adapter_dtype=asked.adapter_dtype or "fp32",
-        batch_size=asked.batch_size,
-        seq_len=asked.seq_len,
-        grad_accum=asked.grad_accum or 1,
-        activation_checkpointing=bool(asked.activation_checkpointing),
-        attention=planned.request.attention,
-        optimizer=asked.optimizer or "adamw",
-        loss=asked.loss or "hf",
-        padded=bool(asked.padding),
-        outputs_kept=asked.keep_outputs is not False,
-    )
-    _check_setup(setup)
-    ignored = passed_over(shape, names) if lora else ()
-    notes = tuple(f"target {name}: {shape.name} has no such layer, as PEFT it is passed over" for name in ignored)
-    return planned, setup, (*notes, *planned.notes)
-
-
-def usual_meft(planned: Planning) -> Estimate:
-    """MEFT at its usual size, where the request leaves that open."""
-    plan = _meft_plan(planned, active_rows=None)
-    return estimate_meft(planned.request, plan.decision, plan.prediction)
-
-
-def _meft_plan(planned: Planning, *, active_rows: int | None) -> Plan:
-    """The paper's width and K where the request leaves them open: what the planner makes of the card's memory, or,
-    where nothing fits, the leanest that it weighs."""
-    request = planned.request
-    width = request.adapter_width or USUAL_SIZES["meft"].size
-    top_k = request.top_k or min(USUAL_TOP_K, width or USUAL_TOP_K)
-    chosen = {"adapter_width": width, "top_k": top_k, "bf16_copy": bool(request.bf16_copy)}
-    unlimited = without_limits(request.model_copy(update=chosen))
-    on_the_card = unlimited.model_copy(update={"gpu_mem_bytes": request.gpu_mem_bytes})
-    found = make_plan(on_the_card, planned.profiles, meft_version=version("meft"))
-    lean = {}
-    if isinstance(found, Infeasible):
-        found = make_plan(unlimited, planned.profiles, meft_version=version("meft"))
-        lean = {"cached_rows": 0, "gradients_on_device": False, "hot_rows": request.hot_rows or 0}
-    if isinstance(found, Infeasible):
-        raise InfeasibleError(f"no such configuration: {found.message}")
-    decision = found.decision.model_copy(update=lean)
-    if active_rows is not None:
-        decision = _with_rows(decision, active_rows)
-    rows = None if active_rows is None else [active_rows] * request.model.num_layers
-    prediction = predict(request, decision, planned.profiles, rows)
-    return found.model_copy(update={"decision": decision, "prediction": prediction})
-
-
-def _with_rows(decision: Decision, active_rows: int) -> Decision:
-    if not decision.top_k <= active_rows <= decision.adapter_width:
-        limits = f"--top-k {decision.top_k} and --adapter-width {decision.adapter_width}"
-        raise UsageError(f"--active-rows {active_rows}: it is not between {limits}")
-    return decision.model_copy(update={"active_rows_cap": active_rows})
+        show(estimate_view(estimate, notes=notes))
+    context.exit(EXIT_DONE if estimate.fits else EXIT_INFEASIBLE)
 
 
 def _asked(request_file: str | None, given: dict[str, Any]) -> EstimateRequest:
@@ -291,96 +123,3 @@ def _request_content(request_file: str, source: str) -> dict[str, Any]:
         if name not in EstimateRequest.model_fields:
             raise unknown_name(f"field in {source}", name, EstimateRequest.model_fields)
     return content
-
-
-def _check_applies(asked: EstimateRequest) -> None:
-    for name, methods in _ONLY_FOR.items():
-        value = getattr(asked, name)
-        if value is None or asked.method in methods:
-            continue
-        if asked.method == "meft" and value == _WHAT_MEFT_RUNS.get(name):
-            continue
-        option = "--" + name.replace("_", "-")
-        raise UsageError(f"{option} does not go with --method {asked.method}; it is of {', '.join(methods)}")
-
-
-def _weights(asked: EstimateRequest) -> tuple[WeightsDtype, bool]:
-    """The weights' dtype, and whether their scales are quantized too."""
-    given = asked.weights_dtype
-    if given == "int8":
-        raise UsageError(f"weights_dtype int8: estimate knows {', '.join(WEIGHTS)}")
-    if asked.method == "qlora" and given not in (None, "nf4"):
-        raise UsageError(f"--weights-dtype {given}: qlora has nf4 weights; use --method lora")
-    if asked.method == "full" and given == "nf4":
-        raise UsageError("--weights-dtype nf4: full trains its weights; give fp32, bf16 or fp16")
-    weights: WeightsDtype = given or ("nf4" if asked.method == "qlora" else "bf16")
-    if asked.double_quant and weights != "nf4":
-        raise UsageError(f"--double-quant: the weights are {weights}; it goes with --weights-dtype nf4")
-    return weights, asked.method == "qlora" if asked.double_quant is None else asked.double_quant
-
-
-def _check_setup(setup: TrainingSetup) -> None:
-    if setup.attention == "flash" and setup.weights_dtype == "fp32" and setup.autocast == "none":
-        raise UsageError(
-            "--attention flash: it computes in 16 bits, the weights are fp32; give sdpa, or --autocast bf16"
-        )
-
-
-def _options(asked: EstimateRequest) -> RequestOptions:
-    """The request's budgets and workload, for the look-up of names and the checks that a plan has."""
-    return RequestOptions(
-        model=asked.model,
-        gpu=asked.gpu,
-        gpu_mem=_size(asked.gpu_mem, "--gpu-mem"),
-        host_mem=_size(asked.host_mem, "--host-mem"),
-        context_overhead=_size(asked.context_overhead, "--context-overhead"),
-        host=asked.host,
-        link=asked.link,
-        sparsity=asked.sparsity,
-        batch_size=asked.batch_size,
-        seq_len=asked.seq_len,
-        grad_accum=asked.grad_accum or USUAL_GRAD_ACCUM.get(asked.method, 1),
-        weights_dtype=asked.weights_dtype,
-        double_quant=asked.double_quant,
-        adapter_dtype=asked.adapter_dtype,
-        attention=asked.attention,
-        activation_checkpointing=bool(asked.activation_checkpointing),
-        adapter_width=asked.adapter_width if asked.method == "meft" else None,
-        top_k=asked.top_k,
-        prefetch_depth=asked.prefetch_depth,
-        routing=asked.routing,
-        rows_in_backward=asked.rows_in_backward,
-        hot_rows=asked.hot_rows,
-    )
-
-
-def _size(given: int | str | None, field: str) -> int | None:
-    return None if given is None else parse_bytes(str(given), field=field)
-
-
-def _estimate_meft(asked: EstimateRequest, *, verify: bool) -> tuple[Estimate, tuple[str, ...]]:
-    """A MEFT decision with what was given, and the planner's choice, unbound by host and time, for the rest."""
-    planned = _planning(_options(asked))
-    plan = _meft_plan(planned, active_rows=asked.active_rows)
-    estimate = estimate_meft(planned.request, plan.decision, plan.prediction)
-    if verify:
-        estimate = with_trace(estimate, traced_plan(plan, _config(planned), workspace_bytes=_workspace(planned)))
-    return estimate, planned.notes
-
-
-def _config(planned: Planning) -> dict[str, Any]:
-    """The Hugging Face config of the request's model."""
-    return load_model(planned.request.model_path or planned.request.model.name)[1]
-
-
-def _workspace(planned: Planning) -> int:
-    return int(planned.profiles.gpu.workspace_bytes.value)
-
-
-def _planning(options: RequestOptions) -> Planning:
-    """As for a plan, but the default card will do where none is named."""
-    if options.gpu is None and options.gpu_mem is None:
-        default = load_defaults().gpu
-        planned = planning(replace(options, gpu=default))
-        return replace(planned, notes=(f"card {default}: no --gpu was given", *planned.notes))
-    return planning(options)

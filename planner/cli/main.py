@@ -6,23 +6,26 @@ the traceback of an unexpected one.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import sys
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 import click
 
 from meft.planner.base.errors import EXIT_UNEXPECTED, MeftError, unknown_name
-from meft.planner.cli.audit import audit_command
-from meft.planner.cli.compare import compare_command
-from meft.planner.cli.estimate import estimate_command
-from meft.planner.cli.plan import plan_command
-from meft.planner.cli.replay import replay_command
+from meft.planner.base.options import one_line
+from meft.planner.base.packages import missing_package
+from meft.planner.base.version import VERSION
 
 PROGRAM = "meft-plan"
 DEFAULT_COMMAND = "plan"
 EXIT_INTERRUPTED = 130
+COMMANDS = {
+    name: f"meft.planner.cli.{name}:{name}_command" for name in ("audit", "compare", "estimate", "plan", "replay")
+}
+"""Where each command is: loaded when it is asked for, so that planning need not wait for the others."""
 
 
 class PlannerGroup(click.Group):
@@ -35,17 +38,33 @@ class PlannerGroup(click.Group):
             args = [DEFAULT_COMMAND, *args]
         return super().parse_args(ctx, args)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's
+        """All of them, loaded or not."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's
+        """The command, imported now."""
+        if cmd_name not in COMMANDS:
+            return None
+        if cmd_name != DEFAULT_COMMAND:
+            gc.enable()
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """A misspelt command gets the near names."""
-        if args[0] not in self.commands:
-            raise unknown_name("command", args[0], self.commands)
+        if args[0] not in COMMANDS:
+            raise unknown_name("command", args[0], COMMANDS)
         return super().resolve_command(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options of planning, the group's own, and the commands."""
-        with click.Context(self.commands[DEFAULT_COMMAND], parent=ctx, info_name=DEFAULT_COMMAND) as plan:
+        default = self.get_command(ctx, DEFAULT_COMMAND)
+        assert default is not None
+        with click.Context(default, parent=ctx, info_name=DEFAULT_COMMAND) as plan:
             records = [record for param in plan.command.get_params(plan) if (record := param.get_help_record(plan))]
         with formatter.section("Options of planning, the default command"):
             formatter.write_dl([record for record in records if not record[0].startswith("-h")])
@@ -53,15 +72,17 @@ class PlannerGroup(click.Group):
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run as :meth:`click.Group.main` does, and end the process with the documented exit code."""
+        words = sys.argv[1:] if not args or args[0] is None else args[0]
         try:
             code = super().main(*args, **options | {"prog_name": PROGRAM, "standalone_mode": False})
-        except MeftError as error:
-            _fail(str(error), error.exit_code)
         except click.ClickException as error:
-            _fail(_one_line(error), error.exit_code)
+            _fail(one_line(error, program=PROGRAM, default_command=DEFAULT_COMMAND, arguments=words), error.exit_code)
         except click.exceptions.Abort:
             _fail("interrupted", EXIT_INTERRUPTED)
         except Exception as error:
+            known = missing_package(error) or error
+            if isinstance(known, MeftError):
+                _fail(str(known), known.exit_code)
             if os.environ.get("MEFT_DEBUG"):
                 raise
             _fail(f"unexpected {type(error).__name__}: {error} (MEFT_DEBUG=1 shows where)", EXIT_UNEXPECTED)
@@ -70,12 +91,11 @@ class PlannerGroup(click.Group):
 
 @click.group(
     cls=PlannerGroup,
-    commands=[plan_command, estimate_command, compare_command, audit_command, replay_command],
     context_settings={"help_option_names": ["-h", "--help"]},
     options_metavar="",
     subcommand_metavar="[COMMAND] [OPTIONS]",
 )
-@click.version_option(version("meft"), prog_name=PROGRAM)
+@click.version_option(VERSION, prog_name=PROGRAM)
 def command() -> None:
     """Find what MEFT can train within a GPU's memory, and say what it needs.
 
@@ -89,15 +109,15 @@ def command() -> None:
 
 def main() -> None:
     """Entry point."""
+    _start_lightly()
     command.main()
 
 
-def _one_line(error: click.ClickException) -> str:
-    """Click's message and where to read on."""
-    message = " ".join(error.format_message().split())
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else PROGRAM
-    return f"{message.rstrip('.')}; {path.removesuffix(' plan')} --help lists what there is"
+def _start_lightly() -> None:
+    """Leave out what a short process has nothing of; must come before numpy and pydantic are loaded."""
+    gc.disable()  # planning ends before garbage adds up; looking for it takes a twentieth of the time
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # no command multiplies large matrices by numpy
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some means reading all installations
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -1,7 +1,7 @@
 """The options that commands of ``meft-plan`` share, and how their values are read.
 
 An option's value is either right or refused here with field, value and limit; what depends on the model or the card is
-checked in :mod:`meft.planner.cli.request`.
+checked in :mod:`meft.planner.front.request`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,21 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
-from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.base.units import format_size_argument, parse_bytes
+from meft.planner.base.dtypes import AdapterDtype
+from meft.planner.base.units import format_size_argument, parse_bytes, parse_count
+from meft.planner.front.options import (
+    MAX_BATCH_SIZE,
+    MAX_GRAD_ACCUM,
+    MAX_SEQ_LEN,
+    MAX_SLOWDOWN,
+    MAX_WIDTH,
+    RUNNABLE_WEIGHTS,
+)
 from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward
 
 if TYPE_CHECKING:
@@ -25,13 +32,6 @@ else:  # only newer versions of click can be subscripted
     _IntType = click.ParamType
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-MAX_BATCH_SIZE = 1 << 14
-MAX_SEQ_LEN = 1 << 20
-MAX_GRAD_ACCUM = 1 << 16
-MAX_WIDTH = 1 << 20
-RUNNABLE_WEIGHTS: tuple[WeightsDtype, ...] = ("fp32", "bf16", "nf4")
-"""Weights that the runtime trains beside."""
 
 
 class Size(_IntType):
@@ -46,6 +46,18 @@ class Size(_IntType):
         return parse_bytes(value, field=param.opts[0] if param is not None else "size")
 
 
+class Quantity(_IntType):
+    """A number of things, as :func:`~meft.planner.base.units.parse_count` reads it."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ARG002 - click's
+        """The number; a bad one is a :class:`~meft.planner.base.errors.UsageError` that names the option."""
+        if isinstance(value, int):
+            return value
+        return parse_count(value, field=param.opts[0] if param is not None else "count")
+
+
 class FiniteRange(click.FloatRange):
     """A float range that refuses NaN, which is neither below nor above anything."""
 
@@ -58,45 +70,8 @@ class FiniteRange(click.FloatRange):
 
 
 SIZE = Size()
+COUNT = Quantity()
 PATH = click.Path(path_type=Path)
-
-
-@dataclass(frozen=True)
-class RequestOptions:
-    """What the options say of the workload, the budgets and the choices; ``None`` where an option was not given."""
-
-    model: str | None
-    gpu: str | None
-    gpu_mem: int | None
-    host_mem: int | None
-    host: str | None
-    link: str | None
-    sparsity: str | None
-    batch_size: int
-    seq_len: int
-    grad_accum: int
-    weights_dtype: WeightsDtype | None
-    double_quant: bool | None
-    adapter_dtype: AdapterDtype | None
-    attention: Attention | None
-    activation_checkpointing: bool | None
-    objective: Objective = "capacity"
-    max_slowdown: float | None = None
-    min_trainable: float | None = None
-    adapter_width: int | None = None
-    top_k: int | None = None
-    prefetch_depth: int | None = None
-    routing: Routing | None = None
-    rows_in_backward: RowsInBackward | None = None
-    hot_rows: int | None = None
-    bf16_copy: bool | None = None
-    context_overhead: int | None = None
-    active_rows_quantile: float | None = None
-
-    @classmethod
-    def taken_from(cls, given: dict[str, Any]) -> RequestOptions:
-        """Take this record's fields out of a command's arguments."""
-        return cls(**{name: given.pop(name) for name in cls.__dataclass_fields__ if name in given})
 
 
 def budget_options(command: Command) -> Command:
@@ -182,7 +157,7 @@ def search_options(command: Command) -> Command:
         ),
         click.option(
             "--max-slowdown",
-            type=FiniteRange(1.0, 1000.0),
+            type=FiniteRange(1.0, MAX_SLOWDOWN),
             help="Over the same adapter all on the GPU. [default: 1.587, the paper's 1 / 0.63]",
         ),
         click.option(

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from meft.planner.base.errors import InfeasibleError, UsageError
+from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
 from meft.planner.base.files import write_atomic
-from meft.planner.cli.options import (
-    PATH,
-    RequestOptions,
-    budget_options,
-    command_with,
-    search_options,
-    workload_options,
-)
-from meft.planner.cli.request import Planning, planning
-from meft.planner.models.catalogue import load_model
-from meft.planner.predict.prediction import simulated_tasks
-from meft.planner.records.plan import Plan
-from meft.planner.search.infeasible import Infeasible
-from meft.planner.search.search import make_plan
-from meft.planner.simulation.verification import verified
-from meft.planner.timing.chrome import Event, chrome_trace
+from meft.planner.cli.options import COUNT, PATH, budget_options, command_with, search_options, workload_options
+from meft.planner.front.options import RequestOptions
+from meft.planner.front.plan import Planned, find_plan, levers_of, simulated_step
 
 
 @click.command("plan", short_help="The best decision within the budgets (the default).")
@@ -40,6 +27,11 @@ from meft.planner.timing.chrome import Event, chrome_trace
 @click.option(
     "--verify", is_flag=True, help="Trace the step in the real model's code (needs torch); exit 3 if it does not fit."
 )
+@click.option(
+    "--tokens",
+    type=COUNT,
+    help="Tokens of the data (10M, 1.5B, 2500000): the output says how long one pass takes.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Every ledger entry, and every number with its source.")
 @click.pass_context
 def plan_command(
@@ -51,6 +43,7 @@ def plan_command(
     plot: Path | None,
     trace: Path | None,
     verify: bool,
+    tokens: int | None,
     verbose: bool,
     **given: Any,
 ) -> None:
@@ -59,34 +52,27 @@ def plan_command(
         from meft.planner.render.plot import check_format
 
         check_format(plot)
-    planned = planning(RequestOptions.taken_from(given))
-    found = make_plan(planned.request, planned.profiles, meft_version=version("meft"))
-    if isinstance(found, Infeasible):
-        refuse(context, found, as_json=as_json)
+    before = _plan_there(output)
     if verify:
-        found = _verified(found, planned)
-    _write(output, found.to_json(), option="-o")
+        gc.enable()  # tracing makes garbage of its own; see main
+    found = find_plan(RequestOptions.taken_from(given), verify=verify)
+    if not isinstance(found, Planned):
+        refuse(context, found, as_json=as_json)
+    _write(output, found.plan.to_json(), option="-o")
+    if before not in (None, found.plan.to_json()):
+        click.echo(f"meft-plan: {output} held another plan, which this one has replaced", err=True)
     if trace is not None:
-        _write(trace, json.dumps(chrome_trace(simulated_step(found, planned)), separators=(",", ":")), option="--trace")
+        from meft.planner.timing.chrome import chrome_trace
+
+        _write(trace, json.dumps(chrome_trace(simulated_step(found)), separators=(",", ":")), option="--trace")
     if plot is not None:
         from meft.planner.render.plot import plot_plan
 
-        plot_plan(found, simulated_step(found, planned), plot)
+        plot_plan(found.plan, simulated_step(found), plot)
     if as_json:
-        click.echo(found.to_json(), nl=False)
+        click.echo(found.plan.to_json(), nl=False)
     else:
-        _show(found, planned, output, verbose=verbose, also=[path for path in (plot, trace) if path is not None])
-
-
-def _verified(plan: Plan, planned: Planning) -> Plan:
-    """The plan with its verification; looks up the model's config again."""
-    _, config, _ = load_model(plan.request.model_path or plan.request.model.name)
-    return verified(plan, config, workspace_bytes=int(planned.profiles.gpu.workspace_bytes.value))
-
-
-def simulated_step(plan: Plan, planned: Planning) -> list[Event]:
-    """The tasks of the plan's step, as its timing was simulated."""
-    return simulated_tasks(plan.request, plan.decision, planned.profiles, plan.prediction.sparsity)
+        _show(found, output, tokens=tokens, verbose=verbose, also=[path for path in (plot, trace) if path is not None])
 
 
 def refuse(context: click.Context, verdict: Infeasible, *, as_json: bool) -> NoReturn:
@@ -103,7 +89,23 @@ def refuse(context: click.Context, verdict: Infeasible, *, as_json: bool) -> NoR
         }
         click.echo(json.dumps(content, indent=2, allow_nan=False))
     hint = f"; the nearest that fits: {nearest}" if nearest else "; no change nearby was found that fits"
-    raise InfeasibleError(f"no plan fits: {verdict.message.rstrip('.')}{hint}")
+    raise InfeasibleError(f"no plan fits: {verdict.message.rstrip('.')}{hint}", verdict)
+
+
+def _plan_there(output: Path) -> str | None:
+    """The text of the plan that is there and would be replaced; anything else that is there is refused."""
+    if not output.exists() and not output.is_symlink():
+        return None
+    try:
+        text = output.read_text(encoding="utf-8") if output.is_file() else ""
+        content = json.loads(text)
+    except OSError as error:
+        raise UsageError(f"-o {output}: cannot be written ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or "decision" not in content:
+        raise UsageError(f"-o {output}: what is there is no plan, and would be lost; remove it, or choose another name")
+    return text
 
 
 def _write(path: Path, text: str, *, option: str) -> None:
@@ -113,9 +115,11 @@ def _write(path: Path, text: str, *, option: str) -> None:
         raise UsageError(f"{option} {path}: cannot be written ({error.strerror})") from None
 
 
-def _show(plan: Plan, planned: Planning, output: Path, *, verbose: bool, also: list[Path]) -> None:
-    from meft.planner.render.plan import plan_view, show
+def _show(found: Planned, output: Path, *, tokens: int | None, verbose: bool, also: list[Path]) -> None:
+    from meft.planner.render.plan import plan_view
+    from meft.planner.render.tables import show
 
-    show(plan_view(plan, path=output, notes=planned.notes, verbose=verbose))
+    levers, notes = levers_of(found), found.planning.notes
+    show(plan_view(found.plan, path=str(output), notes=notes, verbose=verbose, levers=levers, tokens=tokens))
     for path in (output, *also):
         click.echo(f"wrote {path}")

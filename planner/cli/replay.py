@@ -61,7 +61,7 @@ def replay_command(
     if as_json:
         click.echo(json.dumps(asdict(result), indent=2))
     else:
-        from meft.planner.render.plan import show
+        from meft.planner.render.tables import show
 
         show(_view(result, trace, capacity, warm=recording.start_is_given))
     if result.out_of_memory is not None:
@@ -91,7 +91,7 @@ def _view(result: ReplayResult, trace: Path, capacity: int | None, *, warm: bool
     """Simulated beside recorded."""
     from rich.console import Group
 
-    from meft.planner.render.plan import grid, lines
+    from meft.planner.render.tables import grid, lines
 
     rows = [
         ("peak reserved", format_bytes(result.peak_reserved_bytes), format_bytes(result.recorded_peak_reserved_bytes)),

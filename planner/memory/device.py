@@ -29,13 +29,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.allocator.rounding import MIN_BLOCK_BYTES
+from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, Flags, Ints
 from meft.planner.memory.replayed import ReplayedPeaks, replayed_peaks
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Request
 from meft.planner.records.profiles import GpuProfile
-from meft.planner.simulation.run import loaded_rounding_bytes
 from meft.planner.terms import activations as act
 from meft.planner.terms import weights as wts
 from meft.planner.terms.activations import choose, largest
@@ -45,6 +46,11 @@ from meft.planner.traffic.transfer import input_bytes
 
 CUBLAS_WORKSPACES = 2
 """One per handle and stream: the forward thread's and, once backward has run, the autograd thread's."""
+
+SMALL_BYTES = 1 << 20
+OWN_SEGMENT_BYTES, SEGMENT_STEP_BYTES = 10 << 20, 2 << 20
+"""As the caching allocator has them (:mod:`meft.planner.allocator.caching`): small blocks are up to 1 MiB, and from 10
+MiB on each has a segment of its own, a multiple of 2 MiB."""
 
 _BECAUSE = {
     "linear_weights": "the blocks' linear layers, as stored",
@@ -199,7 +205,7 @@ def _entry(row: Row) -> MemoryEntry:
 # --- one step -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Frozen:
     """Bytes that one frozen layer keeps for backward."""
 
@@ -213,7 +219,7 @@ class _Frozen:
         return self.norms + self.attention + self.ffn + self.norms_after_ffn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Step:
     """What a phase's rows are computed from."""
 
@@ -306,9 +312,27 @@ def _resident_rows(step: _Step) -> tuple[Row, ...]:
         _row("resident", "linear_weights", linear),
         _row("resident", "other_weights", wts.other_weights_bytes(shape, dtype=dtype)),
         _row("resident", "rotary_frequencies", wts.rotary_frequencies_bytes(shape)),
-        _row("resident", "block_rounding", loaded_rounding_bytes(shape, dtype, step.workload.double_quant)),
+        _row("resident", "block_rounding", weights_rounding_bytes(shape, dtype, step.workload.double_quant)),
         _row("resident", "inputs", input_bytes(tokens=step.workload.tokens)),
     )
+
+
+def weights_rounding_bytes(shape: ModelShape, dtype: WeightsDtype, double_quant: bool) -> int:
+    """What the allocator's blocks hold above the frozen weights: those of many models are all cut to measure, and of
+    the others the loading is simulated."""
+    if dtype != "nf4":
+        sizes = wts.tensor_sizes_bytes(shape, dtype=dtype)
+        if all(map(_cut_to_measure, sizes)):
+            return sum(-num_bytes % MIN_BLOCK_BYTES for num_bytes in sizes)
+    from meft.planner.simulation.run import loaded_rounding_bytes  # slow to load, and often not needed
+
+    return loaded_rounding_bytes(shape, dtype, double_quant)
+
+
+def _cut_to_measure(num_bytes: int) -> bool:
+    """Whether a tensor's block is its size, rounded up to 512 bytes, whatever came before it: small ones are always cut
+    off, and large ones get a segment of just their size when nothing is left over of another's."""
+    return num_bytes <= SMALL_BYTES or (num_bytes >= OWN_SEGMENT_BYTES and num_bytes % SEGMENT_STEP_BYTES == 0)
 
 
 def _forward_rows(step: _Step) -> tuple[Row, ...]:
@@ -395,7 +419,8 @@ def _shared_rows(phase: Phase, step: _Step, *, inputs: int) -> tuple[Row, ...]:
     )
     rotary: Ints = 0
     if not shape.learned_positions:
-        rotary = act.rotary_tables_bytes(seq_len=workload.seq_len, head_dim=shape.head_dim, compute_bytes=q)
+        one_set = act.rotary_tables_bytes(seq_len=workload.seq_len, head_dim=shape.head_dim, compute_bytes=q)
+        rotary = shape.rotary_sets * one_set
     masks = act.masks_bytes(
         shape,
         batch_size=workload.batch_size,

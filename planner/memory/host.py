@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from meft.planner.allocator import caching as allocator
+from meft.planner.allocator.rounding import pinned_bytes
 from meft.planner.base.quantities import (
     ADAPTER_DTYPE_BYTES,
     BF16_BYTES,
@@ -104,11 +104,11 @@ def gradient_slots(*, prefetch_depth: Ints, num_layers: int) -> Ints:
 
 
 def buffer_bytes(num_bytes: Ints, *, pinned: bool) -> Ints:
-    """What a buffer takes: its size, or if pinned the next power of two, as :func:`allocator.pinned_bytes`."""
+    """What a buffer takes: its size, or if pinned the next power of two, as :func:`pinned_bytes`."""
     if not pinned:
         return num_bytes
     if not isinstance(num_bytes, np.ndarray):
-        return allocator.pinned_bytes(num_bytes)
+        return pinned_bytes(num_bytes)
     # frexp gives the bit length of a whole number below 2**53, which a buffer is.
     bit_length = np.frexp(np.maximum(num_bytes - 1, 0))[1].astype(np.int64)
     return np.where(num_bytes > 0, np.left_shift(np.int64(1), bit_length), 0)

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meft.planner.allocator.blocks import LARGE_SEGMENT_BYTES, SMALL_SEGMENT_BYTES
 from meft.planner.allocator.caching import CachingAllocator
 from meft.planner.base.schema import Basis
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.profiles import GpuProfile
-from meft.planner.simulation.sparse import MICRO_BATCHES_THAT_DIFFER, SparseStream, simulate_sparse
-from meft.planner.simulation.stream import StreamEvent
+
+if TYPE_CHECKING:
+    from meft.planner.simulation.sparse import SparseStream
+    from meft.planner.simulation.stream import StreamEvent
 
 KNOWN_TENSOR_BY_TENSOR = ("llama", "qwen2", "qwen3", "mistral")
 """Model types whose simulated step is the emulated device's event by event (``tests/runtime/trace/test_sparse.py``);
@@ -60,6 +62,8 @@ def _replayed(request: Request, decision: Decision, gpu: GpuProfile) -> Replayed
 
 def _without_what_is_no_matter(request: Request) -> Request:
     """The request with fields that move no device memory made equal, so that it is replayed once for all of them."""
+    from meft.planner.simulation.sparse import MICRO_BATCHES_THAT_DIFFER  # slow to load, and only a replay needs it
+
     asked: dict[str, Any] = {name: getattr(request, name) for name in _THAT_MATTER}
     asked["grad_accum"] = min(request.grad_accum, MICRO_BATCHES_THAT_DIFFER)
     nothing: dict[str, Any] = dict.fromkeys(("gpu", "host", "link", "sparsity"), "any")
@@ -71,6 +75,8 @@ _THAT_MATTER = ("model", "batch_size", "seq_len", "weights_dtype", "double_quant
 
 @lru_cache(maxsize=512)
 def _peaks(request: Request, decision: Decision, workspace_bytes: int, emulated: bool) -> ReplayedPeaks:
+    from meft.planner.simulation.sparse import simulate_sparse
+
     stream = simulate_sparse(request, decision, workspace_bytes=workspace_bytes, emulated=emulated)
     return peaks_of(stream)
 
@@ -80,20 +86,23 @@ def peaks_of(stream: SparseStream) -> ReplayedPeaks:
     allocator = CachingAllocator(None)
     handles: dict[int, int] = {}
     _play(stream.once, allocator, handles)
-    for window in stream.windows:
-        before = None
+    for number, window in enumerate(stream.windows):
+        # the first kind's window has been in ``once``; what is live is the same after each, so is what comes if free
+        # blocks are
+        before = allocator.free_layout() if number == 0 else None
         for _ in range(MOST_WINDOWS):
             _play(window, allocator, handles)
-            before, last = allocator.free_layout(), before
-            if before == last:
+            after = allocator.free_layout()
+            if before == after:
                 break
+            before = after
     return ReplayedPeaks(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)
 
 
 def _play(events: Sequence[StreamEvent], allocator: CachingAllocator, handles: dict[int, int]) -> None:
-    malloc, free = allocator.malloc, allocator.free
-    for event in events:
-        if event.num_bytes > 0:
-            handles[event.tensor] = malloc(event.num_bytes)
+    malloc, free, take = allocator.malloc, allocator.free, handles.pop
+    for tensor, num_bytes, *_ in events:
+        if num_bytes > 0:
+            handles[tensor] = malloc(num_bytes)
         else:
-            free(handles.pop(event.tensor))
+            free(take(tensor))

@@ -7,19 +7,24 @@ and the fields of its ``config.json`` that make the architecture.
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from meft.planner.base.errors import UsageError, unknown_name
-from meft.planner.base.names import find_name, looks_like_path, profile_text
+from meft.planner.base.kinds import MODEL, refuse_other_kind, refuse_other_path
+from meft.planner.base.names import PROFILES, find_name, looks_like_path, profile_text
 from meft.planner.base.schema import Record, Text, parse_json, read_text, validated
-from meft.planner.models.architecture import ModelShape, shape_from_config
+from meft.planner.models.architecture import ModelShape
+from meft.planner.models.configs import shape_from_config
 
 CONFIG_NAME = "config.json"
+_WRAPPERS = {"gemma3": "gemma3_text"}
+"""Model types of text and images, by that of the decoder in their ``text_config``."""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class ModelProfile(Record):
@@ -34,8 +39,7 @@ class ModelProfile(Record):
 @cache
 def model_names() -> tuple[str, ...]:
     """Keys of the built-in models, sorted."""
-    files = resources.files("meft.profiles").joinpath("models").iterdir()
-    return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
+    return tuple(sorted(file.stem for file in (PROFILES / "models").glob("*.json")))
 
 
 def load_model_profile(name: str) -> tuple[str, ModelProfile]:
@@ -55,6 +59,8 @@ def load_model(reference: str) -> tuple[ModelShape, dict[str, Any], str | None]:
     if not reference.strip():
         raise UsageError(f"model: the reference is empty; give {_EXPECTED}")
     path = Path(reference).expanduser()
+    if is_hub_name(reference) and not _is_built_in(reference):
+        raise _not_downloaded(reference)
     if path.is_dir() and ((path / CONFIG_NAME).is_file() or not _is_built_in(reference)):
         return _from_folder(path)
     if path.suffix == ".gguf":
@@ -67,6 +73,54 @@ def load_model(reference: str) -> tuple[ModelShape, dict[str, Any], str | None]:
     return shape_from_config(profile.config, name=key), profile.config, None
 
 
+def is_hub_name(reference: str) -> bool:
+    """Whether a reference is spelt like a model of the Hugging Face hub, ``org/name``, and is no path that is here."""
+    spelt = _HUB_NAME.fullmatch(reference) is not None and not reference.endswith((".json", ".gguf"))
+    return spelt and not Path(reference).exists()
+
+
+def how_to_download(hub_name: str) -> str:
+    """What to type to have a model of the hub in a folder; nothing here downloads anything.
+
+    >>> how_to_download("Qwen/Qwen3-8B")
+    'hf download Qwen/Qwen3-8B --local-dir Qwen3-8B, then give --model Qwen3-8B'
+    """
+    folder = hub_name.rsplit("/", 1)[-1]
+    return f"hf download {hub_name} --local-dir {folder}, then give --model {folder}"
+
+
+def hub_name_of(key: str) -> str | None:
+    """The hub's name of a built-in model, where it was published."""
+    if key not in model_names():
+        return None
+    return next((alias for alias in load_model_profile(key)[1].aliases if "/" in alias), None)
+
+
+def _not_downloaded(reference: str) -> UsageError:
+    import difflib  # only mistakes need it, and it is slow to load
+
+    near = difflib.get_close_matches(reference.rsplit("/", 1)[-1].lower(), model_names(), n=2, cutoff=0.6)
+    names = ", ".join(near) or "llama-7b"
+    return UsageError(
+        f"model {reference}: no such folder, and no built-in name (such as {names}); nothing is downloaded here, so "
+        f"get it first: {how_to_download(reference)}"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a ``config.json``, or a :class:`UsageError` that names the file, or says what it is instead."""
+    source = f"model config {path}"
+    try:
+        config = parse_json(read_text(path, kind="model config"), source=source)
+    except UsageError:
+        refuse_other_path(path, wanted=MODEL)
+        raise
+    if not isinstance(config, dict):
+        raise UsageError(f"{source}: expected a JSON object, found {type(config).__name__}")
+    refuse_other_kind(config, source=path, wanted=MODEL)
+    return config
+
+
 def _from_folder(folder: Path) -> tuple[ModelShape, dict[str, Any], str]:
     if (folder / CONFIG_NAME).is_file():
         return _from_file(folder / CONFIG_NAME)
@@ -77,14 +131,19 @@ def _from_folder(folder: Path) -> tuple[ModelShape, dict[str, Any], str]:
 
 
 def _from_file(path: Path) -> tuple[ModelShape, dict[str, Any], str]:
-    source = f"model config {path}"
-    config = parse_json(read_text(path, kind="model config"), source=source)
-    if not isinstance(config, dict):
-        raise UsageError(f"{source}: expected a JSON object, found {type(config).__name__}")
+    config = text_part(read_config(path))
     place = path.resolve()
     whole_folder = place.name == CONFIG_NAME
     name = place.parent.name if whole_folder else place.stem
     return shape_from_config(config, name=name or str(place)), config, str(place.parent if whole_folder else place)
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The text decoder's config of a model of text and images that is known here, any other config as it is."""
+    text = config.get("text_config")
+    if config.get("model_type") not in _WRAPPERS or not isinstance(text, dict):
+        return config
+    return {"model_type": _WRAPPERS[config["model_type"]], **text}
 
 
 def _convert_first(folder: Path, file: str) -> UsageError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.schema import Record
-from meft.planner.base.units import MAX_BYTES
+from meft.planner.base.units import MAX_BYTES, format_bytes, format_seconds
 from meft.planner.models.linears import linear_layers, resolve_targets
 from meft.planner.predict.estimates import Estimate, dense_peaks, estimate_dense
 from meft.planner.records.plan import Request
@@ -47,7 +47,10 @@ class MethodRow(Record):
 
     method: MethodName
     usual: Estimate | None
+    """Of :attr:`usual_configurations` the first that fits, else the one that misses by least."""
     usual_because: str
+    usual_configurations: tuple[Estimate, ...] = ()
+    """At the usual size without activation checkpointing and with it, or as asked: the same at every budget."""
     largest: Estimate | None
     """At the largest size that fits; null when none does."""
     largest_because: str
@@ -59,6 +62,37 @@ class MethodComparison(Record):
     request: Request
     rows: tuple[MethodRow, ...]
     notes: tuple[str, ...]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: each method at its usual size and at the largest that fits."""
+        from meft.planner.base.html import html_table
+
+        request = self.request
+        headers = ("method", "", "size", "trainable", "device", "host", "traffic per step", "step", "fits")
+        rows = [
+            cells
+            for row in self.rows
+            for cells in (_html_cells(row.method, "usual", row.usual), _html_cells("", "largest", row.largest))
+        ]
+        title = f"{request.model.name}, {request.batch_size} x {request.seq_len} tokens per step"
+        budget = f"{format_bytes(request.gpu_mem_bytes)} on {request.gpu}, {format_bytes(request.host_mem_bytes)} host"
+        return html_table(f"{title}, {budget} memory", headers, rows, notes=self.notes)
+
+
+def _html_cells(method: str, which: str, estimate: Estimate | None) -> tuple[str, ...]:
+    if estimate is None:
+        return (method, which, "none", "-", "-", "-", "-", "-", "no")
+    return (
+        method,
+        which,
+        "-" if estimate.size is None else f"{estimate.size:,}",
+        f"{estimate.trainable_fraction:.1%}",
+        format_bytes(estimate.peak_reserved_bytes),
+        format_bytes(estimate.host_bytes),
+        format_bytes(estimate.h2d_bytes_per_step + estimate.d2h_bytes_per_step),
+        format_seconds(estimate.step_seconds),
+        "yes" if estimate.fits else "no",
+    )
 
 
 def without_limits(request: Request) -> Request:
@@ -102,10 +136,10 @@ def compare_dense(
     def estimate(one: TrainingSetup) -> Estimate:
         return estimate_dense(one, request=request, gpu=gpu, link=link)
 
-    asked = request.activation_checkpointing
-    flags = (False, True) if asked is None else (asked,)
+    flags = checkpointing_choices(request.activation_checkpointing)
     variants = [setup.model_copy(update={"activation_checkpointing": flag}) for flag in flags]
-    at_usual = _first_that_fits(variants, estimate)
+    configurations = tuple(map(estimate, variants))
+    at_usual = first_that_fits(configurations)
     if usual.size is None:
         largest = at_usual if at_usual.fits else None
     else:
@@ -115,6 +149,7 @@ def compare_dense(
         method=method,
         usual=at_usual,
         usual_because=usual.because,
+        usual_configurations=configurations,
         largest=largest,
         largest_because=_why_largest(method, largest),
     )
@@ -134,14 +169,19 @@ def candidate_sizes(setup: TrainingSetup) -> range:
     return range(1, max(min(layer.inputs, layer.outputs) for layer in layers) + 1)
 
 
-def _first_that_fits(variants: Sequence[TrainingSetup], estimate: Callable[[TrainingSetup], Estimate]) -> Estimate:
-    """The first that fits, else the one that misses by least."""
-    estimates = []
-    for variant in variants:
-        estimates.append(estimate(variant))
-        if estimates[-1].fits:
-            return estimates[-1]
-    return min(estimates, key=lambda each: each.peak_reserved_bytes)
+def checkpointing_choices(asked: bool | None) -> tuple[bool, ...]:
+    """Without activation checkpointing first, which costs time; only what was asked where something was."""
+    return (False, True) if asked is None else (asked,)
+
+
+def first_that_fits(estimates: Iterable[Estimate]) -> Estimate:
+    """The first that fits, else the one that misses by least; no more are made than are needed."""
+    seen = []
+    for estimate in estimates:
+        if estimate.fits:
+            return estimate
+        seen.append(estimate)
+    return min(seen, key=lambda each: each.peak_reserved_bytes)
 
 
 def _largest(variants: Sequence[TrainingSetup], *, budget_bytes: int, gpu: GpuProfile) -> TrainingSetup | None:

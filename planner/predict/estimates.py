@@ -113,12 +113,35 @@ class Estimate(Record):
     """Reserved (at the cap) within the budget, and the adapter within host memory."""
     entries: tuple[MemoryEntry, ...]
     host_bytes: Bytes
+    host_budget_bytes: Bytes
     host_entries: tuple[MemoryEntry, ...]
     h2d_bytes_per_step: Bytes
     d2h_bytes_per_step: Bytes
     step_seconds: Seconds
     leaves_out: tuple[str, ...]
+    chosen: tuple[str, ...] = ()
+    """What the request left open, and how it was chosen."""
     traced: TracedPeaks | None = None
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the totals."""
+        from meft.planner.base.html import html_table
+        from meft.planner.base.units import format_bytes, format_seconds
+
+        size = "" if self.size is None else f", {str(self.size_name).replace('_', ' ')} {self.size:,}"
+        rows = [
+            ("trainable", f"{self.trainable_parameters:,} ({self.trainable_fraction:.1%} of the model)"),
+            ("resident", format_bytes(self.resident_bytes)),
+            ("peak allocated", f"{format_bytes(self.peak_allocated_bytes)} in {self.peak_phase}"),
+            ("peak reserved", format_bytes(self.peak_reserved_bytes)),
+            ("allocator's budget", format_bytes(self.allocator_budget_bytes)),
+            ("fits", "yes" if self.fits else "no"),
+            ("host memory", format_bytes(self.host_bytes)),
+            ("to the device, per step", format_bytes(self.h2d_bytes_per_step)),
+            ("to the host, per step", format_bytes(self.d2h_bytes_per_step)),
+            ("step", format_seconds(self.step_seconds)),
+        ]
+        return html_table(f"{self.method} on {self.model}{size}", ("", ""), rows)
 
 
 def estimate_dense(setup: TrainingSetup, *, request: Request, gpu: GpuProfile, link: LinkProfile) -> Estimate:
@@ -168,6 +191,11 @@ def estimate_meft(request: Request, decision: Decision, prediction: Prediction) 
         step_seconds=prediction.timing.step_seconds,
         leaves_out=(*_EVERYWHERE, "on the host: the process itself, the frozen model while it loads, the data"),
     )
+
+
+def reserved_at_most(estimate: Estimate) -> int:
+    """What must fit: reserved with MEFT's active rows at their cap, for the dense methods at the peak."""
+    return estimate.peak_reserved_bytes_at_cap or estimate.peak_reserved_bytes
 
 
 def with_trace(estimate: Estimate, stream: Stream) -> Estimate:
@@ -294,6 +322,7 @@ def _estimate(
         "peak_reserved_bytes_at_cap": memory.peak_reserved_bytes_at_cap,
         "fits": at_most <= memory.allocator_budget_bytes and host_bytes <= host_budget_bytes,
         "host_bytes": host_bytes,
+        "host_budget_bytes": host_budget_bytes,
         "entries": memory.entries,
     }
     return Estimate.model_validate(shared | fields)

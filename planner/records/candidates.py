@@ -10,7 +10,7 @@ from meft.planner.base.quantities import Flags, Ints
 from meft.planner.records.plan import Decision
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Candidates:
     """Each field is what :class:`~meft.planner.records.plan.Decision` says of it: a number, or an array of many
     decisions'.

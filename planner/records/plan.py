@@ -303,3 +303,31 @@ class Plan(File):
     search: SearchSummary
     verification: Verification | None = None
     """What ``--verify`` found; null where it was not asked for."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the decision, and what it needs."""
+        from meft.planner.base.html import html_table
+        from meft.planner.base.units import format_bytes, format_seconds
+
+        request, decision, predicted = self.request, self.decision, self.prediction
+        memory, transfer, timing = predicted.device_memory, predicted.transfer, predicted.timing
+        reserved = memory.peak_reserved_bytes_at_cap or memory.peak_reserved_bytes
+        rows = [
+            ("adapter width", f"{decision.adapter_width:,}"),
+            ("K, rows per token", f"{decision.top_k:,}"),
+            ("prefetch depth", f"{decision.prefetch_depth}"),
+            ("routing", decision.routing),
+            ("active rows cap", f"{decision.active_rows_cap:,}"),
+            ("activation checkpointing", "on" if decision.activation_checkpointing else "off"),
+            ("trainable", f"{predicted.trainable_parameters:,} ({predicted.trainable_fraction:.1%} of the model)"),
+            ("device memory", f"{format_bytes(reserved)} of {format_bytes(memory.allocator_budget_bytes)}"),
+            (
+                "host memory",
+                f"{format_bytes(predicted.host_memory.total_bytes)} of {format_bytes(request.host_mem_bytes)}",
+            ),
+            ("to the device, per step", format_bytes(transfer.h2d_bytes_per_step)),
+            ("to the host, per step", format_bytes(transfer.d2h_bytes_per_step)),
+            ("step", f"{format_seconds(timing.step_seconds)} ({timing.tokens_per_second:,.0f} tokens/s)"),
+        ]
+        title = f"{request.model.name}, {request.batch_size} x {request.seq_len} tokens on {request.gpu}"
+        return html_table(f"Plan for {title}", ("", ""), rows)

@@ -10,9 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from meft.planner.base.errors import UsageError
+from meft.planner.base.kinds import PROFILE, refuse_other_kind, refuse_other_path
 from meft.planner.base.names import find_name, looks_like_path, profile_text
 from meft.planner.base.schema import Record, parse_json, read_text, validated
-from meft.planner.records.profile_file import ProfileFile, is_profile_file, section_of
 from meft.planner.records.profiles import Defaults, GpuProfile, HostProfile, LinkProfile, Section, SparsityProfile
 
 P = TypeVar("P", bound=Record)
@@ -77,9 +78,10 @@ def _load(record: type[P], kind: str, collection: str, name_or_path: str) -> P:
 
 def _from_file(record: type[P], kind: str, path: Path) -> P:
     """A profile of one record, or its section of a file that ``meft-profile`` wrote."""
+    from meft.planner.records.profile_file import is_profile_file, section_of  # built-in profiles do without
+
     source = f"{kind} file {path}"
-    text = read_text(path, kind=f"{kind} file")
-    content = parse_json(text, source=source)
+    text, content = _read(path, kind=f"{kind} file")
     if not is_profile_file(content):
         return validated(record, content, source=source)
     sections: dict[type[Record], Section] = {
@@ -97,11 +99,24 @@ def sections_in(reference: str) -> tuple[Section, ...]:
 
     Raises :class:`UsageError` for a file that cannot be read.
     """
+    from meft.planner.records.profile_file import ProfileFile, is_profile_file  # built-in profiles do without
+
     path = Path(reference).expanduser()
-    text = read_text(path, kind="profile file")
-    if not is_profile_file(parse_json(text, source=f"profile file {path}")):
-        return ()
-    return ProfileFile.from_json(text, source=str(path)).sections()
+    text, content = _read(path, kind="profile file")
+    return ProfileFile.from_json(text, source=str(path)).sections() if is_profile_file(content) else ()
+
+
+def _read(path: Path, *, kind: str) -> tuple[str, Any]:
+    """A profile's text and what it says; a plan, a report or anything else that is known is called by its name."""
+    try:
+        text = read_text(path, kind=kind)
+        content = parse_json(text, source=f"{kind} {path}")
+    except UsageError:
+        refuse_other_path(path, wanted=PROFILE)
+        raise
+    if isinstance(content, dict):
+        refuse_other_kind(content, source=path, wanted=PROFILE)
+    return text, content
 
 
 @cache

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from meft.planner.base.units import format_bytes, format_seconds
 from meft.planner.check.audit import Audit, AuditRow
 from meft.planner.check.counted_bytes import CategoryCheck
-from meft.planner.render.plan import grid, lines, percent, section
+from meft.planner.render.tables import Columns, Paragraph, grid, lines, percent, section
 
 
 def audit_view(audit: Audit, *, verbose: bool) -> RenderableType:
@@ -16,8 +15,8 @@ def audit_view(audit: Audit, *, verbose: bool) -> RenderableType:
     steps = f"{audit.steps} step{'s' * (audit.steps != 1)}"
     head = f"Predicted against observed on {audit.device_name}, {steps}"
     headers = ("quantity", "predicted", "observed", "ratio", "basis", "rule")
-    table = grid(headers, map(_line, audit.rows), right=(1, 2, 3), wrapping=0, gap=1)
-    parts: list[RenderableType] = [Text(head, style="bold"), table]
+    table = Columns(headers, map(_line, audit.rows), right=(1, 2, 3), optional=(4,), gap=1)
+    parts: list[RenderableType] = [Paragraph(head, style="bold"), table]
     if verbose or not audit.transfer_exact:
         parts.append(section("Transfer by category, given the observed rows", _categories(audit.transfer)))
     exact = "equal" if audit.transfer_exact else "DO NOT equal"
@@ -64,7 +63,7 @@ def _categories(checks: tuple[CategoryCheck, ...]) -> RenderableType:
         )
         for check in checks
     ]
-    return grid(("", "category", "per", "predicted", "counted", ""), rows, right=(3, 4))
+    return grid(("way", "category", "per", "predicted", "counted", ""), rows, right=(3, 4))
 
 
 def _tally(audit: Audit) -> str:

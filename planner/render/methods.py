@@ -5,32 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from meft.planner.base.units import format_bytes, format_seconds
 from meft.planner.predict.comparison import MethodComparison, MethodRow
-from meft.planner.predict.estimates import Estimate
+from meft.planner.predict.estimates import Estimate, reserved_at_most
 from meft.planner.records.plan import MemoryEntry
-from meft.planner.render.plan import count, grid, ledger, lines, percent, section
+from meft.planner.render.details import ledger
+from meft.planner.render.tables import count, grid, lines, percent, section
 
 
 def estimate_view(estimate: Estimate, *, notes: Sequence[str]) -> RenderableType:
-    """One configuration: totals, every entry, what is left out."""
+    """One configuration: whether it fits, totals, every entry, what is left out."""
     process = estimate.process_bytes
     rows = [
+        ("fits", _verdict(estimate)),
         ("trainable", f"{count(estimate.trainable_parameters)}, {percent(estimate.trainable_fraction)} of the model"),
         ("resident", format_bytes(estimate.resident_bytes)),
         ("peak allocated", f"{format_bytes(estimate.peak_allocated_bytes)} in {estimate.peak_phase}"),
         ("peak reserved", f"{format_bytes(estimate.peak_reserved_bytes)} ({estimate.reserved_basis})"),
         *_traced(estimate),
         ("process (NVML)", f"{format_bytes(process.low_bytes)} - {format_bytes(process.high_bytes)} ({process.basis})"),
-        ("fits", f"{_verdict(estimate)} {format_bytes(estimate.allocator_budget_bytes)} for the allocator"),
         ("host", format_bytes(estimate.host_bytes)),
         ("traffic per step", _traffic(estimate)),
         ("step", format_seconds(estimate.step_seconds)),
     ]
     parts = [
         section(f"{estimate.method} on {estimate.model}: {_configuration(estimate)}", grid(("", ""), rows)),
+        *([section("Left open", lines(estimate.chosen))] if estimate.chosen else []),
         section(f"Device ledger: resident, and at the peak in {estimate.peak_phase}", ledger(_at_peak(estimate))),
     ]
     if estimate.host_entries:
@@ -42,36 +43,47 @@ def estimate_view(estimate: Estimate, *, notes: Sequence[str]) -> RenderableType
 
 
 def comparison_view(comparison: MethodComparison) -> RenderableType:
-    """Every method at its usual size, then at the largest size that fits."""
+    """Every method at its usual size, the same whatever the budget, then at the largest size that fits this one."""
     request = comparison.request
+    budget = f"{format_bytes(request.gpu_mem_bytes)} on {request.gpu}"
     head = (
-        f"{request.model.name}, {request.batch_size} x {request.seq_len} tokens per step, "
-        f"{format_bytes(request.gpu_mem_bytes)} on {request.gpu}, {format_bytes(request.host_mem_bytes)} host memory"
+        f"{request.model.name}, {request.batch_size} x {request.seq_len} tokens per step, {budget}, "
+        f"{format_bytes(request.host_mem_bytes)} host memory"
     )
-    usual = [_line(row, row.usual) for row in comparison.rows]
-    largest = [_line(row, row.largest) for row in comparison.rows]
+    usual = [line for row in comparison.rows for line in _usual(row)]
+    largest = [_line(row.method, row.largest) for row in comparison.rows]
     usual_sizes = "; ".join(f"{row.method}: {row.usual_because}" for row in comparison.rows)
     largest_sizes = "; ".join(f"{row.method}: {row.largest_because}" for row in comparison.rows)
+    notes = [f"usual: {usual_sizes}", f"largest: {largest_sizes}", _CHECKPOINTING, *comparison.notes]
     return Group(
-        Text(head),
-        section("At the usual size", _table(usual)),
-        section("At the largest size that fits", _table(largest)),
-        section("Notes", lines([f"usual: {usual_sizes}", f"largest: {largest_sizes}", *comparison.notes])),
+        lines([head]),
+        section("At the usual size: alike at every budget, which decides what fits", _table(usual)),
+        section(f"At the largest size that fits {budget}: others at other budgets", _table(largest)),
+        section("Notes", lines(notes)),
     )
 
 
-_HEADERS = ("method", "size", "checkpointing", "trainable", "device", "host", "traffic", "step", "fits")
+_HEADERS = ("method", "size", "ckpt", "trainable", "device", "host", "traffic", "step", "fits")
+_OPTIONAL = (6, 5, 7, 3)
+"""Columns that may go where it is narrow, the first to go first."""
+_CHECKPOINTING = "ckpt: activation checkpointing, which computes layers again in backward instead of keeping them"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> RenderableType:
-    return grid(_HEADERS, rows, right=(1, 3, 4, 5, 6, 7))
+    return grid(_HEADERS, rows, right=(1, 3, 4, 5, 6, 7), optional=_OPTIONAL)
 
 
-def _line(row: MethodRow, estimate: Estimate | None) -> tuple[str, ...]:
+def _usual(row: MethodRow) -> list[tuple[str, ...]]:
+    """A method's configurations; its name stands at the first."""
+    each = row.usual_configurations or (row.usual,)
+    return [_line("" if index else row.method, estimate) for index, estimate in enumerate(each)]
+
+
+def _line(method: str, estimate: Estimate | None) -> tuple[str, ...]:
     if estimate is None:
-        return (row.method, "-", "-", "-", "-", "-", "-", "-", "no")
+        return (method, "-", "-", "-", "-", "-", "-", "-", "no")
     return (
-        row.method,
+        method,
         "-" if estimate.size is None else f"{estimate.size:,}",
         "on" if estimate.activation_checkpointing else "off",
         percent(estimate.trainable_fraction),
@@ -98,7 +110,18 @@ def _traced(estimate: Estimate) -> list[tuple[str, str]]:
 
 
 def _verdict(estimate: Estimate) -> str:
-    return "yes, within" if estimate.fits else "no, above"
+    """Yes and what is left, or no and what is missing."""
+    needed, budget = reserved_at_most(estimate), estimate.allocator_budget_bytes
+    room = f"{format_bytes(budget)} for the allocator"
+    if estimate.fits:
+        return f"yes: {format_bytes(needed)}, {format_bytes(budget - needed)} below {room}"
+    missing = []
+    if needed > budget:
+        missing.append(f"{format_bytes(needed)}, {format_bytes(needed - budget)} above {room}")
+    if (over := estimate.host_bytes - estimate.host_budget_bytes) > 0:
+        limit = format_bytes(estimate.host_budget_bytes)
+        missing.append(f"{format_bytes(estimate.host_bytes)} of host memory, {format_bytes(over)} above {limit}")
+    return f"no: {'; '.join(missing)}"
 
 
 def _traffic(estimate: Estimate) -> str:

@@ -1,482 +1,288 @@
-"""Tables for people. Everything here only reads records; bytes become GiB and fractions percent nowhere else.
+"""A plan for someone who has not read the paper: does it fit, what does it train, how fast; then what was decided.
 
-Colour and width follow the terminal; piped, the text is plain and 100 columns wide (or ``COLUMNS``).
+Only reads records. What is known of a plan beyond this screen is in :mod:`meft.planner.render.details`.
 """
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group, RenderableType
 
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
-from meft.planner.records.plan import LANES, MemoryEntry, Objective, ParetoPoint, Phase, Plan, Verification
-from meft.planner.terms.ledger import STEP_PHASES
+from meft.planner.memory.disk import disk
+from meft.planner.records.plan import Objective, Plan
+from meft.planner.render.details import detail_sections, grouped_bytes, limits_used
+from meft.planner.render.tables import Columns, Command, Paragraph, count, grid, lines, percent, section
+from meft.planner.search.levers import Lever, reserved_at_most
 
-PIPED_WIDTH = 100
-PARETO_ROWS = 5
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "frozen model": ("linear_weights", "other_weights", "rotary_frequencies", "block_rounding", "dequantized_weight"),
-    "active rows and their gradients": ("row_staging", "row_gradients", "row_indices", "kept_rows", "gradient_sums"),
-    "hot rows and their optimizer": ("hot_rows", "hot_states"),
-    "router": ("router_weights", "router_gradients", "router_moments"),
-    "trained on the device": ("trainable_weights", "optimizer_moments", "gradients"),
-    "kept for backward": (
-        "norms",
-        "attention",
-        "ffn",
-        "adapter",
-        "routing",
-        "layer_inputs",
-        "rotary_tables",
-        "attention_mask",
-        "kv_cache",
-        "final_norm",
-    ),
-    "logits and loss": ("loss_chain", "logits", "logit_softcap"),
-    "temporaries": ("forward_temporaries", "backward_temporaries", "optimizer_temporary", "block_remainders"),
-    "inputs and workspaces": ("inputs", "cublas_workspaces"),
-}
-"""Categories of the ledger as a person reads them; what is in none of them goes under "other"."""
-OTHER = "other"
+LEVERS_SHOWN = 4
+PARTS_SHOWN = 3
+"""Of what takes memory, the largest."""
 _WANTED: dict[Objective, str] = {
-    "capacity": "most adaptation capacity",
-    "speed": "fastest step",
-    "traffic": "most adaptation capacity with least traffic",
+    "capacity": "the widest adapter",
+    "speed": "the fastest step",
+    "traffic": "the widest adapter, moved with the fewest bytes,",
 }
-_PHASE_TITLES: dict[Phase, str] = {
-    "resident": "resident",
-    "forward": "forward",
-    "loss": "loss",
-    "backward": "backward",
-    "optimizer_step": "optimizer",
+_LIMITS = {"device memory": "GPU memory", "host memory": "CPU memory", "slowdown": "--max-slowdown"}
+_SHORT = {
+    "frozen model": "model",
+    "active rows and their gradients": "adapter rows",
+    "kept for backward": "activations",
+}
+_HOST_PARTS = {
+    "moments": ("adapter_moments",),
+    "weights": ("adapter_weights", "adapter_bf16_copy"),
+    "gradients": ("adapter_gradients",),
 }
 
 
-def show(view: RenderableType) -> None:
-    """Print on standard output: in the terminal's colours and width, or plain without trailing spaces."""
-    piped = not sys.stdout.isatty()
-    console = Console(highlight=False, width=PIPED_WIDTH if piped and "COLUMNS" not in os.environ else None)
-    if not piped:
-        console.print(view)
-        return
-    with console.capture() as captured:
-        console.print(view)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
-
-
-def grouped_bytes(entries: Iterable[MemoryEntry]) -> dict[str, dict[Phase, int]]:
-    """Bytes by group and phase of the step; what is resident counts in every phase."""
-    group_of = {category: group for group, categories in GROUPS.items() for category in categories}
-    sizes = {group: dict.fromkeys(STEP_PHASES, 0) for group in (*GROUPS, OTHER)}
-    for entry in entries:
-        by_phase = sizes[group_of.get(entry.category, OTHER)]
-        for phase in STEP_PHASES if entry.phase == "resident" else (entry.phase,):
-            by_phase[phase] += entry.num_bytes
-    return {group: by_phase for group, by_phase in sizes.items() if any(by_phase.values())}
-
-
-def section(title: str, body: RenderableType) -> RenderableType:
-    """A heading in bold and what is under it, indented."""
-    return Group(Text(title, style="bold"), Padding(body, (0, 0, 0, 2)))
-
-
-def grid(
-    headers: Sequence[str],
-    rows: Iterable[Sequence[str]],
+def plan_view(
+    plan: Plan,
     *,
-    right: Iterable[int] = (),
-    wrapping: int | None = None,
-    gap: int = 2,
-) -> Table:
-    """A table without lines; ``right`` are columns of numbers, ``wrapping`` the one to wrap (else the last)."""
-    table = Table(box=None, show_header=any(headers), header_style="dim", pad_edge=False, padding=(0, gap, 0, 0))
-    numbers, wraps = set(right), len(headers) - 1 if wrapping is None else wrapping
-    for index, header in enumerate(headers):
-        table.add_column(
-            Text(header), justify="right" if index in numbers else "left", no_wrap=index != wraps, overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+    path: str,
+    notes: Sequence[str],
+    verbose: bool,
+    levers: Sequence[Lever] = (),
+    tokens: int | None = None,
+) -> RenderableType:
+    """The verdict, the decision, what it needs, and what would make it need less; ``verbose`` adds all the rest.
 
-
-def lines(texts: Iterable[str]) -> RenderableType:
-    """Plain lines, wrapped with a hanging indent."""
-    return grid(("",), ((text,) for text in texts))
-
-
-def percent(fraction: float) -> str:
-    """``0.239`` as ``23.9 %``."""
-    return f"{fraction:.1%}".replace("%", " %")
-
-
-def count(number: float) -> str:
-    """``1610612736`` as ``1.61 B``."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.2f} {name}"
-    return f"{number:.0f}"
-
-
-# --- a plan ---------------------------------------------------------------------------------------------------------
-
-
-def plan_view(plan: Plan, *, path: Path, notes: Sequence[str], verbose: bool) -> RenderableType:
-    """The whole plan on about one screen; ``verbose`` adds every entry and number with its source."""
-    parts = [
-        _headline(plan),
+    ``tokens`` are those of a data set, whose hours are told.
+    """
+    parts: list[RenderableType] = [
+        *_verdict(plan, tokens),
         section(_decision_title(plan), _decision(plan)),
-        section(_device_title(plan), _device(plan)),
-        *([] if plan.verification is None else [section("Verified", _verification(plan, plan.verification))]),
-        section(_host_title(plan), _host(plan)),
-        section("Transfer per step", _transfer(plan)),
-        section(_time_title(plan), _lanes(plan)),
+        section("Needs, at most", _needs(plan)),
     ]
-    if plan.search.pareto:
-        parts.append(section("Trade-offs: this plan (*) and others that nothing beats", _pareto(plan)))
-    parts.append(section("What this rests on", lines([*_basis_lines(plan), *notes])))
+    if levers:
+        parts.append(_levers(levers[: None if verbose else LEVERS_SHOWN]))
+    parts.append(lines([_rests_on(plan, notes)]))
     if verbose:
-        parts += [section("Device ledger", ledger(plan.prediction.device_memory.entries)), *_verbose(plan)]
-    parts.append(section("Next", lines([next_command(plan, path)])))
+        parts += detail_sections(plan)
+    parts.append(Command(next_command(plan, path), title="Next:"))
     return Group(*parts)
 
 
-def next_command(plan: Plan, path: Path) -> str:
-    """What to type now."""
-    words = ["meft-run", str(path), "--model", plan.request.model_path or "DIR", "--data", "FILE.jsonl"]
+def next_command(plan: Plan, path: str) -> list[str]:
+    """What to type now, in words."""
+    words = ["meft-run", path, "--model", plan.request.model_path or "DIR", "--data", "FILE.jsonl"]
     if plan.request.gpu == "emulated":
         words += ["--device", "emulated"]
-    return shlex.join(words)
+    return words
 
 
-def limits_used(plan: Plan) -> list[tuple[str, float]]:
-    """The share of each limit that the plan uses, the tightest first."""
+# --- the verdict ----------------------------------------------------------------------------------------------------
+
+
+def _verdict(plan: Plan, tokens: int | None) -> list[RenderableType]:
     request, prediction = plan.request, plan.prediction
-    memory = prediction.device_memory
-    used = [
-        ("device memory", reserved_at_most(plan) / max(memory.allocator_budget_bytes, 1)),
-        ("host memory", prediction.host_memory.total_bytes / request.host_mem_bytes),
-        ("slowdown", prediction.timing.slowdown / request.max_slowdown),
+    memory, timing = prediction.device_memory, prediction.timing
+    spare = memory.allocator_budget_bytes - reserved_at_most(prediction)
+    fits = f"{request.model.name} fits in {format_bytes(request.gpu_mem_bytes)} of GPU memory"
+    trained, frozen = count(prediction.trainable_parameters), count(request.model.num_parameters)
+    speed = f"{timing.tokens_per_second:,.0f} tokens/s"
+    if tokens is not None:
+        speed += f", {_hours(tokens, timing.tokens_per_second)}"
+    step = f"a step of {request.batch_size} x {request.seq_len:,} takes {format_seconds(timing.step_seconds)}"
+    return [
+        Paragraph(f"{fits}, with {format_bytes(spare)} to spare.", style="bold"),
+        lines(
+            [
+                f"Trains {trained} weights beside its {frozen} frozen ones: {percent(prediction.trainable_fraction)}.",
+                f"Speed: {speed}; {step}, {timing.slowdown:.2f} x as long as with all on the GPU.",
+                *_verified(plan),
+            ]
+        ),
     ]
-    return sorted(used, key=lambda item: -item[1])
 
 
-def reserved_at_most(plan: Plan) -> int:
-    """Reserved with every layer's active rows at the cap, which is what the search keeps within the budget."""
-    memory = plan.prediction.device_memory
-    return memory.peak_reserved_bytes_at_cap or memory.peak_reserved_bytes
+def _hours(tokens: int, tokens_per_second: float) -> str:
+    if not tokens_per_second:
+        return f"{_compact(tokens)} tokens never end"
+    return f"{_compact(tokens)} tokens in {format_seconds(tokens / tokens_per_second)}"
 
 
-def _headline(plan: Plan) -> RenderableType:
-    request = plan.request
-    weights = request.weights_dtype + (" (double-quantized)" if request.double_quant else "")
-    return lines(
-        [
-            f"Plan for {request.model.name}: batch {request.batch_size} x {request.seq_len} tokens, "
-            f"grad_accum {request.grad_accum}, {weights} weights, {request.adapter_dtype} adapter, {request.attention}",
-            f"Budget: {format_bytes(request.gpu_mem_bytes)} GPU memory, {format_bytes(request.host_mem_bytes)} "
-            f"host memory ({request.host_mem_basis})",
-        ]
-    )
+def _compact(tokens: int) -> str:
+    """``10,000,000`` as ``10 M``; what is not round stays whole."""
+    for unit, name in ((10**9, "B"), (10**6, "M")):
+        if tokens >= unit and tokens % (unit // 1000) == 0:
+            return f"{tokens / unit:g} {name}"
+    return f"{tokens:,}"
+
+
+def _verified(plan: Plan) -> list[str]:
+    traced = plan.verification
+    if traced is None:
+        return []
+    predicted, found = reserved_at_most(plan.prediction), traced.peak_reserved_bytes_at_cap
+    text = f"Verified: the model's own code, traced, takes {format_bytes(found)}; {format_bytes(predicted)} predicted"
+    if traced.cache_flushes_at_cap:
+        text += f"; it fits only by giving back its cache {traced.cache_flushes_at_cap} times"
+    return [f"{text}."]
+
+
+# --- the decision ---------------------------------------------------------------------------------------------------
 
 
 def _decision_title(plan: Plan) -> str:
-    search, objective = plan.search, plan.request.objective
-    return f"Decision: {_WANTED[objective]} of {search.feasible:,} that fit, {search.candidates:,} weighed"
+    search = plan.search
+    return f"Decision: {_WANTED[plan.request.objective]} of {search.feasible:,} choices that fit"
 
 
 def _decision(plan: Plan) -> RenderableType:
-    decision = plan.decision
+    request, decision = plan.request, plan.decision
     rows = [
-        ("adapter width", f"{decision.adapter_width:,}", _why_width(plan)),
-        ("top K", f"{decision.top_k:,}", _given(plan.request.top_k, "rows that each token chooses")),
-        ("active rows cap", f"{decision.active_rows_cap:,}", _why_cap(plan)),
-        ("prefetch depth", str(decision.prefetch_depth), _why_prefetch(plan)),
-        ("routing", decision.routing, _given(plan.request.routing, _why_routing(plan))),
-        ("rows in backward", decision.rows_in_backward, _given(plan.request.rows_in_backward, _why_backward(plan))),
-        ("rows cached", f"{decision.cached_rows:,}", _why_cached(plan)),
-        ("hot rows", f"{decision.hot_rows:,}", _given(plan.request.hot_rows, _why_hot(plan))),
-        *_copy(plan),
-        ("checkpointing", "on" if decision.activation_checkpointing else "off", _why_checkpointing(plan)),
+        ("adapter width", f"{decision.adapter_width:,}", _said(request.adapter_width, _about_width(plan))),
+        ("top K", f"{decision.top_k:,}", _said(request.top_k, _about_top_k(plan))),
+        ("routing", decision.routing, _said(request.routing, _about_routing(plan))),
+        ("prefetch depth", f"{decision.prefetch_depth}", _said(request.prefetch_depth, _about_prefetch(plan))),
+        *_kept_on_device(plan),
+        (
+            "checkpointing",
+            "on" if decision.activation_checkpointing else "off",
+            _said(request.activation_checkpointing, _about_checkpointing(plan)),
+        ),
     ]
     return grid(("", "", ""), rows, right=(1,))
 
 
-def _given(asked: object, why: str) -> str:
-    return why if asked is None else f"{why} (as asked)"
+def _said(asked: object, about: str) -> str:
+    return about if asked is None else f"{about} (as asked)"
 
 
-def _why_width(plan: Plan) -> str:
-    prediction = plan.prediction
-    size = f"{count(prediction.trainable_parameters)} trainable, {percent(prediction.trainable_fraction)} of the model"
+def _about_width(plan: Plan) -> str:
+    about = "learning rows a layer, in CPU memory"
     if plan.request.adapter_width is not None:
-        return f"{size} (as asked)"
+        return about
     name, used = limits_used(plan)[0]
-    return f"{size}; {name} is {percent(used)} used"
+    return f"{about}; {_LIMITS[name]} {percent(used)} used"
 
 
-def _why_cap(plan: Plan) -> str:
-    sparsity = plan.prediction.sparsity
-    rows, most = sparsity.active_rows_per_layer, max(sparsity.active_rows_per_layer)
-    spare = plan.decision.active_rows_cap / most - 1 if most else 0.0
-    why = f"{most:,} expected{' in the busiest layer' if min(rows) != most else ''}, {percent(spare)} room above"
-    if sparsity.quantile is not None and sparsity.quantile_rows_per_layer:
-        why += f"; {percent(sparsity.quantile)} of batches need at most {max(sparsity.quantile_rows_per_layer):,}"
-    return why
+def _about_top_k(plan: Plan) -> str:
+    most = max(plan.prediction.sparsity.active_rows_per_layer)
+    return f"rows that each token uses; a batch some {most:,} a layer, {plan.decision.active_rows_cap:,} at most"
 
 
-def _why_prefetch(plan: Plan) -> str:
-    depth, recall = plan.decision.prefetch_depth, plan.prediction.sparsity.prefetch_recall
-    if depth == 0:
-        why = "rows are chosen exactly, and waited for"
-    else:
-        why = f"fetched {depth} layer{'s' * (depth > 1)} ahead; finds {percent(recall)} of the exact choice"
-    return _given(plan.request.prefetch_depth, why)
-
-
-def _why_routing(plan: Plan) -> str:
+def _about_routing(plan: Plan) -> str:
     decision = plan.decision
     if decision.routing == "exact":
-        return "every row is scored for every token"
+        return "every token looks through all rows"
     share = decision.num_probes / decision.num_experts
-    rows = decision.adapter_width // decision.num_experts
     return (
-        f"{decision.num_experts} experts of {rows} rows, {decision.num_probes} probed: {percent(share)} of rows scored"
+        f"{decision.num_experts} groups of rows, a token looks through its best {decision.num_probes} "
+        f"({percent(share)} of rows)"
     )
 
 
-def _why_backward(plan: Plan) -> str:
-    if plan.decision.rows_in_backward == "retained":
-        return "kept until backward, so they travel once"
-    return "fetched again, so the device holds few layers' rows at a time"
+def _about_prefetch(plan: Plan) -> str:
+    depth, recall = plan.decision.prefetch_depth, plan.prediction.sparsity.prefetch_recall
+    if not depth:
+        return "layers ahead; 0: rows are chosen exactly, and waited for"
+    return f"layers ahead that rows are fetched, which finds {percent(recall)} of the exact choice"
 
 
-def _why_cached(plan: Plan) -> str:
-    if not plan.decision.cached_rows:
-        return "every active row travels in every step"
-    sparsity = plan.prediction.sparsity
-    share = sum(sparsity.missing_rows_per_layer) / max(1, sum(sparsity.active_rows_per_layer))
-    gradients = ", their gradients once per window" if plan.decision.gradients_on_device else ""
-    return f"per layer, through a window of {plan.request.grad_accum}: {percent(share)} of rows travel{gradients}"
+def _kept_on_device(plan: Plan) -> list[tuple[str, str, str]]:
+    """Rows that live on the GPU, where some do or were asked about."""
+    request, decision, sparsity = plan.request, plan.decision, plan.prediction.sparsity
+    active = max(1, sum(sparsity.active_rows_per_layer))
+    rows = []
+    if decision.hot_rows or request.hot_rows is not None:
+        known = any(number.name.startswith("sparsity.popularity") for number in plan.inputs.numbers)
+        share = percent(sum(sparsity.hot_rows_per_layer) / active)
+        about = f"the most used live on the GPU: {'' if known else 'at least '}{share} of a batch's"
+        rows.append(("hot rows", f"{decision.hot_rows:,}", _said(request.hot_rows, about)))
+    return rows
 
 
-def _why_hot(plan: Plan) -> str:
-    sparsity, decision = plan.prediction.sparsity, plan.decision
-    known = any(number.name.startswith("sparsity.popularity") for number in plan.inputs.numbers)
-    unknown = "" if known else f"; {plan.request.sparsity} does not say how popular rows are"
-    if not decision.hot_rows:
-        return f"no row lives on the device{unknown}"
-    share = sum(sparsity.hot_rows_per_layer) / max(1, sum(sparsity.active_rows_per_layer))
-    some = percent(share) if known else f"at least {percent(share)}"
-    return f"live on the device, chosen after {decision.hot_after_steps} steps: {some} of active rows{unknown}"
+def _about_checkpointing(plan: Plan) -> str:
+    if plan.decision.activation_checkpointing:
+        return "saves memory: layers are computed again in backward"
+    return "layers keep what backward needs, nothing is computed twice"
 
 
-def _copy(plan: Plan) -> list[tuple[str, str, str]]:
-    """Only a bf16 adapter may have one."""
-    if plan.request.adapter_dtype != "bf16":
-        return []
-    sizes = {entry.category: entry.num_bytes for entry in plan.prediction.host_memory.entries}
-    why = "rows are gathered from fp32, rounded on the way"
-    if plan.decision.bf16_copy:
-        why = f"rows are gathered from it in half the time; {format_bytes(sizes['adapter_bf16_copy'])} of host memory"
-    return [("bf16 copy", "on" if plan.decision.bf16_copy else "off", _given(plan.request.bf16_copy, why))]
+# --- what it needs --------------------------------------------------------------------------------------------------
 
 
-def _why_checkpointing(plan: Plan) -> str:
-    why = "layers are recomputed in backward" if plan.decision.activation_checkpointing else "no recomputation needed"
-    return _given(plan.request.activation_checkpointing, why)
-
-
-def _device_title(plan: Plan) -> str:
-    memory = plan.prediction.device_memory
-    context = f"{format_bytes(memory.context_bytes.low_bytes)} - {format_bytes(memory.context_bytes.high_bytes)}"
-    budget = format_bytes(memory.allocator_budget_bytes)
-    title = f"Device memory: at most {format_bytes(reserved_at_most(plan))} reserved of {budget}"
-    return title + (f" (CUDA context: {context})" if memory.context_bytes.high_bytes else "")
-
-
-def _device(plan: Plan) -> RenderableType:
-    memory = plan.prediction.device_memory
-    sizes = grouped_bytes(memory.entries)
-    unit, name = _unit(memory.peak_allocated_bytes)
-    table = [(group, *(_cell(by_phase[phase], unit) for phase in STEP_PHASES)) for group, by_phase in sizes.items()]
-    totals = {phase: sum(by_phase[phase] for by_phase in sizes.values()) for phase in STEP_PHASES}
-    table.append(("allocated", *(f"{totals[phase] / unit:,.2f}" for phase in STEP_PHASES)))
-    headers = (name, *(_PHASE_TITLES[phase] + ("*" * (phase == memory.peak_phase)) for phase in STEP_PHASES))
-    after = (
-        f"* expected peak: {format_bytes(memory.peak_allocated_bytes)} allocated, "
-        f"{format_bytes(memory.peak_reserved_bytes)} reserved ({memory.reserved_basis}), process "
-        f"{format_bytes(memory.process_bytes.low_bytes)} - {format_bytes(memory.process_bytes.high_bytes)}"
-    )
-    return Group(grid(headers, table, right=range(1, len(headers))), Text(after))
-
-
-def _verification(plan: Plan, traced: Verification) -> RenderableType:
-    memory = plan.prediction.device_memory
-    pairs = (
-        ("allocated, expected rows", memory.peak_allocated_bytes, traced.peak_allocated_bytes),
-        ("reserved, expected rows", memory.peak_reserved_bytes, traced.peak_reserved_bytes),
-        ("allocated, rows at the cap", memory.peak_allocated_bytes_at_cap, traced.peak_allocated_bytes_at_cap),
-        ("reserved, rows at the cap", memory.peak_reserved_bytes_at_cap, traced.peak_reserved_bytes_at_cap),
-    )
-    rows = [
-        (name, format_bytes(predicted), format_bytes(found), f"{found / predicted:.3f}")
-        for name, predicted, found in pairs
-        if predicted is not None
-    ]
-    after = "two steps of the model's own code, replayed through the allocator"
-    if traced.cache_flushes_at_cap:
-        after += f"; it stays within the budget only by giving back its cache {traced.cache_flushes_at_cap} times"
-    return Group(grid(("peak", "predicted", "traced", "ratio"), rows, right=(1, 2, 3)), Text(after))
-
-
-def _unit(largest_bytes: int) -> tuple[int, str]:
-    return (GIB, "GiB") if largest_bytes >= GIB else (MIB, "MiB")
-
-
-def _cell(num_bytes: int, unit: int) -> str:
-    return f"{num_bytes / unit:,.2f}" if num_bytes else "-"
-
-
-def _host_title(plan: Plan) -> str:
-    request = plan.request
-    total = format_bytes(plan.prediction.host_memory.total_bytes)
-    return f"Host memory: {total} of {format_bytes(request.host_mem_bytes)} ({request.host_mem_basis})"
-
-
-def _host(plan: Plan) -> RenderableType:
-    total = plan.prediction.host_memory.total_bytes
-    entries = sorted(plan.prediction.host_memory.entries, key=lambda entry: -entry.num_bytes)
-    large = [entry for entry in entries if entry.num_bytes >= total / 100]
-    rest = total - sum(entry.num_bytes for entry in large)
-    names = [entry.category.removeprefix("adapter_").replace("_", " ") for entry in large]
-    texts = [f"{name} {format_bytes(entry.num_bytes)}" for name, entry in zip(names, large, strict=True)]
-    return lines([", ".join([*texts, *([f"staging and counts {format_bytes(rest)}"] if rest else [])])])
-
-
-def _transfer(plan: Plan) -> RenderableType:
-    transfer = plan.prediction.transfer
-    rows = [
-        (
-            entry.category.replace("_", " "),
-            format_bytes(entry.num_bytes) if entry.direction == "h2d" else "",
-            format_bytes(entry.num_bytes) if entry.direction == "d2h" else "",
-        )
-        for entry in sorted(transfer.entries, key=lambda entry: -entry.num_bytes)
-        if entry.per == "step" and entry.num_bytes >= MIB
-    ]
-    total = ("total", format_bytes(transfer.h2d_bytes_per_step), format_bytes(transfer.d2h_bytes_per_step))
-    once = transfer.h2d_bytes_per_optimizer_step + transfer.d2h_bytes_per_optimizer_step
-    after = []
-    if once >= MIB:
-        total_bytes = transfer.window_bytes(plan.request.grad_accum) / plan.request.grad_accum
-        after.append(
-            f"and once in {plan.request.grad_accum} steps {format_bytes(once)} of sums: "
-            f"{format_bytes(round(total_bytes))} per step in all"
-        )
-    offload = f"moving the whole adapter both ways would cost {transfer.whole_adapter_offload_ratio:.2f} times as much"
-    return Group(grid(("", "to device", "to host"), [*rows, total], right=(1, 2)), lines([*after, offload]))
-
-
-def _time_title(plan: Plan) -> str:
-    timing = plan.prediction.timing
-    return (
-        f"Time per step: {format_seconds(timing.step_seconds)} ({timing.tokens_per_second:,.0f} tokens/s), "
-        f"{timing.slowdown:.2f} x the {format_seconds(timing.baseline_step_seconds)} if all were on the GPU "
-        f"(limit {plan.request.max_slowdown:.2f})"
-    )
-
-
-def _lanes(plan: Plan) -> RenderableType:
-    timing = plan.prediction.timing
-    busy = [
-        f"{lane} {format_seconds(timing.busy_seconds[lane])} "
-        f"({percent(timing.busy_seconds[lane] / timing.step_seconds if timing.step_seconds else 0.0)})"
-        for lane in LANES
-        if lane in timing.busy_seconds
-    ]
-    return lines([f"busy: {', '.join(busy)}"])
-
-
-def _pareto(plan: Plan) -> RenderableType:
-    others = [point for point in plan.search.pareto if point.decision != plan.decision]
-    rows = [
-        (
-            f"{point.decision.adapter_width:,}" + ("*" * (point.decision == plan.decision)),
-            str(point.decision.top_k),
-            str(point.decision.prefetch_depth),
-            f"{point.decision.num_experts} experts" if point.decision.routing == "key-experts" else "exact",
-            point.decision.rows_in_backward,
-            "on" if point.decision.activation_checkpointing else "off",
-            count(point.trainable_parameters)
-            if point.moved_bytes_per_step is None
-            else format_bytes(point.moved_bytes_per_step),
-            format_seconds(point.step_seconds),
-            format_bytes(point.peak_reserved_bytes),
-            format_bytes(point.host_bytes),
-        )
-        for point in (_chosen(plan), *_spread(others, PARETO_ROWS - 1))
-    ]
-    wanted = "traffic" if plan.request.objective == "traffic" else "trainable"
-    headers = ("width", "K", "ahead", "routing", "backward", "ckpt", wanted, "step", "device", "host")
-    return grid(headers, rows, right=(0, 1, 2, 6, 7, 8, 9))
-
-
-def _chosen(plan: Plan) -> ParetoPoint:
-    prediction, accum = plan.prediction, plan.request.grad_accum
-    moved = prediction.transfer.window_bytes(accum) / accum if plan.request.objective == "traffic" else None
-    return ParetoPoint(
-        decision=plan.decision,
-        moved_bytes_per_step=None if moved is None else round(moved),
-        trainable_parameters=prediction.trainable_parameters,
-        step_seconds=prediction.timing.step_seconds,
-        peak_reserved_bytes=reserved_at_most(plan),
-        host_bytes=prediction.host_memory.total_bytes,
-    )
-
-
-def _spread(points: Sequence[ParetoPoint], how_many: int) -> list[ParetoPoint]:
-    """Points from the widest adapter to the fastest step, evenly picked with both ends."""
-    ordered = sorted(points, key=lambda point: (-point.trainable_parameters, point.step_seconds))
-    if len(ordered) <= how_many:
-        return ordered
-    return [ordered[round(index * (len(ordered) - 1) / (how_many - 1))] for index in range(how_many)]
-
-
-def _basis_lines(plan: Plan) -> list[str]:
+def _needs(plan: Plan) -> RenderableType:
     request, prediction = plan.request, plan.prediction
-    found = Counter(number.basis for number in plan.inputs.numbers)
-    bases = ", ".join(f"{found[basis]} {basis}" for basis in ("counted", "measured", "assumed") if found[basis])
-    return [
-        f"rates: {request.gpu}, {request.link}, {request.host}; {bases} numbers",
-        f"memory, traffic: counted; reserved: {prediction.device_memory.reserved_basis}; active rows: "
-        f"{prediction.sparsity.basis} ({request.sparsity}); --verbose: sources",
-    ]
-
-
-def ledger(entries: Iterable[MemoryEntry]) -> RenderableType:
-    """Every entry with its reason."""
+    memory, on_host = prediction.device_memory, prediction.host_memory.total_bytes
+    on_device = reserved_at_most(prediction) + memory.context_bytes.high_bytes
+    device_parts = _parts(_device_parts(plan), _context(plan), total=on_device)
+    host_parts = _parts(_host_parts(plan), total=on_host)
+    written = disk(request, plan.decision)
+    moved = round(prediction.transfer.window_bytes(request.grad_accum) / request.grad_accum)
+    ratio = prediction.transfer.whole_adapter_offload_ratio
+    host_budget = f"{format_bytes(request.host_mem_bytes)} ({request.host_mem_basis})"
+    checkpoint = f"a checkpoint, twice as one replaces another; the adapter alone {format_bytes(written.adapter_bytes)}"
     rows = [
-        (entry.phase, entry.category, format_bytes(entry.num_bytes), entry.basis, entry.because) for entry in entries
+        ("GPU memory", on_device, f"of {format_bytes(request.gpu_mem_bytes)}: {device_parts}"),
+        ("CPU memory", on_host, f"of {host_budget}: {host_parts}"),
+        ("disk", written.checkpoint_bytes, checkpoint),
+        ("transfers", moved, f"a step; the whole adapter both ways would be {ratio:.2f} times as much"),
     ]
-    return grid(("phase", "category", "bytes", "basis", "because"), rows, right=(2,))
+    return grid(("", "", ""), [(name, format_bytes(size), about) for name, size, about in rows], right=(1,))
 
 
-def _verbose(plan: Plan) -> list[RenderableType]:
-    numbers = [(n.name, f"{n.value:.6g}", n.basis, n.source) for n in plan.inputs.numbers]
-    profiles = [(used.kind, used.name, used.digest[:12]) for used in plan.inputs.profiles]
-    return [
-        section("Host ledger", ledger(plan.prediction.host_memory.entries)),
-        section("Profiles", grid(("kind", "name", "digest"), profiles)),
-        section("Numbers", grid(("name", "value", "basis", "source"), numbers, right=(1,))),
+def _device_parts(plan: Plan) -> dict[str, int]:
+    """At the expected peak, by group."""
+    memory = plan.prediction.device_memory
+    groups = grouped_bytes(memory.entries)
+    return {_SHORT.get(group, group): by_phase[memory.peak_phase] for group, by_phase in groups.items()}
+
+
+def _host_parts(plan: Plan) -> dict[str, int]:
+    sizes = {entry.category: entry.num_bytes for entry in plan.prediction.host_memory.entries}
+    return {name: sum(sizes.get(each, 0) for each in categories) for name, categories in _HOST_PARTS.items()}
+
+
+def _context(plan: Plan) -> tuple[str, int]:
+    return "CUDA", plan.prediction.device_memory.context_bytes.high_bytes
+
+
+def _parts(sizes: dict[str, int], *more: tuple[str, int], total: int) -> str:
+    """The largest, and some more, in the unit of their total, which is said where it is not GiB."""
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:PARTS_SHOWN]
+    unit, decimals, name = (GIB, 2, "") if total >= GIB else (MIB, 1, " MiB")
+    told = [(part, f"{num_bytes / unit:,.{decimals}f}") for part, num_bytes in (*largest, *more)]
+    shown = ", ".join(f"{part} {number}" for part, number in told if float(number.replace(",", "")))
+    return f"{shown}{name}" if shown else f"all below 0.1{name}"
+
+
+# --- levers ---------------------------------------------------------------------------------------------------------
+
+
+def _levers(levers: Sequence[Lever]) -> Columns:
+    rows = [
+        (
+            f"  {lever.change}{'' if lever.fits else ' (does not fit)'}",
+            _change(lever.device_bytes),
+            _change(lever.host_bytes),
+            _speed(lever.tokens_per_second_ratio),
+            percent(lever.trainable_fraction),
+            lever.option,
+        )
+        for lever in levers
     ]
+    headers = ("One change alone", "GPU memory", "CPU memory", "tokens/s", "trains", "give")
+    return grid(headers, rows, right=(1, 2, 3, 4), optional=(4, 5))
+
+
+def _change(num_bytes: int) -> str:
+    if abs(num_bytes) < MIB:
+        return "same"
+    return f"{'+' if num_bytes > 0 else ''}{format_bytes(num_bytes)}"
+
+
+def _speed(ratio: float) -> str:
+    return "same" if abs(ratio - 1) < 0.0005 else f"{ratio - 1:+.1%}".replace("%", " %")
+
+
+# --- what it rests on -----------------------------------------------------------------------------------------------
+
+
+def _rests_on(plan: Plan, notes: Sequence[str]) -> str:
+    request, numbers = plan.request, plan.inputs.numbers
+    assumed = sum(number.basis == "assumed" for number in numbers)
+    profiles = ", ".join(dict.fromkeys([request.gpu, request.link, request.host, request.sparsity]))
+    return "; ".join([f"Rests on {profiles} ({assumed} of {len(numbers)} numbers assumed)", *notes])

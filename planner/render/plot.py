@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
-from meft.planner.records.plan import LANES, Lane, Plan
-from meft.planner.render.plan import count, grouped_bytes
+from meft.planner.records.plan import LANES, Lane, ParetoPoint, Plan
+from meft.planner.render.details import grouped_bytes
+from meft.planner.render.tables import count
 from meft.planner.terms.ledger import STEP_PHASES
 from meft.planner.timing.chrome import Event
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:  # matplotlib is loaded only when there is something to draw
     from matplotlib.axes import Axes
 
 FORMATS = (".png", ".svg", ".pdf")
+LABEL_ROOM = 0.12
+"""Share of an axis that a label of a point takes."""
 _COLORS = ("#4c6a92", "#d98032", "#7a5195", "#59a14f", "#9c9c9c", "#c44e52", "#e3c35d", "#bdbdbd")
 _LANE_COLORS: dict[Lane, str] = {"gpu": "#4c6a92", "h2d": "#d98032", "d2h": "#59a14f", "cpu": "#7a5195"}
 _LANE_TITLES: dict[Lane, str] = {"gpu": "GPU", "h2d": "host to device", "d2h": "device to host", "cpu": "CPU"}
@@ -73,28 +76,56 @@ def _draw_memory(axes: Axes, plan: Plan) -> None:
 
 
 def _draw_pareto(axes: Axes, plan: Plan) -> None:
-    """Capacity against step time of what no other choice beats, with the chosen one marked."""
+    """Capacity against step time of what no other choice beats, width and K of each, with the chosen one marked."""
     points = plan.search.pareto
     milliseconds = [point.step_seconds * 1e3 for point in points]
     parameters = [point.trainable_parameters / 1e6 for point in points]
     device = [point.peak_reserved_bytes / GIB for point in points]
     if points:
-        drawn = axes.scatter(milliseconds, parameters, c=device, cmap="viridis", s=26, label="Pareto front")
+        drawn = axes.scatter(milliseconds, parameters, c=device, cmap="viridis", s=32, label="what nothing else beats")
         axes.figure.colorbar(drawn, ax=axes, label="device memory, GiB reserved")
     prediction = plan.prediction
     step, trainable = prediction.timing.step_seconds * 1e3, prediction.trainable_parameters / 1e6
     axes.scatter(
         [step], [trainable], marker="*", s=230, color="#c44e52", edgecolor="white", label="this plan", zorder=3
     )
+    for point in labelled_points(points):
+        place = point.step_seconds * 1e3, point.trainable_parameters / 1e6
+        text = f"R {point.decision.adapter_width:,}\nK {point.decision.top_k}"
+        axes.annotate(text, place, xytext=(0, -9), textcoords="offset points", ha="center", va="top", fontsize=8)
     axes.set(
         title=f"Trade-offs: {count(prediction.trainable_parameters)} trainable "
         f"({prediction.trainable_fraction:.1%}), {format_bytes(prediction.host_memory.total_bytes)} host memory",
         xlabel="step, ms",
         ylabel="trainable parameters, millions",
     )
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="best", fontsize=8)
+    axes.margins(x=0.12, y=0.1)
+    axes.set_ylim(bottom=-0.12 * max([trainable, *parameters]))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8, frameon=False)
     _quiet(axes)
+
+
+def labelled_points(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
+    """Those that get a label: of points with the same width and K the fastest, of points in nearly one place one."""
+    if not points:
+        return []
+    slowest, largest = max(point.step_seconds for point in points), max(point.trainable_parameters for point in points)
+    quickest = min(point.step_seconds for point in points)
+    chosen: list[ParetoPoint] = []
+    for point in sorted(points, key=lambda point: (-point.trainable_parameters / largest // 0.05, point.step_seconds)):
+        crowded = any(
+            abs(point.step_seconds - other.step_seconds) < LABEL_ROOM * (slowest - quickest)
+            and abs(point.trainable_parameters - other.trainable_parameters) < LABEL_ROOM * largest
+            for other in chosen
+        )
+        same = any(_choice(point) == _choice(other) for other in chosen)
+        if not crowded and not same:
+            chosen.append(point)
+    return chosen
+
+
+def _choice(point: ParetoPoint) -> tuple[int, int]:
+    return point.decision.adapter_width, point.decision.top_k
 
 
 def _draw_lanes(axes: Axes, plan: Plan, events: Sequence[Event]) -> None:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.base.errors import Binding, Infeasible
 from meft.planner.base.quantities import Floats
 from meft.planner.base.units import GIB, MIB, format_bytes, format_size_argument
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.profiles import GpuProfile
-
-Binding = Literal["device memory", "host memory", "slowdown", "trainable share"]
 
 SHORTEST_SEQUENCE = 16
 MORE_STEPS = 4
@@ -57,19 +56,6 @@ _FREED = (
     "adapter_width",
 )
 """Choices that the request may have fixed, from the one that costs a user least to give up."""
-
-
-@dataclass(frozen=True)
-class Infeasible:
-    """The verdict that nothing fits. ``needed`` and ``limit`` are bytes, or plain ratios for slowdown and share."""
-
-    binding: Binding
-    needed: float
-    limit: float
-    message: str
-    """What binds and by how much: one line."""
-    suggestion: dict[str, str] = field(default_factory=dict)
-    """Options of ``meft-plan`` to change or add so that a plan exists, empty if none was found; a flag has no value."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+PARETO_POINTS = 12
+"""That a plan shows."""
+PARETO_NEAR = 6
+"""Of them at the winner and around it; the others spread over the rest of the front."""
+
 
 def pareto_front(
     most: NDArray[np.int64], least: NDArray[np.float64], also_least: NDArray[np.int64]

@@ -11,13 +11,14 @@ looks for the same width and K, then the fewest bytes over the link per row so c
 shortest step. Ties go on through the rest, so the order is total: the same request and profiles give the same plan.
 
 Where the request leaves it open whether the host keeps a bf16 copy of the rows, each decision has one if it fits the
-host and makes the step faster by :data:`~meft.planner.search.grid_timing.COPY_PAYS`. That is no further candidate: the
-one without it is slower for all objectives, and only host memory tells them apart.
+host and makes the step faster by :data:`~meft.planner.search.grid_timing.COPY_PAYS`. That is no further
+candidate: the one without it is slower for all objectives, and only host memory tells them apart.
 
-The decisions are weighed all at once, as a grid of arrays (:mod:`meft.planner.search.weighing`), by what they allocate;
-the preferred ones are replayed until one fits (:mod:`meft.planner.search.fitting`). The winner is
-predicted again by the functions of a single decision, and that is what the plan reports. Device memory that it leaves
-over goes to hot rows, where the sparsity profile knows how much they carry and a step is the shorter for them.
+The decisions are weighed all at once, as a grid of arrays, by what they allocate;
+:mod:`meft.planner.search.weighing` is the way to read, :mod:`meft.planner.search.sifting` the quick one that comes to
+the same. The preferred ones are replayed until one fits (:mod:`meft.planner.search.fitting`). The winner is predicted
+again by the functions of a single decision, and that is what the plan reports. Device memory that it leaves over goes
+to hot rows, where the sparsity profile knows how much they carry and a step is the shorter for them.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from meft.planner.base.errors import UsageError
+from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.memory.device import counted_bytes
 from meft.planner.memory.replayed import replayed_peaks
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
 from meft.planner.records.plan import Decision, Plan, Prediction, Request, SearchSummary
 from meft.planner.search.fitting import Fitting, best_fitting
-from meft.planner.search.infeasible import Infeasible, explain, explain_reserved
-from meft.planner.search.weighing import Weighed, weigh
+from meft.planner.search.sifted_choice import best, front
+from meft.planner.search.sifting import Index, Sifted
 
 WITHOUT_MLP_MODULE = ("opt",)
 """Model types whose FFN is linear layers among the block's others."""
@@ -52,10 +53,10 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
     fitting = _fitting(request, profiles)
     if fitting.found is None:
         return _infeasible(request, profiles, short_bytes=fitting.short_bytes)
-    weighed, winner = fitting.found
-    decision = weighed.decision(winner)
+    sifted, winner = fitting.found
+    decision = sifted.decision(winner)
     prediction = predict(request, decision, profiles)
-    _check_consistent(weighed, winner, request, profiles, prediction)
+    _check_consistent(sifted, winner, prediction)
     decision, prediction = with_hot_rows(request, profiles, decision, prediction)
     memory = prediction.device_memory
     unused_bytes = max(memory.peak_reserved_bytes - memory.peak_allocated_bytes, 0)
@@ -66,25 +67,23 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
         prediction=prediction,
         inputs=inputs_used(request, decision, profiles),
         search=SearchSummary(
-            candidates=weighed.space.num_candidates,
-            feasible=int(weighed.feasible.sum()),
-            pareto=tuple(
-                weighed.point(index, request, unused_bytes=unused_bytes) for index in weighed.front(winner, request)
-            ),
+            candidates=sifted.space.num_candidates,
+            feasible=sifted.num_feasible,
+            pareto=tuple(sifted.point(index, unused_bytes=unused_bytes) for index in front(sifted, winner)),
         ),
     )
 
 
-def _fitting(request: Request, profiles: ProfileSet) -> Fitting[tuple[Weighed, tuple[int, ...]]]:
+def _fitting(request: Request, profiles: ProfileSet) -> Fitting[tuple[Sifted, Index]]:
     """The best decision that the device holds, as a place in a grid."""
-    weighed = weigh(request, profiles)
+    sifted = Sifted(request, profiles)
     context = profiles.gpu.context.high_bytes
 
-    def best_within(budget_bytes: int) -> tuple[Weighed, tuple[int, ...]] | None:
-        allowed = weighed.allocating_at_most(budget_bytes - context)
-        return (allowed, allowed.best(request)) if allowed.feasible.any() else None
+    def best_within(budget_bytes: int) -> tuple[Sifted, Index] | None:
+        allowed = sifted.allocating_at_most(budget_bytes - context)
+        return (allowed, best(allowed)) if allowed.num_feasible else None
 
-    def short_bytes(found: tuple[Weighed, tuple[int, ...]]) -> int:
+    def short_bytes(found: tuple[Sifted, Index]) -> int:
         peaks = replayed_peaks(request, found[0].decision(found[1]), profiles.gpu)
         return max(peaks.reserved_bytes + context - request.gpu_mem_bytes, 0)
 
@@ -179,37 +178,34 @@ def _fits(request: Request, profiles: ProfileSet, prediction: Prediction) -> boo
 def _infeasible(request: Request, profiles: ProfileSet, *, short_bytes: int | None) -> Infeasible:
     """Why nothing fits: nothing is allowed to be as it allocates too much (or is too slow, ...), or ``short_bytes`` are
     missing for what the allocator reserves."""
+    from meft.planner.search.infeasible import explain, explain_reserved  # a plan does without these
+    from meft.planner.search.weighing import weigh
 
-    def best(changed: Request) -> Decision | None:
+    def best_of(changed: Request) -> Decision | None:
         found = _fitting(changed, profiles).found
         return None if found is None else found[0].decision(found[1])
 
     if short_bytes is not None:
-        return explain_reserved(request, request.gpu_mem_bytes + short_bytes, gpu=profiles.gpu, best=best)
+        return explain_reserved(request, request.gpu_mem_bytes + short_bytes, gpu=profiles.gpu, best=best_of)
     weighed = weigh(request, profiles, simulate_all=True)
-    return explain(request, weighed.limits, weighed.space.is_new, gpu=profiles.gpu, best=best)
+    return explain(request, weighed.limits, weighed.space.is_new, gpu=profiles.gpu, best=best_of)
 
 
-def _check_consistent(
-    weighed: Weighed, winner: tuple[int, ...], request: Request, profiles: ProfileSet, prediction: Prediction
-) -> None:
+def _check_consistent(sifted: Sifted, winner: Index, prediction: Prediction) -> None:
     """The search's arrays and the prediction of the winner are the same terms; a difference is a bug."""
-    decision = weighed.decision(winner)
+    decision = sifted.decision(winner)
     pairs: dict[str, tuple[float, float | None]] = {
         "peak allocated at the cap": (
-            weighed.at(weighed.allocated_bytes, winner),
-            counted_bytes(request=request, decision=decision, gpu=profiles.gpu),
+            sifted.device.at(winner),
+            counted_bytes(request=sifted.request, decision=decision, gpu=sifted.profiles.gpu),
         ),
-        "host memory": (weighed.at(weighed.host_bytes, winner), prediction.host_memory.total_bytes),
-        "trainable parameters": (
-            weighed.at(weighed.trainable_parameters, winner),
-            prediction.trainable_parameters,
-        ),
-        "step seconds": (weighed.at(weighed.step_seconds, winner), prediction.timing.step_seconds),
+        "host memory": (sifted.host_bytes_at(winner), prediction.host_memory.total_bytes),
+        "trainable parameters": (sifted.trainable_at(winner), prediction.trainable_parameters),
+        "step seconds": (sifted.seconds_at(winner), prediction.timing.step_seconds),
     }
-    if weighed.window_bytes is not None:
-        moved = prediction.transfer.window_bytes(request.grad_accum)
-        pairs["bytes per window"] = (weighed.at(weighed.window_bytes, winner), moved)
+    moved = sifted.window_bytes_at(winner)
+    if moved is not None:
+        pairs["bytes per window"] = (moved, prediction.transfer.window_bytes(sifted.request.grad_accum))
     for name, (searched, predicted) in pairs.items():
         if predicted is None or not math.isclose(searched, predicted, rel_tol=SAME_SECONDS):
             raise RuntimeError(f"the search found {name} {searched} where the prediction says {predicted}")

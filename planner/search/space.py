@@ -67,7 +67,7 @@ CAP_AXIS = 4
 NUM_AXES = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Space:
     """The grid. Arrays are ``[routings]`` unless stated; ``caps`` is ``[caps, routings]``."""
 
@@ -301,7 +301,7 @@ def probe_counts(*, adapter_width: Ints, num_experts: Ints, top_k: Ints) -> NDAr
     return np.stack([np.minimum(np.maximum(probes, least), num_experts) for probes in PROBES], axis=-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Routings:
     """Adapter widths with top-K, experts and probes, as lists of equal length; see :class:`Space`."""
 

@@ -1,7 +1,8 @@
 """Weighing: what each decision of a request needs, which of them keep every limit, and which the objective prefers.
 
 Cheap limits come first: memory is computed for the whole grid of :mod:`meft.planner.search.space`, and only what fits
-is simulated.
+is simulated. This is the search to read. :mod:`meft.planner.search.sifting` comes to the same with a fraction of the
+work, and tests compare the two; where nothing fits, the verdict is drawn from here.
 """
 
 from __future__ import annotations
@@ -24,18 +25,14 @@ from meft.planner.search.grid_costs import (
 )
 from meft.planner.search.grid_timing import grid_step_seconds, with_copies_that_pay
 from meft.planner.search.infeasible import Limit
-from meft.planner.search.pareto import pareto_front, thinned
+from meft.planner.search.pareto import PARETO_NEAR, PARETO_POINTS, pareto_front, thinned
 from meft.planner.search.space import CAP_AXIS, Space, enumerate_space
-
-PARETO_POINTS = 12
-PARETO_NEAR = 6
-"""Points of the front kept at the winner and around it; the others spread over the rest of it."""
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """A request's decisions with what each needs. Arrays have the axes of :class:`~meft.planner.search.space.Space`, of
-    length 1 where a choice makes no difference."""
+    """A request's decisions with what each needs. Arrays have the axes of
+    :class:`~meft.planner.search.space.Space`, of length 1 where a choice makes no difference."""
 
     space: Space
     limits: tuple[Limit, ...]

@@ -97,15 +97,20 @@ class Decoder:
         embedded = x = self._embedded()
         positions = position_ids(self.ops.tape, self.setup) if self.counts_positions else None
         mask = self._mask(x.itemsize)
+        others = [self._rotary_tables(x.itemsize) for _ in range(1, self.shape.rotary_sets)]
         shared = Shared(self._rotary_tables(x.itemsize), mask, cache, positions)
-        for block in self.weights.blocks:
-            x = self._block(x, block, shared)
-        self._named = (embedded, positions, shared.rotary, shared.mask)
+        resting = Shared(None, mask, cache, positions)
+        pause = self.shape.rotary_pause
+        for number, block in enumerate(self.weights.blocks, start=1):
+            x = self._block(x, block, resting if pause and number % pause == 0 else shared)
+        self._named = (embedded, positions, others, shared.rotary, mask)
         return x
 
     def logits(self, normalised: Tensor) -> Tensor:
         """The head on :meth:`final_hidden`; a soft cap is three tensors more."""
         logits = self.ops.linear(normalised, self.weights.head, "logits")
+        if self.shape.model_type in SCALED_RESIDUALS:
+            logits = self.ops.scale(logits, "logits")
         if not self.shape.logit_softcap:
             return logits
         logits = self.ops.scale(logits, "logits")
@@ -125,6 +130,8 @@ class Decoder:
             x = ops.scale(x, "embeddings")
         if setup.activation_checkpointing and not x.requires_grad:
             x = ops.tape.as_leaf(x)  # transformers makes the embedding module's output require a gradient
+        if shape.model_type in SCALED_RESIDUALS:
+            x = ops.scale(x, "embeddings")
         if self.weights.positions is not None:
             positions = ops.embedding(self.weights.positions, setup.seq_len, shape.hidden_size)
             x = ops.add(x, positions, "layer_inputs")
@@ -172,20 +179,35 @@ class Decoder:
     def _layer(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
         if self.shape.parallel_blocks:
             return self._parallel_layer(x, block, shared)
+        if self.shape.norms_after:
+            return self._layer_with_norms_after(x, block, shared)
         residual = x
         x = self._norm(x, block.norms[0], self.shape.hidden_size)
         x, _probabilities = self._attention(x, block, shared)
         if len(block.norms) == 4:
             x = self._norm(x, block.norms[1], self.shape.hidden_size)
-        x = self._dropped(x)
+        x = self._scaled(self._dropped(x))
         x = self.ops.add(residual, x, "layer_inputs")
         residual = x
         x = self._norm(x, block.norms[-2 if len(block.norms) == 4 else 1], self.shape.hidden_size)
         x = self._ffn_with_adapter(x, block)
         if len(block.norms) == 4:
             x = self._norm(x, block.norms[3], self.shape.hidden_size)
-        x = self._dropped(x)
+        x = self._scaled(self._dropped(x))
         return self.ops.add(residual, x, "layer_inputs")
+
+    def _layer_with_norms_after(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
+        residual, width = x, self.shape.hidden_size
+        x, _probabilities = self._attention(x, block, shared)
+        x = self._norm(x, block.norms[0], width)
+        x = self.ops.add(residual, x, "layer_inputs")
+        residual = x
+        x = self._ffn_with_adapter(x, block)
+        x = self._norm(x, block.norms[1], width)
+        return self.ops.add(residual, x, "layer_inputs")
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return self.ops.scale(x, "layer_inputs") if self.shape.model_type in SCALED_RESIDUALS else x
 
     def _parallel_layer(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
         """Phi norms once for both; GPT-NeoX norms for each, and adds in another order."""
@@ -209,6 +231,8 @@ class Decoder:
         weight, bias = weights
         if bias is not None:
             return self.ops.layer_norm(x, weight, bias, width)
+        if self.shape.model_type in NORM_WEIGHT_BEFORE_CAST:
+            return self.ops.rms_norm(x, weight, width, weight_before_cast=True)
         return self.ops.rms_norm(x, weight, width, weight_in_fp32=self.shape.model_type in SCALED_EMBEDDINGS)
 
     def _linear(self, x: Tensor, block: BlockWeights, key: LayerKey) -> Tensor:
@@ -330,22 +354,25 @@ class Decoder:
             joint = self._linear(x, block, ("attention", joint_name))
             q, k, v = self.ops.split(joint, (queries, keys, keys))
             return q, k, v
-        q = self._linear(x, block, ("attention", "q_proj"))
-        if not shape.learned_positions:
-            q = self.ops.heads_first(q, shape.num_heads)
-        if block.head_norms:
-            q = self._norm(q, block.head_norms[0], shape.head_dim)
+        q = self._heads(self._linear(x, block, ("attention", "q_proj")), block, 0)
         if shape.model_type == "opt":
             q = self.ops.scale(q, "attention")
-        k = self._linear(x, block, ("attention", "k_proj"))
-        if not shape.learned_positions:
-            k = self.ops.heads_first(k, shape.num_kv_heads)
-        if block.head_norms:
-            k = self._norm(k, block.head_norms[1], shape.head_dim)
+        k = self._heads(self._linear(x, block, ("attention", "k_proj")), block, 1)
         v = self._linear(x, block, ("attention", "v_proj"))
         if act.attention_used(shape, setup.attention) == "eager":  # kernels lay its gradient out as the product has it
             v = self.ops.heads_first(v, shape.num_kv_heads)
         return q, k, v
+
+    def _heads(self, x: Tensor, block: BlockWeights, index: int) -> Tensor:
+        """Queries (0) or keys (1), heads first, with their norm; one of all heads together comes before."""
+        shape = self.shape
+        if block.head_norms and shape.joint_head_norms:
+            x = self._norm(x, block.head_norms[index], (shape.query_size, shape.kv_size)[index])
+        if not shape.learned_positions:
+            x = self.ops.heads_first(x, (shape.num_heads, shape.num_kv_heads)[index])
+        if block.head_norms and not shape.joint_head_norms:
+            x = self._norm(x, block.head_norms[index], shape.head_dim)
+        return x
 
     def _rotated(self, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         fraction = self.shape.rotary_fraction
@@ -447,8 +474,12 @@ class Decoder:
 
 LARGEST_FLASH_HEAD = 256
 KEEPS_OUTPUT = frozenset({"relu", "tanh", "sigmoid"})
-SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2"})
+SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2", "gemma3_text"})
 """Model types that scale their embeddings and multiply by a norm's weight in fp32."""
+SCALED_RESIDUALS = frozenset({"granite"})
+"""Model types that scale embeddings, what attention and FFN add, and logits by numbers of their config."""
+NORM_WEIGHT_BEFORE_CAST = frozenset({"olmo2"})
+"""Model types that multiply by a norm's weight before the cast back from fp32."""
 PARTIAL_ROTARY = frozenset({"phi", "gpt_neox"})
 OUTPUT_NAMES = frozenset({"o_proj", "dense", "out_proj", "c_proj"})
 

@@ -281,14 +281,19 @@ class Operators:
 
     # --- norms ------------------------------------------------------------------------------------------------------
 
-    def rms_norm(self, x: Tensor, weight: Tensor, width: int, *, weight_in_fp32: bool = False) -> Tensor:
-        """RMSNorm as transformers writes it, in fp32; Gemma also multiplies by its weight there."""
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, width: int, *, weight_in_fp32: bool = False, weight_before_cast: bool = False
+    ) -> Tensor:
+        """RMSNorm as transformers writes it, in fp32; Gemma also multiplies by its weight there, OLMo 2 as it is."""
         outer = x.itemsize
         wide = self.cast(x, FP32, "norms")
         variance = self._mean_square(wide, x.numel // width)  # a name of the module's, there until it returns
         root = self._inverse_root(self.shift(variance, "norms"))
         normalised = self.multiply(wide, root, "norms")
         del wide, root
+        if weight_before_cast:
+            normalised = self.multiply(weight, normalised, "norms")
+            return self.cast(normalised, outer, "norms")
         if not weight_in_fp32:
             return self.multiply(weight, self.cast(normalised, outer, "norms"), "norms")
         scale = self.shift(self.cast(weight, FP32, "norms"), "norms")

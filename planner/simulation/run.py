@@ -101,7 +101,9 @@ class Loader:
             self._embedding_scale = self.tape.new(1, ITEM_BYTES[self.setup.weights_dtype], "embeddings")
         if not shape.learned_positions:
             rotated = int(shape.head_dim * shape.rotary_fraction)
-            self._frequencies = [self.tape.new(rotated // 2, FP32, "rotary_frequencies") for _ in range(2)]
+            self._frequencies = [
+                self.tape.new(rotated // 2, FP32, "rotary_frequencies") for _ in range(2 * shape.rotary_sets)
+            ]
         head = Weights(shape.hidden_size, shape.vocab_size, head_weight, head_bias)
         return ModelWeights(embedding, positions, blocks, final_norm, head)
 
@@ -117,7 +119,9 @@ class Loader:
                 if layer.place == part:
                     block.linears[layer.place, layer.name] = self._linear(layer)
             if part == "attention" and shape.head_norms_per_layer:
-                block.head_norms = [self._norm(shape.head_dim) for _ in range(shape.head_norms_per_layer)]
+                joint = (shape.query_size, shape.kv_size)
+                widths = joint if shape.joint_head_norms else (shape.head_dim,) * shape.head_norms_per_layer
+                block.head_norms = [self._norm(width) for width in widths]
         return block
 
     def _norm(self, width: int | None = None) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from meft.planner.base.errors import DeviceOutOfMemory, InfeasibleError, MachineError
+from meft.planner.base.errors import DeviceOutOfMemory, Infeasible, InfeasibleError, MachineError
 from meft.planner.base.units import format_bytes
 from meft.planner.records.plan import Plan, Verification
 from meft.planner.records.setup import TrainingSetup
@@ -58,11 +58,13 @@ def _at_cap(plan: Plan, config: Mapping[str, Any], workspace_bytes: int) -> tupl
     try:
         within = stream_peaks(stream, capacity_bytes=budget)
     except DeviceOutOfMemory as error:
-        raise InfeasibleError(
+        message = (
             f"--verify: the traced step reserves {format_bytes(peaks.reserved_bytes)} with its rows at the cap, more "
             f"than the allocator's budget of {format_bytes(budget)}; give more --gpu-mem, or a smaller --batch-size, "
             f"--seq-len or --adapter-width"
-        ) from error
+        )
+        verdict = Infeasible("device memory", needed=peaks.reserved_bytes, limit=budget, message=message)
+        raise InfeasibleError(message, verdict) from error
     return within, within.num_retries
 
 

@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 
 from meft.planner.allocator.blocks import BIG_REQUEST_BYTES, SEGMENT_ROUND_BYTES, SMALL_LIMIT_BYTES
-from meft.planner.allocator.caching import MIN_BLOCK_BYTES
+from meft.planner.allocator.rounding import MIN_BLOCK_BYTES
 from meft.planner.base.quantities import Flags, Ints
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Attention
@@ -44,8 +44,8 @@ SOFT_CAPPED_ATTENTION = frozenset({"gemma2"})
 EAGER_SOFTMAX_AS_COMPUTED = frozenset({"gpt2"})
 """Model types whose eager softmax stays in the dtype of the hidden states instead of going through fp32."""
 
-MASKS_PER_MODEL = {"gemma2": 2}
-"""Model types that make more than one mask: Gemma 2 for its full and its sliding layers."""
+MASKS_PER_MODEL = {"gemma2": 2, "gemma3_text": 2}
+"""Model types that make more than one mask: Gemma 2 and 3 for their full and their sliding layers."""
 
 FUSED_QKV_ROTARY = frozenset({"gpt_neox", "phi3"})
 """Model types whose value is a view of one query-key-value product: keeping the value keeps the product, beside the
@@ -223,8 +223,8 @@ def masks_bytes(
 
 
 def norms_after_ffn(shape: ModelShape) -> int:
-    """Norms on the FFN's output (Gemma 2: four per layer, the last of them there)."""
-    return 1 if shape.norms_per_layer == 4 else 0
+    """Norms on the FFN's output (Gemma 2: four per layer, the last of them there; OLMo 2: the second of two)."""
+    return 1 if shape.norms_per_layer == 4 or shape.norms_after else 0
 
 
 def norms_before_ffn_saved_bytes(shape: ModelShape, *, tokens: Ints, compute_bytes: int) -> Ints:
@@ -241,9 +241,16 @@ def norms_before_ffn_saved_bytes(shape: ModelShape, *, tokens: Ints, compute_byt
 
 
 def head_norms_saved_bytes(shape: ModelShape, *, tokens: Ints, compute_bytes: int) -> Ints:
-    """One layer's norms of query and key, per head."""
+    """One layer's norms of query and key, per head or over all of them."""
     if not shape.head_norms_per_layer:
         return 0
+    if shape.joint_head_norms:
+        layernorm = shape.norm == "layernorm"
+        widths = (shape.query_size, shape.kv_size)
+        return sum(
+            norm_saved_bytes(tokens=tokens, width=width, layernorm=layernorm, compute_bytes=compute_bytes)
+            for width in widths
+        )
     return norm_saved_bytes(
         tokens=tokens * (shape.num_heads + shape.num_kv_heads),
         width=shape.head_dim,

@@ -22,7 +22,7 @@ from meft.planner.terms.ledger import Row
 from meft.planner.traffic import hot_rows as hot
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Workload:
     """What a step trains on and how."""
 
@@ -44,7 +44,7 @@ class Workload:
         return COMPUTE_DTYPE_BYTES[self.weights_dtype]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseAdapter:
     """MEFT: rows on the host, the active ones on the device. ``active_rows`` is ``[L]``, or ``[L, ...]`` for many."""
 
@@ -54,7 +54,7 @@ class SparseAdapter:
     """``e``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trained:
     """What the adapter adds to a step.
 

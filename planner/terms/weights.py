@@ -67,6 +67,31 @@ def dequantized_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> int:
     return largest_linear(shape) * COMPUTE_DTYPE_BYTES[dtype] if dtype in ("int8", "nf4") else 0
 
 
+def tensor_sizes_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> list[int]:
+    """Every tensor of a model whose weights are not quantized, rotary frequencies among them; in no order."""
+    norm = [shape.hidden_size] * (2 if shape.norm == "layernorm" else 1)
+    head_norms = shape.head_norms_per_layer * len(norm) * [shape.head_dim]
+    if shape.joint_head_norms:
+        head_norms = [shape.query_size, shape.kv_size]
+    layers = linear_layers(shape)
+    block = [
+        *(layer.num_weights for layer in layers),
+        *(layer.outputs for layer in layers if layer.bias),
+        *shape.norms_per_layer * norm,
+        *head_norms,
+    ]
+    beside = [shape.embedding_parameters, *norm]
+    if shape.learned_positions:
+        beside.append(shape.position_parameters)
+    if not shape.tied_embeddings:
+        beside.append(shape.embedding_parameters)
+    if shape.head_bias:
+        beside.append(shape.vocab_size)
+    rotated = 0 if shape.learned_positions else int(shape.head_dim * shape.rotary_fraction)
+    frequencies = shape.rotary_sets * 2 * [rotated // 2 * FP32_BYTES]
+    return [numel * COMPUTE_DTYPE_BYTES[dtype] for numel in (*beside, *shape.num_layers * block)] + frequencies
+
+
 def rotary_frequencies_bytes(shape: ModelShape) -> int:
-    """Two fp32 buffers of ``d/2`` frequencies in a rotary model."""
-    return 0 if shape.learned_positions else 2 * (shape.head_dim // 2) * FP32_BYTES
+    """Two fp32 buffers of ``d/2`` frequencies in a rotary model, for each kind of layers with its own."""
+    return 0 if shape.learned_positions else shape.rotary_sets * 2 * (shape.head_dim // 2) * FP32_BYTES

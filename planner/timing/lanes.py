@@ -1,4 +1,5 @@
-"""The runtime's program of one step on four lanes, simulated. What each task costs: :mod:`meft.planner.timing.step`.
+"""The runtime's program of one step on four lanes, simulated. What each task costs:
+:mod:`meft.planner.timing.step`.
 
 Lanes are ``gpu``, ``h2d``, ``d2h`` and ``cpu``. Each does its tasks in the order in which the runtime issues them; a
 task starts when its lane is free and what it needs is done, so nothing is left to chance. *Overlapped*, the host's work
@@ -36,7 +37,7 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.base.quantities import Floats
+from meft.planner.base.quantities import Flags, Floats
 from meft.planner.records.plan import LANES, Lane
 from meft.planner.timing.chrome import Event
 
@@ -89,7 +90,7 @@ class Lanes:
 # --- the program -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Seconds:
     """Seconds of tasks, each a number or an array over candidates.
 
@@ -115,7 +116,7 @@ def _nothing() -> NDArray[np.float64]:
     return np.zeros(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class GpuSeconds(_Seconds):
     """Tasks of the gpu lane. One layer's, but for the embedding, the head with the loss, and the optimizer's share."""
 
@@ -138,7 +139,7 @@ class GpuSeconds(_Seconds):
     """A step's share; None where no rows are hot."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinkSeconds(_Seconds):
     """Copies, of both directions; ``router_norm``, ``hot_keys`` and sums of row gradients are a step's share."""
 
@@ -156,7 +157,7 @@ class LinkSeconds(_Seconds):
     hot_keys: Floats = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class HostSeconds(_Seconds):
     """Tasks of the cpu lane; ``adamw`` and ``hot_keys`` are a step's share."""
 
@@ -171,7 +172,7 @@ class HostSeconds(_Seconds):
     hot_keys: Floats = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class StepCosts:
     """Seconds of every task of a step."""
 
@@ -184,7 +185,7 @@ class StepCosts:
         return StepCosts(self.gpu.take(candidates), self.link.take(candidates), self.host.take(candidates))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class StepTime:
     """Length of a step and how long each lane works in it."""
 
@@ -202,8 +203,8 @@ class _Program:
         *,
         num_layers: int,
         prefetch_depth: int,
-        checkpointing: bool,
-        refetched: bool,
+        checkpointing: Flags,
+        refetched: Flags,
         overlapped: bool,
     ) -> None:
         self.overlapped = overlapped
@@ -290,8 +291,8 @@ class _Program:
                 added[layer + slots] = self.accumulate_gradients(layer + slots, arrived)
             emptied = (left if self.overlapped else added).get(layer + slots, 0.0)
             seconds = self.adapter_backward[layer] + self.sum_gradients[layer]
-            if self.refetched:
-                seconds = seconds + self.assemble[layer]
+            if np.any(self.refetched):
+                seconds = seconds + self.assemble[layer] * self.refetched
             done = self.run("gpu", f"adapter backward {layer}", seconds, self.rows_there[layer], emptied)
             if self.overlapped:
                 added[layer + 1] = self.accumulate_gradients(layer + 1, arrived)
@@ -307,10 +308,11 @@ class _Program:
 
     def recompute(self, layer: int) -> None:
         """The layer's forward again, if its activations were not kept; its rows are known."""
-        if self.checkpointing:
-            self.run("gpu", f"attention {layer} again", self.gpu.attention)
-            self.run("gpu", f"ffn {layer} again", self.gpu.ffn)
-            self.run("gpu", f"adapter {layer} again", self.adapter_forward[layer], self.rows_there[layer])
+        if np.any(self.checkpointing):
+            done = self.checkpointing  # in no time by those that do not
+            self.run("gpu", f"attention {layer} again", self.gpu.attention * done)
+            self.run("gpu", f"ffn {layer} again", self.gpu.ffn * done)
+            self.run("gpu", f"adapter {layer} again", self.adapter_forward[layer] * done, self.rows_there[layer])
 
     def accumulate_gradients(self, layer: int, arrived: dict[int, Floats]) -> Floats:
         """Add the layer's row gradients to the window's sum on the host, if there are any; returns when it is done."""
@@ -320,11 +322,11 @@ class _Program:
 
     def refetch(self, layer: int, slot_free: Floats) -> None:
         """Send the rows of a layer that left the ring once more."""
-        if self.refetched and layer >= 0:
-            gathered = self.run("cpu", f"gather {layer} again", self.gather_again[layer])
-            self.rows_there[layer] = self.run(
-                "h2d", f"rows {layer} again", self.rows_refetched[layer], gathered, slot_free
-            )
+        if np.any(self.refetched) and layer >= 0:
+            done = self.refetched  # in no time by those that retain them, whose rows are there as they were
+            gathered = self.run("cpu", f"gather {layer} again", self.gather_again[layer] * done)
+            landed = self.run("h2d", f"rows {layer} again", self.rows_refetched[layer] * done, gathered, slot_free)
+            self.rows_there[layer] = np.where(done, landed, self.rows_there[layer])
 
     def optimizer_share(self, backward_done: Floats) -> None:
         """This step's share of the window's optimizer step."""
@@ -342,14 +344,14 @@ def simulate(
     *,
     num_layers: int,
     prefetch_depth: int,
-    checkpointing: bool,
-    refetched: bool,
+    checkpointing: Flags,
+    refetched: Flags,
     serial: bool = False,
     overlapped: bool = True,
     host_launches: bool = True,
     events: list[Event] | None = None,
 ) -> StepTime:
-    """Simulate one step of candidates that share the discrete choices given here.
+    """Simulate one step of candidates that look ahead equally far; flags are one for all, or one per candidate.
 
     ``overlapped=False`` is the sequential schedule, whose one thread launches the gpu's tasks and does the host's work,
     each when its turn comes; ``host_launches=False`` asks what a worker alone would bring it, and ``serial`` makes
@@ -377,21 +379,24 @@ def simulate_candidates(
     checkpointing: NDArray[np.bool_],
     refetched: NDArray[np.bool_],
 ) -> NDArray[np.float64]:
-    """Step seconds of every candidate: :func:`simulate` on groups that share the discrete choices."""
-    group = prefetch_depth * 4 + checkpointing * 2 + refetched
-    seconds = np.empty(len(group))
-    for key in np.unique(group).tolist():
-        members = np.flatnonzero(group == key)
+    """Step seconds of every candidate: :func:`simulate` on those that look ahead equally far."""
+    seconds = np.empty(len(prefetch_depth))
+    for depth in sorted(set(prefetch_depth.tolist())):  # numpy.unique is slow to load
+        members = np.flatnonzero(prefetch_depth == depth)
         for first in range(0, len(members), CHUNK_CANDIDATES):
             chunk = members[first : first + CHUNK_CANDIDATES]
             seconds[chunk] = simulate(
                 costs.take(chunk),
                 num_layers=num_layers,
-                prefetch_depth=key // 4,
-                checkpointing=bool(key & 2),
-                refetched=bool(key & 1),
+                prefetch_depth=depth,
+                checkpointing=_one_if_alike(checkpointing[chunk]),
+                refetched=_one_if_alike(refetched[chunk]),
             ).step_seconds
     return seconds
+
+
+def _one_if_alike(flags: NDArray[np.bool_]) -> Flags:
+    return bool(flags[0]) if flags.all() or not flags.any() else flags
 
 
 def baseline_seconds(costs: StepCosts, *, num_layers: int) -> Floats:

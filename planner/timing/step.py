@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from meft.planner.base.quantities import (
     BF16_BYTES,
     COMPUTE_DTYPE_BYTES,
     MASTER_BYTES,
+    Flags,
     Floats,
     Ints,
 )
@@ -140,21 +142,63 @@ def step_costs(
     there for good. Raises :class:`ValueError` where some candidates sum gradients on the device, or have a bf16 copy,
     and others do not.
     """
+    ((costs,),) = step_costs_of_choices(
+        request=request,
+        gpu=gpu,
+        link=link,
+        host=host,
+        candidates=candidates,
+        active_rows=active_rows,
+        window_active_rows=window_active_rows,
+        cached=cached,
+        hot=hot,
+        copied=(candidates.bf16_copy,),
+        retained=(candidates.retained,),
+    )
+    return costs
+
+
+def step_costs_of_choices(
+    *,
+    request: Request,
+    gpu: GpuProfile,
+    link: LinkProfile,
+    host: HostProfile,
+    candidates: Candidates,
+    active_rows: NDArray[np.int64],
+    window_active_rows: NDArray[np.int64],
+    cached: WindowRows | None,
+    hot: HotRows | None,
+    copied: Sequence[Flags],
+    retained: Sequence[Flags],
+) -> list[list[StepCosts]]:
+    """:func:`step_costs` of the candidates by whether the host keeps a bf16 copy and by whether rows are retained. The
+    first is the host's affair and the second the link's: each lane's costs are the same objects for all of the rest."""
     on_device = same_for_all(candidates.gradients_on_device)
     moved = _moved_rows(active_rows, cached, on_device, request.grad_accum, hot)
     window_rows: Ints = (window_active_rows if hot is None else window_active_rows - hot.in_window).sum(axis=0)
-    costs = StepCosts(
-        gpu=_gpu_costs(request, gpu_rates(gpu, request), candidates, moved),
-        link=_link_costs(request, link, candidates, moved),
-        host=_host_costs(request, host, candidates, moved, window_rows),
-    )
-    return costs if hot is None else _with_hot_update(costs, request, gpu, link, host, hot.per_layer)
+    of_gpu = _gpu_costs(request, gpu_rates(gpu, request), candidates, moved)
+    of_link = [_link_costs(request, link, replace(candidates, retained=choice), moved) for choice in retained]
+    of_host = [
+        _host_costs(request, host, replace(candidates, bf16_copy=choice), moved, window_rows) for choice in copied
+    ]
+    if hot is not None:
+        update = _hot_update(request, gpu, link, host, hot.per_layer)
+        of_gpu = replace(of_gpu, hot_adamw=update.adamw)
+        of_link = [replace(costs, hot_keys=update.sent) for costs in of_link]
+        of_host = [replace(costs, hot_keys=update.written) for costs in of_host]
+    return [[StepCosts(of_gpu, link_costs, host_costs) for link_costs in of_link] for host_costs in of_host]
 
 
-def _with_hot_update(
-    costs: StepCosts, request: Request, gpu: GpuProfile, link: LinkProfile, host: HostProfile, hot_rows: Ints
-) -> StepCosts:
-    """A step's share of updating the hot rows on the device and telling the host their keys."""
+class _HotUpdate(NamedTuple):
+    """A step's share of updating the hot rows on the device, and of telling the host their keys."""
+
+    adamw: Floats
+    sent: Floats
+    written: Floats
+
+
+def _hot_update(request: Request, gpu: GpuProfile, link: LinkProfile, host: HostProfile, hot_rows: Ints) -> _HotUpdate:
     num_layers, hidden_size = request.model.num_layers, request.model.hidden_size
     keys = hot_key_bytes(num_layers=num_layers, hidden_size=hidden_size, hot_rows=hot_rows)
     adamw = hot_adamw_seconds(
@@ -166,14 +210,10 @@ def _with_hot_update(
         latency=(num_layers + 1) * link.latency_seconds.value,
     )
     written = 2 * keys / host.gather_bytes_per_second.value + num_layers * host.overhead_seconds_per_layer.value
-    return StepCosts(
-        gpu=replace(costs.gpu, hot_adamw=adamw / request.grad_accum),
-        link=replace(costs.link, hot_keys=sent / request.grad_accum),
-        host=replace(costs.host, hot_keys=written / request.grad_accum),
-    )
+    return _HotUpdate(adamw / request.grad_accum, sent / request.grad_accum, written / request.grad_accum)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _MovedRows:
     """Rows of a micro-batch ``[L, ...]``, or ``[1, ...]`` where all layers are alike, by what becomes of them."""
 

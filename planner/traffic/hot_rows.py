@@ -30,7 +30,7 @@ UPDATE_TEMPORARIES = 4
 HOT_NORM_BYTES = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class HotRows:
     """Hot rows among those that are active, ``[L, ...]``: in a micro-batch, and in an accumulation window."""
 

@@ -66,7 +66,7 @@ def _whole_rows(fraction: Floats, *, tokens: Reals, top_k: Ints, adapter_width: 
     return int(rows) if np.ndim(rows) == 0 else rows.astype(np.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerLaws:
     """The laws of all layers, each parameter ``[L, 1, ...]`` ready to broadcast over decisions."""
 
@@ -212,7 +212,7 @@ def capped(rows: NDArray[np.int64], *, cap: Ints) -> NDArray[np.int64]:
     return np.broadcast_to(np.minimum(distinct_layers(rows), cap), np.broadcast_shapes(rows.shape, np.shape(cap)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class WindowRows:
     """Rows of an accumulation window of which up to ``C`` per layer stay on the device. All ``[L, ...]``.
 

@@ -118,7 +118,7 @@ def whole_adapter_bytes(*, num_layers: Ints, adapter_width: Ints, hidden_size: I
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class StepRows:
     """Active rows of a micro-batch, and which of them are where; all ``[L, ...]``.
 

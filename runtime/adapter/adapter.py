@@ -14,7 +14,8 @@ Letters: ``T`` tokens, ``D`` hidden size, ``A`` active rows, ``N`` experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,16 @@ from torch.autograd.function import once_differentiable
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.exchange.exchange import RowExchange
+
+
+@contextmanager
+def plan_dtypes(device: torch.device) -> Iterator[None]:
+    """Without autocast, on the device and on the host: the adapter's dtypes are the plan's."""
+    if not (torch.is_autocast_enabled(device.type) or torch.is_autocast_enabled("cpu")):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 class SparseAdapterFunction(torch.autograd.Function):
@@ -38,6 +49,13 @@ class SparseAdapterFunction(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, exchange: RowExchange, layer: int
     ) -> torch.Tensor:
         """Compute the output ``[T, D]`` in the dtype of ``hidden``."""
+        with plan_dtypes(hidden.device):
+            return SparseAdapterFunction._forward(ctx, hidden, weight, exchange, layer)
+
+    @staticmethod
+    def _forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, exchange: RowExchange, layer: int
+    ) -> torch.Tensor:
         rows = exchange.rows(layer)
         keys, values = rows.tensor_split(2, dim=1)
         inputs = hidden.to(rows.dtype)
@@ -52,6 +70,11 @@ class SparseAdapterFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         """Send the row gradients off; return the gradients of ``hidden`` and ``weight``."""
+        with plan_dtypes(grad_output.device):
+            return SparseAdapterFunction._backward(ctx, grad_output)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         exchange, layer = ctx.exchange, ctx.layer
         inputs, activations, weight, gate = ctx.saved_tensors
         exchange.before_backward(layer)
@@ -154,7 +177,7 @@ def attach(model: nn.Module, exchange: RowExchange, weights: list[nn.Parameter])
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     attached = AttachedAdapter(model, exchange, [], required)
-    handles: list[Any] = [model.register_forward_pre_hook(_begin_hook(attached))]
+    handles: list[Any] = [decoder(model).register_forward_pre_hook(_begin_hook(attached))]
     for layer, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
         handles.append(block.register_forward_pre_hook(_entry_hook(attached, layer)))
         handles.append(block.register_forward_hook(_exit_hook(attached, layer, weight)))
@@ -164,11 +187,21 @@ def attach(model: nn.Module, exchange: RowExchange, weights: list[nn.Parameter])
 
 def ffn_modules(model: nn.Module) -> list[nn.Module]:
     """The FFN of every block: the longest module list whose members all have an ``mlp``."""
+    return [block.get_submodule("mlp") for block in _blocks(model)]
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The module that runs the blocks, whose forward every use of the model passes through, with or without head."""
+    blocks = _blocks(model)
+    return next(module for module in model.modules() if any(child is blocks for child in module.children()))
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     stacks = [stack for stack in lists if all(hasattr(block, "mlp") for block in stack)]
     if not stacks:
         raise UsageError(f"{type(model).__name__}: no list of blocks with an 'mlp' each, which the adapter sits beside")
-    return [block.get_submodule("mlp") for block in max(stacks, key=len)]
+    return max(stacks, key=len)
 
 
 def _begin_hook(attached: AttachedAdapter) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -184,7 +217,9 @@ def _entry_hook(attached: AttachedAdapter, layer: int) -> Callable[[nn.Module, t
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         del module
         if attached.serving is None:
-            attached.exchange.before_ffn(layer, args[0].flatten(0, -2))
+            hidden = args[0].flatten(0, -2)
+            with plan_dtypes(hidden.device):
+                attached.exchange.before_ffn(layer, hidden)
 
     return hook
 
@@ -198,12 +233,13 @@ def _exit_hook(
         if not isinstance(output, torch.Tensor):
             raise UsageError(f"{type(module).__name__} returns a {type(output).__name__}, not a tensor: not supported")
         hidden = args[0].flatten(0, -2)
-        if attached.serving is not None:
-            return add_to(output, attached.serving(layer, hidden))
-        exchange.before_adapter(layer)
-        adapted = SparseAdapterFunction.apply(hidden, weight, exchange, layer)
-        exchange.after_adapter(layer)
-        return add_to(output, adapted)
+        with plan_dtypes(hidden.device):
+            if attached.serving is not None:
+                return add_to(output, attached.serving(layer, hidden))
+            exchange.before_adapter(layer)
+            adapted = SparseAdapterFunction.apply(hidden, weight, exchange, layer)
+            exchange.after_adapter(layer)
+            return add_to(output, adapted)
 
     return hook
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from meft.planner.base.errors import UsageError
+from meft.planner.base.version import VERSION
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.report import Report
@@ -32,7 +32,7 @@ _OUTPUT = click.option(
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("meft"), prog_name=PROGRAM)
+@click.version_option(VERSION, prog_name=PROGRAM)
 def command() -> None:
     """Measure what plans rest on, and let reports of runs correct it.
 
@@ -50,7 +50,7 @@ def hardware(output: Path) -> None:
     from meft.runtime.profiling.hardware import measure_hardware
 
     with _progress() as tell:
-        measured = measure_hardware(tell, meft_version=version("meft"))
+        measured = measure_hardware(tell, meft_version=VERSION)
     measured.save(output)
     show_measurements(measured)
     _say_how_to_plan(measured, output)
@@ -85,7 +85,7 @@ def sparsity(output: Path, **given: Any) -> None:
     from meft.runtime.profiling.sparsity_profile import SparsityRequest, measure_sparsity
 
     with _progress() as tell:
-        measured, error = measure_sparsity(SparsityRequest(**given), tell, meft_version=version("meft"))
+        measured, error = measure_sparsity(SparsityRequest(**given), tell, meft_version=VERSION)
     measured.save(output)
     show_measurements(measured)
     click.echo(
@@ -156,7 +156,7 @@ def _calibrated_file(notes: tuple[str, ...], profiles: ProfileSet) -> ProfileFil
     from meft.runtime.profiling.hardware import describe_machine
 
     return ProfileFile(
-        meft_version=version("meft"),
+        meft_version=VERSION,
         machine=describe_machine(),
         measurements=(),
         warnings=notes,

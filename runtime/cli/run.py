@@ -5,22 +5,28 @@ Training is the default command; what uses its result is in :mod:`meft.runtime.c
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from meft.planner.base.errors import EXIT_UNEXPECTED, MeftError, UsageError
+from meft.planner.base.options import one_line
+from meft.planner.base.packages import missing_package
 from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
+from meft.planner.base.version import VERSION
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
-from meft.runtime.cli.use import evaluate_command, evaluation_options, generate_command, prepare_command
+from meft.runtime.cli.pace import Pace
+from meft.runtime.cli.use import adapter_folder, evaluate_command, evaluation_options, generate_command, prepare_command
 from meft.runtime.data.metrics import evaluation_line
+from meft.runtime.training.interrupts import Interrupts, no_interrupt_ignored
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
     from meft.runtime.training.runner import Display, RunOptions
@@ -50,8 +56,15 @@ class RunGroup(click.Group):
         """What is no command is a plan."""
         own = {"--version", *self.get_help_option_names(ctx)}
         if args and args[0] not in own and args[0] not in self.commands:
+            self._refuse_misspelt(args[0])
             args = [DEFAULT_COMMAND, *args]
         return super().parse_args(ctx, args)
+
+    def _refuse_misspelt(self, word: str) -> None:
+        """What is no file and nearly a command is one, misspelt."""
+        near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
+        if near and not Path(word).exists():
+            raise UsageError(f"{word}: no such plan and no such command; did you mean {near[0]}?")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options of running a plan, the group's own, and the commands."""
@@ -66,12 +79,27 @@ class RunGroup(click.Group):
 @click.argument("plan", type=_PATH)
 @click.option("--model", help="Folder of the model [default: where the plan found it].")
 @click.option("--data", type=_PATH, help="JSONL with prompt/completion, text, or chat messages per line.")
-@click.option("--steps", type=click.IntRange(min=1), default=100, show_default=True, help="Micro-batches in all.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Micro-batches in all; more than before makes a resumed run longer.  [default: 100; --resume: as before]",
+)
+@click.option(
+    "--epochs",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Times through the data instead of --steps, 0.5 for half of it.",
+)
 @click.option("--output-dir", type=_PATH, default=Path("output"), show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace the adapter and checkpoints of an earlier run there.")
+@click.option("--adapter", type=_PATH, help="Start from this trained adapter instead of a fresh one.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "emulated"]), default="auto", show_default=True)
 @click.option("--gpu-mem", help="Another device budget than the plan's, e.g. 20GiB.")
 @click.option("--rehearse", is_flag=True, help="One step under fake tensors: books without weights, data or GPU.")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output-dir.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the newest checkpoint in --output-dir; with more steps, at the rates of a run of so many.",
+)
 @click.option("--raw", is_flag=True, help="Join prompt and completion as they stand, without the chat template.")
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-4, show_default=True)
 @click.option("--warmup", type=click.FloatRange(0, 1), default=0.02, show_default=True, help="Fraction of the steps.")
@@ -91,6 +119,13 @@ class RunGroup(click.Group):
     default=100,
     show_default=True,
     help="Optimizer steps between checkpoints; 0: only at the end.",
+)
+@click.option(
+    "--divergence-factor",
+    type=click.FloatRange(min=0),
+    default=3.0,
+    show_default=True,
+    help="Stop when the loss is so many times the first ones for 20 optimizer steps; 0: never.",
 )
 @click.option(
     "--schedule",
@@ -114,26 +149,37 @@ class RunGroup(click.Group):
     show_default=True,
     help="Optimizer steps between evaluations; 0: only at the end.",
 )
+@click.option(
+    "--patience",
+    type=click.IntRange(min=1),
+    help="Stop after so many evaluations in a row that were no better than the best; adapter-best has that one.",
+)
+@click.option("--log", type=_PATH, help="Append a line of JSON per step, optimizer step, checkpoint and evaluation.")
+@click.option("--tensorboard", type=_PATH, help="Folder for TensorBoard's files (needs the package tensorboard).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 def train_command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> None:
     """Run PLAN and compare what it needs with what was predicted.
 
     Writes report.json, the adapter and a checkpoint to --output-dir. A step is one micro-batch; the plan's
-    grad_accum of them make one optimizer step. Exit codes: 0 done, 1 unexpected, 2 usage or a bad file,
-    4 this machine cannot run the plan, or the device budget was exceeded.
+    grad_accum of them make one optimizer step. The learning rate rises over --warmup and falls to zero at the last
+    step. Exit codes: 0 done, 1 unexpected, 2 usage or a bad file, 4 this machine cannot run the plan (its disk
+    included), or the device budget was exceeded, 130 and 143 interrupted after a checkpoint.
     """
-    loaded = Plan.load(plan)
-    options = _options(given)
-    from meft.runtime.training.runner import run_rehearsal, run_training
+    with Interrupts().installed() as interrupts:
+        loaded = Plan.load(plan)
+        if given["adapter"] is not None:
+            given["adapter"] = adapter_folder(given["adapter"])
+        options = _options(given)
+        from meft.runtime.training.runner import run_rehearsal, run_training
 
-    with _display(options.training.steps) as display:
-        report = (run_rehearsal if rehearse else run_training)(loaded, options, display)
-    path = options.output_dir / "report.json"
-    report.save(path)
-    if as_json:
-        click.echo(report.to_json(), nl=False)
-    else:
-        print_report(report, path)
+        interrupts.check()
+        with _display(interrupts) as display:
+            report = (run_rehearsal if rehearse else run_training)(loaded, options, display)
+        if as_json:
+            click.echo(report.to_json(), nl=False)
+        else:
+            print_report(report, options.output_dir / "report.json")
+        interrupts.check_trained()
 
 
 @click.group(
@@ -143,12 +189,12 @@ def train_command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> No
     options_metavar="",
     subcommand_metavar="PLAN [OPTIONS] | COMMAND [OPTIONS]",
 )
-@click.version_option(version("meft"), prog_name="meft-run")
+@click.version_option(VERSION, prog_name="meft-run")
 def command() -> None:
     """Run PLAN, compare what it needs with what was predicted, and use what it learnt.
 
     Exit codes: 0 done, 1 unexpected, 2 usage or a bad file, 4 this machine cannot run the plan, or the device budget
-    was exceeded.
+    was exceeded, 130 and 143 interrupted.
     """
 
 
@@ -160,15 +206,20 @@ def main() -> None:
 def run_command(command: click.Command, program: str, *, interrupted: str) -> None:
     """Run a command: every error a user can cause is one line on standard error and a documented exit code."""
     try:
-        command.main(prog_name=program, standalone_mode=False)
-    except MeftError as error:
-        _fail(program, str(error), error.exit_code)
-    except click.exceptions.Abort:
+        with no_interrupt_ignored(program, interrupted):
+            command.main(prog_name=program, standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):  # the second, where click has not begun or has ended
         _fail(program, interrupted, EXIT_INTERRUPTED)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        said = one_line(error, program=program, default_command=DEFAULT_COMMAND, arguments=sys.argv[1:])
+        _fail(program, said, error.exit_code)
     except Exception as error:
+        known = missing_package(error) or error
+        if isinstance(known, MeftError):
+            _fail(program, str(known), known.exit_code)
         if os.environ.get("MEFT_DEBUG"):
             raise
         _fail(program, f"unexpected {type(error).__name__}: {error} (MEFT_DEBUG=1 shows where)", EXIT_UNEXPECTED)
@@ -234,20 +285,30 @@ def _shown(row: Comparison, value: float) -> str:
 
 def _options(given: dict[str, Any]) -> RunOptions:
     from meft.runtime.host.optimizer import AdamWSettings
-    from meft.runtime.training.runner import RunOptions
+    from meft.runtime.training.runner import DEFAULT_STEPS, Length, RunOptions
     from meft.runtime.training.training import TrainingOptions
 
-    gpu_mem, evaluation = given.pop("gpu_mem"), _evaluation(given)
+    gpu_mem, patience, evaluation = given.pop("gpu_mem"), given.pop("patience"), _evaluation(given)
+    if patience is not None and (evaluation is None or not evaluation.every):
+        raise UsageError(
+            f"--patience {patience}: counts evaluations; say what to evaluate with --eval and --eval-every"
+        )
+    length = Length(given.pop("steps"), given.pop("epochs"))
+    if None not in (length.steps, length.epochs):
+        raise UsageError(f"--steps {length.steps} and --epochs {length.epochs:g}: both say how long; give one of them")
     training = TrainingOptions(
-        steps=given.pop("steps"),
+        steps=length.steps or DEFAULT_STEPS,
         learning_rate=given.pop("learning_rate"),
         warmup_fraction=given.pop("warmup"),
         max_norm=given.pop("max_grad_norm") or None,
         seed=given.pop("seed"),
         save_every=given.pop("save_every"),
+        patience=patience,
+        divergence_factor=given.pop("divergence_factor"),
     )
     return RunOptions(
         training=training,
+        length=length,
         settings=AdamWSettings(weight_decay=given.pop("weight_decay")),
         gpu_mem_bytes=None if gpu_mem is None else parse_bytes(gpu_mem, field="--gpu-mem"),
         evaluation=evaluation,
@@ -271,10 +332,10 @@ def _evaluation(given: dict[str, Any]) -> EvaluationOptions | None:
 
 
 @contextmanager
-def _display(total_steps: int) -> Iterator[Display]:
+def _display(interrupts: Interrupts) -> Iterator[Display]:
     """A progress bar on a terminal, about ten lines elsewhere; all on standard error."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from meft.runtime.training.runner import Display
     from meft.runtime.training.training import Progress as Step
@@ -284,23 +345,26 @@ def _display(total_steps: int) -> Iterator[Display]:
     def say(text: str) -> None:
         console.print(f"meft-run: {text}", soft_wrap=True, markup=False)
 
+    pace = Pace(time.monotonic)
     if not console.is_terminal:
-        every = max(1, total_steps // LINES_WITHOUT_TERMINAL)
 
         def line(step: Step) -> None:
+            told = pace.told(step.step, step.total_steps)
+            every = max(1, step.total_steps // LINES_WITHOUT_TERMINAL)
             if step.step % every == 0 or step.step in (1, step.total_steps):
-                say(f"step {step.step}/{step.total_steps} loss {step.loss:.4f}")
+                say(f"step {step.step}/{step.total_steps} loss {step.loss:.4f}{told}")
 
-        yield Display(say, line)
+        yield Display(say, line, interrupts)
         return
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("training", total=total_steps, loss="-", visible=False)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=None, loss="-", visible=False)
 
         def advance(step: Step) -> None:
-            bar.update(task, completed=step.step, loss=f"{step.loss:.4f}", visible=True)
+            told = pace.told(step.step, step.total_steps)
+            bar.update(task, total=step.total_steps, completed=step.step, loss=f"{step.loss:.4f}{told}", visible=True)
 
-        yield Display(say, advance)
+        yield Display(say, advance, interrupts)
 
 
 def _fail(program: str, message: str, exit_code: int) -> NoReturn:

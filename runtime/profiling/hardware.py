@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from meft.planner.base.units import format_bytes
+from meft.planner.base.version import VERSION
 from meft.planner.records.profile_file import Machine, Measurement, ProfileFile
 from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, Sourced, SourcedRange
 from meft.runtime.device import card as cards
@@ -124,7 +125,7 @@ def describe_machine(today: datetime.date | None = None) -> Machine:
     return Machine(
         name=f"{_processor()}, {cores}, {numa}, {ram}{gpu}",
         date=(today or datetime.datetime.now(tz=datetime.UTC).date()).isoformat(),
-        versions={"torch": version("torch"), "python": platform.python_version(), "meft": version("meft")},
+        versions={"torch": version("torch"), "python": platform.python_version(), "meft": VERSION},
     )
 
 

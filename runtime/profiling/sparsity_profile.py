@@ -29,7 +29,8 @@ from meft.runtime.data.examples import load_dataset, parse_record, tokenize_reco
 from meft.runtime.profiling import sparsity_probe as probe
 from meft.runtime.profiling.hardware import describe_machine
 from meft.runtime.profiling.measure import measurement
-from meft.runtime.session.checkpoint import ADAPTER_WEIGHTS
+from meft.runtime.session.checkpoint import load_tensors, weights_path
+from meft.runtime.session.model_folder import load_causal_lm
 from meft.runtime.session.model_loading import load_tokenizer
 
 FITTED_TOKENS, FITTED_TOP_KS, FITTED_WIDTHS = (64, 256, 1024, 2048), (8, 32, 128), (256, 1024, 4096)
@@ -131,35 +132,19 @@ def _source(request: SparsityRequest, error: FitError, date: str, torch_version:
 
 
 def _load(folder: Path) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     if not folder.is_dir():
         raise UsageError(f"--model {folder}: no such folder; give one with config.json and weights, or smollm2")
     logging.disable_progress_bar()
-    try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(
-            f"--model {folder}: transformers cannot load it: {str(error).strip().splitlines()[0]}"
-        ) from error
-    return model.eval()
+    return load_causal_lm(folder, dtype=torch.float32).eval()
 
 
 def _pools(request: SparsityRequest, model: torch.nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
     """Rows per layer, and the routers of a trained adapter with Key-Experts."""
     if request.adapter is None:
         return probe.model_rows(model, seed=request.seed), None
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = request.adapter / ADAPTER_WEIGHTS
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"--adapter {request.adapter}: {ADAPTER_WEIGHTS} cannot be read ({error})") from error
+    tensors = load_tensors(weights_path(request.adapter))
     blocks = len(ffn_modules(model))
     names = [f"layers.{layer}.rows" for layer in range(blocks)]
     if any(name not in tensors for name in names) or f"layers.{blocks}.rows" in tensors:

@@ -154,10 +154,8 @@ def _adamw(trained: list[nn.Parameter], settings: AdamWSettings) -> torch.optim.
 
 
 def _with_lora(model: nn.Module, rank: int) -> tuple[nn.Module, list[nn.Parameter]]:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UsageError("method lora needs peft; install: pip install peft") from None
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )

@@ -1,9 +1,11 @@
 """Adapters and checkpoints on disk: safetensors and JSON, written beside their place and renamed into it.
 
-An adapter folder holds ``adapter_model.safetensors`` (per layer ``layers.I.rows`` ``[R, 2D]``, key and value of a row
-side by side, and ``layers.I.router`` ``[N, D]``) and ``adapter_config.json``. A checkpoint folder
-``checkpoint-NNNNNNNN`` is an adapter folder with ``optimizer.safetensors`` and ``training_state.json``; because the
-folder appears by a rename, one that is there is complete.
+An adapter folder holds ``meft_adapter.safetensors`` (per layer ``layers.I.rows`` ``[R, 2D]``, key and value of a row
+side by side, and ``layers.I.router`` ``[N, D]``), ``meft_config.json``, and a README.md that says how to use it. The
+names are not PEFT's, so that PEFT does not take the folder for its own; folders of older versions, whose files had
+PEFT's names, still load. A checkpoint folder ``checkpoint-NNNNNNNN`` is an adapter folder with
+``optimizer.safetensors`` and ``training_state.json``; because the folder appears by a rename, one that is there is
+complete.
 """
 
 from __future__ import annotations
@@ -13,8 +15,6 @@ import os
 import platform
 import re
 import shutil
-import tempfile
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
@@ -27,20 +27,33 @@ from torch import nn
 
 from meft.planner.base.dtypes import AdapterDtype
 from meft.planner.base.errors import UsageError
-from meft.planner.base.files import fsync_folder
-from meft.planner.base.schema import Count, File, Index
+from meft.planner.base.files import file_mode, replace_folder, write_atomic, writing
+from meft.planner.base.schema import Count, File, Index, parse_json, read_text
 from meft.planner.models.architecture import ModelShape
-from meft.planner.records.plan import Routing
+from meft.planner.records.plan import Plan, Routing
+from meft.planner.records.report import Evaluation
+from meft.runtime.session.model_card import model_card
 from meft.runtime.session.session import Session
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "meft_adapter.safetensors"
+ADAPTER_CONFIG = "meft_config.json"
+MODEL_CARD = "README.md"
+OLD_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OLD_ADAPTER_CONFIG = "adapter_config.json"
 OPTIMIZER_STATE = "optimizer.safetensors"
 TRAINING_STATE = "training_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{8})")
 _MOMENTS = ("first_moment", "second_moment", "step_counts")
 _HOT_TABLES = ("activations", "places")
 _COUNTED_STEPS = "hot.counted_steps"
+_ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, MODEL_CARD, OLD_ADAPTER_WEIGHTS, OLD_ADAPTER_CONFIG)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_FLOAT_BYTES = 4
+_RNG_STATE_BYTES = 5056
+_HEADER_BYTES_PER_LAYER = 2048
+_TEXT_BYTES = 16 << 10
+"""Of config, model card and state, besides what grows with the steps."""
+_TEXT_BYTES_PER_STEP = 80
 
 
 class AdapterConfig(File):
@@ -101,34 +114,79 @@ class TrainingState(File):
     gradient_norm_per_optimizer_step: tuple[float, ...]
     data_digest: str
     settings: dict[str, float]
+    evaluations: tuple[Evaluation, ...] = ()
+    data: str = ""
+    """As it was named; empty in checkpoints of older versions."""
+    num_examples: Index = 0
+
+
+def adapter_bytes(plan: Plan) -> int:
+    """Size of an adapter folder, from the plan's shapes; never less than it will be."""
+    decision, shape = plan.decision, plan.request.model
+    rows = decision.adapter_width * 2 * shape.hidden_size
+    router = decision.num_experts * shape.hidden_size if decision.routing == "key-experts" else 0
+    return shape.num_layers * (_FLOAT_BYTES * (rows + router) + _HEADER_BYTES_PER_LAYER) + _TEXT_BYTES
+
+
+def checkpoint_bytes(plan: Plan, *, steps: int) -> int:
+    """Size of a checkpoint folder after so many steps, from the plan's shapes; never less than it will be."""
+    decision, shape = plan.decision, plan.request.model
+    moments = 2 * decision.adapter_width * 2 * shape.hidden_size
+    tables = decision.adapter_width * (1 + (len(_HOT_TABLES) if decision.hot_rows else 0))
+    router = 2 * decision.num_experts * shape.hidden_size + 1 if decision.routing == "key-experts" else 0
+    numbers = shape.num_layers * (moments + tables + router)
+    text = _TEXT_BYTES_PER_STEP * steps + _TEXT_BYTES
+    headers = shape.num_layers * 2 * _HEADER_BYTES_PER_LAYER
+    return adapter_bytes(plan) + _FLOAT_BYTES * numbers + headers + _RNG_STATE_BYTES + text
 
 
 def save_adapter(session: Session, folder: Path, *, meft_version: str) -> None:
-    """Write the adapter folder, replacing an older one whole."""
-    _in_place_of(folder, lambda new: _write_adapter(session, new, meft_version))
+    """Write the adapter folder, replacing an older one whole; other files that are there stay.
+
+    Raises:
+        MachineError: the disk is full or refuses; what was there before is there still.
+    """
+    with writing(folder):
+        if _holds_other_files(folder):
+            _write_into(session, folder, meft_version)
+        else:
+            replace_folder(folder, lambda new: _write_adapter(session, new, meft_version))
 
 
 def save_checkpoint(session: Session, output: Path, state: TrainingState, *, meft_version: str) -> Path:
-    """Write ``checkpoint-<steps>`` under ``output``, then remove older ones; returns its path."""
+    """Write ``checkpoint-<steps>`` under ``output``, then remove older ones; returns its path.
+
+    Raises:
+        MachineError: the disk is full or refuses; the checkpoint before this one is whole.
+    """
 
     def write(new: Path) -> None:
         _write_adapter(session, new, meft_version)
         _save_tensors(optimizer_tensors(session) | {"rng_state": torch.get_rng_state()}, new / OPTIMIZER_STATE)
         state.save(new / TRAINING_STATE)
 
+    before = list_checkpoints(output)
     folder = output / f"checkpoint-{state.steps_done:08d}"
-    _in_place_of(folder, write)
-    for older in list_checkpoints(output):
-        if older != folder:
-            shutil.rmtree(older)
+    with writing(folder, hint=_what_is_where(before)):
+        replace_folder(folder, write)
+        for older in before:
+            if older != folder:
+                shutil.rmtree(older)
     return folder
+
+
+def _what_is_where(before: list[Path]) -> str:
+    if not before:
+        return "there is no checkpoint yet; make room and start again"
+    return f"the last checkpoint, {before[-1]}, is whole: make room and go on with --resume"
 
 
 def list_checkpoints(output: Path) -> list[Path]:
     """Checkpoint folders under ``output``, oldest first."""
     if not output.is_dir():
         return []
-    return sorted(path for path in output.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir())
+    found = (path for path in output.iterdir() if _CHECKPOINT.fullmatch(path.name))
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 
 def latest_checkpoint(output: Path) -> Path:
@@ -147,21 +205,54 @@ def load_checkpoint(session: Session, folder: Path) -> TrainingState:
     load_adapter(session, folder)
     tensors = load_tensors(folder / OPTIMIZER_STATE)
     restore_optimizer(session, tensors, folder / OPTIMIZER_STATE)
-    torch.set_rng_state(tensors["rng_state"])
+    _restore_rng(tensors.get("rng_state"), folder / OPTIMIZER_STATE)
     return state
+
+
+def _restore_rng(state: torch.Tensor | None, path: Path) -> None:
+    if state is None:
+        raise UsageError(f"{path}: rng_state is missing")
+    try:
+        torch.set_rng_state(state)
+    except (TypeError, RuntimeError):
+        raise UsageError(f"{path}: rng_state is no state of torch's random generator") from None
 
 
 def load_adapter(session: Session, folder: Path) -> None:
     """Read an adapter folder into the session; a :class:`UsageError` names what does not fit."""
-    config = AdapterConfig.load(folder / ADAPTER_CONFIG)
-    expected = _adapter_config(session, config.meft_version)
+    config = load_config(folder)
+    expected = adapter_config(session, config.meft_version)
     require_base(config, expected.base_model, str(expected.base_digest), folder=folder)
     for name in ("adapter_width", "num_experts", "routing"):
         given, wanted = getattr(config, name), getattr(expected, name)
         if given != wanted:
             raise UsageError(f"{folder}: {name} does not fit this plan: {given} instead of {wanted}")
-    path = folder / ADAPTER_WEIGHTS
+    path = weights_path(folder)
     restore_adapter(session, load_tensors(path), path)
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder has an adapter's config, of this version or an older one."""
+    return any((folder / name).exists() for name in (ADAPTER_CONFIG, OLD_ADAPTER_CONFIG))
+
+
+def load_config(folder: Path) -> AdapterConfig:
+    """What an adapter folder says of itself, of this version or an older one; or a :class:`UsageError`."""
+    path, old = folder / ADAPTER_CONFIG, folder / OLD_ADAPTER_CONFIG
+    if path.exists():
+        return AdapterConfig.load(path)
+    if not old.exists():
+        raise UsageError(f"{folder}: holds no adapter (no {ADAPTER_CONFIG}); meft-run writes one to OUTPUT_DIR/adapter")
+    content = parse_json(read_text(old, kind=AdapterConfig.kind), source=f"{AdapterConfig.kind} {old}")
+    if isinstance(content, dict) and "peft_type" in content:
+        raise UsageError(f"{folder}: holds an adapter of PEFT ({content['peft_type']}), which PEFT loads, not meft")
+    return AdapterConfig.load(old)
+
+
+def weights_path(folder: Path) -> Path:
+    """Where the rows of an adapter folder are, of this version or an older one."""
+    new, old = folder / ADAPTER_WEIGHTS, folder / OLD_ADAPTER_WEIGHTS
+    return old if old.exists() and not new.exists() else new
 
 
 def restore_adapter(session: Session, tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -191,11 +282,34 @@ def adapter_tensors(session: Session) -> dict[str, torch.Tensor]:
 
 
 def _write_adapter(session: Session, folder: Path, meft_version: str) -> None:
+    config = adapter_config(session, meft_version)
     _save_tensors(adapter_tensors(session), folder / ADAPTER_WEIGHTS)
-    _adapter_config(session, meft_version).save(folder / ADAPTER_CONFIG)
+    write_atomic(folder / MODEL_CARD, model_card(session.plan, meft_version=meft_version))
+    config.save(folder / ADAPTER_CONFIG)
 
 
-def _adapter_config(session: Session, meft_version: str) -> AdapterConfig:
+def _write_into(session: Session, folder: Path, meft_version: str) -> None:
+    """The adapter's files among others, each whole at any time; the weights come last but one, the card first."""
+    config = adapter_config(session, meft_version)
+    if not (folder / MODEL_CARD).exists():
+        write_atomic(folder / MODEL_CARD, model_card(session.plan, meft_version=meft_version))
+    new = folder / f".{ADAPTER_WEIGHTS}.new"
+    try:
+        _save_tensors(adapter_tensors(session), new)
+        new.replace(folder / ADAPTER_WEIGHTS)
+    finally:
+        new.unlink(missing_ok=True)
+    config.save(folder / ADAPTER_CONFIG)
+
+
+def _holds_other_files(folder: Path) -> bool:
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return any(path.name not in _ADAPTER_FILES for path in folder.iterdir())
+
+
+def adapter_config(session: Session, meft_version: str) -> AdapterConfig:
+    """What a session's adapter folder says of itself."""
     decision = session.plan.decision
     return AdapterConfig(
         meft_version=meft_version,
@@ -256,7 +370,15 @@ def _restore(target: torch.Tensor, tensors: dict[str, torch.Tensor], name: str, 
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+    """Raises :class:`OSError`, also where safetensors has an exception of its own."""
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        number = _OS_ERROR.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(file_mode())  # safetensors lets nobody else read it
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -270,26 +392,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except SafetensorError as error:
-        raise UsageError(f"{path}: not a complete safetensors file ({error})") from None
-
-
-def _in_place_of(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a new folder beside ``folder`` and swap it in; a crash leaves the old one, or none, never half of one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        write(new)
-        new.chmod(0o755)
-        fsync_folder(new)
-        if folder.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            folder.rename(retired / folder.name)
-            new.rename(folder)
-            shutil.rmtree(retired)
-        else:
-            new.rename(folder)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    fsync_folder(folder.parent)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # the last ones: a dtype that torch has not
+        raise UsageError(f"{path}: not a complete safetensors file ({str(error)[:300]})") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,43 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
-from meft.planner.base.schema import parse_json, read_text
-from meft.planner.models.architecture import ModelShape, shape_from_config
+from meft.planner.base.kinds import MODEL, refuse_other_path
+from meft.planner.base.packages import require_packages
+from meft.planner.models.architecture import ModelShape
+from meft.planner.models.catalogue import CONFIG_NAME, how_to_download, is_hub_name, read_config, text_part
+from meft.planner.models.configs import shape_from_config
 from meft.planner.records.plan import Plan
+from meft.runtime.session.model_folder import SAFE, load_causal_lm, reading
 
+_PROBE = "A word, or two."
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
 
 
 def check_model_folder(plan: Plan, folder: Path) -> None:
     """Raise :class:`UsageError` unless ``folder`` holds a model of the plan's shape."""
-    text = read_text(folder / "config.json", kind="model config")
-    shape = shape_from_config(parse_json(text, source=str(folder / "config.json")), name=folder.name)
+    config = read_config(folder / CONFIG_NAME)
+    if text_part(config) is not config:
+        raise UsageError(
+            f"--model {folder}: a model of text and images ({config['model_type']}), whose text part can be planned "
+            f"but not trained yet; give a text model, such as gemma-3-1b"
+        )
+    shape = shape_from_config(config, name=folder.name)
     check_shape(plan.request.model, shape, where=str(folder))
+
+
+def existing_folder(reference: str | Path, *, field: str = "--model") -> Path:
+    """``reference`` as a folder; a :class:`UsageError` that says where a folder comes from when there is none."""
+    folder = Path(reference)
+    if folder.is_dir():
+        return folder
+    refuse_other_path(folder, wanted=MODEL)
+    if is_hub_name(str(reference)):
+        raise UsageError(
+            f"{field} {reference}: no such folder, and nothing is downloaded here; get it first: "
+            f"{how_to_download(str(reference))}"
+        )
+    raise UsageError(f"{field} {reference}: no such folder; give one with config.json and weights")
 
 
 def check_shape(planned: ModelShape, found: ModelShape, *, where: str) -> None:
@@ -35,29 +59,31 @@ def check_shape(planned: ModelShape, found: ModelShape, *, where: str) -> None:
 
 def load_frozen_model(plan: Plan, folder: Path) -> nn.Module:
     """Load the model to host memory (nf4: straight to the GPU) in the plan's dtype and attention."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options: dict[str, Any] = {"attn_implementation": ATTENTION[plan.request.attention], "local_files_only": True}
-    options |= _weight_options(plan)
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UsageError(f"--model {folder}: transformers cannot load it: {first_line}") from error
-    return model
+    return load_causal_lm(folder, attn_implementation=ATTENTION[plan.request.attention], **_weight_options(plan))
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The model's tokenizer, or a :class:`UsageError`."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UsageError(f"--model {folder}: no tokenizer can be loaded: {first_line}") from error
+    with reading(folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **SAFE)
+        tokenizer.decode(tokenizer.encode(_PROBE), skip_special_tokens=True)  # some damage shows only in use
+        return tokenizer
+
+
+def check_token_ids(sequences: Iterable[Sequence[int]], vocab_size: int, *, where: str) -> None:
+    """Raise :class:`UsageError` unless the model's vocabulary has every token; ``where`` says where they are from."""
+    for number, ids in enumerate(sequences, 1):
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            wrong = max(ids) if max(ids) >= vocab_size else min(ids)
+            raise UsageError(
+                f"{where}, sequence {number}: token {wrong}, but the model's vocabulary has {vocab_size:,} tokens "
+                f"(0 to {vocab_size - 1:,}); is the tokenizer that of another model?"
+            )
 
 
 def model_from_config(plan: Plan, config: dict[str, Any]) -> nn.Module:
@@ -68,7 +94,7 @@ def model_from_config(plan: Plan, config: dict[str, Any]) -> nn.Module:
     made = AutoConfig.for_model(options.pop("model_type"), **options)
     dtype = COMPUTE_DTYPES[plan.request.weights_dtype]
     model: nn.Module = AutoModelForCausalLM.from_config(
-        made, dtype=dtype, attn_implementation=ATTENTION[plan.request.attention]
+        made, dtype=dtype, attn_implementation=ATTENTION[plan.request.attention], trust_remote_code=False
     )
     return model
 
@@ -77,6 +103,8 @@ def _weight_options(plan: Plan) -> dict[str, Any]:
     if plan.request.weights_dtype in COMPUTE_DTYPES:
         return {"dtype": COMPUTE_DTYPES[plan.request.weights_dtype]}
     from transformers import BitsAndBytesConfig
+
+    require_packages("bitsandbytes", "accelerate", purpose="nf4 weights")
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -113,6 +113,16 @@ class Session:
         self.exchange.window_open = False
         return OptimizerResult(norm, updates, kept, time.perf_counter() - started, updated_hot_rows=hot)
 
+    def row_gradient_norm(self) -> float:
+        """Norm of the gradients of rows that no optimizer step has used; the window goes on.
+
+        Gradients summed on the device go to the host for it.
+        """
+        with self.device.scope():
+            self.exchange.forget_rows()
+        squared = math.fsum(self.exchange.squared_norm(layer).result() for layer in range(self.store.num_layers))
+        return math.sqrt(squared + self._squared_norm_on_device(routers=False))
+
     def drain(self) -> None:
         """Wait until no lane has anything left to do."""
         self.engine.schedule.drain()
@@ -172,11 +182,11 @@ class Session:
         self._early = early
         self.exchange.after_last_gradients = after_last_gradients
 
-    def _squared_norm_on_device(self) -> float:
+    def _squared_norm_on_device(self, *, routers: bool = True) -> float:
         """Of the gradients that are there alone: the routers' and the hot rows'."""
         squared, hot = 0.0, self.exchange.hot
         with self.device.scope(), torch.no_grad():
-            if self.router_weights:
+            if self.router_weights and routers:
                 squared += self.engine.read_scalar(self.squared_router_norm(), category="router_norm")
             if hot is not None and hot.rows:
                 squared += self.engine.read_scalar(hot.squared_norm(), category="hot_norm")

@@ -28,7 +28,9 @@ def build_model(setup: TrainingSetup, config: dict[str, Any]) -> nn.Module:
     dtype = COMPUTE_DTYPES.get(setup.weights_dtype, QUANTIZED_DTYPE)
     kernel = "eager" if setup.attention == "eager" else "sdpa"
     try:
-        model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation=kernel)
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            made, dtype=dtype, attn_implementation=kernel, trust_remote_code=False
+        )
     except ValueError as error:
         reason = str(error).partition(". ")[0]
         raise UsageError(f"attention {setup.attention}: not for {setup.model.name}; transformers: {reason}") from error

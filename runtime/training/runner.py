@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
+import math
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from meft.planner.base.errors import UsageError
+from meft.planner.base.errors import MachineError, UsageError
+from meft.planner.base.files import writing
 from meft.planner.base.units import format_bytes
-from meft.planner.models.catalogue import load_model
+from meft.planner.base.version import VERSION
+from meft.planner.models.catalogue import how_to_download, hub_name_of, load_model
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
 from meft.planner.timing.chrome import chrome_trace
@@ -30,15 +31,34 @@ from meft.runtime.device.timeline import LaneClock
 from meft.runtime.host import kernels
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.session import model_loading
-from meft.runtime.session.checkpoint import latest_checkpoint, save_adapter
+from meft.runtime.session.checkpoint import TRAINING_STATE, TrainingState, latest_checkpoint, load_adapter, save_adapter
 from meft.runtime.session.session import Session, open_session
-from meft.runtime.training import preflight
+from meft.runtime.training import output, preflight
+from meft.runtime.training.interrupts import Interrupts
+from meft.runtime.training.journal import Tell, journal
 from meft.runtime.training.rehearse import rehearse
 from meft.runtime.training.reporting import build_report
 from meft.runtime.training.training import Progress, Trainer, TrainingOptions
 from meft.runtime.use.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
 
 DeviceKind = Literal["cuda", "emulated"]
+EMULATED = "emulated"
+"""The name of the profile that a plan for the emulated device rests on."""
+DEFAULT_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is: so many micro-batches, or so many times through the data; neither: as before, or 100."""
+
+    steps: int | None = None
+    epochs: float | None = None
+
+    def total_steps(self, *, num_examples: int, batch_size: int, before: int | None) -> int:
+        """Micro-batches in all; ``before`` is what a run that goes on was to have."""
+        if self.epochs is not None:
+            return max(1, math.ceil(self.epochs * num_examples / batch_size))
+        return self.steps or before or DEFAULT_STEPS
 
 
 @dataclass(frozen=True)
@@ -54,6 +74,14 @@ class RunOptions:
     gpu_mem_bytes: int | None = None
     """Another device budget than the plan's."""
     resume: bool = False
+    overwrite: bool = False
+    """Replace what an earlier run left in ``output_dir``."""
+    length: Length | None = None
+    """None: ``training.steps``."""
+    adapter: Path | None = None
+    """A trained adapter to start from."""
+    log: Path | None = None
+    tensorboard: Path | None = None
     raw: bool = False
     schedule: Literal["overlapped", "sequential"] = "overlapped"
     link_gbps: float | None = None
@@ -69,44 +97,159 @@ class Display:
 
     say: Callable[[str], None]
     on_step: Callable[[Progress], None]
+    interrupts: Interrupts = field(default_factory=Interrupts)
 
 
 def run_rehearsal(plan: Plan, options: RunOptions, display: Display) -> Report:
-    """The books of one step, for a model given by name, ``config.json`` or folder."""
+    """The books of one step, for a model given by name, ``config.json`` or folder; the report goes to the output."""
     reference = options.model or plan.request.model_path or plan.request.model.name
     shape, config, _ = load_model(reference)
     model_loading.check_shape(plan.request.model, shape, where=reference)
-    display.say(f"rehearsing one step of {plan.request.model.name} under fake tensors: no weights, data or GPU")
-    return rehearse(plan, dict(config), budget_bytes=_budget(plan, options), meft_version=version("meft"))
+    with output.locked(options.output_dir, display.say):
+        output.require_unused(options.output_dir, resume=False, overwrite=options.overwrite)
+        display.say(f"rehearsing one step of {plan.request.model.name} under fake tensors: no weights, data or GPU")
+        report = rehearse(plan, dict(config), budget_bytes=_budget(plan, options), meft_version=VERSION)
+        _save_report(report, options)
+    return report
 
 
 def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
-    """Train the plan's adapter and report; the adapter and checkpoints go to ``options.output_dir``."""
+    """Train the plan's adapter and report; adapter, checkpoints and report go to ``options.output_dir``.
+
+    ``display.interrupts`` says whether a signal ended it early.
+    """
+    _check_options(options)
+    _device_kind(plan, options)  # before anything is written
+    folder = _model_folder(plan, options, display)
+    model_loading.check_model_folder(plan, folder)
+    display.interrupts.check()
+    with output.locked(options.output_dir, display.say):
+        output.require_unused(options.output_dir, resume=options.resume, overwrite=options.overwrite)
+        checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
+        with journal(options.log, options.tensorboard) as tell:
+            report = _run(plan, options, display, folder, checkpoint, tell)
+        _save_report(report, options)
+    return report
+
+
+def _check_options(options: RunOptions) -> None:
+    """What can be refused before anything is looked at."""
     if options.data is None:
         hint = "; to score without training: meft-run evaluate" if options.evaluation else ""
         raise UsageError(f"--data: what should it learn? Give a JSONL file, or --rehearse to run without data{hint}")
-    folder = _model_folder(plan, options, display)
-    model_loading.check_model_folder(plan, folder)
-    checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
-    kind = _device_kind(options)
+    if options.adapter is not None and options.resume:
+        raise UsageError("--adapter begins a run and --resume goes on with one; give one of them")
+    if options.adapter is not None and options.key_init != "random":
+        raise UsageError(
+            f"--key-init {options.key_init}: with --adapter the keys begin as that adapter's; leave it out"
+        )
+    if options.trace is not None:
+        _require_writable(options.trace)
+
+
+def _require_writable(trace: Path) -> None:
+    """It is written when all is trained, too late to learn that it cannot be."""
+    there = trace.exists()
+    try:
+        trace.open("a").close()
+        if not there:
+            trace.unlink()
+    except OSError as error:
+        raise UsageError(f"--trace {trace}: cannot be written ({error.strerror})") from None
+
+
+def _save_report(report: Report, options: RunOptions) -> None:
+    path = options.output_dir / output.REPORT
+    with writing(path, hint="the adapter and the last checkpoint beside it are whole"):
+        report.save(path)
+
+
+def _run(
+    plan: Plan, options: RunOptions, display: Display, folder: Path, checkpoint: Path | None, tell: Tell
+) -> Report:
+    """The stages of a run, in a folder that is this run's alone; between two of them a signal is obeyed."""
+    kind, check = _device_kind(plan, options), display.interrupts.check
     with closing(_open_nvml(kind)) as nvml:
         machine = preflight.Machine.here()
         for note in preflight.check(plan, machine, device_kind=kind, budget_bytes=_budget(plan, options)):
             display.say(f"note: {note}")
+        check()
         tokenizer = model_loading.load_tokenizer(folder)
+        check()
+        assert options.data is not None
         dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
         display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+        _check_tokens(plan, dataset, pad_token_id(tokenizer), options)
+        check()
+        options = _with_length(plan, options, dataset, checkpoint)
+        _require_room(plan, options, resumed=checkpoint is not None)
         evaluation = _evaluation(options, tokenizer, display)
+        check()
         kernels.warm_up(display.say)
+        check()
         with closing(_open_session(plan, options, folder, kind)) as session:
+            check()
             display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")
             trainer = _trainer(session, dataset, options, pad_token_id(tokenizer), display)
-            trainer.evaluation = evaluation
-            if checkpoint is not None:
-                trainer.resume(checkpoint)
-                display.say(f"resumed from {checkpoint} after step {len(trainer.history.losses)}")
+            trainer.evaluation, trainer.tell = evaluation, tell
+            _begin(trainer, options, checkpoint, display)
+            check()
             report = _train(trainer, nvml, options, display)
     return report.model_copy(update={"evaluations": () if evaluation is None else tuple(evaluation.results)})
+
+
+def _with_length(plan: Plan, options: RunOptions, dataset: Dataset, checkpoint: Path | None) -> RunOptions:
+    """The options with the number of steps that the run shall have in all."""
+    if options.length is None:
+        return options
+    before = None if checkpoint is None else TrainingState.load(checkpoint / TRAINING_STATE).total_steps
+    total = options.length.total_steps(
+        num_examples=len(dataset.examples), batch_size=plan.request.batch_size, before=before
+    )
+    return replace(options, training=replace(options.training, steps=total))
+
+
+def _require_room(plan: Plan, options: RunOptions, *, resumed: bool) -> None:
+    training = options.training
+    windows = math.ceil(training.steps / plan.request.grad_accum)
+    writes = output.Writes(
+        steps=training.steps,
+        several_checkpoints=0 < training.save_every < windows or training.patience is not None,
+        resumed=resumed,
+        keeps_best=training.patience is not None,
+    )
+    output.require_room(options.output_dir, plan, writes, overwrite=options.overwrite)
+
+
+def _begin(trainer: Trainer, options: RunOptions, checkpoint: Path | None, display: Display) -> None:
+    """Where the run starts from: a checkpoint, a trained adapter, or nothing."""
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        output.remove_superseded(checkpoint)
+        display.say(f"resumed from {checkpoint} after step {trainer.steps_done}")
+        if trainer.steps_done >= options.training.steps:
+            adapter = _save_adapter(trainer, options)  # a run that was killed after its last step has none
+            raise UsageError(
+                f"--steps {options.training.steps}: the run is complete, and its adapter is in {adapter}; give more "
+                f"steps to train on"
+            )
+        if trainer.out_of_patience:
+            raise UsageError(
+                f"--patience {options.training.patience}: it ended this run after step {trainer.steps_done}; give a "
+                f"larger one to train on"
+            )
+        return
+    if options.adapter is not None:
+        load_adapter(trainer.session, options.adapter)
+        display.say(f"starting from the adapter in {options.adapter}")
+    output.remove_replaced(options.output_dir, display.say)
+
+
+def _check_tokens(plan: Plan, dataset: Dataset, pad_id: int, options: RunOptions) -> None:
+    """The tokenizer's tokens are the model's, that of padding too."""
+    vocab_size, ids = plan.request.model.vocab_size, (example.input_ids for example in dataset.examples)
+    model_loading.check_token_ids(ids, vocab_size, where=f"--data {options.data}")
+    model_loading.check_token_ids([[pad_id]], vocab_size, where="the tokenizer's padding")
 
 
 def _evaluation(options: RunOptions, tokenizer: Any, display: Display) -> EvaluationSchedule | None:
@@ -128,22 +271,40 @@ def _open_nvml(kind: DeviceKind) -> NvmlReader | NvmlUnavailable:
 
 
 def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOptions, display: Display) -> Report:
-    if len(trainer.history.losses) >= options.training.steps:
-        raise UsageError(f"--steps {options.training.steps}: the checkpoint is there already; leave --resume out")
     readings: list[tuple[MemoryReading, PcieReading]] = []
     trainer.on_trained = lambda: readings.append(_read_nvml(trainer, nvml))
     nvml.start_pcie()
-    with _stopping_on_signals(trainer, display):
+    with display.interrupts.while_training(lambda: setattr(trainer, "stop_requested", True)):
         trainer.run()
-    ((memory, pcie),) = readings
-    save_adapter(trainer.session, options.output_dir / "adapter", meft_version=version("meft"))
-    if trainer.stop_requested:
-        display.say(f"stopped after step {len(trainer.history.losses)}; go on with --resume")
+    _save_adapter(trainer, options)
+    if not readings:  # a run that went on only to learn that its patience was at an end
+        raise UsageError(f"--patience {options.training.patience}: it ended this run; give a larger one to train on")
+    _say_why_it_ended(trainer, options, display)
     if options.trace is not None:
         _write_trace(trainer.session, options.trace)
         display.say(f"wrote {options.trace}, the last step's tasks")
     recall = trainer.measure_recall()
-    return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=version("meft"))
+    memory, pcie = readings[-1]
+    return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=VERSION)
+
+
+def _say_why_it_ended(trainer: Trainer, options: RunOptions, display: Display) -> None:
+    done, best = trainer.steps_done, trainer.best_evaluation
+    if best is not None and options.training.patience is not None:
+        place = options.output_dir / output.BEST_ADAPTER
+        display.say(f"the best evaluation was after optimizer step {best.optimizer_steps}; its adapter: {place}")
+    if done == options.training.steps:
+        return
+    if trainer.out_of_patience:
+        display.say(f"stopped after step {done}: {options.training.patience} evaluations in a row were no better")
+    elif trainer.stop_requested:
+        display.interrupts.stopped_after = done
+
+
+def _save_adapter(trainer: Trainer, options: RunOptions) -> Path:
+    folder = options.output_dir / output.ADAPTER
+    save_adapter(trainer.session, folder, meft_version=VERSION)
+    return folder
 
 
 def _read_nvml(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable) -> tuple[MemoryReading, PcieReading]:
@@ -177,22 +338,26 @@ def _write_trace(session: Session, path: Path) -> None:
     if session.device.kind == "cuda":
         events = [event for event in events if event.lane == "cpu"]
     text = json.dumps(chrome_trace(events), separators=(",", ":"))
-    try:
+    with writing(path, hint="the adapter and the last checkpoint are whole"):
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--trace {path}: cannot be written ({error.strerror})") from None
 
 
 def _trainer(session: Session, dataset: Dataset, options: RunOptions, pad_id: int, display: Display) -> Trainer:
+    def keep_best() -> None:
+        if options.training.patience is not None:
+            save_adapter(session, options.output_dir / output.BEST_ADAPTER, meft_version=VERSION)
+
     return Trainer(
         session,
         dataset.examples,
         options.training,
         pad_id=pad_id,
-        meft_version=version("meft"),
+        meft_version=VERSION,
         output=options.output_dir,
         sequence_tokens=dataset.statistics.sequence_tokens,
         on_step=display.on_step,
+        on_best=keep_best,
+        data=str(options.data),
     )
 
 
@@ -201,16 +366,25 @@ def _model_folder(plan: Plan, options: RunOptions, display: Display) -> Path:
     if reference is None and plan.request.model.name == SMOLLM2_PROFILE:
         return smollm2_folder(display.say)
     if reference is None:
-        raise UsageError(f"--model: give the folder that holds the weights of {plan.request.model.name}, or --rehearse")
-    if not Path(reference).is_dir():
-        raise UsageError(f"--model {reference}: no such folder; training needs one with config.json and weights")
-    return Path(reference)
+        name = plan.request.model.name
+        hub_name = hub_name_of(name)
+        how = f" ({how_to_download(hub_name)})" if hub_name else ""
+        raise UsageError(f"--model: give the folder that holds the weights of {name}{how}, or --rehearse")
+    return model_loading.existing_folder(reference)
 
 
-def _device_kind(options: RunOptions) -> DeviceKind:
-    if options.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "emulated"
-    return options.device
+def _device_kind(plan: Plan, options: RunOptions) -> DeviceKind:
+    """Where the run takes place; a plan for a card is never trained elsewhere without a word."""
+    if options.device != "auto":
+        return options.device
+    if torch.cuda.is_available():
+        return "cuda"
+    if any(used.kind == "gpu" and used.name == EMULATED for used in plan.inputs.profiles):
+        return "emulated"
+    raise MachineError(
+        f"the plan is for {plan.request.gpu} and torch sees no CUDA device here; --device emulated trains on the CPU "
+        f"within the same books and budget (slow), --rehearse counts one step without weights"
+    )
 
 
 def _budget(plan: Plan, options: RunOptions) -> int:
@@ -223,23 +397,3 @@ def _budget(plan: Plan, options: RunOptions) -> int:
         context = format_bytes(memory.context_bytes.high_bytes)
         raise UsageError(f"--gpu-mem {format_bytes(options.gpu_mem_bytes)}: the CUDA context alone may take {context}")
     return budget
-
-
-@contextmanager
-def _stopping_on_signals(trainer: Trainer, display: Display) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the run after its window, with a checkpoint; the second ends it at once."""
-    before: dict[int, Any] = {}
-
-    def stop(number: int, frame: object) -> None:
-        del frame
-        trainer.stop_requested = True
-        display.say(f"{signal.Signals(number).name}: stopping after this accumulation window; again to stop at once")
-        signal.signal(number, before[number])
-
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

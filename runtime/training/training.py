@@ -19,11 +19,15 @@ import torch
 
 from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.records.plan import Lane
+from meft.planner.records.report import Evaluation as Scores
 from meft.runtime.data.examples import Batch, Example, batch_indices, collate
+from meft.runtime.data.metrics import MAIN_SCORE
 from meft.runtime.device.device import MemoryPeaks
 from meft.runtime.host.optimizer import scheduled_learning_rate
-from meft.runtime.session.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from meft.runtime.session.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
 from meft.runtime.session.session import Session, StepResult, WindowEnd
+from meft.runtime.training.divergence import PATIENCE, highest_sound_loss, windows_too_high
+from meft.runtime.training.journal import Tell, silent
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class TrainingOptions:
     seed: int = 0
     save_every: int = 0
     """Optimizer steps between checkpoints; 0 saves only at the end."""
+    patience: int | None = None
+    """End after so many evaluations in a row that were no better than the best before; None: never."""
+    divergence_factor: float = 3.0
+    """How often its first loss a run's loss may be for long; 0: as often as it likes. See
+    :mod:`meft.runtime.training.divergence`."""
 
 
 @dataclass
@@ -106,6 +115,9 @@ class Progress:
 class Evaluation(Protocol):
     """Something that uses the session between windows and changes nothing of training."""
 
+    results: list[Scores]
+    """Of the whole run, oldest first."""
+
     def due(self, optimizer_steps: int, *, last: bool) -> bool:
         """Whether it wants to, after so many optimizer steps; ``last`` if there are no more."""
         ...
@@ -129,52 +141,110 @@ class Trainer:
     """Lengths of the data's sequences, for the report."""
     on_step: Callable[[Progress], None] = lambda _: None
     on_trained: Callable[[], None] = lambda: None
-    """Called after the last window, before the last evaluation: the device holds what training needs of it."""
+    """Called before each evaluation and after the last window: the device holds what training needs of it."""
+    on_best: Callable[[], None] = lambda: None
+    """Called after an evaluation that was better than all before."""
+    tell: Tell = silent
+    """Told of every event; see :mod:`meft.runtime.training.journal`."""
     evaluation: Evaluation | None = None
     """What it needs of the device is not counted as training's."""
     history: History = field(default_factory=History)
     measured: Measurements = field(default_factory=Measurements)
+    data: str = ""
+    """Where the examples come from, for errors."""
     stop_requested: bool = False
     """Set by a signal handler: the run ends after the current window, with a checkpoint."""
+
+    @property
+    def steps_done(self) -> int:
+        """Micro-batches since the run first began."""
+        return len(self.history.losses)
+
+    @property
+    def best_evaluation(self) -> Scores | None:
+        """Of the whole run, if there were any."""
+        results = [] if self.evaluation is None else self.evaluation.results
+        return results[best_result(results)] if results else None
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the evaluations say that the run should end."""
+        patience = self.options.patience
+        if patience is None or self.evaluation is None or not self.evaluation.results:
+            return False
+        return len(self.evaluation.results) - 1 - best_result(self.evaluation.results) >= patience
 
     def run(self) -> None:
         """Train up to ``options.steps`` steps, from where the history stands."""
         self.session.device.reset_peaks()
+        self.tell("begin", step=self.steps_done, total_steps=self.options.steps)
         try:
-            for first, last in self._windows():
-                self._run_window(first, last)
-                window = len(self.history.learning_rates)
-                ends = self.stop_requested or last == self.options.steps
-                if ends or (self.options.save_every and window % self.options.save_every == 0):
-                    self.save()
-                if ends:
-                    self.on_trained()
-                if self._evaluation_due(last=ends):
-                    self._evaluate(window)
-                if ends:
-                    return
+            self._make_up_for_evaluation()
+            if not self.out_of_patience:
+                self._train()
         finally:
             self.measured.peaks = self.measured.peaks.larger(self.session.device.peaks())
+        self.tell("end", step=self.steps_done, reason=self._reason())
+
+    def _train(self) -> None:
+        for first, last in self._windows():
+            self._run_window(first, last)
+            ends = self.stop_requested or last == self.options.steps
+            evaluates = self._evaluation_due(last=last == self.options.steps) and not self.stop_requested
+            sound = self._sound()
+            if ends or (sound and self._save_due()):
+                self.save()
+            if ends or evaluates:
+                self.on_trained()
+            if evaluates:
+                self._evaluate()
+            if ends:
+                return
+            if evaluates and (self.out_of_patience or self.stop_requested):
+                self.save()
+                return
+
+    def _reason(self) -> str:
+        if self.steps_done >= self.options.steps:
+            return "done"
+        return "patience" if self.out_of_patience else "interrupted"
+
+    def _save_due(self) -> bool:
+        every = self.options.save_every
+        return every > 0 and len(self.history.learning_rates) % every == 0
 
     def save(self) -> None:
         """Write a checkpoint of the present state, if there is somewhere to write it."""
         self.session.drain()
         if self.output is not None and self.history.losses:
-            save_checkpoint(self.session, self.output, self._state(), meft_version=self.meft_version)
+            folder = save_checkpoint(self.session, self.output, self._state(), meft_version=self.meft_version)
+            self.tell("checkpoint", step=self.steps_done, folder=str(folder))
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint: same data, seed and schedule, or a :class:`UsageError` that names what differs."""
+        """Go on from a checkpoint: same data, seed and settings, or a :class:`UsageError` that names what differs.
+
+        More steps than before make the run longer: from here on the learning rate is that of a run of so many steps.
+        """
         state = load_checkpoint(self.session, folder)
         now = self._state()
-        for name in ("data_digest", "seed", "total_steps", "settings"):
+        if state.data_digest != now.data_digest:
+            raise UsageError(f"--resume {folder}: {_data_changed(state, now)}")
+        for name in ("seed", "settings"):
             before, given = getattr(state, name), getattr(now, name)
             if before != given:
                 raise UsageError(f"--resume {folder}: {name} was {before}, now {given}; give what the run began with")
+        if now.total_steps < state.total_steps:
+            raise UsageError(
+                f"--resume {folder}: the run was to be {state.total_steps} steps long, now {now.total_steps}; it can "
+                f"be made longer, not shorter"
+            )
         self.history = History(
             list(state.loss_per_step),
             list(state.learning_rate_per_optimizer_step),
             list(state.gradient_norm_per_optimizer_step),
         )
+        if self.evaluation is not None:
+            self.evaluation.results[:] = state.evaluations
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, the same in every process."""
@@ -205,6 +275,27 @@ class Trainer:
             session.loss(batch)
         return sum(recalls, start=1.0) / (len(recalls) + 1)  # layer 0 is routed exactly
 
+    def _sound(self) -> bool:
+        """Whether the loss is where a checkpoint should be: one that is rising would take the last good one's place.
+
+        Raises :class:`MeftError` if the run has diverged.
+        """
+        size, factor = self.session.plan.request.grad_accum, self.options.divergence_factor
+        too_high = windows_too_high(self.history.losses, window=size, factor=factor)
+        if too_high >= PATIENCE:
+            limit = highest_sound_loss(self.history.losses, factor)
+            raise MeftError(
+                f"the run has diverged: in the last {too_high} optimizer steps the loss was above {limit:.4g}, "
+                f"{factor:g} times where it began or more; {self._last_checkpoint()}. Try a lower --learning-rate; "
+                f"--divergence-factor 0 lets it go on"
+            )
+        return too_high == 0
+
+    def _last_checkpoint(self) -> str:
+        """What is left of a run that ends here."""
+        found = [] if self.output is None else list_checkpoints(self.output)
+        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was due before"
+
     def _windows(self) -> Iterator[tuple[int, int]]:
         """First and one-past-last step of every window still to run."""
         size = self.session.plan.request.grad_accum
@@ -214,17 +305,29 @@ class Trainer:
     def _evaluation_due(self, *, last: bool) -> bool:
         return self.evaluation is not None and self.evaluation.due(len(self.history.learning_rates), last=last)
 
-    def _evaluate(self, optimizer_steps: int) -> None:
+    def _make_up_for_evaluation(self) -> None:
+        """A checkpoint is written before its window's evaluation: a run that was killed between goes on there."""
+        done = len(self.history.learning_rates)
+        if self.evaluation is None or not done or not self._evaluation_due(last=False):
+            return
+        if not any(result.optimizer_steps == done for result in self.evaluation.results):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
         """Lend the device out between two windows, and keep that out of the peaks of training."""
         assert self.evaluation is not None
         device = self.session.device
         self.session.drain()
         self.measured.peaks = self.measured.peaks.larger(device.peaks())
         try:
-            self.evaluation.evaluate(self.session, optimizer_steps)
+            self.evaluation.evaluate(self.session, len(self.history.learning_rates))
         finally:
             device.empty_cache()
             device.reset_peaks()
+        results = self.evaluation.results
+        self.tell("evaluation", step=self.steps_done, scores=results[-1].scores)
+        if best_result(results) == len(results) - 1:
+            self.on_best()
 
     def _run_window(self, first: int, last: int) -> None:
         started = time.perf_counter()
@@ -238,11 +341,13 @@ class Trainer:
             result = self.session.step(batch, loss_scale=1 / (last - first), window_end=closing)
             self._note_step(result, batch)
             self.on_step(Progress(step + 1, self.options.steps, result.loss))
+            self.tell("step", step=step + 1, loss=result.loss, seconds=result.seconds)
         outcome = self.session.optimizer_step(learning_rate=rate, max_norm=self.options.max_norm)
         self.measured.kept_rows.append(outcome.kept_rows)
         self.measured.hot_windows += outcome.updated_hot_rows
         self.history.learning_rates.append(rate)
         self.history.gradient_norms.append(outcome.gradient_norm)
+        self.tell("optimizer_step", step=last, learning_rate=rate, gradient_norm=outcome.gradient_norm)
         self.measured.optimizer_seconds.append(outcome.seconds)
         ends = last == self.options.steps
         if ends or self._evaluation_due(last=ends):
@@ -255,7 +360,7 @@ class Trainer:
         if not math.isfinite(result.loss):
             raise MeftError(
                 f"the loss became {result.loss} at step {len(self.history.losses) + 1}; nothing of this window was "
-                f"applied. Try a lower --learning-rate, or --weights-dtype fp32 in the plan"
+                f"applied; {self._last_checkpoint()}. Try a lower --learning-rate, or --weights-dtype fp32 in the plan"
             )
         self.history.losses.append(result.loss)
         self.measured.step_seconds.append(result.seconds)
@@ -290,8 +395,31 @@ class Trainer:
             learning_rate_per_optimizer_step=tuple(self.history.learning_rates),
             gradient_norm_per_optimizer_step=tuple(self.history.gradient_norms),
             data_digest=digest_of(self.examples),
+            data=self.data,
+            num_examples=len(self.examples),
             settings=settings,
+            evaluations=() if self.evaluation is None else tuple(self.evaluation.results),
         )
+
+
+def _data_changed(before: TrainingState, now: TrainingState) -> str:
+    """Which data, and what is different about it."""
+    what = f"as many examples, {now.num_examples:,}, but other tokens or another part of them with loss"
+    if before.num_examples == 0:  # of an older version
+        what = f"{now.num_examples:,} examples, which are not those of then"
+    elif before.num_examples != now.num_examples:
+        what = f"{before.num_examples:,} examples then, {now.num_examples:,} now"
+    was = f" (it was {before.data} then)" if before.data not in ("", now.data) else ""
+    return (
+        f"the data is not what the checkpoint was made with: {now.data}{was} has {what}; give the same data and "
+        f"options (--raw), or begin anew: --overwrite, with --adapter to start from what is learnt"
+    )
+
+
+def best_result(results: Sequence[Scores]) -> int:
+    """The place of the best evaluation by its metric's main score, of equal ones the first."""
+    scores = [result.scores[MAIN_SCORE[result.metric]] for result in results]
+    return scores.index(max(scores))
 
 
 def worked(session: Session, steps: int) -> Worked:

@@ -11,6 +11,8 @@
 
 In training mode with gradients on, a forward fetches the rows that its batch activates, as in ``meft-run``; otherwise
 it is inference (see :mod:`meft.runtime.use.inference`). Gradients accumulate over backwards until the optimizer steps.
+Each training forward is followed by its backward before the next; under autocast the adapter computes in the plan's
+dtypes. What would train nothing or leave the plan is refused: see :mod:`meft.runtime.use.guards`.
 
 ``meft-run``'s own loop also runs inside the device's books; a loop of one's own does not, so on the emulated device its
 activations are neither counted nor limited.
@@ -22,7 +24,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,16 +32,34 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from meft.planner.base.errors import MeftError, UsageError
-from meft.planner.models.architecture import shape_from_config
+from meft.planner.base.version import VERSION
+from meft.planner.models.configs import shape_from_config
 from meft.planner.records.plan import Plan
+from meft.runtime.adapter.adapter import decoder
 from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.session import checkpoint
+from meft.runtime.session.model_loading import check_token_ids
 from meft.runtime.session.session import Session, open_session
-from meft.runtime.use.inference import LayerRows, attach_rows, serving
+from meft.runtime.use.guards import (
+    BackwardOrder,
+    RowNorm,
+    carry,
+    differentiable,
+    refuse_bypass,
+    refuse_method,
+    require_placed,
+    require_planned_dtype,
+    require_planned_size,
+    watch_foreign_steps,
+)
+from meft.runtime.use.inference import Speaking, attach_rows, serving
 from meft.runtime.use.row_optimizer import RowOptimizer
+from meft.runtime.use.saved import EXTRA_STATE, described, description, layer_rows, load_base, saved_adapter
+
+__all__ = ["AdapterModel", "load_base"]
 
 DeviceName = Literal["auto", "cuda", "emulated"]
 
@@ -55,37 +74,61 @@ class AdapterModel(nn.Module):
         detach: Callable[[], None],
         *,
         rows_per_token: int | None = None,
+        speaking: Speaking | None = None,
     ) -> None:
         super().__init__()
         self._rows_per_token = rows_per_token
+        self._speaking = speaking
         self.base = base
         self.routers = nn.ParameterList(session.router_weights if session is not None else [])
         self._session = [] if session is None else [session]  # in a list, so that no module registers it
         self._detach: Callable[[], None] | None = detach
-        if session is not None:  # its threads end with the model, if nobody detached before
-            weakref.finalize(self, session.close)
-        self._in_backward = False
+        self._ends: list[Callable[[], None]] = []
+        self._in_backward = self._guided = False
+        self._order = BackwardOrder()
+        if session is not None:
+            norm = weakref.WeakMethod(self._row_gradient_norm)
+            self.row_norm = RowNorm.of(lambda: None if (ask := norm()) is None else ask())
+            self._ends.append(watch_foreign_steps(self, session.router_optimizer))
+            self._ends.append(refuse_bypass(self, decoder(base)))
+        # If nobody detached before, hooks and threads end with the model.
+        self._abandoned = weakref.finalize(self, _abandon, session, detach, self._ends)
 
     # --- making one ------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
-        cls, base: nn.Module | str | Path, adapter: str | Path, *, rows_per_token: int | None = None
+        cls,
+        base: nn.Module | str | Path,
+        adapter: str | Path,
+        *,
+        rows_per_token: int | None = None,
+        adapter_name: str | None = None,
     ) -> AdapterModel:
         """A trained adapter beside its base model, a loaded one or a folder: for inference.
 
-        Each token meets its best ``rows_per_token`` rows, or all (:mod:`meft.runtime.use.inference`).
+        ``adapter`` is an adapter's folder, or one that ``trainer.save_model`` wrote. Each token meets its best
+        ``rows_per_token`` rows, or all (:mod:`meft.runtime.use.inference`). Without a name, the adapter is the base's
+        only one, and active in calls of the base itself too. With an ``adapter_name`` each, several share one base,
+        and each is active in calls through its own :class:`AdapterModel` alone.
 
         Raises:
-            UsageError: the folder holds no adapter, or the base is another model than it was trained beside.
+            UsageError: the folder holds no adapter, the base is another model than it was trained beside, or carries
+                an adapter already.
         """
         folder = Path(adapter)
-        config = checkpoint.AdapterConfig.load(folder / checkpoint.ADAPTER_CONFIG)
+        config, tensors, source = saved_adapter(folder)
         model = base if isinstance(base, nn.Module) else load_base(Path(base))
         _require_base(model, config, folder)
-        tensors = checkpoint.load_tensors(folder / checkpoint.ADAPTER_WEIGHTS)
-        detach = attach_rows(model, _layer_rows(config, tensors, folder, rows_per_token))
-        made = cls(model, None, detach)
+        put_down = carry(model, adapter_name)
+        speaking = None if adapter_name is None else Speaking()
+        try:
+            off = attach_rows(model, layer_rows(config, tensors, source, rows_per_token), speaking)
+        except UsageError:
+            put_down()
+            raise
+        made = cls(model, None, off, speaking=speaking)
+        made._ends.append(put_down)
         return made.eval()
 
     @classmethod
@@ -109,7 +152,8 @@ class AdapterModel(nn.Module):
         the device's, with the same results; the threads end in :meth:`detach`, or with the model.
 
         Raises:
-            UsageError: the plan was made for another model.
+            UsageError: the plan was made for another model or another dtype of it, or ``base`` carries an adapter
+                already.
             MachineError: there is no such device.
         """
         loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
@@ -117,17 +161,25 @@ class AdapterModel(nn.Module):
         if differences:
             listed = ", ".join(f"{name} {mine} in the plan, {here} here" for name, (mine, here) in differences.items())
             raise UsageError(f"the plan was made for {loaded.request.model.name}, which this model is not: {listed}")
+        require_planned_dtype(loaded, base)
+        put_down = carry(base, None)
         restore = _restorer(base)
-        session = open_session(
-            loaded,
-            base,
-            _device(device, loaded),
-            seed=seed,
-            settings=settings,
-            schedule=Overlapped() if schedule == "overlapped" else Sequential(),
-            key_init=key_init,
-        )
+        try:
+            session = open_session(
+                loaded,
+                base,
+                _device(device, loaded),
+                seed=seed,
+                settings=settings,
+                schedule=Overlapped() if schedule == "overlapped" else Sequential(),
+                key_init=key_init,
+            )
+        except BaseException:
+            put_down()
+            restore()
+            raise
         made = cls(base, session, partial(_take_off, session, restore), rows_per_token=rows_per_token)
+        made._ends.append(put_down)
         if adapter is not None:
             try:
                 checkpoint.load_adapter(session, Path(adapter))
@@ -148,14 +200,31 @@ class AdapterModel(nn.Module):
         """The base's forward with the adapter active; arguments and result are the base's."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **others}
         given = {name: value for name, value in given.items() if value is not None}
-        if not (self.training and torch.is_grad_enabled() and self._session):
-            with self._inference():
-                return self.base(**given)
-        self.finish_backward()
-        self._expect_tokens(attention_mask)
-        outputs = self.base(**given)
-        anchor = outputs.loss if getattr(outputs, "loss", None) is not None else outputs.logits
-        anchor.register_hook(self._begin_backward)
+        return self._guide(given, lambda: self.base(**given))
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """As :meth:`forward`, or whatever a library has put in its place (TRL's trainers do)."""
+        given = dict(zip(("input_ids", "attention_mask", "labels"), args, strict=False)) | options
+        return self._guide(given, lambda: super(AdapterModel, self).__call__(*args, **options))
+
+    def _guide(self, given: Mapping[str, Any], forward: Callable[[], Any]) -> Any:
+        """Run a forward of the base with the adapter active; in training, its backward will find what it needs."""
+        if self._guided:
+            return forward()
+        self._guided = True
+        try:
+            if not (self.training and torch.is_grad_enabled() and self._session):
+                with self._inference():
+                    return forward()
+            self.finish_backward()
+            self._check_inputs(given)
+            self._expect_tokens(given.get("attention_mask"))
+            number = self._order.forward()
+            outputs = forward()
+        finally:
+            self._guided = False
+        for name, anchor in differentiable(outputs):  # whichever the caller goes backward from
+            anchor.register_hook(partial(self._begin_backward, number, name))
         return outputs
 
     def generate(self, *args: Any, **options: Any) -> Any:
@@ -167,6 +236,9 @@ class AdapterModel(nn.Module):
         """Take the adapter off; returns the base exactly as it was."""
         if self._detach is None:
             raise MeftError("the adapter was detached already")
+        self._abandoned.detach()
+        for end in self._ends:
+            end()
         self._detach()
         self._detach = None
         self._session = []
@@ -185,6 +257,12 @@ class AdapterModel(nn.Module):
         """AdamW over rows and routers, clipping both by their common norm; see :class:`RowOptimizer`."""
         return RowOptimizer(self.session, self.finish_backward, learning_rate=learning_rate, max_norm=max_norm)
 
+    @property
+    def bypassed(self) -> bool:
+        """Whether a forward of the base that runs now is one for training that was not asked of this model."""
+        training = self.training and torch.is_grad_enabled() and bool(self._session)
+        return training and not self._guided and self.session.adapter.serving is None
+
     def finish_backward(self) -> None:
         """Bring in the gradients that the last backward left on their way; the optimizer does it."""
         if self._in_backward:
@@ -200,19 +278,38 @@ class AdapterModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter folder, whole or not at all; :meth:`from_pretrained` reads it."""
-        checkpoint.save_adapter(self.session, Path(folder), meft_version=version("meft"))
+        checkpoint.save_adapter(self.session, Path(folder), meft_version=VERSION)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The adapter alone, under the names of an adapter folder: the base is frozen and has files of its own."""
+        """The adapter alone, under the names of an adapter folder: the base is frozen and has files of its own.
+
+        What the folder's config says is there too, as bytes under ``_extra_state``: what a Trainer saves of a model is
+        its state, and :meth:`from_pretrained` reads that.
+        """
         del args, options
-        return checkpoint.adapter_tensors(self.session)
+        return checkpoint.adapter_tensors(self.session) | {
+            EXTRA_STATE: described(checkpoint.adapter_config(self.session, VERSION))
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """The inverse of :meth:`state_dict`, in place."""
         del strict, assign
         self.finish_backward()
+        if EXTRA_STATE in state_dict:
+            config = description(state_dict[EXTRA_STATE], Path("state_dict"))
+            _require_base(self.base, config, Path("state_dict"))
         checkpoint.restore_adapter(self.session, dict(state_dict), Path("state_dict"))
         return _IncompatibleKeys([], [])
+
+    def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """Nothing to do where the plan decided for checkpointing, and a :class:`UsageError` where it did not."""
+        del args, options
+        if self._session and not self.session.plan.decision.activation_checkpointing:
+            raise UsageError(
+                "activation checkpointing: the plan decided against it; plan with --activation-checkpointing"
+            )
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -220,16 +317,45 @@ class AdapterModel(nn.Module):
         except AttributeError:
             if name == "base":  # before __init__ has set it
                 raise
+            if hasattr(self.base, name):
+                refuse_method(name)
             return getattr(self.base, name)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """What moves or casts every parameter: nothing that leaves a training model where it is."""
+        if self._session:
+            require_placed([each for each in self.base.parameters() if each.is_floating_point()], fn)
+            return self
+        return super()._apply(fn, recurse)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
+        if self._speaking is not None:
+            with self._speaking.on():
+                yield
+            return
         if not self._session or self.session.adapter.serving is not None:
             yield
             return
         self.finish_backward()
         with serving(self.session, self._rows_per_token):
             yield
+
+    def _check_inputs(self, given: Mapping[str, Any]) -> None:
+        """A training batch within the plan's size and, where asking costs nothing, within the vocabulary."""
+        tokens = given.get("input_ids", given.get("inputs_embeds"))
+        if tokens is None or tokens.dim() < 2:
+            return
+        require_planned_size(self.session.plan, tokens.shape)
+        if "input_ids" in given and tokens.device.type == "cpu":
+            check_token_ids(tokens.tolist(), self.session.plan.request.model.vocab_size, where="input_ids")
+
+    def _row_gradient_norm(self) -> torch.Tensor | None:
+        """Of the rows' gradients that no step has used, on the host; None where there are none, or none yet."""
+        if not self._session or not self.session.exchange.window_open or self._order.awaited:
+            return None
+        self.finish_backward()
+        return torch.tensor(self.session.row_gradient_norm())
 
     def _expect_tokens(self, attention_mask: torch.Tensor | None) -> None:
         """Leave padding out of the choice of rows."""
@@ -242,9 +368,10 @@ class AdapterModel(nn.Module):
             mask = host
         self.session.exchange.expect_tokens(mask)
 
-    def _begin_backward(self, grad: torch.Tensor) -> torch.Tensor:
-        self._in_backward = True
-        self.session.exchange.begin_backward()
+    def _begin_backward(self, number: int, anchor: str, grad: torch.Tensor) -> torch.Tensor:
+        if self._order.backward(number, anchor):
+            self._in_backward = True
+            self.session.exchange.begin_backward()
         return grad
 
 
@@ -263,6 +390,17 @@ def _take_off(session: Session, restore: Callable[[], None]) -> None:
         session.close()
         session.adapter.detach()
         restore()
+
+
+def _abandon(session: Session | None, detach: Callable[[], None], ends: list[Callable[[], None]]) -> None:
+    """What is left of a model that nobody has any more: without waiting, as this runs wherever memory is freed."""
+    for end in ends:
+        end()
+    if session is None:
+        detach()
+    else:
+        session.close()
+        session.adapter.detach()
 
 
 def _restorer(base: nn.Module) -> Callable[[], None]:
@@ -286,43 +424,3 @@ def _shape(model: Any) -> Any:
 
 def _require_base(model: nn.Module, config: checkpoint.AdapterConfig, folder: Path) -> None:
     checkpoint.require_base(config, _shape(model), checkpoint.base_digest(model), folder=folder)
-
-
-def load_base(folder: Path) -> nn.Module:
-    """A model from a folder, in the dtype of its files."""
-    from transformers import AutoModelForCausalLM
-
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"base model {folder}: no config.json there; give the folder of a Hugging Face model")
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
-    except (OSError, ValueError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UsageError(f"base model {folder}: transformers cannot load it: {first_line}") from error
-    return model
-
-
-def _layer_rows(
-    config: checkpoint.AdapterConfig, tensors: dict[str, torch.Tensor], folder: Path, rows_per_token: int | None
-) -> tuple[LayerRows, ...]:
-    """The rows of an adapter folder, their shapes checked against its config."""
-    shape, gated = config.base_model, config.routing == "key-experts"
-    layers = []
-    for layer in range(shape.num_layers):
-        rows = _tensor(tensors, f"layers.{layer}.rows", (config.adapter_width, 2 * shape.hidden_size), folder)
-        router = (
-            _tensor(tensors, f"layers.{layer}.router", (config.num_experts, shape.hidden_size), folder)
-            if gated
-            else None
-        )
-        keys, values = (half.contiguous() for half in rows.tensor_split(2, dim=1))
-        layers.append(LayerRows(keys, values, router, config.num_probes, rows_per_token))
-    return tuple(layers)
-
-
-def _tensor(tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], folder: Path) -> torch.Tensor:
-    found = tensors.get(name)
-    if found is None or tuple(found.shape) != shape:
-        seen = "nothing" if found is None else f"{tuple(found.shape)}"
-        raise UsageError(f"{folder / checkpoint.ADAPTER_WEIGHTS}: {name} should be {shape}, found {seen}")
-    return found

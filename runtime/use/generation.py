@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
+from meft.runtime.data.chat_template import TemplateError, rendered
 from meft.runtime.data.examples import pad_token_id
+from meft.runtime.session.model_loading import check_token_ids
 from meft.runtime.session.session import Session
 from meft.runtime.use.inference import serving
 
@@ -53,6 +55,7 @@ class SessionGenerator:
     ) -> torch.Tensor:
         """See :class:`Generator`. A device budget that is exceeded raises as in training."""
         session = self.session
+        check_token_ids(input_ids.tolist(), session.plan.request.model.vocab_size, where="the prompts")
         with serving(session, self.rows_per_token), session.device.scope():
             ids, mask = session.to_device(input_ids), session.to_device(attention_mask)
             made = greedy(session.model, ids, mask, max_new_tokens=max_new_tokens, pad_id=pad_id)
@@ -72,6 +75,8 @@ class ModelGenerator:
     ) -> torch.Tensor:
         """See :class:`Generator`."""
         device = next(self.model.parameters()).device
+        embedding: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        check_token_ids(input_ids.tolist(), embedding.num_embeddings, where="the prompts")
         was_training = self.model.training
         self.model.eval()
         try:
@@ -133,8 +138,8 @@ def prompt_ids(tokenizer: Any, prompt: str, *, raw: bool) -> list[int]:
 def _rendered(tokenizer: Any, prompt: str) -> str:
     turn = [{"role": "user", "content": prompt}]
     try:
-        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template is a program from elsewhere: it raises what it likes
+        return rendered(tokenizer, turn, add_generation_prompt=True)
+    except TemplateError as error:
         raise UsageError(f"the tokenizer's chat template refuses the prompt ({error}); try --raw") from error
 
 

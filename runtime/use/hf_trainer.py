@@ -6,9 +6,10 @@
     model.save_pretrained("out/adapter")
 
 The optimizer takes its learning rate and clipping norm from ``args``, and clips rows and routers together; the
-Trainer's own clipping, which would see the routers alone, is switched off while it trains. Each checkpoint of the
-Trainer holds the adapter and the optimizer's state, not the frozen base, and a folder ``adapter`` that
-:meth:`AdapterModel.from_pretrained` reads.
+Trainer's own clipping, which would see the routers alone, is switched off while it trains; the ``grad_norm`` that it
+logs is that of rows and routers. Each checkpoint of the Trainer holds the adapter and the optimizer's state, not the
+frozen base, and a folder ``adapter`` that :meth:`AdapterModel.from_pretrained` reads; so it does the folder that
+``trainer.save_model(folder)`` writes. ``bf16=True`` goes with a plan for a base in bf16 or nf4.
 """
 
 from __future__ import annotations
@@ -63,7 +64,12 @@ class AdapterCallback(TrainerCallback):
 def _check(model: AdapterModel, args: TrainingArguments) -> None:
     request = model.session.plan.request
     problems = [
-        (args.fp16 or args.bf16, "fp16/bf16: autocast does not reach the rows; plan with --weights-dtype bf16 instead"),
+        (args.fp16, "fp16: a loss scale does not reach the rows; plan with --weights-dtype bf16 and use bf16=True"),
+        (
+            args.bf16 and request.weights_dtype not in ("bf16", "nf4"),
+            f"bf16: the plan's memory is for computing in {request.weights_dtype}; plan with --weights-dtype bf16 and "
+            f"load the base with dtype=torch.bfloat16",
+        ),
         (
             args.n_gpu > 1 or args.world_size > 1,
             "an adapter on the host serves one device; show one (CUDA_VISIBLE_DEVICES)",

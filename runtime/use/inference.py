@@ -4,7 +4,7 @@ Training serves all tokens of a micro-batch with the union of their rows, so a t
 else is in the batch. Generation must not: an answer may not change with the questions that happen to share its batch,
 nor with padding. Here each token meets all rows (with Key-Experts all rows of the experts it probes), which is what the
 union grows into; or of those its own best ones alone, which leaves more of what the model said before
-(``benchmarks/learning_details.md``). Only hidden states and outputs travel, ``2 T D`` numbers per layer; no row lies on
+(``docs/learning.md``). Only hidden states and outputs travel, ``2 T D`` numbers per layer; no row lies on
 the device.
 
 Letters: ``T`` tokens, ``D`` hidden size, ``R`` adapter rows, ``N`` experts, ``P`` probes.
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.adapter.adapter import add_to, ffn_modules
+from meft.runtime.adapter.adapter import add_to, ffn_modules, plan_dtypes
 from meft.runtime.session.session import Session
 
 
@@ -130,10 +130,27 @@ class _Served:
         return target
 
 
-def attach_rows(model: nn.Module, layers: Sequence[LayerRows]) -> Callable[[], None]:
+class Speaking:
+    """Whether an adapter that shares its base with others is the one that is asked."""
+
+    def __init__(self) -> None:
+        self.now = False
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """It is, inside."""
+        before, self.now = self.now, True
+        try:
+            yield
+        finally:
+            self.now = before
+
+
+def attach_rows(model: nn.Module, layers: Sequence[LayerRows], speaking: Speaking | None = None) -> Callable[[], None]:
     """Hook rows beside every FFN of a model for inference; returns what takes them off again.
 
-    The rows stay on the host; hidden states go there and outputs come back, whatever device the model is on.
+    The rows stay on the host; hidden states go there and outputs come back, whatever device the model is on. They
+    are added where ``speaking`` says so, always where it is None.
     """
     blocks = ffn_modules(model)
     if len(blocks) != len(layers):
@@ -142,8 +159,11 @@ def attach_rows(model: nn.Module, layers: Sequence[LayerRows]) -> Callable[[], N
     def hook_of(rows: LayerRows) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             del module
+            if speaking is not None and not speaking.now:
+                return output
             hidden = args[0].flatten(0, -2)
-            answer = rows.output(hidden.to("cpu", rows.keys.dtype))
+            with plan_dtypes(hidden.device):
+                answer = rows.output(hidden.to("cpu", rows.keys.dtype))
             return add_to(output, answer.to(hidden.device, hidden.dtype))
 
         return hook

@@ -9,7 +9,7 @@ import torch
 from make_plan import hand_plan
 from sparse_setup import AMPLE_BYTES, decision
 
-from meft.planner.models.architecture import shape_from_config
+from meft.planner.models.configs import shape_from_config
 from meft.planner.records.plan import Plan
 from meft.runtime.data.examples import Example
 from meft.runtime.device.device import EmulatedDevice

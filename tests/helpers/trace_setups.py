@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from meft.planner.models.architecture import shape_from_config
+from meft.planner.models.configs import shape_from_config
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream, StreamEvent
 from meft.runtime.trace.run import trace_training

@@ -209,3 +209,23 @@ def test_seeds_that_are_no_numbers_are_refused(script, tmp_path) -> None:
     done = CliRunner().invoke(script["main"], arguments)
     assert done.exit_code == 2
     assert "'0,a'" in done.output
+
+
+def test_the_figure_shows_every_method_where_they_differ(script, tmp_path, monkeypatch) -> None:
+    """LoRA's 87 % and MEFT's 96 % are a tenth of the axis and more apart; the method far below them is at its edge."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    records = script["read_results"](ROOT / "benchmarks/knowledge_results.jsonl")
+    script["draw"]([record for record in records if record["facts"] == 500], tmp_path / "figure.png")
+    by_memory, by_loss = drawn[0].axes
+    low, high = by_memory.get_ylim()
+    assert 0.8 < low < 0.87
+    assert (0.964 - 0.870) / (high - low) > 0.3
+    texts = [text.get_text() for text in by_loss.get_legend().get_texts()]
+    assert "MEFT: 5.0 MiB, 96.4% ± 0.9%" in texts
+    assert "LoRA, every linear layer: 5.1 MiB, 87.0% ± 1.1%" in texts
+    assert "narrow dense adapter: 9.0 MiB, 37.1% ± 2.2%" in texts
+    assert len(texts) == 9 + 2 + 1  # methods, MEFT with fewer rows, before training
+    assert len({float(line.get_xdata()[0]) for line in by_memory.lines if len(line.get_xdata()) == 1}) == 9  # apart

@@ -12,7 +12,7 @@ from places import ROOT
 
 PLANNER = (
     *("base", "models", "records", "allocator", "traffic", "terms", "simulation"),
-    *("memory", "timing", "predict", "search", "check", "render", "cli"),
+    *("memory", "timing", "predict", "search", "check", "front", "render", "cli"),
 )
 RUNTIME = (
     *("device", "host", "data", "exchange", "adapter", "session", "use", "training"),

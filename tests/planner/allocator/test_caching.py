@@ -19,11 +19,11 @@ from meft.planner.allocator.caching import (
     CachingAllocator,
     LiveBlock,
     Segment,
-    pinned_bytes,
     round_block,
     round_to_division,
 )
 from meft.planner.allocator.recording import Recording
+from meft.planner.allocator.rounding import pinned_bytes
 from meft.planner.allocator.settings import AllocatorSettings, parse_settings
 from meft.planner.base.errors import DeviceOutOfMemory, UsageError
 

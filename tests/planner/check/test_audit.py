@@ -10,7 +10,8 @@ from plan_samples import SHAPE, sample_plan, sample_profiles, sample_report
 from meft.planner.base.errors import UsageError
 from meft.planner.check.audit import Audit, AuditRow, audit, weakest_basis
 from meft.planner.check.counted_bytes import bytes_given_rows
-from meft.planner.cli.audit import gpu_of, parse_tolerances
+from meft.planner.cli.audit import parse_tolerances
+from meft.planner.front.audit import gpu_of
 from meft.planner.records.plan import Plan
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.report import Report

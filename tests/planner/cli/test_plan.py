@@ -15,11 +15,12 @@ import pytest
 from click.testing import CliRunner, Result
 from plan_samples import sample_plan, sample_report
 
-import meft.planner.cli.request as cli_request
+import meft.planner.front.request as front_request
 from meft.planner.base.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_UNEXPECTED, EXIT_USAGE
+from meft.planner.base.units import format_seconds
 from meft.planner.cli.main import command
-from meft.planner.cli.options import RequestOptions
-from meft.planner.cli.request import default_gpu, machine_memory_bytes, planning
+from meft.planner.front.options import RequestOptions
+from meft.planner.front.request import default_gpu, machine_memory_bytes, planning
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import gpu_names, load_gpu
 from meft.planner.search.search import make_plan
@@ -80,6 +81,34 @@ def test_json_is_the_plan_and_nothing_else() -> None:
     assert Plan.from_json(result.stdout, source="stdout") == Plan.load("there/p.json")
 
 
+def test_tokens_are_told_in_hours_and_leave_the_plan_alone() -> None:
+    assert "tokens in" not in run("--gpu-mem", "1GB", *SMALL).stdout
+    without = Path("plan.json").read_bytes()
+    result = run("--gpu-mem", "1GB", *SMALL, "--tokens", "1.5M")
+    assert Path("plan.json").read_bytes() == without
+    seconds = 1_500_000 / Plan.load("plan.json").prediction.timing.tokens_per_second
+    assert f"1.5 M tokens in {format_seconds(seconds)}; " in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--gpu-mem", "24GB", "--tokens", "10M"],
+        ["--gpu", "rtx-4090", "--model", "mistral-7b", "--seq-len", "1024", "--tokens", "1.5B"],
+        ["--gpu", "emulated", "--gpu-mem", "2GB", "--model", "smollm2-135m", "--sparsity", "smollm2-facts"],
+    ],
+    ids=["paper", "card", "emulated"],
+)
+def test_a_plan_is_told_in_25_lines(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_request, "machine_memory_bytes", lambda: 64 * GIB)
+    monkeypatch.setenv("COLUMNS", "100")
+    result = run(*arguments)
+    assert result.exit_code == EXIT_DONE, result.output
+    assert len(result.stdout.splitlines()) <= 25
+    assert "One change alone" in result.stdout
+    assert "checkpointing" in result.stdout
+
+
 def test_fixed_choices_are_kept() -> None:
     fixed = ["--adapter-width", "1000", "--prefetch-depth", "2", "--routing", "exact", "--rows-in-backward", "retained"]
     assert run("--gpu-mem", "2GB", *SMALL, *fixed, "--activation-checkpointing").exit_code == EXIT_DONE
@@ -111,8 +140,10 @@ def test_least_traffic_for_the_papers_model() -> None:
     assert result.exit_code == EXIT_DONE, result.output
     moved = Plan.load("plan.json").prediction.transfer.window_bytes(32) / 32
     assert moved <= 0.56 * 2 * 6144 * 4096 * 32 * 4 / 5
-    assert "most adaptation capacity with least traffic of" in result.stdout
-    assert re.search(r"K +ahead +routing +backward +ckpt +traffic +step", result.stdout)
+    assert "the widest adapter, moved with the fewest bytes, of" in result.stdout
+    verbose = run(*paper, "--grad-accum", "32", "--objective", "traffic", "--verbose")
+    assert "most adaptation capacity with least traffic of" in verbose.stdout
+    assert re.search(r"K +ahead +routing +backward +ckpt +traffic +step", verbose.stdout)
 
 
 def test_the_emulated_device_computes_in_fp32() -> None:
@@ -179,11 +210,13 @@ def test_a_local_config_is_a_model() -> None:
         (["--gpu", "emulated", "--gpu-mem", "1GB", "--weights-dtype", "nf4"], "it needs a CUDA device"),
         (["--gpu", "emulated", "--gpu-mem", "1GB", "--attention", "flash"], "it needs a CUDA device"),
         (["--gpu-mem", "24GB", "--plot", "plan.jpeg"], "must end in one of .png, .svg, .pdf"),
-        (["--gpu-mme", "24GB"], "No such option '--gpu-mme'"),
+        (["--gpu-mme", "24GB"], "no such option --gpu-mme; did you mean --gpu-mem"),
         (["comapre"], "unknown command 'comapre'; did you mean compare"),
         (["audit", "none.json", "none.json"], "plan none.json: no such file"),
         (["audit", "none.json"], "Missing argument 'REPORT'"),
         (["estimate", "--method", "lore"], "'lore' is not one of 'meft'"),
+        (["--gpu-mem", "24GB", "--tokens", "many"], "--tokens: 'many' is not a count; give a whole number above zero"),
+        (["--gpu-mem", "24GB", "--tokens", "0"], "--tokens: '0' is not between 1 and 10^15"),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments: list[str], says: str) -> None:
@@ -200,7 +233,7 @@ def test_an_unexpected_error_is_one_line_and_debugging_shows_where(monkeypatch: 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("meft.planner.cli.plan.make_plan", broken)
+    monkeypatch.setattr("meft.planner.front.plan.make_plan", broken)
     line = refused("--gpu-mem", "24GB", exit_code=EXIT_UNEXPECTED)
     assert line == "meft-plan: unexpected RuntimeError: two lines (MEFT_DEBUG=1 shows where)"
     monkeypatch.setenv("MEFT_DEBUG", "1")
@@ -279,7 +312,7 @@ def test_the_stand_in_card_holds_the_budget() -> None:
 
 
 def test_without_host_mem_it_is_this_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_request, "machine_memory_bytes", lambda: 10 * GIB)
+    monkeypatch.setattr(front_request, "machine_memory_bytes", lambda: 10 * GIB)
     planned = planning(options(gpu="rtx-3090", host_mem=None))
     assert (planned.request.host_mem_bytes, planned.request.host_mem_basis) == (8 * GIB, "this machine")
     assert any("this machine's RAM, 10.00 GiB, less 2.00 GiB for all else" in note for note in planned.notes)
@@ -287,13 +320,13 @@ def test_without_host_mem_it_is_this_machines(monkeypatch: pytest.MonkeyPatch) -
     assert emulated.request.host_mem_bytes == 4 * GIB  # the emulated device lives in the same RAM
     line = refused("--gpu", "emulated", "--gpu-mem", "10GB", "--model", "gpt2")
     assert "lives in this machine's RAM, which has 8.00 GiB to spare" in line
-    monkeypatch.setattr(cli_request, "machine_memory_bytes", lambda: 2 * GIB)
+    monkeypatch.setattr(front_request, "machine_memory_bytes", lambda: 2 * GIB)
     assert planning(options(gpu="rtx-3090", host_mem=None)).request.host_mem_bytes == GIB
 
 
 def test_a_containers_share_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(cli_request, "_CGROUP_LIMITS", (tmp_path / "none", limit))
+    monkeypatch.setattr(front_request, "_CGROUP_LIMITS", (tmp_path / "none", limit))
     limit.write_text("max\n")
     whole = machine_memory_bytes()
     limit.write_text(f"{GIB // 4}\n")
@@ -319,9 +352,75 @@ def test_a_profile_with_nan_is_refused(tmp_path: Path) -> None:
 
 def estimated(*arguments: str) -> dict[str, Any]:
     result = run("estimate", *arguments, "--json")
-    assert result.exit_code == EXIT_DONE, result.output
     content: dict[str, Any] = json.loads(result.stdout)
+    assert result.exit_code == (EXIT_DONE if content["fits"] else EXIT_INFEASIBLE), result.output
+    assert result.stderr == ""
     return content
+
+
+MISTRAL = ["--model", "mistral-7b", "--batch-size", "2", "--seq-len", "2048", "--gpu-mem", "24GB", "--host-mem", "64GB"]
+
+
+def test_an_estimate_answers_the_commonest_question_as_compare_does() -> None:
+    result = run("estimate", "--method", "qlora", *MISTRAL)
+    assert result.exit_code == EXIT_DONE, result.output
+    assert "fits              yes: 10.41 GiB" in result.stdout
+    assert "checkpointing: on, chosen as compare does: without it 47.24 GiB" in result.stdout
+    assert "sdpa attention, no dropout, nf4 weights, fp32 adapter: chosen as compare does" in result.stdout
+    content = estimated("--method", "qlora", *MISTRAL)
+    assert content["activation_checkpointing"]
+    compared = json.loads(run("compare", *MISTRAL, "--grad-accum", "1", "--json").stdout)
+    usual = {row["method"]: row["usual"] for row in compared["rows"]}["qlora"]
+    assert {name: value for name, value in content.items() if name != "chosen"} == {
+        name: value for name, value in usual.items() if name != "chosen"
+    }
+
+
+def test_a_no_exits_3_with_and_without_json() -> None:
+    asked = ["estimate", "--method", "qlora", *MISTRAL, "--no-activation-checkpointing"]
+    result = run(*asked)
+    assert result.exit_code == EXIT_INFEASIBLE
+    assert "no: 47.24 GiB, 24.89 GiB above 22.35 GiB for the allocator" in result.stdout
+    assert "checkpointing: " not in result.stdout  # nothing was left open about it
+    as_json = run(*asked, "--json")
+    assert as_json.exit_code == EXIT_INFEASIBLE
+    assert json.loads(as_json.stdout)["fits"] is False
+
+
+def test_checkpointing_is_left_out_where_it_fits_without() -> None:
+    content = estimated("--method", "lora", "--model", "qwen2.5-0.5b", "--gpu-mem", "24GB")
+    assert not content["activation_checkpointing"]
+    assert content["chosen"][0] == "checkpointing: off, chosen as compare does: it fits without"
+    said = ["--no-activation-checkpointing", "--attention", "sdpa", "--lora-dropout", "0", "--weights-dtype", "bf16"]
+    every = estimated("--method", "lora", "--model", "qwen2.5-0.5b", *said, "--adapter-dtype", "fp32")
+    assert every["chosen"] == []
+
+
+def test_meft_is_estimated_with_checkpointing_where_it_needs_it() -> None:
+    sizes = [
+        "--method",
+        "meft",
+        "--model",
+        "llama-7b",
+        "--adapter-width",
+        "2048",
+        "--top-k",
+        "64",
+        "--host-mem",
+        "64GB",
+    ]
+    workload = ["--batch-size", "4", "--seq-len", "512"]
+    content = estimated(*sizes, *workload, "--gpu-mem", "18GB")
+    assert content["fits"]
+    assert content["activation_checkpointing"]
+    assert "checkpointing: on, chosen as compare does: without it" in content["chosen"][0]
+    assert not estimated(*sizes, *workload, "--gpu-mem", "40GB")["activation_checkpointing"]
+
+
+def test_the_emulated_device_is_estimated_in_fp32_as_compare_does() -> None:
+    small = ["--model", "smollm2-135m", "--gpu", "emulated", "--gpu-mem", "4GB", "--host-mem", "8GB", "--seq-len", "64"]
+    assert estimated("--method", "lora", *small)["weights_dtype"] == "fp32"
+    assert estimated("--method", "lora", *small, "--weights-dtype", "bf16")["weights_dtype"] == "bf16"
 
 
 @pytest.mark.parametrize("method", ["meft", "parallel-adapter", "lora", "qlora", "full"])
@@ -452,6 +551,13 @@ def test_estimate_of_meft_with_its_active_rows_given() -> None:
     assert few["h2d_bytes_per_step"] < many["h2d_bytes_per_step"]
 
 
+def test_estimate_of_meft_with_a_bf16_copy_of_the_rows() -> None:
+    sizes = ["--adapter-width", "2048", "--top-k", "16", "--model", "qwen2.5-0.5b"]
+    plain, copied = estimated("--method", "meft", *sizes), estimated("--method", "meft", *sizes, "--bf16-copy")
+    assert copied["host_bytes"] - plain["host_bytes"] == 24 * 2048 * 2 * 896 * 2  # L, R, key and value, D, bytes
+    assert "--bf16-copy does not go with --method lora" in refused("estimate", "--method", "lora", "--bf16-copy")
+
+
 def test_a_target_of_another_architecture_is_passed_over_and_said() -> None:
     result = run("estimate", "--method", "lora", "--model", "qwen2.5-0.5b", "--target-modules", "q_proj,c_attn")
     assert "target c_attn: qwen2.5-0.5b has no such layer" in " ".join(result.stdout.split())
@@ -461,7 +567,29 @@ def test_compare_shows_every_method() -> None:
     result = run("compare", "--gpu-mem", "24GB", "--host-mem", "64GB")
     assert result.exit_code == EXIT_DONE, result.output
     for method in ("meft", "parallel-adapter", "lora", "qlora", "full"):
-        assert result.stdout.count(f"\n  {method} ") == 2
+        assert result.stdout.count(f"\n  {method} ") == 2  # at the usual size, and at the largest
+
+
+def test_compare_shows_the_same_configurations_at_every_budget() -> None:
+    shown = []
+    for budget in ("3GB", "24GB"):
+        small = ["--model", "qwen2.5-0.5b", "--gpu-mem", budget, "--host-mem", "64GB", "--top-k", "64"]
+        rows = json.loads(run("compare", *small, "--json").stdout)["rows"]
+        configurations = {row["method"]: row["usual_configurations"] for row in rows}
+        assert all(len(each) == 2 for each in configurations.values())
+        for row in rows:
+            fitting = [each for each in row["usual_configurations"] if each["fits"]]
+            assert row["usual"]["fits"] == bool(fitting)
+            assert row["usual"] in row["usual_configurations"]
+        kept = ("size", "activation_checkpointing", "decision", "peak_reserved_bytes", "host_bytes", "step_seconds")
+        shown.append({name: [[one[key] for key in kept] for one in each] for name, each in configurations.items()})
+        fits = {name: [one["fits"] for one in each] for name, each in configurations.items()}
+        assert fits["full"] == [budget == "24GB"] * 2
+    assert shown[0] == shown[1]
+
+
+def test_compare_writes_no_plan() -> None:
+    run("compare", "--model", "qwen2.5-0.5b", "--gpu-mem", "24GB", "--host-mem", "64GB", "--top-k", "64")
     assert not Path("plan.json").exists()
 
 
@@ -533,16 +661,27 @@ try:
     main()
 except SystemExit as end:
     assert end.code in (None, 0), end.code
-print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+print(*sorted(sys.modules), file=sys.stderr)
 """
+
+
+def loaded_by(arguments: list[str]) -> set[str]:
+    """Modules that the command has loaded when it is done."""
+    done = subprocess.run([sys.executable, "-c", _LOADED, *arguments], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+def test_a_plan_loads_nothing_that_it_does_not_need():
+    others = {f"meft.planner.{name}" for name in ("simulation.run", "search.weighing", "search.infeasible")}
+    others |= {"meft.planner.allocator.caching", "meft.planner.records.profile_file", "meft.planner.render.plot"}
+    assert not loaded_by(["--gpu-mem", "24GB", "--host-mem", "64GB"]) & (others | {"numpy.ma"})
 
 
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["--gpu-mem", "24GB", "--host-mem", "64GB"], ["compare", "--help"]]
 )
 def test_a_start_loads_nothing_heavy(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-c", _LOADED, *arguments], capture_output=True, text=True, check=True)
-    loaded = set(done.stderr.split())
+    loaded = {name.partition(".")[0] for name in loaded_by(arguments)}
     assert not loaded & {"torch", "transformers", "numba", "scipy", "matplotlib"}
     assert "click" in loaded
 

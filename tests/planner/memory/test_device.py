@@ -6,14 +6,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_records import GIB, decision_of, gpu_profile, llama_7b, request_of, side_by_side, sourced, tiny_shape
 
-from meft.planner.memory.device import counted_bytes, device_ledger, peak_allocated_bytes, predict_device_memory
+from meft.planner.memory.device import (
+    counted_bytes,
+    device_ledger,
+    peak_allocated_bytes,
+    predict_device_memory,
+    weights_rounding_bytes,
+)
 from meft.planner.memory.replayed import replayed_peaks
+from meft.planner.models.catalogue import load_model, model_names
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.profiles import SourcedRange
+from meft.planner.simulation import run
+from meft.planner.simulation.run import loaded_rounding_bytes
 from meft.planner.terms import activations as act
 from meft.planner.terms import adapter as ada
 from meft.planner.terms import weights as wts
@@ -382,3 +391,41 @@ def test_arrays_of_candidates_give_what_each_gives_alone(workload, methods, chec
     )
     alone = [peak_of(method.active_rows, method.candidates) for method in methods]
     assert np.broadcast_to(together, len(methods)).tolist() == alone
+
+
+# --- blocks of the frozen weights -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "nf4"])
+def test_what_blocks_hold_above_the_weights_is_as_loading_is_simulated(dtype) -> None:
+    for name in model_names():
+        shape, _, _ = load_model(name)
+        assert weights_rounding_bytes(shape, dtype, False) == loaded_rounding_bytes(shape, dtype, False), name
+
+
+@settings(max_examples=300)
+@given(
+    num_layers=st.sampled_from([3, 6]),
+    hidden=st.sampled_from([8, 320, 1000, 2560, 4096]),
+    inner=st.sampled_from([16, 500, 1408, 6144]),
+    vocab=st.sampled_from([32, 50257, 65536]),
+    norm=st.sampled_from(["rmsnorm", "layernorm"]),
+    tied=st.booleans(),
+    bias=st.booleans(),
+)
+def test_what_blocks_hold_above_weights_of_any_shape(num_layers, hidden, inner, vocab, norm, tied, bias) -> None:
+    sizes_of = {
+        "num_layers": num_layers,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "vocab_size": vocab,
+        "head_dim": hidden // 2,
+    }
+    chosen = {"norm": norm, "tied_embeddings": tied, "qkv_bias": bias, "mlp_bias": bias, "head_bias": bias}
+    shape = tiny_shape().model_copy(update=sizes_of | chosen)
+    assert weights_rounding_bytes(shape, "bf16", False) == loaded_rounding_bytes(shape, "bf16", False)
+
+
+def test_loading_is_not_simulated_where_every_tensor_gets_a_block_of_its_size(monkeypatch) -> None:
+    monkeypatch.setattr(run, "loaded_rounding_bytes", lambda *_: pytest.fail("it was simulated"))
+    assert weights_rounding_bytes(llama_7b(), "bf16", False) == 2 * 256  # the rotary frequencies, 64 in fp32

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planner_records import decision_of, request_of, side_by_side, tiny_shape
 
-from meft.planner.allocator.caching import pinned_bytes
+from meft.planner.allocator.rounding import pinned_bytes
 from meft.planner.memory.host import buffer_bytes, host_memory, host_total_bytes
 from meft.planner.records.candidates import Candidates
 

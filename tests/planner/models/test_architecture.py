@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meft.planner.base.errors import UsageError
-from meft.planner.models.architecture import SUPPORTED_MODEL_TYPES, ModelShape, shape_from_config
+from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model, model_names
+from meft.planner.models.configs import SUPPORTED_MODEL_TYPES, shape_from_config
 
 # Published totals, to the last digit: the numbers of parameters that the hub shows beside the weights.
 PUBLISHED = {
@@ -25,6 +27,25 @@ PUBLISHED = {
     "qwen2.5-7b": 7_615_616_512,
     "smollm2-135m": 134_515_008,
     "gpt2-medium": 354_823_168,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.3-70b": 70_553_706_496,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mistral-nemo": 12_247_782_400,
+    "phi-4": 14_659_507_200,
+    "smollm3-3b": 3_075_098_624,
+    "olmo-2-1b": 1_484_916_736,
+    "olmo-2-7b": 7_298_617_344,
+    "olmo-2-13b": 13_716_198_400,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-4b": 3_880_263_168,
+    "gemma-3-12b": 11_766_034_176,
+    "gemma-3-27b": 27_009_346_304,
 }
 
 LLAMA = {
@@ -75,6 +96,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2, own FFN, untied": GPT2 | {"n_inner": 6, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 1},
     "gpt_neox, only sizes": GATED | {"model_type": "gpt_neox"},
     "gpt_neox, no attention bias": GATED | {"model_type": "gpt_neox", "attention_bias": False},
+    "olmo2, only sizes": GATED | {"model_type": "olmo2"},
+    "olmo2, fewer kv heads, biases, tied": GATED
+    | {"model_type": "olmo2", "num_key_value_heads": 2, "attention_bias": True, "tie_word_embeddings": True},
+    "granite, only sizes": GATED | {"model_type": "granite"},
+    "granite, biases, tied": GATED
+    | {"model_type": "granite", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "smollm3, only sizes": GATED | {"model_type": "smollm3"},
+    "smollm3, biases, untied": GATED
+    | {"model_type": "smollm3", "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}
+    | {"tie_word_embeddings": False, "no_rope_layers": [1, 0]},
+    "gemma3_text, only sizes": GATED | {"model_type": "gemma3_text"},
+    "gemma3_text, own head size, biases, untied": GATED
+    | {"model_type": "gemma3_text", "num_key_value_heads": 2, "head_dim": 16, "attention_bias": True}
+    | {"tie_word_embeddings": False},
     "opt, only sizes": OPT | {"model_type": "opt"},
     "opt, no biases, untied": OPT | {"model_type": "opt", "enable_bias": False, "tie_word_embeddings": False},
 }
@@ -134,7 +169,9 @@ def test_variants_count_as_in_transformers(variant: str) -> None:
     assert shape(VARIANTS[variant]).num_parameters == parameters_in_transformers(VARIANTS[variant])
 
 
-@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b", "phi-2", "gpt2", "gemma-2-2b"])
+@pytest.mark.parametrize(
+    "name", ["llama-3.2-1b", "qwen3-0.6b", "phi-2", "gpt2", "gemma-2-2b", "olmo-2-1b", "gemma-3-1b"]
+)
 def test_parts_count_as_in_transformers(name: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -195,7 +232,10 @@ def test_every_supported_type_has_a_built_in_model() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, r"model_type 'mamba' is not supported; supported: gemma, gemma2, gpt2, .*qwen3$"),
+        (
+            {"model_type": "mamba"},
+            r"model_type 'mamba' is not supported; supported: gemma, gemma2, gemma3_text, .*3$",
+        ),
         ({"model_type": None}, "no model_type; is this the config.json"),
         ({"hidden_size": None}, "config field hidden_size is missing"),
         ({"vocab_size": "32k"}, "vocab_size = '32k' is not a positive integer"),
@@ -233,3 +273,61 @@ def test_unusual_opt_is_refused(change: dict[str, Any], message: str) -> None:
 def test_gpt2_with_cross_attention_is_refused() -> None:
     with pytest.raises(UsageError, match="add_cross_attention = True is not supported"):
         shape(GPT2 | {"add_cross_attention": True})
+
+
+def test_what_new_families_have_of_their_own() -> None:
+    smollm3 = load_model("smollm3-3b")[0]
+    assert (smollm3.rotary_pause, smollm3.tied_embeddings) == (4, True)
+    assert shape(VARIANTS["smollm3, only sizes"]).rotary_pause == 4
+    assert shape(VARIANTS["smollm3, only sizes"] | {"no_rope_layers": [1, 1]}).rotary_pause == 0
+    with pytest.raises(UsageError, match=r"no_rope_layers = \[0, 1\] is not a regular pattern"):
+        shape(VARIANTS["smollm3, only sizes"] | {"no_rope_layers": [0, 1]})
+    with pytest.raises(UsageError, match="use_sliding_window = True is not supported"):
+        shape(VARIANTS["smollm3, only sizes"] | {"use_sliding_window": True})
+    olmo = load_model("olmo-2-1b")[0]
+    assert (olmo.norms_after, olmo.joint_head_norms) == (True, True)
+    gemma = load_model("gemma-3-1b")[0]
+    assert (gemma.rotary_sets, gemma.priced_window, gemma.logit_softcap) == (2, 512, False)
+    assert shape(VARIANTS["gemma3_text, only sizes"]).rotary_sets == 1  # of two layers, none is the sixth
+    with pytest.raises(UsageError, match="use_bidirectional_attention = True is not supported"):
+        shape(VARIANTS["gemma3_text, only sizes"] | {"use_bidirectional_attention": True})
+
+
+def test_the_text_part_of_a_model_of_text_and_images(tmp_path) -> None:
+    """Gemma 3's larger configs name few sizes; 34 layers of the 4B one, its other sizes at their defaults."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, read, folder = load_model(str(tmp_path))
+    assert found.num_parameters == PUBLISHED["gemma-3-4b"] == parameters_in_transformers(read)
+    assert folder == str(tmp_path.resolve())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
+    with pytest.raises(UsageError, match="model_type 'another' is not supported"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [
+        ("num_hidden_layers", 100_000, "512"),
+        ("head_dim", 10**18, "65,536"),
+        ("vocab_size", 2**63, "67,108,864"),
+        ("hidden_size", 2**21, "1,048,576"),
+        ("max_position_embeddings", 10**30, "1,099,511,627,776"),
+    ],
+)
+def test_a_size_that_no_model_has_is_refused_by_its_field(field, value, limit) -> None:
+    with pytest.raises(UsageError, match=rf"config field {field} = {value} is not within {limit}, the largest that is"):
+        shape_from_config(LLAMA | {field: value}, name="x")
+
+
+def test_sizes_that_are_too_many_parameters_together_are_refused() -> None:
+    large = {"hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 512, "head_dim": 2}
+    with pytest.raises(UsageError, match=r"parameters are more than 17,592,186,044,416, the most that is read"):
+        shape_from_config(LLAMA | large, name="x")
+
+
+def test_a_value_that_is_refused_is_shown_shortened() -> None:
+    with pytest.raises(UsageError, match=r"config field hidden_size = 'x+\.\.\. is not a positive integer$") as caught:
+        shape_from_config(LLAMA | {"hidden_size": "x" * 100_000}, name="x")
+    assert len(str(caught.value)) < 200

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from plan_samples import sample_plan, sample_profiles, sample_request
 
 from meft.planner.base.errors import UsageError
-from meft.planner.cli.compare import compare_methods
-from meft.planner.cli.options import RequestOptions
-from meft.planner.cli.request import planning
+from meft.planner.front.compare import compare_methods
+from meft.planner.front.options import RequestOptions
+from meft.planner.front.request import planning
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import resolve_targets
 from meft.planner.predict.comparison import DENSE_NAMES, MethodRow, candidate_sizes, compare_dense, sized, usual_setup

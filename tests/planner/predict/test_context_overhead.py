@@ -53,7 +53,8 @@ def test_a_plan_takes_the_overhead_that_is_given_instead_of_the_cards_range() ->
 
 @pytest.mark.parametrize("method", ["meft", "lora"])
 def test_an_estimate_takes_it_too(method: str) -> None:
-    result = run("estimate", "--method", method, "--gpu", "rtx-4090", "--context-overhead", "1GiB", "--json")
+    machine = ["--gpu", "rtx-4090", "--host-mem", "64GB"]
+    result = run("estimate", "--method", method, *machine, "--context-overhead", "1GiB", "--json")
     assert result.exit_code == EXIT_DONE, result.output
     content = json.loads(result.stdout)
     process = content["process_bytes"]

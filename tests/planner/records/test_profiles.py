@@ -294,7 +294,12 @@ def test_case_and_separators_do_not_matter(name: str, upper: bool, separator: st
         (load_sparsity, "meft", "unknown sparsity profile 'meft'; did you mean meft-paper"),
         (load_model, "lama-7b", "unknown model 'lama-7b'; did you mean llama-7b"),
         (load_model, "llama-27b", "unknown model 'llama-27b'"),
-        (load_model, "meta-llama/Llama-4-7b", "unknown model 'Llama-4-7b'"),
+        (
+            load_model,
+            "meta-llama/Llama-4-7b",
+            r"no such folder, and no built-in name \(such as llama-.*get it first: hf download meta-llama/Llama-4-7b "
+            r"--local-dir Llama-4-7b, then give --model Llama-4-7b$",
+        ),
         (load_model, " ", "model: the reference is empty"),
     ],
 )

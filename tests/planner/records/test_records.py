@@ -377,7 +377,7 @@ def test_json_that_is_no_object_is_refused(text: str, kind: str) -> None:
 
 
 def test_a_report_is_not_a_plan() -> None:
-    with pytest.raises(UsageError, match=r"request: missing.*observed: unknown field"):
+    with pytest.raises(UsageError, match=r"is a report of a run, not a plan"):
         Plan.from_json(REPORT.to_json(), source="report.json")
 
 
@@ -389,7 +389,7 @@ def test_json_nested_beyond_reason_is_refused() -> None:
 def test_files_that_cannot_be_read_are_named(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"^plan .*none\.json: no such file$"):
         Plan.load(tmp_path / "none.json")
-    with pytest.raises(UsageError, match=r"is a folder, not a file$"):
+    with pytest.raises(UsageError, match=r"is a folder, not a plan; "):
         Plan.load(tmp_path)
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"is not UTF-8 text$"):
@@ -431,3 +431,13 @@ def test_a_decision_that_contradicts_itself_is_refused(changes: dict[str, object
 def test_decisions_at_the_limits_are_taken(changes: dict[str, object]) -> None:
     content = DECISION.model_dump() | changes
     assert Decision.model_validate(content).model_dump() == content
+
+
+@pytest.mark.parametrize("count", [2**63, 2**60 + 1])
+def test_a_count_that_no_machine_has_is_refused_by_its_place(count) -> None:
+    """Sums of a few of what is read are 64-bit integers."""
+    content = json.loads(sample_report(PLAN).to_json())
+    content["observed"]["device_memory"]["peak_allocated_bytes"] = count
+    said = r"observed\.device_memory\.peak_allocated_bytes: Input should be less than or equal to 1152921504606846976"
+    with pytest.raises(UsageError, match=said):
+        Report.from_json(json.dumps(content), source="r.json")

@@ -13,7 +13,7 @@ from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link
 from meft.planner.search.fitting import SMALLEST_STEP_BYTES, Fitting, best_fitting
-from meft.planner.search.infeasible import Infeasible
+from meft.planner.base.errors import Infeasible
 from meft.planner.search.search import make_plan
 
 # --- the loop, on decisions that are (allocated, reserved), the more allocated the better ---------------------------

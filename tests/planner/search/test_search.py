@@ -27,7 +27,7 @@ from planner_records import (
     tiny_shape,
 )
 
-from meft.planner.base.errors import UsageError
+from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.memory import device
 from meft.planner.memory.device import counted_bytes
 from meft.planner.memory.replayed import ReplayedPeaks
@@ -37,7 +37,7 @@ from meft.planner.records.profile_catalogue import load_gpu, load_host, load_lin
 from meft.planner.records.profiles import GpuProfile, SourcedRange
 from meft.planner.search import grid_timing, search
 from meft.planner.search.grid_timing import COPY_PAYS
-from meft.planner.search.infeasible import Infeasible, Limit
+from meft.planner.search.infeasible import Limit
 from meft.planner.search.pareto import pareto_front, thinned
 from meft.planner.search.search import make_plan
 from meft.planner.search.weighing import weigh

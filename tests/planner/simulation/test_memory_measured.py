@@ -13,7 +13,7 @@ from sessions import EXPERTS, open_small, random_examples, small_plan  # noqa: E
 from storage_tracker import StorageTracker  # noqa: E402
 
 from meft.planner.memory.device import predict_device_memory  # noqa: E402
-from meft.planner.models.architecture import shape_from_config  # noqa: E402
+from meft.planner.models.configs import shape_from_config  # noqa: E402
 from meft.planner.records.profile_catalogue import load_gpu  # noqa: E402
 from meft.planner.records.setup import TrainingSetup  # noqa: E402
 from meft.planner.simulation.run import simulate  # noqa: E402

@@ -528,4 +528,4 @@ def test_take_keeps_what_candidates_share():
     assert taken.host.gather.tolist() == [[3.0, 1.0]]
     assert np.asarray(taken.host.route).tolist() == [6.0, 4.0]
     assert taken.host.accumulate.tolist() == [1.0]
-    assert taken.gpu == costs.gpu
+    assert vars(taken.gpu) == vars(costs.gpu)

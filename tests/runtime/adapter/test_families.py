@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from meft.planner.base.errors import UsageError
-from meft.planner.models.architecture import shape_from_config
+from meft.planner.models.configs import shape_from_config
 from meft.runtime.adapter.adapter import ffn_modules
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.session.session import open_session
@@ -24,6 +24,10 @@ CONFIGS = {
     "qwen2": GATED,
     "qwen3": {**GATED, "head_dim": 8},
     "gemma2": {**GATED, "head_dim": 8},
+    "gemma3_text": {**GATED, "head_dim": 8, "sliding_window_pattern": 3},
+    "smollm3": {**GATED, "pad_token_id": 0, "no_rope_layer_interval": 2},
+    "olmo2": GATED,
+    "granite": GATED,
     "phi": {**COMMON, "intermediate_size": 64},
     "phi3": {**GATED, "pad_token_id": 0},
     "gpt_neox": {**COMMON, "intermediate_size": 64},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from processes import run
+from small_runs import SmallRuns
 
 from meft.planner.records.report import Report
 
@@ -36,3 +37,9 @@ def finished(tmp_path_factory, plan_path, data) -> tuple[Path, Report]:
     folder = tmp_path_factory.mktemp("output")
     run("meft-run", plan_path, "--data", data, "--steps", 4, "--output-dir", folder, "--learning-rate", "1e-2")
     return folder, Report.load(folder / "report.json")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, glass_folder) -> SmallRuns:
+    """Runs in this process."""
+    return SmallRuns(tmp_path_factory.mktemp("small"), glass_folder)

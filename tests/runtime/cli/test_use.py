@@ -104,7 +104,7 @@ def test_prepare_makes_lines_for_training_and_evaluation(tmp_path) -> None:
         (("evaluate", "airport"), "did you mean airports"),
         (("evaluate", "airports", "--metric", "iou"), "--metric iou does not fit airports"),
         (("generate", ""), "--prompt: is empty"),
-        (("generate", "a", "--adapter", "absent"), "no such file"),
+        (("generate", "a", "--adapter", "absent"), "absent: holds no adapter"),
         (("generate", "a", "--rows-per-token", "4"), "there is no adapter; say which with --adapter"),
         (("evaluate", "airports", "--rows-per-token", "4"), "there is no adapter"),
     ],

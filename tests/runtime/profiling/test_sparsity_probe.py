@@ -176,7 +176,7 @@ def test_a_trained_adapters_rows(glass_folder, text, tmp_path) -> None:
     details = [each.detail for each in ProfileFile.load(path).measurements if each.name.startswith("active rows")]
     assert not [detail for detail in details if "R=1024" in detail]
     del tensors["layers.3.rows"]
-    save_file(tensors, adapter / "adapter_model.safetensors")
+    save_file(tensors, adapter / "meft_adapter.safetensors")
     assert "it does not have 4 layers" in run(*words)[1]
 
 

@@ -15,8 +15,8 @@ pytest.importorskip("peft")
 from trace_setups import CONFIGS, config_of, live_at, made_between, most_of, setup_of, traced  # noqa: E402
 
 from meft.planner.base.errors import UsageError  # noqa: E402
-from meft.planner.models.architecture import shape_from_config  # noqa: E402
 from meft.planner.models.catalogue import load_model  # noqa: E402
+from meft.planner.models.configs import shape_from_config  # noqa: E402
 from meft.planner.records.setup import TrainingSetup  # noqa: E402
 from meft.planner.simulation.stream import Stream, stream_peaks  # noqa: E402
 from meft.runtime.trace.run import peak_holders, trace_training  # noqa: E402

@@ -82,7 +82,7 @@ def test_detach_after_training_gives_back_modes_and_gradients(glass_folder, glas
 
 def test_the_config_names_base_shapes_versions_and_plan(saved, glass_folder, glass_model) -> None:
     folder, _ = saved
-    config = AdapterConfig.load(folder / "adapter_config.json")
+    config = AdapterConfig.load(folder / "meft_config.json")
     assert config.base_model.name == "glass"
     assert config.plan_digest == small_plan(glass_folder, choice=EXPERTS).content_digest()
     assert set(config.versions) == {"python", "torch", "transformers"}
@@ -112,7 +112,7 @@ def test_a_damaged_adapter_is_refused(saved, glass_folder, tmp_path) -> None:
     folder, _ = saved
     damaged = tmp_path / "adapter"
     shutil.copytree(folder, damaged)
-    path = damaged / "adapter_model.safetensors"
+    path = damaged / "meft_adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UsageError, match="not a complete safetensors file"):
         AdapterModel.from_pretrained(glass_folder, damaged)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sessions import EXPERTS, random_examples, small_plan
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.data.examples import collate
@@ -102,10 +102,64 @@ def test_the_trainer_evaluates_with_the_adapter(glass_folder, tmp_path) -> None:
     assert trainer.evaluate(data())["eval_loss"] < before
 
 
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_trainer_without_the_adapters_optimizer_is_refused_at_its_first_step(glass_folder, tmp_path, choice) -> None:
+    base = LlamaForCausalLM.from_pretrained(glass_folder)
+    model = AdapterModel.from_plan(base, small_plan(glass_folder, choice=choice), device="emulated")
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=data())
+    with pytest.raises(UsageError, match=r"AdamW would train nothing .* \*\*trainer_arguments\(model, args\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("choice", [*CHOICES, {"prefetch_depth": 1, "cached_rows": 40, "gradients_on_device": True}])
+def test_the_logged_gradient_norm_is_that_of_rows_and_routers(glass_folder, tmp_path, choice) -> None:
+    _, trainer = trainer_for(tmp_path / "a", glass_folder, choice)
+    norms: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, *, optimizer, **more) -> None:
+            norms.append(optimizer.optimizer.last_gradient_norm)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(norms) == 4
+    assert min(norms) > 0
+    assert logged == pytest.approx(norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_model_that_the_trainer_saved_is_read(glass_folder, tmp_path, choice) -> None:
+    model, trainer = trainer_for(tmp_path, glass_folder, choice, max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AdapterModel.from_pretrained(glass_folder, tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert not torch.equal(loaded(input_ids=ids).logits, loaded.detach()(input_ids=ids).logits)
+
+
+def test_bf16_goes_with_a_plan_for_a_base_in_bf16(glass_folder, tmp_path) -> None:
+    losses = []
+    for bf16 in (False, True):
+        base = LlamaForCausalLM.from_pretrained(glass_folder, dtype=torch.bfloat16)
+        plan = small_plan(glass_folder, choice=CHOICES[1], grad_accum=2, weights_dtype="bf16")
+        model = AdapterModel.from_plan(base, plan, device="emulated")
+        args = arguments(tmp_path / str(bf16), bf16=bf16)
+        trainer = Trainer(model=model, args=args, train_dataset=data(), **trainer_arguments(model, args))
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert losses[1][-1] < losses[1][0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bf16": True}, "autocast does not reach the rows"),
+        ({"bf16": True}, "bf16: the plan's memory is for computing in fp32; plan with --weights-dtype bf16"),
         ({"per_device_train_batch_size": 4}, "the plan's memory is for batches of 2"),
         ({"activation_checkpointing": True}, "the plan decided against it"),
         ({"weight_decay": 0.1}, "weight_decay 0.1: the model was opened with 0.0"),

@@ -1,0 +1,346 @@
+"""What one configuration of a method needs: the request for it, its checks, and the estimate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
+from meft.planner.base.schema import Record
+from meft.planner.base.units import format_bytes, parse_bytes
+from meft.planner.base.version import VERSION
+from meft.planner.front.options import MAX_RANK, BatchSize, Depth, GradAccum, RequestOptions, Rows, SeqLen, Width
+from meft.planner.front.request import Planning, planning
+from meft.planner.models.catalogue import load_model
+from meft.planner.models.linears import passed_over, resolve_targets
+from meft.planner.predict.comparison import (
+    USUAL_SIZES,
+    USUAL_TOP_K,
+    checkpointing_choices,
+    first_that_fits,
+    without_limits,
+)
+from meft.planner.predict.estimates import Estimate, estimate_dense, estimate_meft, reserved_at_most, with_trace
+from meft.planner.predict.prediction import predict
+from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward
+from meft.planner.records.profile_catalogue import load_defaults
+from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
+from meft.planner.search.search import make_plan
+from meft.planner.simulation.verification import traced_plan, traced_setup
+
+WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")
+USUAL_GRAD_ACCUM = {"meft": 32}
+"""Where nothing is said: MEFT's is the paper's, a dense method updates after every micro-batch."""
+
+_DENSE = ("parallel-adapter", "lora", "qlora", "full")
+_LORA = ("lora", "qlora")
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "rank": _LORA,
+    "target_modules": _LORA,
+    "lora_dropout": _LORA,
+    "kbit_preparation": _LORA,
+    "adapter_width": ("meft", "parallel-adapter"),
+    "adapter_dtype": ("meft", "parallel-adapter", *_LORA),
+    "top_k": ("meft",),
+    "active_rows": ("meft",),
+    "prefetch_depth": ("meft",),
+    "routing": ("meft",),
+    "rows_in_backward": ("meft",),
+    "hot_rows": ("meft",),
+    "bf16_copy": ("meft",),
+    "autocast": _DENSE,
+    "optimizer": _DENSE,
+    "loss": _DENSE,
+    "keep_outputs": _DENSE,
+    "padding": _DENSE,
+}
+_WHAT_MEFT_RUNS = {"autocast": "none", "optimizer": "adamw", "loss": "hf"}
+"""What the runtime does whatever is asked: saying it is no error."""
+
+
+class EstimateRequest(Record):
+    """What ``--request`` takes, and what the options amount to. ``None`` is what was not said."""
+
+    method: MethodName
+    model: str | None = None
+    gpu: str | None = None
+    gpu_mem: int | str | None = None
+    host_mem: int | str | None = None
+    context_overhead: int | str | None = None
+    host: str | None = None
+    link: str | None = None
+    sparsity: str | None = None
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)] | None = None
+    target_modules: tuple[str, ...] | str | None = None
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    adapter_width: Width | None = None
+    top_k: Width | None = None
+    active_rows: Width | None = None
+    prefetch_depth: Depth | None = None
+    routing: Routing | None = None
+    rows_in_backward: RowsInBackward | None = None
+    hot_rows: Rows | None = None
+    bf16_copy: bool | None = None
+    weights_dtype: WeightsDtype | None = None
+    double_quant: bool | None = None
+    kbit_preparation: bool | None = None
+    autocast: Autocast | None = None
+    adapter_dtype: AdapterDtype | None = None
+    batch_size: BatchSize = 2
+    seq_len: SeqLen = 256
+    grad_accum: GradAccum | None = None
+    activation_checkpointing: bool | None = None
+    attention: Attention | None = None
+    optimizer: OptimizerName | None = None
+    loss: LossName | None = None
+    padding: bool | None = None
+    keep_outputs: bool | None = None
+
+    @property
+    def target_names(self) -> tuple[str, ...] | None:
+        """The targets as a list, however they were given."""
+        if isinstance(self.target_modules, str):
+            return tuple(self.target_modules.replace(",", " ").split())
+        return self.target_modules
+
+
+def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estimate, tuple[str, ...]]:
+    """The estimate, and what was taken for granted; with ``verify`` traced as well.
+
+    Raises :class:`UsageError` for what does not go together.
+    """
+    _check_applies(asked)
+    if asked.method == "meft":
+        return _estimate_meft(asked, verify=verify)
+    planned, setup, notes = dense_setup(asked)
+    profiles = planned.profiles
+    tried: list[Estimate] = []
+    for flag in checkpointing_choices(asked.activation_checkpointing):
+        variant = setup.model_copy(update={"activation_checkpointing": flag})
+        tried.append(estimate_dense(variant, request=planned.request, gpu=profiles.gpu, link=profiles.link))
+        if tried[-1].fits:
+            break
+    estimate = first_that_fits(tried)
+    estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=tried[0])})
+    if verify:
+        setup = setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
+        estimate = with_trace(estimate, traced_setup(setup, _config(planned), workspace_bytes=_workspace(planned)))
+    return estimate, notes
+
+
+def _chosen(asked: EstimateRequest, estimate: Estimate, *, without: Estimate) -> tuple[str, ...]:
+    """What was left open and what was taken, as in ``compare``; ``without`` is without activation checkpointing."""
+    texts = []
+    if asked.activation_checkpointing is None:
+        needed = f"without it {format_bytes(reserved_at_most(without))}"
+        why = needed if estimate.activation_checkpointing else "it fits without"
+        flag = "on" if estimate.activation_checkpointing else "off"
+        texts.append(f"checkpointing: {flag}, chosen as compare does: {why}")
+    others = {
+        "attention": f"{estimate.attention} attention",
+        "lora_dropout": "no dropout" if asked.method in _LORA else "",
+        "weights_dtype": f"{estimate.weights_dtype} weights",
+        "adapter_dtype": "" if estimate.adapter_dtype is None else f"{estimate.adapter_dtype} adapter",
+    }
+    open_ones = [text for name, text in others.items() if text and getattr(asked, name) is None]
+    if open_ones:
+        texts.append(f"{', '.join(open_ones)}: chosen as compare does")
+    return tuple(texts)
+
+
+def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[str, ...]]:
+    """The run that a request for a dense method describes, on which card, and notes.
+
+    Without activation checkpointing where the request leaves that open.
+    """
+    given, double_quant = _weights(asked)
+    planned = _planning(replace(_options(asked), weights_dtype=given, double_quant=double_quant))
+    weights = given or planned.request.weights_dtype
+    shape, usual = planned.request.model, USUAL_SIZES[asked.method]
+    names = asked.target_names or (usual.targets,)
+    lora = asked.method in _LORA
+    setup = TrainingSetup(
+        model=shape,
+        method=asked.method,
+        rank=(asked.rank or usual.size) if lora else None,
+        target_modules=resolve_targets(shape, names) if lora else (),
+        lora_dropout=bool(asked.lora_dropout),
+        adapter_width=(asked.adapter_width or usual.size) if asked.method == "parallel-adapter" else None,
+        weights_dtype=weights,
+        double_quant=double_quant,
+        kbit_preparation=bool(asked.kbit_preparation),
+        autocast=asked.autocast or "none",
+        adapter_dtype=asked.adapter_dtype or "fp32",
+        batch_size=asked.batch_size,
+        seq_len=asked.seq_len,
+        grad_accum=asked.grad_accum or 1,
+        activation_checkpointing=bool(asked.activation_checkpointing),
+        attention=planned.request.attention,
+        optimizer=asked.optimizer or "adamw",
+        loss=asked.loss or "hf",
+        padded=bool(asked.padding),
+        outputs_kept=asked.keep_outputs is not False,
+    )
+    _check_setup(setup)
+    ignored = passed_over(shape, names) if lora else ()
+    notes = tuple(f"target {name}: {shape.name} has no such layer, as PEFT it is passed over" for name in ignored)
+    return planned, setup, (*notes, *planned.notes)
+
+
+def usual_meft(planned: Planning) -> tuple[Estimate, ...]:
+    """MEFT at its usual size, where the request leaves that open, and as lean as the planner knows: the same at every
+    budget, without activation checkpointing and with it, or as asked."""
+    found = []
+    for flag in checkpointing_choices(planned.request.activation_checkpointing):
+        asked = replace(planned, request=planned.request.model_copy(update={"activation_checkpointing": flag}))
+        decision = _leanest(asked, _at_usual_size(asked.request)).decision
+        found.append(estimate_meft(planned.request, decision, predict(planned.request, decision, planned.profiles)))
+    return tuple(found)
+
+
+def _meft_plan(planned: Planning, *, active_rows: int | None) -> Plan:
+    """The paper's width and K where the request leaves them open: what the planner makes of the card's memory, or,
+    where nothing fits, the leanest that it weighs."""
+    request = planned.request
+    usual = _at_usual_size(request)
+    on_the_card = usual.model_copy(update={"gpu_mem_bytes": request.gpu_mem_bytes})
+    found = make_plan(on_the_card, planned.profiles, meft_version=VERSION)
+    if isinstance(found, Infeasible):
+        found = _leanest(planned, usual)
+    decision = found.decision
+    if active_rows is not None:
+        decision = _with_rows(decision, active_rows)
+    rows = None if active_rows is None else [active_rows] * request.model.num_layers
+    prediction = predict(request, decision, planned.profiles, rows)
+    return found.model_copy(update={"decision": decision, "prediction": prediction})
+
+
+def _at_usual_size(request: Request) -> Request:
+    """The paper's width and K where they are open, and no limits."""
+    width = request.adapter_width or USUAL_SIZES["meft"].size
+    top_k = request.top_k or min(USUAL_TOP_K, width or USUAL_TOP_K)
+    chosen = {"adapter_width": width, "top_k": top_k, "bf16_copy": bool(request.bf16_copy)}
+    return without_limits(request.model_copy(update=chosen))
+
+
+def _leanest(planned: Planning, unlimited: Request) -> Plan:
+    """What takes least device memory where the request leaves it open: rows are fetched again and none kept."""
+    lean = {"activation_checkpointing": True, "rows_in_backward": "refetched", "prefetch_depth": 0, "hot_rows": 0}
+    left_open = {name: value for name, value in lean.items() if getattr(unlimited, name) is None}
+    found = make_plan(unlimited.model_copy(update=left_open), planned.profiles, meft_version=VERSION)
+    if isinstance(found, Infeasible):
+        raise InfeasibleError(f"no such configuration: {found.message}", found)
+    update = {"cached_rows": 0, "gradients_on_device": False}
+    return found.model_copy(update={"decision": found.decision.model_copy(update=update)})
+
+
+def _with_rows(decision: Decision, active_rows: int) -> Decision:
+    if not decision.top_k <= active_rows <= decision.adapter_width:
+        limits = f"--top-k {decision.top_k} and --adapter-width {decision.adapter_width}"
+        raise UsageError(f"--active-rows {active_rows}: it is not between {limits}")
+    return decision.model_copy(update={"active_rows_cap": active_rows})
+
+
+def _check_applies(asked: EstimateRequest) -> None:
+    for name, methods in _ONLY_FOR.items():
+        value = getattr(asked, name)
+        if value is None or asked.method in methods:
+            continue
+        if asked.method == "meft" and value == _WHAT_MEFT_RUNS.get(name):
+            continue
+        option = "--" + name.replace("_", "-")
+        raise UsageError(f"{option} does not go with --method {asked.method}; it is of {', '.join(methods)}")
+
+
+def _weights(asked: EstimateRequest) -> tuple[WeightsDtype | None, bool]:
+    """The weights' dtype as far as method and request say it, and whether their scales are quantized too."""
+    given = asked.weights_dtype
+    if given == "int8":
+        raise UsageError(f"weights_dtype int8: estimate knows {', '.join(WEIGHTS)}")
+    if asked.method == "qlora" and given not in (None, "nf4"):
+        raise UsageError(f"--weights-dtype {given}: qlora has nf4 weights; use --method lora")
+    if asked.method == "full" and given == "nf4":
+        raise UsageError("--weights-dtype nf4: full trains its weights; give fp32, bf16 or fp16")
+    weights: WeightsDtype | None = given or ("nf4" if asked.method == "qlora" else None)
+    if asked.double_quant and weights != "nf4":
+        raise UsageError(f"--double-quant: the weights are {weights or 'bf16'}; it goes with --weights-dtype nf4")
+    return weights, asked.method == "qlora" if asked.double_quant is None else asked.double_quant
+
+
+def _check_setup(setup: TrainingSetup) -> None:
+    if setup.attention == "flash" and setup.weights_dtype == "fp32" and setup.autocast == "none":
+        raise UsageError(
+            "--attention flash: it computes in 16 bits, the weights are fp32; give sdpa, or --autocast bf16"
+        )
+
+
+def _options(asked: EstimateRequest) -> RequestOptions:
+    """The request's budgets and workload, for the look-up of names and the checks that a plan has."""
+    return RequestOptions(
+        model=asked.model,
+        gpu=asked.gpu,
+        gpu_mem=_size(asked.gpu_mem, "--gpu-mem"),
+        host_mem=_size(asked.host_mem, "--host-mem"),
+        context_overhead=_size(asked.context_overhead, "--context-overhead"),
+        host=asked.host,
+        link=asked.link,
+        sparsity=asked.sparsity,
+        batch_size=asked.batch_size,
+        seq_len=asked.seq_len,
+        grad_accum=asked.grad_accum or USUAL_GRAD_ACCUM.get(asked.method, 1),
+        weights_dtype=asked.weights_dtype,
+        double_quant=asked.double_quant,
+        adapter_dtype=asked.adapter_dtype,
+        attention=asked.attention,
+        activation_checkpointing=asked.activation_checkpointing,
+        adapter_width=asked.adapter_width if asked.method == "meft" else None,
+        top_k=asked.top_k,
+        prefetch_depth=asked.prefetch_depth,
+        routing=asked.routing,
+        rows_in_backward=asked.rows_in_backward,
+        hot_rows=asked.hot_rows,
+        bf16_copy=asked.bf16_copy,
+    )
+
+
+def _size(given: int | str | None, field: str) -> int | None:
+    return None if given is None else parse_bytes(str(given), field=field)
+
+
+def _estimate_meft(asked: EstimateRequest, *, verify: bool) -> tuple[Estimate, tuple[str, ...]]:
+    """A MEFT decision with what was given, and the planner's choice, unbound by host and time, for the rest."""
+    planned = _planning(_options(asked))
+    plan = _meft_plan(planned, active_rows=asked.active_rows)
+    estimate = estimate_meft(planned.request, plan.decision, plan.prediction)
+    estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=_plain(planned, plan))})
+    if verify:
+        estimate = with_trace(estimate, traced_plan(plan, _config(planned), workspace_bytes=_workspace(planned)))
+    return estimate, planned.notes
+
+
+def _plain(planned: Planning, plan: Plan) -> Estimate:
+    """The same decision without activation checkpointing."""
+    decision = plan.decision.model_copy(update={"activation_checkpointing": False})
+    rows = plan.prediction.sparsity.active_rows_per_layer
+    return estimate_meft(planned.request, decision, predict(planned.request, decision, planned.profiles, rows))
+
+
+def _config(planned: Planning) -> dict[str, Any]:
+    """The Hugging Face config of the request's model."""
+    return load_model(planned.request.model_path or planned.request.model.name)[1]
+
+
+def _workspace(planned: Planning) -> int:
+    return int(planned.profiles.gpu.workspace_bytes.value)
+
+
+def _planning(options: RequestOptions) -> Planning:
+    """As for a plan, but the default card will do where none is named."""
+    if options.gpu is None and options.gpu_mem is None:
+        default = load_defaults().gpu
+        planned = planning(replace(options, gpu=default))
+        return replace(planned, notes=(f"card {default}: no --gpu was given", *planned.notes))
+    return planning(options)

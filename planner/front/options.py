@@ -1,0 +1,69 @@
+"""What may be asked for: the options of a plan, and the limits of their values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward
+
+MAX_BATCH_SIZE = 1 << 14
+MAX_SEQ_LEN = 1 << 20
+MAX_GRAD_ACCUM = 1 << 16
+MAX_WIDTH = 1 << 20
+MAX_RANK = 1 << 16
+MAX_SLOWDOWN = 1000.0
+RUNNABLE_WEIGHTS: tuple[WeightsDtype, ...] = ("fp32", "bf16", "nf4")
+"""Weights that the runtime trains beside."""
+
+BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE, strict=True)]
+SeqLen = Annotated[int, Field(ge=1, le=MAX_SEQ_LEN, strict=True)]
+GradAccum = Annotated[int, Field(ge=1, le=MAX_GRAD_ACCUM, strict=True)]
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH, strict=True)]
+Rows = Annotated[int, Field(ge=0, le=MAX_WIDTH, strict=True)]
+Depth = Annotated[int, Field(ge=0, strict=True)]
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What the options say of the workload, the budgets and the choices; ``None`` where an option was not given.
+
+    The limits are checked where the options are read: of a command by click, of a call in
+    :mod:`meft.planner.front.arguments`.
+    """
+
+    model: str | None = None
+    gpu: str | None = None
+    gpu_mem: int | None = None
+    host_mem: int | None = None
+    host: str | None = None
+    link: str | None = None
+    sparsity: str | None = None
+    batch_size: BatchSize = 2
+    seq_len: SeqLen = 256
+    grad_accum: GradAccum = 32
+    weights_dtype: WeightsDtype | None = None
+    double_quant: bool | None = None
+    adapter_dtype: AdapterDtype | None = None
+    attention: Attention | None = None
+    activation_checkpointing: bool | None = None
+    objective: Objective = "capacity"
+    max_slowdown: Annotated[float, Field(ge=1.0, le=MAX_SLOWDOWN)] | None = None
+    min_trainable: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    adapter_width: Width | None = None
+    top_k: Width | None = None
+    prefetch_depth: Depth | None = None
+    routing: Routing | None = None
+    rows_in_backward: RowsInBackward | None = None
+    hot_rows: Rows | None = None
+    bf16_copy: bool | None = None
+    context_overhead: int | None = None
+    active_rows_quantile: Annotated[float, Field(gt=0.5, lt=1.0)] | None = None
+
+    @classmethod
+    def taken_from(cls, given: dict[str, Any]) -> RequestOptions:
+        """Take this record's fields out of a command's arguments."""
+        return cls(**{name: given.pop(name) for name in cls.__dataclass_fields__ if name in given})

@@ -1,0 +1,62 @@
+"""The best decision within the budgets, and what its step looks like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from meft.planner.base.errors import Infeasible
+from meft.planner.base.version import VERSION
+from meft.planner.front.options import RequestOptions
+from meft.planner.front.request import Planning, planning
+from meft.planner.models.catalogue import load_model
+from meft.planner.predict.prediction import simulated_tasks
+from meft.planner.records.plan import Plan
+from meft.planner.search.search import make_plan
+from meft.planner.timing.chrome import Event
+
+if TYPE_CHECKING:
+    from meft.planner.search.levers import Lever
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what it was made from."""
+
+    plan: Plan
+    planning: Planning
+
+
+def find_plan(options: RequestOptions, *, verify: bool = False) -> Planned | Infeasible:
+    """The best plan for the options, or why there is none; with ``verify`` traced in the real model's code (torch).
+
+    Raises :class:`~meft.planner.base.errors.UsageError` for options that cannot be used, and with ``verify``
+    :class:`~meft.planner.base.errors.InfeasibleError` if the trace does not fit.
+    """
+    planned = planning(options)
+    found = make_plan(planned.request, planned.profiles, meft_version=VERSION)
+    if not isinstance(found, Plan):
+        return found
+    return Planned(_verified(found, planned) if verify else found, planned)
+
+
+def levers_of(found: Planned) -> tuple[Lever, ...]:
+    """What one change alone would save of the plan."""
+    from meft.planner.search.levers import levers  # for people's eyes: JSON needs none
+
+    plan = found.plan
+    return levers(plan.request, plan.decision, plan.prediction, found.planning.profiles)
+
+
+def simulated_step(found: Planned) -> list[Event]:
+    """The tasks of the plan's step, as its timing was simulated."""
+    plan, profiles = found.plan, found.planning.profiles
+    return simulated_tasks(plan.request, plan.decision, profiles, plan.prediction.sparsity)
+
+
+def _verified(plan: Plan, planned: Planning) -> Plan:
+    """The plan with its verification; looks up the model's config again."""
+    from meft.planner.simulation.verification import verified  # it asks the installation: slow to load
+
+    _, config, _ = load_model(plan.request.model_path or plan.request.model.name)
+    return verified(plan, config, workspace_bytes=int(planned.profiles.gpu.workspace_bytes.value))

@@ -1,0 +1,112 @@
+"""Which decisions of the grid fit device and host memory, without an array of all their bytes.
+
+Every term of the ledgers varies along a few of the grid's axes; those that vary along the same ones are summed first,
+and what is left of a limit is compared with the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import reduce
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, Ints
+from meft.planner.memory.device import device_ledger
+from meft.planner.memory.host import host_bytes_by_category
+from meft.planner.predict.prediction import ProfileSet
+from meft.planner.records.plan import Request
+from meft.planner.search.space import CAP_AXIS, NUM_AXES, Space
+from meft.planner.terms.activations import largest
+from meft.planner.terms.ledger import STEP_PHASES, phase_bytes
+from meft.planner.terms.methods import SparseAdapter, Workload
+
+
+class GridSum:
+    """A sum of terms over the grid, in parts by the axes along which they vary."""
+
+    def __init__(self, terms: Iterable[Ints]) -> None:
+        self._parts: dict[tuple[int, ...], NDArray[np.int64]] = {}
+        for term in terms:
+            array = np.asarray(term, dtype=np.int64)
+            array = array.reshape((1,) * (NUM_AXES - array.ndim) + array.shape)
+            known = self._parts.get(array.shape)
+            self._parts[array.shape] = array if known is None else known + array
+
+    @property
+    def least(self) -> int:
+        """No place has less."""
+        return sum(int(part.min()) for part in self._parts.values())
+
+    def at(self, index: tuple[int, ...]) -> int:
+        """The sum at a place of the grid."""
+        return sum(int(part[_along(part, index)]) for part in self._parts.values())
+
+    def of(self, axes: tuple[NDArray[np.int64], ...]) -> NDArray[np.int64]:
+        """The sums at some places, given by the axes; ``[n]``."""
+        total = np.zeros(len(axes[0]), np.int64)
+        for part in self._parts.values():
+            total += part[tuple(axis if length > 1 else 0 for axis, length in zip(axes, part.shape, strict=True))]
+        return total
+
+    def at_cap(self, cap: int, routings: NDArray[np.int64]) -> GridSum:
+        """The sum at a cap with some routings: a grid whose axis of caps is 1 long."""
+        of_cap = (part.take([min(cap, part.shape[CAP_AXIS] - 1)], axis=CAP_AXIS) for part in self._parts.values())
+        return GridSum(part.take(routings, axis=-1) if part.shape[-1] > 1 else part for part in of_cap)
+
+    def on(self, cache: int, depth: int) -> NDArray[np.int64]:
+        """The sums at a cache and a prefetch depth where there is one cap, ``[checkpointing, backward, routings]``, 1
+        where alike."""
+        return _total([part[_along(part, (cache, depth))] for part in self._parts.values()])[:, :, 0]
+
+    def rest_of(self, most: Ints, depth: int) -> Callable[[int], NDArray[np.bool_]]:
+        """Where the sum is no more than ``most`` (a number, or one of each routing) at a prefetch depth: a function of
+        the cache, whose result is ``[checkpointing, backward, caps, routings]``, or 1 where alike."""
+        common = most - _total([part[_along(part, (0, depth))] for part in self._parts.values() if part.shape[0] == 1])
+        of_caches = [part for part in self._parts.values() if part.shape[0] > 1]
+
+        def fits(cache: int) -> NDArray[np.bool_]:
+            within: NDArray[np.bool_] = _total([part[_along(part, (cache, depth))] for part in of_caches]) <= common
+            return within
+
+        return fits
+
+
+def _total(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The sum of arrays, the smallest first; 0 of none."""
+    return reduce(np.add, sorted(parts, key=lambda each: each.size), np.zeros((1,) * 4, np.int64))
+
+
+def _along(part: NDArray[np.int64], index: tuple[int, ...]) -> tuple[int, ...]:
+    """The index into a part that is 1 long where it does not vary."""
+    return tuple(min(place, length - 1) for place, length in zip(index, part.shape, strict=False))
+
+
+def device_sum(space: Space, request: Request, profiles: ProfileSet) -> GridSum:
+    """Peak allocated device bytes with every layer's rows at the cap."""
+    candidates, num_layers = space.candidates, request.model.num_layers
+    workload = Workload(
+        batch_size=request.batch_size,
+        seq_len=request.seq_len,
+        weights_dtype=request.weights_dtype,
+        double_quant=request.double_quant,
+        attention=request.attention,
+        activation_checkpointing=candidates.activation_checkpointing,
+    )
+    at_cap = np.broadcast_to(space.caps, (num_layers, *space.caps.shape))
+    method = SparseAdapter(at_cap, candidates, ADAPTER_DTYPE_BYTES[request.adapter_dtype])
+    ledger = device_ledger(shape=request.model, workload=workload, method=method, gpu=profiles.gpu)
+    totals = phase_bytes(row for row in ledger if row.phase != "resident")
+    peak = largest(*(totals[phase] for phase in STEP_PHASES))
+    return GridSum([peak, *(row.num_bytes for row in ledger if row.phase == "resident")])
+
+
+def host_sum(space: Space, request: Request, profiles: ProfileSet) -> tuple[GridSum, NDArray[np.int64]]:
+    """Tables and buffers in host memory without a bf16 copy of the rows; and what a copy takes besides, of each
+    routing."""
+    candidates = replace(space.candidates, bf16_copy=True)
+    sizes = host_bytes_by_category(request=request, candidates=candidates, pinned=profiles.pinned)
+    of_copy = np.broadcast_to(sizes.pop("adapter_bf16_copy"), space.top_k.shape)
+    return GridSum(sizes.values()), of_copy

@@ -1,0 +1,160 @@
+"""What one change alone would save of a plan: each is predicted by the models of the plan itself, all else as it is.
+
+A change of width, batch or sequence length brings another number of active rows, and the cap keeps its share above
+them. Planning anew with such an option would go further: the planner spends what is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from meft.planner.base.schema import Record
+from meft.planner.predict.prediction import ProfileSet, predict
+from meft.planner.records.plan import Decision, Prediction, Request
+from meft.planner.traffic.sparsity import predict_sparsity
+
+SHORTEST_SEQUENCE = 32
+
+
+class Lever(Record):
+    """One change, and what comes of it: differences to the plan, negative for what is saved."""
+
+    change: str
+    option: str
+    """What to give ``meft-plan`` for it."""
+    device_bytes: int
+    """Of what is reserved with all layers' active rows at the cap."""
+    host_bytes: int
+    tokens_per_second_ratio: float
+    trainable_fraction: float
+    """Not a difference: the share of the model that is trained then."""
+    fits: bool
+
+    @property
+    def saves(self) -> bool:
+        """Whether it is worth telling: memory saved, or time."""
+        return min(self.device_bytes, self.host_bytes) < 0 or self.tokens_per_second_ratio > 1.0
+
+
+def levers(request: Request, decision: Decision, prediction: Prediction, profiles: ProfileSet) -> tuple[Lever, ...]:
+    """Every change that saves something, the one that saves most device memory first; those that do not fit last."""
+    found = [
+        _lever(change, option, _predicted(changed, tried, profiles, prediction), prediction, changed)
+        for change, option, changed, tried in _changes(request, decision, profiles)
+    ]
+    saving = [lever for lever in found if lever.saves]
+    return tuple(sorted(saving, key=lambda lever: (not lever.fits, lever.device_bytes, lever.host_bytes)))
+
+
+def reserved_at_most(prediction: Prediction) -> int:
+    """Reserved with every layer's active rows at the cap, which is what the search keeps within the budget."""
+    memory = prediction.device_memory
+    return memory.peak_reserved_bytes_at_cap or memory.peak_reserved_bytes
+
+
+def _predicted(request: Request, decision: Decision, profiles: ProfileSet, before: Prediction) -> Prediction:
+    """What is predicted with a change. One that takes more of the device is replayed, as whether it fits may depend on
+    it; of the others the allocator is taken to hold as much beyond what is allocated as it does for the plan."""
+    counted = predict(request, decision, profiles, replayed=False)
+    own = before.device_memory
+    unused_bytes = own.peak_reserved_bytes - own.peak_allocated_bytes
+    reserved = counted.device_memory.peak_reserved_bytes + unused_bytes
+    if reserved > own.peak_reserved_bytes:
+        return predict(request, decision, profiles)
+    memory = counted.device_memory.model_copy(
+        update={"peak_reserved_bytes": reserved, "peak_reserved_bytes_at_cap": reserved}
+    )
+    return counted.model_copy(update={"device_memory": memory})
+
+
+def _lever(change: str, option: str, after: Prediction, before: Prediction, request: Request) -> Lever:
+    reserved = reserved_at_most(after)
+    on_host = after.host_memory.total_bytes
+    return Lever(
+        change=change,
+        option=option,
+        device_bytes=reserved - reserved_at_most(before),
+        host_bytes=on_host - before.host_memory.total_bytes,
+        tokens_per_second_ratio=after.timing.tokens_per_second / before.timing.tokens_per_second,
+        trainable_fraction=after.trainable_fraction,
+        fits=reserved <= after.device_memory.allocator_budget_bytes and on_host <= request.host_mem_bytes,
+    )
+
+
+def _changes(
+    request: Request, decision: Decision, profiles: ProfileSet
+) -> Iterator[tuple[str, str, Request, Decision]]:
+    """What is changed, its option, and the request and decision with it."""
+    if decision.activation_checkpointing:
+        plain = _decided(decision, activation_checkpointing=False)
+        yield "no checkpointing", "--no-activation-checkpointing", request, plain
+    else:
+        checkpointed = _decided(decision, activation_checkpointing=True)
+        yield "checkpointing", "--activation-checkpointing", request, checkpointed
+    width = _half_width(decision)
+    if width is not None:
+        narrow = _decided(decision, **_of_width(decision, width))
+        yield f"width {width:,}", f"--adapter-width {width}", request, _recapped(request, request, narrow, profiles)
+    if request.weights_dtype != "nf4" and not profiles.gpu.shares_host_cores:
+        lighter = request.model_copy(update={"weights_dtype": "nf4"})
+        kept = "" if request.adapter_dtype == "bf16" else f" --adapter-dtype {request.adapter_dtype}"
+        yield "4-bit weights", f"--weights-dtype nf4{kept}", lighter, decision
+    yield from _smaller_batches(request, decision, profiles)
+    if decision.rows_in_backward == "retained":
+        refetched = _decided(decision, rows_in_backward="refetched")
+        yield "fetch rows twice", "--rows-in-backward refetched", request, refetched
+    if decision.bf16_copy:
+        yield "no bf16 copy", "--no-bf16-copy", request, _decided(decision, bf16_copy=False)
+
+
+def _smaller_batches(
+    request: Request, decision: Decision, profiles: ProfileSet
+) -> Iterator[tuple[str, str, Request, Decision]]:
+    """Half the sequences at a time, or half of the one."""
+    name, title = ("batch_size", "batch") if request.batch_size > 1 else ("seq_len", "sequence")
+    half = getattr(request, name) // 2
+    if name == "seq_len" and half < SHORTEST_SEQUENCE:
+        return
+    changed = request.model_copy(update={name: half})
+    option = f"--{name.replace('_', '-')} {half}"
+    yield f"{title} {half:,}", option, changed, _recapped(request, changed, decision, profiles)
+
+
+def _decided(decision: Decision, **update: Any) -> Decision:
+    return Decision.model_validate(decision.model_dump() | update)
+
+
+def _half_width(decision: Decision) -> int | None:
+    """Half the rows, of as many experts; None where they would be fewer than a token chooses from."""
+    rows = decision.adapter_width // decision.num_experts // 2
+    width = rows * decision.num_experts
+    enough = width >= decision.top_k and decision.num_probes * rows >= decision.top_k
+    return width if enough else None
+
+
+def _of_width(decision: Decision, width: int) -> dict[str, Any]:
+    """What goes with a smaller width: caches and hot rows take the same share of it."""
+    share = width / decision.adapter_width
+    cached = int(decision.cached_rows * share)
+    return {
+        "adapter_width": width,
+        "active_rows_cap": min(decision.active_rows_cap, width),
+        "cached_rows": cached,
+        "hot_rows": int(decision.hot_rows * share),
+        "gradients_on_device": decision.gradients_on_device and cached > 0,
+    }
+
+
+def _recapped(before: Request, after: Request, decision: Decision, profiles: ProfileSet) -> Decision:
+    """The decision with a cap as far above the rows that are expected after the change as it was before."""
+    rows_before, rows_after = (
+        max(predict_sparsity(profiles.sparsity, request=request, decision=_uncapped(decision)).active_rows_per_layer)
+        for request in (before, after)
+    )
+    cap = -(-decision.active_rows_cap * rows_after // rows_before)
+    return _decided(decision, active_rows_cap=min(max(cap, decision.top_k), decision.adapter_width))
+
+
+def _uncapped(decision: Decision) -> Decision:
+    return _decided(decision, active_rows_cap=decision.adapter_width)
