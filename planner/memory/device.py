@@ -88,10 +88,8 @@ def predict_device_memory(
     """The ledger of a decision and its peaks: allocated, and reserved by replaying the step (see
     :mod:`meft.planner.memory.replayed`).
 
-    Device memory is the same whatever rows are active: what is as large as they are lies in memory for the cap, so the
-    peaks are those at the cap too. ``replayed=False`` is for weighing: reserved is then what is allocated, no more.
-
-    No mask tensor exists: the runtime pads on the right and sends no attention mask.
+    It is the same whatever rows are active: what is as large as they are lies in memory for the cap. ``replayed=False``
+    is for weighing: reserved is then what is allocated. No mask exists: the runtime pads on the right and sends none.
     """
     ledger = _decision_ledger(request, decision, gpu)
     counted = int(peak_bytes(ledger))
@@ -112,16 +110,15 @@ def _decision_ledger(request: Request, decision: Decision, gpu: GpuProfile) -> t
 def peak_allocated_bytes(
     *, request: Request, gpu: GpuProfile, active_rows: NDArray[np.int64], candidates: Candidates
 ) -> Ints:
-    """Peak allocated device bytes of MEFT by the ledger; ``active_rows`` is int64 ``[L, ...]`` over the candidates'
-    axes."""
+    """Peak allocated bytes by the ledger; ``active_rows`` is int64 ``[L, ...]`` over the candidates' axes."""
     return peak_bytes(_request_ledger(request, gpu, active_rows, candidates))
 
 
 def device_memory(ledger: Sequence[Row], peaks: ReplayedPeaks, *, gpu: GpuProfile, gpu_mem_bytes: int) -> DeviceMemory:
     """The record of a ledger of ints: its lines above zero, its peaks, and the process on this GPU.
 
-    What the replayed step allocates beyond the ledger's lines (blocks are whole, and some tensors too small for a line)
-    is a line of its own in the largest phase. Where the lines come to more, that is the peak: an upper bound.
+    What the replayed step allocates beyond the lines is a line of its own in the largest phase; where the lines come
+    to more, that is the peak: an upper bound.
     """
     totals = phase_bytes(ledger)
     peak_phase: Phase = max(STEP_PHASES, key=lambda phase: int(totals[phase]))

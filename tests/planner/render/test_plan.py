@@ -118,7 +118,7 @@ def test_the_verdict_comes_first_and_the_decision_next(plan: Plan, capsys: pytes
     assert memory.peak_reserved_bytes_at_cap is not None
     spare = memory.allocator_budget_bytes - memory.peak_reserved_bytes_at_cap
     lines = text.splitlines()
-    assert lines[0] == f"tiny fits in 1.0 MiB of GPU memory, with {format_bytes(spare)} to spare."
+    assert lines[0] == f"tiny fits in 4.0 MiB of GPU memory, with {format_bytes(spare)} to spare."
     # 3 layers * 8 numbers * (2 * 16 rows + 4 experts) = 864 weights
     assert lines[1].startswith("Trains 864 weights beside its ")
     assert lines[2].startswith(f"Speed: {timing.tokens_per_second:,.0f} tokens/s; a step of 1 x 4 takes ")
