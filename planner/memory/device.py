@@ -10,10 +10,8 @@ its end (which matters to the dense baselines only) all gradients are.
 
 The same ledger is built from ints for a plan and from numpy int64 arrays for the search.
 
-Where layers differ in active rows: what all layers keep is summed exactly; what one layer needs for a while is taken
-for the layer with the most active rows, which is an upper bound.
-
-What frameworks and kernels hold for themselves within one operation is left out, except the cuBLAS workspaces.
+Where layers differ in active rows: what all layers keep is summed exactly; what one needs for a while is that of the
+layer with the most, an upper bound. What kernels hold within one operation is left out, except cuBLAS workspaces.
 
 Letters: ``B`` batch, ``S`` sequence length, ``T = B*S`` tokens, ``L`` layers, ``D`` hidden size, ``I`` intermediate
 size, ``V`` vocabulary, ``R`` adapter rows per layer, ``A`` active rows of a layer, ``p`` prefetch depth, ``q`` bytes of
@@ -89,7 +87,7 @@ def predict_device_memory(
     :mod:`meft.planner.memory.replayed`).
 
     It is the same whatever rows are active: what is as large as they are lies in memory for the cap. ``replayed=False``
-    is for weighing: reserved is then what is allocated. No mask exists: the runtime pads on the right and sends none.
+    is for weighing: reserved is then what is allocated. No mask: the runtime pads on the right and sends none.
     """
     ledger = _decision_ledger(request, decision, gpu)
     counted = int(peak_bytes(ledger))

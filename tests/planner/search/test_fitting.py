@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planner_records import llama_7b, request_of, sparsity_profile
 
+from meft.planner.base.errors import Infeasible
 from meft.planner.base.units import MIB
 from meft.planner.memory.replayed import replayed_peaks
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link
 from meft.planner.search.fitting import SMALLEST_STEP_BYTES, Fitting, best_fitting
-from meft.planner.base.errors import Infeasible
 from meft.planner.search.search import make_plan
 
 # --- the loop, on decisions that are (allocated, reserved), the more allocated the better ---------------------------

@@ -21,7 +21,6 @@ from planner_records import (
     tiny_shape,
 )
 
-
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Request
 from meft.planner.records.profiles import SparsityProfile
