@@ -17,7 +17,7 @@ from sparse_setup import decision  # noqa: E402
 from trace_setups import config_of  # noqa: E402
 
 from meft.planner.memory.replayed import peaks_of, replayed_peaks  # noqa: E402
-from meft.planner.models.architecture import shape_from_config  # noqa: E402
+from meft.planner.models.configs import shape_from_config  # noqa: E402
 from meft.planner.records.plan import Plan  # noqa: E402
 from meft.planner.records.profile_catalogue import load_gpu  # noqa: E402
 from meft.planner.simulation.sparse import simulate_sparse  # noqa: E402
