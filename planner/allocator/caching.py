@@ -193,6 +193,14 @@ class CachingAllocator:
                     elif block.preceding is None and block.following is None:
                         self._give_back(block)
 
+    def free_layout(self) -> frozenset[tuple[PoolName, int, tuple[int, ...]]]:
+        """Which free blocks there are, by pool and stream; with what is live, all that later requests depend on."""
+        return frozenset(
+            (name, stream, tuple(pool.free_keys))
+            for name, pools in self._pools.items()
+            for stream, pool in pools.items()
+        )
+
     def install(self, segments: Iterable[Segment]) -> dict[int, int]:
         """Start warm, from recorded segments; returns the handle of each live block by its recorded address.
 

@@ -11,7 +11,7 @@ Letters: ``L`` layers, ``A_l`` active rows of layer ``l``.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from meft.planner.base.errors import UsageError, unknown_name
@@ -207,10 +207,10 @@ def _device_rows(plan: Plan, report: Report, gpu: GpuProfile | None, tolerance_f
         rows.append(
             _row(
                 "device_bytes_given_rows",
-                _allocated_given_rows(plan, [layer.max for layer in report.observed.active_rows], gpu),
+                _allocated(plan, gpu),
                 observed.peak_allocated_bytes,
                 bases=(ledger, seen),
-                because="allocated peak, with the most rows that each layer had",
+                because="allocated peak of the decision, counted anew: the same whatever rows are active",
                 rule="within",
                 tolerance_fraction=tolerance_fraction,
             )
@@ -221,7 +221,8 @@ def _device_rows(plan: Plan, report: Report, gpu: GpuProfile | None, tolerance_f
             predicted.peak_reserved_bytes,
             observed.peak_reserved_bytes,
             bases=(predicted.reserved_basis, seen),
-            because="what the caching allocator held at its peak",
+            because="what the caching allocator held at its peak: the plan's step, replayed",
+            rule="at most" if seen == predicted.reserved_basis == "counted" else "shown",
         ),
         _row(
             "device_budget_bytes",
@@ -247,16 +248,13 @@ def _device_rows(plan: Plan, report: Report, gpu: GpuProfile | None, tolerance_f
     return tuple(rows)
 
 
-def _allocated_given_rows(plan: Plan, rows: Sequence[int], gpu: GpuProfile) -> int:
-    memory = predict_device_memory(request=plan.request, decision=plan.decision, gpu=gpu, active_rows_per_layer=rows)
-    return memory.peak_allocated_bytes
+def _allocated(plan: Plan, gpu: GpuProfile) -> int:
+    return predict_device_memory(request=plan.request, decision=plan.decision, gpu=gpu).peak_allocated_bytes
 
 
 def _reproduces(plan: Plan, gpu: GpuProfile) -> bool:
-    """Whether this version and this profile still say what the plan says of its own rows."""
-    prediction = plan.prediction
-    peak = _allocated_given_rows(plan, prediction.sparsity.active_rows_per_layer, gpu)
-    return peak == prediction.device_memory.peak_allocated_bytes
+    """Whether this version and this profile still say what the plan says."""
+    return _allocated(plan, gpu) == plan.prediction.device_memory.peak_allocated_bytes
 
 
 def _host_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:

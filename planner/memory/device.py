@@ -10,10 +10,8 @@ its end (which matters to the dense baselines only) all gradients are.
 
 The same ledger is built from ints for a plan and from numpy int64 arrays for the search.
 
-Where layers differ in active rows: what all layers keep is summed exactly; what one layer needs for a while is taken
-for the layer with the most active rows, which is an upper bound.
-
-What frameworks and kernels hold for themselves within one operation is left out, except the cuBLAS workspaces.
+Where layers differ in active rows: what all layers keep is summed exactly; what one needs for a while is that of the
+layer with the most, an upper bound. What kernels hold within one operation is left out, except cuBLAS workspaces.
 
 Letters: ``B`` batch, ``S`` sequence length, ``T = B*S`` tokens, ``L`` layers, ``D`` hidden size, ``I`` intermediate
 size, ``V`` vocabulary, ``R`` adapter rows per layer, ``A`` active rows of a layer, ``p`` prefetch depth, ``q`` bytes of
@@ -32,6 +30,7 @@ from numpy.typing import NDArray
 from meft.planner.allocator.rounding import MIN_BLOCK_BYTES
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, Flags, Ints
+from meft.planner.memory.replayed import ReplayedPeaks, replayed_peaks
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Request
@@ -42,10 +41,6 @@ from meft.planner.terms.activations import choose, largest
 from meft.planner.terms.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
 from meft.planner.terms.methods import SparseAdapter, Trained, Workload, trained_by
 from meft.planner.traffic.transfer import input_bytes
-
-ASSUMED_UNUSED_RESERVED_FRACTION = 0.086
-"""Share of reserved memory that is not allocated at the peak: the median over 31 recordings of real GPU runs replayed
-through the default caching allocator; 0.38 at worst. A closed form cannot know the order of allocations."""
 
 CUBLAS_WORKSPACES = 2
 """One per handle and stream: the forward thread's and, once backward has run, the autograd thread's."""
@@ -76,6 +71,8 @@ _BECAUSE = {
     "logit_softcap": "the tanh of the capped logits",
     "backward_temporaries": "gradients in flight at backward's worst moment, net of what is free by then",
     "dequantized_weight": "the largest quantized linear layer, written out to be multiplied",
+    "block_remainders": "what the replayed step holds beyond these lines: whole blocks, whose remainders of up to 1 "
+    "MiB are not split off, and tensors of a few KiB",
     "optimizer_temporary": "AdamW's step on the routers, or on some hot rows at a time",
 }
 
@@ -84,60 +81,69 @@ _BECAUSE = {
 
 
 def predict_device_memory(
-    *, request: Request, decision: Decision, gpu: GpuProfile, active_rows_per_layer: Sequence[int]
+    *, request: Request, decision: Decision, gpu: GpuProfile, replayed: bool = True
 ) -> DeviceMemory:
-    """The ledger of a decision for the expected active rows, and the peaks at the cap, which no batch exceeds.
+    """The ledger of a decision and its peaks: allocated, and reserved by replaying the step (see
+    :mod:`meft.planner.memory.replayed`).
 
-    No mask tensor exists: the runtime pads on the right and sends no attention mask. Raises :class:`ValueError` unless
-    there is one number of active rows per layer.
+    It is the same whatever rows are active: what is as large as they are lies in memory for the cap. ``replayed=False``
+    is for weighing: reserved is then what is allocated. No mask: the runtime pads on the right and sends none.
     """
-    if len(active_rows_per_layer) != request.model.num_layers:
-        given, needed = len(active_rows_per_layer), request.model.num_layers
-        raise ValueError(f"active rows are given for {given} layers, the model has {needed}")
-    active, candidates = np.array(active_rows_per_layer, dtype=np.int64), Candidates.of(decision)
-    memory = device_memory(
-        _request_ledger(request, gpu, active, candidates), gpu=gpu, gpu_mem_bytes=request.gpu_mem_bytes
-    )
-    full = np.full_like(active, decision.active_rows_cap)
-    at_cap = int(peak_bytes(_request_ledger(request, gpu, full, candidates)))
-    return memory.model_copy(
-        update={"peak_allocated_bytes_at_cap": at_cap, "peak_reserved_bytes_at_cap": int(reserved_bytes(at_cap))}
-    )
+    ledger = _decision_ledger(request, decision, gpu)
+    counted = int(peak_bytes(ledger))
+    peaks = replayed_peaks(request, decision, gpu) if replayed else ReplayedPeaks(counted, counted)
+    return device_memory(ledger, peaks, gpu=gpu, gpu_mem_bytes=request.gpu_mem_bytes)
+
+
+def counted_bytes(*, request: Request, decision: Decision, gpu: GpuProfile) -> int:
+    """Peak allocated bytes of a decision by its ledger alone, without a replay."""
+    return int(peak_bytes(_decision_ledger(request, decision, gpu)))
+
+
+def _decision_ledger(request: Request, decision: Decision, gpu: GpuProfile) -> tuple[Row, ...]:
+    at_cap = np.full(request.model.num_layers, decision.active_rows_cap, dtype=np.int64)
+    return _request_ledger(request, gpu, at_cap, Candidates.of(decision))
 
 
 def peak_allocated_bytes(
     *, request: Request, gpu: GpuProfile, active_rows: NDArray[np.int64], candidates: Candidates
 ) -> Ints:
-    """Peak allocated device bytes of MEFT; ``active_rows`` is int64 ``[L, ...]`` over the candidates' axes."""
+    """Peak allocated bytes by the ledger; ``active_rows`` is int64 ``[L, ...]`` over the candidates' axes."""
     return peak_bytes(_request_ledger(request, gpu, active_rows, candidates))
 
 
-def reserved_bytes(allocated_bytes: Ints) -> Ints:
-    """What the caching allocator is assumed to hold at an allocated peak; see
-    :data:`ASSUMED_UNUSED_RESERVED_FRACTION`."""
-    reserved = np.ceil(allocated_bytes / (1 - ASSUMED_UNUSED_RESERVED_FRACTION))
-    return reserved.astype(np.int64) if isinstance(reserved, np.ndarray) else int(reserved)
+def device_memory(ledger: Sequence[Row], peaks: ReplayedPeaks, *, gpu: GpuProfile, gpu_mem_bytes: int) -> DeviceMemory:
+    """The record of a ledger of ints: its lines above zero, its peaks, and the process on this GPU.
 
-
-def device_memory(ledger: Sequence[Row], *, gpu: GpuProfile, gpu_mem_bytes: int) -> DeviceMemory:
-    """The record of a ledger of ints: its lines above zero, its peaks, and the process on this GPU."""
+    What the replayed step allocates beyond the lines is a line of its own in the largest phase; where the lines come
+    to more, that is the peak: an upper bound.
+    """
     totals = phase_bytes(ledger)
-    allocated = int(peak_bytes(ledger))
-    reserved = int(reserved_bytes(allocated))
+    peak_phase: Phase = max(STEP_PHASES, key=lambda phase: int(totals[phase]))
+    beyond = peaks.allocated_bytes - int(peak_bytes(ledger))
+    if beyond > 0:
+        ledger = (*ledger, _row(peak_phase, "block_remainders", beyond))
+    reserved = peaks.reserved_bytes
     low, high = gpu.context.low_bytes, gpu.context.high_bytes
     context = ByteRange(low_bytes=low, high_bytes=high, basis=gpu.context.basis, source=gpu.context.source)
     process = ByteRange(
-        low_bytes=reserved + low, high_bytes=reserved + high, basis="assumed", source="peak reserved and the context"
+        low_bytes=reserved + low,
+        high_bytes=reserved + high,
+        basis=gpu.context.basis,
+        source="peak reserved and the context",
     )
+    allocated = int(peak_bytes(ledger))
     return DeviceMemory(
         entries=tuple(_entry(row) for row in ledger if row.num_bytes),
-        peak_phase=max(STEP_PHASES, key=lambda phase: int(totals[phase])),
+        peak_phase=peak_phase,
         peak_allocated_bytes=allocated,
         peak_reserved_bytes=reserved,
-        reserved_basis="assumed",
+        reserved_basis=peaks.basis,
         context_bytes=context,
         process_bytes=process,
         allocator_budget_bytes=max(gpu_mem_bytes - high, 0),
+        peak_allocated_bytes_at_cap=allocated,
+        peak_reserved_bytes_at_cap=reserved,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Ints
-from meft.planner.memory.device import ASSUMED_UNUSED_RESERVED_FRACTION, predict_device_memory
+from meft.planner.memory.device import predict_device_memory
 from meft.planner.memory.host import host_memory
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import (
@@ -95,8 +95,10 @@ def predict(
     decision: Decision,
     profiles: ProfileSet,
     active_rows_per_layer: Sequence[int] | None = None,
+    *,
+    replayed: bool = True,
 ) -> Prediction:
-    """Memory, traffic and time of a decision.
+    """Memory, traffic and time of a decision; ``replayed`` as :func:`predict_device_memory` has it.
 
     ``active_rows_per_layer`` are a micro-batch's, one number per layer, when they are known, from a run say; without
     them the sparsity profile tells what to expect. Raises :class:`ValueError` unless each is between 0 and the cap.
@@ -105,9 +107,7 @@ def predict(
     rows = sparsity.active_rows_per_layer
     trainable = adapter_parameters(request, Candidates.of(decision))
     return Prediction(
-        device_memory=predict_device_memory(
-            request=request, decision=decision, gpu=profiles.gpu, active_rows_per_layer=rows
-        ),
+        device_memory=predict_device_memory(request=request, decision=decision, gpu=profiles.gpu, replayed=replayed),
         host_memory=host_memory(request=request, decision=decision, pinned=profiles.pinned),
         transfer=step_transfer(
             request=request,
@@ -188,7 +188,6 @@ def inputs_used(request: Request, decision: Decision, profiles: ProfileSet) -> I
         *_rates("link", profiles.link, unused=_unused_by_link(decision)),
         *_rates("host", profiles.host, unused=frozenset()),
         *_sparsity_numbers(profiles.sparsity, prefetch_depth=decision.prefetch_depth),
-        _reserved_share(),
     )
     return Inputs(profiles=used, numbers=numbers)
 
@@ -236,12 +235,3 @@ def _sparsity_numbers(profile: SparsityProfile, *, prefetch_depth: int) -> Itera
     values |= {f"popularity_of_top_{point.rows:g}": point.traffic for point in profile.popularity}
     for name, value in values.items():
         yield NumberUsed(name=f"sparsity.{name}", value=value, basis=profile.basis, source=profile.source)
-
-
-def _reserved_share() -> NumberUsed:
-    return NumberUsed(
-        name="allocator.unused_reserved_fraction",
-        value=ASSUMED_UNUSED_RESERVED_FRACTION,
-        basis="assumed",
-        source="median over 31 recordings of real GPU runs replayed through the default caching allocator",
-    )

@@ -34,7 +34,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "final_norm",
     ),
     "logits and loss": ("loss_chain", "logits", "logit_softcap"),
-    "temporaries": ("forward_temporaries", "backward_temporaries", "optimizer_temporary"),
+    "temporaries": ("forward_temporaries", "backward_temporaries", "optimizer_temporary", "block_remainders"),
     "inputs and workspaces": ("inputs", "cublas_workspaces"),
 }
 """Categories of the ledger as a person reads them; what is in none of them goes under "other"."""

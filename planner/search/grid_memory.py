@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, Ints
-from meft.planner.memory.device import device_ledger, reserved_bytes
+from meft.planner.memory.device import device_ledger
 from meft.planner.memory.host import host_bytes_by_category
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Request
@@ -101,22 +101,6 @@ def device_sum(space: Space, request: Request, profiles: ProfileSet) -> GridSum:
     totals = phase_bytes(row for row in ledger if row.phase != "resident")
     peak = largest(*(totals[phase] for phase in STEP_PHASES))
     return GridSum([peak, *(row.num_bytes for row in ledger if row.phase == "resident")])
-
-
-def most_allocated_bytes(budget_bytes: int) -> int:
-    """The most that may be allocated for what the allocator is assumed to reserve to stay within a budget; below 0
-    where nothing may."""
-    if budget_bytes <= 0:
-        return -1 if budget_bytes < 0 else 0
-    most = budget_bytes
-    step = 1 << most.bit_length()
-    while step:
-        while most - step >= 0 and reserved_bytes(most - step) > budget_bytes:
-            most -= step
-        step //= 2
-    while reserved_bytes(most) > budget_bytes:
-        most -= 1
-    return most
 
 
 def host_sum(space: Space, request: Request, profiles: ProfileSet) -> tuple[GridSum, NDArray[np.int64]]:

@@ -21,9 +21,11 @@ from meft.planner.records.plan import Decision, Request
 from meft.planner.records.profiles import GpuProfile
 
 SHORTEST_SEQUENCE = 16
+MORE_STEPS = 4
+"""How many steps of a device budget are tried beyond what is allocated."""
 FAR = 0.25
 """Share of a device budget: from 12 to 16 GB is another card."""
-_OPTIONS = {
+OPTIONS = {
     "gpu_mem_bytes": "--gpu-mem",
     "host_mem_bytes": "--host-mem",
     "max_slowdown": "--max-slowdown",
@@ -111,13 +113,27 @@ def explain(
     )
 
 
+def explain_reserved(
+    request: Request, needed_bytes: int, *, gpu: GpuProfile, best: Callable[[Request], Decision | None]
+) -> Infeasible:
+    """The verdict where decisions allocate what the device has, but the nearest's allocator must hold more."""
+    limit = Limit("device memory", "gpu_mem_bytes", np.asarray(needed_bytes), request.gpu_mem_bytes)
+    return Infeasible(
+        binding=limit.binding,
+        needed=needed_bytes,
+        limit=limit.allowed,
+        message=_message(limit, needed_bytes),
+        suggestion=_nearest_change(request, {limit.field: needed_bytes}, gpu, best),
+    )
+
+
 def _at(limit: Limit, index: tuple[Any, ...], shape: tuple[int, ...]) -> float:
     value: float = np.broadcast_to(limit.needed, shape)[index].item()
     return value
 
 
 def _message(limit: Limit, needed: float) -> str:
-    option, allowed = _OPTIONS[limit.field], limit.allowed
+    option, allowed = OPTIONS[limit.field], limit.allowed
     if limit.binding == "slowdown":
         return f"slowdown: the nearest takes {needed:.3f} times its baseline, the limit is {allowed:.3f} ({option})"
     if limit.binding == "trainable share":
@@ -148,10 +164,11 @@ def _changes(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Iter
     is another card.
     """
     raised = _raised(request, needs, gpu)
+    more = [] if raised is None else _somewhat_more(raised, request, gpu)
     far = raised is not None and raised.gpu_mem_bytes > (1 + FAR) * request.gpu_mem_bytes
     last = far or (request.host_mem_basis == "this machine" and "host_mem_bytes" in needs)
     if raised and not last:
-        yield raised
+        yield from (raised, *more)
     for batch_size in _halvings(request.batch_size, 1):
         yield request.model_copy(update={"batch_size": batch_size})
     if request.activation_checkpointing is False:
@@ -163,7 +180,7 @@ def _changes(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Iter
             yield request.model_copy(update={name: None})
     yield from _combined(request, gpu)
     if raised and last:
-        yield raised
+        yield from (raised, *more)
 
 
 def _combined(request: Request, gpu: GpuProfile) -> Iterator[Request]:
@@ -193,6 +210,16 @@ def _raised(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Reque
     return request.model_copy(update=update)
 
 
+def _somewhat_more(raised: Request, request: Request, gpu: GpuProfile) -> Iterator[Request]:
+    """With some steps more for the device than what is allocated needs: what the allocator reserves for it."""
+    for _ in range(MORE_STEPS if raised.gpu_mem_bytes > request.gpu_mem_bytes else 0):
+        more = _raised(request, {"gpu_mem_bytes": raised.gpu_mem_bytes + 1}, gpu)
+        if more is None or more.gpu_mem_bytes <= raised.gpu_mem_bytes:
+            return
+        raised = raised.model_copy(update={"gpu_mem_bytes": more.gpu_mem_bytes, "host_mem_bytes": more.host_mem_bytes})
+        yield raised
+
+
 def _rounded(name: str, needed: float) -> float:
     """A budget that one would type, no less generous than what is needed."""
     if name == "max_slowdown":
@@ -220,7 +247,7 @@ def _lighter_weights(request: Request, gpu: GpuProfile) -> Iterator[dict[str, An
 def _options(request: Request, changed: Request, decision: Decision) -> dict[str, str]:
     """The options that turn one request into the other; a choice left open is given as the search made it."""
     options: dict[str, str] = {}
-    for name, option in _OPTIONS.items():
+    for name, option in OPTIONS.items():
         before, after = getattr(request, name), getattr(changed, name)
         if before == after or (
             name == "host_mem_bytes" and request.host_mem_basis == "this machine" and after < before

@@ -40,7 +40,7 @@ class Lever(Record):
 def levers(request: Request, decision: Decision, prediction: Prediction, profiles: ProfileSet) -> tuple[Lever, ...]:
     """Every change that saves something, the one that saves most device memory first; those that do not fit last."""
     found = [
-        _lever(change, option, predict(changed, tried, profiles), prediction, changed)
+        _lever(change, option, _predicted(changed, tried, profiles, prediction), prediction, changed)
         for change, option, changed, tried in _changes(request, decision, profiles)
     ]
     saving = [lever for lever in found if lever.saves]
@@ -51,6 +51,21 @@ def reserved_at_most(prediction: Prediction) -> int:
     """Reserved with every layer's active rows at the cap, which is what the search keeps within the budget."""
     memory = prediction.device_memory
     return memory.peak_reserved_bytes_at_cap or memory.peak_reserved_bytes
+
+
+def _predicted(request: Request, decision: Decision, profiles: ProfileSet, before: Prediction) -> Prediction:
+    """What is predicted with a change. One that takes more of the device is replayed, as whether it fits may depend on
+    it; of the others the allocator is taken to hold as much beyond what is allocated as it does for the plan."""
+    counted = predict(request, decision, profiles, replayed=False)
+    own = before.device_memory
+    unused_bytes = own.peak_reserved_bytes - own.peak_allocated_bytes
+    reserved = counted.device_memory.peak_reserved_bytes + unused_bytes
+    if reserved > own.peak_reserved_bytes:
+        return predict(request, decision, profiles)
+    memory = counted.device_memory.model_copy(
+        update={"peak_reserved_bytes": reserved, "peak_reserved_bytes_at_cap": reserved}
+    )
+    return counted.model_copy(update={"device_memory": memory})
 
 
 def _lever(change: str, option: str, after: Prediction, before: Prediction, request: Request) -> Lever:

@@ -1,8 +1,9 @@
 """The search: every decision of a request weighed, the best that fits found, and its prediction made exactly.
 
-A decision is feasible if the reserved peak with every layer's active rows *at the cap*, which no batch exceeds, fits
-the allocator's budget; if tables and buffers fit the host; and if a step takes no more than ``max_slowdown`` times the
-baseline's. For the objective ``speed`` the trainable share has a least value too.
+A decision is feasible if what its step reserves, replayed through the caching allocator, fits the allocator's budget
+(every step asks for the same sizes, those of active rows *at the cap*, which no batch exceeds); if tables and buffers
+fit the host; and if a step takes no more than ``max_slowdown`` times the baseline's. For the objective ``speed`` the
+trainable share has a least value too.
 
 ``capacity`` looks for the widest adapter, then the largest K, then the least time per row that is chosen as exact
 routing would (step time over the recall of looking ahead: fetching sooner must save more than it misses). ``traffic``
@@ -13,21 +14,26 @@ Where the request leaves it open whether the host keeps a bf16 copy of the rows,
 host and makes the step faster by :data:`~meft.planner.search.grid_timing.COPY_PAYS`. That is no further
 candidate: the one without it is slower for all objectives, and only host memory tells them apart.
 
-The decisions are weighed all at once, as a grid of arrays; :mod:`meft.planner.search.weighing` is the way to read,
-:mod:`meft.planner.search.sifting` the quick one that comes to the same. The winner is predicted again
-by the functions of a single decision, and that is what the plan reports. Device memory that it leaves over goes to hot
-rows, where the sparsity profile knows how much they carry and a step is the shorter for them.
+The decisions are weighed all at once, as a grid of arrays, by what they allocate;
+:mod:`meft.planner.search.weighing` is the way to read, :mod:`meft.planner.search.sifting` the quick one that comes to
+the same. The preferred ones are replayed until one fits (:mod:`meft.planner.search.fitting`). The winner is predicted
+again by the functions of a single decision, and that is what the plan reports. Device memory that it leaves over goes
+to hot rows, where the sparsity profile knows how much they carry and a step is the shorter for them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from meft.planner.base.errors import Infeasible, UsageError
+from meft.planner.memory.device import counted_bytes
+from meft.planner.memory.replayed import replayed_peaks
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
 from meft.planner.records.plan import Decision, Plan, Prediction, Request, SearchSummary
+from meft.planner.search.fitting import Fitting, best_fitting
 from meft.planner.search.sifted_choice import best, front
-from meft.planner.search.sifting import Sifted
+from meft.planner.search.sifting import Index, Sifted
 
 WITHOUT_MLP_MODULE = ("opt",)
 """Model types whose FFN is linear layers among the block's others."""
@@ -44,14 +50,16 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
     refuse, and for a sparsity profile of another number of layers.
     """
     check_request(request)
-    sifted = Sifted(request, profiles)
-    if not sifted.num_feasible:
-        return _infeasible(request, profiles)
-    winner = best(sifted)
+    fitting = _fitting(request, profiles)
+    if fitting.found is None:
+        return _infeasible(request, profiles, short_bytes=fitting.short_bytes)
+    sifted, winner = fitting.found
     decision = sifted.decision(winner)
     prediction = predict(request, decision, profiles)
     _check_consistent(sifted, winner, prediction)
     decision, prediction = with_hot_rows(request, profiles, decision, prediction)
+    memory = prediction.device_memory
+    unused_bytes = max(memory.peak_reserved_bytes - memory.peak_allocated_bytes, 0)
     return Plan(
         meft_version=meft_version,
         request=request,
@@ -61,9 +69,25 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
         search=SearchSummary(
             candidates=sifted.space.num_candidates,
             feasible=sifted.num_feasible,
-            pareto=tuple(sifted.point(index) for index in front(sifted, winner)),
+            pareto=tuple(sifted.point(index, unused_bytes=unused_bytes) for index in front(sifted, winner)),
         ),
     )
+
+
+def _fitting(request: Request, profiles: ProfileSet) -> Fitting[tuple[Sifted, Index]]:
+    """The best decision that the device holds, as a place in a grid."""
+    sifted = Sifted(request, profiles)
+    context = profiles.gpu.context.high_bytes
+
+    def best_within(budget_bytes: int) -> tuple[Sifted, Index] | None:
+        allowed = sifted.allocating_at_most(budget_bytes - context)
+        return (allowed, best(allowed)) if allowed.num_feasible else None
+
+    def short_bytes(found: tuple[Sifted, Index]) -> int:
+        peaks = replayed_peaks(request, found[0].decision(found[1]), profiles.gpu)
+        return max(peaks.reserved_bytes + context - request.gpu_mem_bytes, 0)
+
+    return best_fitting(request.gpu_mem_bytes, best_within=best_within, short_bytes=short_bytes)
 
 
 def check_request(request: Request) -> None:
@@ -106,9 +130,18 @@ def with_hot_rows(
     As it is where the request says how many, or the profile does not know how popular rows are. Rows that are hot need
     not be cached: the two together are no more than the width.
     """
-    found = (decision, prediction)
     if request.hot_rows is not None or not profiles.sparsity.popularity:
-        return found
+        return decision, prediction
+    for tried in _cheapest_first(request, profiles, decision, _cost(request, prediction)):
+        predicted = predict(request, tried, profiles)
+        if _fits(request, profiles, predicted):
+            return tried, predicted
+    return decision, prediction
+
+
+def _cheapest_first(request: Request, profiles: ProfileSet, decision: Decision, cost: float) -> Iterator[Decision]:
+    """The decision with hot rows, where that costs less and what it allocates fits."""
+    found: list[tuple[float, int, Decision]] = []
     width = decision.adapter_width
     for part in range(1, HOT_PARTS + 1):
         hot_rows = width * part // HOT_PARTS
@@ -119,12 +152,12 @@ def with_hot_rows(
             "gradients_on_device": decision.gradients_on_device and cached_rows > 0,
         }
         tried = decision.model_copy(update=update)
-        predicted = predict(request, tried, profiles)
+        predicted = predict(request, tried, profiles, replayed=False)
         if not _fits(request, profiles, predicted):
             break
-        if _cost(request, predicted) < _cost(request, found[1]):
-            found = (tried, predicted)
-    return found
+        if _cost(request, predicted) < cost:
+            found.append((_cost(request, predicted), part, tried))
+    return (tried for _, _, tried in sorted(found, key=lambda each: each[:2]))
 
 
 def _cost(request: Request, prediction: Prediction) -> float:
@@ -142,25 +175,29 @@ def _fits(request: Request, profiles: ProfileSet, prediction: Prediction) -> boo
     return on_device and on_host and prediction.timing.slowdown <= request.max_slowdown
 
 
-def _infeasible(request: Request, profiles: ProfileSet) -> Infeasible:
-    from meft.planner.search.infeasible import explain  # a plan does without both
+def _infeasible(request: Request, profiles: ProfileSet, *, short_bytes: int | None) -> Infeasible:
+    """Why nothing fits: nothing is allowed to be as it allocates too much (or is too slow, ...), or ``short_bytes`` are
+    missing for what the allocator reserves."""
+    from meft.planner.search.infeasible import explain, explain_reserved  # a plan does without these
     from meft.planner.search.weighing import weigh
 
-    weighed = weigh(request, profiles, simulate_all=True)
-
     def best_of(changed: Request) -> Decision | None:
-        found = Sifted(changed, profiles)
-        return found.decision(best(found)) if found.num_feasible else None
+        found = _fitting(changed, profiles).found
+        return None if found is None else found[0].decision(found[1])
 
+    if short_bytes is not None:
+        return explain_reserved(request, request.gpu_mem_bytes + short_bytes, gpu=profiles.gpu, best=best_of)
+    weighed = weigh(request, profiles, simulate_all=True)
     return explain(request, weighed.limits, weighed.space.is_new, gpu=profiles.gpu, best=best_of)
 
 
-def _check_consistent(sifted: Sifted, winner: tuple[int, ...], prediction: Prediction) -> None:
+def _check_consistent(sifted: Sifted, winner: Index, prediction: Prediction) -> None:
     """The search's arrays and the prediction of the winner are the same terms; a difference is a bug."""
+    decision = sifted.decision(winner)
     pairs: dict[str, tuple[float, float | None]] = {
         "peak allocated at the cap": (
             sifted.device.at(winner),
-            prediction.device_memory.peak_allocated_bytes_at_cap,
+            counted_bytes(request=sifted.request, decision=decision, gpu=sifted.profiles.gpu),
         ),
         "host memory": (sifted.host_bytes_at(winner), prediction.host_memory.total_bytes),
         "trainable parameters": (sifted.trainable_at(winner), prediction.trainable_parameters),

@@ -8,6 +8,7 @@ program itself is asked, so what comes out is the same to the bit.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from functools import cached_property, partial
@@ -16,12 +17,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.memory.device import reserved_bytes
 from meft.planner.predict.prediction import ProfileSet, adapter_parameters
 from meft.planner.records.plan import Decision, ParetoPoint, Request
 from meft.planner.search.cost_table import Cells, CostTable
 from meft.planner.search.grid_costs import grid_hot_rows, grid_window_bytes, grid_window_rows
-from meft.planner.search.grid_memory import device_sum, host_sum, most_allocated_bytes
+from meft.planner.search.grid_memory import device_sum, host_sum
 from meft.planner.search.grid_timing import COPY_PAYS
 from meft.planner.search.space import CAP_AXIS, enumerate_space
 from meft.planner.timing.apart import WITHIN, Seconds
@@ -54,7 +54,7 @@ class Sifted:
     def _fits(self, profiles: ProfileSet) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Where device and host memory suffice, and for ``speed`` enough is trained."""
         space, request = self.space, self.request
-        self.most_allocated = most_allocated_bytes(request.gpu_mem_bytes - profiles.gpu.context.high_bytes)
+        self.most_allocated = request.gpu_mem_bytes - profiles.gpu.context.high_bytes
         host_bytes = [request.host_mem_bytes - self.copy_bytes * copied for copied in space.bf16_copies]
         fits = np.empty(space.shape, np.bool_)
         room = np.zeros((*space.shape[:2], *space.shape[CAP_AXIS:]), np.bool_)
@@ -68,6 +68,18 @@ class Sifted:
         if request.objective == "speed":
             fits &= self.trainable_parameters / request.model.num_parameters >= request.min_trainable_fraction
         return fits, room
+
+    def allocating_at_most(self, num_bytes: int) -> Sifted:
+        """The same decisions, those that allocate more on the device left out."""
+        if num_bytes >= self.most_allocated:
+            return self
+        allowed = copy.copy(self)  # seconds that are made exact are so for both
+        allowed.most_allocated, allowed.within = num_bytes, self.within.copy()
+        for depth in range(self.space.shape[1]):
+            on_device = self.device.rest_of(num_bytes, depth)
+            for place in range(len(allowed.within)):
+                allowed.within[place, depth] &= on_device(place)
+        return allowed
 
     @property
     def trainable_parameters(self) -> NDArray[np.int64]:
@@ -240,14 +252,15 @@ class Sifted:
         cache, depth, _, backward, _, routing = index
         return None if self.window_bytes is None else int(self.window_bytes[cache, depth, 0, backward, 0, routing])
 
-    def point(self, index: Index) -> ParetoPoint:
-        """The decision at a grid index with what it brings and costs."""
+    def point(self, index: Index, *, unused_bytes: int) -> ParetoPoint:
+        """The decision at a grid index with what it brings and costs; ``unused_bytes`` is what the allocator is taken
+        to hold beyond what is allocated."""
         moved = self.window_bytes_at(index)
         return ParetoPoint(
             decision=self.decision(index),
             moved_bytes_per_step=None if moved is None else round(moved / self.request.grad_accum),
             trainable_parameters=self.trainable_at(index),
             step_seconds=self.seconds_at(index),
-            peak_reserved_bytes=int(reserved_bytes(self.device.at(index))),
+            peak_reserved_bytes=self.device.at(index) + unused_bytes,
             host_bytes=self.host_bytes_at(index),
         )

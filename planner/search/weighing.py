@@ -7,13 +7,12 @@ work, and tests compare the two; where nothing fits, the verdict is drawn from h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.memory.device import reserved_bytes
 from meft.planner.predict.prediction import ProfileSet, adapter_parameters
 from meft.planner.records.plan import Decision, ParetoPoint, Request
 from meft.planner.search.choosing import Values, first_in_order, ranks
@@ -39,10 +38,8 @@ class Weighed:
     limits: tuple[Limit, ...]
     within: NDArray[np.bool_]
     """Where every limit is kept."""
-    reserved_bytes: NDArray[np.int64]
-    """At the cap."""
     allocated_bytes: NDArray[np.int64]
-    """At the cap."""
+    """At the cap. What the allocator reserves for that is no less, and known once the step is replayed."""
     host_bytes: NDArray[np.int64]
     trainable_parameters: NDArray[np.int64]
     step_seconds: NDArray[np.float64]
@@ -56,6 +53,10 @@ class Weighed:
     def feasible(self) -> NDArray[np.bool_]:
         """The candidates that keep every limit."""
         return self.within & self.space.is_new
+
+    def allocating_at_most(self, num_bytes: int) -> Weighed:
+        """The same decisions, those that allocate more on the device left out."""
+        return replace(self, within=self.within & (self.allocated_bytes <= num_bytes))
 
     def ranked_seconds(self, request: Request) -> NDArray[np.float64]:
         """Step time as the objective counts it: as it is, or for ``capacity`` over the recall of looking ahead."""
@@ -83,7 +84,7 @@ class Weighed:
         order: list[Values] = [widest, most_rows_per_token, *self.ranked_bytes(), self.ranked_seconds(request)]
         if request.objective == "speed":
             order = [order[-1], *order[:-1]]
-        return first_in_order(self.feasible, [*order, -self.space.caps, self.reserved_bytes])
+        return first_in_order(self.feasible, [*order, -self.space.caps, self.allocated_bytes])
 
     def front(self, winner: tuple[int, ...], request: Request) -> list[tuple[int, ...]]:
         """Grid indices of decisions that no other beats in capacity (width, then K), time (for ``traffic``: bytes, then
@@ -97,20 +98,21 @@ class Weighed:
         capacity = (self.space.adapter_width * (1 + top_k.max()) + top_k)[routing]
         costs = [*self.ranked_bytes(), self.ranked_seconds(request)]
         cost = ranks([np.broadcast_to(each, self.space.shape)[:, :, :, :, cap][index] for each in costs])
-        front = pareto_front(capacity, cost, self.reserved_bytes[:, :, :, :, cap][index])
+        front = pareto_front(capacity, cost, self.allocated_bytes[:, :, :, :, cap][index])
         order = [(*(int(axis[place]) for axis in index[:-1]), cap, int(routing[place])) for place in front]
         near = order.index(winner)
         return [order[place] for place in thinned(len(order), near=near, most=PARETO_POINTS, neighbours=PARETO_NEAR)]
 
-    def point(self, index: tuple[int, ...], request: Request) -> ParetoPoint:
-        """The decision at a grid index with what it brings and costs."""
+    def point(self, index: tuple[int, ...], request: Request, *, unused_bytes: int) -> ParetoPoint:
+        """The decision at a grid index with what it brings and costs; ``unused_bytes`` is what the allocator is taken
+        to hold beyond what is allocated."""
         moved = None if self.window_bytes is None else self.at(self.window_bytes, index) / request.grad_accum
         return ParetoPoint(
             decision=self.decision(index),
             moved_bytes_per_step=None if moved is None else round(moved),
             trainable_parameters=int(self.at(self.trainable_parameters, index)),
             step_seconds=self.at(self.step_seconds, index),
-            peak_reserved_bytes=int(self.at(self.reserved_bytes, index)),
+            peak_reserved_bytes=int(self.at(self.allocated_bytes, index)) + unused_bytes,
             host_bytes=int(self.at(self.host_bytes, index)),
         )
 
@@ -119,10 +121,9 @@ def weigh(request: Request, profiles: ProfileSet, *, simulate_all: bool = False)
     """Compute what every decision needs; step times only of those that fit unless ``simulate_all``."""
     space = enumerate_space(request, profiles.sparsity)
     allocated = grid_allocated_bytes(space, request, profiles)
-    reserved = np.asarray(reserved_bytes(allocated))
     host = [grid_host_bytes(space, request, profiles, bf16_copy=copied) for copied in space.bf16_copies]
     trainable = np.asarray(adapter_parameters(request, space.candidates))
-    limits = _cheap_limits(request, profiles, reserved=reserved, host=host[0], trainable=trainable)
+    limits = _cheap_limits(request, profiles, allocated=allocated, host=host[0], trainable=trainable)
     fits = np.ones(space.shape, np.bool_)
     for limit in limits:
         fits &= limit.holds()
@@ -144,7 +145,6 @@ def weigh(request: Request, profiles: ProfileSet, *, simulate_all: bool = False)
         space=space,
         limits=(*limits, slowdown),
         within=fits & slowdown.holds(),
-        reserved_bytes=reserved,
         allocated_bytes=allocated,
         host_bytes=host_bytes,
         trainable_parameters=trainable,
@@ -158,12 +158,12 @@ def _cheap_limits(
     request: Request,
     profiles: ProfileSet,
     *,
-    reserved: NDArray[np.int64],
+    allocated: NDArray[np.int64],
     host: NDArray[np.int64],
     trainable: NDArray[np.int64],
 ) -> tuple[Limit, ...]:
-    """All but the slowdown. The device must hold the context besides what the allocator reserves."""
-    device = Limit("device memory", "gpu_mem_bytes", reserved + profiles.gpu.context.high_bytes, request.gpu_mem_bytes)
+    """All but the slowdown. The device must hold the context besides what is allocated."""
+    device = Limit("device memory", "gpu_mem_bytes", allocated + profiles.gpu.context.high_bytes, request.gpu_mem_bytes)
     limits = (device, Limit("host memory", "host_mem_bytes", host, request.host_mem_bytes))
     if request.objective != "speed":
         return limits

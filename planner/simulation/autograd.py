@@ -370,18 +370,18 @@ class _Engine:
                         stack.append(edge.node)
 
     def _execute(self, node: Node) -> None:
-        run = node.backward
+        run, recomputation = node.backward, None
         if node.place is not None:
             recomputation, index = node.place
             node.place = None
             run = recomputation.take(index)
-            del recomputation
         if run is None:
             raise RuntimeError("backward runs a second time over the same graph")
-        grads = run(*self._buffers.pop(node))
+        incoming = self._buffers.pop(node)
+        grads = run(*incoming)
         outputs = [self._fitted(grad, edge) for grad, edge in zip(grads, node.inputs, strict=True)]
-        del grads, run
-        node.backward = None
+        del grads, run, incoming
+        node.backward = recomputation = None
         for edge in reversed(node.inputs):
             grad = outputs.pop()
             if edge is not None:

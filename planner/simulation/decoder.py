@@ -7,12 +7,14 @@ Letters: ``T`` tokens, ``S`` sequence length, ``D`` hidden size, ``H`` heads, ``
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import Place
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import BOOL, FP32, HALF, Tensor
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
+from meft.planner.simulation.positions import eager_mask, position_ids, rotary_tables
 from meft.planner.terms import activations as act
 
 LayerKey = tuple[Place, str]
@@ -26,6 +28,18 @@ class Lora:
     up: Weights
 
 
+class BesideFfn(Protocol):
+    """An adapter that looks at the FFN's input before the FFN runs, and adds to its output."""
+
+    def before(self, x: Tensor) -> None:
+        """The FFN's input is there."""
+        ...
+
+    def add_to(self, output: Tensor, x: Tensor) -> Tensor:
+        """The FFN's output and what the adapter makes of the FFN's input."""
+        ...
+
+
 @dataclass
 class BlockWeights:
     """Weights of one block. ``norms`` are in the order of use; each is (weight, bias or None)."""
@@ -35,6 +49,7 @@ class BlockWeights:
     head_norms: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     lora: dict[LayerKey, Lora] = field(default_factory=dict)
     adapter: tuple[Weights, Weights] | None = None
+    beside_ffn: BesideFfn | None = None
 
 
 @dataclass
@@ -55,6 +70,7 @@ class Shared:
     rotary: tuple[Tensor, Tensor] | None
     mask: Tensor | None
     cache: list[tuple[Tensor, Tensor]] | None
+    positions: Tensor | None = None
 
 
 @dataclass
@@ -64,6 +80,10 @@ class Decoder:
     ops: Operators
     setup: TrainingSetup
     weights: ModelWeights
+    counts_positions: bool = False
+    """Whether position ids and what is made of them exist: a few KiB, which no large model would notice."""
+    _named: tuple[object, ...] = ()
+    """What has a name in the decoder's code, and so is there until that returns."""
 
     @property
     def shape(self) -> ModelShape:
@@ -74,14 +94,16 @@ class Decoder:
 
     def hidden_states(self, cache: list[tuple[Tensor, Tensor]] | None) -> Tensor:
         """Everything up to the last block; ``cache`` receives keys and values when transformers makes one."""
-        x = self._embedded()
+        embedded = x = self._embedded()
+        positions = position_ids(self.ops.tape, self.setup) if self.counts_positions else None
+        mask = self._mask(x.itemsize)
         others = [self._rotary_tables(x.itemsize) for _ in range(1, self.shape.rotary_sets)]
-        shared = Shared(self._rotary_tables(x.itemsize), self._mask(x.itemsize), cache)
-        resting = Shared(None, shared.mask, cache)
+        shared = Shared(self._rotary_tables(x.itemsize), mask, cache, positions)
+        resting = Shared(None, mask, cache, positions)
         pause = self.shape.rotary_pause
         for number, block in enumerate(self.weights.blocks, start=1):
             x = self._block(x, block, resting if pause and number % pause == 0 else shared)
-        del others  # alive while the blocks run
+        self._named = (embedded, positions, others, shared.rotary, mask)
         return x
 
     def logits(self, normalised: Tensor) -> Tensor:
@@ -96,8 +118,10 @@ class Decoder:
         return self.ops.scale(logits, "logits")
 
     def final_hidden(self, x: Tensor) -> Tensor:
-        """What the head is given."""
-        return self._norm(x, self.weights.final_norm, self.shape.hidden_size)
+        """What the head is given; the decoder returns."""
+        normalised = self._norm(x, self.weights.final_norm, self.shape.hidden_size)
+        self._named = ()
+        return normalised
 
     def _embedded(self) -> Tensor:
         ops, shape, setup = self.ops, self.shape, self.setup
@@ -118,6 +142,8 @@ class Decoder:
         if shape.learned_positions:
             return None
         numel = self.setup.seq_len * int(shape.head_dim * shape.rotary_fraction)
+        if self.counts_positions:
+            return rotary_tables(self.ops, self.setup, numel, itemsize)
         cosines, sines = (tape.new(numel, FP32, "rotary_tables") for _ in range(2))
         with tape.no_grad():
             return self.ops.cast(cosines, itemsize, "rotary_tables"), self.ops.cast(sines, itemsize, "rotary_tables")
@@ -130,6 +156,8 @@ class Decoder:
             return None
         copies = act.MASKS_PER_MODEL.get(shape.model_type, 1)
         numel = copies * setup.batch_size * setup.seq_len**2
+        if self.counts_positions and attention == "eager":
+            return eager_mask(self.ops.tape, self.setup, numel, itemsize)
         return self.ops.tape.new(numel, itemsize if attention == "eager" else BOOL, "attention_mask")
 
     # --- one block --------------------------------------------------------------------------------------------------
@@ -241,6 +269,9 @@ class Decoder:
     # --- FFN --------------------------------------------------------------------------------------------------------
 
     def _ffn_with_adapter(self, x: Tensor, block: BlockWeights) -> Tensor:
+        if block.beside_ffn is not None:
+            block.beside_ffn.before(x)
+            return block.beside_ffn.add_to(self._ffn(x, block), x)
         output = self._ffn(x, block)
         if block.adapter is None:
             return output
@@ -268,11 +299,10 @@ class Decoder:
             up_states = self.ops.multiply(up_states, self._activation(gate), "ffn")
             return self._linear(up_states, block, ("ffn", names[1]))
         gate_name, up, down = names
-        activated = self._activation(self._linear(x, block, ("ffn", gate_name)))
-        return self._linear(self._product(activated, self._linear(x, block, ("ffn", up))), block, ("ffn", down))
-
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.ops.multiply(a, b, "ffn")
+        product = self.ops.multiply(
+            self._activation(self._linear(x, block, ("ffn", gate_name))), self._linear(x, block, ("ffn", up)), "ffn"
+        )
+        return self._linear(product, block, ("ffn", down))
 
     def _activation(self, x: Tensor) -> Tensor:
         ops, name = self.ops, self.shape.activation
@@ -324,15 +354,25 @@ class Decoder:
             joint = self._linear(x, block, ("attention", joint_name))
             q, k, v = self.ops.split(joint, (queries, keys, keys))
             return q, k, v
-        q = self._linear(x, block, ("attention", "q_proj"))
-        if block.head_norms:
-            q = self._norm(q, block.head_norms[0], shape.query_size if shape.joint_head_norms else shape.head_dim)
+        q = self._heads(self._linear(x, block, ("attention", "q_proj")), block, 0)
         if shape.model_type == "opt":
             q = self.ops.scale(q, "attention")
-        k = self._linear(x, block, ("attention", "k_proj"))
-        if block.head_norms:
-            k = self._norm(k, block.head_norms[1], shape.kv_size if shape.joint_head_norms else shape.head_dim)
-        return q, k, self._linear(x, block, ("attention", "v_proj"))
+        k = self._heads(self._linear(x, block, ("attention", "k_proj")), block, 1)
+        v = self._linear(x, block, ("attention", "v_proj"))
+        if act.attention_used(shape, setup.attention) == "eager":  # kernels lay its gradient out as the product has it
+            v = self.ops.heads_first(v, shape.num_kv_heads)
+        return q, k, v
+
+    def _heads(self, x: Tensor, block: BlockWeights, index: int) -> Tensor:
+        """Queries (0) or keys (1), heads first, with their norm; one of all heads together comes before."""
+        shape = self.shape
+        if block.head_norms and shape.joint_head_norms:
+            x = self._norm(x, block.head_norms[index], (shape.query_size, shape.kv_size)[index])
+        if not shape.learned_positions:
+            x = self.ops.heads_first(x, (shape.num_heads, shape.num_kv_heads)[index])
+        if block.head_norms and not shape.joint_head_norms:
+            x = self._norm(x, block.head_norms[index], shape.head_dim)
+        return x
 
     def _rotated(self, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         fraction = self.shape.rotary_fraction
@@ -359,6 +399,8 @@ class Decoder:
         if act.attention_used(shape, setup.attention) == "eager":
             return self._eager_attention(q, k, v, shared)
         mask = shared.mask
+        if ops.cpu_kernels:
+            return ops.cpu_attention(q, k, v, num_rows=setup.tokens * shape.num_heads), None
         if ops.autocast_bytes is not None:
             q, k, v = (ops.cast(each, ops.autocast_bytes, "attention") for each in (q, k, v))
         if setup.attention == "flash":  # transformers casts what is fp32, which the kernel does not take
@@ -394,11 +436,17 @@ class Decoder:
         ops, shape, setup = self.ops, self.shape, self.setup
         groups = shape.num_heads // shape.num_kv_heads
         written_out = groups > 1 or shared.cache is not None
-        if setup.batch_size > 1 and shape.model_type not in PARTIAL_ROTARY:
-            q = ops.copy(q, "attention")  # strided heads, to be merged with the batch
         scores_numel = setup.tokens * shape.num_heads * setup.seq_len
         keys, values = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
-        scores = ops.scale(self._bmm(q, keys, scores_numel, merged=written_out), "attention")
+        merged = setup.batch_size > 1 and shape.model_type not in PARTIAL_ROTARY
+        product = self._bmm(
+            ops.copy(q, "attention") if merged else q,  # strided heads, to be merged with the batch
+            keys,
+            scores_numel,
+            merged=written_out,
+        )
+        scores = ops.scale(product, "attention")
+        del product
         if act.soft_capped_attention(shape):
             scores = ops.scale(scores, "attention")
             scores = ops.keeps_output(scores, "attention")
@@ -407,12 +455,13 @@ class Decoder:
             scores = ops.add(scores, shared.mask.detached(), "attention")
         outer = q.itemsize
         if shape.model_type not in act.EAGER_SOFTMAX_AS_COMPUTED or ops.autocast_bytes is not None:
-            scores = ops.keeps_output(ops.cast(scores, FP32, "attention"), "attention")
-            scores = ops.cast(scores, outer, "attention")
+            scores = ops.cast(ops.keeps_output(ops.cast(scores, FP32, "attention"), "attention"), outer, "attention")
         else:
             scores = ops.keeps_output(scores, "attention")
         scores = ops.dropout(scores, "attention", active=shape.attention_dropout)
         output = self._bmm(scores, values, q.numel, merged=written_out)
+        if setup.batch_size > 1:
+            output = ops.heads_first(output, shape.num_heads)
         output = ops.copy(output, "attention")
         return output, scores
 

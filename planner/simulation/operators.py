@@ -58,6 +58,8 @@ class Operators:
     tape: Tape
     autocast_bytes: int | None = None
     workspace_bytes: int = 0
+    cpu_kernels: bool = False
+    """As the emulated device runs: attention is one kernel for every type and for grouped heads."""
     _casts: dict[int, Tensor] = field(default_factory=dict)
     _workspaces: dict[bool, Tensor] = field(default_factory=dict)
 
@@ -94,8 +96,8 @@ class Operators:
         out = tape.new(numel, itemsize, category)
 
         def backward(grad: Tensor) -> Gradients:
+            of_b = None if kept_a is None else tape.like(grad, TEMPORARIES)  # the second factor's first, as in torch
             of_a = None if kept_b is None else tape.like(grad, TEMPORARIES)
-            of_b = None if kept_a is None else tape.like(grad, TEMPORARIES)
             return of_a, of_b
 
         return tape.connect(out, (a, b), backward)
@@ -155,6 +157,14 @@ class Operators:
         out = Tensor(x.storage, numel, x.itemsize)
         return self.tape.connect(out, (x,), self.tape.one_gradient(numel=x.numel))
 
+    def heads_first(self, x: Tensor, num_heads: int) -> Tensor:
+        """A view ``[B, H, S, d]`` of ``[B, S, H d]`` whose gradient comes with the heads outermost: to be that of a
+        product it is copied."""
+        if num_heads == 1:
+            return x
+        view = Tensor(x.storage, x.numel, x.itemsize)
+        return self.tape.connect(view, (x,), self.tape.one_gradient())
+
     def split(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Views of all elements; their gradients are put together."""
         parts = tuple(Tensor(x.storage, size, x.itemsize) for size in sizes)
@@ -180,7 +190,7 @@ class Operators:
         tape = self.tape
         x, weight = self._autocast(x, category), self.autocast_weight(layer.weight)
         bias = None if layer.bias is None else self.autocast_weight(layer.bias)
-        self._use_workspace()
+        self.use_workspace()
         numel = x.numel // layer.inputs * layer.outputs
         if not tape.differentiates(x, weight, bias):
             return tape.new(numel, x.itemsize, category)
@@ -192,7 +202,7 @@ class Operators:
         bias_size = bias.numel if bias is not None and bias.requires_grad else 0
 
         def backward(grad: Tensor) -> Gradients:
-            self._use_workspace(backward=True)
+            self.use_workspace(backward=True)
             of_bias = tape.new(bias_size, grad.itemsize, GRADIENTS) if bias_size else None
             gradient_x = None if kept_weight is None else as_view(tape.new(size_x, grad.itemsize, of_x))
             gradient_weight = None if kept_x is None else as_view(tape.new(size_weight, grad.itemsize, of_weight))
@@ -205,7 +215,7 @@ class Operators:
         tape, outer = self.tape, x.itemsize
         x = self.cast(x, layer.compute_bytes, category)
         numel = layer.inputs * layer.outputs
-        self._use_workspace()
+        self.use_workspace()
         written = tape.new(numel, layer.compute_bytes, "dequantized_weight")
         out = tape.new(x.numel // layer.inputs * layer.outputs, x.itemsize, category)
         del written
@@ -215,7 +225,7 @@ class Operators:
 
             def backward(grad: Tensor) -> Gradients:
                 _ = kept
-                self._use_workspace(backward=True)
+                self.use_workspace(backward=True)
                 again = tape.new(numel, grad.itemsize, "dequantized_weight")
                 gradient = tape.new(size_x, grad.itemsize, TEMPORARIES)
                 del again
@@ -229,7 +239,7 @@ class Operators:
         """``bmm``: each factor is kept if the other needs a gradient."""
         tape = self.tape
         a, b = self._autocast(a, category), self._autocast(b, category)
-        self._use_workspace()
+        self.use_workspace()
         out = tape.new(numel, a.itemsize, category)
         if not tape.differentiates(a, b):
             return out
@@ -238,9 +248,9 @@ class Operators:
         size_a, size_b = a.numel, b.numel
 
         def backward(grad: Tensor) -> Gradients:
-            self._use_workspace(backward=True)
-            of_a = None if kept_b is None else tape.new(size_a, grad.itemsize, TEMPORARIES)
+            self.use_workspace(backward=True)
             of_b = None if kept_a is None else tape.new(size_b, grad.itemsize, TEMPORARIES)
+            of_a = None if kept_b is None else tape.new(size_a, grad.itemsize, TEMPORARIES)
             return of_a, of_b
 
         return tape.connect(out, (a, b), backward)
@@ -263,7 +273,7 @@ class Operators:
         """The forward is over: autocast forgets its copies of weights (nodes may keep them)."""
         self._casts.clear()
 
-    def _use_workspace(self, *, backward: bool = False) -> None:
+    def use_workspace(self, *, backward: bool = False) -> None:
         """cuBLAS takes its workspace at a thread's first product; autograd's thread has its own."""
         in_autograd = backward or self.tape.phase == "backward"
         if self.workspace_bytes and in_autograd not in self._workspaces:
@@ -277,8 +287,10 @@ class Operators:
         """RMSNorm as transformers writes it, in fp32; Gemma also multiplies by its weight there, OLMo 2 as it is."""
         outer = x.itemsize
         wide = self.cast(x, FP32, "norms")
-        normalised = self.multiply(wide, self._inverse_root(wide, x.numel // width), "norms")
-        del wide
+        variance = self._mean_square(wide, x.numel // width)  # a name of the module's, there until it returns
+        root = self._inverse_root(self.shift(variance, "norms"))
+        normalised = self.multiply(wide, root, "norms")
+        del wide, root
         if weight_before_cast:
             normalised = self.multiply(weight, normalised, "norms")
             return self.cast(normalised, outer, "norms")
@@ -288,13 +300,25 @@ class Operators:
         normalised = self.multiply(normalised, scale, "norms")
         return self.cast(normalised, outer, "norms")
 
-    def _inverse_root(self, wide: Tensor, rows: int) -> Tensor:
-        """``rsqrt(mean(x^2) + eps)``, one number a row."""
+    def _mean_square(self, wide: Tensor, rows: int) -> Tensor:
+        """One number a row."""
         squares = self.power(wide, "norms")
         mean = self.tape.new(rows, FP32, "norms")
-        mean = self.tape.connect(mean, (squares,), self._gradient_like(squares))
-        del squares
-        return self.keeps_output(self.shift(mean, "norms"), "norms")
+        return self.tape.connect(mean, (squares,), self._gradient_like(squares))
+
+    def _inverse_root(self, x: Tensor) -> Tensor:
+        """``rsqrt``, whose backward raises and multiplies twice."""
+        tape = self.tape
+        out = tape.like(x, "norms")
+        kept = tape.save(out)
+
+        def backward(_grad: Tensor) -> Gradients:
+            raised, scaled = tape.like(kept, TEMPORARIES), tape.like(kept, TEMPORARIES)
+            product = tape.like(kept, TEMPORARIES)
+            del raised, scaled
+            return (product,)
+
+        return tape.connect(out, (x,), backward)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, width: int) -> Tensor:
         """One kernel: keeps its input, a mean and a factor per row. Autocast runs it in fp32."""
@@ -387,6 +411,21 @@ class Operators:
 
         return tape.connect(out, (q, k, v), backward)
 
+    def cpu_attention(self, q: Tensor, k: Tensor, v: Tensor, *, num_rows: int) -> Tensor:
+        """The CPU's flash kernel: grouped heads as they are, a log-sum-exp ``[B, H, S]`` in fp32, three gradients."""
+        tape = self.tape
+        out = tape.like(q, "attention")
+        log_sum_exp = tape.new(num_rows, FP32, "attention")
+        if not tape.differentiates(q, k, v):
+            return out
+        kept = tuple(tape.save(each) for each in (q, k, v, out, log_sum_exp))
+
+        def backward(_grad: Tensor) -> Gradients:
+            of_q, of_k, of_v = (tape.like(each, TEMPORARIES) for each in kept[:3])
+            return of_q, of_k, of_v
+
+        return tape.connect(out, (q, k, v), backward)
+
     def repeat_heads(self, x: Tensor, groups: int) -> Tensor:
         """Key or value heads written out once per query head of their group."""
         if groups == 1:
@@ -407,14 +446,24 @@ class Operators:
 
         return tape.connect(out, (weight,), backward)
 
-    def cross_entropy(self, logits: Tensor) -> Tensor:
-        """As torch runs it: the log-probabilities are kept, and their gradient is as large."""
+    def cross_entropy(self, logits: Tensor, *also_kept: Tensor) -> Tensor:
+        """As torch runs it: the log-probabilities are kept, and their gradient is as large. ``also_kept``: the targets,
+        where they are counted."""
         tape = self.tape
         log_probabilities = tape.like(logits, "loss_chain")
         kept = tape.save(log_probabilities)
         log_probabilities = tape.connect(log_probabilities, (logits,), self._gradient_like(kept, "loss_chain"))
         loss = tape.new(1, FP32, "loss_chain")
-        return tape.connect(loss, (log_probabilities,), self._gradient_like(kept, "loss_chain"))
+        of_loss = self._gradient_like(kept, "loss_chain")
+        if not also_kept:
+            return tape.connect(loss, (log_probabilities,), of_loss)
+        held = (*also_kept, tape.new(1, FP32, "loss_chain"))  # and the sum of the targets' weights
+
+        def backward(grad: Tensor) -> Gradients:
+            _ = held
+            return of_loss(grad)
+
+        return tape.connect(loss, (log_probabilities,), backward)
 
     def _gradient_like(self, x: Tensor, category: str | None = None) -> Backward:
         """A backward that makes one gradient of the shape of ``x``, and holds ``x`` only if it is detached."""

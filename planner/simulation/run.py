@@ -17,7 +17,7 @@ from meft.planner.models.linears import Linear, linear_layers
 from meft.planner.records.plan import Phase
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import FP32, HALF, INT64, Leaf, Tape, Tensor
-from meft.planner.simulation.decoder import BlockWeights, Decoder, Lora, ModelWeights
+from meft.planner.simulation.decoder import SCALED_EMBEDDINGS, BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.optimizers import Optimizer
 from meft.planner.simulation.stream import Stream, stream_peaks
@@ -47,7 +47,7 @@ def simulate(setup: TrainingSetup, *, workspace_bytes: int = USUAL_BYTES, sums_i
     if setup.method == "meft":
         raise ValueError("the simulated step knows the dense methods; MEFT has its own ledger")
     tape = Tape(sums_in_place=sums_in_place)
-    weights = _Loader(tape, setup).load()
+    weights = Loader(tape, setup).load()
     _Run(tape, setup, weights, workspace_bytes).steps()
     return Stream(tuple(tape.events), dict(tape.moments))
 
@@ -57,20 +57,21 @@ def loaded_rounding_bytes(shape: ModelShape, weights_dtype: WeightsDtype, double
     """What the allocator's blocks hold above the frozen weights themselves, loaded in the order of the modules."""
     tape = Tape()
     setup = TrainingSetup(model=shape, method="meft", weights_dtype=weights_dtype, double_quant=double_quant)
-    weights = _Loader(tape, setup).load()
+    weights = Loader(tape, setup).load()
     loaded = stream_peaks(Stream(tuple(tape.events))).ledger["resident"]
     del weights
     return loaded.rounding_bytes
 
 
 @dataclass
-class _Loader:
+class Loader:
     """Puts the model on the device, prepares it as asked, and attaches what is trained."""
 
     tape: Tape
     setup: TrainingSetup
 
     def load(self) -> ModelWeights:
+        """Everything that is on the device before the first step."""
         weights = self._model()
         if self.setup.kbit_preparation:
             self._widen(weights)
@@ -96,6 +97,8 @@ class _Loader:
         final_norm = final_norm or self._norm()
         head_weight = embedding if shape.tied_embeddings else self._weight(shape.embedding_parameters)
         head_bias = self._weight(shape.vocab_size) if shape.head_bias else None
+        if shape.model_type in SCALED_EMBEDDINGS:
+            self._embedding_scale = self.tape.new(1, ITEM_BYTES[self.setup.weights_dtype], "embeddings")
         if not shape.learned_positions:
             rotated = int(shape.head_dim * shape.rotary_fraction)
             self._frequencies = [

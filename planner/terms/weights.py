@@ -70,7 +70,7 @@ def dequantized_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> int:
 def tensor_sizes_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> list[int]:
     """Every tensor of a model whose weights are not quantized, rotary frequencies among them; in no order."""
     norm = [shape.hidden_size] * (2 if shape.norm == "layernorm" else 1)
-    head_norms = shape.head_norms_per_layer * [shape.head_dim]
+    head_norms = shape.head_norms_per_layer * len(norm) * [shape.head_dim]
     if shape.joint_head_norms:
         head_norms = [shape.query_size, shape.kv_size]
     layers = linear_layers(shape)
@@ -78,7 +78,7 @@ def tensor_sizes_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> list[int]:
         *(layer.num_weights for layer in layers),
         *(layer.outputs for layer in layers if layer.bias),
         *shape.norms_per_layer * norm,
-        *len(norm) * head_norms,
+        *head_norms,
     ]
     beside = [shape.embedding_parameters, *norm]
     if shape.learned_positions:
@@ -88,7 +88,7 @@ def tensor_sizes_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> list[int]:
     if shape.head_bias:
         beside.append(shape.vocab_size)
     rotated = 0 if shape.learned_positions else int(shape.head_dim * shape.rotary_fraction)
-    frequencies = 2 * shape.rotary_sets * [rotated // 2 * FP32_BYTES]
+    frequencies = shape.rotary_sets * 2 * [rotated // 2 * FP32_BYTES]
     return [numel * COMPUTE_DTYPE_BYTES[dtype] for numel in (*beside, *shape.num_layers * block)] + frequencies
 
 

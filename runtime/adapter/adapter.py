@@ -5,6 +5,10 @@
 With exact routing there is no gate. With Key-Experts the gate of a row is its expert's score for the token (no
 softmax), zero where the token does not probe that expert; this is what trains the router.
 
+Whatever is as large as the active rows lies in memory for as many rows as there may ever be (the cap), so that every
+step asks the device's allocator for the same sizes: memory that is cut into pieces of ever other sizes could not be
+foreseen.
+
 Letters: ``T`` tokens, ``D`` hidden size, ``A`` active rows, ``N`` experts.
 """
 
@@ -55,11 +59,11 @@ class SparseAdapterFunction(torch.autograd.Function):
         rows = exchange.rows(layer)
         keys, values = rows.tensor_split(2, dim=1)
         inputs = hidden.to(rows.dtype)
-        activations = (inputs @ keys.T).relu_()
+        activations = _product(exchange, inputs, keys.T).relu_()
         gate = exchange.gate(layer, inputs, weight) if weight.dim() == 2 else None
         ctx.exchange, ctx.layer, ctx.hidden_dtype = exchange, layer, hidden.dtype
         ctx.save_for_backward(inputs, activations, weight, gate)
-        gated = activations if gate is None else activations * gate.index_select(1, exchange.row_experts(layer))
+        gated = activations if gate is None else _gated(exchange, layer, activations, gate)
         return (gated @ values).to(hidden.dtype)
 
     @staticmethod
@@ -80,14 +84,18 @@ class SparseAdapterFunction(torch.autograd.Function):
         grad_scores = None
         if gate is None:
             torch.mm(activations.T, grad_output, out=grad_values)
-            grad_activations = grad_output @ values.T
+            grad_activations = _product(exchange, grad_output, values.T)
         else:
-            gate_of_row = gate.index_select(1, exchange.row_experts(layer))
-            torch.mm((activations * gate_of_row).T, grad_output, out=grad_values)
-            grad_activations = grad_output @ values.T
-            grad_scores = _gradient_of_scores(grad_activations * activations, exchange, layer, gate)
+            gate_of_row = _gate_of_row(exchange, layer, gate)
+            product = torch.mul(activations, gate_of_row, out=_like_rows(exchange, activations))
+            torch.mm(product.T, grad_output, out=grad_values)
+            grad_activations = _product(exchange, grad_output, values.T)
+            torch.mul(grad_activations, activations, out=product)
+            grad_scores = _gradient_of_scores(product, exchange, layer, gate)
+            del product
             grad_activations.mul_(gate_of_row)
-        grad_products = torch.ops.aten.threshold_backward(grad_activations, activations, 0)
+        grad_products = _like_rows(exchange, activations)
+        torch.ops.aten.threshold_backward.grad_input(grad_activations, activations, 0, grad_input=grad_products)
         torch.mm(grad_products.T, inputs, out=grad_keys)
         exchange.send_gradients(layer)
         grad_hidden = grad_weight = None
@@ -106,10 +114,34 @@ def _gradient_of_scores(
     grad_gate_of_row: torch.Tensor, exchange: RowExchange, layer: int, gate: torch.Tensor
 ) -> torch.Tensor:
     """Sum ``[T, A]`` over each expert's rows, as a product with the membership matrix: deterministic on a GPU."""
-    experts = exchange.row_experts(layer).long()
-    membership = torch.zeros(experts.shape[0], gate.shape[1], dtype=gate.dtype, device=gate.device)
+    rows, num_experts = exchange.row_experts(layer), gate.shape[1]
+    experts = exchange.for_rows((rows.shape[0],), axis=0, dtype=torch.int64).copy_(rows)
+    membership = exchange.for_rows((rows.shape[0], num_experts), axis=0, dtype=gate.dtype).zero_()
     membership.scatter_(1, experts.unsqueeze(1), 1.0)
     return (grad_gate_of_row @ membership).mul_(exchange.probed(layer, gate))
+
+
+def _product(exchange: RowExchange, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a [T, D]`` times ``b [D, A]``."""
+    return torch.mm(a, b, out=exchange.for_rows((a.shape[0], b.shape[1]), axis=1, dtype=a.dtype))
+
+
+def _like_rows(exchange: RowExchange, like: torch.Tensor) -> torch.Tensor:
+    """Memory for one more ``[T, A]``."""
+    return exchange.for_rows(tuple(like.shape), axis=1, dtype=like.dtype)
+
+
+def _gate_of_row(exchange: RowExchange, layer: int, gate: torch.Tensor) -> torch.Tensor:
+    """The gate ``[T, A]`` of each row's expert, from ``gate [T, N]``."""
+    experts = exchange.row_experts(layer)
+    out = exchange.for_rows((gate.shape[0], experts.shape[0]), axis=1, dtype=gate.dtype)
+    return torch.index_select(gate, 1, experts, out=out)
+
+
+def _gated(exchange: RowExchange, layer: int, activations: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """``activations [T, A]`` times each row's gate."""
+    gate_of_row = _gate_of_row(exchange, layer, gate)
+    return torch.mul(activations, gate_of_row, out=_like_rows(exchange, activations))
 
 
 @dataclass

@@ -159,7 +159,8 @@ class DeviceRows:
         """Add ``gradients [A, 2D]`` of the hot rows to their sums."""
         tables, places = self.hot[layer], self.hot_places(layer, placement)
         self._add(tables.gradients, places, gradients[placement.num_cold :])
-        tables.touched.index_add_(0, places, torch.ones_like(places))
+        once = torch.ones(self.cap, dtype=places.dtype, device=self.device.torch_device)
+        tables.touched.index_add_(0, places, once[: places.shape[0]])
 
     def _add(self, sums: torch.Tensor, places: torch.Tensor, gradients: torch.Tensor) -> None:
         """Add rows of ``gradients`` to those of ``sums`` at ``places``, of which none comes twice."""

@@ -27,6 +27,7 @@ Letters: ``T`` tokens, ``D`` hidden size, ``A`` active rows of a layer, ``N`` ex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -237,6 +238,12 @@ class RowExchange:
     def row_experts(self, layer: int) -> torch.Tensor:
         """Expert of each active row, int32 ``[A]`` on the device; they came with the rows."""
         return self._on_device.experts[layer][: self._state.placement(layer).num_rows]
+
+    def for_rows(self, shape: tuple[int, ...], *, axis: int, dtype: torch.dtype) -> torch.Tensor:
+        """A new tensor on the device whose ``axis`` are active rows: not filled, and in memory for the cap."""
+        others = math.prod(size for place, size in enumerate(shape) if place != axis)
+        memory = torch.empty(others * self.decision.active_rows_cap, dtype=dtype, device=self.device.torch_device)
+        return memory[: math.prod(shape)].view(shape)
 
     # --- backward ----------------------------------------------------------------------------------------------
 

@@ -77,14 +77,14 @@ def sample_profiles() -> ProfileSet:
 
 
 def sample_request(**changes: object) -> Request:
-    """One sequence of four tokens on a device of 1 MiB."""
+    """One sequence of four tokens on a device of 4 MiB."""
     fields: dict[str, object] = {
         "model": SHAPE,
         "gpu": "emulated",
         "host": "emulated",
         "link": "emulated",
         "sparsity": "meft-paper",
-        "gpu_mem_bytes": MIB,
+        "gpu_mem_bytes": 4 * MIB,
         "host_mem_bytes": MIB,
         "host_mem_basis": "given",
         "batch_size": 1,

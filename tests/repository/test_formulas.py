@@ -78,6 +78,7 @@ PRICED = (
 )
 """Modules whose public functions of bytes, seconds and slots are the terms."""
 MADE_OF_THEM = {
+    "counted_bytes",
     "host_total_bytes",
     "peak_allocated_bytes",
     "step_bytes",

@@ -122,10 +122,19 @@ def test_allocated_peak_is_judged_within_its_tolerance(plan: Plan) -> None:
     assert audited(plan, above, tolerance_fraction=0.05).passed
 
 
+def test_reserved_above_what_was_replayed_fails(plan: Plan) -> None:
+    replayed = plan.prediction.device_memory.peak_reserved_bytes
+    report = sample_report(plan)
+    assert audited(plan, with_device_memory(report, peak_reserved_bytes=replayed)).passed
+    over = audited(plan, with_device_memory(report, peak_reserved_bytes=replayed + 1))
+    assert [one.quantity for one in over.rows if one.holds is False] == ["device_reserved_bytes"]
+
+
 def test_reserved_above_the_budget_fails(plan: Plan) -> None:
     budget = plan.prediction.device_memory.allocator_budget_bytes
     report = sample_report(plan)
-    assert audited(plan, with_device_memory(report, peak_reserved_bytes=budget)).passed
+    within = audited(plan, with_device_memory(report, peak_reserved_bytes=budget))
+    assert row(within, "device_budget_bytes").holds is True
     over = audited(plan, with_device_memory(report, peak_reserved_bytes=budget + 1))
     assert row(over, "device_budget_bytes").holds is False
 

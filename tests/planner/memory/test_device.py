@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from planner_records import GIB, decision_of, gpu_profile, llama_7b, request_of, side_by_side, sourced, tiny_shape
 
 from meft.planner.memory.device import (
+    counted_bytes,
     device_ledger,
     peak_allocated_bytes,
     predict_device_memory,
     weights_rounding_bytes,
 )
+from meft.planner.memory.replayed import replayed_peaks
 from meft.planner.models.catalogue import load_model, model_names
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.profiles import SourcedRange
@@ -254,30 +256,46 @@ def test_what_other_architectures_keep() -> None:
 def test_the_record_of_a_plan() -> None:
     context = SourcedRange(low_bytes=300, high_bytes=2 * GIB, basis="measured", source="a test")
     card = gpu_profile(context=context, workspace_bytes=sourced(1000))
-    memory = predict_device_memory(
-        request=request_of(), decision=decision_of(), gpu=card, active_rows_per_layer=[1592] * 32
-    )
+    memory = predict_device_memory(request=request_of(), decision=decision_of(), gpu=card)
     by_phase = {phase: sum(e.num_bytes for e in memory.entries if e.phase == phase) for phase in STEP_PHASES}
     resident = sum(entry.num_bytes for entry in memory.entries if entry.phase == "resident")
     assert memory.peak_phase == max(by_phase, key=by_phase.__getitem__) == "loss"
     assert memory.peak_allocated_bytes == resident + by_phase["loss"]
     assert {entry.place for entry in memory.entries} == {"device"}
     assert [e.num_bytes for e in memory.entries if e.category == "cublas_workspaces"] == [2000]
-    # 8.6 % of what is reserved is not allocated at the peak
-    assert memory.peak_allocated_bytes / memory.peak_reserved_bytes == pytest.approx(1 - 0.086)
-    assert memory.reserved_basis == "assumed"
+    (small,) = [e.num_bytes for e in memory.entries if e.category == "block_remainders"]
+    assert 0 < small < 100_000
+    # replayed: 32 layers of rows at the cap, 13.5 GB of weights, and what the blocks between them leave over
+    replayed = replayed_peaks(request_of(), decision_of(), card)
+    assert memory.peak_allocated_bytes == replayed.allocated_bytes
+    assert memory.peak_reserved_bytes == replayed.reserved_bytes
+    assert memory.reserved_basis == "counted"
+    assert memory.peak_reserved_bytes % (2 << 20) == 0  # whole segments
     assert memory.allocator_budget_bytes == 22 * GIB
     assert memory.process_bytes.high_bytes == memory.peak_reserved_bytes + 2 * GIB
-    assert memory.peak_allocated_bytes_at_cap is not None
-    # 2048 - 1592 rows more in 32 layers, T = 512, bf16
-    assert memory.peak_allocated_bytes_at_cap - memory.peak_allocated_bytes == 32 * 456 * 512 * 2
 
 
-def test_one_number_of_active_rows_per_layer() -> None:
-    with pytest.raises(ValueError, match="given for 3 layers, the model has 32"):
-        predict_device_memory(
-            request=request_of(), decision=decision_of(), gpu=gpu_profile(), active_rows_per_layer=[1, 2, 3]
-        )
+def test_what_is_as_large_as_the_active_rows_lies_in_memory_for_the_cap() -> None:
+    # 64 rows of cap more: [512, 64] in 32 layers, and buffers [64, 8192], 32 of rows and one of gradients; bf16
+    counted = [
+        counted_bytes(request=request_of(), decision=decision_of(active_rows_cap=cap), gpu=gpu_profile())
+        for cap in (2048, 2112)
+    ]
+    assert counted[1] - counted[0] == 32 * 512 * 64 * 2 + 33 * 64 * 8192 * 2
+
+
+def test_a_buffer_keeps_the_remainder_of_its_segment() -> None:
+    # rows [2112, 8192] in bf16 are 33 MiB: a segment of 34, whose last MiB is not split off and counts as allocated
+    request, decision = request_of(), decision_of(active_rows_cap=2112)
+    memory = predict_device_memory(request=request, decision=decision, gpu=gpu_profile())
+    (remainders,) = [entry.num_bytes for entry in memory.entries if entry.category == "block_remainders"]
+    assert 33 << 20 <= remainders < 34 << 20
+
+
+def test_while_weighing_reserved_is_no_more_than_allocated() -> None:
+    weighed = predict_device_memory(request=request_of(), decision=decision_of(), gpu=gpu_profile(), replayed=False)
+    counted = counted_bytes(request=request_of(), decision=decision_of(), gpu=gpu_profile())
+    assert weighed.peak_reserved_bytes == weighed.peak_allocated_bytes == counted
 
 
 # --- properties -----------------------------------------------------------------------------------------------------

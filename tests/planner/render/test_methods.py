@@ -75,7 +75,7 @@ def test_a_comparison_shows_each_configuration_under_its_method(
     text = shown(capsys, comparison_view(comparison(estimate)))
     assert re.search(r"\n  full +1,536  off .* yes\n +1,536  on .* no\n", text)
     assert "At the usual size: alike at every budget" in text
-    assert f"At the largest size that fits {format_bytes(MIB)} on emulated" in text
+    assert "At the largest size that fits 4.0 MiB on emulated" in text
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 100, 200])

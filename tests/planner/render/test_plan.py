@@ -118,7 +118,7 @@ def test_the_verdict_comes_first_and_the_decision_next(plan: Plan, capsys: pytes
     assert memory.peak_reserved_bytes_at_cap is not None
     spare = memory.allocator_budget_bytes - memory.peak_reserved_bytes_at_cap
     lines = text.splitlines()
-    assert lines[0] == f"tiny fits in 1.0 MiB of GPU memory, with {format_bytes(spare)} to spare."
+    assert lines[0] == f"tiny fits in 4.0 MiB of GPU memory, with {format_bytes(spare)} to spare."
     # 3 layers * 8 numbers * (2 * 16 rows + 4 experts) = 864 weights
     assert lines[1].startswith("Trains 864 weights beside its ")
     assert lines[2].startswith(f"Speed: {timing.tokens_per_second:,.0f} tokens/s; a step of 1 x 4 takes ")
@@ -283,7 +283,7 @@ def test_an_audit_names_what_missed(plan: Plan, capsys: pytest.CaptureFixture[st
     report = sample_report(plan)
     gpu = sample_profiles().gpu
     passed = shown(capsys, audit_view(audit(plan, report, gpu=gpu), verbose=False))
-    assert "PASSED: all 6 judged quantities hold" in passed
+    assert "PASSED: all 7 judged quantities hold" in passed
     assert "Transfer by category" not in passed
     counted = report.observed.transfer.h2d_bytes_total + 8
     failed = shown(
@@ -291,7 +291,7 @@ def test_an_audit_names_what_missed(plan: Plan, capsys: pytest.CaptureFixture[st
     )
     assert re.search(r"h2d_bytes_given_rows .* exact: MISSED", failed)
     assert "DO NOT equal" in failed
-    assert "FAILED: h2d_bytes_given_rows missed, 5 of 6 hold" in failed
+    assert "FAILED: h2d_bytes_given_rows missed, 6 of 7 hold" in failed
     assert "Transfer by category" in failed  # shown unasked when something differs
 
 

@@ -76,9 +76,7 @@ def test_what_they_hold_by_hand(adapter_dtype, tables) -> None:
     request = tiny_request().model_copy(update={"adapter_dtype": adapter_dtype})
     decision = tiny_decision(hot_rows=10)
     num_layers, row, e = request.model.num_layers, 2 * request.model.hidden_size, 2 if adapter_dtype == "bf16" else 4
-    memory = predict_device_memory(
-        request=request, decision=decision, gpu=gpu_profile(), active_rows_per_layer=[20] * num_layers
-    )
+    memory = predict_device_memory(request=request, decision=decision, gpu=gpu_profile())
     sizes = {
         entry.category: entry.num_bytes for entry in memory.entries if entry.phase in ("resident", "optimizer_step")
     }

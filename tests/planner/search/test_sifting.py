@@ -21,12 +21,10 @@ from planner_records import (
     tiny_shape,
 )
 
-from meft.planner.memory.device import reserved_bytes
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Request
 from meft.planner.records.profiles import SparsityProfile
 from meft.planner.search.cost_table import Cells, CostTable
-from meft.planner.search.grid_memory import most_allocated_bytes
 from meft.planner.search.sifted_choice import Listed, best, front
 from meft.planner.search.sifting import Sifted
 from meft.planner.search.weighing import weigh
@@ -213,7 +211,7 @@ def assert_same(request: Request, profiles: ProfileSet) -> None:
     assert winner == slow.best(request)
     chosen = front(quick, winner)
     assert chosen == slow.front(winner, request)
-    points = [(quick.point(index), slow.point(index, request)) for index in chosen]
+    points = [(quick.point(index, unused_bytes=7), slow.point(index, request, unused_bytes=7)) for index in chosen]
     assert [ours.model_dump_json() for ours, _ in points] == [theirs.model_dump_json() for _, theirs in points]
     assert quick.device.at(winner) == slow.at(slow.allocated_bytes, winner)
 
@@ -318,14 +316,3 @@ def test_what_the_front_leaves_out_is_beaten_by_fewer_probes():
     assert quick.within[by.axes].all()
     assert np.all(by.seconds <= beaten.seconds * (1 + 1e-9))
     assert np.all(by.allocated_bytes <= beaten.allocated_bytes)
-
-
-@given(st.integers(0, 1 << 44))
-def test_the_most_that_may_be_allocated(budget):
-    most = most_allocated_bytes(budget)
-    assert reserved_bytes(most) <= budget < reserved_bytes(most + 1)
-
-
-def test_nothing_may_be_allocated_within_less_than_nothing():
-    assert most_allocated_bytes(-1) < 0
-    assert most_allocated_bytes(0) == 0

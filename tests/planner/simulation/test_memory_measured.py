@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 
 import pytest
-from planner_records import gpu_profile
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -15,6 +14,7 @@ from storage_tracker import StorageTracker  # noqa: E402
 
 from meft.planner.memory.device import predict_device_memory  # noqa: E402
 from meft.planner.models.configs import shape_from_config  # noqa: E402
+from meft.planner.records.profile_catalogue import load_gpu  # noqa: E402
 from meft.planner.records.setup import TrainingSetup  # noqa: E402
 from meft.planner.simulation.run import simulate  # noqa: E402
 from meft.planner.simulation.stream import Stream  # noqa: E402
@@ -209,7 +209,6 @@ def test_the_runtime_on_the_emulated_device(glass_folder, choice, request_change
     predicted = predict_device_memory(
         request=plan.request,
         decision=plan.decision,
-        gpu=gpu_profile(),
-        active_rows_per_layer=session.exchange.counters.active_rows,
+        gpu=load_gpu("emulated"),
     )
-    assert predicted.peak_allocated_bytes == pytest.approx(allocator.peak_requested_bytes, rel=TOLERANCE)
+    assert predicted.peak_allocated_bytes == pytest.approx(allocator.peak_allocated_bytes, rel=TOLERANCE)

@@ -1,0 +1,108 @@
+"""What a decision's own step reserves: simulated event by event and replayed through the caching allocator.
+
+The closed form of :mod:`meft.planner.memory.device` counts what is allocated; what the allocator holds for that depends
+on the order in which blocks come and go. The runtime asks for the same sizes in every step, whatever rows are active,
+so that its windows can be replayed until they change nothing any more: what is reserved by then is never exceeded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from meft.planner.allocator.blocks import LARGE_SEGMENT_BYTES, SMALL_SEGMENT_BYTES
+from meft.planner.allocator.caching import CachingAllocator
+from meft.planner.base.schema import Basis
+from meft.planner.records.plan import Decision, Request
+from meft.planner.records.profiles import GpuProfile
+
+if TYPE_CHECKING:
+    from meft.planner.simulation.sparse import SparseStream
+    from meft.planner.simulation.stream import StreamEvent
+
+KNOWN_TENSOR_BY_TENSOR = ("llama", "qwen2", "qwen3", "mistral")
+"""Model types whose simulated step is the emulated device's event by event (``tests/runtime/trace/test_sparse.py``);
+Mistral with sdpa, whose eager mask is made in other steps."""
+MARGIN_BYTES = LARGE_SEGMENT_BYTES + SMALL_SEGMENT_BYTES
+"""What is added for other model types, where a tensor may live somewhat longer than in the simulated step: a segment of
+either pool. Assumed; ``campaigns/budget.py --all-models`` says how it held."""
+MOST_WINDOWS = 32
+"""No stream has been seen that took more than a few until it left the allocator as it found it."""
+
+
+@dataclass(frozen=True)
+class ReplayedPeaks:
+    """Peaks over all windows, in whole blocks and segments."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    basis: Basis = "counted"
+
+
+def replayed_peaks(request: Request, decision: Decision, gpu: GpuProfile) -> ReplayedPeaks:
+    """Peaks of a run of ``decision`` on a card, from loading the model on; with a margin, and so assumed, where the
+    simulated step does not know every tensor."""
+    peaks = _replayed(request, decision, gpu)
+    model_type = request.model.model_type
+    if model_type in KNOWN_TENSOR_BY_TENSOR and (model_type, request.attention) != ("mistral", "eager"):
+        return peaks
+    return ReplayedPeaks(peaks.allocated_bytes, peaks.reserved_bytes + MARGIN_BYTES, "assumed")
+
+
+def _replayed(request: Request, decision: Decision, gpu: GpuProfile) -> ReplayedPeaks:
+    return _peaks(
+        _without_what_is_no_matter(request),
+        decision.model_copy(update={"top_k": 1, "bf16_copy": False, "hot_after_steps": 1}),
+        int(gpu.workspace_bytes.value),
+        gpu.shares_host_cores,
+    )
+
+
+def _without_what_is_no_matter(request: Request) -> Request:
+    """The request with fields that move no device memory made equal, so that it is replayed once for all of them."""
+    from meft.planner.simulation.sparse import MICRO_BATCHES_THAT_DIFFER  # slow to load, and only a replay needs it
+
+    asked: dict[str, Any] = {name: getattr(request, name) for name in _THAT_MATTER}
+    asked["grad_accum"] = min(request.grad_accum, MICRO_BATCHES_THAT_DIFFER)
+    nothing: dict[str, Any] = dict.fromkeys(("gpu", "host", "link", "sparsity"), "any")
+    return Request.model_construct(**asked, **nothing, gpu_mem_bytes=1, host_mem_bytes=1, host_mem_basis="given")
+
+
+_THAT_MATTER = ("model", "batch_size", "seq_len", "weights_dtype", "double_quant", "adapter_dtype", "attention")
+
+
+@lru_cache(maxsize=512)
+def _peaks(request: Request, decision: Decision, workspace_bytes: int, emulated: bool) -> ReplayedPeaks:
+    from meft.planner.simulation.sparse import simulate_sparse
+
+    stream = simulate_sparse(request, decision, workspace_bytes=workspace_bytes, emulated=emulated)
+    return peaks_of(stream)
+
+
+def peaks_of(stream: SparseStream) -> ReplayedPeaks:
+    """Replay what is made once, and every kind of window until it changes nothing any more."""
+    allocator = CachingAllocator(None)
+    handles: dict[int, int] = {}
+    _play(stream.once, allocator, handles)
+    for number, window in enumerate(stream.windows):
+        # the first kind's window has been in ``once``; what is live is the same after each, so is what comes if free
+        # blocks are
+        before = allocator.free_layout() if number == 0 else None
+        for _ in range(MOST_WINDOWS):
+            _play(window, allocator, handles)
+            after = allocator.free_layout()
+            if before == after:
+                break
+            before = after
+    return ReplayedPeaks(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)
+
+
+def _play(events: Sequence[StreamEvent], allocator: CachingAllocator, handles: dict[int, int]) -> None:
+    malloc, free, take = allocator.malloc, allocator.free, handles.pop
+    for tensor, num_bytes, *_ in events:
+        if num_bytes > 0:
+            handles[tensor] = malloc(num_bytes)
+        else:
+            free(take(tensor))

@@ -1,0 +1,448 @@
+"""MEFT's step, simulated: the frozen model with the sparse adapter beside every FFN, as the runtime makes and frees it.
+
+What is made once (rings, sums, hot tables, routers) comes first, in the order in which a session opens; then the step
+that repeats, a micro-batch or two and the optimizer step. Whatever is as large as the active rows lies in memory for
+as many rows as there may ever be, so one stream stands for all steps.
+
+The emulated device runs the CPU's operators under a dispatch mode: gradients that meet are summed out of place, there
+is no cuBLAS workspace, and attention has one kernel for all.
+
+Letters: ``T`` tokens, ``D`` hidden size, ``A`` rows at the cap, ``N`` experts, ``P`` probes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, INDEX_BYTES, MASTER_BYTES
+from meft.planner.records.plan import Decision, Request
+from meft.planner.records.setup import TrainingSetup
+from meft.planner.simulation.autograd import BOOL, FP32, GRADIENTS, INT64, TEMPORARIES, Gradients, Leaf, Tape, Tensor
+from meft.planner.simulation.decoder import BesideFfn, Decoder, ModelWeights
+from meft.planner.simulation.operators import Operators
+from meft.planner.simulation.run import Loader
+from meft.planner.simulation.stream import StreamEvent
+from meft.planner.terms.adapter import CAST_ROWS
+from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
+
+FP64 = 8
+MICRO_BATCHES_THAT_DIFFER = 2
+"""Within an accumulation window all after the first are alike."""
+
+
+@dataclass(frozen=True)
+class SparseStream:
+    """What is made once, and the windows that repeat: each frees all that it makes.
+
+    ``windows`` are those before hot rows are chosen and those after; or one, where there are none.
+    """
+
+    once: tuple[StreamEvent, ...]
+    windows: tuple[tuple[StreamEvent, ...], ...]
+
+
+def simulate_sparse(request: Request, decision: Decision, *, workspace_bytes: int, emulated: bool) -> SparseStream:
+    """The stream of a run of ``decision``; ``workspace_bytes`` is what cuBLAS takes per thread, in the first window."""
+    tape = Tape(sums_in_place=not emulated)
+    run = _SparseRun(tape, request, decision, workspace_bytes=workspace_bytes, emulated=emulated)
+    ends = [len(tape.events)]
+    ends += [run.window(hot=hot) for hot in ((False, True) if decision.hot_rows else (False,))]
+    events = tuple(tape.events)
+    windows = [events[first:last] for first, last in itertools.pairwise(ends)]
+    first = events[: ends[1]]
+    return SparseStream(first, tuple(_repeating(window) for window in windows))
+
+
+def _repeating(window: tuple[StreamEvent, ...]) -> tuple[StreamEvent, ...]:
+    """A window without the tensors that stay for good once it has made them."""
+    gone = {event.tensor for event in window if event.num_bytes < 0}
+    return tuple(event for event in window if event.tensor in gone)
+
+
+def setup_of(request: Request, decision: Decision) -> TrainingSetup:
+    """What of a plan decides how its model is loaded and runs."""
+    return TrainingSetup(
+        model=request.model,
+        method="meft",
+        weights_dtype=request.weights_dtype,
+        double_quant=request.double_quant,
+        adapter_dtype=request.adapter_dtype,
+        batch_size=request.batch_size,
+        seq_len=request.seq_len,
+        grad_accum=request.grad_accum,
+        activation_checkpointing=decision.activation_checkpointing,
+        attention=request.attention,
+        outputs_kept=False,
+    )
+
+
+@dataclass
+class _Exchange:
+    """What the layers' adapters share: the hidden states that wait until the rows chosen from them are there (as the
+    overlapped schedule has it), and the experts that each layer's tokens probe."""
+
+    depth: int
+    num_layers: int
+    hot: bool = False
+    """Hot rows have been chosen."""
+    held: dict[int, Tensor] = field(default_factory=dict)
+    probes: dict[int, Tensor] = field(default_factory=dict)
+
+    def targets(self, layer: int) -> range:
+        """Layers whose rows are chosen from this layer's hidden state."""
+        if layer == 0:
+            return range(self.depth + 1)
+        return range(layer + self.depth, min(layer + self.depth + 1, self.num_layers))
+
+
+@dataclass
+class _Layer(BesideFfn):
+    """The adapter beside one FFN. ``weights`` are the routers ``[N, D]``, or the numbers that start the graph."""
+
+    ops: Operators
+    request: Request
+    decision: Decision
+    index: int
+    weights: list[Tensor]
+    exchange: _Exchange
+
+    @property
+    def weight(self) -> Tensor:
+        """This layer's own."""
+        return self.weights[self.index]
+
+    # --- sizes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _tape(self) -> Tape:
+        return self.ops.tape
+
+    @property
+    def _e(self) -> int:
+        return ADAPTER_DTYPE_BYTES[self.request.adapter_dtype]
+
+    @property
+    def _gated(self) -> bool:
+        return self.decision.routing == "key-experts"
+
+    def _of_rows(self, category: str) -> Tensor:
+        """``[T, A]``."""
+        return self._tape.new(self.request.tokens_per_step * self.decision.active_rows_cap, self._e, category)
+
+    def _of_experts(self, category: str) -> Tensor:
+        """``[T, N]``."""
+        return self._tape.new(self.request.tokens_per_step * self.decision.num_experts, self._e, category)
+
+    def _probe_indices(self, category: str) -> Tensor:
+        return self._tape.new(self.request.tokens_per_step * self.decision.num_probes, INT64, category)
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    def before(self, x: Tensor) -> None:
+        """See :class:`BesideFfn`: in forward the hidden state leaves, and the experts are scored for other layers."""
+        if self._tape.phase == "backward":
+            return
+        targets = self.exchange.targets(self.index)
+        if targets:
+            self.exchange.held[self.index] = x.detached()
+        for target in targets if self._gated else ():
+            self._probe(x, target)
+
+    def _probe(self, x: Tensor, target: int) -> None:
+        """The best experts of each token, for the layer ``target``."""
+        tape, tokens, probes = self._tape, self.request.tokens_per_step, self.decision.num_probes
+        inputs = self._cast(x, self._e, "adapter")
+        weight = self._cast(self.weights[target], self._e, "adapter")
+        scores = self._of_experts("adapter")
+        del weight
+        best = tape.new(tokens * probes, self._e, "adapter")
+        indices = self._probe_indices("adapter")
+        del best
+        self.exchange.probes[target] = tape.new(tokens * probes, INDEX_BYTES, "routing")
+        del scores, indices, inputs
+
+    def add_to(self, output: Tensor, x: Tensor) -> Tensor:
+        """See :class:`BesideFfn`."""
+        return self.ops.add(output, self._adapter(x), "ffn")
+
+    def _adapter(self, x: Tensor) -> Tensor:
+        tape = self._tape
+        self.exchange.held.pop(max(self.index - self.exchange.depth, 0), None)
+        inputs = self._cast(x, self._e, "adapter")
+        self.ops.use_workspace()
+        activations = self._of_rows("adapter")
+        gate = self._gate(self.weight) if self._gated else None
+        gated = activations if gate is None else self._gated_rows()
+        product = tape.new(x.numel, self._e, "adapter")
+        out = self._cast(product, x.itemsize, "adapter")
+        kept = (tape.save(inputs), tape.save(activations), tape.save(self.weight), gate and tape.save(gate))
+        del inputs, activations, gate, gated, product
+        outer, needs_grad = x.itemsize, x.requires_grad
+
+        def backward(grad: Tensor) -> Gradients:
+            return self._backward(grad, kept, outer=outer, needs_grad=needs_grad)
+
+        return tape.connect(out, (x, self.weight), backward)
+
+    def _gate(self, weight: Tensor) -> Tensor:
+        """Scores ``[T, N]``, multiplied by the mask of the probed experts."""
+        cast = self._cast(weight, self._e, "adapter")
+        scores = self._of_experts("adapter")
+        del cast
+        mask = self._mask("adapter")
+        del mask
+        return scores
+
+    def _mask(self, category: str) -> Tensor:
+        mask = self._of_experts(category)
+        indices = self._probe_indices(category)
+        del indices
+        return mask
+
+    def _gated_rows(self) -> Tensor:
+        gate_of_row = self._of_rows("adapter")
+        gated = self._of_rows("adapter")
+        del gate_of_row
+        return gated
+
+    def _cast(self, x: Tensor, itemsize: int, category: str) -> Tensor:
+        """Inside the adapter's own function nothing is differentiated."""
+        return x.detached() if x.itemsize == itemsize else self._tape.new(x.numel, itemsize, category)
+
+    # --- backward ----------------------------------------------------------------------------------------------------
+
+    def _backward(self, grad: Tensor, kept: tuple[Tensor | None, ...], *, outer: int, needs_grad: bool) -> Gradients:
+        tape, tokens = self._tape, self.request.tokens_per_step
+        inputs = kept[0]
+        assert inputs is not None
+        grad = self._cast(grad, self._e, TEMPORARIES)
+        self.ops.use_workspace(backward=True)
+        of_scores = gate_of_row = None
+        if not self._gated:
+            of_activations = self._of_rows(TEMPORARIES)
+        else:
+            gate_of_row = self._of_rows(TEMPORARIES)
+            product = self._of_rows(TEMPORARIES)
+            of_activations = self._of_rows(TEMPORARIES)
+            of_scores = self._of_scores()
+            del product
+        of_products = self._of_rows(TEMPORARIES)
+        self._send_gradients()
+        of_hidden = of_weight = None
+        if needs_grad:
+            of_hidden = tape.new(inputs.numel, self._e, TEMPORARIES)
+            if of_scores is not None:
+                weight = self._cast(self.weight, self._e, TEMPORARIES)
+                del weight
+            of_hidden = self._cast(of_hidden, outer, TEMPORARIES)
+        if of_scores is not None:
+            of_weight = tape.new(self.weight.numel, self._e, TEMPORARIES)
+            of_weight = self._cast(of_weight, FP32, GRADIENTS)
+        self.exchange.probes.pop(self.index, None)
+        del of_activations, of_products, gate_of_row, of_scores, tokens
+        return of_hidden, of_weight
+
+    def _of_scores(self) -> Tensor:
+        """Sum over each expert's rows, by the membership matrix ``[A, N]``."""
+        tape, rows = self._tape, self.decision.active_rows_cap
+        experts = tape.new(rows, INT64, TEMPORARIES)
+        membership = tape.new(rows * self.decision.num_experts, self._e, TEMPORARIES)
+        scores = self._of_experts(TEMPORARIES)
+        mask = self._mask(TEMPORARIES)
+        del experts, membership, mask
+        return scores
+
+    def _send_gradients(self) -> None:
+        if self.exchange.hot:
+            once = self._tape.new(self.decision.active_rows_cap, INDEX_BYTES, TEMPORARIES)
+            del once
+
+
+class _SparseRun:
+    """A session opened, and its windows."""
+
+    def __init__(
+        self, tape: Tape, request: Request, decision: Decision, *, workspace_bytes: int, emulated: bool
+    ) -> None:
+        self.tape, self.request, self.decision = tape, request, decision
+        self.setup = setup_of(request, decision)
+        self.loader = Loader(tape, self.setup)
+        weights = self.loader.load()
+        self.ops = Operators(tape, workspace_bytes=workspace_bytes, cpu_kernels=emulated)
+        self.decoder = Decoder(self.ops, self.setup, weights, counts_positions=True)
+        self.routers = self._router_weights()
+        self.buffers = list(self._buffers())
+        self.states = self._router_states(emulated=emulated)
+        self._attach(weights)
+
+    # --- what a session makes ----------------------------------------------------------------------------------------
+
+    @property
+    def _gated(self) -> bool:
+        return self.decision.routing == "key-experts"
+
+    def _router_weights(self) -> list[Tensor]:
+        shape = self.request.model
+        numel = self.decision.num_experts * shape.hidden_size if self._gated else 1
+        weights = [self.tape.new(numel, FP32, "router_weights") for _ in range(shape.num_layers)]
+        return [self.tape.as_leaf(weight) for weight in weights]
+
+    def _buffers(self) -> list[Tensor]:
+        tape, decision, num_layers = self.tape, self.decision, self.request.model.num_layers
+        e, row = ADAPTER_DTYPE_BYTES[self.request.adapter_dtype], 2 * self.request.model.hidden_size
+        cap, depth = decision.active_rows_cap, min(decision.prefetch_depth, num_layers - 1)
+        made: list[Tensor] = []
+
+        def make(count: int, numel: int, itemsize: int, category: str) -> None:
+            made.extend(tape.new(numel, itemsize, category) for _ in range(count))
+
+        make(num_layers if decision.rows_in_backward == "retained" else depth + 1, cap * row, e, "row_staging")
+        if decision.cached_rows:
+            make(num_layers, decision.cached_rows * row, e, "kept_rows")
+        if decision.gradients_on_device:
+            make(num_layers, decision.cached_rows * row, MASTER_BYTES, "gradient_sums")
+        for _ in range(num_layers if decision.hot_rows else 0):
+            make(1, decision.hot_rows * row, e, "hot_rows")
+            make(3 + (e != MASTER_BYTES), decision.hot_rows * row, MASTER_BYTES, "hot_states")
+            make(2, decision.hot_rows, INDEX_BYTES, "hot_states")
+        if decision.cached_rows or decision.hot_rows:
+            make(num_layers, cap, INDEX_BYTES, "row_indices")
+        if (decision.gradients_on_device or decision.hot_rows) and e != MASTER_BYTES:
+            make(1, CAST_ROWS * row, MASTER_BYTES, "gradient_sums")
+        if self._gated:
+            make(num_layers, cap, INDEX_BYTES, "row_indices")
+        make(min(depth, 1) + 1, cap * row, e, "row_gradients")
+        return made
+
+    def _router_states(self, *, emulated: bool) -> list[Tensor]:
+        made: list[Tensor] = []
+        for weight in self.routers if self._gated else ():
+            assert isinstance(weight.node, Leaf)
+            weight.node.grad = self.tape.like(weight, "router_gradients")
+            made += [self.tape.like(weight, "router_moments") for _ in range(2)]
+            if emulated:
+                made += [self.tape.new(1, FP32, "router_moments")]  # the count of steps, which CUDA leaves on the host
+        return made
+
+    def _attach(self, weights: ModelWeights) -> None:
+        num_layers = self.request.model.num_layers
+        self.exchange = _Exchange(min(self.decision.prefetch_depth, num_layers - 1), num_layers)
+        for index, block in enumerate(weights.blocks):
+            block.beside_ffn = _Layer(self.ops, self.request, self.decision, index, self.routers, self.exchange)
+
+    # --- a window ----------------------------------------------------------------------------------------------------
+
+    def window(self, *, hot: bool) -> int:
+        """Its micro-batches, as far as they differ, and the optimizer step; how many events there are then."""
+        self.exchange.hot = hot
+        for _ in range(min(self.request.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
+            self._micro_batch()
+        self.tape.phase = "optimizer_step"
+        self._optimizer_step()
+        return len(self.tape.events)
+
+    def _micro_batch(self) -> None:
+        tape = self.tape
+        tape.phase = "forward"
+        loss = self._loss_of_batch()
+        tape.phase = "loss"
+        self.exchange.held.clear()
+        scaled = self.ops.scale(loss, "loss_chain")
+        start = tape.new(1, FP32, "loss_chain")
+        tape.backward(scaled, start)
+
+    def _loss_of_batch(self) -> Tensor:
+        tape, tokens = self.tape, self.request.tokens_per_step
+        inputs = tuple(tape.new(tokens, INT64, "inputs") for _ in range(2))
+        hidden = self.decoder.hidden_states(None)
+        tape.phase = "loss"
+        hidden = self.decoder.final_hidden(hidden)
+        logits = self.decoder.logits(hidden)
+        wide = self.ops.cast(logits, FP32, "loss_chain")
+        padded = tape.new(tokens + self.request.batch_size, INT64, "loss_chain")
+        targets = padded  # a view, contiguous as it is, of a single sequence
+        if self.request.batch_size > 1:
+            targets = tape.new(tokens, INT64, "loss_chain")
+        loss = self.ops.cross_entropy(wide, targets)
+        del padded, wide, hidden, logits, inputs
+        return loss
+
+    # --- the optimizer step ------------------------------------------------------------------------------------------
+
+    def _optimizer_step(self) -> None:
+        if self._gated:
+            self._squared_router_norm()
+        if self.exchange.hot:
+            self._squared_hot_norm()
+        if self._gated:
+            self._update_routers()
+        if self.exchange.hot:
+            self._update_hot_rows()
+
+    def _squared_router_norm(self) -> None:
+        tape, sums = self.tape, []
+        for weight in self.routers:
+            square = tape.like(weight, "optimizer_temporary")
+            sums.append(tape.new(1, FP32, "optimizer_temporary"))
+            del square
+        self._stacked_sum(list(sums), FP32)  # here they have a name
+
+    def _stacked_sum(self, numbers: list[Tensor], itemsize: int) -> Tensor:
+        """The numbers go once they are stacked."""
+        stacked = self.tape.new(len(numbers), itemsize, "optimizer_temporary")
+        numbers.clear()
+        total = self.tape.new(1, itemsize, "optimizer_temporary")
+        del stacked
+        return total
+
+    def _squared_hot_norm(self) -> None:
+        tape, row, totals = self.tape, 2 * self.request.model.hidden_size, []
+        for _ in range(self.request.model.num_layers):
+            sums = []
+            for rows in self._hot_parts():
+                wide = tape.new(rows * row, FP64, "optimizer_temporary")
+                sums.append(tape.new(1, FP64, "optimizer_temporary"))
+                del wide
+            totals.append(self._stacked_sum(sums, FP64))
+        self._stacked_sum(totals, FP64)
+
+    def _hot_parts(self) -> list[int]:
+        hot = self.decision.hot_rows
+        return [min(HOT_CHUNK_ROWS, hot - first) for first in range(0, hot, HOT_CHUNK_ROWS)]
+
+    def _update_routers(self) -> None:
+        denominator = None
+        for weight in self.routers:
+            root = self.tape.like(weight, "optimizer_temporary")
+            divided = self.tape.like(weight, "optimizer_temporary")
+            denominator = divided  # the loop's name for the one before lasts until here
+            del root, divided
+        del denominator
+
+    def _update_hot_rows(self) -> None:
+        for _ in range(self.request.model.num_layers):
+            for rows in self._hot_parts():
+                self._update_hot_part(rows)
+
+    def _update_hot_part(self, rows: int) -> None:
+        """Copies of weights and moments, what the bias corrections are computed in, and the denominator."""
+        tape, numel = self.tape, rows * 2 * self.request.model.hidden_size
+        touched = tape.new(rows, BOOL, "optimizer_temporary")
+        copies = [tape.new(numel, MASTER_BYTES, "optimizer_temporary") for _ in range(3)]
+        counts = tape.new(rows, INDEX_BYTES, "optimizer_temporary")
+        exponent = tape.new(rows, FP64, "optimizer_temporary")
+        step_size = self._bias_correction(rows, quotients=2)
+        correction = self._bias_correction(rows, quotients=1)
+        denominator = tape.new(numel, MASTER_BYTES, "optimizer_temporary")
+        del touched, copies, counts, exponent, step_size, correction, denominator
+
+    def _bias_correction(self, rows: int, *, quotients: int) -> Tensor:
+        """A power, its difference to one, what is made of that, and the result in fp32."""
+        tape = self.tape
+        power = tape.new(rows, FP64, "optimizer_temporary")
+        made = [tape.new(rows, FP64, "optimizer_temporary")]
+        del power
+        made += [tape.new(rows, FP64, "optimizer_temporary") for _ in range(quotients)]
+        del made[:-1]
+        return tape.new(rows, FP32, "optimizer_temporary")

@@ -1,0 +1,137 @@
+"""MEFT's simulated step against the emulated device's own books, event by event, and against the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from make_plan import hand_plan  # noqa: E402
+from sessions import EXPERTS  # noqa: E402
+from sparse_setup import decision  # noqa: E402
+from trace_setups import config_of  # noqa: E402
+
+from meft.planner.memory.replayed import peaks_of, replayed_peaks  # noqa: E402
+from meft.planner.models.configs import shape_from_config  # noqa: E402
+from meft.planner.records.plan import Plan  # noqa: E402
+from meft.planner.records.profile_catalogue import load_gpu  # noqa: E402
+from meft.planner.simulation.sparse import simulate_sparse  # noqa: E402
+from meft.planner.simulation.stream import StreamEvent, stream_peaks  # noqa: E402
+from meft.runtime.data.examples import Batch  # noqa: E402
+from meft.runtime.device.books import DeviceBooks  # noqa: E402
+from meft.runtime.device.device import EmulatedDevice  # noqa: E402
+from meft.runtime.device.event_log import EventLog  # noqa: E402
+from meft.runtime.device.lanes import Overlapped  # noqa: E402
+from meft.runtime.session.model_loading import ATTENTION, COMPUTE_DTYPES  # noqa: E402
+from meft.runtime.session.session import WindowEnd, open_session  # noqa: E402
+from meft.runtime.trace.run import trace_plan  # noqa: E402
+
+NARROW = {"adapter_width": 64, "top_k": 4, "active_rows_cap": 48, "rows_in_backward": "refetched"}
+BF16 = {"weights_dtype": "bf16", "adapter_dtype": "bf16"}
+MIXED = {"weights_dtype": "bf16", "adapter_dtype": "fp32"}
+CASES = [
+    ("llama", {}, {}),
+    ("llama", {}, {"batch_size": 1}),
+    ("llama", {}, BF16),
+    ("llama", {"activation_checkpointing": True, "prefetch_depth": 1}, MIXED),
+    ("llama", {"rows_in_backward": "retained"}, {"attention": "eager"}),
+    ("llama", {"activation_checkpointing": True}, BF16 | {"attention": "eager"}),
+    ("llama", EXPERTS | {"prefetch_depth": 1}, MIXED),
+    ("llama", EXPERTS | {"activation_checkpointing": True}, {}),
+    ("llama", {"cached_rows": 32, "gradients_on_device": True}, BF16 | {"grad_accum": 2}),
+    ("llama", EXPERTS | {"hot_rows": 32, "hot_after_steps": 1}, BF16),
+    ("qwen2", {}, {}),
+    ("qwen3", {"activation_checkpointing": True}, MIXED),
+    ("mistral", {}, {}),
+]
+
+
+def plan_of(model_type: str, choice: dict[str, Any], asked: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
+    config = config_of(model_type, num_hidden_layers=3)
+    shape = shape_from_config(config, name=model_type)
+    return hand_plan(shape, decision(**(NARROW | choice)), **({"batch_size": 2, "seq_len": 32} | asked)), config
+
+
+def logged(plan: Plan, config: dict[str, Any], *, windows: int) -> tuple[list[list[StreamEvent]], EmulatedDevice]:
+    """What a real run writes into the books: until the first window, and each window; overlapped."""
+    options = dict(config)
+    made = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
+    model = transformers.AutoModelForCausalLM.from_config(
+        made,
+        dtype=COMPUTE_DTYPES[plan.request.weights_dtype],
+        attn_implementation=ATTENTION[plan.request.attention],
+    )
+    log = EventLog()
+    device = EmulatedDevice(1 << 40, DeviceBooks(1 << 40, log))
+    session = open_session(plan, model, device, seed=0, compiled=False, schedule=Overlapped())
+    try:
+        log.moment("0")
+        for window in range(windows):
+            for left in reversed(range(plan.request.grad_accum)):
+                ids = torch.randint(0, 256, (plan.request.batch_size, plan.request.seq_len))
+                end = None if left else WindowEnd(1e-3, 1.0)
+                session.step(Batch(ids, torch.ones_like(ids), ids), loss_scale=1.0, window_end=end)
+            session.optimizer_step(learning_rate=1e-3, max_norm=1.0)
+            log.moment(str(window + 1))
+        session.drain()
+    finally:
+        session.close()
+    stream = log.stream()
+    ends = [0, *(stream.moments[str(window)] for window in range(windows + 1))]
+    return [list(stream.events[first:last]) for first, last in pairwise(ends)], device
+
+
+def in_order(events: Sequence[StreamEvent]) -> list[object]:
+    """Sizes as they come, and which of them go; the order of those that go together makes no difference."""
+    number = {}
+    for event in events:
+        number.setdefault(event.tensor, len(number))
+    found: list[object] = []
+    for comes, group in groupby(events, key=lambda event: event.num_bytes > 0):
+        some = list(group)
+        found += [event.num_bytes for event in some] if comes else [sorted(number[event.tensor] for event in some)]
+    return found
+
+
+@pytest.mark.parametrize(("model_type", "choice", "asked"), CASES)
+def test_every_tensor_comes_and_goes_as_on_the_emulated_device(model_type, choice, asked) -> None:
+    plan, config = plan_of(model_type, choice, asked)
+    (once, *windows), device = logged(plan, config, windows=3 if plan.decision.hot_rows else 2)
+    simulated = simulate_sparse(plan.request, plan.decision, workspace_bytes=0, emulated=True)
+    attached = len(once)
+    assert in_order(simulated.once[:attached]) == in_order(once)
+    assert in_order(simulated.windows[0]) == in_order(windows[0])
+    assert in_order(simulated.windows[-1]) == in_order(windows[-1])
+    peaks = replayed_peaks(plan.request, plan.decision, load_gpu("emulated"))
+    assert peaks.allocated_bytes == device.peaks().allocated_bytes
+    assert peaks.reserved_bytes == device.peaks().reserved_bytes
+
+
+WIDE = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 8192}
+
+
+@pytest.mark.parametrize(
+    ("choice", "asked"),
+    [
+        ({}, BF16),
+        ({}, {}),
+        ({"activation_checkpointing": True}, MIXED),
+        (EXPERTS | {"prefetch_depth": 1}, BF16),
+        ({}, BF16 | {"attention": "eager"}),
+        ({"hot_rows": 128, "cached_rows": 64, "gradients_on_device": True}, BF16),
+    ],
+)
+def test_on_cuda_it_reserves_what_the_trace_does(choice, asked) -> None:
+    config = config_of("llama", num_hidden_layers=3, **WIDE)
+    shape = shape_from_config(config, name="llama")
+    chosen = decision(**(NARROW | {"adapter_width": 512, "active_rows_cap": 256} | choice))
+    plan = hand_plan(shape, chosen, **({"batch_size": 4, "seq_len": 64} | asked))
+    traced = stream_peaks(trace_plan(plan, config))
+    simulated = peaks_of(simulate_sparse(plan.request, chosen, workspace_bytes=8_519_680, emulated=False))
+    assert simulated.reserved_bytes == traced.reserved_bytes
+    assert simulated.allocated_bytes == pytest.approx(traced.allocated_bytes, rel=1e-4)  # position ids, and the like
