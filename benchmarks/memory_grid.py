@@ -132,9 +132,7 @@ def predicted(setup: TrainingSetup) -> tuple[int, int]:
 
     plan = plan_of_setup(setup)
     rows = [setup.active_rows or 0] * setup.model.num_layers
-    memory = predict_device_memory(
-        request=plan.request, decision=plan.decision, gpu=load_gpu(CARD), active_rows_per_layer=rows
-    )
+    memory = predict_device_memory(request=plan.request, decision=plan.decision, gpu=load_gpu(CARD))
     return memory.peak_allocated_bytes, memory.peak_reserved_bytes
 
 

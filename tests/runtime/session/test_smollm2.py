@@ -46,7 +46,7 @@ def test_the_predicted_peak_is_the_emulated_devices(smollm2, choice, batch) -> N
     plan = plan_for(choice, batch)
     session = open_session(plan, load_frozen_model(plan, smollm2), EmulatedDevice(AMPLE_BYTES), seed=0)
     examples = random_examples(batch[0], length=batch[1], vocab_size=49152)
-    trainer = Trainer(session, examples, TrainingOptions(steps=1), pad_id=0, meft_version="0")
+    trainer = Trainer(session, examples, TrainingOptions(steps=3), pad_id=0, meft_version="0")
     trainer.run()
     predicted = predict_device_memory(
         request=plan.request,
