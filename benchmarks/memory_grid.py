@@ -124,14 +124,13 @@ def compare(name: str, setup: TrainingSetup, config: dict[str, Any]) -> Result:
 
 
 def predicted(setup: TrainingSetup) -> tuple[int, int]:
-    """Allocated and reserved peaks without a trace: simulated, or for MEFT by its closed form."""
+    """Allocated and reserved peaks without a trace: simulated, or for MEFT replayed, its rows at their cap."""
     if setup.method != "meft":
         peaks = stream_peaks(simulate(setup))
         return peaks.allocated_bytes, peaks.reserved_bytes
     from meft.runtime.trace.meft import plan_of_setup
 
     plan = plan_of_setup(setup)
-    rows = [setup.active_rows or 0] * setup.model.num_layers
     memory = predict_device_memory(request=plan.request, decision=plan.decision, gpu=load_gpu(CARD))
     return memory.peak_allocated_bytes, memory.peak_reserved_bytes
 
