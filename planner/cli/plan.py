@@ -58,8 +58,9 @@ def plan_command(
     found = find_plan(RequestOptions.taken_from(given), verify=verify)
     if not isinstance(found, Planned):
         refuse(context, found, as_json=as_json)
-    _write(output, found.plan.to_json(), option="-o")
-    if before not in (None, found.plan.to_json()):
+    text = found.plan.to_json()
+    _write(output, text, option="-o")
+    if before not in (None, text):
         click.echo(f"meft-plan: {output} held another plan, which this one has replaced", err=True)
     if trace is not None:
         from meft.planner.timing.chrome import chrome_trace
@@ -70,7 +71,7 @@ def plan_command(
 
         plot_plan(found.plan, simulated_step(found), plot)
     if as_json:
-        click.echo(found.plan.to_json(), nl=False)
+        click.echo(text, nl=False)
     else:
         _show(found, output, tokens=tokens, verbose=verbose, also=[path for path in (plot, trace) if path is not None])
 

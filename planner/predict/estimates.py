@@ -25,6 +25,7 @@ from meft.planner.records.plan import (
 from meft.planner.records.profiles import GpuProfile, LinkProfile
 from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
 from meft.planner.simulation.run import simulate
+from meft.planner.simulation.sparse import setup_of
 from meft.planner.simulation.stream import Stream, StreamPeaks, stream_peaks
 from meft.planner.timing.dense import dense_step_seconds
 from meft.planner.traffic.transfer import LOSS_BYTES, input_bytes
@@ -207,21 +208,8 @@ def with_trace(estimate: Estimate, stream: Stream) -> Estimate:
 
 def meft_setup(request: Request, decision: Decision) -> TrainingSetup:
     """The setup that a decision amounts to: AdamW on the host, stock loss, outputs let go."""
-    return TrainingSetup(
-        model=request.model,
-        method="meft",
-        adapter_width=decision.adapter_width,
-        top_k=decision.top_k,
-        weights_dtype=request.weights_dtype,
-        double_quant=request.double_quant,
-        adapter_dtype=request.adapter_dtype,
-        batch_size=request.batch_size,
-        seq_len=request.seq_len,
-        grad_accum=request.grad_accum,
-        activation_checkpointing=decision.activation_checkpointing,
-        attention=request.attention,
-        outputs_kept=False,
-    )
+    sizes = {"adapter_width": decision.adapter_width, "top_k": decision.top_k}
+    return setup_of(request, decision).model_copy(update=sizes)
 
 
 def dense_peaks(setup: TrainingSetup, gpu: GpuProfile) -> StreamPeaks:

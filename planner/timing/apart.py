@@ -20,6 +20,7 @@ Seconds of tasks are numbers, ``[n]`` over candidates, or ``[L, n]`` by layer (`
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
@@ -49,13 +50,13 @@ CHUNK = 8192
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Tasks:
+class _Tasks(ABC):
     """Seconds of tasks."""
 
     @property
+    @abstractmethod
     def by_layer(self) -> Seconds:
         """Some task's seconds ``[L, n]``; all have as many layers."""
-        raise NotImplementedError
 
     @property
     def count(self) -> int:
