@@ -18,7 +18,7 @@ from meft.planner.base.units import format_bytes
 from meft.planner.cli.options import PATH, SIZE
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from meft.planner.render.tables import View
 
 
 @click.command("replay", short_help="A recorded stream of allocations, through the allocator model.")
@@ -87,11 +87,10 @@ def _line(recording: Recording, ended: OutOfMemory) -> str:
     return f"event {ended.event} of {len(recording)} ({place}): {ended.message}; give a larger --capacity"
 
 
-def _view(result: ReplayResult, trace: Path, capacity: int | None, *, warm: bool) -> RenderableType:
+def _view(result: ReplayResult, trace: Path, capacity: int | None, *, warm: bool) -> View:
     """Simulated beside recorded."""
-    from rich.console import Group
 
-    from meft.planner.render.tables import grid, lines
+    from meft.planner.render.tables import grid, lines, stacked
 
     rows = [
         ("peak reserved", format_bytes(result.peak_reserved_bytes), format_bytes(result.recorded_peak_reserved_bytes)),
@@ -107,4 +106,4 @@ def _view(result: ReplayResult, trace: Path, capacity: int | None, *, warm: bool
     texts = [f"Replay of {trace}: {mode}, {limit}", exact]
     if result.exact_events == 0 and not warm:
         texts.append("it may start warm: its start state goes with it as --init INIT.json")
-    return Group(lines(texts), grid(("", "simulated", "recorded"), rows, right=(1, 2)))
+    return stacked(lines(texts), grid(("", "simulated", "recorded"), rows, right=(1, 2)))

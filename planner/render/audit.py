@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from rich.console import Group, RenderableType
-
 from meft.planner.base.units import format_bytes, format_seconds
 from meft.planner.check.audit import Audit, AuditRow
 from meft.planner.check.counted_bytes import CategoryCheck
-from meft.planner.render.tables import Columns, Paragraph, grid, lines, percent, section
+from meft.planner.render.tables import Columns, Paragraph, View, grid, lines, percent, section, stacked
 
 
-def audit_view(audit: Audit, *, verbose: bool) -> RenderableType:
+def audit_view(audit: Audit, *, verbose: bool) -> View:
     """Predicted, observed and ratio with the basis of each, then the verdict."""
     steps = f"{audit.steps} step{'s' * (audit.steps != 1)}"
     head = f"Predicted against observed on {audit.device_name}, {steps}"
     headers = ("quantity", "predicted", "observed", "ratio", "basis", "rule")
     table = Columns(headers, map(_line, audit.rows), right=(1, 2, 3), optional=(4,), gap=1)
-    parts: list[RenderableType] = [Paragraph(head, style="bold"), table]
+    parts: list[View] = [Paragraph(head, style="bold"), table]
     if verbose or not audit.transfer_exact:
         parts.append(section("Transfer by category, given the observed rows", _categories(audit.transfer)))
     exact = "equal" if audit.transfer_exact else "DO NOT equal"
@@ -25,7 +23,7 @@ def audit_view(audit: Audit, *, verbose: bool) -> RenderableType:
         *audit.notes,
         f"{'PASSED' if audit.passed else 'FAILED'}: {_tally(audit)}",
     ]
-    return Group(*parts, lines(closing))
+    return stacked(*parts, lines(closing))
 
 
 def _line(row: AuditRow) -> tuple[str, ...]:
@@ -51,7 +49,7 @@ def _rule(row: AuditRow) -> str:
     return f"{rule}: {'ok' if row.holds else 'MISSED'}"
 
 
-def _categories(checks: tuple[CategoryCheck, ...]) -> RenderableType:
+def _categories(checks: tuple[CategoryCheck, ...]) -> View:
     rows = [
         (
             check.direction,

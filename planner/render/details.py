@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from rich.console import Group, RenderableType
-
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.records.plan import LANES, MemoryEntry, Objective, ParetoPoint, Phase, Plan, Verification
-from meft.planner.render.tables import count, grid, lines, percent, section
+from meft.planner.render.tables import View, count, grid, lines, percent, section, stacked
 from meft.planner.search.levers import reserved_at_most
 from meft.planner.terms.ledger import STEP_PHASES
 
@@ -67,7 +65,7 @@ def grouped_bytes(entries: Iterable[MemoryEntry]) -> dict[str, dict[Phase, int]]
 # --- a plan ---------------------------------------------------------------------------------------------------------
 
 
-def detail_sections(plan: Plan) -> list[RenderableType]:
+def detail_sections(plan: Plan) -> list[View]:
     """Every choice with its reason, every table, every entry and number with its source."""
     parts = [
         _headline(plan),
@@ -97,7 +95,7 @@ def limits_used(plan: Plan) -> list[tuple[str, float]]:
     return sorted(used, key=lambda item: -item[1])
 
 
-def _headline(plan: Plan) -> RenderableType:
+def _headline(plan: Plan) -> View:
     request = plan.request
     weights = request.weights_dtype + (" (double-quantized)" if request.double_quant else "")
     return lines(
@@ -115,7 +113,7 @@ def _decision_title(plan: Plan) -> str:
     return f"Decision: {_WANTED[objective]} of {search.feasible:,} that fit, {search.candidates:,} weighed"
 
 
-def _decision(plan: Plan) -> RenderableType:
+def _decision(plan: Plan) -> View:
     decision = plan.decision
     rows = [
         ("adapter width", f"{decision.adapter_width:,}", _why_width(plan)),
@@ -225,7 +223,7 @@ def _device_title(plan: Plan) -> str:
     return title + (f" (CUDA context: {context})" if memory.context_bytes.high_bytes else "")
 
 
-def _device(plan: Plan) -> RenderableType:
+def _device(plan: Plan) -> View:
     memory = plan.prediction.device_memory
     sizes = grouped_bytes(memory.entries)
     unit, name = _unit(memory.peak_allocated_bytes)
@@ -241,10 +239,10 @@ def _device(plan: Plan) -> RenderableType:
     least_first = sorted(range(len(STEP_PHASES)), key=lambda place: totals[STEP_PHASES[place]])
     optional = [place + 1 for place in least_first if STEP_PHASES[place] != memory.peak_phase]
     view = grid(headers, table, right=range(1, len(headers)), wrapping=0, optional=optional)
-    return Group(view, lines([after]))
+    return stacked(view, lines([after]))
 
 
-def _verification(plan: Plan, traced: Verification) -> RenderableType:
+def _verification(plan: Plan, traced: Verification) -> View:
     memory = plan.prediction.device_memory
     pairs = (
         ("allocated, expected rows", memory.peak_allocated_bytes, traced.peak_allocated_bytes),
@@ -260,7 +258,7 @@ def _verification(plan: Plan, traced: Verification) -> RenderableType:
     after = "two steps of the model's own code, replayed through the allocator"
     if traced.cache_flushes_at_cap:
         after += f"; it stays within the budget only by giving back its cache {traced.cache_flushes_at_cap} times"
-    return Group(grid(("peak", "predicted", "traced", "ratio"), rows, right=(1, 2, 3)), lines([after]))
+    return stacked(grid(("peak", "predicted", "traced", "ratio"), rows, right=(1, 2, 3)), lines([after]))
 
 
 def _unit(largest_bytes: int) -> tuple[int, str]:
@@ -277,7 +275,7 @@ def _host_title(plan: Plan) -> str:
     return f"Host memory: {total} of {format_bytes(request.host_mem_bytes)} ({request.host_mem_basis})"
 
 
-def _host(plan: Plan) -> RenderableType:
+def _host(plan: Plan) -> View:
     total = plan.prediction.host_memory.total_bytes
     entries = sorted(plan.prediction.host_memory.entries, key=lambda entry: -entry.num_bytes)
     large = [entry for entry in entries if entry.num_bytes >= total / 100]
@@ -287,7 +285,7 @@ def _host(plan: Plan) -> RenderableType:
     return lines([", ".join([*texts, *([f"staging and counts {format_bytes(rest)}"] if rest else [])])])
 
 
-def _transfer(plan: Plan) -> RenderableType:
+def _transfer(plan: Plan) -> View:
     transfer = plan.prediction.transfer
     rows = [
         (
@@ -308,7 +306,7 @@ def _transfer(plan: Plan) -> RenderableType:
             f"{format_bytes(round(total_bytes))} per step in all"
         )
     offload = f"moving the whole adapter both ways would cost {transfer.whole_adapter_offload_ratio:.2f} times as much"
-    return Group(grid(("", "to device", "to host"), [*rows, total], right=(1, 2)), lines([*after, offload]))
+    return stacked(grid(("", "to device", "to host"), [*rows, total], right=(1, 2)), lines([*after, offload]))
 
 
 def _time_title(plan: Plan) -> str:
@@ -320,7 +318,7 @@ def _time_title(plan: Plan) -> str:
     )
 
 
-def _lanes(plan: Plan) -> RenderableType:
+def _lanes(plan: Plan) -> View:
     timing = plan.prediction.timing
     busy = [
         f"{lane} {format_seconds(timing.busy_seconds[lane])} "
@@ -331,7 +329,7 @@ def _lanes(plan: Plan) -> RenderableType:
     return lines([f"busy: {', '.join(busy)}"])
 
 
-def _pareto(plan: Plan) -> RenderableType:
+def _pareto(plan: Plan) -> View:
     others = [point for point in plan.search.pareto if point.decision != plan.decision]
     rows = [
         (
@@ -387,7 +385,7 @@ def _basis_lines(plan: Plan) -> list[str]:
     ]
 
 
-def ledger(entries: Iterable[MemoryEntry]) -> RenderableType:
+def ledger(entries: Iterable[MemoryEntry]) -> View:
     """Every entry with its reason."""
     rows = [
         (entry.phase, entry.category, format_bytes(entry.num_bytes), entry.basis, entry.because) for entry in entries
@@ -395,7 +393,7 @@ def ledger(entries: Iterable[MemoryEntry]) -> RenderableType:
     return grid(("phase", "category", "bytes", "basis", "because"), rows, right=(2,), optional=(3,))
 
 
-def _sources(plan: Plan) -> list[RenderableType]:
+def _sources(plan: Plan) -> list[View]:
     numbers = [(n.name, f"{n.value:.6g}", n.basis, n.source) for n in plan.inputs.numbers]
     profiles = [(used.kind, used.name, used.digest[:12]) for used in plan.inputs.profiles]
     return [

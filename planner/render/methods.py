@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
-
 from meft.planner.base.units import format_bytes, format_seconds
 from meft.planner.predict.comparison import MethodComparison, MethodRow
 from meft.planner.predict.estimates import Estimate, reserved_at_most
 from meft.planner.records.plan import MemoryEntry
 from meft.planner.render.details import ledger
-from meft.planner.render.tables import count, grid, lines, percent, section
+from meft.planner.render.tables import View, count, grid, lines, percent, section, stacked
 
 
-def estimate_view(estimate: Estimate, *, notes: Sequence[str]) -> RenderableType:
+def estimate_view(estimate: Estimate, *, notes: Sequence[str]) -> View:
     """One configuration: whether it fits, totals, every entry, what is left out."""
     process = estimate.process_bytes
     rows = [
@@ -39,10 +37,10 @@ def estimate_view(estimate: Estimate, *, notes: Sequence[str]) -> RenderableType
     parts.append(section("Left out", lines(estimate.leaves_out)))
     if notes:
         parts.append(section("Taken for granted", lines(notes)))
-    return Group(*parts)
+    return stacked(*parts)
 
 
-def comparison_view(comparison: MethodComparison) -> RenderableType:
+def comparison_view(comparison: MethodComparison) -> View:
     """Every method at its usual size, the same whatever the budget, then at the largest size that fits this one."""
     request = comparison.request
     budget = f"{format_bytes(request.gpu_mem_bytes)} on {request.gpu}"
@@ -55,7 +53,7 @@ def comparison_view(comparison: MethodComparison) -> RenderableType:
     usual_sizes = "; ".join(f"{row.method}: {row.usual_because}" for row in comparison.rows)
     largest_sizes = "; ".join(f"{row.method}: {row.largest_because}" for row in comparison.rows)
     notes = [f"usual: {usual_sizes}", f"largest: {largest_sizes}", _CHECKPOINTING, *comparison.notes]
-    return Group(
+    return stacked(
         lines([head]),
         section("At the usual size: alike at every budget, which decides what fits", _table(usual)),
         section(f"At the largest size that fits {budget}: others at other budgets", _table(largest)),
@@ -69,7 +67,7 @@ _OPTIONAL = (6, 5, 7, 3)
 _CHECKPOINTING = "ckpt: activation checkpointing, which computes layers again in backward instead of keeping them"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> RenderableType:
+def _table(rows: Sequence[Sequence[str]]) -> View:
     return grid(_HEADERS, rows, right=(1, 3, 4, 5, 6, 7), optional=_OPTIONAL)
 
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
-
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.memory.disk import disk
 from meft.planner.records.plan import Objective, Plan
 from meft.planner.render.details import detail_sections, grouped_bytes, limits_used
-from meft.planner.render.tables import Columns, Command, Paragraph, count, grid, lines, percent, section
+from meft.planner.render.tables import Columns, Command, Paragraph, View, count, grid, lines, percent, section, stacked
 from meft.planner.search.levers import Lever, reserved_at_most
 
 LEVERS_SHOWN = 4
@@ -45,12 +43,12 @@ def plan_view(
     verbose: bool,
     levers: Sequence[Lever] = (),
     tokens: int | None = None,
-) -> RenderableType:
+) -> View:
     """The verdict, the decision, what it needs, and what would make it need less; ``verbose`` adds all the rest.
 
     ``tokens`` are those of a data set, whose hours are told.
     """
-    parts: list[RenderableType] = [
+    parts: list[View] = [
         *_verdict(plan, tokens),
         section(_decision_title(plan), _decision(plan)),
         section("Needs, at most", _needs(plan)),
@@ -61,7 +59,7 @@ def plan_view(
     if verbose:
         parts += detail_sections(plan)
     parts.append(Command(next_command(plan, path), title="Next:"))
-    return Group(*parts)
+    return stacked(*parts)
 
 
 def next_command(plan: Plan, path: str) -> list[str]:
@@ -75,7 +73,7 @@ def next_command(plan: Plan, path: str) -> list[str]:
 # --- the verdict ----------------------------------------------------------------------------------------------------
 
 
-def _verdict(plan: Plan, tokens: int | None) -> list[RenderableType]:
+def _verdict(plan: Plan, tokens: int | None) -> list[View]:
     request, prediction = plan.request, plan.prediction
     memory, timing = prediction.device_memory, prediction.timing
     spare = memory.allocator_budget_bytes - reserved_at_most(prediction)
@@ -130,7 +128,7 @@ def _decision_title(plan: Plan) -> str:
     return f"Decision: {_WANTED[plan.request.objective]} of {search.feasible:,} choices that fit"
 
 
-def _decision(plan: Plan) -> RenderableType:
+def _decision(plan: Plan) -> View:
     request, decision = plan.request, plan.decision
     rows = [
         ("adapter width", f"{decision.adapter_width:,}", _said(request.adapter_width, _about_width(plan))),
@@ -204,7 +202,7 @@ def _about_checkpointing(plan: Plan) -> str:
 # --- what it needs --------------------------------------------------------------------------------------------------
 
 
-def _needs(plan: Plan) -> RenderableType:
+def _needs(plan: Plan) -> View:
     request, prediction = plan.request, plan.prediction
     memory, on_host = prediction.device_memory, prediction.host_memory.total_bytes
     on_device = reserved_at_most(prediction) + memory.context_bytes.high_bytes

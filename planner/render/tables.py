@@ -3,7 +3,8 @@
 A table that is too wide leaves out whole columns, the least important first, and says which; where even those that
 must be there do not fit, its rows are stacked. A number is never cut, nor a cell.
 
-Colour and width follow the terminal; piped, the text is plain and 100 columns wide (or ``COLUMNS``).
+Style and width follow the terminal; piped, the text is plain and 100 columns wide (or ``COLUMNS``). A view is what can
+say its lines at a width; nothing here needs more of a library than ``click``'s styles, and a plan starts the sooner.
 """
 
 from __future__ import annotations
@@ -11,34 +12,73 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Literal, Protocol, TypeAlias
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+import click
 
 PIPED_WIDTH = 100
 GAP, NARROW_GAP = 2, 1
+INDENT = 2
 _GLUE = "\N{NO-BREAK SPACE}"
 _BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:[KMG]iB|B|[BMk]|%|us|ms|s|min|h|days)(?!\w))")
 READABLE_WIDTH = 24
 """A column of text is not wrapped narrower than this, or its longest word, as long as columns can be left out."""
 
+Style: TypeAlias = Literal["plain", "dim", "bold"]
 
-def show(view: RenderableType) -> None:
-    """Print on standard output: in the terminal's colours and width, or plain without trailing spaces."""
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a view, all of it in one style."""
+
+    text: str
+    style: Style = "plain"
+
+
+class View(Protocol):
+    """What can be shown."""
+
+    def lines(self, width: int) -> Iterator[Line]:
+        """Its lines, none longer than ``width`` columns unless a word of it is."""
+
+
+def show(view: View) -> None:
+    """Print on standard output: in the terminal's styles and width, or plain without trailing spaces."""
     piped = not sys.stdout.isatty()
-    console = Console(highlight=False, width=PIPED_WIDTH if piped and "COLUMNS" not in os.environ else None)
-    if not piped:
-        console.print(view)
-        return
-    with console.capture() as captured:
-        console.print(view)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    width = PIPED_WIDTH if piped and "COLUMNS" not in os.environ else shutil.get_terminal_size().columns
+    for line in view.lines(width):
+        text = line.text.rstrip()
+        click.echo(text if line.style == "plain" else click.style(text, **{line.style: True}))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Views one below the other."""
+
+    parts: tuple[View, ...]
+
+    def lines(self, width: int) -> Iterator[Line]:
+        """Of each in turn."""
+        for part in self.parts:
+            yield from part.lines(width)
+
+
+@dataclass(frozen=True)
+class Indented:
+    """A view further to the right."""
+
+    view: View
+
+    def lines(self, width: int) -> Iterator[Line]:
+        """Its lines where there is so much less room."""
+        for line in self.view.lines(max(width - INDENT, 1)):
+            yield Line(" " * INDENT + line.text, line.style)
 
 
 class Columns:
@@ -65,18 +105,18 @@ class Columns:
         self.optional = tuple(optional)
         self.gap = gap
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def lines(self, width: int) -> Iterator[Line]:
         """The widest form that fits."""
         for left_out in range(len(self.optional) + 1):
             shown = [index for index in range(len(self.headers)) if index not in self.optional[:left_out]]
             for gap in (self.gap, min(NARROW_GAP, self.gap)):
-                if sum(map(self._least_width, shown)) + gap * (len(shown) - 1) <= options.max_width:
-                    yield self._table(shown, gap, options.max_width)
+                if sum(map(self._least_width, shown)) + gap * (len(shown) - 1) <= width:
+                    yield from self._table(shown, gap, width)
                     if left_out:
                         names = ", ".join(self.headers[index] for index in sorted(self.optional[:left_out]))
-                        yield Paragraph(f"(too narrow for: {names})", style="dim")
+                        yield from Paragraph(f"(too narrow for: {names})", style="dim").lines(width)
                     return
-        yield self._stacked()
+        yield from self._stacked().lines(width)
 
     def _cells(self, index: int) -> list[str]:
         return [self.headers[index], *(row[index] for row in self.rows)]
@@ -90,22 +130,31 @@ class Columns:
         longest_word = max((len(word) for cell in cells for word in _glued(cell).split(" ")), default=0)
         return max(longest_word, min(READABLE_WIDTH, widest))
 
-    def _table(self, shown: Sequence[int], gap: int, width: int) -> Table:
-        headed = any(self.headers)
-        table = Table(box=None, show_header=headed, header_style="dim", pad_edge=False, padding=(0, gap, 0, 0))
-        left = width - gap * (len(shown) - 1)
-        widths = {index: max(map(len, self._cells(index))) for index in shown if index != self.wrapping}
-        for index in shown:
-            justify: Literal["left", "right"] = "right" if index in self.right else "left"
-            table.add_column(Text(self.headers[index]), justify=justify, no_wrap=True)
-        room = left - sum(widths.values())
-        for row in self.rows:
-            table.add_row(*(Text(row[index] if index in widths else wrapped(row[index], room)) for index in shown))
-        return table
+    def _table(self, shown: Sequence[int], gap: int, width: int) -> Iterator[Line]:
+        widths = {index: max(map(len, self._cells(index))) for index in shown}
+        if self.wrapping in widths:
+            others = sum(length for index, length in widths.items() if index != self.wrapping)
+            widths[self.wrapping] = min(widths[self.wrapping], width - gap * (len(shown) - 1) - others)
 
-    def _stacked(self) -> RenderableType:
+        def across(texts: Iterable[str]) -> str:
+            return (" " * gap).join(
+                text.rjust(widths[index]) if index in self.right else text.ljust(widths[index])
+                for index, text in zip(shown, texts, strict=True)
+            )
+
+        if any(self.headers):
+            yield Line(across(self.headers[index] for index in shown), "dim")
+        for row in self.rows:
+            cells = [
+                wrapped(row[index], widths[index]).split("\n") if index == self.wrapping else [row[index]]
+                for index in shown
+            ]
+            for texts in zip_longest(*cells, fillvalue=""):
+                yield Line(across(texts))
+
+    def _stacked(self) -> View:
         """Each row as its first cell, and under it the others by name."""
-        parts: list[RenderableType] = [Paragraph(self.headers[0], style="dim")] if self.headers[0].strip() else []
+        parts: list[View] = [Paragraph(self.headers[0], style="dim")] if self.headers[0].strip() else []
         for row in self.rows:
             if row[0]:
                 parts.append(Paragraph(row[0]))
@@ -114,20 +163,21 @@ class Columns:
                 for header, cell in zip(self.headers[1:], row[1:], strict=True)
                 if cell
             ]
-            parts.append(Padding(Paragraph(", ".join(cells)), (0, 0, 0, 2)))
-        return Group(*parts)
+            parts.append(Indented(Paragraph(", ".join(cells))))
+        return Group(tuple(parts))
 
 
 class Paragraph:
     """Text that wraps between words, a number never apart from its unit."""
 
-    def __init__(self, text: str, *, style: str = "") -> None:
+    def __init__(self, text: str, *, style: Style = "plain") -> None:
         self.text = text
         self.style = style
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """As many lines as it takes."""
-        yield Text(wrapped(self.text, options.max_width), style=self.style, overflow="fold")
+    def lines(self, width: int) -> Iterator[Line]:
+        """As many as it takes."""
+        for text in wrapped(self.text, width).split("\n"):
+            yield from (Line(part, self.style) for part in _folded(text, width))
 
 
 class Command:
@@ -137,18 +187,18 @@ class Command:
         self.words = [shlex.quote(word) for word in words]
         self.title = title
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """No word is broken."""
+    def lines(self, width: int) -> Iterator[Line]:
+        """No word is broken unless it is longer than a line."""
         first, *units = self._units()
         parts, line = [], f"{self.title} {first}".strip()
         for unit in units:
-            if len(line) + len(unit) + len(" \\") >= options.max_width:
+            if len(line) + len(unit) + len(" \\") >= width:
                 parts.append(f"{line} \\")
                 line = f"  {unit}"
             else:
                 line += f" {unit}"
         for text in (*parts, line):
-            yield Text(text, overflow="fold")
+            yield from (Line(part) for part in _folded(text, width))
 
     def _units(self) -> list[str]:
         """Words, an option with its value."""
@@ -161,9 +211,14 @@ class Command:
         return units
 
 
-def section(title: str, body: RenderableType) -> RenderableType:
+def stacked(*parts: View) -> View:
+    """One below the other."""
+    return Group(parts)
+
+
+def section(title: str, body: View) -> View:
     """A heading in bold and what is under it, indented."""
-    return Group(Paragraph(title, style="bold"), Padding(body, (0, 0, 0, 2)))
+    return stacked(Paragraph(title, style="bold"), Indented(body))
 
 
 def grid(
@@ -180,9 +235,9 @@ def grid(
     return Columns(headers, rows, right=right, wrapping=wraps, optional=optional, gap=gap)
 
 
-def lines(texts: Iterable[str]) -> RenderableType:
+def lines(texts: Iterable[str]) -> View:
     """Plain lines, wrapped."""
-    return Group(*map(Paragraph, texts))
+    return Group(tuple(map(Paragraph, texts)))
 
 
 def wrapped(text: str, width: int) -> str:
@@ -192,6 +247,11 @@ def wrapped(text: str, width: int) -> str:
         _glued(text), max(width, 1), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
     return "\n".join(parts).replace(_GLUE, " ")
+
+
+def _folded(text: str, width: int) -> list[str]:
+    """A line in parts of at most ``width``: only a word that is longer than a line comes to more than one."""
+    return [text[first : first + width] for first in range(0, len(text), max(width, 1))] or [""]
 
 
 def _glued(text: str) -> str:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console, RenderableType
 
-from meft.planner.render.tables import Columns, Command, lines, section, wrapped
+from meft.planner.render.tables import Columns, Command, View, lines, section, show, wrapped
 
 HEADERS = ("method", "size", "device", "traffic", "fits")
 ROWS = [("parallel-adapter", "1,536", "20.44 GiB", "1,007 MiB", "yes"), ("lora", "16", "16.55 GiB", "8.0 KiB", "no")]
 
 
-def rendered(view: RenderableType, width: int) -> str:
-    console = Console(width=width, highlight=False)
-    with console.capture() as captured:
-        console.print(view)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+def rendered(view: View, width: int) -> str:
+    return "\n".join(line.text.rstrip() for line in view.lines(width))
 
 
 def table() -> Columns:
@@ -95,3 +92,15 @@ def test_a_command_can_be_typed_as_it_stands(width: int) -> None:
 def test_an_option_stays_with_its_value() -> None:
     text = rendered(Command(["meft-run", "--model", "DIR", "--data", "F"]), 22)
     assert text == "meft-run --model DIR \\\n  --data F"
+
+
+def test_styles_go_to_a_terminal_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    view = section("title", table())
+    show(view)
+    assert capsys.readouterr().out.splitlines() == rendered(view, 100).splitlines()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    show(view)
+    title, header, *rows = capsys.readouterr().out.splitlines()
+    assert (title, header[:4], header[-4:]) == ("\x1b[1mtitle\x1b[0m", "\x1b[2m", "\x1b[0m")
+    assert rows == rendered(view, 60).splitlines()[2:]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from io import StringIO
 from typing import Any
 
 import numpy as np
 import pytest
 from planner_records import decision_of, gpu_profile, request_of, sparsity_profile, tiny_shape
 from pydantic import ValidationError
-from rich.console import Console
 
 from meft.planner.base.errors import UsageError
 from meft.planner.memory.device import predict_device_memory
@@ -201,9 +199,7 @@ def test_a_profile_that_does_not_know_is_not_guessed_at() -> None:
 
 
 def rendered(plan: Plan, *, verbose: bool = False) -> str:
-    console = Console(file=StringIO(), width=200)
-    console.print(plan_view(plan, path="plan.json", notes=[], verbose=verbose))
-    return console.file.getvalue()
+    return "\n".join(line.text for line in plan_view(plan, path="plan.json", notes=[], verbose=verbose).lines(200))
 
 
 def test_as_many_as_asked_in_every_candidate() -> None:
