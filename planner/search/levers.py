@@ -12,7 +12,7 @@ from typing import Any
 from meft.planner.base.schema import Record
 from meft.planner.predict.prediction import ProfileSet, predict
 from meft.planner.records.plan import Decision, Prediction, Request
-from meft.planner.traffic.sparsity import predict_sparsity
+from meft.planner.traffic.sparsity import expected_active_rows
 
 SHORTEST_SEQUENCE = 32
 
@@ -149,12 +149,8 @@ def _of_width(decision: Decision, width: int) -> dict[str, Any]:
 def _recapped(before: Request, after: Request, decision: Decision, profiles: ProfileSet) -> Decision:
     """The decision with a cap as far above the rows that are expected after the change as it was before."""
     rows_before, rows_after = (
-        max(predict_sparsity(profiles.sparsity, request=request, decision=_uncapped(decision)).active_rows_per_layer)
+        int(expected_active_rows(profiles.sparsity, request=request, decision=decision).max())
         for request in (before, after)
     )
     cap = -(-decision.active_rows_cap * rows_after // rows_before)
     return _decided(decision, active_rows_cap=min(max(cap, decision.top_k), decision.adapter_width))
-
-
-def _uncapped(decision: Decision) -> Decision:
-    return _decided(decision, active_rows_cap=decision.adapter_width)

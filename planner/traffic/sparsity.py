@@ -21,7 +21,6 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -239,26 +238,12 @@ def window_rows(
     alike, and those kept are the rows of the first ones.
     """
 
-    cached_rows, hot_rows = candidates.cached_rows, candidates.hot_rows
-    share = hot_share(profile, hot_rows=hot_rows, adapter_width=candidates.adapter_width)
-
-    def union(micro_batches: int) -> NDArray[np.int64]:
-        rows = active_rows_per_layer(
-            profile,
-            num_layers,
-            tokens=tokens * micro_batches,
-            top_k=candidates.top_k,
-            adapter_width=candidates.adapter_width,
-            key_experts=candidates.key_experts,
-        )
-        rows = np.minimum(distinct_layers(rows), candidates.active_rows_cap * micro_batches)
-        return rows - hot_active_rows(rows, hot_rows=hot_rows, share=share)
-
-    before = np.zeros_like(union(1))
+    cached_rows = candidates.cached_rows
+    unions = _window_unions(profile, num_layers, tokens=tokens, grad_accum=grad_accum, candidates=candidates)
+    missed = unions[:, 0]
+    before = np.zeros_like(missed)
     missing = overflow = before.astype(np.float64)
-    missed: NDArray[np.int64] = union(1)
-    for micro_batch in range(1, grad_accum + 1):
-        after = union(micro_batch)
+    for after in np.moveaxis(unions, 1, 0):
         full = before >= cached_rows
         missed = np.where(full, missed, after - before)
         missing = missing + missed
@@ -271,6 +256,29 @@ def window_rows(
 
     kept = np.broadcast_to(np.minimum(before, cached_rows), shape)
     return WindowRows(missing=mean(missing), overflow=mean(overflow), kept=kept)
+
+
+def _window_unions(
+    profile: SparsityProfile, num_layers: int, *, tokens: Ints, grad_accum: int, candidates: Candidates
+) -> NDArray[np.int64]:
+    """Rows that the first 1, 2, ... micro-batches of a window activate, without hot ones: ``[L, grad_accum, ...]``,
+    layers that are one by construction once."""
+    width, hot_rows = candidates.adapter_width, candidates.hot_rows
+    of_decisions = (candidates.top_k, width, candidates.key_experts, candidates.active_rows_cap, hot_rows)
+    axes = max(map(np.ndim, of_decisions))
+    micro_batches = np.arange(1, grad_accum + 1).reshape(-1, *(1,) * axes)
+    rows = active_rows_per_layer(
+        profile,
+        num_layers,
+        tokens=tokens * micro_batches,
+        top_k=candidates.top_k,
+        adapter_width=width,
+        key_experts=candidates.key_experts,
+    )
+    rows = np.minimum(distinct_layers(rows), candidates.active_rows_cap * micro_batches)
+    return rows - hot_active_rows(
+        rows, hot_rows=hot_rows, share=hot_share(profile, hot_rows=hot_rows, adapter_width=width)
+    )
 
 
 def hot_rows_among(
@@ -292,14 +300,29 @@ def hot_rows_among(
     return HotRows(per_layer=hot_rows, active=among(active_rows), in_window=among(window_active_rows))
 
 
+def expected_active_rows(
+    profile: SparsityProfile, *, request: Request, decision: Decision, micro_batches: int = 1
+) -> NDArray[np.int64]:
+    """Rows that so many micro-batches activate together, ``[L]``, were there no cap."""
+    return active_rows_per_layer(
+        at_seq_len(profile, request.seq_len),
+        request.model.num_layers,
+        tokens=request.tokens_per_step * micro_batches,
+        top_k=decision.top_k,
+        adapter_width=decision.adapter_width,
+        key_experts=decision.routing == "key-experts",
+    )
+
+
 def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: Decision) -> Sparsity:
     """Active rows of a micro-batch and of an accumulation window, per layer, under the decision's cap."""
     num_layers, tokens = request.model.num_layers, request.tokens_per_step
+    width, cap = decision.adapter_width, decision.active_rows_cap
+    step, window = (
+        expected_active_rows(profile, request=request, decision=decision, micro_batches=micro_batches)
+        for micro_batches in (1, request.grad_accum)
+    )
     profile = at_seq_len(profile, request.seq_len)
-    width, top_k, cap = decision.adapter_width, decision.top_k, decision.active_rows_cap
-    experts = decision.routing == "key-experts"
-    union = partial(active_rows_per_layer, profile, num_layers, top_k=top_k, adapter_width=width, key_experts=experts)
-    step, window = union(tokens=tokens), union(tokens=tokens * request.grad_accum)
     cached: dict[str, tuple[int, ...]] = {}
     if decision.cached_rows:
         rows = window_rows(
