@@ -28,7 +28,7 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
 from meft.planner.records.plan import Decision, Plan, Request, SearchSummary
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
-from meft.runtime.adapter.adapter import ffn_modules
+from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.adapter.oracle import DenseAdapter
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import EmulatedDevice

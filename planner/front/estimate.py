@@ -57,8 +57,20 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "keep_outputs": _DENSE,
     "padding": _DENSE,
 }
-_WHAT_MEFT_RUNS = {"autocast": "none", "optimizer": "adamw", "loss": "hf"}
-"""What the runtime does whatever is asked: saying it is no error."""
+_SAYS_NOTHING: dict[str, tuple[object, ...]] = {
+    "lora_dropout": (0.0,),
+    "kbit_preparation": (False,),
+    "adapter_dtype": ("fp32",),
+    "prefetch_depth": (0,),
+    "hot_rows": (0,),
+    "bf16_copy": (False,),
+    "autocast": ("none",),
+    "optimizer": ("adamw",),
+    "loss": ("hf",),
+    "keep_outputs": (False,),
+    "padding": (False,),
+}
+"""Values that say only what is so with any method that does not have the option: giving them is no contradiction."""
 
 
 class EstimateRequest(Record):
@@ -249,7 +261,7 @@ def _check_applies(asked: EstimateRequest) -> None:
         value = getattr(asked, name)
         if value is None or asked.method in methods:
             continue
-        if asked.method == "meft" and value == _WHAT_MEFT_RUNS.get(name):
+        if value in _SAYS_NOTHING.get(name, ()):
             continue
         option = "--" + name.replace("_", "-")
         raise UsageError(f"{option} does not go with --method {asked.method}; it is of {', '.join(methods)}")

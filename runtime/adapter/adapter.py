@@ -24,6 +24,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from meft.planner.base.errors import UsageError
+from meft.runtime.adapter.blocks import decoder, ffn_modules
 from meft.runtime.exchange.exchange import RowExchange
 
 
@@ -169,7 +170,7 @@ def attach(model: nn.Module, exchange: RowExchange, weights: list[nn.Parameter])
     """Freeze ``model`` and put the adapter beside every FFN with forward hooks.
 
     ``weights`` holds one parameter per layer: the routers of Key-Experts, or scalars (see
-    :class:`SparseAdapterFunction`). Raises :class:`UsageError` for a model without one MLP per block.
+    :class:`SparseAdapterFunction`). Raises :class:`UsageError` for a model without one FFN per block.
     """
     blocks = ffn_modules(model)
     if len(blocks) != exchange.store.num_layers:
@@ -179,29 +180,11 @@ def attach(model: nn.Module, exchange: RowExchange, weights: list[nn.Parameter])
     attached = AttachedAdapter(model, exchange, [], required)
     handles: list[Any] = [decoder(model).register_forward_pre_hook(_begin_hook(attached))]
     for layer, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
-        handles.append(block.register_forward_pre_hook(_entry_hook(attached, layer)))
-        handles.append(block.register_forward_hook(_exit_hook(attached, layer, weight)))
+        handles.append(block.register_forward_pre_hook(_entry_hook(attached, layer), with_kwargs=True))
+        hook = _exit_hook(attached, layer, weight)
+        handles.append(block.register_forward_hook(hook, with_kwargs=True))
     attached._handles = handles
     return attached
-
-
-def ffn_modules(model: nn.Module) -> list[nn.Module]:
-    """The FFN of every block: the longest module list whose members all have an ``mlp``."""
-    return [block.get_submodule("mlp") for block in _blocks(model)]
-
-
-def decoder(model: nn.Module) -> nn.Module:
-    """The module that runs the blocks, whose forward every use of the model passes through, with or without head."""
-    blocks = _blocks(model)
-    return next(module for module in model.modules() if any(child is blocks for child in module.children()))
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    stacks = [stack for stack in lists if all(hasattr(block, "mlp") for block in stack)]
-    if not stacks:
-        raise UsageError(f"{type(model).__name__}: no list of blocks with an 'mlp' each, which the adapter sits beside")
-    return max(stacks, key=len)
 
 
 def _begin_hook(attached: AttachedAdapter) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -213,26 +196,21 @@ def _begin_hook(attached: AttachedAdapter) -> Callable[[nn.Module, tuple[Any, ..
     return hook
 
 
-def _entry_hook(attached: AttachedAdapter, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        del module
+def _entry_hook(attached: AttachedAdapter, layer: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if attached.serving is None:
-            hidden = args[0].flatten(0, -2)
+            hidden = ffn_input(module, args, kwargs).flatten(0, -2)
             with plan_dtypes(hidden.device):
                 attached.exchange.before_ffn(layer, hidden)
 
     return hook
 
 
-def _exit_hook(
-    attached: AttachedAdapter, layer: int, weight: nn.Parameter
-) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+def _exit_hook(attached: AttachedAdapter, layer: int, weight: nn.Parameter) -> Callable[..., Any]:
     exchange = attached.exchange
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        if not isinstance(output, torch.Tensor):
-            raise UsageError(f"{type(module).__name__} returns a {type(output).__name__}, not a tensor: not supported")
-        hidden = args[0].flatten(0, -2)
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = ffn_input(module, args, kwargs).flatten(0, -2)
         with plan_dtypes(hidden.device):
             if attached.serving is not None:
                 return add_to(output, attached.serving(layer, hidden))
@@ -244,6 +222,22 @@ def _exit_hook(
     return hook
 
 
-def add_to(output: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
-    """The FFN's output plus the adapter's ``[T, D]``, shaped like the former."""
-    return output + adapted.view_as(output)
+def ffn_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states ``[..., D]`` that an FFN was called with: the first tensor of its arguments."""
+    found = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
+    if found is None:
+        raise UsageError(f"{type(module).__name__} was called without a tensor: not supported as an FFN")
+    return found
+
+
+def add_to(output: Any, adapted: torch.Tensor) -> Any:
+    """The FFN's output plus the adapter's ``[T, D]``, shaped like the former.
+
+    Of a tuple (a mixture of experts gives its router's logits too) the first element is the output.
+    """
+    if isinstance(output, torch.Tensor):
+        return output + adapted.view_as(output)
+    if not isinstance(output, tuple) or not output or not isinstance(output[0], torch.Tensor):
+        raise UsageError(f"an FFN returns a {type(output).__name__}, neither a tensor nor a tuple with one first")
+    first, *others = output
+    return (first + adapted.view_as(first), *others)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.adapter.adapter import ffn_modules
+from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.host.store import HostStore
 
 KeyInit = Literal["random", "ffn"]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.adapter.adapter import ffn_modules
+from meft.runtime.adapter.blocks import ffn_modules
 
 TOKENS = (64, 128, 256, 512, 1024, 2048)
 TOP_KS = (8, 16, 32, 64, 128)

@@ -23,7 +23,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.records.profile_file import Measurement, ProfileFile
 from meft.planner.records.profiles import Popularity, SparsityProfile
 from meft.planner.traffic.union_fit import FitError, UnionPoints, fit_error, fit_layers
-from meft.runtime.adapter.adapter import ffn_modules
+from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.data.embedded import SMOLLM2_PROFILE, airport_questions, factbook_texts, smollm2_folder
 from meft.runtime.data.examples import load_dataset, parse_record, tokenize_record
 from meft.runtime.profiling import sparsity_probe as probe

@@ -20,7 +20,8 @@ from torch import nn
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Plan
-from meft.runtime.adapter.adapter import add_to, ffn_modules
+from meft.runtime.adapter.adapter import add_to, ffn_input
+from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import TransferEngine
@@ -175,18 +176,15 @@ def _with_adapter(model: nn.Module, plan: Plan, device: Device, seed: int) -> tu
             host = torch.empty(shape).uniform_(-bound, bound, generator=generator)
             keys.copy_(host)
         pair = nn.Parameter(keys), nn.Parameter(values)
-        block.register_forward_hook(_beside(*pair))
+        block.register_forward_hook(_beside(*pair), with_kwargs=True)
         trained += pair
     return model, trained
 
 
-def _beside(
-    keys: nn.Parameter, values: nn.Parameter
-) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        del module
-        hidden = args[0].flatten(0, -2)
+def _beside(keys: nn.Parameter, values: nn.Parameter) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = ffn_input(module, args, kwargs).flatten(0, -2)
         adapted = torch.relu(hidden.to(keys.dtype) @ keys.T) @ values
-        return add_to(output, adapted.to(output.dtype))
+        return add_to(output, adapted.to(hidden.dtype))
 
     return hook

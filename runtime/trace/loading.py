@@ -9,11 +9,11 @@ from torch import nn
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.setup import TrainingSetup
+from meft.runtime.adapter.blocks import decoder_blocks
 from meft.runtime.fake.books import CudaBooks
 from meft.runtime.fake.flash import use_flash_attention
 from meft.runtime.fake.linear4bit import Linear4bit
 from meft.runtime.session.model_loading import COMPUTE_DTYPES
-from meft.runtime.trace.scopes import decoder_layers
 
 QUANTIZED_DTYPE = torch.bfloat16
 """What 4-bit weights are written out to, and what is not quantized is loaded in."""
@@ -41,7 +41,7 @@ def build_model(setup: TrainingSetup, config: dict[str, Any]) -> nn.Module:
 
 def load(books: CudaBooks, model: nn.Module, setup: TrainingSetup) -> None:
     """Enter every parameter and buffer, module by module; nf4 weights are brought in 16 bits and quantized there."""
-    layers = decoder_layers(model)
+    layers = decoder_blocks(model)
     linear = {id(module) for module in layers.modules() if is_linear(module)}
 
     def enter(module: nn.Module) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.setup import TrainingSetup
-from meft.runtime.adapter.adapter import ffn_modules
+from meft.runtime.adapter.adapter import add_to, ffn_input
+from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.fake.linear4bit import Linear4bit, LoraLinear4bit
 from meft.runtime.session.session import ADAPTER_DTYPES
 
@@ -64,7 +65,10 @@ def ffn_ends(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 def _place_beside(entry: nn.Module, exit_: nn.Module, adapter: nn.Module) -> None:
     if entry is exit_:
-        exit_.register_forward_hook(lambda _module, args, output: output + adapter(args[0]))
+        exit_.register_forward_hook(
+            lambda module, args, kwargs, output: add_to(output, adapter(ffn_input(module, args, kwargs))),
+            with_kwargs=True,
+        )
         return
     held: list[torch.Tensor] = []
     entry.register_forward_pre_hook(lambda _module, args: held.append(args[0]))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from meft.planner.records.plan import Phase
+from meft.runtime.adapter.blocks import decoder_blocks
 from meft.runtime.device.event_log import EventLog
 
 _BY_NAME = {
@@ -47,7 +48,7 @@ def module_categories(model: nn.Module) -> dict[int, str]:
                 category = by_class
         if category is not None:
             found[id(module)] = category
-    return found | {id(layer): "layer_inputs" for layer in decoder_layers(model)}
+    return found | {id(layer): "layer_inputs" for layer in decoder_blocks(model)}
 
 
 class Scopes:
@@ -102,12 +103,6 @@ class Scopes:
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
         del module, args, output
         self._stack.pop()
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers: the longest module list."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len)
 
 
 def first_tensor(output: Any) -> torch.Tensor:

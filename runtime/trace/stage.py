@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from meft.runtime.adapter.blocks import decoder_blocks
 from meft.runtime.fake.autocast import cuda_lists
 from meft.runtime.fake.books import CudaBooks
 from meft.runtime.fake.flash import flash_attention_package
 from meft.runtime.fake.functions import cuda_functions
-from meft.runtime.trace.scopes import Scopes, decoder_layers, first_tensor
+from meft.runtime.trace.scopes import Scopes, first_tensor
 from meft.runtime.training.rehearse import unpacked_sequences
 
 STEPS = 2
@@ -70,7 +71,7 @@ class Stage:
     @contextmanager
     def _phases(self, model: nn.Module) -> Iterator[None]:
         """The last decoder layer's output ends ``forward``; when its gradient is there ``loss`` ends."""
-        layers = decoder_layers(model)
+        layers = decoder_blocks(model)
         handles = [
             layers[0].register_forward_pre_hook(self._mask_is_there, with_kwargs=True),
             layers[-1].register_forward_hook(self._loss_begins),

@@ -35,7 +35,7 @@ from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.base.version import VERSION
 from meft.planner.models.configs import shape_from_config
 from meft.planner.records.plan import Plan
-from meft.runtime.adapter.adapter import decoder
+from meft.runtime.adapter.blocks import decoder
 from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential

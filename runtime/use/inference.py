@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.adapter.adapter import add_to, ffn_modules, plan_dtypes
+from meft.runtime.adapter.adapter import add_to, ffn_input, plan_dtypes
+from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.session.session import Session
 
 
@@ -156,19 +157,20 @@ def attach_rows(model: nn.Module, layers: Sequence[LayerRows], speaking: Speakin
     if len(blocks) != len(layers):
         raise UsageError(f"the model has {len(blocks)} FFN blocks, the adapter {len(layers)} layers")
 
-    def hook_of(rows: LayerRows) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            del module
+    def hook_of(rows: LayerRows) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if speaking is not None and not speaking.now:
                 return output
-            hidden = args[0].flatten(0, -2)
+            hidden = ffn_input(module, args, kwargs).flatten(0, -2)
             with plan_dtypes(hidden.device):
                 answer = rows.output(hidden.to("cpu", rows.keys.dtype))
             return add_to(output, answer.to(hidden.device, hidden.dtype))
 
         return hook
 
-    handles = [block.register_forward_hook(hook_of(rows)) for block, rows in zip(blocks, layers, strict=True)]
+    handles = [
+        block.register_forward_hook(hook_of(rows), with_kwargs=True) for block, rows in zip(blocks, layers, strict=True)
+    ]
 
     def detach() -> None:
         for handle in handles:

@@ -484,6 +484,24 @@ def test_an_estimate_refuses_what_does_not_go_together(arguments: list[str], say
     assert says in refused("estimate", *arguments)
 
 
+@pytest.mark.parametrize(
+    "request_fields",
+    [
+        {"method": "full", "kbit_preparation": False, "lora_dropout": 0, "adapter_dtype": "fp32", "hot_rows": 0},
+        {"method": "lora", "prefetch_depth": 0, "bf16_copy": False},
+        {"method": "meft", "autocast": "none", "optimizer": "adamw", "loss": "hf", "keep_outputs": False},
+        {"method": "meft", "adapter_width": 64, "top_k": 8, "kbit_preparation": False, "padding": False},
+    ],
+)
+def test_an_explicit_default_is_no_contradiction(request_fields: dict[str, object]) -> None:
+    request = {"model": "qwen2.5-0.5b", "gpu_mem": "24GB", "host_mem": "64GB", **request_fields}
+    Path("request.json").write_text(json.dumps(request))
+    bare = {name: request[name] for name in ("model", "gpu_mem", "host_mem", "method")}
+    bare |= {name: value for name, value in request_fields.items() if name in ("adapter_width", "top_k")}
+    Path("bare.json").write_text(json.dumps(bare))
+    assert estimated("--request", "request.json") == estimated("--request", "bare.json")
+
+
 REQUEST = {
     "method": "qlora",
     "model": "qwen2.5-0.5b",

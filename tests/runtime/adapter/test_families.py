@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from meft.planner.base.errors import UsageError
 from meft.planner.models.configs import shape_from_config
-from meft.runtime.adapter.adapter import ffn_modules
+from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.session.session import open_session
 
@@ -63,5 +63,5 @@ def test_a_fresh_adapter_changes_nothing_and_then_learns(model_type, checkpointi
 
 
 def test_a_model_without_an_mlp_per_block_is_refused() -> None:
-    with pytest.raises(UsageError, match="Sequential: no list of blocks with an 'mlp' each"):
+    with pytest.raises(UsageError, match="Sequential: no list of blocks with an FFN each"):
         ffn_modules(nn.Sequential(nn.Linear(2, 2)))
