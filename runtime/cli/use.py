@@ -86,7 +86,7 @@ def evaluate_command(
     from meft.runtime.use.generation import ModelGenerator
 
     show, seed = given.pop("show"), given.pop("seed")
-    folder = _base_folder(model)
+    folder = base_folder(model)
     evaluator = make_evaluator(EvaluationOptions(task, **given), load_tokenizer(folder), raw=raw, seed=seed)
     answered: list[tuple[str, str]] = []
     evaluator = evaluator.listening(lambda prompt, answer: answered.append((prompt, answer)))
@@ -120,7 +120,7 @@ def generate_command(
     prompts = [prompt] if prompt is not None else [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise UsageError("PROMPT: nothing to answer; give a prompt, or lines on standard input")
-    folder = _base_folder(model)
+    folder = base_folder(model)
     tokenizer = load_tokenizer(folder)
     generator = ModelGenerator(_model(folder, adapter, device, rows_per_token))
     said = answers(generator, tokenizer, prompts, GenerationOptions(max_new_tokens=max_new_tokens, raw=raw))
@@ -145,7 +145,8 @@ def prepare_command(task: str, output: Path, **given: Any) -> None:
     click.echo(f"wrote {output}")
 
 
-def _base_folder(model: Path | None) -> Path:
+def base_folder(model: Path | None) -> Path:
+    """The folder of a model that was given, or of the one that comes with the tools."""
     if model is None:
         from meft.runtime.data.embedded import smollm2_folder
 
