@@ -78,8 +78,10 @@ LEARNING_RATES = {
 AIRPORTS = "Which city does the airport with IATA code {} serve?", "Airport {} is in"
 CAPITALS = "What is the capital of {}?", "The capital of {} is"
 """A task's question, and the statement put in its place."""
-COMPARED = ("facts", "epochs", "active_rows_cap")
+COMPARED = ("facts", "epochs", "active_rows_cap", "tokens_see")
 """What runs must share to be compared; no cap is 0."""
+USUAL = {"tokens_see": "union"}
+"""What records from before there was a choice had."""
 AMPLE_BYTES = 64 << 30
 BOOKED_STEPS = 3
 """Two whole optimizer steps and the forward and backward after them."""
@@ -125,13 +127,16 @@ class Run:
     active_rows_cap: int | None = None
     """Rows that meft's buffers on the device hold, which is what it needs there; without one ``width``, which drops
     none. With one the budget is smaller for all methods."""
+    tokens_see: str = "union"
+    """Which of meft's active rows a token's output uses: the ``union``, or its ``own`` best K."""
 
     @property
     def key(self) -> str:
-        """Identifies the run in a results file. No cap is left out, as in files from before there were any."""
+        """Identifies the run in a results file. What is as in files from before there was a choice is left out."""
         fields = asdict(self)
-        if self.active_rows_cap is None:
-            del fields["active_rows_cap"]
+        for name, usual in (("active_rows_cap", None), ("tokens_see", "union")):
+            if fields[name] == usual:
+                del fields[name]
         return json.dumps(fields, sort_keys=True)
 
 
@@ -213,6 +218,7 @@ def _plan(run: Run, shape: ModelShape) -> Plan:
         prefetch_depth=0,
         routing="exact",
         rows_in_backward="refetched",
+        tokens_see=run.tokens_see,  # type: ignore[arg-type]
     )
     profiles = ProfileSet(
         gpu=load_gpu("emulated"),
@@ -512,9 +518,9 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(best.values(), key=lambda row: (*_compared(row), METHODS.index(row["method"])))
 
 
-def _compared(record: dict[str, Any]) -> tuple[int, ...]:
+def _compared(record: dict[str, Any]) -> tuple[Any, ...]:
     """What the methods of one comparison have in common."""
-    return tuple(record.get(name) or 0 for name in COMPARED)
+    return tuple(record.get(name) or USUAL.get(name, 0) for name in COMPARED)
 
 
 def _rank(row: dict[str, Any]) -> tuple[int, float]:
@@ -651,6 +657,7 @@ def _common(function: Any) -> Any:
         click.option("--width", type=int, default=1024),
         click.option("--top-k", type=int, default=32),
         click.option("--active-rows-cap", type=int, help="Rows in meft's buffers: its budget [default: all]."),
+        click.option("--tokens-see", type=click.Choice(["union", "own"]), default="union"),
         click.option("--batch-size", type=int, default=16),
         click.option("--seq-len", type=int, default=11, help="Longer facts are left out."),
         click.option("--seeds", default="0,1,2"),

@@ -31,7 +31,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.base.files import file_mode, replace_folder, write_atomic, writing
 from meft.planner.base.schema import Count, File, Index, parse_json, read_text
 from meft.planner.models.architecture import ModelShape
-from meft.planner.records.plan import Plan, Routing
+from meft.planner.records.plan import Plan, Routing, TokensSee
 from meft.planner.records.report import Evaluation
 from meft.runtime.session.model_card import model_card
 from meft.runtime.session.session import Session
@@ -75,6 +75,7 @@ class AdapterConfig(File):
     plan_digest: str
     base_digest: str | None = None
     """See :func:`base_digest`; null in adapters of older versions."""
+    tokens_see: TokensSee = "union"
     active_rows_per_layer: tuple[Annotated[float, Field(ge=0.0)], ...] = ()
     """Mean active rows of a micro-batch in training; empty where it is not known, as in adapters of older versions."""
     versions: dict[str, str] = Field(default_factory=dict)
@@ -342,6 +343,7 @@ def adapter_config(session: Session, meft_version: str) -> AdapterConfig:
         adapter_dtype=session.plan.request.adapter_dtype,
         plan_digest=session.plan.content_digest(),
         base_digest=base_digest(session.model),
+        tokens_see=decision.tokens_see,
         active_rows_per_layer=session.store.use.active_rows(),
         versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
     )

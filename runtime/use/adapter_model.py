@@ -56,7 +56,7 @@ from meft.runtime.use.guards import (
     require_planned_size,
     watch_foreign_steps,
 )
-from meft.runtime.use.inference import AS_TRAINED, Serving, Speaking, attach_rows, serving
+from meft.runtime.use.inference import AS_TRAINED, Serving, Speaking, attach_rows, rows_met, serving
 from meft.runtime.use.row_optimizer import RowOptimizer
 from meft.runtime.use.saved import EXTRA_STATE, described, description, layer_rows, load_base, saved_adapter
 
@@ -119,7 +119,8 @@ class AdapterModel(nn.Module):
         """
         folder, how = Path(adapter), Serving(rows_per_token, min_score)
         config, tensors, source = saved_adapter(folder)
-        if (warning := how.warning(config.active_rows_per_layer)) is not None:
+        met = rows_met(config.tokens_see, config.top_k, config.active_rows_per_layer)
+        if (warning := how.warning(met)) is not None:
             warnings.warn(warning, stacklevel=2)
         model = base if isinstance(base, nn.Module) else load_base(Path(base))
         _require_base(model, config, folder)

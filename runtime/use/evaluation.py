@@ -15,7 +15,7 @@ from meft.runtime.data.task_sources import load_task
 from meft.runtime.data.tasks import Task
 from meft.runtime.session.session import Session
 from meft.runtime.use.generation import GenerationOptions, Generator, SessionGenerator, answers
-from meft.runtime.use.inference import AS_TRAINED, Serving, serving
+from meft.runtime.use.inference import AS_TRAINED, Serving, rows_met, serving
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class EvaluationSchedule:
 
     def evaluate(self, session: Session, optimizer_steps: int) -> None:
         """Evaluate, and keep and tell the result."""
-        how = self.evaluator.options.serving
+        how, decision = self.evaluator.options.serving, session.plan.decision
         generator = SessionGenerator(session, how)
-        warning = how.warning(session.store.use.active_rows())
+        warning = how.warning(rows_met(decision.tokens_see, decision.top_k, session.store.use.active_rows()))
         if warning is not None and not self.results:
             self.warn(warning)
         result = self.evaluator.evaluate(generator, optimizer_steps=optimizer_steps)

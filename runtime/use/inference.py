@@ -4,7 +4,8 @@ Training serves all tokens of a micro-batch with the union of their rows, so a t
 else is in the batch. Generation must not: an answer may not change with the questions that happen to share its batch,
 nor with padding. Here a token meets what it met in training, in the mean over micro-batches: its own best ``K`` rows,
 which it brings wherever it is, and every other row times the share of training's micro-batches that had the row active
-(as dropout's weights are scaled by the share of steps that kept them). All rows as they are would be another function
+(as dropout's weights are scaled by the share of steps that kept them). Where training let a token see its own rows
+alone, it meets just those. All rows as they are would be another function
 where a micro-batch activates few of many (measured in ``docs/learning.md``). Asked for, a token meets its best rows
 alone, or only those that it scores high enough, which leaves more of what the model said before.
 Only hidden states and outputs travel, ``2 T D`` numbers per layer; no row lies on
@@ -18,13 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
+from meft.planner.records.plan import TokensSee
 from meft.runtime.adapter.adapter import add_to, ffn_modules, plan_dtypes
 from meft.runtime.session.session import Session
 
@@ -44,11 +46,11 @@ class Serving:
         if self.min_score is not None and not (math.isfinite(self.min_score) and self.min_score >= 0):
             raise UsageError(f"min_score {self.min_score:g}: a row counts only above 0; give 0 or more, or None")
 
-    def warning(self, active_rows: Sequence[float]) -> str | None:
-        """What to say where a token would meet more rows than in training; ``active_rows`` are its means by layer."""
-        if self.rows_per_token is None or not active_rows:
+    def warning(self, met_by_layer: Sequence[float]) -> str | None:
+        """What to say where a token would meet more rows than in training (see :func:`rows_met`)."""
+        if self.rows_per_token is None or not met_by_layer:
             return None
-        met = sum(active_rows) / len(active_rows)
+        met = sum(met_by_layer) / len(met_by_layer)
         if self.rows_per_token <= met:
             return None
         return (
@@ -56,8 +58,17 @@ class Serving:
             f"with more it may not give the answers that it learnt; leave it out to serve what was trained"
         )
 
+    def after(self, tokens_see: TokensSee, top_k: int) -> Serving:
+        """The same for an adapter that was trained so: where tokens saw their own ``K`` rows alone, they do here."""
+        return replace(self, rows_per_token=self.rows_per_token or top_k) if tokens_see == "own" else self
+
 
 AS_TRAINED = Serving()
+
+
+def rows_met(tokens_see: TokensSee, top_k: int, active_rows: Sequence[float]) -> Sequence[float]:
+    """Rows that a token met in training, by layer, in the mean; empty where it is not known."""
+    return (float(top_k),) if tokens_see == "own" else active_rows
 
 
 @dataclass(frozen=True)
@@ -98,14 +109,11 @@ class LayerRows:
         activations = torch.relu(products)
         if self.serving.min_score is not None:
             activations.masked_fill_(products < self.serving.min_score, 0.0)
-        own = self.serving.rows_per_token
-        if own is None and shares is None:
-            return activations
-        own = self.top_k if own is None else own
-        if own >= products.shape[1]:
+        own = self.serving.rows_per_token or self.top_k
+        if (self.serving.rows_per_token is None and shares is None) or own >= products.shape[1]:
             return activations
         others = products < products.topk(own, dim=1).values[:, -1:]  # of equal ones all are the token's own
-        if self.serving.rows_per_token is not None:
+        if self.serving.rows_per_token is not None or shares is None:
             return activations.masked_fill_(others, 0.0)
         return torch.where(others, activations * shares, activations)
 
@@ -138,6 +146,7 @@ def _rows_of(session: Session, how: Serving) -> tuple[LayerRows, ...]:
     routers: Sequence[torch.Tensor | None] = [None] * session.store.num_layers
     if session.router_weights:
         routers = [_brought(session, weight.detach(), category="routers") for weight in session.router_weights]
+    how = how.after(session.plan.decision.tokens_see, session.plan.decision.top_k)
     decision, shares = session.plan.decision, session.store.use.shares() or [None] * session.store.num_layers
     return tuple(
         LayerRows(tables.keys, tables.values, router, decision.num_probes, how, decision.top_k, share)

@@ -64,7 +64,7 @@ def layer_rows(
 ) -> tuple[LayerRows, ...]:
     """The rows that an adapter's file holds, their shapes checked against its config."""
     shape, gated = config.base_model, config.routing == "key-experts"
-    micro_batches = _micro_batches(tensors, path)
+    micro_batches, how = _micro_batches(tensors, path), how.after(config.tokens_see, config.top_k)
     layers = []
     for layer in range(shape.num_layers):
         rows = _tensor(tensors, f"layers.{layer}.rows", (config.adapter_width, 2 * shape.hidden_size), path)
