@@ -19,7 +19,7 @@ all a smaller budget. ``lora-16`` is LoRA of the usual rank 16, whatever that ne
 Each method trains at every learning rate of its grid with the first seed, then at the best one with the other seeds.
 Evaluation is :mod:`meft.runtime.use.evaluation`'s: greedy answers to the trained questions (that is what injecting
 knowledge means), and forgetting: loss per token on factbook prose, and the capitals that the model still knows; for
-meft also where a token meets fewer rows than all. Prompts are statements to complete ("Airport JFK is in"): the
+meft also where a token meets its best rows alone, or all. Prompts are statements to complete ("Airport JFK is in"): the
 question with the chat template would take five times the tokens, and of capitals asked for as a question this model
 names none, as a statement every fourth. Memory is counted over the first steps, transfers over all: every step
 allocates the same, and the books of the emulated device cost a third of the time.
@@ -62,6 +62,7 @@ from meft.runtime.session.session import Session, StepResult, WindowEnd, open_se
 from meft.runtime.training.training import Progress, Trainer, TrainingOptions
 from meft.runtime.use.evaluation import Evaluator, mean_loss, session_loss
 from meft.runtime.use.generation import GenerationOptions, ModelGenerator, SessionGenerator
+from meft.runtime.use.inference import Serving
 
 METHODS = ("none", "meft", "parallel", "offload", "narrow", "lora", "lora-16", "full")
 LEARNING_RATES = {
@@ -77,8 +78,10 @@ LEARNING_RATES = {
 AIRPORTS = "Which city does the airport with IATA code {} serve?", "Airport {} is in"
 CAPITALS = "What is the capital of {}?", "The capital of {} is"
 """A task's question, and the statement put in its place."""
-COMPARED = ("facts", "epochs", "active_rows_cap")
+COMPARED = ("facts", "epochs", "active_rows_cap", "tokens_see")
 """What runs must share to be compared; no cap is 0."""
+USUAL = {"tokens_see": "union"}
+"""What records from before there was a choice had."""
 AMPLE_BYTES = 64 << 30
 BOOKED_STEPS = 3
 """Two whole optimizer steps and the forward and backward after them."""
@@ -124,13 +127,16 @@ class Run:
     active_rows_cap: int | None = None
     """Rows that meft's buffers on the device hold, which is what it needs there; without one ``width``, which drops
     none. With one the budget is smaller for all methods."""
+    tokens_see: str = "union"
+    """Which of meft's active rows a token's output uses: the ``union``, or its ``own`` best K."""
 
     @property
     def key(self) -> str:
-        """Identifies the run in a results file. No cap is left out, as in files from before there were any."""
+        """Identifies the run in a results file. What is as in files from before there was a choice is left out."""
         fields = asdict(self)
-        if self.active_rows_cap is None:
-            del fields["active_rows_cap"]
+        for name, usual in (("active_rows_cap", None), ("tokens_see", "union")):
+            if fields[name] == usual:
+                del fields[name]
         return json.dumps(fields, sort_keys=True)
 
 
@@ -212,6 +218,7 @@ def _plan(run: Run, shape: ModelShape) -> Plan:
         prefetch_depth=0,
         routing="exact",
         rows_in_backward="refetched",
+        tokens_see=run.tokens_see,  # type: ignore[arg-type]
     )
     profiles = ProfileSet(
         gpu=load_gpu("emulated"),
@@ -311,10 +318,11 @@ def _close_books(session: Any, *, after: int) -> None:
 
 
 def _fewer_rows(run: Run, session: Any, tokenizer: Any, task: Task) -> dict[int, dict[str, Any]]:
-    """Asked again with tokens meeting only their best rows, by how many: K, twice and four times as many."""
+    """Asked again with tokens meeting only their best rows, by how many: K, twice and four times as many, and all."""
     if not isinstance(session, Session) or run.method == "offload":
         return {}
-    return {rows: _asked(run, session, tokenizer, task, rows) for rows in (run.top_k, 2 * run.top_k, 4 * run.top_k)}
+    counts = (run.top_k, 2 * run.top_k, 4 * run.top_k, run.width)
+    return {rows: _asked(run, session, tokenizer, task, rows) for rows in counts}
 
 
 def _asked(run: Run, session: Any, tokenizer: Any, task: Task, rows_per_token: int | None = None) -> dict[str, Any]:
@@ -327,7 +335,7 @@ def _asked(run: Run, session: Any, tokenizer: Any, task: Task, rows_per_token: i
 def _scores(session: Any, tokenizer: Any, task: Task, run: Run, rows_per_token: int | None) -> dict[str, float]:
     evaluator = Evaluator(task, tokenizer, GenerationOptions(8, 2 * run.batch_size, raw=True))
     sparse = isinstance(session, Session)
-    generator = SessionGenerator(session, rows_per_token) if sparse else ModelGenerator(session.model)
+    generator = SessionGenerator(session, Serving(rows_per_token)) if sparse else ModelGenerator(session.model)
     return evaluator.evaluate(generator, optimizer_steps=0).scores
 
 
@@ -336,7 +344,7 @@ def _forgetting(run: Run, session: Any, tokenizer: Any, rows_per_token: int | No
     texts = factbook_prose(run.forgetting_texts)
     examples = [each.truncated(64) for text in texts for each in tokenize_record(Text(text), tokenizer, raw=True)]
     sparse = isinstance(session, Session)
-    batch_loss = partial(session_loss, session, rows_per_token=rows_per_token) if sparse else session.loss
+    batch_loss = partial(session_loss, session, how=Serving(rows_per_token)) if sparse else session.loss
     loss = mean_loss(batch_loss, examples, batch_size=4, seq_len=64, pad_id=pad_token_id(tokenizer))
     asked = load_task("capitals", limit=run.forgetting_items).items
     capitals = Task("capitals", "em", tuple(_statement(item, *CAPITALS) for item in asked))
@@ -510,9 +518,9 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(best.values(), key=lambda row: (*_compared(row), METHODS.index(row["method"])))
 
 
-def _compared(record: dict[str, Any]) -> tuple[int, ...]:
+def _compared(record: dict[str, Any]) -> tuple[Any, ...]:
     """What the methods of one comparison have in common."""
-    return tuple(record.get(name) or 0 for name in COMPARED)
+    return tuple(record.get(name) or USUAL.get(name, 0) for name in COMPARED)
 
 
 def _rank(row: dict[str, Any]) -> tuple[int, float]:
@@ -649,6 +657,7 @@ def _common(function: Any) -> Any:
         click.option("--width", type=int, default=1024),
         click.option("--top-k", type=int, default=32),
         click.option("--active-rows-cap", type=int, help="Rows in meft's buffers: its budget [default: all]."),
+        click.option("--tokens-see", type=click.Choice(["union", "own"]), default="union"),
         click.option("--batch-size", type=int, default=16),
         click.option("--seq-len", type=int, default=11, help="Longer facts are left out."),
         click.option("--seeds", default="0,1,2"),

@@ -24,7 +24,7 @@ from meft.planner.front.options import (
     MAX_WIDTH,
     RUNNABLE_WEIGHTS,
 )
-from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward
+from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
 
 if TYPE_CHECKING:
     _IntType = click.ParamType[int]
@@ -182,6 +182,12 @@ def decision_options(command: Command) -> Command:
         click.option("--prefetch-depth", type=click.IntRange(min=0), help="Layers that rows are fetched ahead."),
         click.option("--routing", type=click.Choice(get_args(Routing))),
         click.option("--rows-in-backward", type=click.Choice(get_args(RowsInBackward))),
+        click.option(
+            "--tokens-see",
+            type=click.Choice(get_args(TokensSee)),
+            help="Of a batch's active rows a token's output uses the union (the paper's way), or its own best K alone. "
+            "[default: union]",
+        ),
         click.option(
             "--hot-rows",
             type=click.IntRange(0, MAX_WIDTH),

@@ -18,7 +18,7 @@ from meft.planner.base.errors import InfeasibleError, MeftError, UsageError, unk
 from meft.planner.base.schema import problems_of
 from meft.planner.base.units import parse_bytes
 from meft.planner.front.options import RequestOptions
-from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward
+from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
 from meft.planner.records.setup import Autocast, LossName, OptimizerName
 
 Size: TypeAlias = int | str
@@ -59,6 +59,7 @@ class PlanArguments(TypedDict, total=False):
     prefetch_depth: int | None
     routing: Routing | None
     rows_in_backward: RowsInBackward | None
+    tokens_see: TokensSee | None
     hot_rows: int | None
     bf16_copy: bool | None
     context_overhead: Size | None
@@ -85,6 +86,7 @@ class EstimateArguments(TypedDict, total=False):
     prefetch_depth: int | None
     routing: Routing | None
     rows_in_backward: RowsInBackward | None
+    tokens_see: TokensSee | None
     hot_rows: int | None
     bf16_copy: bool | None
     weights_dtype: WeightsDtype | None

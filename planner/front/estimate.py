@@ -25,7 +25,7 @@ from meft.planner.predict.comparison import (
 )
 from meft.planner.predict.estimates import Estimate, estimate_dense, estimate_meft, reserved_at_most, with_trace
 from meft.planner.predict.prediction import predict
-from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward
+from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward, TokensSee
 from meft.planner.records.profile_catalogue import load_defaults
 from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
 from meft.planner.search.search import make_plan
@@ -49,6 +49,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "prefetch_depth": ("meft",),
     "routing": ("meft",),
     "rows_in_backward": ("meft",),
+    "tokens_see": ("meft",),
     "hot_rows": ("meft",),
     "bf16_copy": ("meft",),
     "autocast": _DENSE,
@@ -94,6 +95,7 @@ class EstimateRequest(Record):
     prefetch_depth: Depth | None = None
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
+    tokens_see: TokensSee | None = None
     hot_rows: Rows | None = None
     bf16_copy: bool | None = None
     weights_dtype: WeightsDtype | None = None
@@ -313,6 +315,7 @@ def _options(asked: EstimateRequest) -> RequestOptions:
         prefetch_depth=asked.prefetch_depth,
         routing=asked.routing,
         rows_in_backward=asked.rows_in_backward,
+        tokens_see=asked.tokens_see,
         hot_rows=asked.hot_rows,
         bf16_copy=asked.bf16_copy,
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward
+from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
 
 MAX_BATCH_SIZE = 1 << 14
 MAX_SEQ_LEN = 1 << 20
@@ -58,6 +58,7 @@ class RequestOptions:
     prefetch_depth: Depth | None = None
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
+    tokens_see: TokensSee | None = None
     hot_rows: Rows | None = None
     bf16_copy: bool | None = None
     context_overhead: int | None = None

@@ -36,7 +36,21 @@ class Disk(Record):
 def adapter_file_bytes(
     *, num_layers: int, hidden_size: int, adapter_width: Ints, num_experts: Ints, key_experts: Flags
 ) -> Ints:
-    """Keys and values of every row, fp32, ``L * R * 2D``, and for Key-Experts the routers, fp32 ``L * N * D``."""
+    """Keys and values of every row, fp32, ``L * R * 2D``, for Key-Experts the routers, fp32 ``L * N * D``; and in how
+    many micro-batches each row was active, int32, and of how many."""
+    weights = _weights_bytes(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        adapter_width=adapter_width,
+        num_experts=num_experts,
+        key_experts=key_experts,
+    )
+    return weights + step_count_bytes(num_layers=num_layers, adapter_width=adapter_width) + _COUNTED_STEPS_BYTES
+
+
+def _weights_bytes(
+    *, num_layers: int, hidden_size: int, adapter_width: Ints, num_experts: Ints, key_experts: Flags
+) -> Ints:
     rows = table_bytes(num_layers=num_layers, adapter_width=adapter_width, hidden_size=hidden_size)
     return rows + router_weights_bytes(
         num_layers=num_layers, hidden_size=hidden_size, num_experts=num_experts, key_experts=key_experts
@@ -54,7 +68,7 @@ def optimizer_file_bytes(
 ) -> Ints:
     """Two moments of every row and a count of its updates, which rows are hot, two moments and a count of each router,
     and the random state."""
-    weights = adapter_file_bytes(
+    weights = _weights_bytes(
         num_layers=num_layers,
         hidden_size=hidden_size,
         adapter_width=adapter_width,

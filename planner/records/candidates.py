@@ -32,6 +32,8 @@ class Candidates:
     gradients_on_device: Flags = False
     bf16_copy: Flags = False
     hot_rows: Ints = 0
+    own_rows: Flags = False
+    """A token's output uses its own best K rows alone."""
 
     @property
     def refetched(self) -> Flags:
@@ -55,6 +57,7 @@ class Candidates:
             gradients_on_device=decision.gradients_on_device,
             bf16_copy=decision.bf16_copy,
             hot_rows=decision.hot_rows,
+            own_rows=decision.tokens_see == "own",
         )
 
 

@@ -7,9 +7,9 @@ A *step* is one micro-batch forward and backward unless a name says ``optimizer_
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, File, Fraction, Index, Rate, Record, Seconds
@@ -19,11 +19,18 @@ Attention = Literal["sdpa", "flash", "eager"]
 Objective = Literal["capacity", "speed", "traffic"]
 Routing = Literal["exact", "key-experts"]
 RowsInBackward = Literal["retained", "refetched"]
+TokensSee = Literal["union", "own"]
+"""Of the rows that a micro-batch brings, each token's output uses all (as the MEFT paper has it), or its own best K."""
 Place = Literal["device", "host"]
 Phase = Literal["resident", "forward", "loss", "backward", "optimizer_step"]
 Direction = Literal["h2d", "d2h"]
 Lane = Literal["gpu", "h2d", "d2h", "cpu"]
 LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
+
+
+def _without_usual_tokens_see(content: dict[str, Any]) -> dict[str, Any]:
+    """Written only where it says something, so that other plans stay as they were, byte for byte."""
+    return {name: value for name, value in content.items() if (name, value) != ("tokens_see", "union")}
 
 
 class Request(Record):
@@ -59,6 +66,11 @@ class Request(Record):
     rows_in_backward: RowsInBackward | None = None
     hot_rows: Index | None = None
     bf16_copy: bool | None = None
+    tokens_see: TokensSee = "union"
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_usual_tokens_see(handler(self))
 
     @property
     def tokens_per_step(self) -> int:
@@ -88,6 +100,11 @@ class Decision(Record):
     """Rows per layer that live on the device with their optimizer state: the most often active ones."""
     hot_after_steps: Count = 32
     """Micro-batches that are counted before the hot rows are chosen, at the end of the window that completes them."""
+    tokens_see: TokensSee = "union"
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_usual_tokens_see(handler(self))
 
     @model_validator(mode="after")
     def _consistent(self) -> Decision:

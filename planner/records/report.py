@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -148,7 +148,9 @@ class Evaluation(Record):
     max_new_tokens: Count
     seconds: Seconds
     rows_per_token: Count | None = None
-    """Rows of the adapter that a token met; null: all."""
+    """Rows of the adapter that a token met; null: those of training (in reports of older versions all)."""
+    min_score: Annotated[float, Field(ge=0.0)] | None = None
+    """The least score with which a token met a row; null: any above zero."""
 
 
 class Report(File):

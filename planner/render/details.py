@@ -118,6 +118,7 @@ def _decision(plan: Plan) -> View:
     rows = [
         ("adapter width", f"{decision.adapter_width:,}", _why_width(plan)),
         ("top K", f"{decision.top_k:,}", _given(plan.request.top_k, "rows that each token chooses")),
+        *_tokens_see(plan),
         ("active rows cap", f"{decision.active_rows_cap:,}", _why_cap(plan)),
         ("prefetch depth", str(decision.prefetch_depth), _why_prefetch(plan)),
         ("routing", decision.routing, _given(plan.request.routing, _why_routing(plan))),
@@ -128,6 +129,13 @@ def _decision(plan: Plan) -> View:
         ("checkpointing", "on" if decision.activation_checkpointing else "off", _why_checkpointing(plan)),
     ]
     return grid(("", "", ""), rows, right=(1,))
+
+
+def _tokens_see(plan: Plan) -> list[tuple[str, str, str]]:
+    """Where it is not the usual union."""
+    if plan.decision.tokens_see == "union":
+        return []
+    return [("tokens see", "own rows", "of those that travel a token's output uses its own best K alone (as asked)")]
 
 
 def _given(asked: object, why: str) -> str:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from meft.planner.base.quantities import Ints
 from meft.planner.records.candidates import Candidates
-from meft.planner.records.plan import Decision, Request, RowsInBackward
+from meft.planner.records.plan import Decision, Request, RowsInBackward, TokensSee
 from meft.planner.records.profiles import SparsityProfile
 from meft.planner.traffic.sparsity import (
     active_rows_per_layer,
@@ -97,6 +97,7 @@ class Space:
     window_active_rows: NDArray[np.int64]
     hot_rows: int = 0
     """As asked; where nobody asks, the search looks for them once it has a winner."""
+    tokens_see: TokensSee = "union"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,6 +126,7 @@ class Space:
             cached_rows=self.cached_rows[:, None, None, None, None, :],
             gradients_on_device=np.array(self.gradients_on_device).reshape(-1, 1, 1, 1, 1, 1),
             hot_rows=self.hot_rows,
+            own_rows=self.tokens_see == "own",
         )
 
     def candidates_at(self, cache: int, backward: int = 0) -> Candidates:
@@ -156,6 +158,7 @@ class Space:
             activation_checkpointing=self.activation_checkpointing[checkpointing],
             cached_rows=int(self.cached_rows[cache, routing]),
             hot_rows=self.hot_rows,
+            tokens_see=self.tokens_see,
             gradients_on_device=self.gradients_on_device[cache],
             bf16_copy=self.bf16_copies[0] if bf16_copy is None else bf16_copy,
         )
@@ -198,6 +201,7 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
         active_rows=step,
         window_active_rows=window,
         hot_rows=request.hot_rows or 0,
+        tokens_see=request.tokens_see,
     )
 
 

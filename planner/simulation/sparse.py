@@ -173,7 +173,11 @@ class _Layer(BesideFfn):
         self.ops.use_workspace()
         activations = self._of_rows("adapter")
         gate = self._gate(self.weight) if self._gated else None
-        gated = activations if gate is None else self._gated_rows()
+        gate_of_row = None if gate is None else self._of_rows("adapter")
+        if self.decision.tokens_see == "own":
+            self._leave_own_rows()
+        gated = activations if gate is None else self._of_rows("adapter")
+        del gate_of_row
         product = tape.new(x.numel, self._e, "adapter")
         out = self._cast(product, x.itemsize, "adapter")
         kept = (tape.save(inputs), tape.save(activations), tape.save(self.weight), gate and tape.save(gate))
@@ -200,11 +204,14 @@ class _Layer(BesideFfn):
         del indices
         return mask
 
-    def _gated_rows(self) -> Tensor:
-        gate_of_row = self._of_rows("adapter")
-        gated = self._of_rows("adapter")
-        del gate_of_row
-        return gated
+    def _leave_own_rows(self) -> None:
+        """The mask of the others, and each token's best products with their places."""
+        tokens, top_k, cap = self.request.tokens_per_step, self.decision.top_k, self.decision.active_rows_cap
+        if cap > top_k:
+            mask = self._tape.new(tokens * cap, BOOL, "adapter")
+            best = self._tape.new(tokens * top_k, self._e, "adapter")
+            places = self._tape.new(tokens * top_k, INT64, "adapter")
+            del mask, best, places
 
     def _cast(self, x: Tensor, itemsize: int, category: str) -> Tensor:
         """Inside the adapter's own function nothing is differentiated."""

@@ -90,11 +90,29 @@ def gates_bytes(*, tokens: Ints, num_experts: Ints, key_experts: Flags, e: int) 
 
 
 def adapter_forward_bytes(
-    *, tokens: Ints, hidden_size: int, active_rows: Ints, key_experts: Flags, e: int, q: int
+    *,
+    tokens: Ints,
+    hidden_size: int,
+    active_rows: Ints,
+    key_experts: Flags,
+    e: int,
+    q: int,
+    top_k: Ints = 0,
+    own_rows: Flags = False,
 ) -> Ints:
-    """The output ``[T, D]`` (and its cast), and with Key-Experts the gates per row and the gated activations."""
+    """The output ``[T, D]`` (and its cast), and with Key-Experts the gates per row and the gated activations; or, where
+    that is more, what it takes to leave each token its own rows (with Key-Experts beside the gates per row)."""
     output = tokens * hidden_size * (e + (q if q != e else 0))
-    return output + choose(key_experts, 2 * tokens * active_rows * e, 0)
+    usual = output + choose(key_experts, 2 * tokens * active_rows * e, 0)
+    if own_rows is False:
+        return usual
+    own = own_rows_bytes(tokens=tokens, active_rows=active_rows, top_k=top_k, e=e)
+    return largest(usual, choose(own_rows, own + choose(key_experts, tokens * active_rows * e, 0), 0))
+
+
+def own_rows_bytes(*, tokens: Ints, active_rows: Ints, top_k: Ints, e: int) -> Ints:
+    """Each token's best ``K`` products and where they are, int64 ``[T, K]``, and a bool ``[T, A]`` of the others."""
+    return tokens * (active_rows + top_k * (e + INT64_BYTES))
 
 
 def adapter_backward_bytes(

@@ -106,6 +106,8 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
             key_experts=chosen.key_experts,
             e=e,
             q=workload.compute_bytes,
+            top_k=chosen.top_k,
+            own_rows=chosen.own_rows,
         ),
         backward=ada.adapter_backward_bytes(
             tokens=tokens,

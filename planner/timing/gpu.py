@@ -37,6 +37,8 @@ ADAPTER_FORWARD_LAUNCHES = 4  # 2 products, ReLU, sum with the FFN's output
 ADAPTER_BACKWARD_LAUNCHES = 6  # 4 products, ReLU's mask, sum with the FFN's input gradient
 GATE_FORWARD_LAUNCHES = 6  # scores, probe mask (2), masking, gate of each row, product with the activations
 GATE_BACKWARD_LAUNCHES = 12  # gate of each row, 3 elementwise, membership (2), 3 products, probe mask (2), masking
+OWN_ROWS_LAUNCHES = 4  # best K (2), comparison, filling
+OWN_GATED_LAUNCHES = 2  # rows of experts that are not probed: comparison, filling
 ASSEMBLE_LAUNCHES = 2  # the rows admitted, the rows kept
 ROUTER_LAUNCHES = 3  # scores, best P, int32
 
@@ -242,21 +244,29 @@ class AdapterSizes:
     element_bytes: int
     num_experts: Ints
     key_experts: Flags
+    own_rows: Flags = False
 
 
 def adapter_forward_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows: Ints) -> Floats:
     """``ReLU(h K^T) V``: ``4*T*A*D`` flops; Key-Experts score again for the gate and multiply the activations by it.
 
     The products read rows, input and activations and write activations and output; elementwise are ReLU, the sum with
-    the FFN's output, and with a gate 5 more passes over ``[T, A]``.
+    the FFN's output, and with a gate 5 more passes over ``[T, A]``. Where a token sees its own rows alone, its best are
+    found (one pass), the others compared and filled (3 passes and twice their mask), and so are before that, with a
+    gate, rows of experts that it does not probe.
     """
     tokens, hidden, gated = sizes.tokens, sizes.hidden_size, sizes.key_experts
+    own = sizes.own_rows
+    masking = own * (4 * sizes.element_bytes + 2 + (3 * sizes.element_bytes + 2) * gated)
     flops = 4 * tokens * active_rows * hidden + 2 * tokens * sizes.num_experts * hidden * gated
     return rates.adapter_seconds(
         flops=flops,
         num_bytes=(2 * hidden * (active_rows + tokens) + 2 * tokens * active_rows) * sizes.element_bytes,
-        launches=ADAPTER_FORWARD_LAUNCHES + GATE_FORWARD_LAUNCHES * gated,
-        elementwise_bytes=((2 + 5 * gated) * tokens * active_rows + 3 * tokens * hidden) * sizes.element_bytes,
+        launches=ADAPTER_FORWARD_LAUNCHES
+        + GATE_FORWARD_LAUNCHES * gated
+        + own * (OWN_ROWS_LAUNCHES + OWN_GATED_LAUNCHES * gated),
+        elementwise_bytes=((2 + 5 * gated) * tokens * active_rows + 3 * tokens * hidden) * sizes.element_bytes
+        + masking * tokens * active_rows,
     )
 
 

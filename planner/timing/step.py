@@ -279,6 +279,7 @@ def _gpu_costs(request: Request, rates: GpuRates, candidates: Candidates, moved:
         element_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
         num_experts=candidates.num_experts,
         key_experts=candidates.key_experts,
+        own_rows=candidates.own_rows,
     )
     return GpuSeconds(
         embedding=embedding_seconds(request, rates),

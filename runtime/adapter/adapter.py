@@ -5,6 +5,9 @@
 With exact routing there is no gate. With Key-Experts the gate of a row is its expert's score for the token (no
 softmax), zero where the token does not probe that expert; this is what trains the router.
 
+``S`` serves every token of the micro-batch (``tokens_see = union``), or each token uses its own best ``K`` of it
+(``own``): the activations of the others are zero, and so is what goes backward through them.
+
 Whatever is as large as the active rows lies in memory for as many rows as there may ever be (the cap), so that every
 step asks the device's allocator for the same sizes: memory that is cut into pieces of ever other sizes could not be
 foreseen.
@@ -14,6 +17,7 @@ Letters: ``T`` tokens, ``D`` hidden size, ``A`` active rows, ``N`` experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,11 +64,18 @@ class SparseAdapterFunction(torch.autograd.Function):
         rows = exchange.rows(layer)
         keys, values = rows.tensor_split(2, dim=1)
         inputs = hidden.to(rows.dtype)
-        activations = _product(exchange, inputs, keys.T).relu_()
+        products = _product(exchange, inputs, keys.T)
         gate = exchange.gate(layer, inputs, weight) if weight.dim() == 2 else None
+        gate_of_row = None if gate is None else _gate_of_row(exchange, layer, gate)
+        if exchange.decision.tokens_see == "own":
+            _leave_own_rows(exchange, products, gate_of_row)
+        activations = products.relu_()
         ctx.exchange, ctx.layer, ctx.hidden_dtype = exchange, layer, hidden.dtype
         ctx.save_for_backward(inputs, activations, weight, gate)
-        gated = activations if gate is None else _gated(exchange, layer, activations, gate)
+        gated = activations
+        if gate_of_row is not None:
+            gated = torch.mul(activations, gate_of_row, out=_like_rows(exchange, activations))
+            del gate_of_row
         return (gated @ values).to(hidden.dtype)
 
     @staticmethod
@@ -139,10 +150,19 @@ def _gate_of_row(exchange: RowExchange, layer: int, gate: torch.Tensor) -> torch
     return torch.index_select(gate, 1, experts, out=out)
 
 
-def _gated(exchange: RowExchange, layer: int, activations: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """``activations [T, A]`` times each row's gate."""
-    gate_of_row = _gate_of_row(exchange, layer, gate)
-    return torch.mul(activations, gate_of_row, out=_like_rows(exchange, activations))
+def _leave_own_rows(exchange: RowExchange, products: torch.Tensor, gate_of_row: torch.Tensor | None) -> None:
+    """Leave of ``products [T, A]`` each token's own best ``K``, and make zero of the others.
+
+    With Key-Experts a token chooses among rows of the experts that it probes: those whose gate is not zero.
+    """
+    top_k = exchange.decision.top_k
+    if products.shape[1] <= top_k:
+        return
+    others = exchange.for_rows(tuple(products.shape), axis=1, dtype=torch.bool)
+    if gate_of_row is not None:
+        products.masked_fill_(torch.eq(gate_of_row, 0, out=others), -math.inf)
+    least = products.topk(top_k, dim=1).values[:, -1:]
+    products.masked_fill_(torch.lt(products, least, out=others), 0)
 
 
 @dataclass

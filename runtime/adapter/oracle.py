@@ -24,12 +24,17 @@ class DenseAdapter(nn.Module):
         self.router = None if router is None else nn.Parameter(router.clone())
 
     def forward(
-        self, hidden: torch.Tensor, rows: torch.Tensor | None = None, probes: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        probes: torch.Tensor | None = None,
+        top_k: int | None = None,
     ) -> torch.Tensor:
         """Adapter output ``[T, D]`` for ``hidden [T, D]``.
 
         ``rows`` (int64 ``[A]``) restricts the adapter to those rows by a mask; ``probes`` (int64 ``[T, P]``) are the
-        experts that each token may use, all of them by default.
+        experts that each token may use, all of them by default. With ``top_k`` a token uses, of the rows that it may,
+        its own best so many.
         """
         activations = torch.relu(hidden @ self.keys.T)
         if self.router is not None:
@@ -38,7 +43,22 @@ class DenseAdapter(nn.Module):
             in_play = torch.zeros(self.keys.shape[0], dtype=hidden.dtype, device=hidden.device)
             in_play[rows] = 1
             activations = activations * in_play
+        if top_k is not None:
+            activations = activations * self._own(hidden, rows, probes, top_k)
         return activations @ self.values
+
+    def _own(
+        self, hidden: torch.Tensor, rows: torch.Tensor | None, probes: torch.Tensor | None, top_k: int
+    ) -> torch.Tensor:
+        """One for a token's best ``top_k`` rows by ``h . key``, token by token; zero elsewhere ``[T, R]``."""
+        own = torch.zeros(hidden.shape[0], self.keys.shape[0], dtype=hidden.dtype, device=hidden.device)
+        per_expert = self.keys.shape[0] // (1 if self.router is None else self.router.shape[0])
+        for token, scores in enumerate((hidden @ self.keys.T).detach()):
+            allowed = range(len(scores)) if rows is None else rows.tolist()
+            if probes is not None:
+                allowed = [row for row in allowed if row // per_expert in probes[token].tolist()]
+            own[token, sorted(allowed, key=lambda row: -float(scores[row]))[:top_k]] = 1
+        return own
 
     def _gate(self, hidden: torch.Tensor, probes: torch.Tensor | None) -> torch.Tensor:
         """Gate ``[T, R]``: the score of each row's expert, zero where the token does not probe that expert."""

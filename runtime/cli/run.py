@@ -322,12 +322,12 @@ def _evaluation(given: dict[str, Any]) -> EvaluationOptions | None:
     from meft.runtime.use.evaluation import EvaluationOptions
 
     task, every = given.pop("eval_task"), given.pop("eval_every")
-    names = ("metric", "limit", "batch_size", "max_new_tokens", "rows_per_token")
+    names = ("metric", "limit", "batch_size", "max_new_tokens", "rows_per_token", "min_score")
     values = {name: given.pop(name) for name in names}
     if task is not None:
         return EvaluationOptions(task, every=every, **values)
-    if every or any(values[name] is not None for name in ("metric", "limit", "rows_per_token")):
-        options = "--metric, --eval-limit, --eval-every and --rows-per-token"
+    if every or any(values[name] is not None for name in ("metric", "limit", "rows_per_token", "min_score")):
+        options = "--metric, --eval-limit, --eval-every, --rows-per-token and --min-score"
         raise UsageError(f"{options} belong to --eval; say what to evaluate on")
     return None
 

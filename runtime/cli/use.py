@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,12 @@ _COUNT = click.IntRange(min=1)
 _ROWS_PER_TOKEN = click.option(
     "--rows-per-token",
     type=_COUNT,
-    help="Rows of the adapter that a token meets, its best; fewer leave more of the base model.  [default: all]",
+    help="Rows of the adapter that a token meets, its best; fewer leave more of the base model.  [default: as trained]",
+)
+_MIN_SCORE = click.option(
+    "--min-score",
+    type=click.FloatRange(min=0),
+    help="A token meets no row that it scores lower; higher leaves more of the base model.  [default: 0]",
 )
 
 
@@ -40,6 +46,7 @@ def evaluation_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--eval-batch-size", "batch_size", type=_COUNT, default=8, show_default=True),
         click.option("--max-new-tokens", type=_COUNT, default=32, show_default=True, help="Of each answer."),
         _ROWS_PER_TOKEN,
+        _MIN_SCORE,
     )
     for option in reversed(options):
         function = option(function)
@@ -90,7 +97,8 @@ def evaluate_command(
     evaluator = make_evaluator(EvaluationOptions(task, **given), load_tokenizer(folder), raw=raw, seed=seed)
     answered: list[tuple[str, str]] = []
     evaluator = evaluator.listening(lambda prompt, answer: answered.append((prompt, answer)))
-    generator = ModelGenerator(_model(folder, adapter, device, given["rows_per_token"]))
+    rows = {name: given[name] for name in ("rows_per_token", "min_score")}
+    generator = ModelGenerator(_model(folder, adapter, device, rows))
     result = evaluator.evaluate(generator, optimizer_steps=0)
     for prompt, answer in answered[:show]:
         click.echo(f"? {prompt}\n> {answer.strip()}")
@@ -104,6 +112,7 @@ def evaluate_command(
 @_model_options
 @click.option("--max-new-tokens", type=_COUNT, default=64, show_default=True)
 @_ROWS_PER_TOKEN
+@_MIN_SCORE
 def generate_command(
     prompt: str | None,
     model: Path | None,
@@ -111,7 +120,7 @@ def generate_command(
     device: str | None,
     raw: bool,
     max_new_tokens: int,
-    rows_per_token: int | None,
+    **rows: Any,
 ) -> None:
     """Continue PROMPT greedily; without it, each line of standard input is a prompt and each answer one line."""
     from meft.runtime.session.model_loading import load_tokenizer
@@ -122,7 +131,7 @@ def generate_command(
         raise UsageError("PROMPT: nothing to answer; give a prompt, or lines on standard input")
     folder = base_folder(model)
     tokenizer = load_tokenizer(folder)
-    generator = ModelGenerator(_model(folder, adapter, device, rows_per_token))
+    generator = ModelGenerator(_model(folder, adapter, device, rows))
     said = answers(generator, tokenizer, prompts, GenerationOptions(max_new_tokens=max_new_tokens, raw=raw))
     for answer in said:
         click.echo(answer if prompt is not None else " ".join(answer.split()))
@@ -167,21 +176,27 @@ def adapter_folder(given: Path) -> Path:
     raise UsageError(f"--adapter {given}: no adapter; give the folder that meft-run wrote, such as output/adapter")
 
 
-def _model(folder: Path, adapter: Path | None, device: str | None, rows_per_token: int | None) -> nn.Module:
-    """The base model on its device, with the adapter beside it if there is one."""
+def _model(folder: Path, adapter: Path | None, device: str | None, rows: dict[str, Any]) -> nn.Module:
+    """The base model on its device, with the adapter beside it if there is one, of which a token meets ``rows``."""
     import torch
 
     from meft.runtime.use.adapter_model import AdapterModel
     from meft.runtime.use.saved import load_base
 
-    if adapter is None and rows_per_token is not None:
-        raise UsageError(f"--rows-per-token {rows_per_token}: there is no adapter; say which with --adapter")
+    for name, value in rows.items():
+        if adapter is None and value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: there is no adapter; say which with --adapter")
     available = torch.cuda.is_available()
     where = None if adapter is None else adapter_folder(adapter)
     if device == "cuda" and not available:
         raise UsageError("--device cuda: torch sees no CUDA device here; leave --device out")
     base = load_base(folder)
-    placed: nn.Module = (
-        base if where is None else AdapterModel.from_pretrained(base, where, rows_per_token=rows_per_token)
-    )
+    placed: nn.Module = base
+    if where is not None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            placed = AdapterModel.from_pretrained(base, where, **rows)
+        for warning in caught:
+            if warning.category is UserWarning:
+                click.echo(f"note: {warning.message}", err=True)
     return placed.to(device or ("cuda" if available else "cpu")).eval()

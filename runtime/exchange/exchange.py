@@ -266,6 +266,8 @@ class RowExchange:
 
     def send_gradients(self, layer: int) -> None:
         """Send what :meth:`gradient_buffer` now holds to the host, less what is summed on the device."""
+        with self.device.host():
+            self.store.use.note(layer, self._state.placement(layer).rows)
         self._window.send(layer)
 
     def after_backward(self, layer: int) -> None:
@@ -286,6 +288,8 @@ class RowExchange:
         """The device is through with the micro-batch; gradients may still be on their way."""
         self._computed("backward 0")
         self.in_backward = False
+        with self.device.host():
+            self.store.use.micro_batches += 1
         if self.hot is not None:
             self.hot.note_step()
 

@@ -66,6 +66,32 @@ class HotIndex:
         self.places[rows] = torch.arange(num_rows, dtype=torch.int32)
 
 
+class RowUse:
+    """How often each row was active: a run's statistics, which inference weights rows by.
+
+    ``counts`` is int32 ``[R]`` per layer: in how many micro-batches that went backward a row was active, since training
+    began; ``micro_batches`` int64 ``[1]`` how many there were. Like a run's other statistics it is in no ledger.
+    """
+
+    def __init__(self, *, num_layers: int, adapter_width: int) -> None:
+        self.counts = tuple(torch.zeros(adapter_width, dtype=torch.int32) for _ in range(num_layers))
+        self.micro_batches = torch.zeros(1, dtype=torch.int64)
+
+    def note(self, layer: int, rows: torch.Tensor) -> None:
+        """A micro-batch had these rows of a layer active, none twice."""
+        self.counts[layer][rows] += 1
+
+    def shares(self) -> tuple[torch.Tensor, ...] | None:
+        """Per layer, fp32 ``[R]``: the share of micro-batches in which a row was active; None before the first."""
+        total = int(self.micro_batches)
+        return tuple(count / total for count in self.counts) if total else None
+
+    def active_rows(self) -> tuple[float, ...]:
+        """Mean active rows of a micro-batch, per layer; empty before the first."""
+        total = int(self.micro_batches)
+        return tuple(int(count.sum()) / total for count in self.counts) if total else ()
+
+
 class HostStore:
     """Rows, moments, gradient accumulators and step counts of all layers; masters in ``dtype`` (fp32 outside tests).
 
@@ -91,6 +117,7 @@ class HostStore:
         self.dtype = dtype
         self.kernels = kernels
         self.layers = tuple(_empty_tables(adapter_width, hidden_size, dtype) for _ in range(num_layers))
+        self.use = RowUse(num_layers=num_layers, adapter_width=adapter_width)
         self.copies: tuple[torch.Tensor, ...] = ()
         if bf16_copy:
             shape = (adapter_width, 2 * hidden_size)

@@ -1,9 +1,10 @@
 """Adapters and checkpoints on disk: safetensors and JSON, written beside their place and renamed into it.
 
 An adapter folder holds ``meft_adapter.safetensors`` (per layer ``layers.I.rows`` ``[R, 2D]``, key and value of a row
-side by side, and ``layers.I.router`` ``[N, D]``), ``meft_config.json``, and a README.md that says how to use it. The
-names are not PEFT's, so that PEFT does not take the folder for its own; folders of older versions, whose files had
-PEFT's names, still load. A checkpoint folder ``checkpoint-NNNNNNNN`` is an adapter folder with
+side by side, ``layers.I.router`` ``[N, D]``, and ``layers.I.active_counts`` int32 ``[R]``: in how many of training's
+``micro_batches`` a row was active), ``meft_config.json``, and a README.md that says how to use it. The names are not
+PEFT's, so that PEFT does not take the folder for its own; folders of older versions, whose files had PEFT's names or no
+counts, still load. A checkpoint folder ``checkpoint-NNNNNNNN`` is an adapter folder with
 ``optimizer.safetensors`` and ``training_state.json``; because the folder appears by a rename, one that is there is
 complete.
 """
@@ -17,7 +18,7 @@ import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -30,7 +31,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.base.files import file_mode, replace_folder, write_atomic, writing
 from meft.planner.base.schema import Count, File, Index, parse_json, read_text
 from meft.planner.models.architecture import ModelShape
-from meft.planner.records.plan import Plan, Routing
+from meft.planner.records.plan import Plan, Routing, TokensSee
 from meft.planner.records.report import Evaluation
 from meft.runtime.session.model_card import model_card
 from meft.runtime.session.session import Session
@@ -40,6 +41,8 @@ ADAPTER_CONFIG = "meft_config.json"
 MODEL_CARD = "README.md"
 OLD_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OLD_ADAPTER_CONFIG = "adapter_config.json"
+ACTIVE_COUNTS = "active_counts"
+MICRO_BATCHES = "micro_batches"
 OPTIMIZER_STATE = "optimizer.safetensors"
 TRAINING_STATE = "training_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{8})")
@@ -72,6 +75,9 @@ class AdapterConfig(File):
     plan_digest: str
     base_digest: str | None = None
     """See :func:`base_digest`; null in adapters of older versions."""
+    tokens_see: TokensSee = "union"
+    active_rows_per_layer: tuple[Annotated[float, Field(ge=0.0)], ...] = ()
+    """Mean active rows of a micro-batch in training; empty where it is not known, as in adapters of older versions."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Of Python, torch and transformers, when it was saved."""
 
@@ -125,7 +131,8 @@ def adapter_bytes(plan: Plan) -> int:
     decision, shape = plan.decision, plan.request.model
     rows = decision.adapter_width * 2 * shape.hidden_size
     router = decision.num_experts * shape.hidden_size if decision.routing == "key-experts" else 0
-    return shape.num_layers * (_FLOAT_BYTES * (rows + router) + _HEADER_BYTES_PER_LAYER) + _TEXT_BYTES
+    numbers = rows + router + decision.adapter_width
+    return shape.num_layers * (_FLOAT_BYTES * numbers + _HEADER_BYTES_PER_LAYER) + _TEXT_BYTES
 
 
 def checkpoint_bytes(plan: Plan, *, steps: int) -> int:
@@ -257,8 +264,14 @@ def weights_path(folder: Path) -> Path:
 
 def restore_adapter(session: Session, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """The inverse of :func:`adapter_tensors`, in place; ``path`` names their origin in errors."""
+    targets = adapter_tensors(session)
+    if MICRO_BATCHES not in tensors:  # an adapter of an older version
+        uses = _row_use(session)
+        for use in uses.values():
+            use.zero_()
+        targets = {name: target for name, target in targets.items() if name not in uses}
     with torch.no_grad():
-        for name, target in adapter_tensors(session).items():
+        for name, target in targets.items():
             _restore(target, tensors, name, path)
     session.rows_were_written()
 
@@ -272,13 +285,21 @@ def require_base(config: AdapterConfig, shape: ModelShape, digest: str, *, folde
 
 
 def adapter_tensors(session: Session) -> dict[str, torch.Tensor]:
-    """What an adapter folder holds, by name: views of the rows, and the routers where they are.
+    """What an adapter folder holds, by name: views of the rows and how often each was active, and the routers where
+    they are.
 
     Waits for updates under way.
     """
     session.bring_home()
     tensors = {f"layers.{layer}.rows": tables.weights for layer, tables in enumerate(session.store.layers)}
-    return tensors | {f"layers.{layer}.router": weight.detach() for layer, weight in enumerate(session.router_weights)}
+    tensors |= {f"layers.{layer}.router": weight.detach() for layer, weight in enumerate(session.router_weights)}
+    return tensors | _row_use(session)
+
+
+def _row_use(session: Session) -> dict[str, torch.Tensor]:
+    use = session.store.use
+    counts = {f"layers.{layer}.{ACTIVE_COUNTS}": count for layer, count in enumerate(use.counts)}
+    return counts | {MICRO_BATCHES: use.micro_batches}
 
 
 def _write_adapter(session: Session, folder: Path, meft_version: str) -> None:
@@ -322,6 +343,8 @@ def adapter_config(session: Session, meft_version: str) -> AdapterConfig:
         adapter_dtype=session.plan.request.adapter_dtype,
         plan_digest=session.plan.content_digest(),
         base_digest=base_digest(session.model),
+        tokens_see=decision.tokens_see,
+        active_rows_per_layer=session.store.use.active_rows(),
         versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
     )
 

@@ -257,7 +257,12 @@ def _evaluation(options: RunOptions, tokenizer: Any, display: Display) -> Evalua
     if options.evaluation is None:
         return None
     evaluator = make_evaluator(options.evaluation, tokenizer, raw=options.raw, seed=options.training.seed)
-    return EvaluationSchedule(evaluator, options.evaluation.every, lambda result: display.say(evaluation_line(result)))
+    return EvaluationSchedule(
+        evaluator,
+        options.evaluation.every,
+        on_result=lambda result: display.say(evaluation_line(result)),
+        warn=lambda text: display.say(f"note: {text}"),
+    )
 
 
 def _open_nvml(kind: DeviceKind) -> NvmlReader | NvmlUnavailable:

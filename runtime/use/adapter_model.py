@@ -20,6 +20,7 @@ activations are neither counted nor limited.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ from meft.runtime.use.guards import (
     require_planned_size,
     watch_foreign_steps,
 )
-from meft.runtime.use.inference import Speaking, attach_rows, serving
+from meft.runtime.use.inference import AS_TRAINED, Serving, Speaking, attach_rows, rows_met, serving
 from meft.runtime.use.row_optimizer import RowOptimizer
 from meft.runtime.use.saved import EXTRA_STATE, described, description, layer_rows, load_base, saved_adapter
 
@@ -71,11 +72,11 @@ class AdapterModel(nn.Module):
         session: Session | None,
         detach: Callable[[], None],
         *,
-        rows_per_token: int | None = None,
+        how: Serving = AS_TRAINED,
         speaking: Speaking | None = None,
     ) -> None:
         super().__init__()
-        self._rows_per_token = rows_per_token
+        self._how = how
         self._speaking = speaking
         self.base = base
         self.routers = nn.ParameterList(session.router_weights if session is not None else [])
@@ -101,27 +102,32 @@ class AdapterModel(nn.Module):
         adapter: str | Path,
         *,
         rows_per_token: int | None = None,
+        min_score: float | None = None,
         adapter_name: str | None = None,
     ) -> AdapterModel:
         """A trained adapter beside its base model, a loaded one or a folder: for inference.
 
-        ``adapter`` is an adapter's folder, or one that ``trainer.save_model`` wrote. Each token meets its best
-        ``rows_per_token`` rows, or all (:mod:`meft.runtime.use.inference`). Without a name, the adapter is the base's
-        only one, and active in calls of the base itself too. With an ``adapter_name`` each, several share one base,
-        and each is active in calls through its own :class:`AdapterModel` alone.
+        ``adapter`` is an adapter's folder, or one that ``trainer.save_model`` wrote. A token meets the rows that it met
+        in training, or its best ``rows_per_token``, and none that it scores below ``min_score``
+        (:mod:`meft.runtime.use.inference`). Without a name, the adapter is the base's only one, and active in calls of
+        the base itself too. With an ``adapter_name`` each, several share one base, and each is active in calls through
+        its own :class:`AdapterModel` alone. Warns where ``rows_per_token`` is above what training had.
 
         Raises:
             UsageError: the folder holds no adapter, the base is another model than it was trained beside, or carries
                 an adapter already.
         """
-        folder = Path(adapter)
+        folder, how = Path(adapter), Serving(rows_per_token, min_score)
         config, tensors, source = saved_adapter(folder)
+        met = rows_met(config.tokens_see, config.top_k, config.active_rows_per_layer)
+        if (warning := how.warning(met)) is not None:
+            warnings.warn(warning, stacklevel=2)
         model = base if isinstance(base, nn.Module) else load_base(Path(base))
         _require_base(model, config, folder)
         put_down = carry(model, adapter_name)
         speaking = None if adapter_name is None else Speaking()
         try:
-            off = attach_rows(model, layer_rows(config, tensors, source, rows_per_token), speaking)
+            off = attach_rows(model, layer_rows(config, tensors, source, how), speaking)
         except UsageError:
             put_down()
             raise
@@ -142,18 +148,20 @@ class AdapterModel(nn.Module):
         adapter: str | Path | None = None,
         schedule: Literal["overlapped", "sequential"] = "overlapped",
         rows_per_token: int | None = None,
+        min_score: float | None = None,
     ) -> AdapterModel:
         """A new adapter beside ``base`` as the plan decides, on the device, in training mode.
 
-        ``adapter`` is a folder to start from instead of a fresh one. ``rows_per_token`` is what evaluation and
-        generation take, as in :meth:`from_pretrained`. Overlapped, transfers and host work go on beside
-        the device's, with the same results; the threads end in :meth:`detach`, or with the model.
+        ``adapter`` is a folder to start from instead of a fresh one. ``rows_per_token`` and ``min_score`` are
+        what evaluation and generation take, as in :meth:`from_pretrained`. Overlapped, transfers and host work go on
+        beside the device's, with the same results; the threads end in :meth:`detach`, or with the model.
 
         Raises:
             UsageError: the plan was made for another model or another dtype of it, or ``base`` carries an adapter
                 already.
             MachineError: there is no such device.
         """
+        how = Serving(rows_per_token, min_score)
         loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
         differences = loaded.request.model.differences(_shape(base))
         if differences:
@@ -176,7 +184,7 @@ class AdapterModel(nn.Module):
             put_down()
             restore()
             raise
-        made = cls(base, session, partial(_take_off, session, restore), rows_per_token=rows_per_token)
+        made = cls(base, session, partial(_take_off, session, restore), how=how)
         made._ends.append(put_down)
         if adapter is not None:
             try:
@@ -336,7 +344,7 @@ class AdapterModel(nn.Module):
             yield
             return
         self.finish_backward()
-        with serving(self.session, self._rows_per_token):
+        with serving(self.session, self._how):
             yield
 
     def _check_inputs(self, given: Mapping[str, Any]) -> None:

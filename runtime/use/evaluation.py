@@ -15,7 +15,7 @@ from meft.runtime.data.task_sources import load_task
 from meft.runtime.data.tasks import Task
 from meft.runtime.session.session import Session
 from meft.runtime.use.generation import GenerationOptions, Generator, SessionGenerator, answers
-from meft.runtime.use.inference import serving
+from meft.runtime.use.inference import AS_TRAINED, Serving, rows_met, serving
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,13 @@ class EvaluationOptions:
     batch_size: int = 8
     max_new_tokens: int = 32
     rows_per_token: int | None = None
-    """Rows of the adapter that a token meets; None: all."""
+    min_score: float | None = None
+    """Both as :class:`~meft.runtime.use.inference.Serving` has them."""
+
+    @property
+    def serving(self) -> Serving:
+        """Which rows of the adapter a token meets."""
+        return Serving(self.rows_per_token, self.min_score)
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Evaluator:
             left_out=self.task.left_out,
             scores={name: statistics.fmean(score[name] for score in each) for name in each[0]},
             max_new_tokens=self.options.max_new_tokens,
-            rows_per_token=self.options.rows_per_token,
+            rows_per_token=self.options.serving.rows_per_token,
+            min_score=self.options.serving.min_score,
             seconds=time.perf_counter() - started,
         )
 
@@ -74,7 +81,7 @@ class Evaluator:
 def make_evaluator(options: EvaluationOptions, tokenizer: Any, *, raw: bool, seed: int = 0) -> Evaluator:
     """Read the task; a :class:`~meft.planner.base.errors.UsageError` says what is wrong with it."""
     task = load_task(options.task, metric=options.metric, limit=options.limit, seed=seed)
-    how = GenerationOptions(options.max_new_tokens, options.batch_size, raw, options.rows_per_token)
+    how = GenerationOptions(options.max_new_tokens, options.batch_size, raw, options.serving)
     return Evaluator(task, tokenizer, how)
 
 
@@ -85,6 +92,8 @@ class EvaluationSchedule:
     evaluator: Evaluator
     every: int = 0
     on_result: Callable[[Evaluation], None] = lambda _: None
+    warn: Callable[[str], None] = lambda _: None
+    """Told once where tokens meet more rows than in training."""
     results: list[Evaluation] = field(default_factory=list)
 
     def due(self, optimizer_steps: int, *, last: bool) -> bool:
@@ -93,7 +102,11 @@ class EvaluationSchedule:
 
     def evaluate(self, session: Session, optimizer_steps: int) -> None:
         """Evaluate, and keep and tell the result."""
-        generator = SessionGenerator(session, self.evaluator.options.rows_per_token)
+        how, decision = self.evaluator.options.serving, session.plan.decision
+        generator = SessionGenerator(session, how)
+        warning = how.warning(rows_met(decision.tokens_see, decision.top_k, session.store.use.active_rows()))
+        if warning is not None and not self.results:
+            self.warn(warning)
         result = self.evaluator.evaluate(generator, optimizer_steps=optimizer_steps)
         self.results.append(result)
         self.on_result(result)
@@ -111,7 +124,7 @@ def mean_loss(
     return total / tokens
 
 
-def session_loss(session: Session, batch: Batch, rows_per_token: int | None = None) -> float:
+def session_loss(session: Session, batch: Batch, how: Serving = AS_TRAINED) -> float:
     """A batch's loss with the adapter as at inference."""
-    with serving(session, rows_per_token), session.device.scope():
+    with serving(session, how), session.device.scope():
         return session.engine.read_scalar(session.loss(batch), category="loss")

@@ -19,7 +19,7 @@ from meft.runtime.data.chat_template import TemplateError, rendered
 from meft.runtime.data.examples import pad_token_id
 from meft.runtime.session.model_loading import check_token_ids
 from meft.runtime.session.session import Session
-from meft.runtime.use.inference import serving
+from meft.runtime.use.inference import AS_TRAINED, Serving, serving
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class GenerationOptions:
     max_new_tokens: int = 32
     batch_size: int = 8
     raw: bool = False
-    rows_per_token: int | None = None
-    """Rows that a token meets where an adapter is in training; None: all."""
+    serving: Serving = AS_TRAINED
+    """Which rows a token meets where an adapter is in training."""
 
 
 class Generator(Protocol):
@@ -48,7 +48,7 @@ class SessionGenerator:
     """A session's model with its adapter active, on the session's device."""
 
     session: Session
-    rows_per_token: int | None = None
+    serving: Serving = AS_TRAINED
 
     def generate(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, max_new_tokens: int, pad_id: int
@@ -56,7 +56,7 @@ class SessionGenerator:
         """See :class:`Generator`. A device budget that is exceeded raises as in training."""
         session = self.session
         check_token_ids(input_ids.tolist(), session.plan.request.model.vocab_size, where="the prompts")
-        with serving(session, self.rows_per_token), session.device.scope():
+        with serving(session, self.serving), session.device.scope():
             ids, mask = session.to_device(input_ids), session.to_device(attention_mask)
             made = greedy(session.model, ids, mask, max_new_tokens=max_new_tokens, pad_id=pad_id)
             host = session.engine.host_empty(*made.shape, dtype=made.dtype)

@@ -2,9 +2,13 @@
 
 Training serves all tokens of a micro-batch with the union of their rows, so a token's output depends a little on what
 else is in the batch. Generation must not: an answer may not change with the questions that happen to share its batch,
-nor with padding. Here each token meets all rows (with Key-Experts all rows of the experts it probes), which is what the
-union grows into; or of those its own best ones alone, which leaves more of what the model said before
-(``docs/learning.md``). Only hidden states and outputs travel, ``2 T D`` numbers per layer; no row lies on
+nor with padding. Here a token meets what it met in training, in the mean over micro-batches: its own best ``K`` rows,
+which it brings wherever it is, and every other row times the share of training's micro-batches that had the row active
+(as dropout's weights are scaled by the share of steps that kept them). Where training let a token see its own rows
+alone, it meets just those. All rows as they are would be another function
+where a micro-batch activates few of many (measured in ``docs/learning.md``). Asked for, a token meets its best rows
+alone, or only those that it scores high enough, which leaves more of what the model said before.
+Only hidden states and outputs travel, ``2 T D`` numbers per layer; no row lies on
 the device.
 
 Letters: ``T`` tokens, ``D`` hidden size, ``R`` adapter rows, ``N`` experts, ``P`` probes.
@@ -12,18 +16,60 @@ Letters: ``T`` tokens, ``D`` hidden size, ``R`` adapter rows, ``N`` experts, ``P
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
+from meft.planner.records.plan import TokensSee
 from meft.runtime.adapter.adapter import add_to, ffn_input, plan_dtypes
 from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.session.session import Session
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Which of its rows a token meets at inference."""
+
+    rows_per_token: int | None = None
+    """Its best so many; None: what it met in training, or where that is not known all (of its experts)."""
+    min_score: float | None = None
+    """None with a smaller ``h . key``; None: any that is above zero."""
+
+    def __post_init__(self) -> None:
+        if self.rows_per_token is not None and self.rows_per_token < 1:
+            raise UsageError(f"rows_per_token {self.rows_per_token}: a token meets one row at least; None: as trained")
+        if self.min_score is not None and not (math.isfinite(self.min_score) and self.min_score >= 0):
+            raise UsageError(f"min_score {self.min_score:g}: a row counts only above 0; give 0 or more, or None")
+
+    def warning(self, met_by_layer: Sequence[float]) -> str | None:
+        """What to say where a token would meet more rows than in training (see :func:`rows_met`)."""
+        if self.rows_per_token is None or not met_by_layer:
+            return None
+        met = sum(met_by_layer) / len(met_by_layer)
+        if self.rows_per_token <= met:
+            return None
+        return (
+            f"rows per token {self.rows_per_token:,}: in training a token met {met:,.0f} rows of a layer at most, and "
+            f"with more it may not give the answers that it learnt; leave it out to serve what was trained"
+        )
+
+    def after(self, tokens_see: TokensSee, top_k: int) -> Serving:
+        """The same for an adapter that was trained so: where tokens saw their own ``K`` rows alone, they do here."""
+        return replace(self, rows_per_token=self.rows_per_token or top_k) if tokens_see == "own" else self
+
+
+AS_TRAINED = Serving()
+
+
+def rows_met(tokens_see: TokensSee, top_k: int, active_rows: Sequence[float]) -> Sequence[float]:
+    """Rows that a token met in training, by layer, in the mean; empty where it is not known."""
+    return (float(top_k),) if tokens_see == "own" else active_rows
 
 
 @dataclass(frozen=True)
@@ -34,17 +80,16 @@ class LayerRows:
     values: torch.Tensor
     router: torch.Tensor | None = None
     num_probes: int = 1
-    rows_per_token: int | None = None
-    """How many rows a token meets, those with the largest ``h . key``; None: all (of its experts)."""
-
-    def __post_init__(self) -> None:
-        if self.rows_per_token is not None and self.rows_per_token < 1:
-            raise UsageError(f"rows_per_token {self.rows_per_token}: a token meets one row at least; None is all")
+    serving: Serving = AS_TRAINED
+    top_k: int = 1
+    """How many rows a token brought in training, those with the largest ``h . key``."""
+    shares: torch.Tensor | None = None
+    """fp32 ``[R]``: the share of training's micro-batches that had a row active; None where that is not known."""
 
     def output(self, hidden: torch.Tensor) -> torch.Tensor:
         """Adapter output ``[T, D]`` for ``hidden [T, D]`` in the rows' dtype."""
         if self.router is None:
-            return torch.relu(self._met(hidden @ self.keys.T)) @ self.values
+            return self._active(hidden @ self.keys.T, self.shares) @ self.values
         scores = hidden @ self.router.T
         gates, probes = scores.topk(self.num_probes, dim=1)
         keys, values = (part.unflatten(0, (self.router.shape[0], -1)) for part in (self.keys, self.values))
@@ -52,25 +97,31 @@ class LayerRows:
         products = hidden.new_empty(*probes.shape, keys.shape[1])
         for expert, token, probe in visits:
             products[token, probe] = hidden[token] @ keys[expert].T
-        gated = torch.relu(self._met(products.flatten(1)).view_as(products)) * gates.unsqueeze(2)
+        shares = None if self.shares is None else self.shares.unflatten(0, (keys.shape[0], -1))[probes].flatten(1)
+        gated = self._active(products.flatten(1), shares).view_as(products) * gates.unsqueeze(2)
         result = torch.zeros_like(hidden)
         for expert, token, probe in visits:
             result.index_add_(0, token, gated[token, probe] @ values[expert])
         return result
 
-    def _met(self, products: torch.Tensor) -> torch.Tensor:
-        """``products [T, rows]`` of hidden states and keys, zero but for the best :attr:`rows_per_token` (and ties)."""
-        if self.rows_per_token is None or self.rows_per_token >= products.shape[1]:
-            return products
-        least = products.topk(self.rows_per_token, dim=1).values[:, -1:]
-        return products.masked_fill(products < least, 0.0)
+    def _active(self, products: torch.Tensor, shares: torch.Tensor | None) -> torch.Tensor:
+        """Activations from ``products [T, rows]`` of hidden states and keys: those that a token meets, and of others
+        their ``shares``, ``[rows]`` or ``[T, rows]``, or nothing."""
+        activations = torch.relu(products)
+        if self.serving.min_score is not None:
+            activations.masked_fill_(products < self.serving.min_score, 0.0)
+        own = self.serving.rows_per_token or self.top_k
+        if (self.serving.rows_per_token is None and shares is None) or own >= products.shape[1]:
+            return activations
+        others = products < products.topk(own, dim=1).values[:, -1:]  # of equal ones all are the token's own
+        if self.serving.rows_per_token is not None or shares is None:
+            return activations.masked_fill_(others, 0.0)
+        return torch.where(others, activations * shares, activations)
 
 
 @contextmanager
-def serving(session: Session, rows_per_token: int | None = None) -> Iterator[None]:
+def serving(session: Session, how: Serving = AS_TRAINED) -> Iterator[None]:
     """Inference with a session's adapter: model in eval mode, transfers counted apart from the training steps'.
-
-    Each token meets its best ``rows_per_token`` rows, or all.
 
     Begins once the lanes have done what training left to them, updates of rows above all. An accumulation window that
     is open stays as it is: rows are read on the host, where the window does not change them.
@@ -82,7 +133,7 @@ def serving(session: Session, rows_per_token: int | None = None) -> Iterator[Non
     model.eval()
     try:
         with torch.no_grad(), session.clock.paused():
-            session.adapter.serving = _Served(session, _rows_of(session, rows_per_token)).output
+            session.adapter.serving = _Served(session, _rows_of(session, how)).output
             yield
             session.drain()
     finally:
@@ -91,15 +142,16 @@ def serving(session: Session, rows_per_token: int | None = None) -> Iterator[Non
         engine.per = per
 
 
-def _rows_of(session: Session, rows_per_token: int | None) -> tuple[LayerRows, ...]:
+def _rows_of(session: Session, how: Serving) -> tuple[LayerRows, ...]:
     """The session's rows as they lie on the host, and its routers brought there."""
     routers: Sequence[torch.Tensor | None] = [None] * session.store.num_layers
     if session.router_weights:
         routers = [_brought(session, weight.detach(), category="routers") for weight in session.router_weights]
-    probes = session.plan.decision.num_probes
+    how = how.after(session.plan.decision.tokens_see, session.plan.decision.top_k)
+    decision, shares = session.plan.decision, session.store.use.shares() or [None] * session.store.num_layers
     return tuple(
-        LayerRows(tables.keys, tables.values, router, probes, rows_per_token)
-        for tables, router in zip(session.store.layers, routers, strict=True)
+        LayerRows(tables.keys, tables.values, router, decision.num_probes, how, decision.top_k, share)
+        for tables, router, share in zip(session.store.layers, routers, shares, strict=True)
     )
 
 

@@ -11,7 +11,7 @@ from meft.planner.base.errors import UsageError
 from meft.runtime.session import checkpoint
 from meft.runtime.session.checkpoint import AdapterConfig
 from meft.runtime.session.model_folder import load_causal_lm
-from meft.runtime.use.inference import LayerRows
+from meft.runtime.use.inference import LayerRows, Serving
 
 EXTRA_STATE = "_extra_state"
 """Where torch keeps what a module has to say besides tensors; here the text of an adapter's config, as bytes."""
@@ -60,10 +60,11 @@ def load_base(folder: Path) -> nn.Module:
 
 
 def layer_rows(
-    config: checkpoint.AdapterConfig, tensors: dict[str, torch.Tensor], path: Path, rows_per_token: int | None
+    config: checkpoint.AdapterConfig, tensors: dict[str, torch.Tensor], path: Path, how: Serving
 ) -> tuple[LayerRows, ...]:
     """The rows that an adapter's file holds, their shapes checked against its config."""
     shape, gated = config.base_model, config.routing == "key-experts"
+    micro_batches, how = _micro_batches(tensors, path), how.after(config.tokens_see, config.top_k)
     layers = []
     for layer in range(shape.num_layers):
         rows = _tensor(tensors, f"layers.{layer}.rows", (config.adapter_width, 2 * shape.hidden_size), path)
@@ -71,8 +72,20 @@ def layer_rows(
             _tensor(tensors, f"layers.{layer}.router", (config.num_experts, shape.hidden_size), path) if gated else None
         )
         keys, values = (half.contiguous() for half in rows.tensor_split(2, dim=1))
-        layers.append(LayerRows(keys, values, router, config.num_probes, rows_per_token))
+        share = None
+        if micro_batches > 0:
+            name = f"layers.{layer}.{checkpoint.ACTIVE_COUNTS}"
+            counts = _tensor(tensors, name, (config.adapter_width,), path)
+            share = (counts.to(torch.float32) / micro_batches).clamp(0, 1)
+        layers.append(LayerRows(keys, values, router, config.num_probes, how, config.top_k, share))
     return tuple(layers)
+
+
+def _micro_batches(tensors: dict[str, torch.Tensor], path: Path) -> int:
+    """In how many of training's micro-batches active rows were counted; 0 in a file of an older version."""
+    if checkpoint.MICRO_BATCHES not in tensors:
+        return 0
+    return int(_tensor(tensors, checkpoint.MICRO_BATCHES, (1,), path))
 
 
 def _tensor(tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], path: Path) -> torch.Tensor:

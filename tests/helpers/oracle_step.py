@@ -27,13 +27,14 @@ class DenseTower(nn.Module):
     def __init__(self, tower: Tower, adapters: list[DenseAdapter]) -> None:
         super().__init__()
         self.tower, self.adapters = tower, nn.ModuleList(adapters)
+        self.top_k: int | None = None
         self.rows: list[torch.Tensor | None] = [None] * len(adapters)
         self.probes: list[torch.Tensor | None] = [None] * len(adapters)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         for block, adapter, rows, probes in zip(self.tower.layers, self.adapters, self.rows, self.probes, strict=True):
             hidden = hidden + torch.tanh(block.mix(hidden))
-            hidden = hidden + block.mlp(hidden) + adapter(hidden, rows, probes)
+            hidden = hidden + block.mlp(hidden) + adapter(hidden, rows, probes, self.top_k)
         return hidden
 
 
@@ -45,7 +46,10 @@ def dense_twin(setup) -> DenseTower:
     ]
     tower = Tower(setup.store.num_layers, setup.store.hidden_size).double()
     tower.load_state_dict(setup.model.state_dict())
-    return DenseTower(tower.requires_grad_(False), adapters)
+    dense = DenseTower(tower.requires_grad_(False), adapters)
+    if setup.exchange.decision.tokens_see == "own":
+        dense.top_k = setup.exchange.decision.top_k
+    return dense
 
 
 def dense_step(dense: DenseTower, hidden: torch.Tensor, grad: torch.Tensor):

@@ -60,6 +60,7 @@ LETTERS = {
     "compute_dtype_bytes": "q",
     "adapter_dtype_bytes": "e",
     "num_weights": "n",
+    "top_k": "K",
     "num_outputs": "outputs",
 }
 """Arguments of term functions, and the letters that stand for them; other arguments stand for themselves."""
@@ -249,7 +250,7 @@ def pow2(number: int) -> int:
 
 
 FLAGS = {"retained", "key_experts", "gradients_on_device", "layernorm", "gated", "fp32", "soft_capped", "active"}
-FLAGS |= {"pinned", "double_quant"}
+FLAGS |= {"pinned", "double_quant", "own_rows"}
 
 
 @pytest.mark.parametrize(("name", "path", "written"), formulas())

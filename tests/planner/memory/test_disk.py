@@ -9,24 +9,26 @@ from meft.planner.memory.disk import RNG_STATE_BYTES, adapter_file_bytes, disk, 
 
 ROWS = 3 * 16 * 2 * 8 * 4
 ROUTERS = 3 * 4 * 8 * 4
+USE = 3 * 16 * 4 + 8
+"""In how many micro-batches each row was active, and of how many."""
 
 
 def test_an_adapter_is_its_rows_and_routers() -> None:
-    assert disk(sample_request(), DECISION).adapter_bytes == ROWS + ROUTERS
+    assert disk(sample_request(), DECISION).adapter_bytes == ROWS + ROUTERS + USE
 
 
 def test_a_checkpoint_adds_moments_counts_and_the_random_state() -> None:
     found = disk(sample_request(), DECISION)
     counts = 3 * 16 * 4 + 3 * 4
-    assert found.checkpoint_bytes == 3 * (ROWS + ROUTERS) + counts + RNG_STATE_BYTES
+    assert found.checkpoint_bytes == 3 * (ROWS + ROUTERS) + USE + counts + RNG_STATE_BYTES
     assert found.most_bytes == 2 * found.checkpoint_bytes
 
 
 def test_exact_routing_has_no_routers_and_hot_rows_have_an_index() -> None:
     exact = DECISION.model_copy(update={"routing": "exact", "num_experts": 1, "num_probes": 1, "hot_rows": 4})
     found = disk(sample_request(), exact)
-    assert found.adapter_bytes == ROWS
-    assert found.checkpoint_bytes == 3 * ROWS + 3 * 16 * 4 + 3 * 16 * 2 * 4 + 8 + RNG_STATE_BYTES
+    assert found.adapter_bytes == ROWS + USE
+    assert found.checkpoint_bytes == 3 * ROWS + USE + 3 * 16 * 4 + 3 * 16 * 2 * 4 + 8 + RNG_STATE_BYTES
 
 
 def test_the_terms_take_arrays_alike() -> None:

@@ -62,6 +62,33 @@ def test_fewer_rows_equal_the_oracle_on_the_selected_rows(depth, routing, cap) -
     assert (setup.exchange.counters.dropped_rows > 0) == (cap == 4)
 
 
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("routing", [{}, {"routing": "key-experts", "num_experts": 4, "num_probes": 2}])
+@pytest.mark.parametrize("cap", [12, 4])
+def test_tokens_that_see_their_own_rows_equal_the_oracle(depth, routing, cap) -> None:
+    own = {"prefetch_depth": depth, "top_k": 3, "active_rows_cap": cap, "tokens_see": "own", **routing}
+    setup = sparse_setup(decision(**own))
+    assert_step_equals_the_oracle(setup)
+    assert any(state.selection.num_rows > 3 for state in setup.exchange.layers)
+    assert (setup.exchange.counters.dropped_rows > 0) == (cap == 4)
+    if cap == 12:  # and the union is another function
+        hidden, grad = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+        outputs = [run_step(sparse_setup(decision(**own | see)), hidden, grad)[0] for see in ({}, UNION)]
+        assert not torch.allclose(*outputs)
+
+
+@pytest.mark.parametrize("routing", [{}, {"routing": "key-experts", "num_experts": 4, "num_probes": 2}])
+def test_a_token_with_own_rows_does_not_depend_on_its_company(routing) -> None:
+    """Where every row is chosen from the layer's own hidden state, and the cap drops none."""
+    chosen = decision(top_k=3, tokens_see="own", **routing)
+    hidden, grad = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    together = run_step(sparse_setup(chosen), hidden, grad)[0]
+    ones = zip(hidden.split(1), grad.split(1), strict=True)
+    alone = torch.cat([run_step(sparse_setup(chosen), *one)[0] for one in ones])
+    torch.testing.assert_close(alone, together, **EXACT)
+
+
+UNION = {"tokens_see": "union"}
 CACHES = [
     {"cached_rows": 12, "gradients_on_device": True},
     {"cached_rows": 5, "gradients_on_device": True},
@@ -73,9 +100,12 @@ CACHES = [
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize("rows", ["retained", "refetched"])
 @pytest.mark.parametrize("routing", [{}, {"routing": "key-experts", "num_experts": 4, "num_probes": 2}])
-def test_rows_cached_through_windows_equal_the_oracle(cache, depth, rows, routing) -> None:
+@pytest.mark.parametrize("see", ["union", "own"])
+def test_rows_cached_through_windows_equal_the_oracle(cache, depth, rows, routing, see) -> None:
     """Three windows of three micro-batches: what a window has brought is not fetched again, and is never stale."""
-    setup = sparse_setup(decision(prefetch_depth=depth, rows_in_backward=rows, top_k=3, **cache, **routing))
+    setup = sparse_setup(
+        decision(prefetch_depth=depth, rows_in_backward=rows, top_k=3, tokens_see=see, **cache, **routing)
+    )
     dense, missing, active = dense_twin(setup), 0, 0
     settings = AdamWSettings()
     for step in range(9):

@@ -67,13 +67,31 @@ def test_evaluate_and_generate_give_what_the_run_saw(folder, glass_folder, tmp_p
 
 
 def test_rows_per_token_reach_the_answers(folder, glass_folder, tmp_path) -> None:
-    """The best row of 128 alone is another adapter than all of them; all of them is the default."""
+    """The best row of 128 alone is another adapter than all of them."""
     adapter = ("--model", glass_folder, "--adapter", folder / "out" / "adapter", "--max-new-tokens", 8)
     said = {rows: run("generate", "The queen said to", *adapter, "--rows-per-token", rows) for rows in (1, 128)}
     assert said[128].strip() == "the queen"
     assert said[1] != said[128]
     run("evaluate", folder / "facts.jsonl", *adapter, "--rows-per-token", 16, "-o", tmp_path / "scores.json")
     assert json.loads((tmp_path / "scores.json").read_text())["rows_per_token"] == 16
+
+
+def test_a_least_score_reaches_the_answers(folder, glass_folder, tmp_path) -> None:
+    """With a score that no row has, the base answers alone."""
+    model = ("--model", glass_folder, "--max-new-tokens", 8)
+    adapter = (*model, "--adapter", folder / "out")
+    said = {score: run("generate", "The queen said to", *adapter, "--min-score", score) for score in (0, 1e6)}
+    assert said[0].strip() == "the queen"
+    assert said[1e6] == run("generate", "The queen said to", *model)
+    run("evaluate", folder / "facts.jsonl", *adapter, "--min-score", 2.5, "-o", tmp_path / "scores.json")
+    assert json.loads((tmp_path / "scores.json").read_text())["min_score"] == 2.5
+
+
+def test_more_rows_than_in_training_are_a_note(folder, glass_folder) -> None:
+    arguments = ["generate", "Alice", "--model", glass_folder, "--adapter", folder / "out", "--max-new-tokens", 1]
+    result = CliRunner().invoke(command, [str(each) for each in (*arguments, "--rows-per-token", 128)])
+    assert "note: rows per token 128: in training a token met" in result.stderr
+    assert "note:" not in CliRunner().invoke(command, [str(each) for each in arguments]).stderr
 
 
 def test_generate_answers_lines_of_standard_input(folder, glass_folder) -> None:
@@ -107,6 +125,7 @@ def test_prepare_makes_lines_for_training_and_evaluation(tmp_path) -> None:
         (("generate", "a", "--adapter", "absent"), "--adapter absent: no such folder"),
         (("generate", "a", "--rows-per-token", "4"), "there is no adapter; say which with --adapter"),
         (("evaluate", "airports", "--rows-per-token", "4"), "there is no adapter"),
+        (("generate", "a", "--min-score", "4"), "--min-score 4.0: there is no adapter"),
     ],
 )
 def test_wrong_input_is_one_clear_error(glass_folder, arguments, message) -> None:

@@ -45,6 +45,9 @@ CASES = [
     ("llama", EXPERTS | {"activation_checkpointing": True}, {}),
     ("llama", {"cached_rows": 32, "gradients_on_device": True}, BF16 | {"grad_accum": 2}),
     ("llama", EXPERTS | {"hot_rows": 32, "hot_after_steps": 1}, BF16),
+    ("llama", {"tokens_see": "own"}, {}),
+    ("llama", {"tokens_see": "own", "activation_checkpointing": True}, MIXED),
+    ("llama", EXPERTS | {"tokens_see": "own", "prefetch_depth": 1}, BF16),
     ("qwen2", {}, {}),
     ("qwen3", {"activation_checkpointing": True}, MIXED),
     ("mistral", {}, {}),
@@ -124,6 +127,8 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 8192}
         (EXPERTS | {"prefetch_depth": 1}, BF16),
         ({}, BF16 | {"attention": "eager"}),
         ({"hot_rows": 128, "cached_rows": 64, "gradients_on_device": True}, BF16),
+        ({"tokens_see": "own"}, {}),
+        (EXPERTS | {"tokens_see": "own"}, BF16),
     ],
 )
 def test_on_cuda_it_reserves_what_the_trace_does(choice, asked) -> None:

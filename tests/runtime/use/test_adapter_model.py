@@ -249,10 +249,11 @@ def cached_model(glass_folder, *, grad_accum: int = 2, **options: object):
     return model, model.optimizer(learning_rate=1e-2), plan
 
 
-def assert_same_adapter(mine: AdapterModel, theirs: AdapterModel) -> None:
+def assert_same_adapter(mine: AdapterModel, theirs: AdapterModel, *, left_out: tuple[str, ...] = ()) -> None:
     others = theirs.state_dict()
     for name, tensor in mine.state_dict().items():
-        assert torch.equal(tensor, others[name]), name
+        if not name.endswith(left_out):
+            assert torch.equal(tensor, others[name]), name
 
 
 def slow_updates(lane: str, name: str) -> float:
@@ -299,7 +300,8 @@ def test_zero_grad_forgets_sums_on_the_device(glass_folder, schedule) -> None:
     model(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.zero_grad()
     assert own_loop(model, optimizer, plan, first=0, last=2) == losses
-    assert_same_adapter(model, straight)
+    uses = ("active_counts", "micro_batches", "_extra_state")  # a micro-batch that is forgotten was one all the same
+    assert_same_adapter(model, straight, left_out=uses)
 
 
 def test_a_forward_without_a_backward_leaves_no_gradient(glass_folder) -> None:
