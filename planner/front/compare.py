@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meft.planner.base.dtypes import WeightsDtype
-from meft.planner.base.errors import Infeasible
+from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.base.version import VERSION
 from meft.planner.front.estimate import usual_meft
 from meft.planner.front.request import Planning
@@ -22,6 +22,11 @@ from meft.planner.search.search import make_plan
 def compare_methods(planned: Planning) -> MethodComparison:
     """MEFT as it would be planned, and the dense methods."""
     request, profiles = planned.request, planned.profiles
+    if request.model.measured is not None:
+        raise UsageError(
+            f"compare: it weighs hundreds of simulated runs, and {request.model.model_type} has no closed form to "
+            f"simulate; give meft-plan estimate --method METHOD, which traces one"
+        )
     base: WeightsDtype = "bf16" if request.weights_dtype == "nf4" else request.weights_dtype
     names = [name for name in DENSE_NAMES if name != "qlora" or not profiles.gpu.shares_host_cores]
     dense = [

@@ -14,6 +14,7 @@ from meft.planner.base.units import format_bytes, parse_bytes
 from meft.planner.base.version import VERSION
 from meft.planner.front.options import MAX_RANK, BatchSize, Depth, GradAccum, RequestOptions, Rows, SeqLen, Width
 from meft.planner.front.request import Planning, planning
+from meft.planner.front.traced import as_its_trace, with_terms
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.linears import passed_over, resolve_targets
 from meft.planner.predict.comparison import (
@@ -29,6 +30,7 @@ from meft.planner.records.plan import Attention, Decision, Plan, Request, Routin
 from meft.planner.records.profile_catalogue import load_defaults
 from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
 from meft.planner.search.search import make_plan
+from meft.planner.simulation.stream import StreamPeaks, stream_peaks
 from meft.planner.simulation.verification import traced_plan, traced_setup
 
 WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")
@@ -134,7 +136,10 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
     tried: list[Estimate] = []
     for flag in checkpointing_choices(asked.activation_checkpointing):
         variant = setup.model_copy(update={"activation_checkpointing": flag})
-        tried.append(estimate_dense(variant, request=planned.request, gpu=profiles.gpu, link=profiles.link))
+        peaks = _traced_peaks(planned, variant) if setup.model.measured is not None else None
+        tried.append(
+            estimate_dense(variant, request=planned.request, gpu=profiles.gpu, link=profiles.link, peaks=peaks)
+        )
         if tried[-1].fits:
             break
     estimate = first_that_fits(tried)
@@ -143,6 +148,11 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
         setup = setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
         estimate = with_trace(estimate, traced_setup(setup, _config(planned), workspace_bytes=_workspace(planned)))
     return estimate, notes
+
+
+def _traced_peaks(planned: Planning, setup: TrainingSetup) -> StreamPeaks:
+    """For a model without a closed form: the run itself, traced."""
+    return stream_peaks(traced_setup(setup, _config(planned), workspace_bytes=_workspace(planned)))
 
 
 def _chosen(asked: EstimateRequest, estimate: Estimate, *, without: Estimate) -> tuple[str, ...]:
@@ -328,7 +338,14 @@ def _size(given: int | str | None, field: str) -> int | None:
 def _estimate_meft(asked: EstimateRequest, *, verify: bool) -> tuple[Estimate, tuple[str, ...]]:
     """A MEFT decision with what was given, and the planner's choice, unbound by host and time, for the rest."""
     planned = _planning(_options(asked))
+    if planned.request.model.measured is not None:
+        planned = with_terms(planned, _config(planned))
     plan = _meft_plan(planned, active_rows=asked.active_rows)
+    if planned.request.model.measured is not None:
+        request = as_its_trace(planned.request, plan.decision, _config(planned), planned.profiles.gpu)
+        rows = plan.prediction.sparsity.active_rows_per_layer
+        prediction = predict(request, plan.decision, planned.profiles, rows)
+        plan = plan.model_copy(update={"request": request, "prediction": prediction})
     estimate = estimate_meft(planned.request, plan.decision, plan.prediction)
     estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=_plain(planned, plan))})
     if verify:

@@ -241,11 +241,17 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
 
 
 def _usual_attention(shape: ModelShape) -> Attention:
-    return "eager" if shape.model_type in WITHOUT_SDPA else "sdpa"
+    return "eager" if _without_sdpa(shape) else "sdpa"
+
+
+def _without_sdpa(shape: ModelShape) -> bool:
+    if shape.measured is not None:
+        return not shape.measured.sdpa
+    return shape.model_type in WITHOUT_SDPA
 
 
 def _check_model(options: RequestOptions, shape: ModelShape) -> None:
-    if options.attention == "sdpa" and shape.model_type in WITHOUT_SDPA:
+    if options.attention == "sdpa" and _without_sdpa(shape):
         raise UsageError(f"--attention sdpa: transformers does not run {shape.name} with it; give eager or flash")
     used = options.attention or _usual_attention(shape)
     if used == "sdpa" and 0 < shape.priced_window < options.seq_len:

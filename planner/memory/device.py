@@ -1,17 +1,14 @@
 """The device-memory ledger of MEFT: what lies on the device in each phase of a training step, and why.
 
-The closed form that the search weighs candidates with. The dense methods are simulated event by event instead
-(:mod:`meft.planner.simulation.run`).
+The closed form that the search weighs candidates with; dense methods are simulated instead (``simulation.run``).
 
 The phases of a step are ``forward`` (the layers), ``loss`` (head, logits and loss, both ways), ``backward`` (the
 layers) and ``optimizer_step``; ``resident`` rows count in all of them. Peak allocated is the resident sum plus the
-largest phase sum. Backward is taken at its worst moment: near its start everything that was kept is still there; near
-its end (which matters to the dense baselines only) all gradients are.
+largest phase sum. Backward is taken at its worst moment: near its start everything that was kept is still there.
 
-The same ledger is built from ints for a plan and from numpy int64 arrays for the search.
-
-Where layers differ in active rows: what all layers keep is summed exactly; what one needs for a while is that of the
-layer with the most, an upper bound. What kernels hold within one operation is left out, except cuBLAS workspaces.
+The same ledger is built from ints for a plan and from numpy int64 arrays for the search. Where layers differ in active
+rows: what all keep is summed exactly; what one needs for a while is that of the layer with the most, an upper bound.
+What kernels hold within one operation is left out, except cuBLAS workspaces.
 
 Letters: ``B`` batch, ``S`` sequence length, ``T = B*S`` tokens, ``L`` layers, ``D`` hidden size, ``I`` intermediate
 size, ``V`` vocabulary, ``R`` adapter rows per layer, ``A`` active rows of a layer, ``p`` prefetch depth, ``q`` bytes of
@@ -31,6 +28,7 @@ from meft.planner.allocator.rounding import MIN_BLOCK_BYTES
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, Flags, Ints
 from meft.planner.memory.replayed import ReplayedPeaks, replayed_peaks
+from meft.planner.memory.traced import traced_ledger
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import ByteRange, Decision, DeviceMemory, MemoryEntry, Phase, Request
@@ -151,6 +149,8 @@ def device_ledger(
     *, shape: ModelShape, workload: Workload, method: SparseAdapter, gpu: GpuProfile | None = None
 ) -> tuple[Row, ...]:
     """Every line of a step's device memory; ``gpu`` adds its cuBLAS workspaces."""
+    if shape.measured is not None:
+        return traced_ledger(shape, workload, method)
     step = _Step(shape, workload, _frozen_layer(shape, workload), trained_by(shape, workload, method))
     workspaces = () if gpu is None else (workspace_row(gpu),)
     return (

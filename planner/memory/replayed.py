@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from meft.planner.allocator.blocks import LARGE_SEGMENT_BYTES, SMALL_SEGMENT_BYTES
 from meft.planner.allocator.caching import CachingAllocator
 from meft.planner.base.schema import Basis
+from meft.planner.memory.traced import ledger_of_decision
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.profiles import GpuProfile
+from meft.planner.terms.ledger import peak_bytes
 
 if TYPE_CHECKING:
     from meft.planner.simulation.sparse import SparseStream
@@ -44,11 +46,22 @@ class ReplayedPeaks:
 def replayed_peaks(request: Request, decision: Decision, gpu: GpuProfile) -> ReplayedPeaks:
     """Peaks of a run of ``decision`` on a card, from loading the model on; with a margin, and so assumed, where the
     simulated step does not know every tensor."""
+    if request.model.measured is not None:
+        return _as_traced(request, decision)
     peaks = _replayed(request, decision, gpu)
     model_type = request.model.model_type
     if model_type in KNOWN_TENSOR_BY_TENSOR and (model_type, request.attention) != ("mistral", "eager"):
         return peaks
     return ReplayedPeaks(peaks.allocated_bytes, peaks.reserved_bytes + MARGIN_BYTES, "assumed")
+
+
+def _as_traced(request: Request, decision: Decision) -> ReplayedPeaks:
+    """By the traced terms, with what the traced run reserved above them, and the margin."""
+    terms = request.model.traced
+    found = None if terms is None else terms.checkpointed if decision.activation_checkpointing else terms.plain
+    counted = int(peak_bytes(ledger_of_decision(request, decision)))
+    beyond = 0 if found is None else found.beyond_allocated
+    return ReplayedPeaks(counted, counted + beyond + MARGIN_BYTES, "assumed")
 
 
 def _replayed(request: Request, decision: Decision, gpu: GpuProfile) -> ReplayedPeaks:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from meft.planner.base.schema import Count, Fraction, Index, Record
+from meft.planner.models.measured import Measured, TracedTerms
 
 Norm = Literal["rmsnorm", "layernorm"]
 
@@ -32,7 +33,9 @@ SHAPE_LIMITS = {
 MAX_PARAMETERS = 1 << 44
 
 
-_LATER = frozenset(("joint_head_norms", "norms_after", "rotary_pause", "rotary_sets", "priced_window"))
+_LATER = frozenset(
+    ("joint_head_norms", "norms_after", "rotary_pause", "rotary_sets", "priced_window", "measured", "traced")
+)
 """Fields of a shape that came with families after the first."""
 
 
@@ -87,6 +90,11 @@ class ModelShape(Record):
     """Dropout on what attention and FFN add to the residual stream."""
     embedding_dropout: bool = False
     attention_dropout: bool = False
+    measured: Measured | None = None
+    """Set where no closed form describes the model: then its counts are these, and the fields above are the nearest
+    that a decoder of this kind has."""
+    traced: TracedTerms | None = None
+    """Terms of its device memory for one workload; no part of what the model is."""
 
     @model_serializer(mode="wrap")
     def _without_what_later_families_added(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -109,9 +117,10 @@ class ModelShape(Record):
         return self
 
     def differences(self, other: ModelShape) -> dict[str, tuple[object, object]]:
-        """Fields other than the name in which two shapes differ, with both values."""
-        mine, theirs = self.model_dump(exclude={"name"}), other.model_dump(exclude={"name"})
-        return {field: (mine[field], theirs[field]) for field in mine if mine[field] != theirs[field]}
+        """Fields other than the name in which two shapes differ, with both values; what was traced is no such field."""
+        mine, theirs = (each.model_dump(exclude={"name", "traced"}) for each in (self, other))
+        fields = [field for field in {**mine, **theirs} if mine.get(field) != theirs.get(field)]
+        return {field: (mine.get(field), theirs.get(field)) for field in fields}
 
     @property
     def query_size(self) -> int:
@@ -141,6 +150,8 @@ class ModelShape(Record):
     @property
     def attention_parameters_per_layer(self) -> int:
         """Weights of the query, key, value and output projections, without biases."""
+        if self.measured is not None:
+            return self.measured.attention_parameters
         return 2 * self.hidden_size * (self.query_size + self.kv_size)
 
     @property
@@ -149,8 +160,17 @@ class ModelShape(Record):
         return (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
 
     @property
+    def active_mlp_parameters_per_layer(self) -> int:
+        """Of the FFN's weights those that a token meets."""
+        if self.measured is not None:
+            return self.measured.active_ffn_parameters
+        return self.mlp_parameters_per_layer
+
+    @property
     def linear_parameters_per_layer(self) -> int:
         """Weights of a layer's linear layers, without biases: what nf4 and int8 quantization touch."""
+        if self.measured is not None:
+            return self.measured.block_parameters // self.num_layers
         return self.attention_parameters_per_layer + self.mlp_parameters_per_layer
 
     @property
@@ -179,6 +199,8 @@ class ModelShape(Record):
     @property
     def num_parameters(self) -> int:
         """All parameters, exactly; a tied head counts once."""
+        if self.measured is not None:
+            return self.measured.parameters
         outside_layers = self.embedding_parameters + self.position_parameters + self.head_parameters
         linear = self.num_layers * self.linear_parameters_per_layer
         return outside_layers + linear + self.norm_parameters + self.bias_parameters

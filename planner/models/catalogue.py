@@ -19,7 +19,7 @@ from meft.planner.base.kinds import MODEL, refuse_other_kind, refuse_other_path
 from meft.planner.base.names import PROFILES, find_name, looks_like_path, profile_text
 from meft.planner.base.schema import Record, Text, parse_json, read_text, validated
 from meft.planner.models.architecture import ModelShape
-from meft.planner.models.configs import shape_from_config
+from meft.planner.models.shapes import shape_of
 
 CONFIG_NAME = "config.json"
 _WRAPPERS = {"gemma3": "gemma3_text"}
@@ -70,7 +70,7 @@ def load_model(reference: str) -> tuple[ModelShape, dict[str, Any], str | None]:
             raise UsageError(f"model {reference}: no such file or folder; give {_EXPECTED}")
         return _from_file(path)
     key, profile = load_model_profile(reference)
-    return shape_from_config(profile.config, name=key), profile.config, None
+    return shape_of(profile.config, name=key), profile.config, None
 
 
 def is_hub_name(reference: str) -> bool:
@@ -135,7 +135,7 @@ def _from_file(path: Path) -> tuple[ModelShape, dict[str, Any], str]:
     place = path.resolve()
     whole_folder = place.name == CONFIG_NAME
     name = place.parent.name if whole_folder else place.stem
-    return shape_from_config(config, name=name or str(place)), config, str(place.parent if whole_folder else place)
+    return shape_of(config, name=name or str(place)), config, str(place.parent if whole_folder else place)
 
 
 def text_part(config: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,10 @@ _SHAPE_FIELDS = {
 """Fields of a config by the name that a shape has for them, where it is another one."""
 
 
+class NoClosedForm(UsageError):
+    """A known family in a variant that the closed form does not describe."""
+
+
 def shape_from_config(config: Mapping[str, Any], *, name: str) -> ModelShape:
     """Read a Hugging Face ``config.json``; ``name`` names the model in the record and in errors.
 
@@ -93,7 +97,7 @@ class _Fields:
     def require(self, name: str, expected: bool) -> None:
         """Refuse a variant whose layers are built differently."""
         if self.flag(name, default=expected) is not expected:
-            raise UsageError(f"model {self.model}: config field {name} = {not expected} is not supported")
+            raise NoClosedForm(f"model {self.model}: config field {name} = {not expected} is not supported")
 
     def invalid(self, name: str, value: object, expected: str) -> UsageError:
         """The error for a field of the wrong type or out of range."""
@@ -212,7 +216,7 @@ def _rotary_pause(fields: _Fields, num_layers: int) -> int:
     if [int(bool(each)) for each in listed] != [
         int(not pause or index % pause > 0) for index in range(1, num_layers + 1)
     ]:
-        raise fields.invalid("no_rope_layers", listed, "a regular pattern, which alone is supported")
+        raise NoClosedForm(str(fields.invalid("no_rope_layers", listed, "a regular pattern, which alone is supported")))
     return pause
 
 
@@ -244,7 +248,8 @@ def _gemma3_text(fields: _Fields) -> dict[str, Any]:
             "full" if (layer + 1) % pattern == 0 else "sliding" for layer in range(filled.size("num_hidden_layers"))
         ]
     if filled.has("attn_logit_softcapping"):
-        raise filled.invalid("attn_logit_softcapping", filled.config["attn_logit_softcapping"], "null, as published")
+        cap = filled.config["attn_logit_softcapping"]
+        raise NoClosedForm(str(filled.invalid("attn_logit_softcapping", cap, "null, as published")))
     own = {
         "norms_per_layer": 4,
         "head_norms_per_layer": 2,
@@ -331,7 +336,8 @@ def _opt(fields: _Fields) -> dict[str, Any]:
     fields.require("_remove_final_layer_norm", False)
     projected = fields.size("word_embed_proj_dim", default=shape["hidden_size"])
     if projected != shape["hidden_size"]:
-        raise fields.invalid("word_embed_proj_dim", projected, f"hidden_size {shape['hidden_size']}")
+        expected = f"hidden_size {shape['hidden_size']}"
+        raise NoClosedForm(str(fields.invalid("word_embed_proj_dim", projected, expected)))
     bias = fields.flag("enable_bias", default=True)
     # OPT's position table has two rows more than positions: it was trained with an offset for padding.
     own = {

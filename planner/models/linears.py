@@ -32,7 +32,11 @@ class Linear:
 
 
 def linear_layers(shape: ModelShape) -> tuple[Linear, ...]:
-    """The linear layers of one block."""
+    """The linear layers of one block; of a measured model, one of each name."""
+    if shape.measured is not None:
+        return tuple(
+            Linear(each.name, each.place, each.inputs, each.outputs, each.bias) for each in shape.measured.linears
+        )
     build = _LAYOUTS.get(shape.model_type, _separate)
     return build(shape)
 
@@ -103,7 +107,7 @@ def _matches(shape: ModelShape, name: str) -> set[str]:
     if name in ("attention", "ffn"):
         return {layer.name for layer in layers if layer.place == name}
     full = _SHORT.get(name, name)
-    if full not in _OF_ANY_ARCHITECTURE:
+    if full not in _OF_ANY_ARCHITECTURE and full not in {layer.name for layer in layers}:
         raise unknown_name("linear layer in --target-modules", name, [*module_names(shape), *_GROUPS])
     return {full} & {layer.name for layer in layers}
 

@@ -145,9 +145,14 @@ class Estimate(Record):
         return html_table(f"{self.method} on {self.model}{size}", ("", ""), rows)
 
 
-def estimate_dense(setup: TrainingSetup, *, request: Request, gpu: GpuProfile, link: LinkProfile) -> Estimate:
-    """What a dense method needs; of the request only the budgets and names matter, ``setup`` says the rest."""
-    peaks = dense_peaks(setup, gpu)
+def estimate_dense(
+    setup: TrainingSetup, *, request: Request, gpu: GpuProfile, link: LinkProfile, peaks: StreamPeaks | None = None
+) -> Estimate:
+    """What a dense method needs; of the request only the budgets and names matter, ``setup`` says the rest.
+
+    ``peaks`` are those of a trace of the run, for a model that cannot be simulated.
+    """
+    peaks = dense_peaks(setup, gpu) if peaks is None else peaks
     memory = simulated_memory(peaks, gpu=gpu, gpu_mem_bytes=request.gpu_mem_bytes)
     parameters = trainable_parameters(setup)
     adapter = setup.method == "parallel-adapter"
@@ -256,6 +261,9 @@ def trainable_parameters(setup: TrainingSetup) -> int:
 
 def lora_parameters(shape: ModelShape, *, rank: int, targets: tuple[str, ...]) -> int:
     """``r * (inputs + outputs)`` of every targeted linear layer."""
+    if shape.measured is not None:
+        found = [each for each in shape.measured.linears if each.name in targets]
+        return rank * sum(each.count * (each.inputs + each.outputs) for each in found)
     layers = [layer for layer in linear_layers(shape) if layer.name in targets]
     return shape.num_layers * rank * sum(layer.inputs + layer.outputs for layer in layers)
 
@@ -280,7 +288,7 @@ def _entry(phase: Phase, category: str, num_bytes: int) -> MemoryEntry:
         category=category,
         num_bytes=num_bytes,
         basis="counted",
-        because=BECAUSE[category],
+        because=BECAUSE.get(category, "as the real model's code makes it"),
     )
 
 

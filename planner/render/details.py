@@ -14,12 +14,20 @@ from meft.planner.terms.ledger import STEP_PHASES
 PARETO_ROWS = 5
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "frozen model": ("linear_weights", "other_weights", "rotary_frequencies", "block_rounding", "dequantized_weight"),
+    "frozen model": (
+        "frozen_model",
+        "linear_weights",
+        "other_weights",
+        "rotary_frequencies",
+        "block_rounding",
+        "dequantized_weight",
+    ),
     "active rows and their gradients": ("row_staging", "row_gradients", "row_indices", "kept_rows", "gradient_sums"),
     "hot rows and their optimizer": ("hot_rows", "hot_states"),
     "router": ("router_weights", "router_gradients", "router_moments"),
     "trained on the device": ("trainable_weights", "optimizer_moments", "gradients"),
     "kept for backward": (
+        "model_activations",
         "norms",
         "attention",
         "ffn",

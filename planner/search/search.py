@@ -103,6 +103,8 @@ def check_request(request: Request) -> None:
             f"model {shape.name}: its blocks have no FFN module of their own, which the runtime's adapter sits beside; "
             f"plan for another model (meft-plan estimate prices this one)"
         )
+    if shape.measured is not None and shape.measured.without_ffn is not None:
+        raise UsageError(f"model {shape.name}: {shape.measured.without_ffn} (meft-plan estimate prices this one)")
     if request.bf16_copy and request.adapter_dtype != "bf16":
         raise UsageError(
             f"bf16_copy: the adapter's rows travel in {request.adapter_dtype}, as they are kept; leave it out, or give "

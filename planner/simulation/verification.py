@@ -7,16 +7,14 @@ names that package.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from typing import Any
 
-from meft.planner.base.errors import DeviceOutOfMemory, Infeasible, InfeasibleError, MachineError
+from meft.planner.base.errors import DeviceOutOfMemory, Infeasible, InfeasibleError
+from meft.planner.base.tracers import tracer
 from meft.planner.base.units import format_bytes
 from meft.planner.records.plan import Plan, Verification
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream, StreamPeaks, stream_peaks
-
-GROUP = "meft.verify"
 
 
 def traced_setup(setup: TrainingSetup, config: Mapping[str, Any], *, workspace_bytes: int) -> Stream:
@@ -28,6 +26,12 @@ def traced_setup(setup: TrainingSetup, config: Mapping[str, Any], *, workspace_b
 def traced_plan(plan: Plan, config: Mapping[str, Any], *, workspace_bytes: int) -> Stream:
     """The same for a MEFT plan, with the active rows that it expects."""
     stream: Stream = _tracer("plan")(plan, dict(config), workspace_bytes=workspace_bytes)
+    return stream
+
+
+def traced_emulated(plan: Plan, config: Mapping[str, Any]) -> Stream:
+    """The same on the emulated device, with the CPU's operators."""
+    stream: Stream = _tracer("emulated")(plan, dict(config))
     return stream
 
 
@@ -75,12 +79,4 @@ def _with_rows_at_cap(plan: Plan) -> Plan:
 
 
 def _tracer(name: str) -> Callable[..., Stream]:
-    found = [each for each in entry_points(group=GROUP) if each.name == name]
-    if not found:
-        raise MachineError(f"--verify: no tracer is installed (entry point {name} of {GROUP}); reinstall meft")
-    try:
-        tracer: Callable[..., Stream] = found[0].load()
-    except ImportError as error:
-        need = "it runs the real model's code, which needs torch: pip install 'meft[run]'"
-        raise MachineError(f"--verify: {need} ({error})") from error
-    return tracer
+    return tracer(name, purpose="--verify")

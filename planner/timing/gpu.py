@@ -120,12 +120,12 @@ def _kernels(request: Request) -> LayerKernels:
 
 def attention_parameters(shape: ModelShape) -> int:
     """Weights of the q, k, v and output projections of one layer."""
-    return 2 * shape.hidden_size * shape.head_dim * (shape.num_heads + shape.num_kv_heads)
+    return shape.attention_parameters_per_layer
 
 
 def ffn_parameters(shape: ModelShape) -> int:
-    """Weights of one layer's FFN."""
-    return (3 if shape.gated_mlp else 2) * shape.hidden_size * shape.intermediate_size
+    """Weights of one layer's FFN that a token meets."""
+    return shape.active_mlp_parameters_per_layer
 
 
 def score_flops(*, shape: ModelShape, tokens: int, seq_len: int, attention: Attention) -> int:

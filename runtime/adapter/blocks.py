@@ -30,7 +30,7 @@ FFN_NAMES = (
 )
 """What families call it, the usual first: it decides where a block has more than one candidate."""
 _OTHER_TOWERS = ("vision", "visual", "image", "img", "audio", "speech")
-_NO_FFN = ("attn", "attention", "mamba", "conv", "ssm", "lstm", "recurrent", "temporal", "router", "rotary")
+_NO_FFN = ("attn", "attention", "mamba", "conv", "lstm", "recurrent", "temporal", "router", "rotary")
 """In a child's name or class: mixers over tokens, and small parts around an FFN."""
 _MATRICES_OF_AN_FFN = 2
 _MATRIX_DIMS = 2

@@ -130,6 +130,12 @@ class DeviceBooks(TorchDispatchMode):
         del tensor, func
         return self._category or DEFAULT_CATEGORY
 
+    def recategorise(self, tensor: torch.Tensor, category: str) -> None:
+        """It has turned out what a tensor is: for the log."""
+        entry = self._live.get(tensor.untyped_storage()._cdata)
+        if entry is not None and entry.logged is not None and self.log is not None:
+            self.log.recategorise(entry.logged, category)
+
     def _enter(self, tensor: torch.Tensor, func: Any = None) -> None:
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()

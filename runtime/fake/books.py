@@ -87,12 +87,6 @@ class CudaBooks(DeviceBooks):
             self.allocator.free(handle)
             self.log.released(number)
 
-    def recategorise(self, tensor: torch.Tensor, category: str) -> None:
-        """It has turned out what a tensor is."""
-        entry = self._live.get(tensor.untyped_storage()._cdata)
-        if entry is not None and entry.logged is not None:
-            self.log.recategorise(entry.logged, category)
-
     def entered_as(self, tensor: torch.Tensor) -> str:
         """The category of a tensor in the books."""
         return self._live[tensor.untyped_storage()._cdata].category

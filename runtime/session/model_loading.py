@@ -14,7 +14,7 @@ from meft.planner.base.kinds import MODEL, refuse_other_path
 from meft.planner.base.packages import require_packages
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import CONFIG_NAME, how_to_download, is_hub_name, read_config, text_part
-from meft.planner.models.configs import shape_from_config
+from meft.planner.models.shapes import shape_of
 from meft.planner.records.plan import Plan
 from meft.runtime.session.model_folder import SAFE, load_causal_lm, reading
 
@@ -31,7 +31,7 @@ def check_model_folder(plan: Plan, folder: Path) -> None:
             f"--model {folder}: a model of text and images ({config['model_type']}), whose text part can be planned "
             f"but not trained yet; give a text model, such as gemma-3-1b"
         )
-    shape = shape_from_config(config, name=folder.name)
+    shape = shape_of(config, name=folder.name)
     check_shape(plan.request.model, shape, where=str(folder))
 
 

@@ -19,12 +19,14 @@ from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
+from meft.runtime.fake.books import CudaBooks
 from meft.runtime.session.model_loading import COMPUTE_DTYPES
 from meft.runtime.trace.loading import build_model, load, prepare
 from meft.runtime.trace.losses import use_loss
 from meft.runtime.trace.meft import plan_of_setup, trace_meft
 from meft.runtime.trace.methods import attach_method
 from meft.runtime.trace.optimizers import keeps_steps_on_host, make_optimizer, state_tensors
+from meft.runtime.trace.scopes import Scopes
 from meft.runtime.trace.stage import MICRO_BATCHES, STEPS, Stage, without_collection
 
 WORKSPACE_BYTES = 8_519_680
@@ -63,8 +65,9 @@ class _Run:
 
     def __init__(self, setup: TrainingSetup, config: dict[str, Any], workspace_bytes: int) -> None:
         self.setup, self.config = setup, config
-        self.stage = Stage(workspace_bytes)
-        self.books = self.stage.books
+        scopes = Scopes()
+        self.books = CudaBooks(workspace_bytes=workspace_bytes, categorise=scopes.category)
+        self.stage = Stage(self.books, scopes)
         self.outputs: Any = None
         self.batch: dict[str, torch.Tensor] = {}
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from meft.runtime.adapter.blocks import decoder_blocks
+from meft.runtime.device.books import DeviceBooks
+from meft.runtime.device.event_log import EventLog
 from meft.runtime.fake.autocast import cuda_lists
 from meft.runtime.fake.books import CudaBooks
 from meft.runtime.fake.flash import flash_attention_package
 from meft.runtime.fake.functions import cuda_functions
 from meft.runtime.trace.scopes import Scopes, first_tensor
+from meft.runtime.training.fake_experts import grouped_products
 from meft.runtime.training.rehearse import unpacked_sequences
 
 STEPS = 2
@@ -37,12 +40,14 @@ def without_collection() -> Iterator[None]:
 
 
 class Stage:
-    """The books of one run and what is known of where it is. ``step`` counts from 1; the runner sets it."""
+    """The books of one run and what is known of where it is. ``step`` counts from 1; the runner sets it.
 
-    def __init__(self, workspace_bytes: int) -> None:
-        self.scopes = Scopes()
-        self.books = CudaBooks(workspace_bytes=workspace_bytes, categorise=self.scopes.category)
-        self.log = self.scopes.log = self.books.log
+    Around CUDA's books the model runs with what CUDA does; around others as the CPU runs it.
+    """
+
+    def __init__(self, books: DeviceBooks, scopes: Scopes) -> None:
+        self.scopes, self.books = scopes, books
+        self.log = self.scopes.log = books.log or EventLog()
         self.step = 1
 
     def begin_micro_batch(self) -> None:
@@ -59,8 +64,10 @@ class Stage:
 
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
-        """Inside, ``model`` runs as on CUDA, but for the books, which its runner opens."""
-        replaced = (unpacked_sequences(), flash_attention_package(), cuda_lists(), cuda_functions())
+        """Inside, ``model`` runs as on the books' device, but for the books, which its runner opens."""
+        replaced: tuple[AbstractContextManager[None], ...] = (unpacked_sequences(), grouped_products())
+        if isinstance(self.books, CudaBooks):
+            replaced += (flash_attention_package(), cuda_lists(), cuda_functions())
         with ExitStack() as stack:
             for context in replaced:
                 stack.enter_context(context)

@@ -11,6 +11,7 @@ from typing import Any
 from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
+from meft.runtime.trace.meft import trace_emulated
 from meft.runtime.trace.run import WORKSPACE_BYTES, trace_plan, trace_training
 
 
@@ -24,6 +25,12 @@ def verify_plan(plan: Plan, config: dict[str, Any], *, workspace_bytes: int = WO
     """The traced run of a MEFT plan, with the active rows that it expects."""
     with _quiet():
         return trace_plan(plan, config, workspace_bytes=workspace_bytes)
+
+
+def verify_emulated(plan: Plan, config: dict[str, Any]) -> Stream:
+    """The same on the emulated device, whose operators are the CPU's."""
+    with _quiet():
+        return trace_emulated(plan, config)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from meft.runtime.exchange.row_cache import PlannedCache
 from meft.runtime.host.router import PlannedRouter
 from meft.runtime.session.model_loading import model_from_config
 from meft.runtime.session.session import Session, open_session
+from meft.runtime.training.fake_experts import grouped_products
 from meft.runtime.training.reporting import active_rows, assemble, device_memory, host_memory, transfer
 
 _NO_NVML = "a rehearsal: no GPU was used"
@@ -30,7 +31,7 @@ _NO_NVML = "a rehearsal: no GPU was used"
 
 def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_version: str) -> Report:
     """Run one step and the transfers of one optimizer step under fake tensors; ``config`` is the model's."""
-    with FakeTensorMode(), unpacked_sequences():
+    with FakeTensorMode(), unpacked_sequences(), grouped_products():
         session = rehearsal_session(plan, model_from_config(plan, config), EmulatedDevice(budget_bytes))
         rehearse_step(session)
         rehearse_optimizer_step(session)

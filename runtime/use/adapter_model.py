@@ -34,7 +34,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.base.version import VERSION
-from meft.planner.models.configs import shape_from_config
+from meft.planner.models.shapes import shape_of
 from meft.planner.records.plan import Plan
 from meft.runtime.adapter.blocks import decoder
 from meft.runtime.adapter.initialise import KeyInit
@@ -425,7 +425,7 @@ def _restorer(base: nn.Module) -> Callable[[], None]:
 
 def _shape(model: Any) -> Any:
     config = model.config.to_dict()
-    return shape_from_config(config, name=str(config.get("_name_or_path") or type(model).__name__))
+    return shape_of(config, name=str(config.get("_name_or_path") or type(model).__name__))
 
 
 def _require_base(model: nn.Module, config: checkpoint.AdapterConfig, folder: Path) -> None:

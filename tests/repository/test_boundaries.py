@@ -38,6 +38,8 @@ RECORDS_AND_PROFILES = {
     "meft.planner.models.architecture",
     "meft.planner.models.configs",
     "meft.planner.models.catalogue",
+    "meft.planner.models.measured",
+    "meft.planner.models.shapes",
     "meft.planner.records.plan",
     "meft.planner.records.report",
     "meft.planner.records.profiles",
@@ -79,7 +81,8 @@ WITH_EFFECTS = {
     "meft.planner.models.catalogue",
     "meft.planner.render.plot",
     "meft.planner.render.tables",
-    "meft.planner.simulation.verification",
+    "meft.planner.base.tracers",
+    "meft.planner.models.shapes",
 }
 """Planner modules that read, write or print. With the front door and the commands they are all: any other is pure."""
 EFFECTS = {

@@ -302,7 +302,7 @@ def test_the_text_part_of_a_model_of_text_and_images(tmp_path) -> None:
     assert found.num_parameters == PUBLISHED["gemma-3-4b"] == parameters_in_transformers(read)
     assert folder == str(tmp_path.resolve())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
-    with pytest.raises(UsageError, match="model_type 'another' is not supported"):
+    with pytest.raises(UsageError, match="no causal LM of model_type 'another'"):
         load_model(str(tmp_path))
 
 

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from plan_samples import sample_plan
 
+from meft.planner.base import tracers
 from meft.planner.base.errors import EXIT_INFEASIBLE, EXIT_MACHINE, InfeasibleError, MachineError
 from meft.planner.cli.main import command
 from meft.planner.records.plan import Plan, Verification
@@ -27,14 +28,19 @@ def stream_of(*sizes_mib: int) -> Stream:
 
 def with_tracer(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     """An entry point of the group that leads to ``target``."""
-    points = [EntryPoint(name, target, verification.GROUP) for name in ("plan", "setup")]
-    monkeypatch.setattr(verification, "entry_points", lambda group: EntryPoints(points))
+    points = [EntryPoint(name, target, tracers.GROUP) for name in ("plan", "setup")]
+    monkeypatch.setattr(tracers, "entry_points", lambda group: EntryPoints(points))
 
 
 def test_the_tracer_is_an_entry_point_of_the_installed_package() -> None:
     pytest.importorskip("torch")
-    found = {each.name: each.value for each in verification.entry_points(group=verification.GROUP)}
-    assert found == {"plan": "meft.runtime.trace.verify:verify_plan", "setup": "meft.runtime.trace.verify:verify_setup"}
+    found = {each.name: each.value for each in tracers.entry_points(group=tracers.GROUP)}
+    assert found == {
+        "plan": "meft.runtime.trace.verify:verify_plan",
+        "setup": "meft.runtime.trace.verify:verify_setup",
+        "emulated": "meft.runtime.trace.verify:verify_emulated",
+        "shape": "meft.runtime.session.measure:measured_shape",
+    }
 
 
 def test_without_torch_the_error_says_what_to_install(monkeypatch) -> None:
@@ -45,7 +51,7 @@ def test_without_torch_the_error_says_what_to_install(monkeypatch) -> None:
 
 
 def test_without_an_entry_point_the_error_says_so(monkeypatch) -> None:
-    monkeypatch.setattr(verification, "entry_points", lambda group: EntryPoints())
+    monkeypatch.setattr(tracers, "entry_points", lambda group: EntryPoints())
     with pytest.raises(MachineError, match="no tracer is installed"):
         verification.traced_plan(sample_plan(), {}, workspace_bytes=0)
 
