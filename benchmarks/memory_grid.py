@@ -1,6 +1,6 @@
 """The simulated step against a trace of the real model, over a grid of configurations: allocated peaks.
 
-    python benchmarks/memory_grid.py                  all 350, worst first (the error in the first column)
+    python benchmarks/memory_grid.py                  all 382, worst first (the error in the first column)
     python benchmarks/memory_grid.py --sample 12      twelve of them, evenly over the grid
 
 Sixteen architectures at their real widths, cut to a few layers so that a trace takes a second or two (layers repeat).
@@ -58,6 +58,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     LORA | {"batch_size": 2, "seq_len": 128, "padded": True},
     LORA | {"batch_size": 2, "seq_len": 128, "padded": True, "attention": "eager"},
     LORA | {"batch_size": 1, "seq_len": 256, "autocast": "bf16", "loss": "fused-ce"},
+    LORA | {"batch_size": 2, "seq_len": 128, "weights_dtype": "fp16", "autocast": "bf16"},
     QLORA | {"batch_size": 2, "seq_len": 128},
     QLORA | {"batch_size": 1, "seq_len": 256, "kbit_preparation": True, "autocast": "bf16"},
     {"method": "full", "batch_size": 2, "seq_len": 128},

@@ -26,11 +26,6 @@ from contextlib import contextmanager
 from meft.planner.records.plan import Phase
 from meft.planner.simulation.stream import StreamEvent
 
-FP32 = 4
-HALF = 2
-INT64 = 8
-BOOL = 1
-
 GRADIENTS = "gradients"
 TEMPORARIES = "backward_temporaries"
 

@@ -12,7 +12,8 @@ from typing import Protocol
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import Place
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation.autograd import BOOL, FP32, HALF, Tensor
+from meft.planner.simulation.autograd import Tensor
+from meft.planner.simulation.formats import BOOL, FP32, STORED, promoted
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.positions import eager_mask, position_ids, rotary_tables
 from meft.planner.terms import activations as act
@@ -336,12 +337,17 @@ class Decoder:
         if shared.rotary is not None:
             q, k = self._rotated(q, k, shared.rotary)
         if shared.cache is not None:
-            k, v = self.ops.copy(k, "attention"), self.ops.copy(v, "attention")
+            k, v = self._cached(k, k.itemsize), self._cached(v, k.itemsize)
             shared.cache.append((k, v))
         output, probabilities = self._attend(q, k, v, shared)
         names = [name for place, name in block.linears if place == "attention"]
         output = self._linear(output, block, ("attention", _output_name(names)))
         return output, probabilities
+
+    def _cached(self, x: Tensor, of_keys: int) -> Tensor:
+        """Put behind the cache's empty start, which has the keys' format."""
+        wide = promoted(x.itemsize, of_keys)
+        return self.ops.copy(x, "attention") if x.itemsize == wide else self.ops.cast(x, wide, "attention")
 
     def _query_key_value(self, x: Tensor, block: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
         shape, setup = self.shape, self.setup
@@ -404,7 +410,7 @@ class Decoder:
         if ops.autocast_bytes is not None:
             q, k, v = (ops.cast(each, ops.autocast_bytes, "attention") for each in (q, k, v))
         if setup.attention == "flash":  # transformers casts what is fp32, which the kernel does not take
-            q, k, v = (ops.cast(each, HALF, "attention") for each in (q, k, v))
+            q, k, v = (self._in_16_bits(each) for each in (q, k, v))
         sizes = {"batch_size": setup.batch_size, "seq_len": setup.seq_len, "num_heads": shape.num_heads}
         half = q.itemsize != FP32
         if setup.attention == "flash" or (mask is None and half and shape.head_dim <= LARGEST_FLASH_HEAD):
@@ -415,6 +421,9 @@ class Decoder:
         k, v = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
         additive = None if mask is None else ops.tape.new(mask.numel, q.itemsize, "attention")
         return ops.efficient_attention(q, k, v, additive_mask=additive, **sizes), None
+
+    def _in_16_bits(self, x: Tensor) -> Tensor:
+        return self.ops.cast(x, STORED[self.setup.weights_dtype], "attention") if x.itemsize == FP32 else x
 
     def _math_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Grouped heads without a mask go to sdpa as they are, where only flash takes them: in fp32 there remains the
@@ -455,7 +464,7 @@ class Decoder:
             scores = ops.add(scores, shared.mask.detached(), "attention")
         outer = q.itemsize
         if shape.model_type not in act.EAGER_SOFTMAX_AS_COMPUTED or ops.autocast_bytes is not None:
-            scores = ops.cast(ops.keeps_output(ops.cast(scores, FP32, "attention"), "attention"), outer, "attention")
+            scores = ops.cast(ops.softmax_in_fp32(scores, "attention"), outer, "attention")
         else:
             scores = ops.keeps_output(scores, "attention")
         scores = ops.dropout(scores, "attention", active=shape.attention_dropout)

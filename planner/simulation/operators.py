@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from meft.planner.simulation.autograd import (
-    BOOL,
-    FP32,
     GRADIENTS,
     TEMPORARIES,
     Backward,
@@ -21,6 +19,7 @@ from meft.planner.simulation.autograd import (
     Tensor,
     as_view,
 )
+from meft.planner.simulation.formats import BOOL, FP16, FP32, promoted
 
 LOG_SUM_EXP_MULTIPLE = 32
 """The memory-efficient kernel rounds the queries of its log-sum-exp up to this."""
@@ -82,13 +81,13 @@ class Operators:
 
     def add(self, a: Tensor, b: Tensor, category: str) -> Tensor:
         """A sum, in the wider dtype; the gradient is one and the same for both."""
-        out = self.tape.new(max(a.numel, b.numel), max(a.itemsize, b.itemsize), category)
+        out = self.tape.new(max(a.numel, b.numel), promoted(a.itemsize, b.itemsize), category)
         return self.tape.connect(out, (a, b), lambda grad: (grad.detached(), grad.detached()))
 
     def multiply(self, a: Tensor, b: Tensor, category: str) -> Tensor:
         """A product: each factor is kept if the other needs a gradient."""
         tape = self.tape
-        numel, itemsize = max(a.numel, b.numel), max(a.itemsize, b.itemsize)
+        numel, itemsize = max(a.numel, b.numel), promoted(a.itemsize, b.itemsize)
         if not tape.differentiates(a, b):
             return tape.new(numel, itemsize, category)
         kept_b = tape.save(b) if a.requires_grad else None
@@ -127,6 +126,13 @@ class Operators:
         """A kernel whose backward needs the output (tanh, relu, sigmoid, rsqrt, softmax)."""
         out = self.tape.like(x, category)
         return self.tape.connect(out, (x,), self.tape.one_gradient(self.tape.save(out)))
+
+    def softmax_in_fp32(self, x: Tensor, category: str) -> Tensor:
+        """Probabilities in fp32; CUDA's kernel takes fp16 scores as they are, others are cast first."""
+        if x.itemsize != FP16:
+            return self.keeps_output(self.cast(x, FP32, category), category)
+        out = self.tape.new(x.numel, FP32, category)
+        return self.tape.connect(out, (x,), self.tape.one_gradient(self.tape.save(out), itemsize=FP16))
 
     def safe_softmax(self, x: Tensor, category: str) -> Tensor:
         """Softmax whose rows may be all masked: it is computed, such rows are found, and a copy without them kept."""
@@ -217,8 +223,10 @@ class Operators:
         numel = layer.inputs * layer.outputs
         self.use_workspace()
         written = tape.new(numel, layer.compute_bytes, "dequantized_weight")
-        out = tape.new(x.numel // layer.inputs * layer.outputs, x.itemsize, category)
-        del written
+        with tape.no_grad():  # autocast still holds inside of the layer's own function
+            multiplied = (self._autocast(x, category), self._autocast(written, "dequantized_weight"))
+        out = tape.new(x.numel // layer.inputs * layer.outputs, multiplied[0].itemsize, category)
+        del written, multiplied
         if tape.differentiates(x):
             kept = tuple(tape.save(part) for part in layer.stored[:1])
             size_x = x.numel

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from meft.planner.records.setup import OptimizerName
-from meft.planner.simulation.autograd import FP32, Leaf, Tape, Tensor
+from meft.planner.simulation.autograd import Leaf, Tape, Tensor
+from meft.planner.simulation.formats import FP32
 
 EIGHT_BIT_MIN_NUMEL = 4096
 """bitsandbytes keeps the moments of smaller tensors in fp32."""

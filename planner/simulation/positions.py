@@ -6,7 +6,8 @@ As transformers makes it; ``counts_positions`` of the decoder asks for it.
 from __future__ import annotations
 
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation.autograd import BOOL, FP32, INT64, Tape, Tensor
+from meft.planner.simulation.autograd import Tape, Tensor
+from meft.planner.simulation.formats import BOOL, FP32, INT64
 from meft.planner.simulation.operators import Operators
 
 

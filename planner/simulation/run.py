@@ -16,14 +16,14 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import Linear, linear_layers
 from meft.planner.records.plan import Phase
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation.autograd import FP32, HALF, INT64, Leaf, Tape, Tensor
+from meft.planner.simulation.autograd import Leaf, Tape, Tensor
 from meft.planner.simulation.decoder import SCALED_EMBEDDINGS, BlockWeights, Decoder, Lora, ModelWeights
+from meft.planner.simulation.formats import BF16, FP32, INT64, STORED
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.optimizers import Optimizer
 from meft.planner.simulation.stream import Stream, stream_peaks
 from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK
 
-ITEM_BYTES = {"fp32": FP32, "bf16": HALF, "fp16": HALF, "nf4": HALF, "int8": HALF}
 NF4_CODE_NUMBERS = 16
 DYNAMIC_CODE_NUMBERS = 256
 NUM_STEPS = 2
@@ -98,7 +98,7 @@ class Loader:
         head_weight = embedding if shape.tied_embeddings else self._weight(shape.embedding_parameters)
         head_bias = self._weight(shape.vocab_size) if shape.head_bias else None
         if shape.model_type in SCALED_EMBEDDINGS:
-            self._embedding_scale = self.tape.new(1, ITEM_BYTES[self.setup.weights_dtype], "embeddings")
+            self._embedding_scale = self.tape.new(1, STORED[self.setup.weights_dtype], "embeddings")
         if not shape.learned_positions:
             rotated = int(shape.head_dim * shape.rotary_fraction)
             self._frequencies = [
@@ -130,7 +130,7 @@ class Loader:
         return weight, self._weight(width) if self._shape.norm == "layernorm" else None
 
     def _weight(self, numel: int, category: str = "other_weights") -> Tensor:
-        return self.tape.parameter(numel, ITEM_BYTES[self.setup.weights_dtype], category, trained=self._trains_model)
+        return self.tape.parameter(numel, STORED[self.setup.weights_dtype], category, trained=self._trains_model)
 
     def _linear(self, layer: Linear) -> Weights | QuantizedWeights:
         if self.setup.weights_dtype != "nf4":
@@ -139,13 +139,13 @@ class Loader:
             return Weights(layer.inputs, layer.outputs, weight, bias)
         stored = self._quantized(layer.num_weights)
         bias = self._weight(layer.outputs) if layer.bias else None
-        return QuantizedWeights(layer.inputs, layer.outputs, stored, HALF, bias)
+        return QuantizedWeights(layer.inputs, layer.outputs, stored, BF16, bias)
 
     def _quantized(self, num_weights: int) -> tuple[Tensor, ...]:
         """As bitsandbytes stores it: packed weights, scales per 64 (in 8 bits with scales of their own if doubly
         quantized), and the 16 numbers that a code stands for."""
         tape, category = self.tape, "linear_weights"
-        written = tape.new(num_weights, HALF, category)
+        written = tape.new(num_weights, BF16, category)
         num_scales = -(-num_weights // NF4_BLOCK)
         scales = tape.new(num_scales, FP32, category)
         packed = tape.new(-(-num_weights // 2), 1, category)
@@ -200,7 +200,7 @@ class Loader:
         return Lora(down, Weights(rank, layer.outputs, self._trained(rank * layer.outputs)))
 
     def _trained(self, numel: int) -> Tensor:
-        itemsize = ITEM_BYTES[self.setup.adapter_dtype]
+        itemsize = STORED[self.setup.adapter_dtype]
         return self.tape.parameter(numel, itemsize, "trainable_weights")
 
 
@@ -217,7 +217,7 @@ class _Run:
     """The training loop."""
 
     def __init__(self, tape: Tape, setup: TrainingSetup, weights: ModelWeights, workspace_bytes: int) -> None:
-        autocast = None if setup.autocast == "none" else HALF
+        autocast = None if setup.autocast == "none" else STORED[setup.autocast]
         self.tape = tape
         self.setup = setup
         self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes)

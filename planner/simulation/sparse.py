@@ -15,11 +15,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, INDEX_BYTES, MASTER_BYTES
+from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation.autograd import BOOL, FP32, GRADIENTS, INT64, TEMPORARIES, Gradients, Leaf, Tape, Tensor
+from meft.planner.simulation.autograd import GRADIENTS, TEMPORARIES, Gradients, Leaf, Tape, Tensor
 from meft.planner.simulation.decoder import BesideFfn, Decoder, ModelWeights
+from meft.planner.simulation.formats import BOOL, FP32, INT64, STORED
 from meft.planner.simulation.operators import Operators
 from meft.planner.simulation.run import Loader
 from meft.planner.simulation.stream import StreamEvent
@@ -120,7 +121,7 @@ class _Layer(BesideFfn):
 
     @property
     def _e(self) -> int:
-        return ADAPTER_DTYPE_BYTES[self.request.adapter_dtype]
+        return STORED[self.request.adapter_dtype]
 
     @property
     def _gated(self) -> bool:
@@ -297,7 +298,7 @@ class _SparseRun:
 
     def _buffers(self) -> list[Tensor]:
         tape, decision, num_layers = self.tape, self.decision, self.request.model.num_layers
-        e, row = ADAPTER_DTYPE_BYTES[self.request.adapter_dtype], 2 * self.request.model.hidden_size
+        e, row = STORED[self.request.adapter_dtype], 2 * self.request.model.hidden_size
         cap, depth = decision.active_rows_cap, min(decision.prefetch_depth, num_layers - 1)
         made: list[Tensor] = []
 

@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from meft.planner.simulation.autograd import FP32, Leaf, Tape, Tensor
+from meft.planner.simulation.autograd import Leaf, Tape, Tensor
+from meft.planner.simulation.formats import FP32
 from meft.planner.simulation.operators import Operators, Weights
 
 

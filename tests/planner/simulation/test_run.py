@@ -189,6 +189,37 @@ def test_logits_by_loss() -> None:
     assert peaks["fused-linear-ce"].get("logits", 0) < 512 * 32
 
 
+def test_fp16_and_bf16_are_as_large_and_not_the_same() -> None:
+    """fp16 weights under bf16 autocast: an fp16 embedding and a bf16 product add up to fp32, as torch promotes them, so
+    the residual stream from the first sum on takes 4 bytes a number where bf16 weights take 2.
+
+    With checkpointing a layer keeps its input: after the embedding (D = 8 numbers a token in the weights' format) those
+    of layers 2 and 3; of a stream in fp32 also what the final norm keeps, which otherwise is a cast of its own.
+    """
+    lora = {"method": "lora", "rank": 1, "target_modules": ("q_proj",), "activation_checkpointing": True}
+    kept = {}
+    for weights in ("fp16", "bf16"):
+        stream = simulate(setup_of(weights_dtype=weights, autocast="bf16", **lora))
+        kept[weights] = live_by_category(stream, stream.moments["forward_1"])
+    assert kept["fp16"]["layer_inputs"] == 4 * 8 * (2 + 1) * 4
+    assert kept["bf16"]["layer_inputs"] == 4 * 8 * 2 * 2
+    assert kept["fp16"]["embeddings"] == kept["bf16"]["embeddings"] == 4 * 8 * 2
+
+
+def test_frozen_weights_of_another_16_bit_format_are_cast_for_every_product() -> None:
+    """Autocast's copies are kept by the products whose input needs a gradient.
+
+    With LoRA of rank 1 on the last projection alone that is none in the first layer but its second factor (8 numbers),
+    every product of the other two and both their factors (16 and 8), and the head.
+    """
+    shape = tiny_shape()
+    lora = {"method": "lora", "rank": 1, "target_modules": ("down_proj",), "outputs_kept": False}
+    stream = simulate(setup_of(shape, weights_dtype="bf16", autocast="fp16", **lora))
+    copies = live_by_category(stream, stream.moments["forward_1"])["autocast_weights"]
+    trained = 8 + 2 * (16 + 8)
+    assert copies == 2 * (2 * shape.linear_parameters_per_layer + shape.embedding_parameters + trained)
+
+
 def test_meft_is_not_simulated_here() -> None:
     with pytest.raises(ValueError, match="its own ledger"):
         simulate(setup_of(method="meft"))

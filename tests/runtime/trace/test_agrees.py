@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 memory_grid = load_benchmark("memory_grid")
 GRID = list(memory_grid.grid())
 SAMPLE = GRID[::19]
-"""Nineteen and the twenty variants of a model have no factor in common: the sample meets many of both."""
+"""Nineteen and the twenty-four variants of a model have no factor in common: the sample meets many of both."""
 
 
 def test_the_grid_is_as_large_as_promised() -> None:
