@@ -1,6 +1,6 @@
 """Accepted plans run: random plans of random small models, made, made again at their own peak, and run.
 
-For each case a small model of random shape and a request are drawn, and
+A trial draws a small model of random shape and, for it, :data:`REQUESTS` requests, each of which is
 
 1. planned with room; the plan is run on the emulated device: what it allocates and reserves is no more than predicted;
 2. planned again with ``--gpu-mem`` equal to the plan's own ``peak_reserved_bytes_at_cap``: it is accepted, and runs
@@ -9,26 +9,27 @@ For each case a small model of random shape and a request are drawn, and
    makes a plan; that runs too.
 
 Weights and tokens are random; how many rows are active is what these choose, up to the cap, or drawn anew in every
-step.
+step. A trial depends on its seed and number; results of several sessions add up in ``--json FILE``.
 
-    python campaigns/budget.py --count 1000 --seed 1 --json campaigns/results/budget.json
+    python campaigns/budget.py --count 1700 --seed 1 --json campaigns/results/budget.json
 """
 
 from __future__ import annotations
 
 import gc
-import json
+import os
 import random
 import sys
-import time
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
 import click
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from record import Record
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from meft.planner.base.errors import DeviceOutOfMemory, Infeasible
 from meft.planner.base.units import parse_bytes
@@ -46,29 +47,49 @@ from meft.runtime.session.model_loading import ATTENTION, COMPUTE_DTYPES
 from meft.runtime.session.session import WindowEnd, open_session
 
 AMPLE_BYTES = 1 << 33
-WINDOWS = 3
+REQUESTS = 2
+WINDOWS = 2
+"""Hot rows are chosen after the first, and live on the device in the second."""
+USUAL_LOGITS, MOST_LOGITS = 1 << 18, 1 << 22
+"""Elements of a micro-batch's logits: most trials stay small, a few have tensors beyond the allocator's 20 MiB."""
 EXACT = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose every tensor the simulated step knows."""
 OTHERS = ("gemma", "gemma2", "phi", "phi3", "gpt_neox", "gpt2")
 
 
 @dataclass
-class Tally:
-    """What was tried, and what failed: the case's number and why."""
+class Case:
+    """A trial under way: its dice, what its plans train beside, and where its outcome goes."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    failures: list[dict[str, object]] = field(default_factory=list)
-    largest_ratio: dict[str, float] = field(default_factory=dict)
-    """Observed over predicted."""
+    number: int
+    rng: random.Random
+    config: dict[str, Any]
+    weights_dtype: str
+    attention: str
+    record: Record
 
-    def note(self, name: str, observed: float, predicted: float) -> None:
-        """Keep the largest ratio of a quantity."""
-        self.largest_ratio[name] = max(self.largest_ratio.get(name, 0.0), round(observed / predicted, 6))
+    @classmethod
+    def drawn(cls, number: int, record: Record) -> Case:
+        """The trial of that number."""
+        rng = random.Random(f"{record.seed}:{number}")
+        config = draw_config(rng, EXACT if rng.random() < 0.7 else OTHERS)
+        weights = rng.choice(("fp32", "fp32", "bf16"))
+        attention = "eager" if config["model_type"] == "gemma2" or rng.random() < 0.25 else "sdpa"
+        return cls(number, rng, config, weights, attention, record)
 
-    def fail(self, case: int, why: str) -> None:
-        """A promise was not kept."""
-        self.counts["failed"] += 1
-        self.failures.append({"case": case, "why": why})
+    def model(self, request: Request) -> PreTrainedModel:
+        """The model that a plan of that request trains beside."""
+        options = dict(self.config)
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
+            AutoConfig.for_model(options.pop("model_type"), **options),
+            dtype=COMPUTE_DTYPES[request.weights_dtype],
+            attn_implementation=ATTENTION[request.attention],
+        )
+
+    def fail(self, why: str) -> bool:
+        """Note it; False."""
+        self.record.fail(self.number, f"{self.config['model_type']}: {why}")
+        return False
 
 
 class AnyRows:
@@ -95,7 +116,7 @@ def draw_config(rng: random.Random, model_types: tuple[str, ...]) -> dict[str, A
     model_type = rng.choice(model_types)
     heads, head_dim = rng.choice((2, 4)), rng.choice((16, 32, 64))
     hidden, inner = heads * head_dim, rng.choice((2, 3)) * heads * head_dim
-    layers, vocab = rng.choice((1, 2, 2, 3, 4)), rng.choice((256, 1000, 4096, 16384))
+    layers, vocab = rng.choice((1, 1, 2, 2, 3)), rng.choice((256, 256, 1000, 1000, 4096, 16384))
     if model_type == "gpt2":
         return {
             "model_type": model_type,
@@ -129,12 +150,12 @@ def draw_config(rng: random.Random, model_types: tuple[str, ...]) -> dict[str, A
     return config
 
 
-def draw_request(rng: random.Random, config: dict[str, Any]) -> Request:
+def draw_request(case: Case) -> Request:
     """A request with room, most of whose choices are made, so that there are few decisions to weigh."""
-    shape = shape_from_config(config, name=config["model_type"])
+    rng = case.rng
+    shape = shape_from_config(case.config, name=case.config["model_type"])
     width = rng.choice((64, 128, 256, 320))
-    weights = rng.choice(("fp32", "fp32", "bf16"))
-    eager = config["model_type"] == "gemma2" or rng.random() < 0.25
+    batch_size, seq_len = draw_batch(rng, shape.vocab_size)
     return Request(
         model=shape,
         gpu="emulated",
@@ -144,13 +165,13 @@ def draw_request(rng: random.Random, config: dict[str, Any]) -> Request:
         gpu_mem_bytes=AMPLE_BYTES,
         host_mem_bytes=AMPLE_BYTES,
         host_mem_basis="given",
-        batch_size=rng.choice((1, 2, 4)),
-        seq_len=rng.choice((16, 50, 64, 128, 192)),
-        grad_accum=rng.choice((1, 1, 2, 3)),
-        weights_dtype=weights,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        grad_accum=rng.choice((1, 1, 1, 2, 3)),
+        weights_dtype=case.weights_dtype,  # type: ignore[arg-type]
         adapter_dtype=rng.choice(("fp32", "bf16")),
-        attention="eager" if eager else "sdpa",
-        activation_checkpointing=rng.random() < 0.4,
+        attention=case.attention,  # type: ignore[arg-type]
+        activation_checkpointing=rng.random() < 0.3,
         objective=rng.choice(("capacity", "speed", "traffic")),
         max_slowdown=1000.0,
         min_trainable_fraction=0.0,
@@ -164,6 +185,18 @@ def draw_request(rng: random.Random, config: dict[str, Any]) -> Request:
     )
 
 
+def draw_batch(rng: random.Random, vocab_size: int) -> tuple[int, int]:
+    """Sequences of a micro-batch and their length: few tokens beside a large vocabulary, in most trials."""
+    most = MOST_LOGITS if rng.random() < 0.1 else USUAL_LOGITS
+    sizes = [
+        (batch, length)
+        for batch in (1, 2, 4)
+        for length in (16, 50, 64, 128, 192)
+        if batch * length * vocab_size <= most
+    ]
+    return rng.choice(sizes or [(1, 16)])
+
+
 def profiles() -> ProfileSet:
     """The emulated device's."""
     gpu = load_gpu("emulated")
@@ -173,28 +206,21 @@ def profiles() -> ProfileSet:
 # --- running a plan -------------------------------------------------------------------------------------------------
 
 
-def run(plan: Plan, config: dict[str, Any], rng: random.Random) -> MemoryPeaks:
-    """A few windows on an emulated device of the plan's budget; raises :class:`DeviceOutOfMemory` past it."""
-    options = dict(config)
-    made = AutoConfig.for_model(options.pop("model_type"), **options)
-    request, decision = plan.request, plan.decision
-    model = AutoModelForCausalLM.from_config(
-        made, dtype=COMPUTE_DTYPES[request.weights_dtype], attn_implementation=ATTENTION[request.attention]
-    )
+def run(plan: Plan, case: Case) -> MemoryPeaks:
+    """Two windows on an emulated device of the plan's budget; raises :class:`DeviceOutOfMemory` past it."""
+    rng, request, decision = case.rng, plan.request, plan.decision
     device = EmulatedDevice(plan.prediction.device_memory.allocator_budget_bytes)
     router = AnyRows(decision.active_rows_cap, decision.adapter_width, rng.randrange(1 << 30))
-    schedule = Overlapped() if rng.random() < 0.5 else Sequential()
     session = open_session(
         plan,
-        model,
+        case.model(request),
         device,
         seed=0,
         compiled=False,
-        schedule=schedule,
+        schedule=Overlapped() if rng.random() < 0.5 else Sequential(),
         router=router if rng.random() < 0.7 else None,
     )
-    max_norm = rng.choice((None, 1.0))
-    end = WindowEnd(1e-4, max_norm)
+    end = WindowEnd(1e-4, rng.choice((None, 1.0)))
     generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
     try:
         for _ in range(WINDOWS):
@@ -204,7 +230,7 @@ def run(plan: Plan, config: dict[str, Any], rng: random.Random) -> MemoryPeaks:
                 session.step(
                     Batch(ids, torch.ones_like(ids), ids.clone()), loss_scale=1.0, window_end=None if left else end
                 )
-            session.optimizer_step(learning_rate=1e-4, max_norm=max_norm)
+            session.optimizer_step(learning_rate=end.learning_rate, max_norm=end.max_norm)
         session.drain()
         return device.peaks()
     finally:
@@ -212,27 +238,30 @@ def run(plan: Plan, config: dict[str, Any], rng: random.Random) -> MemoryPeaks:
         session.close()
 
 
-# --- one case -------------------------------------------------------------------------------------------------------
+# --- one trial ------------------------------------------------------------------------------------------------------
 
 
-def check_case(case: int, seed: int, tally: Tally, chosen: ProfileSet, model_types: tuple[str, ...]) -> None:
-    """Plan, run, plan at the peak, run, ask for less; what fails is noted."""
-    rng = random.Random(f"{seed}:{case}")
-    config = draw_config(rng, model_types)
-    request = draw_request(rng, config)
+def trial(number: int, record: Record, chosen: ProfileSet) -> None:
+    """A model and its requests; each is counted, and what fails is noted."""
+    case = Case.drawn(number, record)
+    for _ in range(REQUESTS):
+        record.counts["requests"] += 1
+        record.counts["requests passed"] += check_request(case, draw_request(case), chosen)
+
+
+def check_request(case: Case, request: Request, chosen: ProfileSet) -> bool:
+    """Plan, run, plan at the peak, run, ask for less; whether every promise was kept."""
     plan = planned(request, chosen)
     if isinstance(plan, Infeasible):
-        tally.fail(case, f"with ample room: {plan.message}")
-        return
-    promised = keeps_its_word(case, "with room", plan, config, rng, tally)
+        return case.fail(f"with ample room: {plan.message}")
+    kept = keeps_its_word(case, "with room", plan)
     peak = plan.prediction.device_memory.peak_reserved_bytes_at_cap or 0
     again = planned(request.model_copy(update={"gpu_mem_bytes": peak}), chosen)
     if isinstance(again, Infeasible):
-        tally.fail(case, f"at its own peak of {peak:,} bytes: {again.message}")
-    else:
-        promised &= keeps_its_word(case, "at its own peak", again, config, rng, tally)
-    promised &= answers_with_less(case, request, peak, config, chosen, rng, tally)
-    tally.counts["passed"] += promised
+        return case.fail(f"at its own peak of {peak:,} bytes: {again.message}")
+    kept &= keeps_its_word(case, "at its own peak", again)
+    less = max(1, int(peak * case.rng.uniform(0.3, 1.0)))
+    return kept & answers_with_less(case, request.model_copy(update={"gpu_mem_bytes": less}), chosen)
 
 
 def planned(request: Request, chosen: ProfileSet) -> Plan | Infeasible:
@@ -243,51 +272,41 @@ def planned(request: Request, chosen: ProfileSet) -> Plan | Infeasible:
     return plan.model_copy(update={"decision": plan.decision.model_copy(update={"hot_after_steps": 1})})
 
 
-def keeps_its_word(case: int, name: str, plan: Plan, config: dict[str, Any], rng: random.Random, tally: Tally) -> bool:
+def keeps_its_word(case: Case, name: str, plan: Plan) -> bool:
     """Run it: no out-of-memory, and no more allocated or reserved than predicted."""
-    tally.counts[f"runs {name}"] += 1
-    memory = plan.prediction.device_memory
+    counts, memory = case.record.counts, plan.prediction.device_memory
+    counts["plans run"] += 1
+    counts[f"run {name}"] += 1
     try:
-        peaks = run(plan, config, rng)
+        peaks = run(plan, case)
     except DeviceOutOfMemory as error:
-        tally.fail(case, f"{name}: {error}")
-        return False
+        return case.fail(f"{name}: {error}")
     pairs = {
         "reserved": (peaks.reserved_bytes, memory.peak_reserved_bytes),
         "allocated": (peaks.allocated_bytes, memory.peak_allocated_bytes),
     }
     for quantity, (observed, predicted) in pairs.items():
-        tally.note(quantity, observed, predicted)
-        tally.counts[f"{quantity} as predicted"] += observed == predicted
+        case.record.note_largest(f"{quantity}, observed over predicted", observed / predicted)
+        counts[f"{quantity} as predicted"] += observed == predicted
         if observed > predicted:
-            tally.fail(case, f"{name}: {quantity} {observed:,} bytes, predicted {predicted:,}")
-            return False
+            return case.fail(f"{name}: {quantity} {observed:,} bytes, predicted {predicted:,}")
+    counts["plans run and passed"] += 1
     return True
 
 
-def answers_with_less(
-    case: int,
-    request: Request,
-    peak: int,
-    config: dict[str, Any],
-    chosen: ProfileSet,
-    rng: random.Random,
-    tally: Tally,
-) -> bool:
+def answers_with_less(case: Case, request: Request, chosen: ProfileSet) -> bool:
     """With a part of the memory: a plan that runs in it, or a proposed change that makes one."""
-    less = request.model_copy(update={"gpu_mem_bytes": max(1, int(peak * rng.uniform(0.3, 1.0)))})
-    answer = planned(less, chosen)
+    answer, counts = planned(request, chosen), case.record.counts
     if isinstance(answer, Infeasible):
-        tally.counts["infeasible"] += 1
+        counts["infeasible"] += 1
         if not answer.suggestion:
-            tally.counts["infeasible without a proposal"] += 1
+            counts["infeasible without a proposal"] += 1
             return True
-        answer = planned(with_options(less, answer.suggestion), chosen)
+        answer = planned(with_options(request, answer.suggestion), chosen)
         if isinstance(answer, Infeasible):
-            tally.fail(case, f"with what was proposed: {answer.message}")
-            return False
-        tally.counts["proposals that make a plan"] += 1
-    return keeps_its_word(case, "with less", answer, config, rng, tally)
+            return case.fail(f"with what was proposed: {answer.message}")
+        counts["proposals that make a plan"] += 1
+    return keeps_its_word(case, "with less", answer)
 
 
 def with_options(request: Request, options: dict[str, str]) -> Request:
@@ -309,45 +328,32 @@ def with_options(request: Request, options: dict[str, str]) -> Request:
 # --- the campaign ---------------------------------------------------------------------------------------------------
 
 
-def campaign(count: int, seed: int, *, model_types: tuple[str, ...] = EXACT, seconds: float | None = None) -> Tally:
-    """``count`` cases, or as many as fit ``seconds``."""
+def campaign(record: Record, count: int, *, seconds: float | None = None) -> Record:
+    """Trials up to the ``count``-th of the seed, or as many as fit ``seconds``."""
     torch.set_num_threads(1)
-    tally, chosen, started = Tally(), profiles(), time.monotonic()
-    for case in range(count):
-        if seconds is not None and time.monotonic() - started > seconds:
-            break
-        tally.counts["tried"] += 1
-        check_case(case, seed, tally, chosen, model_types)
-        if case % 64 == 0:
+    chosen = profiles()
+    for number in record.numbers(count, seconds=seconds):
+        trial(number, record, chosen)
+        if number % 64 == 0:
             gc.collect()
-    return tally
+    return record
 
 
 @click.command()
-@click.option("--count", default=100, show_default=True, type=click.IntRange(1), help="How many cases.")
-@click.option("--seed", default=0, show_default=True, type=int, help="What the cases are drawn from.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Where the result goes.")
-@click.option("--seconds", type=float, help="Stop after so long, with the cases that were tried by then.")
-@click.option("--all-models", is_flag=True, help=f"Draw model types besides {', '.join(EXACT)} too.")
-def main(count: int, seed: int, path: Path | None, seconds: float | None, all_models: bool) -> None:
+@click.option("--count", default=100, show_default=True, type=click.IntRange(1), help="How many trials in all.")
+@click.option("--seed", default=0, show_default=True, type=int, help="What the trials are drawn from.")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Where results add up.")
+@click.option("--seconds", type=float, help="Begin no trial after so long; the same command goes on.")
+@click.option("--only", type=click.IntRange(0), help="This trial alone, noted nowhere.")
+def main(count: int, seed: int, path: Path | None, seconds: float | None, only: int | None) -> None:
     """Random small plans, run on the emulated device."""
-    types = (*EXACT, *OTHERS) if all_models else EXACT
-    tally = campaign(count, seed, model_types=types, seconds=seconds)
-    result = {
-        "campaign": "budget",
-        "command": f"python campaigns/budget.py --count {tally.counts['tried']} --seed {seed}"
-        + (" --all-models" if all_models else ""),
-        "seed": seed,
-        "model_types": types,
-        "counts": dict(sorted(tally.counts.items())),
-        "largest_observed_over_predicted": tally.largest_ratio,
-        "failures": tally.failures[:100],
-    }
-    text = json.dumps(result, indent=1)
-    if path is not None:
-        path.write_text(text + "\n", encoding="utf-8")
-    click.echo(text)
-    sys.exit(1 if tally.failures else 0)
+    record = Record("budget", seed, path if only is None else None)
+    if only is None:
+        campaign(record, count, seconds=seconds)
+    else:
+        trial(only, record, profiles())
+    record.tell()
+    sys.exit(1 if record.failures else 0)
 
 
 if __name__ == "__main__":

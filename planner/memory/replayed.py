@@ -29,7 +29,7 @@ KNOWN_TENSOR_BY_TENSOR = ("llama", "qwen2", "qwen3", "mistral")
 Mistral with sdpa, whose eager mask is made in other steps."""
 MARGIN_BYTES = LARGE_SEGMENT_BYTES + SMALL_SEGMENT_BYTES
 """What is added for other model types, where a tensor may live somewhat longer than in the simulated step: a segment of
-either pool. Assumed; ``campaigns/budget.py --all-models`` says how it held."""
+either pool. Assumed; ``campaigns/budget.py`` says how it held."""
 MOST_WINDOWS = 32
 """No stream has been seen that took more than a few until it left the allocator as it found it."""
 

@@ -69,9 +69,14 @@ class Shared:
     """What the blocks of one forward share: rotary tables, masks, and the cache that is kept alive."""
 
     rotary: tuple[Tensor, Tensor] | None
-    mask: Tensor | None
+    masks: list[Tensor]
     cache: list[tuple[Tensor, Tensor]] | None
     positions: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Of any layer: they are of one size."""
+        return self.masks[0] if self.masks else None
 
 
 @dataclass
@@ -97,14 +102,14 @@ class Decoder:
         """Everything up to the last block; ``cache`` receives keys and values when transformers makes one."""
         embedded = x = self._embedded()
         positions = position_ids(self.ops.tape, self.setup) if self.counts_positions else None
-        mask = self._mask(x.itemsize)
+        masks = self._masks(x.itemsize)
         others = [self._rotary_tables(x.itemsize) for _ in range(1, self.shape.rotary_sets)]
-        shared = Shared(self._rotary_tables(x.itemsize), mask, cache, positions)
-        resting = Shared(None, mask, cache, positions)
+        shared = Shared(self._rotary_tables(x.itemsize), masks, cache, positions)
+        resting = Shared(None, masks, cache, positions)
         pause = self.shape.rotary_pause
         for number, block in enumerate(self.weights.blocks, start=1):
             x = self._block(x, block, resting if pause and number % pause == 0 else shared)
-        self._named = (embedded, positions, others, shared.rotary, mask)
+        self._named = (embedded, positions, others, shared.rotary, masks)
         return x
 
     def logits(self, normalised: Tensor) -> Tensor:
@@ -149,17 +154,18 @@ class Decoder:
         with tape.no_grad():
             return self.ops.cast(cosines, itemsize, "rotary_tables"), self.ops.cast(sines, itemsize, "rotary_tables")
 
-    def _mask(self, itemsize: int) -> Tensor | None:
-        """Additive for eager attention, of bytes for a padded batch."""
+    def _masks(self, itemsize: int) -> list[Tensor]:
+        """Additive for eager attention, of bytes for a padded batch; one for full and one for sliding layers."""
         setup, shape = self.setup, self.shape
         attention = act.attention_used(shape, setup.attention)
         if not act.makes_mask(shape, attention=setup.attention, padded=setup.padded):
-            return None
+            return []
         copies = act.MASKS_PER_MODEL.get(shape.model_type, 1)
-        numel = copies * setup.batch_size * setup.seq_len**2
+        numel = setup.batch_size * setup.seq_len**2
         if self.counts_positions and attention == "eager":
-            return eager_mask(self.ops.tape, self.setup, numel, itemsize)
-        return self.ops.tape.new(numel, itemsize if attention == "eager" else BOOL, "attention_mask")
+            return [eager_mask(self.ops.tape, self.setup, itemsize, sliding=bool(number)) for number in range(copies)]
+        itemsize = itemsize if attention == "eager" else BOOL
+        return [self.ops.tape.new(numel, itemsize, "attention_mask") for _ in range(copies)]
 
     # --- one block --------------------------------------------------------------------------------------------------
 
@@ -444,9 +450,11 @@ class Decoder:
     def _eager_attention(self, q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
         ops, shape, setup = self.ops, self.shape, self.setup
         groups = shape.num_heads // shape.num_kv_heads
-        written_out = groups > 1 or shared.cache is not None
+        expanded = groups > 1 and shape.num_kv_heads == 1
+        written_out = not expanded and (groups > 1 or shared.cache is not None)
+        repeat = ops.expand_heads if expanded else ops.repeat_heads
         scores_numel = setup.tokens * shape.num_heads * setup.seq_len
-        keys, values = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
+        keys, values = repeat(k, groups), repeat(v, groups)
         merged = setup.batch_size > 1 and shape.model_type not in PARTIAL_ROTARY
         product = self._bmm(
             ops.copy(q, "attention") if merged else q,  # strided heads, to be merged with the batch

@@ -441,6 +441,13 @@ class Operators:
         out = self.tape.new(x.numel * groups, x.itemsize, "attention")
         return self.tape.connect(out, (x,), self.tape.one_gradient(numel=x.numel))
 
+    def expand_heads(self, x: Tensor, groups: int) -> Tensor:
+        """The same for a single key or value head, where it is a view until a product needs it written out."""
+        if groups == 1:
+            return x
+        view = Tensor(x.storage, x.numel * groups, x.itemsize)
+        return self.tape.connect(view, (x,), self.tape.one_gradient(numel=x.numel))
+
     # --- ends -------------------------------------------------------------------------------------------------------
 
     def embedding(self, weight: Tensor, tokens: int, width: int) -> Tensor:

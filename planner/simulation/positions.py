@@ -19,6 +19,11 @@ def position_ids(tape: Tape, setup: TrainingSetup) -> Tensor:
     del counted
     if setup.model.learned_positions:
         return positions
+    _whether_packed(tape, batch, length)
+    return positions
+
+
+def _whether_packed(tape: Tape, batch: int, length: int) -> None:
     first = tape.new(batch, INT64, "positions")
     prefixed = tape.new(batch * (length + 1), INT64, "positions")
     steps = tape.new(batch * length, INT64, "positions")
@@ -31,7 +36,6 @@ def position_ids(tape: Tape, setup: TrainingSetup) -> Tensor:
     del alike
     del answer
     del first, steps, sequences
-    return positions
 
 
 def rotary_tables(ops: Operators, setup: TrainingSetup, numel: int, itemsize: int) -> tuple[Tensor, Tensor]:
@@ -52,9 +56,12 @@ def rotary_tables(ops: Operators, setup: TrainingSetup, numel: int, itemsize: in
     return cosines, sines
 
 
-def eager_mask(tape: Tape, setup: TrainingSetup, numel: int, itemsize: int) -> Tensor:
-    """Which key is not after which query, and from that what is added to scores."""
+def eager_mask(tape: Tape, setup: TrainingSetup, itemsize: int, *, sliding: bool) -> Tensor:
+    """Which key is not after which query, and from that what is added to scores. ``sliding``: nor too far before it,
+    for a second mask, before which the question of packed sequences is asked again."""
     length, category = setup.seq_len, "attention_mask"
+    if sliding:
+        _whether_packed(tape, setup.batch_size, length)
     batches, heads = tape.new(setup.batch_size, INT64, category), tape.new(1, INT64, category)
     counted = tape.new(length, INT64, category)
     queries = tape.new(length, INT64, category)
@@ -62,9 +69,24 @@ def eager_mask(tape: Tape, setup: TrainingSetup, numel: int, itemsize: int) -> T
     counted = tape.new(length, INT64, category)
     keys = tape.new(length, INT64, category)
     del counted
+    near = _within_window(tape, length) if sliding else None
     allowed = tape.new(length**2, BOOL, category)
+    if near is not None:
+        both = tape.new(length**2, BOOL, category)
+        allowed = both
+        del both, near
     del batches, heads, queries, keys
     zero, least = tape.new(1, itemsize, category), tape.new(1, itemsize, category)
-    mask = tape.new(numel, itemsize, category)
+    mask = tape.new(setup.batch_size * length**2, itemsize, category)
     del allowed, zero, least
     return mask
+
+
+def _within_window(tape: Tape, length: int) -> Tensor:
+    """Which key is within the window of which query, out of a constant, differences and their comparison."""
+    constant, differences = tape.new(1, BOOL, "attention_mask"), tape.new(length, INT64, "attention_mask")
+    compared = tape.new(length**2, BOOL, "attention_mask")
+    del differences
+    near = tape.new(length**2, BOOL, "attention_mask")
+    del compared, constant
+    return near

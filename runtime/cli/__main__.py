@@ -1,5 +1,5 @@
 """``python -m meft.runtime.cli``."""
 
-from meft.runtime.cli.run import main
+from meft.runtime.cli.start import main
 
 main()

@@ -158,7 +158,8 @@ class RunGroup(click.Group):
 @click.option("--log", type=_PATH, help="Append a line of JSON per step, optimizer step, checkpoint and evaluation.")
 @click.option("--tensorboard", type=_PATH, help="Folder for TensorBoard's files (needs the package tensorboard).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
-def train_command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> None:
+@click.pass_obj
+def train_command(noted: Interrupts | None, plan: Path, as_json: bool, rehearse: bool, **given: Any) -> None:
     """Run PLAN and compare what it needs with what was predicted.
 
     Writes report.json, the adapter and a checkpoint to --output-dir. A step is one micro-batch; the plan's
@@ -166,7 +167,8 @@ def train_command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> No
     step. Exit codes: 0 done, 1 unexpected, 2 usage or a bad file, 4 this machine cannot run the plan (its disk
     included), or the device budget was exceeded, 130 and 143 interrupted after a checkpoint.
     """
-    with Interrupts().installed() as interrupts:
+    with (noted or Interrupts()).installed() as interrupts:
+        interrupts.check()
         loaded = Plan.load(plan)
         if given["adapter"] is not None:
             given["adapter"] = adapter_folder(given["adapter"])
@@ -191,24 +193,28 @@ def train_command(plan: Path, as_json: bool, rehearse: bool, **given: Any) -> No
     subcommand_metavar="PLAN [OPTIONS] | COMMAND [OPTIONS]",
 )
 @click.version_option(VERSION, prog_name="meft-run")
-def command() -> None:
+@click.pass_context
+def command(ctx: click.Context) -> None:
     """Run PLAN, compare what it needs with what was predicted, and use what it learnt.
 
     Exit codes: 0 done, 1 unexpected, 2 usage or a bad file, 4 this machine cannot run the plan, or the device budget
     was exceeded, 130 and 143 interrupted.
     """
+    noted: Interrupts | None = ctx.obj
+    if noted is not None and ctx.invoked_subcommand != DEFAULT_COMMAND:
+        noted.hand_back()
 
 
-def main() -> None:
-    """Entry point."""
-    run_command(command, "meft-run", interrupted=INTERRUPTED)
+def main(noted: Interrupts | None = None) -> None:
+    """Run the program; ``noted`` has noted signals so far, see :mod:`meft.runtime.cli.start`."""
+    run_command(command, "meft-run", interrupted=INTERRUPTED, obj=noted)
 
 
-def run_command(command: click.Command, program: str, *, interrupted: str) -> None:
+def run_command(command: click.Command, program: str, *, interrupted: str, obj: object = None) -> None:
     """Run a command: every error a user can cause is one line on standard error and a documented exit code."""
     try:
         with no_interrupt_ignored(program, interrupted):
-            command.main(prog_name=program, standalone_mode=False)
+            command.main(prog_name=program, standalone_mode=False, obj=obj)
     except (click.exceptions.Abort, KeyboardInterrupt):  # the second, where click has not begun or has ended
         _fail(program, interrupted, EXIT_INTERRUPTED)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -371,7 +377,3 @@ def _display(interrupts: Interrupts) -> Iterator[Display]:
 def _fail(program: str, message: str, exit_code: int) -> NoReturn:
     click.echo(f"{program}: {message}", err=True)
     sys.exit(exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from meft.planner.allocator.caching import CachingAllocator
 from meft.planner.base.errors import MeftError
@@ -83,9 +82,8 @@ class DeviceBooks(TorchDispatchMode):
     def execute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run a device operator and enter its new storages."""
         output = func(*args, **kwargs)
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor):
-                self._enter(leaf, func)
+        for tensor in _tensors((output,)):
+            self._enter(tensor, func)
         return output
 
     @contextmanager
@@ -179,17 +177,30 @@ class DeviceBooks(TorchDispatchMode):
 
     def _is_host_view(self, func: Any, args: Any, kwargs: Any) -> bool:
         """True for a view of a host tensor, which stays on the host; raises for any other use of a host tensor."""
-        for leaf in tree_leaves((args, kwargs)):
-            if not isinstance(leaf, torch.Tensor) or not leaf.dim() or not leaf.numel() or self.holds(leaf):
+        for tensor in _tensors((args, kwargs)):
+            if not tensor.dim() or not tensor.numel() or self.holds(tensor):
                 continue
             if func.is_view:
                 return True
-            shape = tuple(leaf.shape)
+            shape = tuple(tensor.shape)
             raise WrongPlaceError(
-                f"{func} on the device was handed a host tensor of shape {shape}, dtype {leaf.dtype}; "
+                f"{func} on the device was handed a host tensor of shape {shape}, dtype {tensor.dtype}; "
                 f"move it through the transfer engine"
             )
         return False
+
+
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """All tensors in an operator's arguments or outcome; asked twice per operator, so torch's own walk is too slow."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(value)
+        elif isinstance(value, dict):
+            found += _tensors(value.values())
+    return found
 
 
 def operator_label(func: Any, tensor: torch.Tensor) -> str:

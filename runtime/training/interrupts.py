@@ -40,6 +40,8 @@ class Interrupts:
         """The step after which it ended training early."""
         self.when = "before training begins"
         self.on_signal: Callable[[], None] = lambda: None
+        self._before: dict[signal.Signals, Any] = {}
+        """Handlers that were there when this was first installed."""
 
     @contextmanager
     def installed(self) -> Iterator[Interrupts]:
@@ -49,11 +51,19 @@ class Interrupts:
             return
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self._note) for number in numbers}
+        self._before = self._before or before
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def hand_back(self) -> None:
+        """What follows is no run: signals do again what they did before; one that was noted ends the program now."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self.number is not None:
+            raise self.ended("stopped before anything was begun")
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if a signal came while nothing was trained yet."""

@@ -118,6 +118,55 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     assert "SIGINT again: stopped at once; what was saved is whole" in done.stderr
 
 
+IMPORTED = """
+import builtins, os, sys
+real = builtins.__import__
+def imported(name, *rest):
+    if name == "click" and "click" not in sys.modules:
+        os.kill(os.getpid(), NUMBER)
+    return real(name, *rest)
+builtins.__import__ = imported
+sys.argv[0] = "meft-run"
+from meft.runtime.cli.start import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan.json", "--steps", "2"], "stopped while loading; nothing was trained and nothing was written"),
+        (["evaluate", "plan.json", "--model", "none"], "stopped before anything was begun"),
+    ],
+)
+def test_a_signal_while_the_program_itself_is_imported_is_one_line(number, arguments, said, tmp_path) -> None:
+    """A real process, hit as it imports what it stands on; it ended with -15 and without a word."""
+    script = IMPORTED.replace("NUMBER", str(int(number)))
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    name = signal.Signals(number).name
+    assert (done.returncode, done.stdout) == (128 + number, "")
+    assert done.stderr.splitlines() == [
+        f"meft-run: {name}: stopping before training begins; again to stop at once",
+        f"meft-run: {name}: {said}",
+    ]
+
+
+def test_commands_besides_training_have_pythons_own_ctrl_c() -> None:
+    script = (
+        "import click, os, signal, sys\n"
+        "from meft.runtime.cli import run, start\n"
+        "@run.command.command('long')\n"
+        "def long(): os.kill(os.getpid(), signal.SIGINT); print('still here')\n"
+        "sys.argv = ['meft-run', 'long']\n"
+        "start.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", f"meft-run: {cli.INTERRUPTED}")
+
+
 def test_ctrl_c_before_click_has_begun_is_one_line(monkeypatch, capsys) -> None:
     def pressed(**_options: object) -> None:
         raise KeyboardInterrupt

@@ -54,8 +54,10 @@ CASES = [
 ]
 
 
-def plan_of(model_type: str, choice: dict[str, Any], asked: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
-    config = config_of(model_type, num_hidden_layers=3)
+def plan_of(
+    model_type: str, choice: dict[str, Any], asked: dict[str, Any], **changes: int
+) -> tuple[Plan, dict[str, Any]]:
+    config = config_of(model_type, **({"num_hidden_layers": 3} | changes))
     shape = shape_from_config(config, name=model_type)
     return hand_plan(shape, decision(**(NARROW | choice)), **({"batch_size": 2, "seq_len": 32} | asked)), config
 
@@ -103,7 +105,29 @@ def in_order(events: Sequence[StreamEvent]) -> list[object]:
 
 @pytest.mark.parametrize(("model_type", "choice", "asked"), CASES)
 def test_every_tensor_comes_and_goes_as_on_the_emulated_device(model_type, choice, asked) -> None:
-    plan, config = plan_of(model_type, choice, asked)
+    require_equal(*plan_of(model_type, choice, asked))
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_a_single_key_head_is_written_out_by_the_products_alone(model_type, batch_size, num_layers) -> None:
+    """Eager attention repeats several heads for good; of one it makes a view, which each product copies."""
+    asked = BF16 | {"attention": "eager", "batch_size": batch_size}
+    require_equal(*plan_of(model_type, {}, asked, num_key_value_heads=1, num_hidden_layers=num_layers))
+
+
+def test_full_and_sliding_layers_have_a_mask_each() -> None:
+    """Of 20,000 bytes each, which takes a block more than 40,000 together."""
+    asked = MIXED | {"attention": "eager", "batch_size": 4, "seq_len": 50}
+    plan, config = plan_of("gemma2", {"activation_checkpointing": True}, asked)
+    _, device = logged(plan, config, windows=2)
+    peaks = replayed_peaks(plan.request, plan.decision, load_gpu("emulated"))
+    assert peaks.allocated_bytes == device.peaks().allocated_bytes
+
+
+def require_equal(plan: Plan, config: dict[str, Any]) -> None:
+    """The simulated step and the emulated device's are the same events, and so are their peaks."""
     (once, *windows), device = logged(plan, config, windows=3 if plan.decision.hot_rows else 2)
     simulated = simulate_sparse(plan.request, plan.decision, workspace_bytes=0, emulated=True)
     attached = len(once)
