@@ -1,6 +1,6 @@
 """The simulated step against a trace of the real model, over a grid of configurations: allocated peaks.
 
-    python benchmarks/memory_grid.py                  all 382, worst first (the error in the first column)
+    python benchmarks/memory_grid.py                  all 390, worst first (the error in the first column)
     python benchmarks/memory_grid.py --sample 12      twelve of them, evenly over the grid
 
 Sixteen architectures at their real widths, cut to a few layers so that a trace takes a second or two (layers repeat).
@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from meft.planner.memory.device import predict_device_memory
+from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.configs import shape_from_config
 from meft.planner.models.linears import resolve_targets
@@ -30,6 +31,8 @@ from meft.planner.simulation.run import simulate
 from meft.planner.simulation.stream import stream_peaks
 
 NUM_LAYERS = 3
+MAX_WINDOW = 2048
+"""Of longer ones the scores alone are larger than all else."""
 CARD = "rtx-3090"
 """Any whose cuBLAS workspace is the usual one."""
 MODELS = (
@@ -91,7 +94,7 @@ def grid() -> Iterator[tuple[str, TrainingSetup, dict[str, Any]]]:
         config = short_config(load_model(model)[1])
         shape = shape_from_config(config, name=model)
         for checkpointing in (False, True):
-            for variant in VARIANTS:
+            for variant in (*VARIANTS, *_windowed(shape)):
                 if variant["method"] == "meft" and shape.model_type == "opt":
                     continue  # its FFN is no module of its own, which the runtime needs
                 fields = variant | {"activation_checkpointing": checkpointing}
@@ -101,6 +104,14 @@ def grid() -> Iterator[tuple[str, TrainingSetup, dict[str, Any]]]:
                     fields["attention"] = "eager"
                 name = " ".join(f"{key}={value}" for key, value in variant.items() if key != "target_modules")
                 yield f"{model} {name} ckpt={int(checkpointing)}", TrainingSetup(model=shape, **fields), config
+
+
+def _windowed(shape: ModelShape) -> Iterator[dict[str, Any]]:
+    """A sequence longer than the window that a model's layers see."""
+    if 0 < shape.window <= MAX_WINDOW:
+        longer = {"batch_size": 2, "seq_len": shape.window + 1}
+        yield LORA | longer
+        yield {"method": "meft", "adapter_width": 1024, "top_k": 16, "active_rows": 256} | longer
 
 
 def short_config(config: dict[str, Any]) -> dict[str, Any]:

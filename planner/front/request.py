@@ -253,12 +253,6 @@ def _without_sdpa(shape: ModelShape) -> bool:
 def _check_model(options: RequestOptions, shape: ModelShape) -> None:
     if options.attention == "sdpa" and _without_sdpa(shape):
         raise UsageError(f"--attention sdpa: transformers does not run {shape.name} with it; give eager or flash")
-    used = options.attention or _usual_attention(shape)
-    if used == "sdpa" and 0 < shape.priced_window < options.seq_len:
-        raise UsageError(
-            f"--seq-len {options.seq_len}: sliding layers of {shape.name} see {shape.priced_window} tokens, and longer "
-            f"sequences are not priced with --attention sdpa; give at most that, or --attention eager or flash"
-        )
     if options.seq_len > shape.max_positions:
         raise UsageError(
             f"--seq-len {options.seq_len}: {shape.name} has {shape.max_positions} positions; give at most that"

@@ -36,6 +36,7 @@ from meft.planner.records.profiles import GpuProfile
 from meft.planner.terms import activations as act
 from meft.planner.terms import weights as wts
 from meft.planner.terms.activations import choose, largest
+from meft.planner.terms.frozen import FrozenLayer, frozen_layer, norm_bytes, sliding_layers
 from meft.planner.terms.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
 from meft.planner.terms.methods import SparseAdapter, Trained, Workload, trained_by
 from meft.planner.traffic.transfer import input_bytes
@@ -151,7 +152,7 @@ def device_ledger(
     """Every line of a step's device memory; ``gpu`` adds its cuBLAS workspaces."""
     if shape.measured is not None:
         return traced_ledger(shape, workload, method)
-    step = _Step(shape, workload, _frozen_layer(shape, workload), trained_by(shape, workload, method))
+    step = _Step(shape, workload, frozen_layer(shape, workload), trained_by(shape, workload, method))
     workspaces = () if gpu is None else (workspace_row(gpu),)
     return (
         *_resident_rows(step),
@@ -201,26 +202,12 @@ def _entry(row: Row) -> MemoryEntry:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Frozen:
-    """Bytes that one frozen layer keeps for backward."""
-
-    norms: Ints
-    attention: Ints
-    ffn: Ints
-    norms_after_ffn: Ints
-
-    @property
-    def total(self) -> Ints:
-        return self.norms + self.attention + self.ffn + self.norms_after_ffn
-
-
-@dataclass(frozen=True, eq=False, repr=False)
 class _Step:
     """What a phase's rows are computed from."""
 
     shape: ModelShape
     workload: Workload
-    frozen: _Frozen
+    frozen: FrozenLayer
     trained: Trained
 
     @property
@@ -247,7 +234,7 @@ class _Step:
     @property
     def norm(self) -> Ints:
         """What one norm over ``[T, D]`` keeps."""
-        return _norm_bytes(self.shape, self.workload)
+        return norm_bytes(self.shape, self.workload)
 
     @property
     def logits(self) -> Ints:
@@ -256,41 +243,6 @@ class _Step:
             vocab_size=self.shape.vocab_size,
             compute_bytes=self.workload.compute_bytes,
         )
-
-
-def _norm_bytes(shape: ModelShape, workload: Workload) -> Ints:
-    return act.norm_saved_bytes(
-        tokens=workload.tokens,
-        width=shape.hidden_size,
-        layernorm=shape.norm == "layernorm",
-        compute_bytes=workload.compute_bytes,
-    )
-
-
-def _frozen_layer(shape: ModelShape, workload: Workload) -> _Frozen:
-    tokens, q = workload.tokens, workload.compute_bytes
-    heads = act.head_norms_saved_bytes(shape, tokens=tokens, compute_bytes=q)
-    mask = act.dropout_mask_bytes(tokens=tokens, hidden_size=shape.hidden_size, active=shape.hidden_dropout)
-    return _Frozen(
-        norms=heads + act.norms_before_ffn_saved_bytes(shape, tokens=tokens, compute_bytes=q),
-        attention=act.attention_saved_bytes(
-            shape,
-            tokens=tokens,
-            seq_len=workload.seq_len,
-            compute_bytes=q,
-            attention=workload.attention,
-        )
-        + mask,
-        ffn=act.mlp_saved_bytes(
-            tokens=tokens,
-            intermediate_size=shape.intermediate_size,
-            gated=shape.gated_mlp,
-            activation=shape.activation,
-            compute_bytes=q,
-        )
-        + mask,
-        norms_after_ffn=act.norms_after_ffn(shape) * _norm_bytes(shape, workload),
-    )
 
 
 def _row(phase: Phase, category: str, num_bytes: Ints) -> Row:
@@ -399,7 +351,7 @@ def _layer_rows(step: _Step, *, whole: Ints, layers: int, trained: Ints) -> tupl
     frozen = step.frozen
     return (
         _row("backward", "norms", whole * frozen.norms + layers * frozen.norms_after_ffn),
-        _row("backward", "attention", whole * frozen.attention),
+        _row("backward", "attention", whole * frozen.attention + sliding_layers(step.shape, whole) * frozen.window),
         _row("backward", "ffn", whole * frozen.ffn),
         _row("backward", "adapter", trained),
     )

@@ -34,7 +34,7 @@ MAX_PARAMETERS = 1 << 44
 
 
 _LATER = frozenset(
-    ("joint_head_norms", "norms_after", "rotary_pause", "rotary_sets", "priced_window", "measured", "traced")
+    ("joint_head_norms", "norms_after", "rotary_pause", "rotary_sets", "window", "sliding_layers", "measured", "traced")
 )
 """Fields of a shape that came with families after the first."""
 
@@ -84,8 +84,10 @@ class ModelShape(Record):
     """Every so manieth layer rotates nothing (SmolLM3: 4); 0: every layer rotates."""
     rotary_sets: Count = 1
     """Kinds of layers with rotary positions of their own (Gemma 3: sliding and full layers)."""
-    priced_window: Index = 0
-    """Gemma 3: tokens that its sliding layers see; longer sequences need masks, which sdpa is not priced with."""
+    window: Index = 0
+    """Tokens that a sliding layer sees; 0: all layers see the whole sequence."""
+    sliding_layers: tuple[bool, ...] = ()
+    """Which layers slide, where not all of them do."""
     hidden_dropout: bool = False
     """Dropout on what attention and FFN add to the residual stream."""
     embedding_dropout: bool = False
@@ -121,6 +123,15 @@ class ModelShape(Record):
         mine, theirs = (each.model_dump(exclude={"name", "traced"}) for each in (self, other))
         fields = [field for field in {**mine, **theirs} if mine.get(field) != theirs.get(field)]
         return {field: (mine.get(field), theirs.get(field)) for field in fields}
+
+    def slides(self, layer: int) -> bool:
+        """Whether the layer of that number, from 0, sees a window."""
+        return self.window > 0 and (not self.sliding_layers or self.sliding_layers[layer])
+
+    @property
+    def num_sliding(self) -> int:
+        """Layers that see a window."""
+        return sum(self.slides(layer) for layer in range(self.num_layers))
 
     @property
     def query_size(self) -> int:

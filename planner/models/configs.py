@@ -5,7 +5,7 @@ One reader for each ``model_type``. Letters: ``D`` hidden size, ``H`` heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,22 +163,51 @@ def _attention_bias(fields: _Fields, *, default: bool) -> dict[str, Any]:
     return {"qkv_bias": bias, "output_bias": bias}
 
 
+def _window(fields: _Fields, *, absent: int = 0) -> dict[str, Any]:
+    """The tokens that sliding layers see: nothing where the field is null, ``absent`` where it is not there."""
+    if not fields.has("sliding_window"):
+        absent = 0 if "sliding_window" in fields.config else absent
+        return {"window": absent} if absent else {}
+    return {"window": fields.size("sliding_window")}
+
+
+def _sliding(kinds: Sequence[object]) -> dict[str, Any]:
+    """Which layers slide, of their kinds; nothing is said where all do."""
+    slides = tuple(str(kind).startswith("sliding") for kind in kinds)
+    return {} if all(slides) else {"sliding_layers": slides}
+
+
+def _upper_window(fields: _Fields, num_layers: int) -> dict[str, Any]:
+    """Qwen's: if it is used at all, by the layers from ``max_window_layers`` on, unless their kinds are listed."""
+    if not fields.flag("use_sliding_window", default=False):
+        return {}
+    kinds = fields.config.get("layer_types")
+    if kinds is None:
+        first = fields.size("max_window_layers", default=28)
+        kinds = ["full" if layer < first else "sliding" for layer in range(num_layers)]
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise fields.invalid("layer_types", kinds, f"a list of num_hidden_layers {num_layers} entries")
+    found = _window(fields, absent=4096) | _sliding(kinds)
+    return found if any(found.get("sliding_layers", (True,))) and "window" in found else {}
+
+
 def _llama(fields: _Fields) -> dict[str, Any]:
     own = {"mlp_bias": fields.flag("mlp_bias", default=False)}
     return _gated(fields) | _attention_bias(fields, default=False) | own
 
 
 def _mistral(fields: _Fields) -> dict[str, Any]:
-    return _gated(fields, kv_heads=8)
+    return _gated(fields, kv_heads=8) | _window(fields, absent=4096)
 
 
 def _qwen2(fields: _Fields) -> dict[str, Any]:
-    return _gated(fields, kv_heads=32) | {"qkv_bias": True}
+    shape = _gated(fields, kv_heads=32)
+    return shape | {"qkv_bias": True} | _upper_window(fields, shape["num_layers"])
 
 
 def _qwen3(fields: _Fields) -> dict[str, Any]:
-    shape = _gated(fields, kv_heads=32, head_dim=128)
-    return shape | _attention_bias(fields, default=False) | {"head_norms_per_layer": 2}
+    shape = _gated(fields, kv_heads=32, head_dim=128) | {"head_norms_per_layer": 2}
+    return shape | _attention_bias(fields, default=False) | _upper_window(fields, shape["num_layers"])
 
 
 def _olmo2(fields: _Fields) -> dict[str, Any]:
@@ -255,8 +284,9 @@ def _gemma3_text(fields: _Fields) -> dict[str, Any]:
         "head_norms_per_layer": 2,
         "logit_softcap": filled.has("final_logit_softcapping"),
         "rotary_sets": len(set(kinds)),
-        "priced_window": filled.size("sliding_window", default=4096),
     }
+    if any(kind.startswith("sliding") for kind in kinds):
+        own |= {"window": filled.size("sliding_window", default=4096)} | _sliding(kinds)
     return _gemma(filled, kv_heads=4) | own
 
 
@@ -265,7 +295,7 @@ def _phi3(fields: _Fields) -> dict[str, Any]:
         "rotary_fraction": fields.rotary_fraction("partial_rotary_factor", default=1.0),
         "hidden_dropout": fields.fraction("resid_pdrop", default=0.0) > 0,
     }
-    return _gated(fields) | own
+    return _gated(fields) | own | _window(fields)
 
 
 def _plain(fields: _Fields, *, intermediate_size: int, activation: str, tied: bool) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from typing import Protocol
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import Place
 from meft.planner.records.setup import TrainingSetup
+from meft.planner.simulation.attention import SelfAttention
 from meft.planner.simulation.autograd import Tensor
-from meft.planner.simulation.formats import BOOL, FP32, STORED, promoted
+from meft.planner.simulation.formats import BOOL, FP32, promoted
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.positions import eager_mask, position_ids, rotary_tables
 from meft.planner.terms import activations as act
@@ -51,6 +52,8 @@ class BlockWeights:
     lora: dict[LayerKey, Lora] = field(default_factory=dict)
     adapter: tuple[Weights, Weights] | None = None
     beside_ffn: BesideFfn | None = None
+    slides: bool = False
+    """Its tokens see a window of those before."""
 
 
 @dataclass
@@ -69,14 +72,17 @@ class Shared:
     """What the blocks of one forward share: rotary tables, masks, and the cache that is kept alive."""
 
     rotary: tuple[Tensor, Tensor] | None
-    masks: list[Tensor]
+    masks: Masks
     cache: list[tuple[Tensor, Tensor]] | None
     positions: Tensor | None = None
 
-    @property
-    def mask(self) -> Tensor | None:
-        """Of any layer: they are of one size."""
-        return self.masks[0] if self.masks else None
+
+@dataclass(frozen=True)
+class Masks:
+    """Which token may see which: of layers that see the whole sequence, and of those that see a window."""
+
+    full: Tensor | None
+    sliding: Tensor | None
 
 
 @dataclass
@@ -108,6 +114,7 @@ class Decoder:
         resting = Shared(None, masks, cache, positions)
         pause = self.shape.rotary_pause
         for number, block in enumerate(self.weights.blocks, start=1):
+            block.slides = self.shape.slides(number - 1)
             x = self._block(x, block, resting if pause and number % pause == 0 else shared)
         self._named = (embedded, positions, others, shared.rotary, masks)
         return x
@@ -154,18 +161,25 @@ class Decoder:
         with tape.no_grad():
             return self.ops.cast(cosines, itemsize, "rotary_tables"), self.ops.cast(sines, itemsize, "rotary_tables")
 
-    def _masks(self, itemsize: int) -> list[Tensor]:
-        """Additive for eager attention, of bytes for a padded batch; one for full and one for sliding layers."""
-        setup, shape = self.setup, self.shape
-        attention = act.attention_used(shape, setup.attention)
-        if not act.makes_mask(shape, attention=setup.attention, padded=setup.padded):
-            return []
-        copies = act.MASKS_PER_MODEL.get(shape.model_type, 1)
-        numel = setup.batch_size * setup.seq_len**2
-        if self.counts_positions and attention == "eager":
-            return [eager_mask(self.ops.tape, self.setup, itemsize, sliding=bool(number)) for number in range(copies)]
-        itemsize = itemsize if attention == "eager" else BOOL
-        return [self.ops.tape.new(numel, itemsize, "attention_mask") for _ in range(copies)]
+    def _masks(self, itemsize: int) -> Masks:
+        """Additive for eager attention, one for each kind of layers; for sdpa of bytes, where a batch is padded or a
+        window shorter than the sequence: of one sequence, which stands for all, unless they are padded."""
+        setup, shape, tape = self.setup, self.shape, self.ops.tape
+        used = act.attention_used(shape, setup.attention)
+        if used == "flash":
+            return Masks(None, None)
+        one, copies = setup.batch_size * setup.seq_len**2, act.MASKS_PER_MODEL.get(shape.model_type, 1)
+        if used == "eager":
+            if not self.counts_positions:
+                mask = tape.new(copies * one, itemsize, "attention_mask")
+                return Masks(mask, mask)
+            mask = eager_mask(tape, setup, itemsize, sliding=False)
+            return Masks(mask, eager_mask(tape, setup, itemsize, sliding=True) if copies > 1 else mask)
+        if setup.padded:
+            mask = tape.new(copies * one, BOOL, "attention_mask")
+            return Masks(mask, mask)
+        windowed = act.window_masks(shape, seq_len=setup.seq_len, attention=setup.attention)
+        return Masks(None, tape.new(setup.seq_len**2, BOOL, "attention_mask") if windowed else None)
 
     # --- one block --------------------------------------------------------------------------------------------------
 
@@ -345,7 +359,9 @@ class Decoder:
         if shared.cache is not None:
             k, v = self._cached(k, k.itemsize), self._cached(v, k.itemsize)
             shared.cache.append((k, v))
-        output, probabilities = self._attend(q, k, v, shared)
+        mask = shared.masks.sliding if block.slides else shared.masks.full
+        attention = SelfAttention(self.ops, self.setup)
+        output, probabilities = attention.attend(q, k, v, mask=mask, cached=shared.cache is not None)
         names = [name for place, name in block.linears if place == "attention"]
         output = self._linear(output, block, ("attention", _output_name(names)))
         return output, probabilities
@@ -388,7 +404,7 @@ class Decoder:
 
     def _rotated(self, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         fraction = self.shape.rotary_fraction
-        if self.shape.model_type not in PARTIAL_ROTARY:
+        if self.shape.model_type not in act.PARTIAL_ROTARY:
             q_rotated = self._rotate(q, tables)
             return q_rotated, self._rotate(k, tables)
         q_part, q_rest = (self.ops.slice(q, int(q.numel * part)) for part in (fraction, 1 - fraction))
@@ -406,90 +422,7 @@ class Decoder:
         first, second = self.ops.slice(x, x.numel // 2), self.ops.slice(x, x.numel // 2)
         return self.ops.concatenate((self.ops.scale(second, "attention"), first), "attention")
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
-        ops, shape, setup = self.ops, self.shape, self.setup
-        if act.attention_used(shape, setup.attention) == "eager":
-            return self._eager_attention(q, k, v, shared)
-        mask = shared.mask
-        if ops.cpu_kernels:
-            return ops.cpu_attention(q, k, v, num_rows=setup.tokens * shape.num_heads), None
-        if ops.autocast_bytes is not None:
-            q, k, v = (ops.cast(each, ops.autocast_bytes, "attention") for each in (q, k, v))
-        if setup.attention == "flash":  # transformers casts what is fp32, which the kernel does not take
-            q, k, v = (self._in_16_bits(each) for each in (q, k, v))
-        sizes = {"batch_size": setup.batch_size, "seq_len": setup.seq_len, "num_heads": shape.num_heads}
-        half = q.itemsize != FP32
-        if setup.attention == "flash" or (mask is None and half and shape.head_dim <= LARGEST_FLASH_HEAD):
-            return ops.flash_attention(q, k, v, head_dim=shape.head_dim, **sizes), None
-        groups = shape.num_heads // shape.num_kv_heads
-        if mask is None and groups > 1:
-            return self._math_attention(q, k, v), None
-        k, v = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
-        additive = None if mask is None else ops.tape.new(mask.numel, q.itemsize, "attention")
-        return ops.efficient_attention(q, k, v, additive_mask=additive, **sizes), None
 
-    def _in_16_bits(self, x: Tensor) -> Tensor:
-        return self.ops.cast(x, STORED[self.setup.weights_dtype], "attention") if x.itemsize == FP32 else x
-
-    def _math_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Grouped heads without a mask go to sdpa as they are, where only flash takes them: in fp32 there remains the
-        composite of plain products, with a mask of its own and heads written out."""
-        ops, shape, setup = self.ops, self.shape, self.setup
-        groups = shape.num_heads // shape.num_kv_heads
-        scores_numel = setup.tokens * shape.num_heads * setup.seq_len
-        query = ops.scale(q, "attention")
-        mask = ops.tape.new(setup.seq_len**2, q.itemsize, "attention_mask")
-        keys, values = ops.repeat_heads(k, groups), ops.repeat_heads(v, groups)
-        scores = ops.batched_product(query, ops.scale(keys, "attention"), scores_numel, "attention")
-        probabilities = ops.safe_softmax(scores, "attention")
-        del scores
-        output = ops.batched_product(probabilities, values, q.numel, "attention")
-        del probabilities, mask, keys, values, query
-        return ops.copy(output, "attention")
-
-    def _eager_attention(self, q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
-        ops, shape, setup = self.ops, self.shape, self.setup
-        groups = shape.num_heads // shape.num_kv_heads
-        expanded = groups > 1 and shape.num_kv_heads == 1
-        written_out = not expanded and (groups > 1 or shared.cache is not None)
-        repeat = ops.expand_heads if expanded else ops.repeat_heads
-        scores_numel = setup.tokens * shape.num_heads * setup.seq_len
-        keys, values = repeat(k, groups), repeat(v, groups)
-        merged = setup.batch_size > 1 and shape.model_type not in PARTIAL_ROTARY
-        product = self._bmm(
-            ops.copy(q, "attention") if merged else q,  # strided heads, to be merged with the batch
-            keys,
-            scores_numel,
-            merged=written_out,
-        )
-        scores = ops.scale(product, "attention")
-        del product
-        if act.soft_capped_attention(shape):
-            scores = ops.scale(scores, "attention")
-            scores = ops.keeps_output(scores, "attention")
-            scores = ops.scale(scores, "attention")
-        if shared.mask is not None:
-            scores = ops.add(scores, shared.mask.detached(), "attention")
-        outer = q.itemsize
-        if shape.model_type not in act.EAGER_SOFTMAX_AS_COMPUTED or ops.autocast_bytes is not None:
-            scores = ops.cast(ops.softmax_in_fp32(scores, "attention"), outer, "attention")
-        else:
-            scores = ops.keeps_output(scores, "attention")
-        scores = ops.dropout(scores, "attention", active=shape.attention_dropout)
-        output = self._bmm(scores, values, q.numel, merged=written_out)
-        if setup.batch_size > 1:
-            output = ops.heads_first(output, shape.num_heads)
-        output = ops.copy(output, "attention")
-        return output, scores
-
-    def _bmm(self, a: Tensor, b: Tensor, numel: int, *, merged: bool) -> Tensor:
-        """A product per batch and head: heads that are strided must be copied to be merged with the batch."""
-        if self.setup.batch_size > 1 and not merged:
-            b = self.ops.copy(b, "attention")
-        return self.ops.batched_product(a, b, numel, "attention")
-
-
-LARGEST_FLASH_HEAD = 256
 KEEPS_OUTPUT = frozenset({"relu", "tanh", "sigmoid"})
 SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2", "gemma3_text"})
 """Model types that scale their embeddings and multiply by a norm's weight in fp32."""
@@ -497,7 +430,6 @@ SCALED_RESIDUALS = frozenset({"granite"})
 """Model types that scale embeddings, what attention and FFN add, and logits by numbers of their config."""
 NORM_WEIGHT_BEFORE_CAST = frozenset({"olmo2"})
 """Model types that multiply by a norm's weight before the cast back from fp32."""
-PARTIAL_ROTARY = frozenset({"phi", "gpt_neox"})
 OUTPUT_NAMES = frozenset({"o_proj", "dense", "out_proj", "c_proj"})
 
 

@@ -21,13 +21,6 @@ from meft.planner.simulation.autograd import (
 )
 from meft.planner.simulation.formats import BOOL, FP16, FP32, promoted
 
-LOG_SUM_EXP_MULTIPLE = 32
-"""The memory-efficient kernel rounds the queries of its log-sum-exp up to this."""
-FLASH_QUERY_MULTIPLE = 128
-"""Flash attention rounds the queries of its backward's fp32 buffers up to this."""
-FLASH_HEAD_MULTIPLE = 32
-"""... and the head size (to 64 above 128)."""
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -143,9 +136,12 @@ class Operators:
         return out
 
     def dropout(self, x: Tensor, category: str, *, active: bool) -> Tensor:
-        """Dropout with a mask of one byte an element; nothing at rate 0."""
+        """Dropout with a mask of one byte an element, on the CPU with factors like its input; nothing at rate 0."""
         if not active:
             return x
+        if self.cpu_kernels:
+            factors = self.tape.like(x, category)
+            return self.tape.connect(self.tape.like(x, category), (x,), self.tape.one_gradient(self.tape.save(factors)))
         out = self.tape.like(x, category)
         mask = self.tape.new(x.numel, BOOL, category)
         return self.tape.connect(out, (x,), self.tape.one_gradient(self.tape.save(mask)))
@@ -349,104 +345,6 @@ class Operators:
             return gradient, of_weight, of_bias
 
         return tape.connect(out, (x, weight, bias), backward)
-
-    # --- attention --------------------------------------------------------------------------------------------------
-
-    def flash_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, *, batch_size: int, seq_len: int, num_heads: int, head_dim: int
-    ) -> Tensor:
-        """The flash kernel: keeps query, key, value, output and the log-sum-exp ``[B, H, S]``; heads may be grouped.
-
-        Backward makes the three gradients, the fp32 accumulator of the query's, a row sum, and for grouped heads the
-        key's and value's gradients of every head before they are summed.
-        """
-        tape = self.tape
-        out = tape.like(q, "attention")
-        log_sum_exp = tape.new(batch_size * num_heads * seq_len, FP32, "attention")
-        if not tape.differentiates(q, k, v):
-            return out
-        kept = tuple(tape.save(each) for each in (q, k, v, out, log_sum_exp))
-        rounded_queries = -(-seq_len // FLASH_QUERY_MULTIPLE) * FLASH_QUERY_MULTIPLE
-        head_multiple = FLASH_HEAD_MULTIPLE if head_dim <= 4 * FLASH_HEAD_MULTIPLE else 2 * FLASH_HEAD_MULTIPLE
-        rounded_head = -(-head_dim // head_multiple) * head_multiple
-        rows = batch_size * num_heads * rounded_queries
-
-        def backward(_grad: Tensor) -> Gradients:
-            query, key, value = kept[:3]
-            of_q, of_k, of_v = (tape.like(each, TEMPORARIES) for each in (query, key, value))
-            row_sums = tape.new(rows, FP32, TEMPORARIES)
-            accumulator = tape.new(rows * rounded_head, FP32, TEMPORARIES)
-            expanded = [tape.like(query, TEMPORARIES) for _ in range(2)] if key.numel != query.numel else []
-            del row_sums, accumulator, expanded
-            return of_q, of_k, of_v
-
-        return tape.connect(out, (q, k, v), backward)
-
-    def efficient_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        batch_size: int,
-        seq_len: int,
-        num_heads: int,
-        additive_mask: Tensor | None,
-    ) -> Tensor:
-        """The memory-efficient kernel (fp32, or a mask): as flash, with equal heads and the mask it adds.
-
-        Its backward makes one fp32 ``[T, H d]`` beside the gradients: the query's accumulator of 16-bit inputs, or in
-        fp32 the product of which the row sums are taken.
-        """
-        tape = self.tape
-        out = tape.like(q, "attention")
-        rounded = -(-seq_len // LOG_SUM_EXP_MULTIPLE) * LOG_SUM_EXP_MULTIPLE
-        log_sum_exp = tape.new(batch_size * num_heads * rounded, FP32, "attention")
-        if not tape.differentiates(q, k, v):
-            return out
-        mask = () if additive_mask is None else (tape.save(additive_mask),)
-        kept = (*(tape.save(each) for each in (q, k, v, out, log_sum_exp)), *mask)
-        rows = batch_size * num_heads * seq_len
-
-        def backward(_grad: Tensor) -> Gradients:
-            row_sums = tape.new(rows, FP32, TEMPORARIES)
-            beside = tape.new(kept[0].numel, FP32, TEMPORARIES)
-            if kept[0].itemsize == FP32:
-                del beside
-            of_q, of_k, of_v = (tape.like(each, TEMPORARIES) for each in kept[:3])
-            del row_sums
-            return of_q, of_k, of_v
-
-        return tape.connect(out, (q, k, v), backward)
-
-    def cpu_attention(self, q: Tensor, k: Tensor, v: Tensor, *, num_rows: int) -> Tensor:
-        """The CPU's flash kernel: grouped heads as they are, a log-sum-exp ``[B, H, S]`` in fp32, three gradients."""
-        tape = self.tape
-        out = tape.like(q, "attention")
-        log_sum_exp = tape.new(num_rows, FP32, "attention")
-        if not tape.differentiates(q, k, v):
-            return out
-        kept = tuple(tape.save(each) for each in (q, k, v, out, log_sum_exp))
-
-        def backward(_grad: Tensor) -> Gradients:
-            of_q, of_k, of_v = (tape.like(each, TEMPORARIES) for each in kept[:3])
-            return of_q, of_k, of_v
-
-        return tape.connect(out, (q, k, v), backward)
-
-    def repeat_heads(self, x: Tensor, groups: int) -> Tensor:
-        """Key or value heads written out once per query head of their group."""
-        if groups == 1:
-            return x
-        out = self.tape.new(x.numel * groups, x.itemsize, "attention")
-        return self.tape.connect(out, (x,), self.tape.one_gradient(numel=x.numel))
-
-    def expand_heads(self, x: Tensor, groups: int) -> Tensor:
-        """The same for a single key or value head, where it is a view until a product needs it written out."""
-        if groups == 1:
-            return x
-        view = Tensor(x.storage, x.numel * groups, x.itemsize)
-        return self.tape.connect(view, (x,), self.tape.one_gradient(numel=x.numel))
 
     # --- ends -------------------------------------------------------------------------------------------------------
 

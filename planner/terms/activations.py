@@ -44,6 +44,9 @@ SOFT_CAPPED_ATTENTION = frozenset({"gemma2"})
 EAGER_SOFTMAX_AS_COMPUTED = frozenset({"gpt2"})
 """Model types whose eager softmax stays in the dtype of the hidden states instead of going through fp32."""
 
+PARTIAL_ROTARY = frozenset({"phi", "gpt_neox"})
+"""Model types that rotate a share of each head and put it before the rest."""
+
 MASKS_PER_MODEL = {"gemma2": 2, "gemma3_text": 2}
 """Model types that make more than one mask: Gemma 2 and 3 for their full and their sliding layers."""
 
@@ -96,6 +99,14 @@ def fused_attention_saved_bytes(
     """sdpa or flash: query, key, value, output ``[T, heads, d]``, and the log-sum-exp per query and head."""
     heads = 2 * num_heads + 2 * num_kv_heads
     return tokens * (heads * head_dim * compute_bytes + FP32_BYTES * num_heads)
+
+
+def window_saved_bytes(
+    *, tokens: Ints, seq_len: Ints, num_heads: int, num_kv_heads: int, head_dim: int, compute_bytes: int
+) -> Ints:
+    """What sdpa keeps more of a layer that sees a window: keys and values of every query head instead of every group,
+    and the mask as numbers to add, ``[B, 1, S, S]``."""
+    return tokens * compute_bytes * (2 * (num_heads - num_kv_heads) * head_dim + seq_len)
 
 
 def eager_attention_saved_bytes(
@@ -206,18 +217,21 @@ def attention_used(shape: ModelShape, attention: Attention) -> Attention:
     return "eager" if soft_capped_attention(shape) and attention == "sdpa" else attention
 
 
-def makes_mask(shape: ModelShape, *, attention: Attention, padded: bool) -> bool:
-    """Whether a mask tensor exists: always for eager attention, for sdpa only when the batch is padded."""
-    used = attention_used(shape, attention)
-    return used == "eager" or (used == "sdpa" and padded)
+def window_masks(shape: ModelShape, *, seq_len: Ints, attention: Attention) -> Flags:
+    """Whether sdpa is given masks because some layers see a window that is no longer than the sequence."""
+    if attention_used(shape, attention) != "sdpa" or not shape.window:
+        return False
+    return seq_len >= shape.window
 
 
 def masks_bytes(
     shape: ModelShape, *, batch_size: Ints, seq_len: Ints, compute_bytes: int, attention: Attention
 ) -> Ints:
-    """The additive masks that all layers of eager attention share; without padding the fused kernels need none."""
+    """The additive masks that all layers of eager attention share; without padding the fused kernels need none but one
+    of bytes for all layers that see a window, ``[1, 1, S, S]``."""
     if attention_used(shape, attention) != "eager":
-        return 0
+        windowed = window_masks(shape, seq_len=seq_len, attention=attention)
+        return choose(windowed, mask_bytes(batch_size=1, seq_len=seq_len, element_bytes=1), 0)
     one = mask_bytes(batch_size=batch_size, seq_len=seq_len, element_bytes=compute_bytes)
     return MASKS_PER_MODEL.get(shape.model_type, 1) * one
 

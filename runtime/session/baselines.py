@@ -29,6 +29,7 @@ from meft.runtime.device.lanes import Sequential
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.exchange.state import StepCounters
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
+from meft.runtime.session.rotary import settle_rotary_frequencies
 from meft.runtime.session.session import OptimizerResult, StepResult, WindowEnd
 
 Baseline = Literal["none", "lora", "parallel-adapter", "full"]
@@ -128,6 +129,7 @@ def open_baseline(
     alpha twice that; nothing is dropped out. ``full`` trains every parameter.
     """
     settings = settings or AdamWSettings()
+    settle_rotary_frequencies(model)
     model = device.adopt(model)
     model.requires_grad_(False)
     torch.manual_seed(seed)

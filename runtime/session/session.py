@@ -24,6 +24,7 @@ from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
 from meft.runtime.host.router import Router, TopKRouter
 from meft.runtime.host.store import HostStore
+from meft.runtime.session.rotary import settle_rotary_frequencies
 
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -285,6 +286,7 @@ def open_session(
     """
     decision, shape = plan.decision, plan.request.model
     settings = settings or AdamWSettings()
+    settle_rotary_frequencies(model)
     model = device.adopt(model)
     _set_checkpointing(model, decision)
     clock = clock or LaneClock()

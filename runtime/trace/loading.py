@@ -14,6 +14,7 @@ from meft.runtime.fake.books import CudaBooks
 from meft.runtime.fake.flash import use_flash_attention
 from meft.runtime.fake.linear4bit import Linear4bit
 from meft.runtime.session.model_loading import COMPUTE_DTYPES
+from meft.runtime.session.rotary import settle_rotary_frequencies
 
 QUANTIZED_DTYPE = torch.bfloat16
 """What 4-bit weights are written out to, and what is not quantized is loaded in."""
@@ -36,6 +37,7 @@ def build_model(setup: TrainingSetup, config: dict[str, Any]) -> nn.Module:
         raise UsageError(f"attention {setup.attention}: not for {setup.model.name}; transformers: {reason}") from error
     if setup.attention == "flash":
         use_flash_attention(model)
+    settle_rotary_frequencies(model)
     return model
 
 

@@ -287,7 +287,7 @@ def test_what_new_families_have_of_their_own() -> None:
     olmo = load_model("olmo-2-1b")[0]
     assert (olmo.norms_after, olmo.joint_head_norms) == (True, True)
     gemma = load_model("gemma-3-1b")[0]
-    assert (gemma.rotary_sets, gemma.priced_window, gemma.logit_softcap) == (2, 512, False)
+    assert (gemma.rotary_sets, gemma.window, gemma.logit_softcap) == (2, 512, False)
     assert shape(VARIANTS["gemma3_text, only sizes"]).rotary_sets == 1  # of two layers, none is the sixth
     with pytest.raises(UsageError, match="use_bidirectional_attention = True is not supported"):
         shape(VARIANTS["gemma3_text, only sizes"] | {"use_bidirectional_attention": True})

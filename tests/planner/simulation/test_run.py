@@ -220,6 +220,38 @@ def test_frozen_weights_of_another_16_bit_format_are_cast_for_every_product() ->
     assert copies == 2 * (2 * shape.linear_parameters_per_layer + shape.embedding_parameters + trained)
 
 
+WINDOWED = {"method": "lora", "rank": 1, "target_modules": ("q_proj",), "attention": "sdpa", "outputs_kept": False}
+
+
+def test_a_window_shorter_than_the_sequence_costs_masks_and_repeated_heads() -> None:
+    """sdpa beside a mask: keys and values of H = 2 query heads, d = 4 numbers of 2 bytes each a token, beside those of
+    the one group, which the KV cache holds; and the mask as numbers to add, B * S * S in bf16, kept by every layer that
+    slides. All layers share one mask of bytes, gone when the decoder returns.
+    """
+    batch, length, layers = 2, 64, 3
+    kept = {}
+    for window in (0, length):
+        shape = tiny_shape(window=window)
+        stream = simulate(setup_of(shape, batch_size=batch, seq_len=length, **WINDOWED))
+        kept[window] = live_by_category(stream, stream.moments["forward_1"])
+    repeated = 2 * batch * length * 2 * 4 * 2
+    assert kept[length]["attention"] - kept[0]["attention"] == layers * (repeated + batch * length**2 * 2)
+    at = {window: sum(kept[window].values()) for window in kept}
+    assert at[length] - at[0] == layers * (repeated + batch * length**2 * 2)
+
+
+def test_only_layers_that_slide_pay_for_the_window() -> None:
+    one = tiny_shape(window=8, sliding_layers=(False, True, False))
+    every, none = tiny_shape(window=8), tiny_shape()
+    held = [
+        live_by_category(stream, stream.moments["forward_1"])["attention"]
+        for stream in (simulate(setup_of(shape, seq_len=8, **WINDOWED)) for shape in (none, one, every))
+    ]
+    assert held[2] - held[0] == 3 * (held[1] - held[0]) > 0
+    longer = simulate(setup_of(tiny_shape(window=9), seq_len=8, **WINDOWED))
+    assert live_by_category(longer, longer.moments["forward_1"])["attention"] == held[0]
+
+
 def test_meft_is_not_simulated_here() -> None:
     with pytest.raises(ValueError, match="its own ledger"):
         simulate(setup_of(method="meft"))

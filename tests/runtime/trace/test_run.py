@@ -253,3 +253,20 @@ def test_taking_a_category_away_never_raises_the_peak() -> None:
     peak = stream_peaks(stream).requested_bytes
     for category in {event.category for event in stream.events}:
         assert stream_peaks(stream_without(stream, category)).requested_bytes <= peak
+
+
+# --- rotary positions that are computed at a step ---------------------------------------------------------------------
+
+ROPES = {
+    "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_frequencies_made_at_a_step_are_traced(kind: str) -> None:
+    """Long frequencies are a third buffer of half a head, 8 numbers of 4 bytes, made while the model is loaded; dynamic
+    ones stay as they are for every sequence within the config's positions."""
+    config = config_of("llama", rope_scaling=ROPES[kind] | {"original_max_position_embeddings": 32}, rope_theta=1e4)
+    stream = trace_training(setup_of(config, method="lora"), config)
+    assert live_at(stream, "optimizer_step_2")["rotary_frequencies"] == (3 if kind == "longrope" else 2) * 4 * 8
