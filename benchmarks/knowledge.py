@@ -382,7 +382,8 @@ def _books(session: Any, trainer: Trainer | None) -> dict[str, Any]:
     if isinstance(session, Session):
         loads = expert_load(session)
         found["dropped_rows"] = measured.dropped_rows
-        found["active_rows_mean"] = statistics.fmean(count for step in measured.active_rows for count in step)
+        layers = measured.active_rows.layers
+        found["active_rows_mean"] = statistics.fmean(count for layer in layers for count in layer.elements())
         found["dead_experts"] = sum(load.dead_experts for load in loads)
         found["dead_rows"] = sum(load.dead_rows for load in loads)
         found["busiest_share"] = max(load.busiest_share for load in loads)

@@ -1,18 +1,21 @@
 """Kill training, interrupt it, let its disk fail; go on each time, and compare with the run that nothing happened to.
 
-    python campaigns/kills.py --count 100 --seed 0 --json campaigns/results/kills.json
+    python campaigns/kills.py --count 1400 --seed 1 --json campaigns/results/kills.json
 
-Kinds, in turn: ``moment`` (SIGKILL at a random moment), ``write`` (SIGKILL before or after a random call that changes
-the disk, or in the middle of a safetensors file), ``signal`` (SIGINT or SIGTERM at a random moment) and ``fault`` (such
-a call fails with ENOSPC, EIO or EROFS, once or from then on). Half of the trials are hit twice. A trial passes when
+Kinds, ten kills for two signals and a broken disk: ``moment`` (SIGKILL at a random moment), ``write`` (SIGKILL before
+or after a random call that changes the disk, or in the middle of a safetensors file), ``signal`` (SIGINT or SIGTERM at
+a random moment) and ``fault`` (such a call fails with ENOSPC, EIO or EROFS, once or from then on). Half of the trials
+are hit twice. A trial passes when
 
 - every checkpoint that was reported is still there, or a newer one;
 - an interrupted run exits 130 or 143, one whose disk failed exits 4 with one line, and neither writes a traceback;
-- the run that goes on to the end exits 0 (2 if no step was left to do, and it says so) and leaves adapter, optimizer
-  state, training state and losses equal bit for bit to those of the uninterrupted run, and nothing else in the folder.
+- the run that goes on to the end exits 0 (2 if it had come to its end, report and all, and says so) and leaves adapter,
+  optimizer state, training state and losses equal bit for bit to those of the uninterrupted run, and nothing else in
+  the folder.
 
 A run is ``meft-run`` on a tiny model, in a fork of this process, which has loaded everything but started no thread. A
-hit that comes after the run's end is not counted. Exit code 1 if a trial fails.
+hit that comes after the run's end is not counted. A trial depends on its seed and number; results of several sessions
+add up in ``--json FILE``. Exit code 1 if a trial fails.
 """
 
 from __future__ import annotations
@@ -30,15 +33,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import click
 import torch
 from faults import CALLS, ERRORS, FAILING, Fault, Hooks
+from record import Record
 from tiny import make_tiny
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -49,8 +51,10 @@ from meft.runtime.host import kernels
 from meft.runtime.session import model_loading
 from meft.runtime.session.checkpoint import list_checkpoints
 from meft.runtime.training import runner
+from meft.runtime.training.interrupts import Interrupts
 
-KINDS = ("moment", "write", "signal", "fault")
+KINDS = (*("moment", "write") * 2, "signal", *("moment", "write") * 2, "fault", "moment", "write", "signal")
+"""In this order, again and again."""
 STEPS = 12
 CHECKPOINT = f"checkpoint-{STEPS:08d}"
 EQUAL = (
@@ -84,26 +88,14 @@ class Outcome:
 
 
 @dataclass
-class Counts:
-    """Of one kind. ``late``: hits that came after the end, which say nothing."""
-
-    tried: int = 0
-    passed: int = 0
-    failed: int = 0
-    late: int = 0
-
-
-@dataclass
 class Campaign:
     """A tiny model in ``work``, and the uninterrupted run to compare with."""
 
     work: Path
-    random: random.Random
+    record: Record
     straight: Outcome = field(init=False)
-    counts: dict[str, Counts] = field(default_factory=lambda: {kind: Counts() for kind in KINDS})
-    hits: dict[str, int] = field(default_factory=dict)
-    """By what was hit."""
-    failures: list[str] = field(default_factory=list)
+    random: random.Random = field(init=False)
+    """Of the trial under way."""
 
     def prepare(self) -> None:
         """Load everything, start no thread, and run once without anything happening."""
@@ -126,15 +118,19 @@ class Campaign:
 
     def run(self, name: str, *options: str, fault: Fault | None = None, watched: tuple[str, ...] = WRITES,
             during: Callable[[int], None] = lambda _: None) -> Outcome:  # fmt: skip
-        """``meft-run`` in a child; ``during`` is given its process id."""
+        """``meft-run`` in a child; ``during`` is given its process id once the program begins."""
         said, calls = self.work / "said", self.work / "calls"
         words = [self.work / "plan.json", "--model", self.work / "model", "--data", self.work / "facts.jsonl"]
         words += ["--output-dir", self.work / name, "--log", self.work / f"{name}.jsonl", "--save-every", 1]
         words += ["--device", "emulated", *options]
-        started = time.perf_counter()
+        begins, told = os.pipe()
         child = os.fork()
         if not child:
-            _be_child([str(word) for word in words], said, calls, fault, watched)
+            _be_child([str(word) for word in words], said, calls, fault, watched, told)
+        os.close(told)
+        os.read(begins, 1)
+        os.close(begins)
+        started = time.perf_counter()
         during(child)
         _, status = os.waitpid(child, 0)
         seconds = time.perf_counter() - started
@@ -142,12 +138,14 @@ class Campaign:
             os.waitstatus_to_exitcode(status), said.read_text(), seconds, tuple(calls.read_text().splitlines())
         )
 
-    def trial(self, kind: str) -> None:
+    def trial(self, number: int) -> None:
         """Hit a run once or twice, let it go on to the end, and compare."""
-        name = "trial"
+        name, kind, counts = "trial", KINDS[number % len(KINDS)], self.record.counts
+        self.random = random.Random(f"{self.record.seed}:{number}")
         shutil.rmtree(self.work / name, ignore_errors=True)
         (self.work / f"{name}.jsonl").unlink(missing_ok=True)
-        counts, problems, was_hit = self.counts[kind], [], False
+        problems: list[str] = []
+        was_hit = False
         for _ in range(self.random.choice((1, 2))):
             outcome, hit, wrong = getattr(self, f"_{kind}")(name)
             problems += wrong + self._lost(name)
@@ -155,13 +153,13 @@ class Campaign:
             if outcome.ended or problems:
                 break
         if not was_hit and not problems:
-            counts.late += 1
+            counts[f"{kind}: after the end"] += 1
             return
-        counts.tried += 1
+        counts[f"{kind}: tried"] += 1
         problems = problems or self._differences(name, outcome)
-        counts.passed += not problems
-        counts.failed += bool(problems)
-        self.failures += [f"{kind}: {problem}" for problem in problems]
+        counts[f"{kind}: passed"] += not problems
+        for problem in problems:
+            self.record.fail(number, f"{kind}: {problem}")
 
     # --- what happens to a run: its outcome, whether it was hit, and what was wrong about it --------------------------
 
@@ -182,11 +180,7 @@ class Campaign:
         number = self.random.choice((signal.SIGINT, signal.SIGTERM))
         outcome = self._hit_later(name, number)
         hit = outcome.code in (128 + number, -number)
-        right = (
-            outcome.ended
-            or outcome.code == 128 + number
-            or (outcome.code == -number and not (self.work / name).exists())
-        )
+        right = outcome.ended or outcome.code == 128 + number
         return outcome, self._note(number.name, hit), _unless(right and "Traceback" not in outcome.said, outcome)
 
     def _fault(self, name: str) -> tuple[Outcome, bool, list[str]]:
@@ -236,16 +230,16 @@ class Campaign:
         return [f"the checkpoint of step {reported} was told of and is gone: {sorted(names)}"]
 
     def _differences(self, name: str, ended: Outcome) -> list[str]:
-        """Go on to the end, if it is not there, and compare; a run killed after its last step has no report."""
+        """Go on to the end, if it is not there, and compare."""
         if not ended.ended:
             ended = self.run(name, *self._how(name))
         if not ended.ended:
             return [f"going on exits {ended.code}: {ended.said}"]
-        return compare(self.work / name, self.work / "straight", with_report=not ended.nothing_left)
+        return compare(self.work / name, self.work / "straight")
 
     def _note(self, what: str, hit: bool) -> bool:
         if hit:
-            self.hits[what] = self.hits.get(what, 0) + 1
+            self.record.details[f"hit: {what}"] = self.record.details.get(f"hit: {what}", 0) + 1
         return hit
 
 
@@ -253,16 +247,14 @@ def _unless(right: bool, outcome: Outcome) -> list[str]:
     return [] if right else [f"exit {outcome.code}: {outcome.said}"]
 
 
-def compare(folder: Path, reference: Path, *, with_report: bool) -> list[str]:
+def compare(folder: Path, reference: Path) -> list[str]:
     """What is not as the uninterrupted run left it."""
-    found = [f"{name} differs" for name in EQUAL if (folder / name).read_bytes() != (reference / name).read_bytes()]
     left = {path.name for path in folder.iterdir()}
-    if left - {"report.json"} != LEFT - {"report.json"}:
-        found.append(f"in the folder: {sorted(left)}")
-    if with_report:
-        losses = [Report.load(each / "report.json").training.loss_per_step for each in (folder, reference)]
-        found += ["the losses differ"] if losses[0] != losses[1] else []
-    return found
+    if left != LEFT:
+        return [f"in the folder: {sorted(left)}"]
+    found = [f"{name} differs" for name in EQUAL if (folder / name).read_bytes() != (reference / name).read_bytes()]
+    losses = [Report.load(each / "report.json").training.loss_per_step for each in (folder, reference)]
+    return found + (["the losses differ"] if losses[0] != losses[1] else [])
 
 
 def warm_up(work: Path) -> None:
@@ -277,20 +269,23 @@ def warm_up(work: Path) -> None:
     assert runner.DEFAULT_STEPS
 
 
-def _be_child(words: list[str], said: Path, calls: Path, fault: Fault | None, watched: tuple[str, ...]) -> None:
-    """Be a process that runs ``meft-run`` with these words; never returns."""
-    code, begun = 99, False
+def _be_child(
+    words: list[str], said: Path, calls: Path, fault: Fault | None, watched: tuple[str, ...], begins: int
+) -> None:
+    """Be a process that runs ``meft-run`` with these words, and say when it begins; never returns."""
+    code = 99
     try:
         for descriptor, path in ((1, Path(os.devnull)), (2, said)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
         told = os.open(calls, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         sys.argv = ["meft-run", *words]
         Hooks(watched, fault, lambda name: os.write(told, f"{name}\n".encode())).install()  # type: ignore[arg-type]
-        begun = True
-        cli.main()
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            signal.signal(number, handler)  # a fresh process's, not the campaign's
+        with Interrupts().installed() as interrupts:  # as meft.runtime.cli.start does
+            os.close(begins)
+            cli.main(interrupts)
         code = 0
-    except KeyboardInterrupt:  # before the program began, which is the campaign's affair
-        code = 99 if begun else 128 + signal.SIGINT
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     finally:
@@ -301,46 +296,21 @@ def _be_child(words: list[str], said: Path, calls: Path, fault: Fault | None, wa
 @click.command()
 @click.option("--count", type=click.IntRange(min=1), default=100, show_default=True, help="Trials in all.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--seconds", type=float, help="Begin no trial after so long.")
-@click.option("--json", "result", type=click.Path(path_type=Path), help="Write the counts there.")
-def main(count: int, seed: int, seconds: float | None, result: Path | None) -> None:
+@click.option("--seconds", type=float, help="Begin no trial after so long; the same command goes on.")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Where results add up.")
+@click.option("--only", type=click.IntRange(0), help="This trial alone, noted nowhere.")
+def main(count: int, seed: int, seconds: float | None, path: Path | None, only: int | None) -> None:
     """Kill, interrupt and starve training runs, let them go on, and compare."""
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="meft-kills-") as work:
-        campaign = Campaign(Path(work), random.Random(seed))
+    record = Record("kills", seed, path if only is None else None)
+    memory = Path("/dev/shm")  # where there is one: a kill takes what is on its way to a disk no more than there
+    with tempfile.TemporaryDirectory(prefix="meft-kills-", dir=memory if memory.is_dir() else None) as work:
+        campaign = Campaign(Path(work), record)
         campaign.prepare()
-        for number in range(count):
-            if seconds is not None and time.monotonic() - started > seconds:
-                break
-            campaign.trial(KINDS[number % len(KINDS)])
-    content = summary(
-        campaign,
-        " ".join(
-            [
-                "python campaigns/kills.py",
-                f"--count {count} --seed {seed}",
-                *([] if seconds is None else [f"--seconds {seconds:g}"]),
-            ]
-        ),
-    )
-    text = json.dumps(content, indent=2) + "\n"
-    click.echo(text, nl=False)
-    if result is not None:
-        result.parent.mkdir(parents=True, exist_ok=True)
-        result.write_text(text)
-    sys.exit(bool(campaign.failures))
-
-
-def summary(campaign: Campaign, command: str) -> dict[str, Any]:
-    """The counts, and with which versions."""
-    return {
-        "command": command,
-        "calls_in_a_run": len(campaign.straight.calls),
-        "trials": {kind: vars(counts) for kind, counts in campaign.counts.items()},
-        "hits": dict(sorted(campaign.hits.items())),
-        "failures": campaign.failures,
-        "versions": {name: version(name) for name in ("meft", "torch", "transformers", "safetensors")},
-    }
+        record.details["calls in a run"] = len(campaign.straight.calls)
+        for number in record.numbers(count, seconds=seconds) if only is None else [only]:
+            campaign.trial(number)
+    record.tell()
+    sys.exit(bool(record.failures))
 
 
 if __name__ == "__main__":

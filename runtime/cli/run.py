@@ -159,7 +159,7 @@ class RunGroup(click.Group):
 @click.option("--tensorboard", type=_PATH, help="Folder for TensorBoard's files (needs the package tensorboard).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 @click.pass_obj
-def train_command(noted: Interrupts | None, plan: Path, as_json: bool, rehearse: bool, **given: Any) -> None:
+def train_command(noted: Interrupts | None, /, plan: Path, as_json: bool, rehearse: bool, **given: Any) -> None:
     """Run PLAN and compare what it needs with what was predicted.
 
     Writes report.json, the adapter and a checkpoint to --output-dir. A step is one micro-batch; the plan's

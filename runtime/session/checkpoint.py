@@ -5,8 +5,8 @@ side by side, ``layers.I.router`` ``[N, D]``, and ``layers.I.active_counts`` int
 ``micro_batches`` a row was active), ``meft_config.json``, and a README.md that says how to use it. The names are not
 PEFT's, so that PEFT does not take the folder for its own; folders of older versions, whose files had PEFT's names or no
 counts, still load. A checkpoint folder ``checkpoint-NNNNNNNN`` is an adapter folder with
-``optimizer.safetensors`` and ``training_state.json``; because the folder appears by a rename, one that is there is
-complete.
+``optimizer.safetensors``, ``training_state.json`` and ``observed.json``; because the folder appears by a rename, one
+that is there is complete.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -32,7 +33,7 @@ from meft.planner.base.files import file_mode, replace_folder, write_atomic, wri
 from meft.planner.base.schema import Count, File, Index, parse_json, read_text
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Plan, Routing, TokensSee
-from meft.planner.records.report import Evaluation
+from meft.planner.records.report import Evaluation, Observed
 from meft.runtime.session.model_card import model_card
 from meft.runtime.session.session import Session
 
@@ -45,6 +46,7 @@ ACTIVE_COUNTS = "active_counts"
 MICRO_BATCHES = "micro_batches"
 OPTIMIZER_STATE = "optimizer.safetensors"
 TRAINING_STATE = "training_state.json"
+RUN_OBSERVED = "observed.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{8})")
 _MOMENTS = ("first_moment", "second_moment", "step_counts")
 _HOT_TABLES = ("activations", "places")
@@ -54,8 +56,9 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _FLOAT_BYTES = 4
 _RNG_STATE_BYTES = 5056
 _HEADER_BYTES_PER_LAYER = 2048
-_TEXT_BYTES = 16 << 10
-"""Of config, model card and state, besides what grows with the steps."""
+_TEXT_BYTES = 32 << 10
+"""Of config, model card, state and observation, besides what grows with the steps and layers."""
+_OBSERVED_BYTES_PER_LAYER = 512
 _TEXT_BYTES_PER_STEP = 80
 
 
@@ -126,6 +129,16 @@ class TrainingState(File):
     num_examples: Index = 0
 
 
+class RunObserved(File):
+    """What the process that wrote a checkpoint had measured by then: with it a run that was killed after its last step
+    still gets its report."""
+
+    kind: ClassVar[str] = "observation of a run"
+
+    observed: Observed
+    tokens: Index
+
+
 def adapter_bytes(plan: Plan) -> int:
     """Size of an adapter folder, from the plan's shapes; never less than it will be."""
     decision, shape = plan.decision, plan.request.model
@@ -143,7 +156,7 @@ def checkpoint_bytes(plan: Plan, *, steps: int) -> int:
     router = 2 * decision.num_experts * shape.hidden_size + 1 if decision.routing == "key-experts" else 0
     numbers = shape.num_layers * (moments + tables + router)
     text = _TEXT_BYTES_PER_STEP * steps + _TEXT_BYTES
-    headers = shape.num_layers * 2 * _HEADER_BYTES_PER_LAYER
+    headers = shape.num_layers * (2 * _HEADER_BYTES_PER_LAYER + _OBSERVED_BYTES_PER_LAYER)
     return adapter_bytes(plan) + _FLOAT_BYTES * numbers + headers + _RNG_STATE_BYTES + text
 
 
@@ -160,8 +173,17 @@ def save_adapter(session: Session, folder: Path, *, meft_version: str) -> None:
             replace_folder(folder, lambda new: _write_adapter(session, new, meft_version))
 
 
-def save_checkpoint(session: Session, output: Path, state: TrainingState, *, meft_version: str) -> Path:
+def save_checkpoint(
+    session: Session,
+    output: Path,
+    state: TrainingState,
+    *,
+    meft_version: str,
+    observe: Callable[[], RunObserved] | None = None,
+) -> Path:
     """Write ``checkpoint-<steps>`` under ``output``, then remove older ones; returns its path.
+
+    ``observe`` is asked once everything is on the host, what saving needed of the link included.
 
     Raises:
         MachineError: the disk is full or refuses; the checkpoint before this one is whole.
@@ -171,6 +193,8 @@ def save_checkpoint(session: Session, output: Path, state: TrainingState, *, mef
         _write_adapter(session, new, meft_version)
         _save_tensors(optimizer_tensors(session) | {"rng_state": torch.get_rng_state()}, new / OPTIMIZER_STATE)
         state.save(new / TRAINING_STATE)
+        if observe is not None:
+            observe().save(new / RUN_OBSERVED)
 
     before = list_checkpoints(output)
     folder = output / f"checkpoint-{state.steps_done:08d}"
@@ -214,6 +238,12 @@ def load_checkpoint(session: Session, folder: Path) -> TrainingState:
     restore_optimizer(session, tensors, folder / OPTIMIZER_STATE)
     _restore_rng(tensors.get("rng_state"), folder / OPTIMIZER_STATE)
     return state
+
+
+def load_observed(folder: Path) -> RunObserved | None:
+    """What a checkpoint's process had measured; None in checkpoints of older versions."""
+    path = folder / RUN_OBSERVED
+    return RunObserved.load(path) if path.exists() else None
 
 
 def _restore_rng(state: torch.Tensor | None, path: Path) -> None:

@@ -11,16 +11,17 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from meft.planner.base.errors import MachineError, UsageError
+from meft.planner.base.errors import MachineError, MeftError, UsageError
 from meft.planner.base.files import clear_leftovers, require_folder_or_nothing, writing
 from meft.planner.base.units import format_bytes
 from meft.planner.records.plan import Plan
+from meft.planner.records.report import Report
 from meft.runtime.session.checkpoint import adapter_bytes, checkpoint_bytes, list_checkpoints
 
 try:
@@ -89,6 +90,14 @@ def require_unused(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"--output-dir {folder}: holds {names} of an earlier run; go on with --resume, replace it with "
             f"--overwrite, or choose another folder"
         )
+
+
+def reported(folder: Path, losses: Sequence[float]) -> bool:
+    """Whether the folder's report is that of a run with these losses: not of an earlier one, nor of its first part."""
+    try:
+        return Report.load(folder / REPORT).training.loss_per_step == tuple(losses)
+    except MeftError:  # none, or none that can be read: it will be written anew
+        return False
 
 
 def remove_replaced(folder: Path, say: Callable[[str], None]) -> None:

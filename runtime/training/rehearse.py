@@ -123,7 +123,7 @@ def _planned_rows(sparsity: Sparsity) -> tuple[ActiveRows, ...]:
     }
     return tuple(
         layer.model_copy(update={name: rows[layer.layer] for name, rows in kinds.items() if rows})
-        for layer in active_rows([sparsity.active_rows_per_layer])
+        for layer in active_rows([{count: 1} for count in sparsity.active_rows_per_layer])
     )
 
 

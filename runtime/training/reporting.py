@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TypeVar
 
@@ -26,9 +26,11 @@ from meft.planner.records.report import (
 from meft.runtime.device.device import MemoryPeaks
 from meft.runtime.device.engine import Per
 from meft.runtime.device.nvml import MemoryReading, PcieReading
+from meft.runtime.session.checkpoint import RunObserved
 from meft.runtime.session.expert_load import expert_load
 from meft.runtime.session.session import Session
-from meft.runtime.training.training import Trainer, Worked, worked
+from meft.runtime.training.measured import Totals, Worked
+from meft.runtime.training.training import Trainer, worked
 
 T = TypeVar("T", bound=str)
 _DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
@@ -51,34 +53,32 @@ _WHY = {
 }
 
 
-def build_report(
-    trainer: Trainer,
-    *,
-    memory: MemoryReading,
-    pcie: PcieReading,
-    recall: float | None,
-    meft_version: str,
-) -> Report:
-    """Report of a training run (at least one step)."""
+def observe(trainer: Trainer, *, memory: MemoryReading, pcie: PcieReading) -> RunObserved:
+    """What this process measured so far (at least one step); the lanes are idle."""
     session, measured, done = trainer.session, trainer.measured, _worked(trainer)
     observed = Observed(
         steps=measured.steps,
-        device_memory=device_memory(trainer.measured.peaks, memory),
+        device_memory=device_memory(measured.peaks.larger(session.device.peaks()), memory),
         host_memory=host_memory(session),
-        transfer=transfer(session, steps=measured.steps, windows=len(measured.optimizer_seconds), pcie=pcie),
-        active_rows=_with_cached(active_rows(measured.active_rows), trainer),
+        transfer=transfer(session, steps=measured.steps, windows=measured.windows, pcie=pcie),
+        active_rows=_with_cached(active_rows(measured.active_rows.layers), trainer),
         hot_windows=measured.hot_windows,
         dropped_rows=measured.dropped_rows,
-        prefetch_recall=recall,
+        prefetch_recall=None,
         step_seconds=_step_seconds(trainer),
         busy_seconds=_per_step(done.lanes, done.steps),
         host_task_seconds=_per_step(done.host_tasks, done.steps),
     )
-    history = trainer.history
+    return RunObserved(observed=observed, tokens=measured.tokens)
+
+
+def build_report(trainer: Trainer, seen: RunObserved, *, recall: float | None, meft_version: str) -> Report:
+    """Report of a training run, from its history and what the process that did its last step observed."""
+    session, history = trainer.session, trainer.history
     training = Training(
         steps=len(history.losses),
         optimizer_steps=len(history.learning_rates),
-        tokens=measured.tokens,
+        tokens=seen.tokens,
         sequence_tokens=trainer.sequence_tokens,
         loss_per_step=tuple(history.losses),
         learning_rate_per_optimizer_step=tuple(history.learning_rates),
@@ -86,6 +86,7 @@ def build_report(
         seed=trainer.options.seed,
         key_init=session.key_init,
     )
+    observed = seen.observed.model_copy(update={"prefetch_recall": recall})
     report = assemble(session, observed, training, meft_version=meft_version, rehearsal=False)
     return report.model_copy(update={"expert_load": expert_load(session)})
 
@@ -174,25 +175,37 @@ def transfer(session: Session, *, steps: int, windows: int, pcie: PcieReading) -
     )
 
 
-def active_rows(per_step: Sequence[Sequence[int]]) -> tuple[ActiveRows, ...]:
-    """Per layer over the steps."""
-    return tuple(
-        ActiveRows(
-            layer=layer,
-            mean=statistics.fmean(counts),
-            median=statistics.median(counts),
-            p99=_percentile_99(counts),
-            max=max(counts),
-            total=sum(counts),
-        )
-        for layer, counts in enumerate(zip(*per_step, strict=True))
+def active_rows(layers: Sequence[Mapping[int, int]]) -> tuple[ActiveRows, ...]:
+    """Per layer over the steps, from how often each number of rows came."""
+    return tuple(_active_rows(layer, seen) for layer, seen in enumerate(layers))
+
+
+def _active_rows(layer: int, seen: Mapping[int, int]) -> ActiveRows:
+    steps, total = sum(seen.values()), sum(count * often for count, often in seen.items())
+    middle = [_in_order(seen, place) for place in ((steps - 1) // 2, steps // 2)]
+    return ActiveRows(
+        layer=layer,
+        mean=total / steps,
+        median=sum(middle) / 2,
+        p99=float(_in_order(seen, math.ceil(0.99 * steps) - 1)),  # the smallest that 99 % of the batches do not exceed
+        max=max(seen),
+        total=total,
     )
+
+
+def _in_order(seen: Mapping[int, int], place: int) -> int:
+    """What stands at a place (from 0) of all numbers in ascending order."""
+    for count in sorted(seen):
+        place -= seen[count]
+        if place < 0:
+            return count
+    raise IndexError(place)
 
 
 def _with_cached(layers: tuple[ActiveRows, ...], trainer: Trainer) -> tuple[ActiveRows, ...]:
     """The layers, with what travelled and what was kept if rows were cached, and how many were hot."""
     measured, decision = trainer.measured, trainer.session.plan.decision
-    kinds: dict[str, list[list[int]]] = {}
+    kinds: dict[str, Totals] = {}
     if decision.cached_rows:
         kinds |= {
             "missing_total": measured.missing_rows,
@@ -201,15 +214,9 @@ def _with_cached(layers: tuple[ActiveRows, ...], trainer: Trainer) -> tuple[Acti
         }
     if decision.hot_rows:
         kinds |= {"hot_total": measured.hot_rows}
-    totals = {name: [sum(counts) for counts in zip(*rows, strict=True)] for name, rows in kinds.items()}
     return tuple(
-        layer.model_copy(update={name: total[layer.layer] for name, total in totals.items()}) for layer in layers
+        layer.model_copy(update={name: total.layers[layer.layer] for name, total in kinds.items()}) for layer in layers
     )
-
-
-def _percentile_99(counts: Sequence[int]) -> float:
-    """The smallest count that 99 % of the batches do not exceed."""
-    return float(sorted(counts)[math.ceil(0.99 * len(counts)) - 1])
 
 
 def device_entries(by_category: dict[str, int]) -> tuple[MemoryEntry, ...]:

@@ -31,13 +31,21 @@ from meft.runtime.device.timeline import LaneClock
 from meft.runtime.host import kernels
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.session import model_loading
-from meft.runtime.session.checkpoint import TRAINING_STATE, TrainingState, latest_checkpoint, load_adapter, save_adapter
+from meft.runtime.session.checkpoint import (
+    TRAINING_STATE,
+    RunObserved,
+    TrainingState,
+    latest_checkpoint,
+    load_adapter,
+    load_observed,
+    save_adapter,
+)
 from meft.runtime.session.session import Session, open_session
 from meft.runtime.training import output, preflight
 from meft.runtime.training.interrupts import Interrupts
 from meft.runtime.training.journal import Tell, journal
 from meft.runtime.training.rehearse import rehearse
-from meft.runtime.training.reporting import build_report
+from meft.runtime.training.reporting import build_report, observe
 from meft.runtime.training.training import Progress, Trainer, TrainingOptions
 from meft.runtime.use.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
 
@@ -194,7 +202,7 @@ def _run(
             trainer.evaluation, trainer.tell = evaluation, tell
             _begin(trainer, options, checkpoint, display)
             check()
-            report = _train(trainer, nvml, options, display)
+            report = _train(trainer, nvml, options, display, checkpoint)
     return report.model_copy(update={"evaluations": () if evaluation is None else tuple(evaluation.results)})
 
 
@@ -227,22 +235,30 @@ def _begin(trainer: Trainer, options: RunOptions, checkpoint: Path | None, displ
         trainer.resume(checkpoint)
         output.remove_superseded(checkpoint)
         display.say(f"resumed from {checkpoint} after step {trainer.steps_done}")
-        if trainer.steps_done >= options.training.steps:
-            adapter = _save_adapter(trainer, options)  # a run that was killed after its last step has none
-            raise UsageError(
-                f"--steps {options.training.steps}: the run is complete, and its adapter is in {adapter}; give more "
-                f"steps to train on"
-            )
-        if trainer.out_of_patience:
-            raise UsageError(
-                f"--patience {options.training.patience}: it ended this run after step {trainer.steps_done}; give a "
-                f"larger one to train on"
-            )
+        if output.reported(options.output_dir, trainer.history.losses):
+            _require_steps_left(trainer, options)
         return
     if options.adapter is not None:
         load_adapter(trainer.session, options.adapter)
         display.say(f"starting from the adapter in {options.adapter}")
     output.remove_replaced(options.output_dir, display.say)
+
+
+def _require_steps_left(trainer: Trainer, options: RunOptions) -> None:
+    """Raise :class:`UsageError` if the run has come to its end. One that was killed between its last checkpoint and its
+    report has no report yet, and is not asked: it goes on to that."""
+    done = trainer.steps_done
+    if done >= options.training.steps:
+        adapter = _save_adapter(trainer, options)  # in case that someone removed it
+        raise UsageError(
+            f"--steps {options.training.steps}: the run is complete, and its adapter is in {adapter}; give more "
+            f"steps to train on"
+        )
+    if trainer.out_of_patience:
+        raise UsageError(
+            f"--patience {options.training.patience}: it ended this run after step {done}; give a larger one to train "
+            f"on"
+        )
 
 
 def _check_tokens(plan: Plan, dataset: Dataset, pad_id: int, options: RunOptions) -> None:
@@ -275,22 +291,39 @@ def _open_nvml(kind: DeviceKind) -> NvmlReader | NvmlUnavailable:
     return NvmlUnavailable("emulated device: there is no GPU to ask")
 
 
-def _train(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable, options: RunOptions, display: Display) -> Report:
+def _train(
+    trainer: Trainer,
+    nvml: NvmlReader | NvmlUnavailable,
+    options: RunOptions,
+    display: Display,
+    checkpoint: Path | None,
+) -> Report:
     readings: list[tuple[MemoryReading, PcieReading]] = []
     trainer.on_trained = lambda: readings.append(_read_nvml(trainer, nvml))
+    trainer.observe = lambda: _observed(trainer, _read_nvml(trainer, nvml), checkpoint)
     nvml.start_pcie()
     with display.interrupts.while_training(lambda: setattr(trainer, "stop_requested", True)):
         trainer.run()
     _save_adapter(trainer, options)
-    if not readings:  # a run that went on only to learn that its patience was at an end
-        raise UsageError(f"--patience {options.training.patience}: it ended this run; give a larger one to train on")
+    seen = _observed(trainer, readings[-1] if readings else _read_nvml(trainer, nvml), checkpoint)
     _say_why_it_ended(trainer, options, display)
     if options.trace is not None:
         _write_trace(trainer.session, options.trace)
         display.say(f"wrote {options.trace}, the last step's tasks")
-    recall = trainer.measure_recall()
-    memory, pcie = readings[-1]
-    return build_report(trainer, memory=memory, pcie=pcie, recall=recall, meft_version=VERSION)
+    return build_report(trainer, seen, recall=trainer.measure_recall(), meft_version=VERSION)
+
+
+def _observed(trainer: Trainer, reading: tuple[MemoryReading, PcieReading], checkpoint: Path | None) -> RunObserved:
+    """By this process, or if it found no step left to do by the one before: that was killed before its report."""
+    if trainer.measured.steps:
+        return observe(trainer, memory=reading[0], pcie=reading[1])
+    seen = None if checkpoint is None else load_observed(checkpoint)
+    if seen is None:
+        raise UsageError(
+            f"--resume: the run is complete, and {checkpoint} of an older version does not say what a report needs; "
+            f"give more steps to train on"
+        )
+    return seen
 
 
 def _say_why_it_ended(trainer: Trainer, options: RunOptions, display: Display) -> None:

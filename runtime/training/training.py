@@ -22,12 +22,18 @@ from meft.planner.records.plan import Lane
 from meft.planner.records.report import Evaluation as Scores
 from meft.runtime.data.examples import Batch, Example, batch_indices, collate
 from meft.runtime.data.metrics import MAIN_SCORE
-from meft.runtime.device.device import MemoryPeaks
 from meft.runtime.host.optimizer import scheduled_learning_rate
-from meft.runtime.session.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
+from meft.runtime.session.checkpoint import (
+    RunObserved,
+    TrainingState,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from meft.runtime.session.session import Session, StepResult, WindowEnd
 from meft.runtime.training.divergence import PATIENCE, highest_sound_loss, windows_too_high
 from meft.runtime.training.journal import Tell, silent
+from meft.runtime.training.measured import Measurements, Worked
 
 
 @dataclass(frozen=True)
@@ -55,52 +61,6 @@ class History:
     losses: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Worked:
-    """How long the lanes worked in so many steps, and the host at each kind of task."""
-
-    steps: int = 0
-    lanes: dict[Lane, float] = field(default_factory=dict)
-    host_tasks: dict[str, float] = field(default_factory=dict)
-
-    def since(self, before: Worked) -> Worked:
-        """What was done after ``before``."""
-        lanes = {lane: seconds - before.lanes.get(lane, 0.0) for lane, seconds in self.lanes.items()}
-        tasks = {task: seconds - before.host_tasks.get(task, 0.0) for task, seconds in self.host_tasks.items()}
-        return Worked(self.steps - before.steps, lanes, tasks)
-
-
-@dataclass
-class Measurements:
-    """What this process measured.
-
-    ``active_rows``, ``missing_rows``, ``overflow_rows`` and ``hot_rows`` are steps x layers.
-    """
-
-    step_seconds: list[float] = field(default_factory=list)
-    optimizer_seconds: list[float] = field(default_factory=list)
-    window_seconds: list[float] = field(default_factory=list)
-    """Per step, of each whole window: its steps, its optimizer step, and what the lanes had left of the one before."""
-    warm_up: Worked | None = None
-    """In the first window, where there are more."""
-    active_rows: list[list[int]] = field(default_factory=list)
-    missing_rows: list[list[int]] = field(default_factory=list)
-    overflow_rows: list[list[int]] = field(default_factory=list)
-    hot_rows: list[list[int]] = field(default_factory=list)
-    hot_windows: int = 0
-    """Windows in which hot rows were on the device."""
-    kept_rows: list[list[int]] = field(default_factory=list)
-    """Rows on the device at the end of each window: windows x layers."""
-    dropped_rows: int = 0
-    tokens: int = 0
-    peaks: MemoryPeaks = field(default_factory=lambda: MemoryPeaks(0, 0))
-
-    @property
-    def steps(self) -> int:
-        """Steps run by this process."""
-        return len(self.step_seconds)
 
 
 @dataclass(frozen=True)
@@ -142,6 +102,8 @@ class Trainer:
     on_step: Callable[[Progress], None] = lambda _: None
     on_trained: Callable[[], None] = lambda: None
     """Called before each evaluation and after the last window: the device holds what training needs of it."""
+    observe: Callable[[], RunObserved] | None = None
+    """What a checkpoint says of the run so far beside its state; the lanes are idle."""
     on_best: Callable[[], None] = lambda: None
     """Called after an evaluation that was better than all before."""
     tell: Tell = silent
@@ -179,9 +141,11 @@ class Trainer:
         self.session.device.reset_peaks()
         self.tell("begin", step=self.steps_done, total_steps=self.options.steps)
         try:
-            self._make_up_for_evaluation()
+            made_up = self._make_up_for_evaluation()
             if not self.out_of_patience:
                 self._train()
+            elif made_up:
+                self.save()
         finally:
             self.measured.peaks = self.measured.peaks.larger(self.session.device.peaks())
         self.tell("end", step=self.steps_done, reason=self._reason())
@@ -217,7 +181,9 @@ class Trainer:
         """Write a checkpoint of the present state, if there is somewhere to write it."""
         self.session.drain()
         if self.output is not None and self.history.losses:
-            folder = save_checkpoint(self.session, self.output, self._state(), meft_version=self.meft_version)
+            folder = save_checkpoint(
+                self.session, self.output, self._state(), meft_version=self.meft_version, observe=self.observe
+            )
             self.tell("checkpoint", step=self.steps_done, folder=str(folder))
 
     def resume(self, folder: Path) -> None:
@@ -305,13 +271,16 @@ class Trainer:
     def _evaluation_due(self, *, last: bool) -> bool:
         return self.evaluation is not None and self.evaluation.due(len(self.history.learning_rates), last=last)
 
-    def _make_up_for_evaluation(self) -> None:
+    def _make_up_for_evaluation(self) -> bool:
         """A checkpoint is written before its window's evaluation: a run that was killed between goes on there."""
         done = len(self.history.learning_rates)
-        if self.evaluation is None or not done or not self._evaluation_due(last=False):
-            return
-        if not any(result.optimizer_steps == done for result in self.evaluation.results):
-            self._evaluate()
+        last = self.steps_done >= self.options.steps
+        if self.evaluation is None or not done or not self._evaluation_due(last=last):
+            return False
+        if any(result.optimizer_steps == done for result in self.evaluation.results):
+            return False
+        self._evaluate()
+        return True
 
     def _evaluate(self) -> None:
         """Lend the device out between two windows, and keep that out of the peaks of training."""
@@ -343,12 +312,12 @@ class Trainer:
             self.on_step(Progress(step + 1, self.options.steps, result.loss))
             self.tell("step", step=step + 1, loss=result.loss, seconds=result.seconds)
         outcome = self.session.optimizer_step(learning_rate=rate, max_norm=self.options.max_norm)
-        self.measured.kept_rows.append(outcome.kept_rows)
+        self.measured.kept_rows.add(outcome.kept_rows)
         self.measured.hot_windows += outcome.updated_hot_rows
         self.history.learning_rates.append(rate)
         self.history.gradient_norms.append(outcome.gradient_norm)
         self.tell("optimizer_step", step=last, learning_rate=rate, gradient_norm=outcome.gradient_norm)
-        self.measured.optimizer_seconds.append(outcome.seconds)
+        self.measured.windows += 1
         ends = last == self.options.steps
         if ends or self._evaluation_due(last=ends):
             self.session.drain()  # what the lanes have left belongs to this window
@@ -363,11 +332,11 @@ class Trainer:
                 f"applied; {self._last_checkpoint()}. Try a lower --learning-rate, or --weights-dtype fp32 in the plan"
             )
         self.history.losses.append(result.loss)
-        self.measured.step_seconds.append(result.seconds)
-        self.measured.active_rows.append(list(result.counters.active_rows))
-        self.measured.missing_rows.append(list(result.counters.missing_rows))
-        self.measured.overflow_rows.append(list(result.counters.overflow_rows))
-        self.measured.hot_rows.append(list(result.counters.hot_rows))
+        self.measured.steps += 1
+        self.measured.active_rows.add(result.counters.active_rows)
+        self.measured.missing_rows.add(result.counters.missing_rows)
+        self.measured.overflow_rows.add(result.counters.overflow_rows)
+        self.measured.hot_rows.add(result.counters.hot_rows)
         self.measured.dropped_rows += result.counters.dropped_rows
         self.measured.tokens += int(batch.attention_mask.sum())
 

@@ -118,7 +118,7 @@ def assert_bit_equal(own: Trainer, other: Trainer) -> None:
     """Losses, rows, counted bytes, tables and routers are the same to the last bit."""
     assert own.history.losses == other.history.losses
     assert own.history.gradient_norms == other.history.gradient_norms
-    assert own.measured.active_rows == other.measured.active_rows
+    assert own.measured.active_rows.layers == other.measured.active_rows.layers
     assert own.session.engine.counted_bytes == other.session.engine.counted_bytes
     for mine, theirs in zip(own.session.store.layers, other.session.store.layers, strict=True):
         for name in ("weights", "first_moment", "second_moment", "step_counts", "gradients", "touched"):
@@ -144,10 +144,10 @@ def assert_late_lanes_change_nothing(
     )
     sequential = trained(plan, folder, Sequential(), max_norm=max_norm, device=device, steps=steps)
     assert_bit_equal(overlapped, sequential)
-    rows = [row for step in sequential.measured.active_rows for row in step]
+    rows = [row for layer in sequential.measured.active_rows.layers for row in layer.elements()]
     assert len(set(rows)) > 1
     if choice.get("cached_rows"):
-        assert sum(map(sum, sequential.measured.missing_rows)) < sum(rows)
+        assert sum(sequential.measured.missing_rows.layers) < sum(rows)
 
 
 def assert_whoever_needs_a_slow_task_waits(folder: Path, slow: str, *, device: MakeDevice = emulated) -> None:

@@ -68,6 +68,83 @@ def test_a_run_killed_after_its_last_checkpoint_still_gets_its_adapter(small, fo
     assert (four / "adapter" / "meft_adapter.safetensors").read_bytes() == weights
 
 
+@pytest.mark.parametrize("before", ["adapter", "report"])
+def test_a_run_killed_before_its_report_gets_adapter_and_report(small, tmp_path, monkeypatch, before) -> None:
+    """With the evaluation that was due at the end; the report is the one of a run that nothing happened to."""
+    task = ("--eval", small.facts, "--metric", "em", "--max-new-tokens", 2)
+    assert small.run(tmp_path / "straight", "--steps", 4, *task)[0] == 0
+    folder, place = tmp_path / "out", {"adapter": "_save_adapter", "report": "_save_report"}[before]
+
+    def killed(*_args: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"meft.runtime.training.runner.{place}", killed)
+        with pytest.raises(Killed):
+            small.run(folder, "--steps", 4, *task)
+    assert not (folder / "report.json").exists()
+    assert small.run(folder, "--resume", *task)[0] == 0
+    ours, theirs = report(folder), report(tmp_path / "straight")
+    for part in ("training", "device", "expert_load", "plan_digest"):
+        assert getattr(ours, part) == getattr(theirs, part)
+    for part in ("steps", "device_memory", "transfer", "active_rows", "prefetch_recall"):
+        assert getattr(ours.observed, part) == getattr(theirs.observed, part)
+    assert [each.scores for each in ours.evaluations] == [each.scores for each in theirs.evaluations]
+    weights = "adapter/meft_adapter.safetensors"
+    assert (folder / weights).read_bytes() == (tmp_path / "straight" / weights).read_bytes()
+    assert "the run is complete" in small.run(folder, "--resume", *task)[1]
+
+
+def test_a_longer_run_killed_before_its_report_gets_the_longer_one(small, tmp_path, monkeypatch) -> None:
+    """The report that is there is the shorter run's."""
+    folder = tmp_path / "out"
+    assert small.run(folder, "--steps", 2)[0] == 0
+
+    def killed(*_args: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("meft.runtime.training.runner._save_report", killed)
+        with pytest.raises(Killed):
+            small.run(folder, "--resume", "--steps", 4)
+    assert report(folder).training.steps == 2
+    assert small.run(folder, "--resume")[0] == 0
+    assert (report(folder).training.steps, report(folder).observed.steps) == (4, 2)
+
+
+def test_a_run_killed_after_the_evaluation_that_ended_it_gets_its_report(small, tmp_path, monkeypatch) -> None:
+    """Patience was at its end; its checkpoint is from before that evaluation, which is made up for."""
+    from meft.runtime.training.training import Trainer
+
+    folder, real = tmp_path / "out", Trainer._evaluate
+    task = ("--eval", small.facts, "--metric", "em", "--eval-every", 1, "--max-new-tokens", 2, "--patience", 1)
+    options = ("--learning-rate", 1e-9, "--save-every", 1, *task)
+
+    def killed(self) -> None:
+        if self.steps_done == 4:
+            raise Killed
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", killed)
+        with pytest.raises(Killed):
+            small.run(folder, "--steps", 20, *options)
+    for _ in range(2):  # the second finds the report, and the evaluation in the checkpoint
+        code, said = small.run(folder, "--resume", *options)
+        assert [each.optimizer_steps for each in report(folder).evaluations] == [1, 2]
+        assert report(folder).training.steps == 4
+    assert (code, said) == (2, "--patience 1: it ended this run after step 4; give a larger one to train on")
+
+
+def test_a_complete_run_of_an_older_version_without_a_report_says_what_to_do(small, four, tmp_path) -> None:
+    folder = shutil.copytree(four, tmp_path / "out")
+    (folder / "report.json").unlink()
+    (latest_checkpoint(folder) / "observed.json").unlink()
+    code, said = small.run(folder, "--resume")
+    assert code == 2
+    assert said.endswith("does not say what a report needs; give more steps to train on")
+
+
 def test_a_trained_adapter_is_where_a_run_starts(small, four, tmp_path) -> None:
     """The first loss is the trained adapter's; moments begin anew, so the run is not the resumed one."""
     code, said = small.run(tmp_path / "next", "--steps", 2, "--adapter", four / "adapter")
