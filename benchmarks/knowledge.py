@@ -51,7 +51,8 @@ from meft.planner.records.plan import Plan, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.search.search import make_plan
 from meft.runtime.data.embedded import smollm2_folder
-from meft.runtime.data.examples import Batch, Completion, Example, Text, pad_token_id, tokenize_record
+from meft.runtime.data.examples import Batch, Example, pad_token_id, tokenize_record
+from meft.runtime.data.records import Completion, Text
 from meft.runtime.data.task_sources import factbook_prose, load_task
 from meft.runtime.data.tasks import Item, Task
 from meft.runtime.device.device import EmulatedDevice

@@ -116,7 +116,7 @@ def targets(folder: Path) -> list[Target]:
     from meft.planner.records.plan import Plan
     from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
     from meft.planner.records.report import Report
-    from meft.runtime.data.examples import load_dataset
+    from meft.runtime.data.loading import DataOptions, load_dataset
     from meft.runtime.data.task_sources import load_task
     from meft.runtime.session import checkpoint
     from meft.runtime.session.model_folder import load_causal_lm
@@ -130,6 +130,8 @@ def targets(folder: Path) -> list[Target]:
     model, plan = folder / "model", Plan.load(folder / "plan.json")
     tokenizer, session = load_tokenizer(model), open_small(model, plan)
     checkpoint_folder = checkpoint.latest_checkpoint(folder / "out")
+
+    options = DataOptions(allow_cut=True)
 
     def plan_from(path: Path) -> None:
         load_model(str(path))
@@ -171,7 +173,11 @@ def targets(folder: Path) -> list[Target]:
         Target("snapshot, pickled", folder / "snapshot.pickle", load_recording),
         Target("snapshot, json", folder / "snapshot.json", load_recording),
         Target("snapshot, gzip", folder / "snapshot.pickle.gz", load_recording),
-        Target("data", folder / "data.jsonl", lambda path: load_dataset(path, tokenizer, seq_len=24)),
+        Target(
+            "data",
+            folder / "data.jsonl",
+            lambda path: load_dataset(path, tokenizer, seq_len=24, options=options),
+        ),
         Target("task", folder / "data.jsonl", lambda path: load_task(str(path), metric="em")),
     ]
     for name in ("config.json", "generation_config.json", "model.safetensors"):
@@ -353,7 +359,7 @@ class TooSlow(BaseException):
 def trial(number: int, seed: int, found: list[Target], folder: Path, *, show: bool = False) -> dict[str, Any]:
     """Damage one file and read it; what happened."""
     from meft.planner.base.errors import MeftError
-    from meft.runtime.data.examples import MAX_REPORTED_LINES
+    from meft.runtime.data.reading import MAX_REPORTED_LINES
 
     dice = random.Random(f"{seed}:{number}")
     target = found[number % len(found)]

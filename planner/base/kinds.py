@@ -128,8 +128,10 @@ _WANTED = {
     ADAPTER: "the config of a trained adapter",
     STATE: "the state of a training run",
     MODEL: "the config of a model",
+    DATA: "training data",
 }
 _MAKES = {
+    DATA: "give JSON lines, a JSON list, CSV, TSV or Parquet",
     PLAN: "meft-plan --gpu-mem 24GB writes one",
     REPORT: "meft-run writes one in its --output-dir",
     PROFILE: "meft-profile hardware -o FILE writes one",

@@ -15,6 +15,7 @@ from pathlib import Path
 from meft.planner.base.errors import MachineError
 
 INSTALL_RUN = "pip install 'meft[run]'"
+INSTALL_DATA = "pip install 'meft[data]'"
 INSTALL_DEMO = "pip install 'meft[demo]'"
 
 INSTALL = {
@@ -30,8 +31,8 @@ INSTALL = {
     "bitsandbytes": "pip install bitsandbytes",
     "flash_attn": "pip install flash-attn --no-build-isolation",
     "trl": "pip install trl",
-    "datasets": "pip install datasets",
-    "pyarrow": "pip install pyarrow",
+    "datasets": INSTALL_DATA,
+    "pyarrow": INSTALL_DATA,
     "sentencepiece": "pip install sentencepiece",
     "tiktoken": "pip install tiktoken",
     "matplotlib": "pip install matplotlib",
@@ -79,7 +80,7 @@ def missing_package(error: BaseException) -> MachineError | None:
     """What to say of an error that a missing package caused, itself or as the cause of another; None of any other.
 
     >>> print(missing_package(ModuleNotFoundError("No module named 'datasets'", name="datasets")))  # doctest: +SKIP
-    datasets is not installed, and this needs it; install: pip install datasets
+    datasets is not installed, and this needs it; install: pip install 'meft[data]'
     """
     for cause in _causes(error):
         if isinstance(cause, ImportError):

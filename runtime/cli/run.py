@@ -23,9 +23,10 @@ from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
 from meft.planner.base.version import VERSION
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
+from meft.runtime.cli.data import data_options, prepare_command, reading_options
 from meft.runtime.cli.pace import Pace
 from meft.runtime.cli.prune import prune_command
-from meft.runtime.cli.use import adapter_folder, evaluate_command, evaluation_options, generate_command, prepare_command
+from meft.runtime.cli.use import adapter_folder, evaluate_command, evaluation_options, generate_command
 from meft.runtime.data.metrics import evaluation_line
 from meft.runtime.training.interrupts import Interrupts, no_interrupt_ignored
 
@@ -79,7 +80,7 @@ class RunGroup(click.Group):
 @click.command(DEFAULT_COMMAND, short_help="Train as the plan says, and compare (the default).")
 @click.argument("plan", type=_PATH)
 @click.option("--model", help="Folder of the model [default: where the plan found it].")
-@click.option("--data", type=_PATH, help="JSONL with prompt/completion, text, or chat messages per line.")
+@data_options
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
@@ -101,7 +102,6 @@ class RunGroup(click.Group):
     is_flag=True,
     help="Go on from the newest checkpoint in --output-dir; with more steps, at the rates of a run of so many.",
 )
-@click.option("--raw", is_flag=True, help="Join prompt and completion as they stand, without the chat template.")
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-4, show_default=True)
 @click.option("--warmup", type=click.FloatRange(0, 1), default=0.02, show_default=True, help="Fraction of the steps.")
 @click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, show_default=True)
@@ -295,6 +295,7 @@ def _options(given: dict[str, Any]) -> RunOptions:
     from meft.runtime.training.runner import DEFAULT_STEPS, Length, RunOptions
     from meft.runtime.training.training import TrainingOptions
 
+    given |= reading_options(given)
     gpu_mem, patience, evaluation = given.pop("gpu_mem"), given.pop("patience"), _evaluation(given)
     if patience is not None and (evaluation is None or not evaluation.every):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""``meft-run evaluate``, ``generate`` and ``prepare``: score a model, ask it, and make data for it."""
+"""``meft-run evaluate`` and ``generate``: score a model, and ask it."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def evaluate_command(
 ) -> None:
     """Ask every question of TASK and score the greedy answers; nothing is trained.
 
-    TASK is a file (prompt/completion lines, NQ-open, simplified Natural Questions, SQuAD, ToolBench, GSM8K or
-    MetaMathQA) or a name: airports, factbook, capitals, elements, bfcl, gsm-symbolic.
+    TASK is a file of questions and answers in any format that --data reads (docs/data.md), or a name: airports,
+    factbook, capitals, elements, bfcl, gsm-symbolic.
     """
     from meft.runtime.session.model_loading import load_tokenizer
     from meft.runtime.use.evaluation import EvaluationOptions, make_evaluator
@@ -135,23 +135,6 @@ def generate_command(
     said = answers(generator, tokenizer, prompts, GenerationOptions(max_new_tokens=max_new_tokens, raw=raw))
     for answer in said:
         click.echo(answer if prompt is not None else " ".join(answer.split()))
-
-
-@click.command("prepare", short_help="Make training lines of a published format or a named task.")
-@click.argument("task")
-@click.option("-o", "--output", type=_PATH, required=True, help="Where the lines go: for --data and --eval alike.")
-@click.option("--metric", type=click.Choice(METRICS), help="[default: what the format is scored by, else em]")
-@click.option("--limit", type=_COUNT, help="The first so many items only.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Order of a named task's items.")
-def prepare_command(task: str, output: Path, **given: Any) -> None:
-    """Write TASK (see meft-run evaluate) as prompt/completion lines with their gold answers."""
-    from meft.runtime.data.task_sources import load_task
-
-    loaded = load_task(task, **given)
-    write_atomic(output, "".join(item.line() for item in loaded.items))
-    left_out = f", {loaded.left_out:,} entries without a gold answer left out" if loaded.left_out else ""
-    click.echo(f"{loaded.name}: {len(loaded.items):,} items{left_out}; scored by --metric {loaded.metric}")
-    click.echo(f"wrote {output}")
 
 
 def base_folder(model: Path | None) -> Path:

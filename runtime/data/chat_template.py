@@ -22,15 +22,22 @@ class TemplateError(Exception):
     """A template that cannot be rendered; the text says why."""
 
 
-def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-    """A conversation as text. Raises :class:`TemplateError`, whatever the template does."""
+def rendered(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Any] = (),
+) -> str:
+    """A conversation as text, with the tools that it may use. Raises :class:`TemplateError`, whatever the template
+    does.
+    """
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    if tools:
+        options["tools"] = list(tools)
     try:
         with _limited():
-            text = str(
-                tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
+            text = str(tokenizer.apply_chat_template(list(messages), **options))
         text.encode()  # half of a surrogate pair, which no tokenizer can read, is refused here
     except _TakesTooLong:
         raise TemplateError(f"it takes more than {LIMIT_SECONDS:g} s for one conversation") from None

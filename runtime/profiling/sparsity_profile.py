@@ -8,7 +8,6 @@ law of the other half, the worse of both ways. The profile's law is fitted to bo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -25,7 +24,9 @@ from meft.planner.records.profiles import Popularity, SparsityProfile
 from meft.planner.traffic.union_fit import FitError, UnionPoints, fit_error, fit_layers
 from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.data.embedded import SMOLLM2_PROFILE, airport_questions, factbook_texts, smollm2_folder
-from meft.runtime.data.examples import load_dataset, parse_record, tokenize_record
+from meft.runtime.data.examples import tokenize_record
+from meft.runtime.data.formats import read_entry, recognise
+from meft.runtime.data.loading import DataOptions, load_dataset
 from meft.runtime.profiling import sparsity_probe as probe
 from meft.runtime.profiling.hardware import describe_machine
 from meft.runtime.profiling.measure import measurement
@@ -194,15 +195,18 @@ def dealt(
 def _source_sequences(name: str, request: SparsityRequest, tokenizer: Any) -> list[TokenIds]:
     limit = request.seq_len
     if name in EMBEDDED:
-        records = [parse_record(json.dumps(line)) for line in EMBEDDED[name]()[:MOST_LINES]]
-        examples = [each for record in records for each in tokenize_record(record, tokenizer, raw=request.raw)]
+        lines = EMBEDDED[name]()[:MOST_LINES]
+        records = [read_entry(recognise(line), line, where=name) for line in lines]
+        made = [tokenize_record(record, tokenizer, raw=request.raw) for record in records if record is not None]
+        examples = list(chain(*made))
         return [example.input_ids[:limit] for example in examples]
     if request.as_text:
         from meft.planner.base.schema import read_text
 
         ids = tokenizer.encode(read_text(name, kind="text file"), add_special_tokens=False)
         return [tuple(ids[start : start + limit]) for start in range(0, len(ids), limit)]
-    dataset = load_dataset(Path(name), tokenizer, seq_len=limit, raw=request.raw)
+    options = DataOptions(raw=request.raw, packing="none", allow_cut=True)
+    dataset = load_dataset(Path(name), tokenizer, seq_len=limit, options=options, show=0)
     return [example.input_ids for example in dataset.examples]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.files import replace_folder, writing
-from meft.runtime.data.examples import load_dataset
+from meft.runtime.data.loading import load_dataset
 from meft.runtime.pruning.model import Method, PrunedLayer, prune_model
 from meft.runtime.pruning.sparsegpt import Sparsity
 from meft.runtime.session.model_folder import load_causal_lm
@@ -79,7 +79,7 @@ def calibration(options: PruneOptions, tokenizer: Any) -> list[torch.Tensor]:
     ``num_sequences``; where there is less than one, all of it."""
     wanted = options.num_sequences * options.seq_len
     tokens: list[int] = []
-    dataset = load_dataset(options.data, tokenizer, seq_len=max(options.seq_len, 2))
+    dataset = load_dataset(options.data, tokenizer, seq_len=max(options.seq_len, 2), show=0)
     for example in dataset.examples:
         tokens += example.input_ids
         if len(tokens) >= wanted:

@@ -24,6 +24,7 @@ from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
 from meft.runtime.host.router import Router, TopKRouter
 from meft.runtime.host.store import HostStore
+from meft.runtime.session.documents import DOCUMENT_START, positions_from
 from meft.runtime.session.rotary import settle_rotary_frequencies
 
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -83,12 +84,23 @@ class Session:
         """The model's loss on a batch, inside the device's scope.
 
         No attention mask travels: padding is on the right, so causal attention keeps it from every real token, and
-        the labels keep it from the loss.
+        the labels keep it from the loss. Where documents are packed, the label of a document's first token, which
+        nothing before it predicts, says so: from it the device makes position ids that begin anew, by which attention
+        keeps to one document (see :mod:`meft.runtime.session.documents`), and no more bytes cross the link.
         """
         input_ids = self.to_device(batch.input_ids)
-        labels = self.to_device(batch.labels)
-        loss: torch.Tensor = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
-        return loss
+        if batch.starts is None:
+            labels = self.to_device(batch.labels)
+            loss: torch.Tensor = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
+            return loss
+        with self.device.host():
+            told = batch.labels.masked_fill(batch.starts, DOCUMENT_START)
+        labels = self.to_device(told)
+        positions = positions_from(labels)
+        packed: torch.Tensor = self.model(
+            input_ids=input_ids, labels=labels, position_ids=positions, use_cache=False
+        ).loss
+        return packed
 
     def optimizer_step(self, *, learning_rate: float, max_norm: float | None) -> OptimizerResult:
         """Clip by the global norm over rows and routers, update both, and open a new window.

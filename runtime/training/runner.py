@@ -22,7 +22,8 @@ from meft.planner.records.report import Report
 from meft.planner.timing.chrome import chrome_trace
 from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.data.embedded import SMOLLM2_PROFILE, smollm2_folder
-from meft.runtime.data.examples import Dataset, load_dataset, pad_token_id
+from meft.runtime.data.examples import pad_token_id
+from meft.runtime.data.loading import DataOptions, Dataset, describe, load_dataset
 from meft.runtime.data.metrics import evaluation_line
 from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
@@ -40,6 +41,7 @@ from meft.runtime.session.checkpoint import (
     load_observed,
     save_adapter,
 )
+from meft.runtime.session.documents import attends_across
 from meft.runtime.session.session import Session, open_session
 from meft.runtime.training import output, preflight
 from meft.runtime.training.interrupts import Interrupts
@@ -76,7 +78,11 @@ class RunOptions:
     training: TrainingOptions
     settings: AdamWSettings
     model: str | None = None
-    data: Path | None = None
+    data: tuple[Path, ...] = ()
+    reading: DataOptions = field(default_factory=DataOptions)
+    """How the data is read."""
+    show: int = 0
+    """Examples that are shown before training."""
     output_dir: Path = Path("output")
     device: Literal["auto", "cuda", "emulated"] = "auto"
     gpu_mem_bytes: int | None = None
@@ -90,7 +96,6 @@ class RunOptions:
     """A trained adapter to start from."""
     log: Path | None = None
     tensorboard: Path | None = None
-    raw: bool = False
     schedule: Literal["overlapped", "sequential"] = "overlapped"
     link_gbps: float | None = None
     trace: Path | None = None
@@ -142,9 +147,9 @@ def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
 
 def _check_options(options: RunOptions) -> None:
     """What can be refused before anything is looked at."""
-    if options.data is None:
+    if not options.data:
         hint = "; to score without training: meft-run evaluate" if options.evaluation else ""
-        raise UsageError(f"--data: what should it learn? Give a JSONL file, or --rehearse to run without data{hint}")
+        raise UsageError(f"--data: what should it learn? Give a file, or --rehearse to run without data{hint}")
     if options.adapter is not None and options.resume:
         raise UsageError("--adapter begins a run and --resume goes on with one; give one of them")
     if options.adapter is not None and options.key_init != "random":
@@ -184,9 +189,9 @@ def _run(
         check()
         tokenizer = model_loading.load_tokenizer(folder)
         check()
-        assert options.data is not None
-        dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
-        display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+        seq_len, show = plan.request.seq_len, options.show
+        dataset = load_dataset(options.data, tokenizer, seq_len=seq_len, options=options.reading, show=max(show, 1))
+        describe(dataset, display.say, seq_len=seq_len, show=show)
         _check_tokens(plan, dataset, pad_token_id(tokenizer), options)
         check()
         options = _with_length(plan, options, dataset, checkpoint)
@@ -195,7 +200,7 @@ def _run(
         check()
         kernels.warm_up(display.say)
         check()
-        with closing(_open_session(plan, options, folder, kind)) as session:
+        with closing(_open_session(plan, options, folder, kind, dataset, display)) as session:
             check()
             display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")
             trainer = _trainer(session, dataset, options, pad_token_id(tokenizer), display)
@@ -204,6 +209,10 @@ def _run(
             check()
             report = _train(trainer, nvml, options, display, checkpoint)
     return report.model_copy(update={"evaluations": () if evaluation is None else tuple(evaluation.results)})
+
+
+def _names(options: RunOptions) -> str:
+    return ", ".join(map(str, options.data))
 
 
 def _with_length(plan: Plan, options: RunOptions, dataset: Dataset, checkpoint: Path | None) -> RunOptions:
@@ -264,7 +273,7 @@ def _require_steps_left(trainer: Trainer, options: RunOptions) -> None:
 def _check_tokens(plan: Plan, dataset: Dataset, pad_id: int, options: RunOptions) -> None:
     """The tokenizer's tokens are the model's, that of padding too."""
     vocab_size, ids = plan.request.model.vocab_size, (example.input_ids for example in dataset.examples)
-    model_loading.check_token_ids(ids, vocab_size, where=f"--data {options.data}")
+    model_loading.check_token_ids(ids, vocab_size, where=f"--data {_names(options)}")
     model_loading.check_token_ids([[pad_id]], vocab_size, where="the tokenizer's padding")
 
 
@@ -272,7 +281,7 @@ def _evaluation(options: RunOptions, tokenizer: Any, display: Display) -> Evalua
     """When and what to evaluate, read before anything is loaded for long."""
     if options.evaluation is None:
         return None
-    evaluator = make_evaluator(options.evaluation, tokenizer, raw=options.raw, seed=options.training.seed)
+    evaluator = make_evaluator(options.evaluation, tokenizer, raw=options.reading.raw, seed=options.training.seed)
     return EvaluationSchedule(
         evaluator,
         options.evaluation.every,
@@ -350,12 +359,16 @@ def _read_nvml(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable) -> tuple[Me
     return nvml.process_memory(at_least_bytes=reserved), nvml.pcie_bytes()
 
 
-def _open_session(plan: Plan, options: RunOptions, folder: Path, kind: DeviceKind) -> Session:
+def _open_session(
+    plan: Plan, options: RunOptions, folder: Path, kind: DeviceKind, dataset: Dataset, display: Display
+) -> Session:
     torch.manual_seed(options.training.seed)
     device: Device = CudaDevice(_budget(plan, options)) if kind == "cuda" else EmulatedDevice(_budget(plan, options))
     if options.link_gbps is not None and kind == "cuda":
         raise UsageError("--link-gbps slows the emulated device's link down; a real link has its own speed")
     model = model_loading.load_frozen_model(plan, folder)
+    if any(len(example.starts) > 1 for example in dataset.examples):
+        _say_of_documents(plan, model, display)
     return open_session(
         plan,
         model,
@@ -367,6 +380,16 @@ def _open_session(plan: Plan, options: RunOptions, folder: Path, kind: DeviceKin
         clock=LaneClock(keep=options.trace is not None),
         key_init=options.key_init,
     )
+
+
+def _say_of_documents(plan: Plan, model: torch.nn.Module, display: Display) -> None:
+    """Whether packed documents see each other, which depends on the model's attention."""
+    request = plan.request
+    if attends_across(model, batch_size=request.batch_size, vocab_size=request.model.vocab_size):
+        display.say(
+            f"note: with {request.attention} attention this model attends across the documents packed into one "
+            f"sequence; --packing none gives each text a sequence of its own"
+        )
 
 
 def _write_trace(session: Session, path: Path) -> None:
@@ -395,7 +418,7 @@ def _trainer(session: Session, dataset: Dataset, options: RunOptions, pad_id: in
         sequence_tokens=dataset.statistics.sequence_tokens,
         on_step=display.on_step,
         on_best=keep_best,
-        data=str(options.data),
+        data=_names(options),
     )
 
 

@@ -62,7 +62,7 @@ def test_airport_questions_fit_the_demo(smollm2: Path, tmp_path: Path) -> None:
     """With the template's default system text a question takes 42 tokens and the city a few."""
     from transformers import AutoTokenizer
 
-    from meft.runtime.data.examples import load_dataset
+    from meft.runtime.data.loading import load_dataset
 
     path = tmp_path / "airports.jsonl"
     path.write_text("".join(json.dumps(question) + "\n" for question in airport_questions(200, seed=0)))

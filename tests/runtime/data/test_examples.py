@@ -18,19 +18,15 @@ from transformers import PreTrainedTokenizerFast
 from meft.planner.base.errors import UsageError
 from meft.runtime.data.examples import (
     IGNORE_INDEX,
-    BadLineError,
-    Chat,
-    Completion,
     Example,
-    Text,
     batch_indices,
     batches,
     collate,
-    load_dataset,
     pad_token_id,
-    parse_record,
     tokenize_record,
 )
+from meft.runtime.data.loading import DataOptions, load_dataset
+from meft.runtime.data.records import BadLineError, Chat, Completion, Text
 
 CHATML = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\n' }}{% endfor %}"
@@ -49,6 +45,9 @@ class CharacterTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [2] * add_special_tokens + [ord(character) for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
 
     def apply_chat_template(self, messages: Sequence[Any], *, tokenize: bool, add_generation_prompt: bool) -> str:
         assert not tokenize
@@ -205,74 +204,52 @@ def test_completion_labels_are_exactly_the_completion(prompt: str, completion: s
 # --- lines and files -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", r"not JSON \(Expecting property name enclosed in double quotes at column 2\)"),
-        ("[1]", "a JSON list, not an object"),
-        ("null", "a JSON null, not an object"),
-        ("3.5", "a JSON number, not an object"),
-        ("[" * 100_000, "not JSON that can be read"),
-        ('{"id": 1}', r"none of the keys 'prompt', .* is there \(found 'id'\)"),
-        ('{"prompt": "a", "completon": "b"}', "the key 'completion' is missing"),
-        ('{"completion": "b"}', "the key 'prompt' is missing"),
-        ('{"prompt": "a", "completion": ["b"]}', "'completion' is a list, not a string"),
-        ('{"prompt": "a", "completion": " "}', "'completion' is empty"),
-        ('{"prompt": "a", "completion": "\\ud800"}', "'completion' holds half of a surrogate pair"),
-        ('{"text": "a", "prompt": "b"}', "mixes the forms prompt/completion and text; keep one"),
-        ('{"text": null}', "'text' is a null, not a string"),
-        ('{"messages": []}', "'messages' must be a list of at least"),
-        ('{"messages": [3]}', "message 1 is a number, not an object"),
-        ('{"messages": [{"role": "user"}]}', "message 1: the key 'content' is missing"),
-        ('{"messages": [{"role": "human", "content": "a"}]}', "message 1: unknown role 'human'; known: system, user"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "the first message is the assistant's"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "no message has the role 'assistant'"),
-    ],
-)
-def test_bad_lines_say_what_is_wrong(line: str, message: str) -> None:
-    with pytest.raises(BadLineError, match=message):
-        parse_record(line)
-
-
-def test_keys_of_no_form_are_ignored_and_an_empty_prompt_is_allowed() -> None:
-    assert parse_record('{"prompt": "", "completion": "b", "id": 7}') == Completion("", "b")
-
-
 def write(path: Path, *lines: object) -> Path:
     path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
     return path
 
 
-def test_statistics_and_truncation(tmp_path: Path) -> None:
-    # Tokens: begin 1, characters, end 1. "aaaa"+"b": 7, cut to 6 (loses the end); "aaaaaaa"+"b": 10, nothing left;
-    # "hi": 4, of which 3 carry loss. After truncation: 6 + 4 tokens, (1) + (3) with loss.
+def test_statistics_and_cutting(tmp_path: Path) -> None:
+    # Tokens: begin 1, characters, end 1. "aaaa"+"b": 7, loses an "a" for 6; "aaaaaaa"+"b": 10, loses four; "x"+"hi": 5.
     path = write(
         tmp_path / "d.jsonl",
         {"prompt": "aaaa", "completion": "b"},
         {"prompt": "aaaaaaa", "completion": "b"},
         "\n",
-        {"text": "hi"},
+        {"prompt": "x", "completion": "hi"},
     )
-    dataset = load_dataset(path, CharacterTokenizer(), seq_len=6)
-    assert [learned(example) for example in dataset.examples] == ["·····b", "\x02hi\x03"]
+    dataset = load_dataset(path, CharacterTokenizer(), seq_len=6, options=DataOptions(allow_cut=True))
+    assert [learned(example) for example in dataset.examples] == ["····b\x03", "····b\x03", "··hi\x03"]
     statistics = dataset.statistics
-    assert (statistics.num_lines, statistics.num_examples) == (3, 2)
+    assert (statistics.num_lines, statistics.num_examples) == (3, 3)
     assert statistics.longest_tokens == 10
-    assert statistics.sequence_tokens == (4, 4, 4, 7, 7, 7, 7, 7, 10, 10, 10)
-    assert (statistics.truncated_examples, statistics.dropped_examples) == (2, 1)
-    assert (statistics.num_tokens, statistics.num_trained_tokens) == (10, 4)
+    assert statistics.sequence_tokens == (5, 5, 5, 7, 7, 7, 7, 7, 10, 10, 10)
+    assert (statistics.truncated_examples, statistics.dropped_examples) == (2, 0)
+    assert (statistics.num_tokens, statistics.num_trained_tokens) == (17, 7)
     assert statistics.summary(6) == (
-        "2 examples, 4 of 10 tokens with loss; longest 10 tokens for sequences of 6, 2 cut off, "
-        "1 left out (nothing to learn within the sequence)"
+        "3 examples, 7 of 17 tokens with loss; longest 10 tokens for sequences of 6, 2 cut off; "
+        "of 22 tokens in the file 17 used (77%), 5 lost; 1 of padding"
     )
+
+
+def test_more_than_a_hundredth_cut_is_asked_about(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "completion": "b"}] * 99 + [{"prompt": "aaaaaaa", "completion": "b"}]
+    path = write(tmp_path / "d.jsonl", *lines)
+    assert load_dataset(path, CharacterTokenizer(), seq_len=6).statistics.truncated_examples == 1
+    write(path, *lines, lines[-1])
+    with pytest.raises(UsageError, match=r"2 of 101 examples \(2%\) are longer than the plan's 6 tokens .*--seq-len 10"):
+        load_dataset(path, CharacterTokenizer(), seq_len=6)
+    assert load_dataset(path, CharacterTokenizer(), seq_len=6, options=DataOptions(allow_cut=True)).examples
 
 
 def test_nothing_left_within_the_sequence_is_refused(tmp_path: Path) -> None:
-    # Begin 1 + 4 characters of prompt, so the first completion token is the sixth.
-    path = write(tmp_path / "d.jsonl", {"prompt": "aaaa", "completion": "b"}, {"prompt": "aaaaaa", "completion": "b"})
-    with pytest.raises(UsageError, match=r"nothing to learn within 5 tokens in any of 2 lines; plan .* at least 6"):
-        load_dataset(path, CharacterTokenizer(), seq_len=5)
-    assert load_dataset(path, CharacterTokenizer(), seq_len=6).statistics.num_examples == 1
+    """Of two answers the first does not fit, and conversations are cut at their end: 13 tokens before it."""
+    turns = [("user", "aaaa"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    path = write(tmp_path / "d.jsonl", {"messages": [{"role": who, "content": said} for who, said in turns]})
+    tokenizer, options = CharacterTokenizer(plain_template), DataOptions(allow_cut=True)
+    with pytest.raises(UsageError, match=r"nothing to learn within 11 tokens in any of 1 lines; plan .* at least 12"):
+        load_dataset(path, tokenizer, seq_len=11, options=options)
+    assert load_dataset(path, tokenizer, seq_len=12, options=options).statistics.num_examples == 1
 
 
 def test_lines_of_one_token_are_refused(tmp_path: Path) -> None:
@@ -292,8 +269,7 @@ def test_the_first_bad_lines_are_named_and_all_are_counted(tmp_path: Path) -> No
         load_dataset(path, CharacterTokenizer(), seq_len=8)
     lines = str(caught.value).splitlines()
     assert [line.split(": ")[0] for line in lines[:5]] == [f"{path}:{number}" for number in range(2, 7)]
-    assert lines[5] == "and 2 more: 7 of 9 lines cannot be used"
-    assert lines[6].startswith('each line must be one JSON object: {"prompt"')
+    assert lines[5:] == ["and 2 more: 7 of 9 lines cannot be used"]
     assert caught.value.exit_code == 2
 
 
@@ -305,12 +281,13 @@ def test_line_numbers_count_blank_lines_and_survive_windows_files(tmp_path: Path
 
 
 def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"data file .*none\.jsonl does not exist; each line must be"):
+    with pytest.raises(UsageError, match=r"none\.jsonl: no such file; what is read"):
         load_dataset(tmp_path / "none.jsonl", CharacterTokenizer(), seq_len=8)
-    with pytest.raises(UsageError, match="is empty; each line must be"):
+    with pytest.raises(UsageError, match=r"is empty; what is read \(docs/data\.md\): chat messages, "):
         load_dataset(write(tmp_path / "e.jsonl", "\n \n"), CharacterTokenizer(), seq_len=8)
-    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
-        load_dataset(tmp_path, CharacterTokenizer(), seq_len=8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no data file in this folder; what is read: .jsonl"):
+        load_dataset(tmp_path / "empty", CharacterTokenizer(), seq_len=8)
     with pytest.raises(UsageError, match="at least 2 tokens"):
         load_dataset(tmp_path, CharacterTokenizer(), seq_len=1)
 

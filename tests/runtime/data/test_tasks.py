@@ -11,8 +11,9 @@ import sys
 import pytest
 
 from meft.planner.base.errors import UsageError
+from meft.runtime.data.formats import toolbench_name
 from meft.runtime.data.task_sources import SOURCES, factbook_prose, load_task
-from meft.runtime.data.tasks import Item, read_task, toolbench_name
+from meft.runtime.data.tasks import Item, read_task
 
 
 def write(path, content):
@@ -140,17 +141,17 @@ GOOD = '{"question": "q", "answer": ["a"]}\n'
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", GOOD + '{"question": 3, "answer": ["a"]}', r"a\.jsonl:2: field 'question' must be a string"),
+        ("a.jsonl", GOOD + '{"question": 3, "answer": ["a"]}', r"a\.jsonl:2: field 'question' is a number, not a string"),
         ("a.jsonl", '{"question": "q", "answer": ["a", 4]}', r"a\.jsonl:1: field 'answer' must hold strings"),
-        ("a.jsonl", '{"question": "q", "answer": "18"}', r"a\.jsonl:1: field 'answer' has no number after ####"),
+        ("a.jsonl", '{"question": "q", "answer": "#### x"}', r"a\.jsonl:1: field 'answer' has no number after ####"),
         ("a.jsonl", GOOD + '{"question": "q"}', r"a\.jsonl:2: field 'answer' is missing"),
         ("a.jsonl", GOOD + '{"quest', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", '["question"]\n7', r"a\.jsonl"),
         ("a.jsonl", '{"colour": 1}', r"no known format has these fields: 'colour'"),
         ("a.jsonl", "\n", r"is empty"),
         ("a.jsonl", '{"question": "q", "answer": []}', r"none of 1 entries of NQ-open has a gold answer"),
-        ("a.json", '{"data": [{"paragraphs": [{"qas": [{"question": "q"}]}]}]}', "no known format"),
-        ("a.json", '{"data": [{"title": "t"}]}', r"data\[0\]: field 'paragraphs' is missing"),
+        ("a.json", '{"data": [{"paragraphs": [{"qas": [{"question": "q"}]}]}]}', "field 'answers' is missing, which SQuAD"),
+        ("a.json", '{"data": [{"title": "t"}]}', r"data\[0\]: no known format has these fields: 'title'"),
         ("a.json", '{\n"data": [}', r"a\.json:2: not JSON"),
         ("a.json", '[{"api_list": [{"tool_name": "t"}]}]', r"entry 1, api_list\[0\]: field 'api_name' is missing"),
         ("a.json", '[{"api_list": [], "relevant APIs": [["x"]]}]', r"field 'relevant APIs' must hold pairs"),

@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.adapter.oracle import DenseAdapter
-from meft.runtime.data.examples import Completion, tokenize_record
+from meft.runtime.data.examples import tokenize_record
+from meft.runtime.data.records import Completion
 from meft.runtime.host.router import TopKRouter
 from meft.runtime.session.checkpoint import save_adapter
 from meft.runtime.use.adapter_model import AdapterModel
