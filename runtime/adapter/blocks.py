@@ -107,7 +107,7 @@ def _hidden_size(model: nn.Module) -> int | None:
     if config is None:
         return None
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    size = getattr(text, "hidden_size", None)
+    size = vars(text).get(getattr(text, "attribute_map", {}).get("hidden_size", "hidden_size"))
     return size if isinstance(size, int) else None
 
 

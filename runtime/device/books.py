@@ -29,6 +29,7 @@ from meft.runtime.device.event_log import EventLog
 
 DEFAULT_CATEGORY = "activations"
 _DEVICE_OF = torch.ops.prim.device.default
+_INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
 
 
 class WrongPlaceError(MeftError):
@@ -178,8 +179,12 @@ class DeviceBooks(TorchDispatchMode):
             self._peak_by_category = {name: size for name, size in self._bytes_by_category.items() if size}
 
     def _is_host_view(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """True for a view of a host tensor, which stays on the host; raises for any other use of a host tensor."""
-        for leaf in tree_leaves((args, kwargs)):
+        """True for a view of a host tensor, which stays on the host; raises for any other use of a host tensor.
+
+        Indices may lie on the host: CUDA takes them from there, as it does numbers.
+        """
+        looked_at = (args[:1], args[2:]) if func in _INDEXED else (args, kwargs)
+        for leaf in tree_leaves(looked_at):
             if not isinstance(leaf, torch.Tensor) or not leaf.dim() or not leaf.numel() or self.holds(leaf):
                 continue
             if func.is_view:
