@@ -63,7 +63,6 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 64},
     },
-    "musicgen": {"is_decoder": True},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["full_attention", "full_attention"]},
     "cohere_compass_text": {"layer_types": ["full_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -173,7 +172,7 @@ def _plan(model_type: str) -> Any:
         Path(folder).mkdir()
         (Path(folder) / "config.json").write_text(json.dumps(tiny_config(model_type)))
         options = {"seq_len": SEQ_LEN, "grad_accum": 1, "adapter_width": 64, "top_k": 4, "min_trainable": 0.0}
-        budgets = {"gpu": "emulated", "gpu_mem": 1 << 30, "host_mem": 1 << 30, "max_slowdown": 1000.0}
+        budgets = {"gpu": "emulated", "gpu_mem": 1 << 32, "host_mem": 1 << 30, "max_slowdown": 1000.0}
         chosen = {"routing": "exact", "activation_checkpointing": False}
         planned = find_plan(RequestOptions(model=folder, **options, **budgets, **chosen))  # type: ignore[arg-type]
     if isinstance(planned, Infeasible):

@@ -212,7 +212,7 @@ def _qwen3(fields: _Fields) -> dict[str, Any]:
 
 def _qwen3_moe(fields: _Fields) -> dict[str, Any]:
     """Every layer a mixture of experts, as published; its counts are exact, what it takes is traced."""
-    shape = _qwen3(_Fields({"num_key_value_heads": 4} | dict(fields.config), fields.model))
+    shape = _gated(fields, kv_heads=4) | _attention_bias(fields, default=False) | {"head_norms_per_layer": 2}
     experts = fields.size("num_experts", "num_local_experts", default=128)
     chosen = fields.size("num_experts_per_tok", default=8)
     inner = fields.size("moe_intermediate_size", default=768)

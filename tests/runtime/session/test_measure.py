@@ -47,10 +47,13 @@ def test_active_parameters_leave_out_the_experts_that_a_token_does_not_meet() ->
     assert (shape.measured.experts, shape.measured.active_experts) == (4, 2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention_bias": True, "tie_word_embeddings": True}, {"head_dim": None, "num_key_value_heads": None}],
+)
 def test_qwen3_moe_by_closed_form_is_the_class_read(changes) -> None:
     config = {"model_type": "qwen3_moe", **GATED, **EXPERTS, "moe_intermediate_size": 16, **changes}
-    config["max_position_embeddings"] = 64
+    config = {name: value for name, value in config.items() if value is not None} | {"max_position_embeddings": 64}
     closed, read = shape_from_config(config, name="any"), measured_shape(config, name="any")
     exact = ("parameters", "active_parameters", "block_parameters", "attention_parameters", "active_ffn_parameters")
     for field in (*exact, "experts", "active_experts", "linears", "class_name"):
