@@ -39,8 +39,8 @@ _WIDTHS = {
     64 // 2: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
     "moe_shared_expert_intermediate_size",
     16: "head_dim dim_head q_lora_rank kv_lora_rank qk_nope_head_dim v_head_dim hidden_size_per_layer_input "
-    "linear_key_head_dim linear_value_head_dim mamba_d_state mamba_dt_rank",
-    8: "qk_rope_head_dim",
+    "linear_key_head_dim linear_value_head_dim mamba_d_state mamba_dt_rank qk_rope_head_dim",
+    8: "rotary_dim",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads num_experts "
     "num_decoder_attention_heads num_encoder_attention_heads num_local_experts n_routed_experts moe_num_experts",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers eos_token_id "
@@ -58,11 +58,14 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "reformer": {"is_decoder": True, "num_hidden_layers": 2, "attn_layers": ["local", "local"]},
     "zaya": {"num_experts_per_tok": 1},
+    "dbrx": {
+        "n_kv_heads": 2,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 64},
+    },
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["full_attention", "full_attention"]},
     "cohere_compass_text": {"layer_types": ["full_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "dots3_note": {"num_key_value_heads": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3": {
         "vision_config": {
             "hidden_size": 64,
@@ -105,6 +108,8 @@ def tiny_config(model_type: str) -> dict[str, Any]:
     """The config of a tiny model of a type, as its ``config.json`` would have it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from meft.planner.models.catalogue import text_part
+
     config_class = CONFIG_MAPPING[model_type]
     usual = config_class()
     fields = _small_fields(usual)
@@ -113,12 +118,16 @@ def tiny_config(model_type: str) -> dict[str, Any]:
         if hasattr(inner, "to_dict"):
             fields[part] = {"model_type": inner.model_type, **_small_fields(inner)}
     made: dict[str, Any] = json.loads(config_class(**fields | OWN.get(model_type, {})).to_json_string(use_diff=False))
-    return made | {"model_type": model_type}
+    made.pop("time_step_limit", None)  # a pair with an infinity, which JSON has none of; it is the default
+    return text_part(made | {"model_type": model_type})
 
 
 def _small_fields(config: Any) -> dict[str, Any]:
     there = config.to_dict()
-    return {name: value for name, value in SMALL.items() if name in there}
+    fields = {name: value for name, value in SMALL.items() if name in there}
+    if "kv_lora_rank" in there and "num_key_value_heads" in there:  # latent attention: each head has its key
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    return fields
 
 
 # --- one type --------------------------------------------------------------------------------------------------------
@@ -158,10 +167,12 @@ def _plan(model_type: str) -> Any:
     from meft.planner.front.options import RequestOptions
     from meft.planner.front.plan import find_plan
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = str(Path(parent) / model_type)
+        Path(folder).mkdir()
         (Path(folder) / "config.json").write_text(json.dumps(tiny_config(model_type)))
         options = {"seq_len": SEQ_LEN, "grad_accum": 1, "adapter_width": 64, "top_k": 4, "min_trainable": 0.0}
-        budgets = {"gpu": "emulated", "gpu_mem": 1 << 30, "host_mem": 1 << 30, "max_slowdown": 1000.0}
+        budgets = {"gpu": "emulated", "gpu_mem": 1 << 32, "host_mem": 1 << 30, "max_slowdown": 1000.0}
         chosen = {"routing": "exact", "activation_checkpointing": False}
         planned = find_plan(RequestOptions(model=folder, **options, **budgets, **chosen))  # type: ignore[arg-type]
     if isinstance(planned, Infeasible):

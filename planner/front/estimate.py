@@ -181,9 +181,15 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
     Without activation checkpointing where the request leaves that open.
     """
     given, double_quant = _weights(asked)
-    planned = _planning(replace(_options(asked), weights_dtype=given, double_quant=double_quant))
+    planned = _planning(replace(_options(asked), weights_dtype=given))
     weights = given or planned.request.weights_dtype
     shape, usual = planned.request.model, USUAL_SIZES[asked.method]
+    if shape.stored is not None:
+        if asked.method == "full":
+            raise UsageError(
+                f"--method full: {shape.name} stores its weights as {shape.stored.title}, which no step trains"
+            )
+        double_quant = planned.request.double_quant
     names = asked.target_names or (usual.targets,)
     lora = asked.method in _LORA
     setup = TrainingSetup(

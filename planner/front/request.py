@@ -14,6 +14,7 @@ from meft.planner.base.units import GIB, format_bytes
 from meft.planner.front.options import RequestOptions
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model
+from meft.planner.models.stored import StoredMethod
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Attention, Request
 from meft.planner.records.profile_catalogue import (
@@ -32,6 +33,8 @@ BOX_OVER_NVML = 1.1
 EMULATED = "emulated"
 WITHOUT_SDPA = ("gemma2",)
 """Model types that transformers runs with eager or flash attention only: they cap attention scores."""
+_DTYPE_OF_STORED: dict[StoredMethod, WeightsDtype] = {"bitsandbytes-4bit": "nf4", "bitsandbytes-8bit": "int8"}
+"""Of other methods the weights are computed in bf16."""
 HOST_RESERVE_BYTES = 2 * GIB
 HOST_RESERVE_FRACTION = 0.1
 """Of this machine's RAM, never more than half of it: what the system, Python with torch, and loading a model take.
@@ -72,6 +75,7 @@ def planning(options: RequestOptions) -> Planning:
     sparsity_name = options.sparsity or beside.get("sparsity", defaults.sparsity)
     host, link = load_host(host_name), load_link(link_name)
     sparsity = load_sparsity(sparsity_name)
+    options = _as_stored(options, shape, gpu)
     weights, adapter = _dtypes(options, gpu)
     _check_model(options, shape)
     _check_device(options, gpu, weights)
@@ -94,7 +98,13 @@ def planning(options: RequestOptions) -> Planning:
     return Planning(
         request=validated(Request, fields, source="options"),
         profiles=ProfileSet(gpu=gpu, link=link, host=host, sparsity=sparsity),
-        notes=(*budget.notes, *_beside_notes(options, beside), *host_notes, *_dtype_notes(gpu, weights)),
+        notes=(
+            *_stored_notes(shape),
+            *budget.notes,
+            *_beside_notes(options, beside),
+            *host_notes,
+            *_dtype_notes(gpu, weights),
+        ),
     )
 
 
@@ -202,6 +212,30 @@ def _host_budget(options: RequestOptions, budget: _Budget) -> tuple[int, tuple[s
     return left, (f"{note}, less the emulated device's {format_bytes(budget.gpu_mem_bytes)}",)
 
 
+def _as_stored(options: RequestOptions, shape: ModelShape, gpu: GpuProfile) -> RequestOptions:
+    """The options with the weights' dtype that a quantized folder means: bitsandbytes' own, else 16 bits to compute."""
+    stored = shape.stored
+    if stored is None:
+        return options
+    if gpu.shares_host_cores and stored.method != "bitsandbytes-4bit":
+        raise UsageError(
+            f"--gpu {gpu.key}: {shape.name} stores its weights as {stored.title}, whose kernels need CUDA; plan "
+            f"for one, or give a folder of 16-bit weights"
+        )
+    meant = _DTYPE_OF_STORED.get(stored.method, "bf16")
+    given = options.weights_dtype
+    if given not in (None, meant) or options.double_quant not in (None, stored.double_quant):
+        asked = f"--weights-dtype {given}" if given not in (None, meant) else "--double-quant"
+        raise UsageError(
+            f"{asked}: {shape.name} stores its weights as {stored.title}, and they are planned as stored; leave it out"
+        )
+    return replace(options, weights_dtype=meant, double_quant=stored.double_quant)
+
+
+def _stored_notes(shape: ModelShape) -> tuple[str, ...]:
+    return () if shape.stored is None else (f"weights: {shape.stored.title}, as the folder stores them",)
+
+
 def _dtypes(options: RequestOptions, gpu: GpuProfile) -> tuple[WeightsDtype, AdapterDtype]:
     """The emulated device computes in fp32 unless told otherwise: CPUs are slow in bf16."""
     weights: WeightsDtype = options.weights_dtype or ("fp32" if gpu.shares_host_cores else "bf16")
@@ -280,7 +314,5 @@ def _check_copy(options: RequestOptions, adapter: AdapterDtype) -> None:
 def _check_device(options: RequestOptions, gpu: GpuProfile, weights: WeightsDtype) -> None:
     if options.double_quant and weights != "nf4":
         raise UsageError(f"--double-quant: the weights are {weights}; it goes with --weights-dtype nf4")
-    if gpu.shares_host_cores and weights == "nf4":
-        raise UsageError("--weights-dtype nf4: it needs a CUDA device, --gpu emulated has none; give fp32 or bf16")
     if gpu.shares_host_cores and options.attention == "flash":
         raise UsageError("--attention flash: it needs a CUDA device, --gpu emulated has none; give sdpa or eager")

@@ -267,7 +267,7 @@ def _resident_rows(step: _Step) -> tuple[Row, ...]:
 def weights_rounding_bytes(shape: ModelShape, dtype: WeightsDtype, double_quant: bool) -> int:
     """What the allocator's blocks hold above the frozen weights: those of many models are all cut to measure, and of
     the others the loading is simulated."""
-    if dtype != "nf4":
+    if dtype != "nf4" and shape.stored is None:
         sizes = wts.tensor_sizes_bytes(shape, dtype=dtype)
         if all(map(_cut_to_measure, sizes)):
             return sum(-num_bytes % MIN_BLOCK_BYTES for num_bytes in sizes)

@@ -12,6 +12,7 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer, model_vali
 
 from meft.planner.base.schema import Count, Fraction, Index, Record
 from meft.planner.models.measured import Measured, TracedTerms
+from meft.planner.models.stored import StoredWeights
 
 Norm = Literal["rmsnorm", "layernorm"]
 
@@ -34,7 +35,10 @@ MAX_PARAMETERS = 1 << 44
 
 
 _LATER = frozenset(
-    ("joint_head_norms", "norms_after", "rotary_pause", "rotary_sets", "window", "sliding_layers", "measured", "traced")
+    (
+        *("joint_head_norms", "norms_after", "rotary_pause", "rotary_sets", "window", "sliding_layers"),
+        *("stored", "measured", "traced"),
+    )
 )
 """Fields of a shape that came with families after the first."""
 
@@ -92,6 +96,8 @@ class ModelShape(Record):
     """Dropout on what attention and FFN add to the residual stream."""
     embedding_dropout: bool = False
     attention_dropout: bool = False
+    stored: StoredWeights | None = None
+    """How the folder stores its linear layers quantized; None: in the dtype that they are loaded in."""
     measured: Measured | None = None
     """Set where no closed form describes the model: then its counts are these, and the fields above are the nearest
     that a decoder of this kind has."""
@@ -120,9 +126,9 @@ class ModelShape(Record):
 
     def differences(self, other: ModelShape) -> dict[str, tuple[object, object]]:
         """Fields other than the name in which two shapes differ, with both values; what was traced is no such field."""
-        mine, theirs = (each.model_dump(exclude={"name", "traced"}) for each in (self, other))
-        fields = [field for field in {**mine, **theirs} if mine.get(field) != theirs.get(field)]
-        return {field: (mine.get(field), theirs.get(field)) for field in fields}
+        fields = [field for field in type(self).model_fields if field not in ("name", "traced")]
+        pairs = {field: (getattr(self, field), getattr(other, field)) for field in fields}
+        return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
 
     def slides(self, layer: int) -> bool:
         """Whether the layer of that number, from 0, sees a window."""

@@ -143,7 +143,8 @@ def text_part(config: dict[str, Any]) -> dict[str, Any]:
     text = config.get("text_config")
     if config.get("model_type") not in _WRAPPERS or not isinstance(text, dict):
         return config
-    return {"model_type": _WRAPPERS[config["model_type"]], **text}
+    stored = {name: config[name] for name in ("quantization_config",) if config.get(name) is not None}
+    return {"model_type": _WRAPPERS[config["model_type"]], **text, **stored}
 
 
 def _convert_first(folder: Path, file: str) -> UsageError:

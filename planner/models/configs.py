@@ -12,6 +12,7 @@ from typing import Any
 from meft.planner.base.errors import UsageError
 from meft.planner.base.schema import shortened, validated
 from meft.planner.models.architecture import SHAPE_LIMITS, ModelShape
+from meft.planner.models.measured import Measured, MeasuredLinear
 
 _SHAPE_FIELDS = {
     "num_hidden_layers": "num_layers",
@@ -35,14 +36,42 @@ def shape_from_config(config: Mapping[str, Any], *, name: str) -> ModelShape:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UsageError(f"model {name}: config has no model_type; is this the config.json of a Hugging Face model?")
-    reader = _READERS.get(model_type)
+    reader = (_READERS | _COUNTED).get(model_type)
     if reader is None:
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
         raise UsageError(
             f"model {name}: model_type {shortened(repr(model_type))} is not supported; supported: {supported}"
         )
     fields = {"name": name, "model_type": model_type} | reader(_Fields(config, name))
-    return validated(ModelShape, fields, source=f"model {name}")
+    experts = fields.pop("experts", None)
+    shape = validated(ModelShape, fields, source=f"model {name}")
+    return shape if experts is None else _with_experts(shape, *experts)
+
+
+def _with_experts(shape: ModelShape, experts: int, chosen: int, inner: int) -> ModelShape:
+    """The shape of a decoder whose FFNs are ``experts`` gated ones of ``inner``, of which a token meets ``chosen``,
+    and a router."""
+    dense = shape.num_parameters - shape.num_layers * shape.mlp_parameters_per_layer
+    one, router = 3 * shape.hidden_size * inner, shape.hidden_size * experts
+    layers, attention = shape.num_layers, shape.attention_parameters_per_layer
+    linears = (("q_proj", shape.query_size), ("k_proj", shape.kv_size), ("v_proj", shape.kv_size))
+    sizes = [(name, shape.hidden_size, outputs) for name, outputs in linears]
+    sizes.append(("o_proj", shape.query_size, shape.hidden_size))
+    measured = Measured(
+        class_name="Qwen3MoeForCausalLM",
+        parameters=dense + layers * (experts * one + router),
+        active_parameters=dense + layers * (chosen * one + router),
+        block_parameters=layers * (attention + experts * one + router),
+        attention_parameters=attention,
+        active_ffn_parameters=chosen * one + router,
+        experts=experts,
+        active_experts=chosen,
+        linears=tuple(
+            MeasuredLinear(name=name, place="attention", inputs=i, outputs=o, bias=shape.qkv_bias, count=layers)
+            for name, i, o in sizes
+        ),
+    )
+    return ModelShape.model_validate({**shape.model_dump(), "measured": measured})
 
 
 @dataclass(frozen=True)
@@ -210,6 +239,19 @@ def _qwen3(fields: _Fields) -> dict[str, Any]:
     return shape | _attention_bias(fields, default=False) | _upper_window(fields, shape["num_layers"])
 
 
+def _qwen3_moe(fields: _Fields) -> dict[str, Any]:
+    """Every layer a mixture of experts, as published; its counts are exact, what it takes is traced."""
+    shape = _gated(fields, kv_heads=4) | _attention_bias(fields, default=False) | {"head_norms_per_layer": 2}
+    experts = fields.size("num_experts", "num_local_experts", default=128)
+    chosen = fields.size("num_experts_per_tok", default=8)
+    inner = fields.size("moe_intermediate_size", default=768)
+    if chosen > experts:
+        raise fields.invalid("num_experts_per_tok", chosen, f"within num_experts {experts}")
+    if fields.config.get("mlp_only_layers") or fields.size("decoder_sparse_step", default=1) != 1:
+        raise NoClosedForm(f"model {fields.model}: some layers have a dense FFN, which is not read by closed form")
+    return shape | {"intermediate_size": chosen * inner, "experts": (experts, chosen, inner)}
+
+
 def _olmo2(fields: _Fields) -> dict[str, Any]:
     own = {"head_norms_per_layer": 2, "joint_head_norms": True, "norms_after": True}
     return _gated(fields) | _attention_bias(fields, default=False) | own
@@ -238,7 +280,8 @@ def _rotary_pause(fields: _Fields, num_layers: int) -> int:
     """The period of the layers without rotary positions: ``no_rope_layers`` has 1 for a layer that rotates."""
     listed = fields.config.get("no_rope_layers")
     if listed is None:
-        return fields.size("no_rope_layer_interval", default=4)
+        interval = fields.size("no_rope_layer_interval", default=4)
+        return interval if interval <= num_layers else 0
     if not isinstance(listed, list) or len(listed) != num_layers:
         raise fields.invalid("no_rope_layers", listed, f"a list of num_hidden_layers {num_layers} entries")
     pause = next((index for index, rotates in enumerate(listed, start=1) if not rotates), 0)
@@ -247,6 +290,12 @@ def _rotary_pause(fields: _Fields, num_layers: int) -> int:
     ]:
         raise NoClosedForm(str(fields.invalid("no_rope_layers", listed, "a regular pattern, which alone is supported")))
     return pause
+
+
+def _gemma1(fields: _Fields) -> dict[str, Any]:
+    """Published configs say ``gelu`` and mean its approximation, as transformers reads them."""
+    activation = fields.text("hidden_act", default="gelu_pytorch_tanh")
+    return _gemma(fields) | {"activation": "gelu_pytorch_tanh" if activation == "gelu" else activation}
 
 
 def _gemma(fields: _Fields, *, kv_heads: int = 16) -> dict[str, Any]:
@@ -382,7 +431,7 @@ def _opt(fields: _Fields) -> dict[str, Any]:
 
 
 _READERS: dict[str, Callable[[_Fields], dict[str, Any]]] = {
-    "gemma": _gemma,
+    "gemma": _gemma1,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3_text,
     "gpt2": _gpt2,
@@ -399,5 +448,11 @@ _READERS: dict[str, Callable[[_Fields], dict[str, Any]]] = {
     "smollm3": _smollm3,
 }
 
+_COUNTED: dict[str, Callable[[_Fields], dict[str, Any]]] = {"qwen3_moe": _qwen3_moe}
+"""Types whose parameters are counted here, and whose memory is traced."""
+
 SUPPORTED_MODEL_TYPES: tuple[str, ...] = tuple(_READERS)
+"""Every ``model_type`` with a closed form of parameters and memory."""
+
+COUNTED_MODEL_TYPES: tuple[str, ...] = (*_READERS, *_COUNTED)
 """Every ``model_type`` that :func:`shape_from_config` reads."""

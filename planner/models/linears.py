@@ -41,6 +41,12 @@ def linear_layers(shape: ModelShape) -> tuple[Linear, ...]:
     return build(shape)
 
 
+def is_stored(shape: ModelShape, layer: Linear, *, block: int) -> bool:
+    """Whether the folder stores that layer of a block quantized."""
+    part = "self_attn" if layer.place == "attention" else "mlp"
+    return shape.stored is not None and not shape.stored.skips(f"model.layers.{block}.{part}.{layer.name}")
+
+
 def module_names(shape: ModelShape) -> tuple[str, ...]:
     """Names that LoRA may target, each once (GPT-2 has a ``c_proj`` in attention and in its FFN)."""
     return tuple(dict.fromkeys(layer.name for layer in linear_layers(shape)))

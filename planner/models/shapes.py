@@ -17,7 +17,8 @@ from meft.planner.base.files import write_atomic
 from meft.planner.base.schema import read_text
 from meft.planner.base.version import VERSION
 from meft.planner.models.architecture import ModelShape
-from meft.planner.models.configs import SUPPORTED_MODEL_TYPES, NoClosedForm, shape_from_config
+from meft.planner.models.configs import COUNTED_MODEL_TYPES, NoClosedForm, shape_from_config
+from meft.planner.models.stored import stored_weights
 
 MODELS = "models"
 """Measured shapes and traced terms, in the cache folder."""
@@ -30,8 +31,21 @@ def shape_of(config: Mapping[str, Any], *, name: str) -> ModelShape:
         UsageError: a missing or invalid field, or a model that transformers does not build.
         MachineError: no closed form knows the family, it is not in the cache, and torch is not there to look.
     """
+    stored = stored_weights(config, name=name)
+    shape = _shape_of(config, name)
+    if stored is None:
+        return shape
+    if shape.measured is not None and stored.method != "bitsandbytes-4bit":
+        raise UsageError(
+            f"model {name}: stored as {stored.title}, which is known for families with a closed form, and "
+            f"{shape.model_type} has none; give a folder of 16-bit weights"
+        )
+    return shape.model_copy(update={"stored": stored})
+
+
+def _shape_of(config: Mapping[str, Any], name: str) -> ModelShape:
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type in SUPPORTED_MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type in COUNTED_MODEL_TYPES:
         try:
             return shape_from_config(config, name=name)
         except NoClosedForm:

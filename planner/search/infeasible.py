@@ -240,7 +240,7 @@ def _lighter_weights(request: Request, gpu: GpuProfile) -> Iterator[dict[str, An
     """Frozen weights in fewer bits; 4-bit weights need a CUDA device."""
     if request.weights_dtype == "fp32":
         yield {"weights_dtype": "bf16"}
-    if request.weights_dtype != "nf4" and not gpu.shares_host_cores:
+    if request.weights_dtype != "nf4" and request.model.stored is None and not gpu.shares_host_cores:
         yield {"weights_dtype": "nf4"}
 
 

@@ -93,7 +93,8 @@ def _fitting(request: Request, profiles: ProfileSet) -> Fitting[tuple[Sifted, In
 def check_request(request: Request) -> None:
     """Refuse what contradicts itself and what the runtime does not train; raises :class:`UsageError`."""
     shape, width, top_k = request.model, request.adapter_width, request.top_k
-    if request.weights_dtype in ("fp16", "int8"):
+    as_stored = request.weights_dtype == "int8" and shape.stored is not None
+    if request.weights_dtype in ("fp16", "int8") and not as_stored:
         raise UsageError(
             f"weights_dtype {request.weights_dtype}: the runtime trains beside fp32, bf16 or nf4 weights; give one of "
             f"them"

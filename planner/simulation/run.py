@@ -13,7 +13,7 @@ from functools import cache
 from meft.planner.allocator.cublas import USUAL_BYTES
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.models.architecture import ModelShape
-from meft.planner.models.linears import Linear, linear_layers
+from meft.planner.models.linears import Linear, is_stored, linear_layers
 from meft.planner.records.plan import Phase
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Leaf, Tape, Tensor
@@ -22,7 +22,7 @@ from meft.planner.simulation.formats import BF16, FP32, INT64, STORED
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.optimizers import Optimizer
 from meft.planner.simulation.stream import Stream, stream_peaks
-from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK
+from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK, stored_tensors_bytes
 
 NF4_CODE_NUMBERS = 16
 DYNAMIC_CODE_NUMBERS = 256
@@ -93,7 +93,7 @@ class Loader:
         embedding = self._weight(shape.embedding_parameters)
         positions = self._weight(shape.position_parameters) if shape.learned_positions else None
         final_norm = self._norm() if shape.model_type == "opt" else None
-        blocks = [self._block() for _ in range(shape.num_layers)]
+        blocks = [self._block(number) for number in range(shape.num_layers)]
         final_norm = final_norm or self._norm()
         head_weight = embedding if shape.tied_embeddings else self._weight(shape.embedding_parameters)
         head_bias = self._weight(shape.vocab_size) if shape.head_bias else None
@@ -107,7 +107,7 @@ class Loader:
         head = Weights(shape.hidden_size, shape.vocab_size, head_weight, head_bias)
         return ModelWeights(embedding, positions, blocks, final_norm, head)
 
-    def _block(self) -> BlockWeights:
+    def _block(self, number: int) -> BlockWeights:
         shape, block = self._shape, BlockWeights()
         num_norms = shape.norms_per_layer
         usual = ("attention", "ffn", *(f"norm {index}" for index in range(num_norms)))
@@ -117,7 +117,7 @@ class Loader:
                 continue
             for layer in linear_layers(shape):
                 if layer.place == part:
-                    block.linears[layer.place, layer.name] = self._linear(layer)
+                    block.linears[layer.place, layer.name] = self._linear(layer, number)
             if part == "attention" and shape.head_norms_per_layer:
                 joint = (shape.query_size, shape.kv_size)
                 widths = joint if shape.joint_head_norms else (shape.head_dim,) * shape.head_norms_per_layer
@@ -132,12 +132,13 @@ class Loader:
     def _weight(self, numel: int, category: str = "other_weights") -> Tensor:
         return self.tape.parameter(numel, STORED[self.setup.weights_dtype], category, trained=self._trains_model)
 
-    def _linear(self, layer: Linear) -> Weights | QuantizedWeights:
-        if self.setup.weights_dtype != "nf4":
+    def _linear(self, layer: Linear, block: int) -> Weights | QuantizedWeights:
+        shape, nf4 = self._shape, self.setup.weights_dtype == "nf4"
+        if not (is_stored(shape, layer, block=block) if shape.stored is not None else nf4):
             weight = self._weight(layer.num_weights, "linear_weights")
             bias = self._weight(layer.outputs) if layer.bias else None
             return Weights(layer.inputs, layer.outputs, weight, bias)
-        stored = self._quantized(layer.num_weights)
+        stored = self._quantized(layer.num_weights) if nf4 else self._as_stored(layer)
         bias = self._weight(layer.outputs) if layer.bias else None
         return QuantizedWeights(layer.inputs, layer.outputs, stored, BF16, bias)
 
@@ -156,6 +157,11 @@ class Loader:
         offset = tape.new(1, FP32, category)
         outer = tape.new(-(-num_scales // DOUBLE_QUANT_BLOCK), FP32, category)
         return packed, tape.new(num_scales, 1, category), outer, offset, code
+
+    def _as_stored(self, layer: Linear) -> tuple[Tensor, ...]:
+        """As the folder has it: read, and no more."""
+        sizes = stored_tensors_bytes(self._shape, layer, double_quant=self.setup.double_quant)
+        return tuple(self.tape.new(size, 1, "linear_weights") for size in sizes)
 
     def _widen(self, weights: ModelWeights) -> None:
         """Every parameter that is not quantized becomes fp32, one after the other."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.quantities import COMPUTE_DTYPE_BYTES
 from meft.planner.models.architecture import ModelShape
-from meft.planner.models.linears import linear_layers
+from meft.planner.models.linears import Linear, is_stored, linear_layers
 
 NF4_BLOCK = 64
 """Weights that share one scale; two weights to a byte."""
@@ -49,12 +49,35 @@ def int8_bytes(*, num_weights: int, num_outputs: int) -> int:
 
 def linear_weights_bytes(shape: ModelShape, *, dtype: WeightsDtype, double_quant: bool) -> int:
     """The blocks' linear layers as stored."""
+    if shape.stored is not None:
+        return _as_stored_bytes(shape, dtype=dtype, double_quant=double_quant)
     num_weights = linear_parameters(shape)
     if dtype == "nf4":
         return nf4_bytes(num_weights=num_weights, double_quant=double_quant)
     if dtype == "int8":
         return int8_bytes(num_weights=num_weights, num_outputs=linear_outputs(shape))
     return num_weights * COMPUTE_DTYPE_BYTES[dtype]
+
+
+def stored_tensors_bytes(shape: ModelShape, layer: Linear, *, double_quant: bool) -> tuple[int, ...]:
+    """The tensors of one linear layer that its folder stores quantized."""
+    stored = shape.stored
+    assert stored is not None
+    if stored.method == "bitsandbytes-4bit":
+        return (nf4_bytes(num_weights=layer.num_weights, double_quant=double_quant),)
+    return stored.tensor_bytes(inputs=layer.inputs, outputs=layer.outputs)
+
+
+def _as_stored_bytes(shape: ModelShape, *, dtype: WeightsDtype, double_quant: bool) -> int:
+    """Layer by layer: the folder's config may leave some of them in 16 bits."""
+    layers = linear_layers(shape)
+    quantized = [sum(stored_tensors_bytes(shape, layer, double_quant=double_quant)) for layer in layers]
+    plain = [layer.num_weights * COMPUTE_DTYPE_BYTES[dtype] for layer in layers]
+    return sum(
+        quantized[index] if is_stored(shape, layer, block=block) else plain[index]
+        for block in range(shape.num_layers)
+        for index, layer in enumerate(layers)
+    )
 
 
 def other_weights_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> int:
@@ -64,7 +87,8 @@ def other_weights_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> int:
 
 def dequantized_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> int:
     """A quantized linear layer is written out in 16 bits while it is multiplied: the largest one."""
-    return largest_linear(shape) * COMPUTE_DTYPE_BYTES[dtype] if dtype in ("int8", "nf4") else 0
+    quantized = dtype in ("int8", "nf4") or shape.stored is not None
+    return largest_linear(shape) * COMPUTE_DTYPE_BYTES[dtype] if quantized else 0
 
 
 def tensor_sizes_bytes(shape: ModelShape, *, dtype: WeightsDtype) -> list[int]:

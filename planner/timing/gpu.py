@@ -228,7 +228,9 @@ def _score_flops(request: Request) -> int:
 
 def dequantise_seconds(request: Request, rates: GpuRates, *, num_parameters: int) -> float:
     """Reading quantised weights and writing them in 16 bits, before each product with them; 0 for other weights."""
-    stored = STORED_BYTES_PER_WEIGHT.get(request.weights_dtype)
+    in_folder = request.model.stored
+    usual = STORED_BYTES_PER_WEIGHT.get(request.weights_dtype)
+    stored = in_folder.bits / 8 if usual is None and in_folder is not None else usual
     if stored is None:
         return 0.0
     per_weight = stored + COMPUTE_DTYPE_BYTES[request.weights_dtype]

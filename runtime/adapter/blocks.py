@@ -30,7 +30,7 @@ FFN_NAMES = (
 )
 """What families call it, the usual first: it decides where a block has more than one candidate."""
 _OTHER_TOWERS = ("vision", "visual", "image", "img", "audio", "speech")
-_NO_FFN = ("attn", "attention", "mamba", "conv", "lstm", "recurrent", "temporal", "router", "rotary")
+_NO_FFN = ("attn", "attention", "mamba", "conv", "lstm", "temporal", "router", "rotary")
 """In a child's name or class: mixers over tokens, and small parts around an FFN."""
 _MATRICES_OF_AN_FFN = 2
 _MATRIX_DIMS = 2
@@ -42,7 +42,7 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     Raises:
         UsageError: there is no list of blocks.
     """
-    stacks = [stack for name, stack in _outermost_lists(_text_decoder(model)) if not _other_tower(name)]
+    stacks = _stacks(_text_decoder(model)) or _stacks(model)  # what a class calls its decoder may be the head alone
     if not stacks:
         raise UsageError(f"{type(model).__name__}: no list of blocks with an FFN each, which the adapter sits beside")
     return max(stacks, key=lambda stack: (_num_parameters(stack), len(stack)))
@@ -81,6 +81,10 @@ def _text_decoder(model: nn.Module) -> nn.Module:
     return found if isinstance(found, nn.Module) else model
 
 
+def _stacks(root: nn.Module) -> list[nn.ModuleList]:
+    return [stack for name, stack in _outermost_lists(root) if not _other_tower(name)]
+
+
 def _outermost_lists(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     """Lists of modules that are in no other, by their path."""
     waiting: list[tuple[str, nn.Module]] = [("", root)]
@@ -107,7 +111,7 @@ def _hidden_size(model: nn.Module) -> int | None:
     if config is None:
         return None
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    size = getattr(text, "hidden_size", None)
+    size = vars(text).get(getattr(text, "attribute_map", {}).get("hidden_size", "hidden_size"))
     return size if isinstance(size, int) else None
 
 

@@ -28,6 +28,7 @@ from meft.runtime.device.event_log import EventLog
 
 DEFAULT_CATEGORY = "activations"
 _DEVICE_OF = torch.ops.prim.device.default
+_INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
 
 
 class WrongPlaceError(MeftError):
@@ -176,8 +177,12 @@ class DeviceBooks(TorchDispatchMode):
             self._peak_by_category = {name: size for name, size in self._bytes_by_category.items() if size}
 
     def _is_host_view(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """True for a view of a host tensor, which stays on the host; raises for any other use of a host tensor."""
-        for tensor in _tensors((args, kwargs)):
+        """True for a view of a host tensor, which stays on the host; raises for any other use of a host tensor.
+
+        Indices may lie on the host: CUDA takes them from there, as it does numbers.
+        """
+        looked_at = (args[:1], args[2:]) if func in _INDEXED else (args, kwargs)
+        for tensor in _tensors(looked_at):
             if not tensor.dim() or not tensor.numel() or self.holds(tensor):
                 continue
             if func.is_view:

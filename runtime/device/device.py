@@ -99,7 +99,7 @@ class EmulatedDevice:
     def adopt(self, module: torch.nn.Module) -> torch.nn.Module:
         """Enter the module's storages under ``frozen_weights``."""
         with self.books.category("frozen_weights"):
-            for tensor in (*module.parameters(), *module.buffers()):
+            for tensor in (*module.parameters(), *module.buffers(), *_quantization_tensors(module)):
                 self.books.adopt(tensor)
         return module
 
@@ -119,6 +119,18 @@ class EmulatedDevice:
         allocator = self.books.allocator
         by_category = self.books.peak_by_category
         return MemoryPeaks(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes, by_category)
+
+
+def _quantization_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """What bitsandbytes keeps beside a 4-bit weight: scales, code, and of double quantization the second ones."""
+    for parameter in module.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            for name in ("absmax", "code", "offset"):
+                tensor = getattr(state, name, None)
+                if isinstance(tensor, torch.Tensor):
+                    yield tensor
+            state = getattr(state, "state2", None)
 
 
 class CudaDevice:

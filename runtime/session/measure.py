@@ -64,7 +64,7 @@ def measured_shape(config: Mapping[str, Any], *, name: str) -> ModelShape:
         "max_positions": _first(text, _POSITIONS) or _ANY_POSITIONS,
         "tied_embeddings": head is not None and head.weight is embedding.weight,
         "gated_mlp": gated,
-        "activation": next((value for each in _ACTIVATIONS if (value := getattr(text, each, None))), "unknown"),
+        "activation": _activation(text),
         "norm": "rmsnorm" if any("RMS" in type(module).__name__ for module in blocks.modules()) else "layernorm",
         "norms_per_layer": 2,
         "qkv_bias": False,
@@ -132,7 +132,7 @@ def _measured(model: Any, blocks: nn.ModuleList, text: Any) -> Measured:
         active_experts=chosen,
         linears=_linears(blocks, ffns),
         checkpointing=bool(getattr(model, "supports_gradient_checkpointing", False)),
-        sdpa=getattr(text, "_attn_implementation", "sdpa") == "sdpa",
+        sdpa=bool(getattr(model, "_supports_sdpa", False)),
         without_ffn=without,
     )
 
@@ -195,15 +195,24 @@ def _is_gated(blocks: nn.ModuleList) -> bool:
     return any("gate" in name and "gate.weight" not in name for name, _ in blocks.named_parameters())
 
 
+def _activation(text: Any) -> str:
+    named = (_field(text, name) for name in _ACTIVATIONS)
+    return next((name for name in named if isinstance(name, str) and name), "unknown")
+
+
 def _hidden_size(text: Any, embedding: Any) -> int:
-    size = getattr(text, "hidden_size", None)
-    return size if isinstance(size, int) else int(embedding.weight.shape[-1])
+    return _first(text, ("hidden_size",)) or int(embedding.weight.shape[-1])
 
 
 def _first(config: Any, names: tuple[str, ...]) -> int | None:
     """The first of these fields that is a positive number."""
     for name in names:
-        value = getattr(config, name, None)
+        value = _field(config, name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
+
+
+def _field(config: Any, name: str) -> Any:
+    """A field as it was given: where it differs from layer to layer, asking the config for it is an error."""
+    return vars(config).get(getattr(config, "attribute_map", {}).get(name, name))

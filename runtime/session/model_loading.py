@@ -15,23 +15,32 @@ from meft.planner.base.packages import require_packages
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import CONFIG_NAME, how_to_download, is_hub_name, read_config, text_part
 from meft.planner.models.shapes import shape_of
+from meft.planner.models.stored import StoredMethod
 from meft.planner.records.plan import Plan
 from meft.runtime.session.model_folder import SAFE, load_causal_lm, reading
 
 _PROBE = "A word, or two."
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTIZED_DTYPE = torch.bfloat16
+"""What quantized weights are computed in, and what is not quantized is loaded in."""
+STORED_PACKAGES: dict[StoredMethod, tuple[str, ...]] = {
+    "bitsandbytes-4bit": ("bitsandbytes", "accelerate"),
+    "bitsandbytes-8bit": ("bitsandbytes", "accelerate"),
+    "awq": ("gptqmodel", "accelerate"),
+    "gptq": ("gptqmodel", "optimum", "accelerate"),
+    "fp8": ("accelerate",),
+    "compressed-tensors": ("compressed_tensors", "accelerate"),
+}
+"""What transformers loads each format with."""
+_TEXT_KEYS = {r"^(model\.)?language_model\.model\.": "model.", r"^model\.language_model\.": "model."}
+"""Where a wrapper's files have the text decoder's weights."""
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
 
 
 def check_model_folder(plan: Plan, folder: Path) -> None:
     """Raise :class:`UsageError` unless ``folder`` holds a model of the plan's shape."""
     config = read_config(folder / CONFIG_NAME)
-    if text_part(config) is not config:
-        raise UsageError(
-            f"--model {folder}: a model of text and images ({config['model_type']}), whose text part can be planned "
-            f"but not trained yet; give a text model, such as gemma-3-1b"
-        )
-    shape = shape_of(config, name=folder.name)
+    shape = shape_of(text_part(config), name=folder.name)
     check_shape(plan.request.model, shape, where=str(folder))
 
 
@@ -57,12 +66,21 @@ def check_shape(planned: ModelShape, found: ModelShape, *, where: str) -> None:
         raise UsageError(f"--model {where}: the plan was made for {planned.name}, which this is not: {listed}")
 
 
-def load_frozen_model(plan: Plan, folder: Path) -> nn.Module:
-    """Load the model to host memory (nf4: straight to the GPU) in the plan's dtype and attention."""
+def load_frozen_model(plan: Plan, folder: Path, *, device_kind: str = "cuda") -> nn.Module:
+    """Load the model to host memory in the plan's dtype and attention; quantized weights straight to a CUDA device.
+
+    Of a model of text and images it is the text part, and no more.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return load_causal_lm(folder, attn_implementation=ATTENTION[plan.request.attention], **_weight_options(plan))
+    options = _weight_options(plan, device_kind) | _text_part_options(folder)
+    model = load_causal_lm(folder, attn_implementation=ATTENTION[plan.request.attention], **options)
+    for module in model.modules():
+        quantized: Any = module
+        if hasattr(module, "quant_state") and hasattr(module, "compute_dtype"):
+            quantized.compute_dtype = QUANTIZED_DTYPE  # a folder's own is what it was saved with
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -99,9 +117,27 @@ def model_from_config(plan: Plan, config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _weight_options(plan: Plan) -> dict[str, Any]:
-    if plan.request.weights_dtype in COMPUTE_DTYPES:
-        return {"dtype": COMPUTE_DTYPES[plan.request.weights_dtype]}
+def _text_part_options(folder: Path) -> dict[str, Any]:
+    """What lets transformers build the text decoder of a model of text and images, from its weights among the rest."""
+    from transformers import AutoConfig
+
+    config = read_config(folder / CONFIG_NAME)
+    text = text_part(config)
+    if text is config:
+        return {}
+    fields = dict(text)
+    made = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return {"config": made, "key_mapping": dict(_TEXT_KEYS)}
+
+
+def _weight_options(plan: Plan, device_kind: str) -> dict[str, Any]:
+    request = plan.request
+    stored, place = request.model.stored, {"": 0} if device_kind == "cuda" else {"": "cpu"}
+    if stored is not None:
+        require_packages(*STORED_PACKAGES[stored.method], purpose=f"weights stored as {stored.title}")
+        return {"dtype": QUANTIZED_DTYPE, "device_map": place}
+    if request.weights_dtype in COMPUTE_DTYPES:
+        return {"dtype": COMPUTE_DTYPES[request.weights_dtype]}
     from transformers import BitsAndBytesConfig
 
     require_packages("bitsandbytes", "accelerate", purpose="nf4 weights")
@@ -109,7 +145,7 @@ def _weight_options(plan: Plan) -> dict[str, Any]:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=plan.request.double_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=request.double_quant,
+        bnb_4bit_compute_dtype=QUANTIZED_DTYPE,
     )
-    return {"dtype": torch.bfloat16, "quantization_config": quantization, "device_map": {"": 0}}
+    return {"dtype": QUANTIZED_DTYPE, "quantization_config": quantization, "device_map": place}

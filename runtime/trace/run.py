@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meft.planner.base.errors import UsageError
+from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
@@ -47,17 +48,25 @@ def trace_training(setup: TrainingSetup, config: dict[str, Any], *, workspace_by
 
 def trace_plan(plan: Plan, config: dict[str, Any], *, workspace_bytes: int = WORKSPACE_BYTES) -> Stream:
     """The same for a MEFT plan, with the plan's own active rows."""
+    _check_stored(plan.request.model)
     return trace_meft(plan, config, workspace_bytes=workspace_bytes)
 
 
 def _check(setup: TrainingSetup) -> None:
-    """Refuse what no run could be."""
+    """Refuse what no run could be, and what is not known well enough to be traced."""
+    _check_stored(setup.model)
     if setup.weights_dtype == "int8":
         raise UsageError("weights_dtype int8: its kernels' own memory is not known; give nf4, bf16, fp16 or fp32")
     if setup.weights_dtype == "nf4" and setup.method == "full":
         raise UsageError("weights_dtype nf4: full cannot train quantized weights; give bf16, or method qlora")
     if setup.attention == "flash" and setup.weights_dtype == "fp32" and setup.autocast == "none":
         raise UsageError("attention flash: it computes in 16 bits; give sdpa, 16-bit weights, or autocast")
+
+
+def _check_stored(shape: ModelShape) -> None:
+    stored = shape.stored
+    if stored is not None and stored.method != "bitsandbytes-4bit":
+        raise UsageError(f"model {shape.name}: weights stored as {stored.title} are not traced; leave --verify out")
 
 
 class _Run:

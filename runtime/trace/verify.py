@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
@@ -35,7 +38,11 @@ def verify_emulated(plan: Plan, config: dict[str, Any]) -> Stream:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of libraries about what a trace does on purpose, such as checkpointing by its default kind."""
+    """No warnings of libraries about what a trace does on purpose, such as checkpointing by its default kind.
+
+    Raises:
+        UsageError: the model's code asks for what fake tensors do not have.
+    """
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -43,5 +50,9 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UsageError(
+            f"the model's code looks at numbers ({error}), and a trace has none; so what it takes cannot be told"
+        ) from error
     finally:
         logger.setLevel(level)

@@ -9,8 +9,11 @@ import psutil
 import torch
 
 from meft.planner.base.errors import MachineError
+from meft.planner.base.packages import INSTALL
 from meft.planner.base.units import format_bytes
+from meft.planner.models.stored import StoredWeights
 from meft.planner.records.plan import Plan
+from meft.runtime.session.model_loading import STORED_PACKAGES
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Machine:
         """This machine."""
         cuda = torch.cuda.is_available()
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if cuda else None
-        optional = ("bitsandbytes", "flash_attn")
+        optional = {"bitsandbytes", "flash_attn"}.union(*STORED_PACKAGES.values())
         return cls(
             available_host_bytes=psutil.virtual_memory().available,
             cuda_total_bytes=total,
@@ -74,14 +77,29 @@ def _device_problems(plan: Plan, machine: Machine, device_kind: str, budget_byte
             )
         if "bf16" in (request.weights_dtype, request.adapter_dtype) and not machine.supports_bf16:
             problems.append("bf16: this GPU does not support it; plan again with fp32 weights and adapter")
-    if request.weights_dtype == "nf4" and (device_kind != "cuda" or "bitsandbytes" not in machine.packages):
-        problems.append("nf4 weights: they need a CUDA device and the package bitsandbytes")
-    if request.weights_dtype in ("int8", "fp16"):
+    stored = request.model.stored
+    if stored is not None:
+        problems += _stored_problems(stored, machine, device_kind)
+    elif request.weights_dtype == "nf4" and "bitsandbytes" not in machine.packages:
+        problems.append("nf4 weights: they need the package bitsandbytes; install: pip install bitsandbytes")
+    if request.weights_dtype in ("int8", "fp16") and stored is None:
         problems.append(f"{request.weights_dtype} weights: the runtime trains beside fp32, bf16 or nf4; plan again")
     if request.attention == "flash" and (device_kind != "cuda" or "flash_attn" not in machine.packages):
         problems.append(
             "attention flash: it needs a CUDA device and the package flash-attn; plan with --attention sdpa"
         )
+    return problems
+
+
+def _stored_problems(stored: StoredWeights, machine: Machine, device_kind: str) -> list[str]:
+    """bitsandbytes' 4 bits run on the CPU too; all others have kernels for CUDA alone."""
+    missing = [name for name in STORED_PACKAGES[stored.method] if name not in machine.packages]
+    problems = []
+    if device_kind != "cuda" and stored.method != "bitsandbytes-4bit":
+        problems.append(f"weights stored as {stored.title}: they need a CUDA device")
+    if missing:
+        commands = " && ".join(INSTALL[name] for name in missing)
+        problems.append(f"weights stored as {stored.title}: {' and '.join(missing)} missing; install: {commands}")
     return problems
 
 

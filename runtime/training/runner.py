@@ -366,7 +366,7 @@ def _open_session(
     device: Device = CudaDevice(_budget(plan, options)) if kind == "cuda" else EmulatedDevice(_budget(plan, options))
     if options.link_gbps is not None and kind == "cuda":
         raise UsageError("--link-gbps slows the emulated device's link down; a real link has its own speed")
-    model = model_loading.load_frozen_model(plan, folder)
+    model = model_loading.load_frozen_model(plan, folder, device_kind=kind)
     if any(len(example.starts) > 1 for example in dataset.examples):
         _say_of_documents(plan, model, display)
     return open_session(

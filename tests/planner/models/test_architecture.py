@@ -278,7 +278,7 @@ def test_gpt2_with_cross_attention_is_refused() -> None:
 def test_what_new_families_have_of_their_own() -> None:
     smollm3 = load_model("smollm3-3b")[0]
     assert (smollm3.rotary_pause, smollm3.tied_embeddings) == (4, True)
-    assert shape(VARIANTS["smollm3, only sizes"]).rotary_pause == 4
+    assert shape(VARIANTS["smollm3, only sizes"]).rotary_pause == 0  # of two layers, none is the fourth
     assert shape(VARIANTS["smollm3, only sizes"] | {"no_rope_layers": [1, 1]}).rotary_pause == 0
     with pytest.raises(UsageError, match=r"no_rope_layers = \[0, 1\] is not a regular pattern"):
         shape(VARIANTS["smollm3, only sizes"] | {"no_rope_layers": [0, 1]})
@@ -291,6 +291,20 @@ def test_what_new_families_have_of_their_own() -> None:
     assert shape(VARIANTS["gemma3_text, only sizes"]).rotary_sets == 1  # of two layers, none is the sixth
     with pytest.raises(UsageError, match="use_bidirectional_attention = True is not supported"):
         shape(VARIANTS["gemma3_text, only sizes"] | {"use_bidirectional_attention": True})
+
+
+def test_gemma_s_published_gelu_is_the_approximation_that_it_loads_with() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = GATED | {"model_type": "gemma", "num_attention_heads": 16, "hidden_act": "gelu", "hidden_activation": None}
+    loaded = transformers.AutoConfig.for_model(**config).to_dict()
+    assert shape(config).activation == shape(loaded).activation == "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_config_reads_the_same_once_transformers_has_loaded_it(variant) -> None:
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoConfig.for_model(**VARIANTS[variant]).to_dict()
+    assert shape(VARIANTS[variant]).differences(shape(loaded)) == {}
 
 
 def test_the_text_part_of_a_model_of_text_and_images(tmp_path) -> None:

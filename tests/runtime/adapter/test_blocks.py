@@ -18,6 +18,8 @@ FFN_NAMES = {
     "llama4_text": ("feed_forward", {"intermediate_size_mlp": 48, **EXPERTS}),
     "mixtral": ("mlp", EXPERTS),
     "qwen3_moe": ("mlp", EXPERTS),
+    "recurrent_gemma": ("mlp_block", {"num_hidden_layers": 3}),
+    "modernbert-decoder": ("mlp", {}),
     "granitemoe": ("block_sparse_moe", EXPERTS),
     "jamba": ("feed_forward", {"mamba_d_state": 4, "mamba_dt_rank": 4, **EXPERTS}),
 }

@@ -13,6 +13,7 @@ from sessions import small_plan
 from sparse_setup import decision
 
 from meft.planner.base.errors import EXIT_MACHINE, MachineError
+from meft.planner.models.stored import StoredWeights
 from meft.planner.records.plan import Plan
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.training import runner
@@ -107,19 +108,35 @@ def test_bf16_of_weights_or_adapter_needs_a_card_that_has_it(dtypes) -> None:
     assert check(single, old_card, device_kind="cuda", budget_bytes=4 * GIB) == []
 
 
-@pytest.mark.parametrize(
-    ("request_of", "package", "message"),
-    [
-        ({"weights_dtype": "nf4"}, "bitsandbytes", "nf4 weights: they need a CUDA device and the package bitsandbytes"),
-        ({"attention": "flash"}, "flash_attn", "attention flash: it needs a CUDA device and the package flash-attn"),
-    ],
-)
-def test_what_needs_a_package_needs_cuda_too(request_of, package, message) -> None:
-    plan = plan_of(**request_of)
+def test_flash_attention_needs_its_package_and_cuda() -> None:
+    plan, message = plan_of(attention="flash"), "attention flash: it needs a CUDA device and the package flash-attn"
     assert check(plan, WORKSTATION, device_kind="cuda", budget_bytes=4 * GIB) == []
-    without = replace(WORKSTATION, packages=WORKSTATION.packages - {package})
+    without = replace(WORKSTATION, packages=WORKSTATION.packages - {"flash_attn"})
     assert problems(plan, without, device_kind="cuda")[0] == message
     assert problems(plan, WORKSTATION, device_kind="emulated")[0] == message
+
+
+@pytest.mark.parametrize("device_kind", ["cuda", "emulated"])
+def test_nf4_needs_its_package_on_either_device(device_kind) -> None:
+    plan = plan_of(weights_dtype="nf4")
+    assert check(plan, WORKSTATION, device_kind=device_kind, budget_bytes=4 * GIB) == []
+    without = replace(WORKSTATION, packages=WORKSTATION.packages - {"bitsandbytes"})
+    assert problems(plan, without, device_kind=device_kind)[0] == "nf4 weights: they need the package bitsandbytes"
+
+
+AWQ = StoredWeights(method="awq", bits=4, group_size=128, zero_points=True)
+
+
+def test_weights_stored_quantized_need_their_library_and_cuda_before_anything_is_read() -> None:
+    plan = plan_of()
+    model = plan.request.model.model_copy(update={"stored": AWQ})
+    plan = plan.model_copy(update={"request": plan.request.model_copy(update={"model": model})})
+    with pytest.raises(
+        MachineError, match=r"awq \(4 bits\): they need a CUDA device; .*gptqmodel and accelerate missing"
+    ):
+        check(plan, WORKSTATION, device_kind="emulated", budget_bytes=4 * GIB)
+    there = replace(WORKSTATION, packages=WORKSTATION.packages | {"gptqmodel", "accelerate"})
+    assert check(plan, there, device_kind="cuda", budget_bytes=4 * GIB) == []
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp16"])
@@ -155,7 +172,7 @@ def test_this_machine_is_looked_at() -> None:
     here = Machine.here()
     assert here.available_host_bytes > 0
     assert (here.cuda_total_bytes is None) == (not torch.cuda.is_available())
-    assert here.packages <= {"bitsandbytes", "flash_attn"}
+    assert here.packages <= {"bitsandbytes", "flash_attn", "gptqmodel", "optimum", "compressed_tensors", "accelerate"}
 
 
 def test_nvml_is_opened_before_preflight_asks_the_gpu(monkeypatch, glass_folder, tmp_path) -> None:
