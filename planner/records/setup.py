@@ -12,7 +12,16 @@ from meft.planner.records.plan import Attention
 MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
 OptimizerName = Literal["adamw", "adamw-fused", "adamw-8bit", "paged-adamw-8bit", "sgd"]
-LossName = Literal["hf", "hf-shifted-logits", "fused-ce", "fused-linear-ce"]
+LossName = Literal[
+    "hf",
+    "hf-shifted-logits",
+    "fused-ce",
+    "fused-ce-shifted",
+    "fused-ce-upcast",
+    "fused-linear-ce",
+    "trl-chunked",
+    "torchtune-chunked",
+]
 Autocast = Literal["bf16", "fp16", "none"]
 
 
@@ -24,7 +33,9 @@ class TrainingSetup(Record):
 
     ``loss``: ``hf`` is transformers' own (logits upcast to fp32), ``hf-shifted-logits`` that of versions that shifted
     the logits instead of the labels (4.48), and so copied them in fp32; ``fused-ce`` keeps logits in the compute dtype
-    and makes their gradient in place, ``fused-linear-ce`` never holds the logits.
+    and makes their gradient in place, ``fused-ce-shifted`` and ``fused-ce-upcast`` do so over upcast, shifted logits of
+    earlier versions; ``fused-linear-ce`` and ``trl-chunked`` never hold the logits, ``torchtune-chunked`` upcasts an
+    eighth at a time. Whose they are, and since when, says ``LOSS_KINDS`` of :mod:`meft.planner.simulation.losses`.
     """
 
     model: ModelShape

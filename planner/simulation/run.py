@@ -19,6 +19,7 @@ from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Leaf, Tape, Tensor
 from meft.planner.simulation.decoder import SCALED_EMBEDDINGS, BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.simulation.formats import BF16, FP32, INT64, STORED
+from meft.planner.simulation.losses import Losses
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.optimizers import Optimizer
 from meft.planner.simulation.stream import Stream, stream_peaks
@@ -256,55 +257,10 @@ class _Run:
         self._phase("loss")
         labels = self.tape.new(setup.tokens, INT64, "inputs")
         hidden = self.decoder.final_hidden(hidden)  # the model holds it until it returns
-        if setup.loss == "fused-linear-ce":
-            loss, logits = self._fused_linear_loss(hidden), None
-        else:
-            logits = self.decoder.logits(hidden)
-            loss = self._fused_loss(logits) if setup.loss == "fused-ce" else self._loss(logits)
+        loss, logits = Losses(self.ops, self.decoder, setup).of(hidden)
         self.ops.leave_autocast()
         del labels
         return _Outputs(loss, logits, cache)
-
-    def _loss(self, logits: Tensor) -> Tensor:
-        wide = self.ops.cast(logits, FP32, "loss_chain")
-        if self.setup.loss != "hf-shifted-logits":
-            return self.ops.cross_entropy(wide)
-        last_left_out = wide.numel // self.setup.seq_len * (self.setup.seq_len - 1)
-        return self.ops.cross_entropy(self.ops.copy(self.ops.slice(wide, last_left_out), "loss_chain"))
-
-    def _fused_loss(self, logits: Tensor) -> Tensor:
-        """A kernel that writes the logits' gradient over the logits."""
-        tape, tokens = self.tape, self.setup.tokens
-        loss = tape.new(tokens, FP32, "loss_chain")
-        log_sum_exp = tape.new(tokens, FP32, "loss_chain")
-        kept = (tape.save(logits), tape.save(log_sum_exp))
-        return tape.connect(loss, (logits,), lambda _grad: (kept[0].detached(),))
-
-    def _fused_linear_loss(self, normalised: Tensor) -> Tensor:
-        """Head and loss in chunks of tokens, gradients and all, while going forward; no more than a chunk's logits
-        exist at once."""
-        setup, shape, ops, tape = self.setup, self.setup.model, self.ops, self.tape
-        head = self.decoder.weights.head
-        trained = head.weight.requires_grad
-        gradient = tape.like(normalised, "loss_chain")
-        of_head = tape.like(head.weight, "loss_chain") if trained else None
-        loss = tape.new(setup.tokens, FP32, "loss_chain")
-        rows = fused_linear_chunk(tokens=setup.tokens, vocab_size=shape.vocab_size, hidden_size=shape.hidden_size)
-        weight = ops.autocast_weight(head.weight)
-        for start in range(0, setup.tokens, rows):
-            size = min(rows, setup.tokens - start)
-            logits = tape.new(size * shape.vocab_size, weight.itemsize, "logits")
-            if trained:  # the chunk's share of the head's gradient, and its copy in fp32
-                product = tape.like(weight, "loss_chain")
-                wide = tape.new(weight.numel, FP32, "loss_chain")
-                del product, wide
-            del logits
-        made = (gradient, of_head)
-        return tape.connect(
-            loss,
-            (normalised, head.weight),
-            lambda _grad: tuple(None if each is None else each.detached() for each in made),
-        )
 
     def _zero_gradients(self) -> None:
         for tensor in self.trained:
@@ -313,13 +269,6 @@ class _Run:
 
     def _phase(self, phase: Phase) -> None:
         self.tape.phase = phase
-
-
-def fused_linear_chunk(*, tokens: int, vocab_size: int, hidden_size: int) -> int:
-    """Tokens per chunk of Liger's fused head and loss: so few that a chunk's logits are about as large as the hidden
-    states (the next power of two)."""
-    factor = -(-vocab_size // hidden_size)
-    return int(1 << (-(-tokens // factor) - 1).bit_length())
 
 
 def _trained_tensors(weights: ModelWeights, setup: TrainingSetup) -> list[Tensor]:

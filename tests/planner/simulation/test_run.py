@@ -12,7 +12,8 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model, model_names
 from meft.planner.models.linears import linear_layers, module_names, resolve_targets
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation.run import fused_linear_chunk, simulate
+from meft.planner.simulation.losses import LOSS_KINDS, fused_linear_chunk
+from meft.planner.simulation.run import simulate
 from meft.planner.simulation.stream import Stream, StreamEvent, live_by_category, stream_peaks
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -189,6 +190,26 @@ def test_logits_by_loss() -> None:
     assert peaks["fused-linear-ce"].get("logits", 0) < 512 * 32
 
 
+@pytest.mark.parametrize("loss", LOSS_KINDS)
+def test_each_loss_costs_so_many_bytes_a_logit(loss: str) -> None:
+    """The slope of the largest moment over the vocabulary, per token, counted in bytes by hand:
+
+    hf: log-probabilities, their gradient and the logits', in fp32: 4 + 4 + 4. Shifted logits: bf16 (2), upcast (4), the
+    copy (4) and its log-probabilities (4). In place over upcast logits 2 + 4 + 4, or 4 + 4 where the model itself has
+    upcast them; over bf16 logits nothing more than those.
+    torchtune: all chunks' bf16 logits (2) and log-probabilities (4), and the last chunk's upcast, an eighth of 4.
+    """
+    long = {"seq_len": 512, "outputs_kept": False, **BY_LOSS}
+    peaks = []
+    for vocab_size in (4096, 8192):
+        shape = tiny_shape(vocab_size=vocab_size)
+        ledger = stream_peaks(simulate(setup_of(shape, loss=loss, **long), workspace_bytes=0)).ledger["loss"]
+        loaded = 2 * 2 * vocab_size * shape.hidden_size
+        peaks.append(sum(ledger.by_category.values()) - loaded)
+    slope = (peaks[1] - peaks[0]) / (512 * 4096)
+    assert slope == pytest.approx(LOSS_KINDS[loss].logit_bytes, abs=0.06)
+
+
 def test_fp16_and_bf16_are_as_large_and_not_the_same() -> None:
     """fp16 weights under bf16 autocast: an fp16 embedding and a bf16 product add up to fp32, as torch promotes them, so
     the residual stream from the first sum on takes 4 bytes a number where bf16 weights take 2.
@@ -311,7 +332,7 @@ def setups(draw: st.DrawFn) -> TrainingSetup:
         activation_checkpointing=draw(st.booleans()),
         attention=draw(st.sampled_from(["sdpa", "flash", "eager"])),
         optimizer=draw(st.sampled_from(["adamw", "adamw-fused", "adamw-8bit", "paged-adamw-8bit", "sgd"])),
-        loss=draw(st.sampled_from(["hf", "hf-shifted-logits", "fused-ce", "fused-linear-ce"])),
+        loss=draw(st.sampled_from(sorted(LOSS_KINDS))),
         padded=draw(st.booleans()),
         outputs_kept=draw(st.booleans()),
     )
