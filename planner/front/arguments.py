@@ -98,6 +98,8 @@ class EstimateArguments(TypedDict, total=False):
     activation_checkpointing: bool | None
     attention: Attention | None
     optimizer: OptimizerName | None
+    optimizer_in_backward: bool | None
+    master_weights: bool | None
     loss: LossName | None
     padding: bool | None
     keep_outputs: bool | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
@@ -27,7 +27,7 @@ from meft.planner.predict.estimates import Estimate, estimate_dense, estimate_me
 from meft.planner.predict.prediction import predict
 from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward
 from meft.planner.records.profile_catalogue import load_defaults
-from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
+from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup, optimizer_name
 from meft.planner.search.search import make_plan
 from meft.planner.simulation.verification import traced_plan, traced_setup
 
@@ -53,6 +53,8 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "bf16_copy": ("meft",),
     "autocast": _DENSE,
     "optimizer": _DENSE,
+    "optimizer_in_backward": _DENSE,
+    "master_weights": _DENSE,
     "loss": _DENSE,
     "keep_outputs": _DENSE,
     "padding": _DENSE,
@@ -94,7 +96,9 @@ class EstimateRequest(Record):
     grad_accum: GradAccum | None = None
     activation_checkpointing: bool | None = None
     attention: Attention | None = None
-    optimizer: OptimizerName | None = None
+    optimizer: Annotated[OptimizerName | None, BeforeValidator(optimizer_name)] = None
+    optimizer_in_backward: bool | None = None
+    master_weights: bool | None = None
     loss: LossName | None = None
     padding: bool | None = None
     keep_outputs: bool | None = None
@@ -180,6 +184,8 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
         activation_checkpointing=bool(asked.activation_checkpointing),
         attention=planned.request.attention,
         optimizer=asked.optimizer or "adamw",
+        optimizer_in_backward=bool(asked.optimizer_in_backward),
+        master_weights=bool(asked.master_weights),
         loss=asked.loss or "hf",
         padded=bool(asked.padding),
         outputs_kept=asked.keep_outputs is not False,
@@ -275,6 +281,14 @@ def _check_setup(setup: TrainingSetup) -> None:
         raise UsageError(
             "--attention flash: it computes in 16 bits, the weights are fp32; give sdpa, or --autocast bf16"
         )
+    if setup.optimizer_in_backward and setup.grad_accum > 1:
+        raise UsageError(
+            f"--optimizer-in-backward: it updates at every micro-batch, so --grad-accum {setup.grad_accum} cannot be; "
+            f"give 1"
+        )
+    trained = setup.weights_dtype if setup.method == "full" else setup.adapter_dtype
+    if setup.master_weights and trained == "fp32":
+        raise UsageError("--master-weights: what is trained is fp32 already; give 16-bit weights, or leave it out")
 
 
 def _options(asked: EstimateRequest) -> RequestOptions:

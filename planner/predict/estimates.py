@@ -50,7 +50,7 @@ BECAUSE = {
     "other_weights": "embeddings, head, norms, biases: never below 16 bits",
     "rotary_frequencies": "two fp32 buffers of half a head",
     "trainable_weights": "what is trained beside the model",
-    "optimizer_moments": "the optimizer's states",
+    "optimizer_moments": "the optimizer's states, and fp32 copies of 16-bit weights if it has those",
     "cublas_workspaces": "cuBLAS workspaces: one per thread that multiplies, forward's and autograd's",
     "inputs": "token ids, labels, and the labels shifted",
     "embeddings": "token embeddings, before positions are added or they are scaled",
@@ -67,7 +67,7 @@ BECAUSE = {
     "loss_chain": "the loss: fp32 logits, log-probabilities, and their gradients",
     "gradients": "gradients of the trained parameters",
     "backward_temporaries": "gradients of activations on their way",
-    "optimizer_temporary": "AdamW's multi-tensor step: one temporary as large as the parameters it updates",
+    "optimizer_temporary": "what the optimizer makes for a while: of AdamW one as large as all that it updates",
     "block_rounding": "blocks are multiples of 512 bytes, and a remainder of up to 1 MiB is not split off",
 }
 
@@ -95,6 +95,8 @@ class Estimate(Record):
     attention: Attention
     activation_checkpointing: bool
     optimizer: OptimizerName
+    optimizer_in_backward: bool = False
+    master_weights: bool = False
     loss: LossName
     decision: Decision | None
     """MEFT's remaining choices."""
@@ -299,6 +301,8 @@ def _estimate(
         "attention": setup.attention,
         "activation_checkpointing": setup.activation_checkpointing,
         "optimizer": setup.optimizer,
+        "optimizer_in_backward": setup.optimizer_in_backward,
+        "master_weights": setup.master_weights,
         "loss": setup.loss,
         "resident_bytes": resident,
         "peak_phase": memory.peak_phase,
@@ -318,7 +322,7 @@ def _estimate(
 
 def _left_out(setup: TrainingSetup) -> tuple[str, ...]:
     left_out = [*_EVERYWHERE, "temporaries while the model loads"]
-    if setup.optimizer == "paged-adamw-8bit":
+    if setup.optimizer.startswith("paged-"):
         left_out.append("states of tensors from 100,000 numbers on, which the paged optimizer keeps outside torch")
     if not setup.outputs_kept:
         left_out.append("logits and KV cache that a loop keeps by holding on to the model's outputs")

@@ -154,6 +154,10 @@ def _loop(estimate: Estimate) -> list[str]:
         texts.append(f"{estimate.autocast} autocast")
     if estimate.optimizer != "adamw":
         texts.append(estimate.optimizer)
+    if estimate.optimizer_in_backward:
+        texts.append("optimizer in backward")
+    if estimate.master_weights:
+        texts.append("fp32 master weights")
     if estimate.loss != "hf":
         texts.append(f"{estimate.loss} loss")
     return texts

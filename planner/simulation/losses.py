@@ -15,7 +15,7 @@ from meft.planner.simulation.operators import Operators
 
 TORCHTUNE_CHUNKS = 8
 TRL_TILE_TOKENS = 4096
-TRL_TILE_VOCABULARY = 8192
+TRL_TILE_VOCABULARY = 32_768
 TRL_STATISTICS = 7
 """Numbers per token that TRL folds the tiles into: maxima, sums of exponentials, the target's logit."""
 

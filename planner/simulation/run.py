@@ -16,12 +16,12 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import Linear, linear_layers
 from meft.planner.records.plan import Phase
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation.autograd import Leaf, Tape, Tensor
+from meft.planner.simulation.autograd import Tape, Tensor
 from meft.planner.simulation.decoder import SCALED_EMBEDDINGS, BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.simulation.formats import BF16, FP32, INT64, STORED
 from meft.planner.simulation.losses import Losses
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
-from meft.planner.simulation.optimizers import Optimizer
+from meft.planner.simulation.optimizers import Optimizer, Parameter
 from meft.planner.simulation.stream import Stream, stream_peaks
 from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK
 
@@ -223,8 +223,10 @@ class _Run:
         self.setup = setup
         self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes)
         self.decoder = Decoder(self.ops, setup, weights)
-        self.trained = _trained_tensors(weights, setup)
-        self.optimizer = Optimizer(tape, setup.optimizer, self.trained)
+        self.trained = _trained(weights, setup)
+        self.optimizer = Optimizer(tape, setup.optimizer, self.trained, master_weights=setup.master_weights)
+        if setup.optimizer_in_backward:
+            tape.on_gradient = self.optimizer.in_backward()
 
     def steps(self) -> None:
         """Optimizer steps of ``grad_accum`` micro-batches each."""
@@ -263,33 +265,43 @@ class _Run:
         return _Outputs(loss, logits, cache)
 
     def _zero_gradients(self) -> None:
-        for tensor in self.trained:
-            if isinstance(tensor.node, Leaf):
-                tensor.node.grad = None
+        for parameter in self.trained:
+            parameter.drop_gradient()
 
     def _phase(self, phase: Phase) -> None:
         self.tape.phase = phase
 
 
-def _trained_tensors(weights: ModelWeights, setup: TrainingSetup) -> list[Tensor]:
+def _trained(weights: ModelWeights, setup: TrainingSetup) -> list[Parameter]:
     """The trained parameters, in the order of the modules."""
-    found: list[Tensor | None] = []
+    if setup.method == "full":
+        return _all_parameters(weights, setup.model.hidden_size)
+    found: list[Parameter] = []
     for block in weights.blocks:
         for lora in block.lora.values():
-            found += [lora.down.weight, lora.up.weight]
-        found += [layer.weight for layer in block.adapter or ()]
-    if setup.method == "full":
-        found = _all_parameters(weights)
-    return [tensor for tensor in found if tensor is not None]
+            found += [_matrix(lora.down), _matrix(lora.up)]
+        found += [_matrix(layer) for layer in block.adapter or ()]
+    return found
 
 
-def _all_parameters(weights: ModelWeights) -> list[Tensor | None]:
-    found = [weights.embedding, weights.positions]
+def _matrix(layer: Weights) -> Parameter:
+    return Parameter(layer.weight, (layer.outputs, layer.inputs), in_block=True)
+
+
+def _vectors(*tensors: Tensor | None) -> list[Parameter]:
+    return [Parameter(tensor, (tensor.numel,)) for tensor in tensors if tensor is not None]
+
+
+def _all_parameters(weights: ModelWeights, width: int) -> list[Parameter]:
+    def table(tensor: Tensor | None) -> list[Parameter]:
+        return [] if tensor is None else [Parameter(tensor, (tensor.numel // width, width))]
+
+    found = [*table(weights.embedding), *table(weights.positions)]
     for block in weights.blocks:
         for layer in block.linears.values():
             assert isinstance(layer, Weights)
-            found += [layer.weight, layer.bias]
+            found += [_matrix(layer), *_vectors(layer.bias)]
         for norm in (*block.norms, *block.head_norms):
-            found += norm
+            found += _vectors(*norm)
     head = None if weights.head.weight is weights.embedding else weights.head.weight
-    return [*found, *weights.final_norm, head, weights.head.bias]
+    return [*found, *_vectors(*weights.final_norm), *table(head), *_vectors(weights.head.bias)]

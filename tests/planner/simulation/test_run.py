@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from meft.planner.allocator.cublas import USUAL_BYTES
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model, model_names
 from meft.planner.models.linears import linear_layers, module_names, resolve_targets
-from meft.planner.records.setup import TrainingSetup
+from meft.planner.records.setup import OptimizerName, TrainingSetup
 from meft.planner.simulation.losses import LOSS_KINDS, fused_linear_chunk
 from meft.planner.simulation.run import simulate
 from meft.planner.simulation.stream import Stream, StreamEvent, live_by_category, stream_peaks
@@ -131,6 +133,59 @@ def test_full_fine_tuning_in_bf16_takes_ten_bytes_per_parameter_at_the_optimizer
     assert states == (2 + 4 + 2) * shape.num_parameters
     ledger = stream_peaks(stream).ledger["optimizer_step"].by_category
     assert ledger["optimizer_temporary"] == 2 * shape.num_parameters
+
+
+SQUARE = {"num_layers": 1, "hidden_size": 512, "intermediate_size": 512, "num_heads": 1, "num_kv_heads": 1}
+OF_MAXIMA = 4 / 256
+STATES: dict[str, tuple[float, float, int]] = {  # bytes a number of a matrix, of a vector; for all together
+    "adamw": (4, 4, 0),
+    "adafactor": (2 * 4 / 512, 4, 0),
+    "paged-adamw-32bit": (0, 8, 0),
+    "lion-32bit": (4, 4, 0),
+    "lion-8bit": (1 + OF_MAXIMA, 4, 1024),
+    "paged-lion-8bit": (OF_MAXIMA, 4, 1024),
+    "adamw-8bit": (2 + 2 * OF_MAXIMA, 8, 2048),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_optimizer_states_in_bytes_a_number(name: str) -> None:
+    """Of a bf16 matrix of 512 x 512 numbers: torch's two moments in the parameter's dtype; Lion's one, in fp32 or a
+    byte with an fp32 maximum per 256; paged ones from 100,000 numbers on outside the device, but for those maxima.
+    Adafactor keeps a row and a column in fp32, transformers' default having no first moment.
+    """
+    shape = tiny_shape(**SQUARE, head_dim=512, vocab_size=512)
+    stream = simulate(setup_of(shape, optimizer=name, outputs_kept=False))
+    moments = live_by_category(stream, stream.moments["updated_2"])["optimizer_moments"]
+    matrices, vectors = 4 + 3 + 2, 3  # attention, gated FFN, embedding and head; norms, of 512 numbers each
+    of_matrix, of_vector, codes = STATES[name]
+    assert moments == matrices * 512**2 * of_matrix + vectors * 512 * of_vector + codes
+
+
+def test_an_optimizer_in_backward_never_holds_more_than_one_gradient() -> None:
+    """Full fine-tuning in bf16 takes 2 + 4 bytes a number (weights, two moments) and, at the optimizer step, 2 for
+    gradients and 2 for the multi-tensor temporary; in backward those are of the largest tensor alone."""
+    shape = tiny_shape(**SQUARE, head_dim=512, vocab_size=2048)
+    peaks = {}
+    for early in (False, True):
+        stream = simulate(setup_of(shape, optimizer_in_backward=early, outputs_kept=False), workspace_bytes=0)
+        after = live_by_category(stream, stream.moments["updated_2"])
+        assert after.get("gradients", 0) == (0 if early else 2 * shape.num_parameters)
+        peaks[early] = requested_peak(stream)
+    largest = 2048 * 512
+    saved = peaks[False] - peaks[True]
+    assert saved == pytest.approx(4 * (shape.num_parameters - largest), rel=0.02)
+
+
+def test_master_weights_are_fp32_copies_with_fp32_states() -> None:
+    """16-bit weights and gradients (2 + 2), their copies (4), two moments (8); in the step the gradients cast (4) and
+    the temporary (4): 24 bytes a number."""
+    shape = tiny_shape()
+    stream = simulate(setup_of(shape, master_weights=True, outputs_kept=False))
+    held = live_by_category(stream, stream.moments["updated_2"])
+    assert held["optimizer_moments"] == (4 + 8) * shape.num_parameters
+    ledger = stream_peaks(stream).ledger["optimizer_step"].by_category
+    assert ledger["optimizer_temporary"] == (4 + 4) * shape.num_parameters
 
 
 def test_lora_counts_and_keeps_each_cast_input() -> None:
@@ -331,7 +386,7 @@ def setups(draw: st.DrawFn) -> TrainingSetup:
         grad_accum=draw(st.integers(1, 3)),
         activation_checkpointing=draw(st.booleans()),
         attention=draw(st.sampled_from(["sdpa", "flash", "eager"])),
-        optimizer=draw(st.sampled_from(["adamw", "adamw-fused", "adamw-8bit", "paged-adamw-8bit", "sgd"])),
+        optimizer=draw(st.sampled_from(get_args(OptimizerName))),
         loss=draw(st.sampled_from(sorted(LOSS_KINDS))),
         padded=draw(st.booleans()),
         outputs_kept=draw(st.booleans()),
