@@ -107,7 +107,7 @@ def setup_options(command: Command) -> Command:
 def estimate_command(
     context: click.Context, /, *, request_file: str | None, verify: bool, as_json: bool, **given: Any
 ) -> None:
-    """What one configuration of a method needs, and whether it fits: exit code 3 when it does not.
+    """What one configuration of a method needs, and whether it fits: exit code 3 when it does not run.
 
     Activation checkpointing, attention, dropout and dtypes that are left open are chosen as compare chooses them, and
     the output says so.
@@ -121,7 +121,7 @@ def estimate_command(
         from meft.planner.render.tables import show
 
         show(estimate_view(estimate, notes=notes))
-    context.exit(EXIT_DONE if estimate.fits else EXIT_INFEASIBLE)
+    context.exit(EXIT_INFEASIBLE if estimate.verdict == "does-not-fit" else EXIT_DONE)
 
 
 def _asked(request_file: str | None, given: dict[str, Any]) -> EstimateRequest:

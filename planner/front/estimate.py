@@ -23,12 +23,21 @@ from meft.planner.predict.comparison import (
     first_that_fits,
     without_limits,
 )
-from meft.planner.predict.estimates import Estimate, estimate_dense, estimate_meft, reserved_at_most, with_trace
+from meft.planner.predict.estimates import (
+    Estimate,
+    dense_stream,
+    estimate_dense,
+    estimate_meft,
+    reserved_at_most,
+    with_trace,
+    with_verdict,
+)
 from meft.planner.predict.prediction import predict
 from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward
 from meft.planner.records.profile_catalogue import load_defaults
 from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup, optimizer_name
 from meft.planner.search.search import make_plan
+from meft.planner.simulation.stream import stream_peaks
 from meft.planner.simulation.verification import traced_plan, traced_setup
 
 WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")
@@ -129,9 +138,14 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
             break
     estimate = first_that_fits(tried)
     estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=tried[0])})
+    setup = setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
+    on = {"gpu": profiles.gpu, "gpu_mem_bytes": planned.request.gpu_mem_bytes}
     if verify:
-        setup = setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
-        estimate = with_trace(estimate, traced_setup(setup, _config(planned), workspace_bytes=_workspace(planned)))
+        traced = traced_setup(setup, _config(planned), workspace_bytes=_workspace(planned))
+        return with_trace(estimate, traced, **on), notes
+    if not estimate.fits:
+        stream = dense_stream(setup, profiles.gpu)
+        estimate = with_verdict(estimate, stream, stream_peaks(stream), **on)
     return estimate, notes
 
 
@@ -331,7 +345,9 @@ def _estimate_meft(asked: EstimateRequest, *, verify: bool) -> tuple[Estimate, t
     estimate = estimate_meft(planned.request, plan.decision, plan.prediction)
     estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=_plain(planned, plan))})
     if verify:
-        estimate = with_trace(estimate, traced_plan(plan, _config(planned), workspace_bytes=_workspace(planned)))
+        traced = traced_plan(plan, _config(planned), workspace_bytes=_workspace(planned))
+        on = {"gpu": planned.profiles.gpu, "gpu_mem_bytes": planned.request.gpu_mem_bytes}
+        estimate = with_trace(estimate, traced, **on)
     return estimate, planned.notes
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Literal
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.base.schema import Basis, Bytes, Count, Rate, Record, Seconds
+from meft.planner.base.schema import Basis, Bytes, Count, Index, Rate, Record, Seconds
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import linear_layers
+from meft.planner.predict.verdict import Verdict, judged
 from meft.planner.records.plan import (
     Attention,
     ByteRange,
@@ -114,6 +115,10 @@ class Estimate(Record):
     allocator_budget_bytes: Bytes
     fits: bool
     """Reserved (at the cap) within the budget, and the adapter within host memory."""
+    verdict: Verdict = "does-not-fit"
+    """What ``fits`` leaves out: whether it runs with the allocator's retries, or may, by the CUDA context's size."""
+    cache_flushes: Index = 0
+    """In two steps, where it fits after retries."""
     entries: tuple[MemoryEntry, ...]
     host_bytes: Bytes
     host_budget_bytes: Bytes
@@ -138,7 +143,7 @@ class Estimate(Record):
             ("peak allocated", f"{format_bytes(self.peak_allocated_bytes)} in {self.peak_phase}"),
             ("peak reserved", format_bytes(self.peak_reserved_bytes)),
             ("allocator's budget", format_bytes(self.allocator_budget_bytes)),
-            ("fits", "yes" if self.fits else "no"),
+            ("verdict", self.verdict),
             ("host memory", format_bytes(self.host_bytes)),
             ("to the device, per step", format_bytes(self.h2d_bytes_per_step)),
             ("to the host, per step", format_bytes(self.d2h_bytes_per_step)),
@@ -201,11 +206,24 @@ def reserved_at_most(estimate: Estimate) -> int:
     return estimate.peak_reserved_bytes_at_cap or estimate.peak_reserved_bytes
 
 
-def with_trace(estimate: Estimate, stream: Stream) -> Estimate:
-    """The estimate with what a traced run of the same configuration needs."""
+def with_trace(estimate: Estimate, stream: Stream, *, gpu: GpuProfile, gpu_mem_bytes: int) -> Estimate:
+    """The estimate with what a traced run of the same configuration needs, and the verdict on that run."""
     peaks = stream_peaks(stream)
     traced = TracedPeaks(peak_allocated_bytes=peaks.allocated_bytes, peak_reserved_bytes=peaks.reserved_bytes)
-    return estimate.model_copy(update={"traced": traced})
+    estimate = estimate.model_copy(update={"traced": traced})
+    return with_verdict(estimate, stream, peaks, gpu=gpu, gpu_mem_bytes=gpu_mem_bytes)
+
+
+def with_verdict(
+    estimate: Estimate, stream: Stream, peaks: StreamPeaks, *, gpu: GpuProfile, gpu_mem_bytes: int
+) -> Estimate:
+    """The estimate with the verdict on a run of it; ``fits`` follows."""
+    if estimate.decision is not None and not estimate.fits:
+        return estimate  # MEFT is judged by its rows at their cap, which a trace of the expected ones does not reach
+    verdict, flushes = judged(stream, peaks, gpu=gpu, gpu_mem_bytes=gpu_mem_bytes)
+    if estimate.host_bytes > estimate.host_budget_bytes:
+        verdict, flushes = "does-not-fit", 0
+    return estimate.model_copy(update={"verdict": verdict, "cache_flushes": flushes, "fits": verdict == "fits"})
 
 
 def meft_setup(request: Request, decision: Decision) -> TrainingSetup:
@@ -291,6 +309,7 @@ def _estimate(
 ) -> Estimate:
     resident = sum(entry.num_bytes for entry in memory.entries if entry.phase == "resident")
     at_most = memory.peak_reserved_bytes_at_cap or memory.peak_reserved_bytes
+    fits = at_most <= memory.allocator_budget_bytes and host_bytes <= host_budget_bytes
     shared = {
         "method": setup.method,
         "model": setup.model.name,
@@ -312,7 +331,8 @@ def _estimate(
         "process_bytes": memory.process_bytes,
         "allocator_budget_bytes": memory.allocator_budget_bytes,
         "peak_reserved_bytes_at_cap": memory.peak_reserved_bytes_at_cap,
-        "fits": at_most <= memory.allocator_budget_bytes and host_bytes <= host_budget_bytes,
+        "fits": fits,
+        "verdict": "fits" if fits else "does-not-fit",
         "host_bytes": host_bytes,
         "host_budget_bytes": host_budget_bytes,
         "entries": memory.entries,
