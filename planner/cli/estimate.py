@@ -79,6 +79,11 @@ def setup_options(command: Command) -> Command:
             default=None,
             help="fp32 copies of 16-bit trained parameters, which the optimizer updates (DeepSpeed).",
         ),
+        option(
+            "--kernels",
+            metavar="NAMES",
+            help="Fused kernels: those of liger, unsloth or foak, with their loss; or rms-norm, swiglu, rope.",
+        ),
         option("--loss", type=click.Choice(get_args(LossName)), help="[default: hf, which upcasts the logits]"),
         option("--padding/--no-padding", default=None, help="Batches are padded, so masks exist. [default: no]"),
         option(

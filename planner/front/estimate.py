@@ -15,6 +15,7 @@ from meft.planner.base.version import VERSION
 from meft.planner.front.options import MAX_RANK, BatchSize, Depth, GradAccum, RequestOptions, Rows, SeqLen, Width
 from meft.planner.front.request import Planning, planning
 from meft.planner.models.catalogue import load_model
+from meft.planner.models.kernels import LOSS_OF, resolve_kernels
 from meft.planner.models.linears import passed_over, resolve_targets
 from meft.planner.predict.comparison import (
     USUAL_SIZES,
@@ -64,6 +65,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "optimizer": _DENSE,
     "optimizer_in_backward": _DENSE,
     "master_weights": _DENSE,
+    "kernels": _DENSE,
     "loss": _DENSE,
     "keep_outputs": _DENSE,
     "padding": _DENSE,
@@ -108,6 +110,7 @@ class EstimateRequest(Record):
     optimizer: Annotated[OptimizerName | None, BeforeValidator(optimizer_name)] = None
     optimizer_in_backward: bool | None = None
     master_weights: bool | None = None
+    kernels: tuple[str, ...] | str | None = None
     loss: LossName | None = None
     padding: bool | None = None
     keep_outputs: bool | None = None
@@ -118,6 +121,13 @@ class EstimateRequest(Record):
         if isinstance(self.target_modules, str):
             return tuple(self.target_modules.replace(",", " ").split())
         return self.target_modules
+
+    @property
+    def kernel_names(self) -> tuple[str, ...]:
+        """The kernels as a list, however they were given."""
+        if isinstance(self.kernels, str):
+            return tuple(self.kernels.replace(",", " ").split())
+        return self.kernels or ()
 
 
 def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estimate, tuple[str, ...]]:
@@ -200,7 +210,8 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
         optimizer=asked.optimizer or "adamw",
         optimizer_in_backward=bool(asked.optimizer_in_backward),
         master_weights=bool(asked.master_weights),
-        loss=asked.loss or "hf",
+        kernels=resolve_kernels(shape, asked.kernel_names),
+        loss=asked.loss or next((LOSS_OF[name] for name in asked.kernel_names if name in LOSS_OF), "hf"),
         padded=bool(asked.padding),
         outputs_kept=asked.keep_outputs is not False,
     )

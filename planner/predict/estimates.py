@@ -11,6 +11,7 @@ from typing import Literal
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, Index, Rate, Record, Seconds
 from meft.planner.models.architecture import ModelShape
+from meft.planner.models.kernels import KernelName
 from meft.planner.models.linears import linear_layers
 from meft.planner.predict.verdict import Verdict, judged
 from meft.planner.records.plan import (
@@ -96,6 +97,7 @@ class Estimate(Record):
     attention: Attention
     activation_checkpointing: bool
     optimizer: OptimizerName
+    kernels: tuple[KernelName, ...] = ()
     optimizer_in_backward: bool = False
     master_weights: bool = False
     loss: LossName
@@ -320,6 +322,7 @@ def _estimate(
         "attention": setup.attention,
         "activation_checkpointing": setup.activation_checkpointing,
         "optimizer": setup.optimizer,
+        "kernels": setup.kernels,
         "optimizer_in_backward": setup.optimizer_in_backward,
         "master_weights": setup.master_weights,
         "loss": setup.loss,

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Count, Record
 from meft.planner.models.architecture import ModelShape
+from meft.planner.models.kernels import KernelName
 from meft.planner.records.plan import Attention
 
 MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full"]
@@ -95,6 +96,8 @@ class TrainingSetup(Record):
     activation_checkpointing: bool = False
     attention: Attention = "sdpa"
     optimizer: OptimizerName = "adamw"
+    kernels: tuple[KernelName, ...] = ()
+    """Fused kernels in the model's place: see :mod:`meft.planner.models.kernels`."""
     optimizer_in_backward: bool = False
     """Each parameter is updated as soon as its gradient is there, which then goes (torchtune's recipes)."""
     master_weights: bool = False

@@ -168,6 +168,8 @@ def _loop(estimate: Estimate) -> list[str]:
         texts.append("optimizer in backward")
     if estimate.master_weights:
         texts.append("fp32 master weights")
+    if estimate.kernels:
+        texts.append(f"fused {', '.join(estimate.kernels)}")
     if estimate.loss != "hf":
         texts.append(f"{estimate.loss} loss")
     return texts

@@ -21,6 +21,7 @@ from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
 from meft.runtime.session.model_loading import COMPUTE_DTYPES
+from meft.runtime.trace.kernels import rotations, use_kernels
 from meft.runtime.trace.loading import build_model, load, prepare
 from meft.runtime.trace.losses import use_loss
 from meft.runtime.trace.meft import plan_of_setup, trace_meft
@@ -82,6 +83,7 @@ class _Run:
             for parameter in model.parameters():
                 self.books.adopt(parameter)
         self.books.log.moment("attached")
+        use_kernels(model, setup.kernels)
         use_loss(model, setup.loss)
         self._train(model.train())
         return self.books.log.stream()
@@ -92,7 +94,7 @@ class _Run:
             parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
         with self.books.category("optimizer_moments"), self.books:
             optimizer = self._optimizer(model, parameters)
-        with self.stage.of(model), self.books:
+        with self.stage.of(model), rotations(model, self.setup.kernels), self.books:
             for self.stage.step in range(1, STEPS + 1):
                 for _ in range(min(self.setup.grad_accum, MICRO_BATCHES)):
                     self._micro_batch(model)

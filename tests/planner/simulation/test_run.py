@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from planner_records import tiny_shape
 
 from meft.planner.allocator.cublas import USUAL_BYTES
+from meft.planner.base.errors import UsageError
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model, model_names
+from meft.planner.models.kernels import resolve_kernels
 from meft.planner.models.linears import linear_layers, module_names, resolve_targets
 from meft.planner.records.setup import OptimizerName, TrainingSetup
 from meft.planner.simulation.losses import LOSS_KINDS, fused_linear_chunk
@@ -263,6 +265,40 @@ def test_each_loss_costs_so_many_bytes_a_logit(loss: str) -> None:
         peaks.append(sum(ledger.by_category.values()) - loaded)
     slope = (peaks[1] - peaks[0]) / (512 * 4096)
     assert slope == pytest.approx(LOSS_KINDS[loss].logit_bytes, abs=0.06)
+
+
+def test_fused_kernels_keep_so_much_less() -> None:
+    """Per token and layer, in bytes, of bf16 and what LoRA beside the query makes need gradients:
+
+    RMSNorm keeps its input in bf16 (2 D, the residual stream itself, which then stays) and a factor (4), where the
+    plain one keeps a copy in fp32 (4 D) and a factor (4). The gate's kernel keeps gate and up (2 I each), where the
+    plain one keeps those and the activation's output. In-place rotation keeps the tables, as the plain one does.
+    """
+    tokens, width, inner = 64, 8, 16
+    kept = {}
+    for kernels in ((), ("rms-norm",), ("swiglu",), ("rope",)):
+        stream = simulate(setup_of(kernels=kernels, seq_len=tokens, method="lora", rank=1, target_modules=("q_proj",)))
+        kept[kernels] = live_by_category(stream, stream.moments["forward_1"])
+    plain = kept[()]
+    assert plain["ffn"] - kept["swiglu",]["ffn"] == 3 * tokens * inner * 2
+    # two norms a layer but the first, which nothing trained precedes, and the final one
+    norms = 2 * 3
+    assert plain["norms"] - kept["rms-norm",]["norms"] == norms * tokens * width * 4
+    streams = kept["rms-norm",]["layer_inputs"] - plain.get("layer_inputs", 0)
+    assert streams == norms * tokens * width * 2
+    assert kept["rope",] == plain
+
+
+def test_kernels_by_library_are_those_that_apply() -> None:
+    llama, gpt2, phi = (load_model(name)[0] for name in ("llama-7b", "gpt2", "phi-3-mini-4k"))
+    assert resolve_kernels(llama, ["liger"]) == ("rms-norm", "swiglu", "rope")
+    assert resolve_kernels(llama, ["foak"]) == ("rms-norm", "rope")
+    assert resolve_kernels(gpt2, ["liger"]) == ()
+    assert resolve_kernels(phi, ["swiglu", "rope"]) == ("swiglu", "rope")
+    with pytest.raises(UsageError, match=r"--kernels rms-norm: .* has no place for it"):
+        resolve_kernels(gpt2, ["rms-norm"])
+    with pytest.raises(UsageError, match="kernel in --kernels"):
+        resolve_kernels(llama, ["triton"])
 
 
 def test_fp16_and_bf16_are_as_large_and_not_the_same() -> None:
