@@ -15,7 +15,18 @@ from meft.planner.cli.options import Command, apply_options, budget_options, dec
 from meft.planner.front.estimate import WEIGHTS, EstimateRequest, estimate_of
 from meft.planner.front.options import MAX_BATCH_SIZE, MAX_GRAD_ACCUM, MAX_RANK, MAX_SEQ_LEN, MAX_WIDTH
 from meft.planner.records.plan import Attention
-from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, OptimizerName
+from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, OptimizerName, optimizer_name
+
+
+class OptimizerChoice(click.Choice[str]):
+    """An optimizer by its name, or by the one that transformers' ``TrainingArguments`` has for it."""
+
+    def __init__(self) -> None:
+        super().__init__(get_args(OptimizerName))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name of the optimizer here."""
+        return str(super().convert(optimizer_name(value), param, ctx))
 
 
 def setup_options(command: Command) -> Command:
@@ -55,7 +66,24 @@ def setup_options(command: Command) -> Command:
             help="[default: on if need be]",
         ),
         option("--attention", type=click.Choice(get_args(Attention)), help="[default: sdpa; eager for Gemma 2]"),
-        option("--optimizer", type=click.Choice(get_args(OptimizerName)), help="[default: adamw, multi-tensor]"),
+        option("--optimizer", "--optim", type=OptimizerChoice(), help="Also by transformers' names. [default: adamw]"),
+        option(
+            "--optimizer-in-backward",
+            is_flag=True,
+            default=None,
+            help="Update each parameter once its gradient is there, and let that go (torchtune).",
+        ),
+        option(
+            "--master-weights",
+            is_flag=True,
+            default=None,
+            help="fp32 copies of 16-bit trained parameters, which the optimizer updates (DeepSpeed).",
+        ),
+        option(
+            "--kernels",
+            metavar="NAMES",
+            help="Fused kernels: those of liger, unsloth or foak, with their loss; or rms-norm, swiglu, rope.",
+        ),
         option("--loss", type=click.Choice(get_args(LossName)), help="[default: hf, which upcasts the logits]"),
         option("--padding/--no-padding", default=None, help="Batches are padded, so masks exist. [default: no]"),
         option(
@@ -84,7 +112,7 @@ def setup_options(command: Command) -> Command:
 def estimate_command(
     context: click.Context, /, *, request_file: str | None, verify: bool, as_json: bool, **given: Any
 ) -> None:
-    """What one configuration of a method needs, and whether it fits: exit code 3 when it does not.
+    """What one configuration of a method needs, and whether it fits: exit code 3 when it does not run.
 
     Activation checkpointing, attention, dropout and dtypes that are left open are chosen as compare chooses them, and
     the output says so.
@@ -98,7 +126,7 @@ def estimate_command(
         from meft.planner.render.tables import show
 
         show(estimate_view(estimate, notes=notes))
-    context.exit(EXIT_DONE if estimate.fits else EXIT_INFEASIBLE)
+    context.exit(EXIT_INFEASIBLE if estimate.verdict == "does-not-fit" else EXIT_DONE)
 
 
 def _asked(request_file: str | None, given: dict[str, Any]) -> EstimateRequest:

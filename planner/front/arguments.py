@@ -100,6 +100,9 @@ class EstimateArguments(TypedDict, total=False):
     activation_checkpointing: bool | None
     attention: Attention | None
     optimizer: OptimizerName | None
+    optimizer_in_backward: bool | None
+    kernels: str | tuple[str, ...] | None
+    master_weights: bool | None
     loss: LossName | None
     padding: bool | None
     keep_outputs: bool | None

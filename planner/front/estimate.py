@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
@@ -16,6 +16,7 @@ from meft.planner.front.options import MAX_RANK, BatchSize, Depth, GradAccum, Re
 from meft.planner.front.request import Planning, planning
 from meft.planner.front.traced import as_its_trace, with_terms
 from meft.planner.models.catalogue import load_model
+from meft.planner.models.kernels import LOSS_OF, resolve_kernels
 from meft.planner.models.linears import passed_over, resolve_targets
 from meft.planner.predict.comparison import (
     USUAL_SIZES,
@@ -24,13 +25,21 @@ from meft.planner.predict.comparison import (
     first_that_fits,
     without_limits,
 )
-from meft.planner.predict.estimates import Estimate, estimate_dense, estimate_meft, reserved_at_most, with_trace
+from meft.planner.predict.estimates import (
+    Estimate,
+    dense_stream,
+    estimate_dense,
+    estimate_meft,
+    reserved_at_most,
+    with_trace,
+    with_verdict,
+)
 from meft.planner.predict.prediction import predict
 from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward, TokensSee
 from meft.planner.records.profile_catalogue import load_defaults
-from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
+from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup, optimizer_name
 from meft.planner.search.search import make_plan
-from meft.planner.simulation.stream import StreamPeaks, stream_peaks
+from meft.planner.simulation.stream import Stream, stream_peaks
 from meft.planner.simulation.verification import traced_plan, traced_setup
 
 WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")
@@ -56,6 +65,9 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "bf16_copy": ("meft",),
     "autocast": _DENSE,
     "optimizer": _DENSE,
+    "optimizer_in_backward": _DENSE,
+    "master_weights": _DENSE,
+    "kernels": _DENSE,
     "loss": _DENSE,
     "keep_outputs": _DENSE,
     "padding": _DENSE,
@@ -110,7 +122,10 @@ class EstimateRequest(Record):
     grad_accum: GradAccum | None = None
     activation_checkpointing: bool | None = None
     attention: Attention | None = None
-    optimizer: OptimizerName | None = None
+    optimizer: Annotated[OptimizerName | None, BeforeValidator(optimizer_name)] = None
+    optimizer_in_backward: bool | None = None
+    master_weights: bool | None = None
+    kernels: tuple[str, ...] | str | None = None
     loss: LossName | None = None
     padding: bool | None = None
     keep_outputs: bool | None = None
@@ -121,6 +136,13 @@ class EstimateRequest(Record):
         if isinstance(self.target_modules, str):
             return tuple(self.target_modules.replace(",", " ").split())
         return self.target_modules
+
+    @property
+    def kernel_names(self) -> tuple[str, ...]:
+        """The kernels as a list, however they were given."""
+        if isinstance(self.kernels, str):
+            return tuple(self.kernels.replace(",", " ").split())
+        return self.kernels or ()
 
 
 def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estimate, tuple[str, ...]]:
@@ -136,7 +158,7 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
     tried: list[Estimate] = []
     for flag in checkpointing_choices(asked.activation_checkpointing):
         variant = setup.model_copy(update={"activation_checkpointing": flag})
-        peaks = _traced_peaks(planned, variant) if setup.model.measured is not None else None
+        peaks = stream_peaks(_traced(planned, variant)) if setup.model.measured is not None else None
         tried.append(
             estimate_dense(variant, request=planned.request, gpu=profiles.gpu, link=profiles.link, peaks=peaks)
         )
@@ -144,15 +166,19 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
             break
     estimate = first_that_fits(tried)
     estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=tried[0])})
+    setup = setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
+    gpu, budget = profiles.gpu, planned.request.gpu_mem_bytes
     if verify:
-        setup = setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
-        estimate = with_trace(estimate, traced_setup(setup, _config(planned), workspace_bytes=_workspace(planned)))
+        return with_trace(estimate, _traced(planned, setup), gpu=gpu, gpu_mem_bytes=budget), notes
+    if not estimate.fits:
+        stream = _traced(planned, setup) if setup.model.measured is not None else dense_stream(setup, gpu)
+        estimate = with_verdict(estimate, stream, stream_peaks(stream), gpu=gpu, gpu_mem_bytes=budget)
     return estimate, notes
 
 
-def _traced_peaks(planned: Planning, setup: TrainingSetup) -> StreamPeaks:
-    """For a model without a closed form: the run itself, traced."""
-    return stream_peaks(traced_setup(setup, _config(planned), workspace_bytes=_workspace(planned)))
+def _traced(planned: Planning, setup: TrainingSetup) -> Stream:
+    """The run itself, traced."""
+    return traced_setup(setup, _config(planned), workspace_bytes=_workspace(planned))
 
 
 def _chosen(asked: EstimateRequest, estimate: Estimate, *, without: Estimate) -> tuple[str, ...]:
@@ -210,7 +236,10 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
         activation_checkpointing=bool(asked.activation_checkpointing),
         attention=planned.request.attention,
         optimizer=asked.optimizer or "adamw",
-        loss=asked.loss or "hf",
+        optimizer_in_backward=bool(asked.optimizer_in_backward),
+        master_weights=bool(asked.master_weights),
+        kernels=resolve_kernels(shape, asked.kernel_names),
+        loss=asked.loss or next((LOSS_OF[name] for name in asked.kernel_names if name in LOSS_OF), "hf"),
         padded=bool(asked.padding),
         outputs_kept=asked.keep_outputs is not False,
     )
@@ -305,6 +334,14 @@ def _check_setup(setup: TrainingSetup) -> None:
         raise UsageError(
             "--attention flash: it computes in 16 bits, the weights are fp32; give sdpa, or --autocast bf16"
         )
+    if setup.optimizer_in_backward and setup.grad_accum > 1:
+        raise UsageError(
+            f"--optimizer-in-backward: it updates at every micro-batch, so --grad-accum {setup.grad_accum} cannot be; "
+            f"give 1"
+        )
+    trained = setup.weights_dtype if setup.method == "full" else setup.adapter_dtype
+    if setup.master_weights and trained == "fp32":
+        raise UsageError("--master-weights: what is trained is fp32 already; give 16-bit weights, or leave it out")
 
 
 def _options(asked: EstimateRequest) -> RequestOptions:
@@ -355,7 +392,9 @@ def _estimate_meft(asked: EstimateRequest, *, verify: bool) -> tuple[Estimate, t
     estimate = estimate_meft(planned.request, plan.decision, plan.prediction)
     estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=_plain(planned, plan))})
     if verify:
-        estimate = with_trace(estimate, traced_plan(plan, _config(planned), workspace_bytes=_workspace(planned)))
+        traced = traced_plan(plan, _config(planned), workspace_bytes=_workspace(planned))
+        budget = planned.request.gpu_mem_bytes
+        estimate = with_trace(estimate, traced, gpu=planned.profiles.gpu, gpu_mem_bytes=budget)
     return estimate, planned.notes
 
 

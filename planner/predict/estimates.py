@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Literal
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.base.schema import Basis, Bytes, Count, Rate, Record, Seconds
+from meft.planner.base.schema import Basis, Bytes, Count, Index, Rate, Record, Seconds
 from meft.planner.models.architecture import ModelShape
+from meft.planner.models.kernels import KernelName
 from meft.planner.models.linears import linear_layers
+from meft.planner.predict.verdict import Verdict, judged
 from meft.planner.records.plan import (
     Attention,
     ByteRange,
@@ -50,7 +52,7 @@ BECAUSE = {
     "other_weights": "embeddings, head, norms, biases: never below 16 bits",
     "rotary_frequencies": "two fp32 buffers of half a head",
     "trainable_weights": "what is trained beside the model",
-    "optimizer_moments": "the optimizer's states",
+    "optimizer_moments": "the optimizer's states, and fp32 copies of 16-bit weights if it has those",
     "cublas_workspaces": "cuBLAS workspaces: one per thread that multiplies, forward's and autograd's",
     "inputs": "token ids, labels, and the labels shifted",
     "embeddings": "token embeddings, before positions are added or they are scaled",
@@ -67,7 +69,7 @@ BECAUSE = {
     "loss_chain": "the loss: fp32 logits, log-probabilities, and their gradients",
     "gradients": "gradients of the trained parameters",
     "backward_temporaries": "gradients of activations on their way",
-    "optimizer_temporary": "AdamW's multi-tensor step: one temporary as large as the parameters it updates",
+    "optimizer_temporary": "what the optimizer makes for a while: of AdamW one as large as all that it updates",
     "block_rounding": "blocks are multiples of 512 bytes, and a remainder of up to 1 MiB is not split off",
 }
 
@@ -95,6 +97,9 @@ class Estimate(Record):
     attention: Attention
     activation_checkpointing: bool
     optimizer: OptimizerName
+    kernels: tuple[KernelName, ...] = ()
+    optimizer_in_backward: bool = False
+    master_weights: bool = False
     loss: LossName
     decision: Decision | None
     """MEFT's remaining choices."""
@@ -112,6 +117,10 @@ class Estimate(Record):
     allocator_budget_bytes: Bytes
     fits: bool
     """Reserved (at the cap) within the budget, and the adapter within host memory."""
+    verdict: Verdict = "does-not-fit"
+    """What ``fits`` leaves out: whether it runs with the allocator's retries, or may, by the CUDA context's size."""
+    cache_flushes: Index = 0
+    """In two steps, where it fits after retries."""
     entries: tuple[MemoryEntry, ...]
     host_bytes: Bytes
     host_budget_bytes: Bytes
@@ -136,7 +145,7 @@ class Estimate(Record):
             ("peak allocated", f"{format_bytes(self.peak_allocated_bytes)} in {self.peak_phase}"),
             ("peak reserved", format_bytes(self.peak_reserved_bytes)),
             ("allocator's budget", format_bytes(self.allocator_budget_bytes)),
-            ("fits", "yes" if self.fits else "no"),
+            ("verdict", self.verdict),
             ("host memory", format_bytes(self.host_bytes)),
             ("to the device, per step", format_bytes(self.h2d_bytes_per_step)),
             ("to the host, per step", format_bytes(self.d2h_bytes_per_step)),
@@ -204,11 +213,24 @@ def reserved_at_most(estimate: Estimate) -> int:
     return estimate.peak_reserved_bytes_at_cap or estimate.peak_reserved_bytes
 
 
-def with_trace(estimate: Estimate, stream: Stream) -> Estimate:
-    """The estimate with what a traced run of the same configuration needs."""
+def with_trace(estimate: Estimate, stream: Stream, *, gpu: GpuProfile, gpu_mem_bytes: int) -> Estimate:
+    """The estimate with what a traced run of the same configuration needs, and the verdict on that run."""
     peaks = stream_peaks(stream)
     traced = TracedPeaks(peak_allocated_bytes=peaks.allocated_bytes, peak_reserved_bytes=peaks.reserved_bytes)
-    return estimate.model_copy(update={"traced": traced})
+    estimate = estimate.model_copy(update={"traced": traced})
+    return with_verdict(estimate, stream, peaks, gpu=gpu, gpu_mem_bytes=gpu_mem_bytes)
+
+
+def with_verdict(
+    estimate: Estimate, stream: Stream, peaks: StreamPeaks, *, gpu: GpuProfile, gpu_mem_bytes: int
+) -> Estimate:
+    """The estimate with the verdict on a run of it; ``fits`` follows."""
+    if estimate.decision is not None and not estimate.fits:
+        return estimate  # MEFT is judged by its rows at their cap, which a trace of the expected ones does not reach
+    verdict, flushes = judged(stream, peaks, gpu=gpu, gpu_mem_bytes=gpu_mem_bytes)
+    if estimate.host_bytes > estimate.host_budget_bytes:
+        verdict, flushes = "does-not-fit", 0
+    return estimate.model_copy(update={"verdict": verdict, "cache_flushes": flushes, "fits": verdict == "fits"})
 
 
 def meft_setup(request: Request, decision: Decision) -> TrainingSetup:
@@ -297,6 +319,7 @@ def _estimate(
 ) -> Estimate:
     resident = sum(entry.num_bytes for entry in memory.entries if entry.phase == "resident")
     at_most = memory.peak_reserved_bytes_at_cap or memory.peak_reserved_bytes
+    fits = at_most <= memory.allocator_budget_bytes and host_bytes <= host_budget_bytes
     shared = {
         "method": setup.method,
         "model": setup.model.name,
@@ -307,6 +330,9 @@ def _estimate(
         "attention": setup.attention,
         "activation_checkpointing": setup.activation_checkpointing,
         "optimizer": setup.optimizer,
+        "kernels": setup.kernels,
+        "optimizer_in_backward": setup.optimizer_in_backward,
+        "master_weights": setup.master_weights,
         "loss": setup.loss,
         "resident_bytes": resident,
         "peak_phase": memory.peak_phase,
@@ -316,7 +342,8 @@ def _estimate(
         "process_bytes": memory.process_bytes,
         "allocator_budget_bytes": memory.allocator_budget_bytes,
         "peak_reserved_bytes_at_cap": memory.peak_reserved_bytes_at_cap,
-        "fits": at_most <= memory.allocator_budget_bytes and host_bytes <= host_budget_bytes,
+        "fits": fits,
+        "verdict": "fits" if fits else "does-not-fit",
         "host_bytes": host_bytes,
         "host_budget_bytes": host_budget_bytes,
         "entries": memory.entries,
@@ -326,7 +353,7 @@ def _estimate(
 
 def _left_out(setup: TrainingSetup) -> tuple[str, ...]:
     left_out = [*_EVERYWHERE, "temporaries while the model loads"]
-    if setup.optimizer == "paged-adamw-8bit":
+    if setup.optimizer.startswith("paged-"):
         left_out.append("states of tensors from 100,000 numbers on, which the paged optimizer keeps outside torch")
     if not setup.outputs_kept:
         left_out.append("logits and KV cache that a loop keeps by holding on to the model's outputs")

@@ -7,12 +7,54 @@ from typing import Literal, get_args
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Count, Record
 from meft.planner.models.architecture import ModelShape
+from meft.planner.models.kernels import KernelName
 from meft.planner.records.plan import Attention
 
 MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
-OptimizerName = Literal["adamw", "adamw-fused", "adamw-8bit", "paged-adamw-8bit", "sgd"]
-LossName = Literal["hf", "hf-shifted-logits", "fused-ce", "fused-linear-ce"]
+OptimizerName = Literal[
+    "adamw",
+    "adamw-fused",
+    "adamw-8bit",
+    "paged-adamw-8bit",
+    "paged-adamw-32bit",
+    "lion-32bit",
+    "lion-8bit",
+    "paged-lion-8bit",
+    "adafactor",
+    "muon",
+    "sgd",
+]
+TRANSFORMERS_OPTIMIZERS: dict[str, OptimizerName] = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw-fused",
+    "adamw_bnb_8bit": "adamw-8bit",
+    "adamw_8bit": "adamw-8bit",
+    "paged_adamw_8bit": "paged-adamw-8bit",
+    "paged_adamw_32bit": "paged-adamw-32bit",
+    "paged_adamw": "paged-adamw-32bit",
+    "lion_32bit": "lion-32bit",
+    "lion_8bit": "lion-8bit",
+    "paged_lion_8bit": "paged-lion-8bit",
+}
+"""What ``TrainingArguments.optim`` calls them, where that is another name."""
+
+
+def optimizer_name(name: object) -> object:
+    """The optimizer's name here; any other stays as it is, to be refused with the list of those that are known."""
+    return TRANSFORMERS_OPTIMIZERS.get(name, name) if isinstance(name, str) else name
+
+
+LossName = Literal[
+    "hf",
+    "hf-shifted-logits",
+    "fused-ce",
+    "fused-ce-shifted",
+    "fused-ce-upcast",
+    "fused-linear-ce",
+    "trl-chunked",
+    "torchtune-chunked",
+]
 Autocast = Literal["bf16", "fp16", "none"]
 
 
@@ -20,11 +62,15 @@ class TrainingSetup(Record):
     """The method, the dtypes and the workload of one run. What a method has no use for is null or empty.
 
     ``optimizer``: ``adamw`` is torch's multi-tensor (foreach) AdamW, ``adamw-fused`` its fused one, the 8-bit ones are
-    those of bitsandbytes (the paged one keeps its states outside the caching allocator), ``sgd`` has no momentum.
+    those of bitsandbytes, Lion's included (paged ones keep their states outside the caching allocator), ``adafactor``
+    transformers' without a first moment, ``muon`` torch's for the matrices of linear layers beside its AdamW for the
+    rest; ``sgd`` has no momentum.
 
     ``loss``: ``hf`` is transformers' own (logits upcast to fp32), ``hf-shifted-logits`` that of versions that shifted
     the logits instead of the labels (4.48), and so copied them in fp32; ``fused-ce`` keeps logits in the compute dtype
-    and makes their gradient in place, ``fused-linear-ce`` never holds the logits.
+    and makes their gradient in place, ``fused-ce-shifted`` and ``fused-ce-upcast`` do so over upcast, shifted logits of
+    earlier versions; ``fused-linear-ce`` and ``trl-chunked`` never hold the logits, ``torchtune-chunked`` upcasts an
+    eighth at a time. Whose they are, and since when, says ``LOSS_KINDS`` of :mod:`meft.planner.simulation.losses`.
     """
 
     model: ModelShape
@@ -50,6 +96,12 @@ class TrainingSetup(Record):
     activation_checkpointing: bool = False
     attention: Attention = "sdpa"
     optimizer: OptimizerName = "adamw"
+    kernels: tuple[KernelName, ...] = ()
+    """Fused kernels in the model's place: see :mod:`meft.planner.models.kernels`."""
+    optimizer_in_backward: bool = False
+    """Each parameter is updated as soon as its gradient is there, which then goes (torchtune's recipes)."""
+    master_weights: bool = False
+    """16-bit trained parameters have fp32 copies that the optimizer updates (DeepSpeed's and Apex's O2 way)."""
     loss: LossName = "hf"
     padded: bool = False
     """Batches are padded, so that a mask tensor exists."""

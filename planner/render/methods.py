@@ -108,11 +108,21 @@ def _traced(estimate: Estimate) -> list[tuple[str, str]]:
 
 
 def _verdict(estimate: Estimate) -> str:
-    """Yes and what is left, or no and what is missing."""
+    """Yes and what is left, or no and what is missing; between them what the allocator makes of it."""
     needed, budget = reserved_at_most(estimate), estimate.allocator_budget_bytes
+    if estimate.traced is not None:
+        needed = max(estimate.traced.peak_reserved_bytes, estimate.peak_reserved_bytes_at_cap or 0)
     room = f"{format_bytes(budget)} for the allocator"
     if estimate.fits:
         return f"yes: {format_bytes(needed)}, {format_bytes(budget - needed)} below {room}"
+    if estimate.verdict == "fits-after-retries":
+        flushes = f"{estimate.cache_flushes} times in two steps"
+        return f"after retries, so slowly: {format_bytes(needed)} in {room}, which flushes its cache {flushes}"
+    if estimate.verdict == "uncertain":
+        process = (
+            f"{format_bytes(estimate.process_bytes.low_bytes)} - {format_bytes(estimate.process_bytes.high_bytes)}"
+        )
+        return f"uncertain: {format_bytes(needed)}, and with the CUDA context {process}: the card's own decides"
     missing = []
     if needed > budget:
         missing.append(f"{format_bytes(needed)}, {format_bytes(needed - budget)} above {room}")
@@ -152,6 +162,12 @@ def _loop(estimate: Estimate) -> list[str]:
         texts.append(f"{estimate.autocast} autocast")
     if estimate.optimizer != "adamw":
         texts.append(estimate.optimizer)
+    if estimate.optimizer_in_backward:
+        texts.append("optimizer in backward")
+    if estimate.master_weights:
+        texts.append("fp32 master weights")
+    if estimate.kernels:
+        texts.append(f"fused {', '.join(estimate.kernels)}")
     if estimate.loss != "hf":
         texts.append(f"{estimate.loss} loss")
     return texts

@@ -158,6 +158,8 @@ class Tape:
         self.phase: Phase = "resident"
         self.sums_in_place = sums_in_place
         self.moments: dict[str, int] = {}
+        self.on_gradient: Callable[[Leaf], None] | None = None
+        """Told of every leaf whose gradient is there, as ``register_post_accumulate_grad_hook`` is."""
         self._numbers = 0
         self._sequence = 0
         self._grad_enabled = True
@@ -350,6 +352,8 @@ class _Engine:
             self.tape.phase = "backward" if node.phase == "forward" else node.phase
             if isinstance(node, Leaf):
                 node.accumulate(*self._buffers.pop(node))
+                if self.tape.on_gradient is not None:
+                    self.tape.on_gradient(node)
             else:
                 self._execute(node)
 

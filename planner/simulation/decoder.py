@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from meft.planner.models.architecture import ModelShape
+from meft.planner.models.kernels import NORM_OUT_OF_PLACE
 from meft.planner.models.linears import Place
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.attention import SelfAttention
@@ -252,6 +253,9 @@ class Decoder:
         weight, bias = weights
         if bias is not None:
             return self.ops.layer_norm(x, weight, bias, width)
+        if "rms-norm" in self.setup.kernels:
+            in_place = self.shape.model_type not in NORM_OUT_OF_PLACE
+            return self.ops.fused_rms_norm(x, weight, width, in_place=in_place)
         if self.shape.model_type in NORM_WEIGHT_BEFORE_CAST:
             return self.ops.rms_norm(x, weight, width, weight_before_cast=True)
         return self.ops.rms_norm(x, weight, width, weight_in_fp32=self.shape.model_type in SCALED_EMBEDDINGS)
@@ -317,9 +321,17 @@ class Decoder:
             half = both.numel // 2
             gate, up_states = self.ops.split(both, (half, half))
             del both
-            up_states = self.ops.multiply(up_states, self._activation(gate), "ffn")
+            if "swiglu" in self.setup.kernels:
+                up_states = self.ops.fused_gate(gate, up_states, "ffn")
+            else:
+                up_states = self.ops.multiply(up_states, self._activation(gate), "ffn")
             return self._linear(up_states, block, ("ffn", names[1]))
         gate_name, up, down = names
+        if "swiglu" in self.setup.kernels:
+            gate = self._linear(x, block, ("ffn", gate_name))
+            product = self.ops.fused_gate(gate, self._linear(x, block, ("ffn", up)), "ffn")
+            del gate
+            return self._linear(product, block, ("ffn", down))
         product = self.ops.multiply(
             self._activation(self._linear(x, block, ("ffn", gate_name))), self._linear(x, block, ("ffn", up)), "ffn"
         )
@@ -396,13 +408,18 @@ class Decoder:
         shape = self.shape
         if block.head_norms and shape.joint_head_norms:
             x = self._norm(x, block.head_norms[index], (shape.query_size, shape.kv_size)[index])
-        if not shape.learned_positions:
+        in_place = "rope" in self.setup.kernels and act.attention_used(shape, self.setup.attention) != "eager"
+        if not shape.learned_positions and not in_place:
             x = self.ops.heads_first(x, (shape.num_heads, shape.num_kv_heads)[index])
         if block.head_norms and not shape.joint_head_norms:
             x = self._norm(x, block.head_norms[index], shape.head_dim)
         return x
 
     def _rotated(self, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if "rope" in self.setup.kernels:
+            if self.shape.model_type in act.FUSED_QKV_ROTARY:  # parts of one product are copied to lie by token
+                q, k = self.ops.copy(q, "attention"), self.ops.copy(k, "attention")
+            return self.ops.rotated_in_place(q, tables), self.ops.rotated_in_place(k, tables)
         fraction = self.shape.rotary_fraction
         if self.shape.model_type not in act.PARTIAL_ROTARY:
             q_rotated = self._rotate(q, tables)

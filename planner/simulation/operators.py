@@ -304,6 +304,40 @@ class Operators:
         normalised = self.multiply(normalised, scale, "norms")
         return self.cast(normalised, outer, "norms")
 
+    def fused_rms_norm(self, x: Tensor, weight: Tensor, width: int, *, in_place: bool) -> Tensor:
+        """One kernel: keeps its input and a factor per row; its gradient is written over the incoming one."""
+        tape = self.tape
+        out, factors = tape.like(x, "norms"), tape.new(x.numel // width, FP32, "norms")
+        if not tape.differentiates(x, weight):
+            return out
+        kept = (tape.save(x), tape.save(factors))
+        trained, parameter = weight.requires_grad, weight.detached()
+
+        def backward(grad: Tensor) -> Gradients:
+            _ = kept
+            of_weight = tape.like(parameter, GRADIENTS) if trained else None
+            return (grad.detached() if in_place else tape.like(grad, TEMPORARIES)), of_weight
+
+        return tape.connect(out, (x, weight), backward)
+
+    def fused_gate(self, gate: Tensor, up: Tensor, category: str) -> Tensor:
+        """Activation and product in one kernel, whose gradients are written over gate and up."""
+        tape = self.tape
+        out = tape.like(gate, category)
+        kept = (tape.save(gate), tape.save(up))
+        return tape.connect(out, (gate, up), lambda _grad: tuple(each.detached() for each in kept))
+
+    def rotated_in_place(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotated where it lies, and its gradient where that lies; the tables are kept."""
+        view = Tensor(x.storage, x.numel, x.itemsize)
+        kept = tuple(self.tape.save(table) for table in tables)
+
+        def backward(grad: Tensor) -> Gradients:
+            _ = kept
+            return (grad.detached(),)
+
+        return self.tape.connect(view, (x,), backward)
+
     def _mean_square(self, wide: Tensor, rows: int) -> Tensor:
         """One number a row."""
         squares = self.power(wide, "norms")

@@ -1,10 +1,17 @@
-"""What optimizers hold and make on the device: torch's AdamW and SGD, and bitsandbytes' 8-bit AdamW."""
+"""What optimizers make on the device: states at the first step, and temporaries at each.
+
+torch's AdamW, SGD and Muon, transformers' Adafactor, and bitsandbytes' AdamW and Lion in 8 and 32 bits, paged or not.
+Each is written as the library's own step runs; ``tests/runtime/trace`` holds torch's and transformers' against them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
 from meft.planner.records.setup import OptimizerName
 from meft.planner.simulation.autograd import Leaf, Tape, Tensor
-from meft.planner.simulation.formats import FP32
+from meft.planner.simulation.formats import BF16, FP32
 
 EIGHT_BIT_MIN_NUMEL = 4096
 """bitsandbytes keeps the moments of smaller tensors in fp32."""
@@ -13,46 +20,170 @@ EIGHT_BIT_BLOCK = 256
 PAGED_MIN_NUMEL = 100_000
 """The paged optimizer leaves the states of smaller tensors on the device."""
 CODE_NUMBERS = 256
-NUM_MOMENTS = 2
+NEWTON_SCHULZ_STEPS = 5
 
 
+@dataclass(frozen=True)
+class Bitsandbytes:
+    """One of its optimizers: states per number, their bits, and whether large ones live in managed memory."""
+
+    num_states: int
+    bits: int
+    paged: bool
+
+
+BITSANDBYTES: dict[OptimizerName, Bitsandbytes] = {
+    "adamw-8bit": Bitsandbytes(2, 8, paged=False),
+    "paged-adamw-8bit": Bitsandbytes(2, 8, paged=True),
+    "paged-adamw-32bit": Bitsandbytes(2, 32, paged=True),
+    "lion-32bit": Bitsandbytes(1, 32, paged=False),
+    "lion-8bit": Bitsandbytes(1, 8, paged=False),
+    "paged-lion-8bit": Bitsandbytes(1, 8, paged=True),
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trained tensor and its shape; ``in_block`` is a matrix of a linear layer, which Muon takes."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    in_block: bool = False
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The one that is there."""
+        return self.tensor.node.grad if isinstance(self.tensor.node, Leaf) else None
+
+    def drop_gradient(self) -> None:
+        """As ``zero_grad`` does."""
+        if isinstance(self.tensor.node, Leaf):
+            self.tensor.node.grad = None
+
+
+@dataclass
 class Optimizer:
-    """The states of one optimizer, made at its first step."""
+    """The states of one optimizer, made at its first step.
 
-    def __init__(self, tape: Tape, name: OptimizerName, parameters: list[Tensor]) -> None:
-        self.tape = tape
-        self.name = name
-        self.parameters = parameters
-        self._states: list[Tensor] = []
+    ``master_weights``: 16-bit parameters have fp32 copies, which are what is updated, by gradients that are cast first.
+    """
+
+    tape: Tape
+    name: OptimizerName
+    parameters: Sequence[Parameter]
+    master_weights: bool = False
+    _states: dict[int, list[Tensor]] = field(default_factory=dict)
+    _codes: list[Tensor] = field(default_factory=list)
+    _masters: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for index, parameter in enumerate(self.parameters if self.master_weights else ()):
+            self._masters[index] = self._state(parameter.tensor.numel, FP32)
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
-        updated = [each for each in self.parameters if isinstance(each.node, Leaf) and each.node.grad is not None]
-        if not self._states:
-            self._states = self._made(updated)
-        if self.name == "adamw":  # multi-tensor: the square roots of all second moments at once
-            temporaries = [self.tape.like(parameter, "optimizer_temporary") for parameter in updated]
-            del temporaries
+        self._update([index for index, each in enumerate(self.parameters) if each.gradient is not None])
 
-    def _made(self, parameters: list[Tensor]) -> list[Tensor]:
+    def in_backward(self) -> Callable[[Leaf], None]:
+        """A hook that updates a parameter as soon as its gradient is there, and lets that go."""
+        index_of = {id(each.tensor.node): index for index, each in enumerate(self.parameters)}
+
+        def hook(leaf: Leaf) -> None:
+            index = index_of.get(id(leaf))
+            if index is not None:
+                self._update([index])
+                self.parameters[index].drop_gradient()
+
+        return hook
+
+    def _update(self, indices: list[int]) -> None:
+        updated = [(index, self._updated(index)) for index in indices]
+        gradients = [self.tape.like(each, "optimizer_temporary") for index, each in updated if index in self._masters]
+        for index, tensor in updated:
+            if index not in self._states:
+                self._states[index] = self._made(index, tensor)
+        if self.name == "adamw":  # multi-tensor: the square roots of all second moments at once
+            self._square_roots([tensor for _, tensor in updated])
+        elif self.name == "adafactor":
+            self._adafactor([tensor for _, tensor in updated])
+        elif self.name == "muon":
+            self._square_roots([tensor for index, tensor in updated if not self.parameters[index].in_block])
+            self._orthogonalize([index for index in indices if self.parameters[index].in_block])
+        del gradients
+
+    def _updated(self, index: int) -> Tensor:
+        return self._masters.get(index, self.parameters[index].tensor)
+
+    # --- states ------------------------------------------------------------------------------------------------------
+
+    def _made(self, index: int, tensor: Tensor) -> list[Tensor]:
+        numel, itemsize = tensor.numel, tensor.itemsize
+        if self.name in BITSANDBYTES:
+            return self._bitsandbytes(numel, BITSANDBYTES[self.name])
         if self.name == "sgd":
             return []
-        if self.name in ("adamw", "adamw-fused"):
-            return [state for parameter in parameters for state in self._adamw(parameter)]
-        codes = [self._state(CODE_NUMBERS, FP32) for _ in range(NUM_MOMENTS)]
-        return [*codes, *(state for parameter in parameters for state in self._eight_bit(parameter))]
-
-    def _adamw(self, parameter: Tensor) -> list[Tensor]:
-        moments = [self._state(parameter.numel, parameter.itemsize) for _ in range(NUM_MOMENTS)]
+        if self.name == "adafactor":
+            *outer, last = self.parameters[index].shape
+            sizes = [numel // last, numel // outer[-1]] if outer else [numel]
+            return [self._state(size, FP32) for size in sizes]
+        if self.name == "muon" and self.parameters[index].in_block:
+            return [self._state(numel, itemsize)]
+        moments = [self._state(numel, itemsize) for _ in range(2)]
         return [self._state(1, FP32), *moments] if self.name == "adamw-fused" else moments
 
-    def _eight_bit(self, parameter: Tensor) -> list[Tensor]:
-        paged = self.name == "paged-adamw-8bit" and parameter.numel >= PAGED_MIN_NUMEL
-        if parameter.numel < EIGHT_BIT_MIN_NUMEL:
-            return [self._state(parameter.numel, FP32) for _ in range(NUM_MOMENTS)]
-        scales = [self._state(-(-parameter.numel // EIGHT_BIT_BLOCK), FP32) for _ in range(NUM_MOMENTS)]
-        moments = [] if paged else [self._state(parameter.numel, 1) for _ in range(NUM_MOMENTS)]
-        return [*moments, *scales]
+    def _bitsandbytes(self, numel: int, kind: Bitsandbytes) -> list[Tensor]:
+        on_device = not (kind.paged and numel >= PAGED_MIN_NUMEL)
+        if kind.bits == 32 or numel < EIGHT_BIT_MIN_NUMEL:
+            return [self._state(numel, FP32) for _ in range(kind.num_states if on_device else 0)]
+        if not self._codes:
+            self._codes = [self._state(CODE_NUMBERS, FP32) for _ in range(kind.num_states)]
+        moments = [self._state(numel, 1) for _ in range(kind.num_states if on_device else 0)]
+        return [*moments, *(self._state(-(-numel // EIGHT_BIT_BLOCK), FP32) for _ in range(kind.num_states))]
 
     def _state(self, numel: int, itemsize: int) -> Tensor:
         return self.tape.new(numel, itemsize, "optimizer_moments")
+
+    # --- temporaries -------------------------------------------------------------------------------------------------
+
+    def _temporary(self, numel: int, itemsize: int) -> Tensor:
+        return self.tape.new(numel, itemsize, "optimizer_temporary")
+
+    def _square_roots(self, tensors: list[Tensor]) -> None:
+        temporaries = [self._temporary(tensor.numel, tensor.itemsize) for tensor in tensors]
+        del temporaries
+
+    def _adafactor(self, tensors: list[Tensor]) -> None:
+        """One after the other; names of the step hold what they name until the next has it."""
+        gradient = weights = update = None
+        for tensor in tensors:
+            half, numel = tensor.itemsize != FP32, tensor.numel
+            gradient = self._temporary(numel, FP32) if half else None
+            weights = self._temporary(numel, FP32) if half else None
+            square = self._temporary(numel, FP32)
+            update = self._temporary(numel, FP32)  # with epsilon added
+            del square
+            scaled = self._temporary(numel, FP32)
+            update = scaled
+            del scaled
+            negative = self._temporary(numel, FP32)
+            del negative
+        del gradient, weights, update
+
+    def _orthogonalize(self, indices: list[int]) -> None:
+        """Muon, one matrix after the other: Newton-Schulz steps in bf16 over the smaller side's products."""
+        update = None
+        for index in indices:
+            tensor, shape = self.parameters[index].tensor, self.parameters[index].shape
+            gram_numel = min(shape) ** 2
+            mixed = self._temporary(tensor.numel, tensor.itemsize)
+            update = mixed
+            ortho = mixed if tensor.itemsize == BF16 else self._temporary(tensor.numel, BF16)
+            gram = gram_update = None
+            for _ in range(NEWTON_SCHULZ_STEPS):
+                gram = self._temporary(gram_numel, BF16)
+                gram_update = self._temporary(gram_numel, BF16)
+                ortho = self._temporary(tensor.numel, BF16)
+            del mixed, gram, gram_update
+            update = ortho
+            del ortho
+        del update

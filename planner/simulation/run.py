@@ -16,11 +16,12 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.models.linears import Linear, is_stored, linear_layers
 from meft.planner.records.plan import Phase
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation.autograd import Leaf, Tape, Tensor
+from meft.planner.simulation.autograd import Tape, Tensor
 from meft.planner.simulation.decoder import SCALED_EMBEDDINGS, BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.simulation.formats import BF16, FP32, INT64, STORED
+from meft.planner.simulation.losses import Losses
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
-from meft.planner.simulation.optimizers import Optimizer
+from meft.planner.simulation.optimizers import Optimizer, Parameter
 from meft.planner.simulation.stream import Stream, stream_peaks
 from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK, stored_tensors_bytes
 
@@ -228,8 +229,10 @@ class _Run:
         self.setup = setup
         self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes)
         self.decoder = Decoder(self.ops, setup, weights)
-        self.trained = _trained_tensors(weights, setup)
-        self.optimizer = Optimizer(tape, setup.optimizer, self.trained)
+        self.trained = _trained(weights, setup)
+        self.optimizer = Optimizer(tape, setup.optimizer, self.trained, master_weights=setup.master_weights)
+        if setup.optimizer_in_backward:
+            tape.on_gradient = self.optimizer.in_backward()
 
     def steps(self) -> None:
         """Optimizer steps of ``grad_accum`` micro-batches each."""
@@ -262,91 +265,49 @@ class _Run:
         self._phase("loss")
         labels = self.tape.new(setup.tokens, INT64, "inputs")
         hidden = self.decoder.final_hidden(hidden)  # the model holds it until it returns
-        if setup.loss == "fused-linear-ce":
-            loss, logits = self._fused_linear_loss(hidden), None
-        else:
-            logits = self.decoder.logits(hidden)
-            loss = self._fused_loss(logits) if setup.loss == "fused-ce" else self._loss(logits)
+        loss, logits = Losses(self.ops, self.decoder, setup).of(hidden)
         self.ops.leave_autocast()
         del labels
         return _Outputs(loss, logits, cache)
 
-    def _loss(self, logits: Tensor) -> Tensor:
-        wide = self.ops.cast(logits, FP32, "loss_chain")
-        if self.setup.loss != "hf-shifted-logits":
-            return self.ops.cross_entropy(wide)
-        last_left_out = wide.numel // self.setup.seq_len * (self.setup.seq_len - 1)
-        return self.ops.cross_entropy(self.ops.copy(self.ops.slice(wide, last_left_out), "loss_chain"))
-
-    def _fused_loss(self, logits: Tensor) -> Tensor:
-        """A kernel that writes the logits' gradient over the logits."""
-        tape, tokens = self.tape, self.setup.tokens
-        loss = tape.new(tokens, FP32, "loss_chain")
-        log_sum_exp = tape.new(tokens, FP32, "loss_chain")
-        kept = (tape.save(logits), tape.save(log_sum_exp))
-        return tape.connect(loss, (logits,), lambda _grad: (kept[0].detached(),))
-
-    def _fused_linear_loss(self, normalised: Tensor) -> Tensor:
-        """Head and loss in chunks of tokens, gradients and all, while going forward; no more than a chunk's logits
-        exist at once."""
-        setup, shape, ops, tape = self.setup, self.setup.model, self.ops, self.tape
-        head = self.decoder.weights.head
-        trained = head.weight.requires_grad
-        gradient = tape.like(normalised, "loss_chain")
-        of_head = tape.like(head.weight, "loss_chain") if trained else None
-        loss = tape.new(setup.tokens, FP32, "loss_chain")
-        rows = fused_linear_chunk(tokens=setup.tokens, vocab_size=shape.vocab_size, hidden_size=shape.hidden_size)
-        weight = ops.autocast_weight(head.weight)
-        for start in range(0, setup.tokens, rows):
-            size = min(rows, setup.tokens - start)
-            logits = tape.new(size * shape.vocab_size, weight.itemsize, "logits")
-            if trained:  # the chunk's share of the head's gradient, and its copy in fp32
-                product = tape.like(weight, "loss_chain")
-                wide = tape.new(weight.numel, FP32, "loss_chain")
-                del product, wide
-            del logits
-        made = (gradient, of_head)
-        return tape.connect(
-            loss,
-            (normalised, head.weight),
-            lambda _grad: tuple(None if each is None else each.detached() for each in made),
-        )
-
     def _zero_gradients(self) -> None:
-        for tensor in self.trained:
-            if isinstance(tensor.node, Leaf):
-                tensor.node.grad = None
+        for parameter in self.trained:
+            parameter.drop_gradient()
 
     def _phase(self, phase: Phase) -> None:
         self.tape.phase = phase
 
 
-def fused_linear_chunk(*, tokens: int, vocab_size: int, hidden_size: int) -> int:
-    """Tokens per chunk of Liger's fused head and loss: so few that a chunk's logits are about as large as the hidden
-    states (the next power of two)."""
-    factor = -(-vocab_size // hidden_size)
-    return int(1 << (-(-tokens // factor) - 1).bit_length())
-
-
-def _trained_tensors(weights: ModelWeights, setup: TrainingSetup) -> list[Tensor]:
+def _trained(weights: ModelWeights, setup: TrainingSetup) -> list[Parameter]:
     """The trained parameters, in the order of the modules."""
-    found: list[Tensor | None] = []
+    if setup.method == "full":
+        return _all_parameters(weights, setup.model.hidden_size)
+    found: list[Parameter] = []
     for block in weights.blocks:
         for lora in block.lora.values():
-            found += [lora.down.weight, lora.up.weight]
-        found += [layer.weight for layer in block.adapter or ()]
-    if setup.method == "full":
-        found = _all_parameters(weights)
-    return [tensor for tensor in found if tensor is not None]
+            found += [_matrix(lora.down), _matrix(lora.up)]
+        found += [_matrix(layer) for layer in block.adapter or ()]
+    return found
 
 
-def _all_parameters(weights: ModelWeights) -> list[Tensor | None]:
-    found = [weights.embedding, weights.positions]
+def _matrix(layer: Weights) -> Parameter:
+    return Parameter(layer.weight, (layer.outputs, layer.inputs), in_block=True)
+
+
+def _vectors(*tensors: Tensor | None) -> list[Parameter]:
+    return [Parameter(tensor, (tensor.numel,)) for tensor in tensors if tensor is not None]
+
+
+def _all_parameters(weights: ModelWeights, width: int) -> list[Parameter]:
+    def table(tensor: Tensor | None) -> list[Parameter]:
+        return [] if tensor is None else [Parameter(tensor, (tensor.numel // width, width))]
+
+    found = [*table(weights.embedding), *table(weights.positions)]
     for block in weights.blocks:
         for layer in block.linears.values():
             assert isinstance(layer, Weights)
-            found += [layer.weight, layer.bias]
+            found += [_matrix(layer), *_vectors(layer.bias)]
         for norm in (*block.norms, *block.head_norms):
-            found += norm
+            found += _vectors(*norm)
     head = None if weights.head.weight is weights.embedding else weights.head.weight
-    return [*found, *weights.final_norm, head, weights.head.bias]
+    return [*found, *_vectors(*weights.final_norm), *table(head), *_vectors(weights.head.bias)]

@@ -1,14 +1,15 @@
-"""Optimizers of a traced run: torch's own, and bitsandbytes' 8-bit AdamW as far as memory goes."""
+"""Optimizers of a traced run: torch's own, and bitsandbytes' as far as memory goes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from meft.planner.records.setup import OptimizerName
+from meft.planner.simulation.optimizers import BITSANDBYTES
 
 MIN_8BIT_ELEMENTS = 4096
 """Smaller parameters keep their states in fp32 (``min_8bit_size``)."""
@@ -18,13 +19,14 @@ _STATE_BLOCK = 256
 _TABLE_ENTRIES = 256
 
 
-class AdamW8bit(torch.optim.Optimizer):
-    """bitsandbytes' ``AdamW8bit`` and ``PagedAdamW8bit``: two states of one byte an element, an fp32 maximum per 256 of
-    them each, and two tables of 256 fp32 values for all. The update itself needs no memory."""
+class BitsandbytesOptimizer(torch.optim.Optimizer):
+    """bitsandbytes' AdamW (two states) and Lion (one). In 8 bits a state is a byte an element, an fp32 maximum per 256
+    of them, and a table of 256 fp32 values for all. The update itself needs no memory."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, paged: bool) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], *, num_states: int, bits: int, paged: bool) -> None:
         super().__init__(parameters, {})
-        self.paged = paged
+        self.numbers = range(1, num_states + 1)
+        self.bits, self.paged = bits, paged
         self.tables: list[torch.Tensor] = []
 
     @torch.no_grad()
@@ -41,28 +43,77 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _make_state(self, parameter: nn.Parameter) -> None:
         elements, state = parameter.numel(), self.state[parameter]
-        in_8_bits = elements >= MIN_8BIT_ELEMENTS
+        in_8_bits = self.bits == 8 and elements >= MIN_8BIT_ELEMENTS
         if in_8_bits and not self.tables:
-            self.tables = [torch.empty(_TABLE_ENTRIES, dtype=torch.float32) for _ in range(2)]
-        for name in ("state1", "state2"):
+            self.tables = [torch.empty(_TABLE_ENTRIES, dtype=torch.float32) for _ in self.numbers]
+        for number in self.numbers:
+            name = f"state{number}"
             if self.paged and elements >= MIN_PAGED_ELEMENTS:
                 state[name] = "in managed memory"
             else:
                 state[name] = torch.zeros_like(parameter, dtype=torch.uint8 if in_8_bits else torch.float32)
         if in_8_bits:
-            for name in ("absmax1", "absmax2"):
-                state[name] = torch.zeros(-(-elements // _STATE_BLOCK), dtype=torch.float32)
+            for number in self.numbers:
+                state[f"absmax{number}"] = torch.zeros(-(-elements // _STATE_BLOCK), dtype=torch.float32)
 
 
-def make_optimizer(name: OptimizerName, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of that name over ``parameters``."""
+class MuonBesideAdamW(torch.optim.Optimizer):
+    """torch's Muon for the matrices of a model's blocks, and its AdamW for the rest, as Muon's users have it."""
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter]) -> None:
+        parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, foreach=True)] if others else []
+        self.parts = [*parts, *([torch.optim.Muon(matrices)] if matrices else [])]
+        super().__init__([*others, *matrices], {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One after the other."""
+        assert closure is None
+        for part in self.parts:
+            part.step()
+            self.state.update(part.state)
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """An optimizer over fp32 copies of 16-bit parameters, as DeepSpeed's and Apex's: all gradients are cast first."""
+
+    def __init__(self, parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]], Any]) -> None:
+        super().__init__(parameters, {})
+        self.masters = [nn.Parameter(each.detach().float()) for each in parameters]
+        self.inner = make(self.masters)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Cast, update, and write the copies back."""
+        assert closure is None
+        parameters = self.param_groups[0]["params"]
+        for parameter, master in zip(parameters, self.masters, strict=True):
+            master.grad = parameter.grad.float()
+        self.inner.step()
+        for parameter, master in zip(parameters, self.masters, strict=True):
+            master.grad = None
+            with torch.no_grad():
+                parameter.copy_(master)
+        self.state.update(self.inner.state)
+
+
+def make_optimizer(
+    name: OptimizerName, parameters: list[nn.Parameter], *, in_block: Collection[int] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer of that name over ``parameters``; ``in_block`` has the ``id`` of those that Muon takes."""
     if name == "adamw":
         return torch.optim.AdamW(parameters, foreach=True)
     if name == "adamw-fused":
         return torch.optim.AdamW(parameters, fused=True)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=1e-3, foreach=True)
-    return AdamW8bit(parameters, paged=name == "paged-adamw-8bit")
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, lr=1e-3, scale_parameter=False, relative_step=False)
+    if name == "muon":
+        matrices = [each for each in parameters if id(each) in in_block]
+        return MuonBesideAdamW(matrices, [each for each in parameters if id(each) not in in_block])
+    kind = BITSANDBYTES[name]
+    return BitsandbytesOptimizer(parameters, num_states=kind.num_states, bits=kind.bits, paged=kind.paged)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
@@ -74,4 +125,4 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
 
 def keeps_steps_on_host(name: OptimizerName) -> bool:
     """Whether the count of steps is a tensor on the host: torch's AdamW has it there unless fused."""
-    return name == "adamw"
+    return name in ("adamw", "muon", "adafactor")

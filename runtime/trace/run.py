@@ -8,6 +8,7 @@ CPU that runs this, the books and the replaced functions follow CUDA.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,13 +21,15 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
+from meft.runtime.adapter.blocks import decoder_blocks
 from meft.runtime.fake.books import CudaBooks
 from meft.runtime.session.model_loading import COMPUTE_DTYPES
+from meft.runtime.trace.kernels import rotations, use_kernels
 from meft.runtime.trace.loading import build_model, load, prepare
 from meft.runtime.trace.losses import use_loss
 from meft.runtime.trace.meft import plan_of_setup, trace_meft
 from meft.runtime.trace.methods import attach_method
-from meft.runtime.trace.optimizers import keeps_steps_on_host, make_optimizer, state_tensors
+from meft.runtime.trace.optimizers import MasterWeights, keeps_steps_on_host, make_optimizer, state_tensors
 from meft.runtime.trace.scopes import Scopes
 from meft.runtime.trace.stage import MICRO_BATCHES, STEPS, Stage, without_collection
 
@@ -92,6 +95,7 @@ class _Run:
             for parameter in model.parameters():
                 self.books.adopt(parameter)
         self.books.log.moment("attached")
+        use_kernels(model, setup.kernels)
         use_loss(model, setup.loss)
         self._train(model.train())
         return self.books.log.stream()
@@ -100,13 +104,45 @@ class _Run:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
-        optimizer = make_optimizer(self.setup.optimizer, parameters)
-        with self.stage.of(model), self.books:
+        with self.books.category("optimizer_moments"), self.books:
+            optimizer = self._optimizer(model, parameters)
+        with self.stage.of(model), rotations(model, self.setup.kernels), self.books:
             for self.stage.step in range(1, STEPS + 1):
                 for _ in range(min(self.setup.grad_accum, MICRO_BATCHES)):
                     self._micro_batch(model)
                 self.stage.moment("backward")
                 self._optimizer_step(optimizer)
+
+    def _optimizer(self, model: nn.Module, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Over all parameters; or, in backward, one for each, which leaves the step itself nothing to do."""
+        setup = self.setup
+        in_block = {id(each) for each in decoder_blocks(model).parameters() if each.dim() > 1}
+
+        def make(over: list[nn.Parameter]) -> torch.optim.Optimizer:
+            if not setup.master_weights:
+                return make_optimizer(setup.optimizer, over, in_block=in_block)
+            return MasterWeights(over, lambda masters: make_optimizer(setup.optimizer, masters, in_block=in_block))
+
+        if not setup.optimizer_in_backward:
+            return make(parameters)
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._update_with(make([parameter])))
+        return torch.optim.SGD(parameters)
+
+    def _update_with(self, optimizer: torch.optim.Optimizer) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            with self.books.category("optimizer_temporary"):
+                self._run(optimizer)
+            parameter.grad = None
+
+        return hook
+
+    def _run(self, optimizer: torch.optim.Optimizer) -> None:
+        self.books.scalars_on_host = keeps_steps_on_host(self.setup.optimizer)
+        optimizer.step()
+        self.books.scalars_on_host = False
+        for tensor in state_tensors(optimizer):
+            self.books.recategorise(tensor, "optimizer_moments")
 
     def _gradient_is_there(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
@@ -130,11 +166,7 @@ class _Run:
 
     def _optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.stage.begin_optimizer_step()
-        self.books.scalars_on_host = keeps_steps_on_host(self.setup.optimizer)
-        optimizer.step()
-        self.books.scalars_on_host = False
-        for tensor in state_tensors(optimizer):
-            self.books.recategorise(tensor, "optimizer_moments")
+        self._run(optimizer)
         self.stage.moment("updated")
         optimizer.zero_grad(set_to_none=True)
         self.stage.moment("optimizer_step")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_records import tiny_shape
 
 from meft.planner.allocator.cublas import USUAL_BYTES
+from meft.planner.base.errors import UsageError
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model, model_names
+from meft.planner.models.kernels import resolve_kernels
 from meft.planner.models.linears import linear_layers, module_names, resolve_targets
-from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation.run import fused_linear_chunk, simulate
+from meft.planner.records.setup import OptimizerName, TrainingSetup
+from meft.planner.simulation.losses import LOSS_KINDS, fused_linear_chunk
+from meft.planner.simulation.run import simulate
 from meft.planner.simulation.stream import Stream, StreamEvent, live_by_category, stream_peaks
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -132,6 +137,59 @@ def test_full_fine_tuning_in_bf16_takes_ten_bytes_per_parameter_at_the_optimizer
     assert ledger["optimizer_temporary"] == 2 * shape.num_parameters
 
 
+SQUARE = {"num_layers": 1, "hidden_size": 512, "intermediate_size": 512, "num_heads": 1, "num_kv_heads": 1}
+OF_MAXIMA = 4 / 256
+STATES: dict[str, tuple[float, float, int]] = {  # bytes a number of a matrix, of a vector; for all together
+    "adamw": (4, 4, 0),
+    "adafactor": (2 * 4 / 512, 4, 0),
+    "paged-adamw-32bit": (0, 8, 0),
+    "lion-32bit": (4, 4, 0),
+    "lion-8bit": (1 + OF_MAXIMA, 4, 1024),
+    "paged-lion-8bit": (OF_MAXIMA, 4, 1024),
+    "adamw-8bit": (2 + 2 * OF_MAXIMA, 8, 2048),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_optimizer_states_in_bytes_a_number(name: str) -> None:
+    """Of a bf16 matrix of 512 x 512 numbers: torch's two moments in the parameter's dtype; Lion's one, in fp32 or a
+    byte with an fp32 maximum per 256; paged ones from 100,000 numbers on outside the device, but for those maxima.
+    Adafactor keeps a row and a column in fp32, transformers' default having no first moment.
+    """
+    shape = tiny_shape(**SQUARE, head_dim=512, vocab_size=512)
+    stream = simulate(setup_of(shape, optimizer=name, outputs_kept=False))
+    moments = live_by_category(stream, stream.moments["updated_2"])["optimizer_moments"]
+    matrices, vectors = 4 + 3 + 2, 3  # attention, gated FFN, embedding and head; norms, of 512 numbers each
+    of_matrix, of_vector, codes = STATES[name]
+    assert moments == matrices * 512**2 * of_matrix + vectors * 512 * of_vector + codes
+
+
+def test_an_optimizer_in_backward_never_holds_more_than_one_gradient() -> None:
+    """Full fine-tuning in bf16 takes 2 + 4 bytes a number (weights, two moments) and, at the optimizer step, 2 for
+    gradients and 2 for the multi-tensor temporary; in backward those are of the largest tensor alone."""
+    shape = tiny_shape(**SQUARE, head_dim=512, vocab_size=2048)
+    peaks = {}
+    for early in (False, True):
+        stream = simulate(setup_of(shape, optimizer_in_backward=early, outputs_kept=False), workspace_bytes=0)
+        after = live_by_category(stream, stream.moments["updated_2"])
+        assert after.get("gradients", 0) == (0 if early else 2 * shape.num_parameters)
+        peaks[early] = requested_peak(stream)
+    largest = 2048 * 512
+    saved = peaks[False] - peaks[True]
+    assert saved == pytest.approx(4 * (shape.num_parameters - largest), rel=0.02)
+
+
+def test_master_weights_are_fp32_copies_with_fp32_states() -> None:
+    """16-bit weights and gradients (2 + 2), their copies (4), two moments (8); in the step the gradients cast (4) and
+    the temporary (4): 24 bytes a number."""
+    shape = tiny_shape()
+    stream = simulate(setup_of(shape, master_weights=True, outputs_kept=False))
+    held = live_by_category(stream, stream.moments["updated_2"])
+    assert held["optimizer_moments"] == (4 + 8) * shape.num_parameters
+    ledger = stream_peaks(stream).ledger["optimizer_step"].by_category
+    assert ledger["optimizer_temporary"] == (4 + 4) * shape.num_parameters
+
+
 def test_lora_counts_and_keeps_each_cast_input() -> None:
     # rank 2 on q (8 to 8) and down (16 to 8), three layers: 2 * (16 + 24) * 3 = 240 fp32 parameters
     stream = simulate(setup_of(method="lora", rank=2, target_modules=("q_proj", "down_proj")))
@@ -187,6 +245,60 @@ def test_logits_by_loss() -> None:
     assert peaks["hf"]["loss_chain"] == 3 * 512 * 32 * 4 + 4  # and the loss
     assert peaks["fused-ce"]["loss_chain"] < 512 * 32
     assert peaks["fused-linear-ce"].get("logits", 0) < 512 * 32
+
+
+@pytest.mark.parametrize("loss", LOSS_KINDS)
+def test_each_loss_costs_so_many_bytes_a_logit(loss: str) -> None:
+    """The slope of the largest moment over the vocabulary, per token, counted in bytes by hand:
+
+    hf: log-probabilities, their gradient and the logits', in fp32: 4 + 4 + 4. Shifted logits: bf16 (2), upcast (4), the
+    copy (4) and its log-probabilities (4). In place over upcast logits 2 + 4 + 4, or 4 + 4 where the model itself has
+    upcast them; over bf16 logits nothing more than those.
+    torchtune: all chunks' bf16 logits (2) and log-probabilities (4), and the last chunk's upcast, an eighth of 4.
+    """
+    long = {"seq_len": 512, "outputs_kept": False, **BY_LOSS}
+    peaks = []
+    for vocab_size in (4096, 8192):
+        shape = tiny_shape(vocab_size=vocab_size)
+        ledger = stream_peaks(simulate(setup_of(shape, loss=loss, **long), workspace_bytes=0)).ledger["loss"]
+        loaded = 2 * 2 * vocab_size * shape.hidden_size
+        peaks.append(sum(ledger.by_category.values()) - loaded)
+    slope = (peaks[1] - peaks[0]) / (512 * 4096)
+    assert slope == pytest.approx(LOSS_KINDS[loss].logit_bytes, abs=0.06)
+
+
+def test_fused_kernels_keep_so_much_less() -> None:
+    """Per token and layer, in bytes, of bf16 and what LoRA beside the query makes need gradients:
+
+    RMSNorm keeps its input in bf16 (2 D, the residual stream itself, which then stays) and a factor (4), where the
+    plain one keeps a copy in fp32 (4 D) and a factor (4). The gate's kernel keeps gate and up (2 I each), where the
+    plain one keeps those and the activation's output. In-place rotation keeps the tables, as the plain one does.
+    """
+    tokens, width, inner = 64, 8, 16
+    kept = {}
+    for kernels in ((), ("rms-norm",), ("swiglu",), ("rope",)):
+        stream = simulate(setup_of(kernels=kernels, seq_len=tokens, method="lora", rank=1, target_modules=("q_proj",)))
+        kept[kernels] = live_by_category(stream, stream.moments["forward_1"])
+    plain = kept[()]
+    assert plain["ffn"] - kept["swiglu",]["ffn"] == 3 * tokens * inner * 2
+    # two norms a layer but the first, which nothing trained precedes, and the final one
+    norms = 2 * 3
+    assert plain["norms"] - kept["rms-norm",]["norms"] == norms * tokens * width * 4
+    streams = kept["rms-norm",]["layer_inputs"] - plain.get("layer_inputs", 0)
+    assert streams == norms * tokens * width * 2
+    assert kept["rope",] == plain
+
+
+def test_kernels_by_library_are_those_that_apply() -> None:
+    llama, gpt2, phi = (load_model(name)[0] for name in ("llama-7b", "gpt2", "phi-3-mini-4k"))
+    assert resolve_kernels(llama, ["liger"]) == ("rms-norm", "swiglu", "rope")
+    assert resolve_kernels(llama, ["foak"]) == ("rms-norm", "rope")
+    assert resolve_kernels(gpt2, ["liger"]) == ()
+    assert resolve_kernels(phi, ["swiglu", "rope"]) == ("swiglu", "rope")
+    with pytest.raises(UsageError, match=r"--kernels rms-norm: .* has no place for it"):
+        resolve_kernels(gpt2, ["rms-norm"])
+    with pytest.raises(UsageError, match="kernel in --kernels"):
+        resolve_kernels(llama, ["triton"])
 
 
 def test_fp16_and_bf16_are_as_large_and_not_the_same() -> None:
@@ -310,8 +422,8 @@ def setups(draw: st.DrawFn) -> TrainingSetup:
         grad_accum=draw(st.integers(1, 3)),
         activation_checkpointing=draw(st.booleans()),
         attention=draw(st.sampled_from(["sdpa", "flash", "eager"])),
-        optimizer=draw(st.sampled_from(["adamw", "adamw-fused", "adamw-8bit", "paged-adamw-8bit", "sgd"])),
-        loss=draw(st.sampled_from(["hf", "hf-shifted-logits", "fused-ce", "fused-linear-ce"])),
+        optimizer=draw(st.sampled_from(get_args(OptimizerName))),
+        loss=draw(st.sampled_from(sorted(LOSS_KINDS))),
         padded=draw(st.booleans()),
         outputs_kept=draw(st.booleans()),
     )

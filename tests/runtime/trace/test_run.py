@@ -18,6 +18,7 @@ from meft.planner.base.errors import UsageError  # noqa: E402
 from meft.planner.models.catalogue import load_model  # noqa: E402
 from meft.planner.models.configs import shape_from_config  # noqa: E402
 from meft.planner.records.setup import TrainingSetup  # noqa: E402
+from meft.planner.simulation.run import simulate  # noqa: E402
 from meft.planner.simulation.stream import Stream, stream_peaks  # noqa: E402
 from meft.runtime.trace.run import peak_holders, trace_training  # noqa: E402
 
@@ -253,6 +254,34 @@ def test_taking_a_category_away_never_raises_the_peak() -> None:
     peak = stream_peaks(stream).requested_bytes
     for category in {event.category for event in stream.events}:
         assert stream_peaks(stream_without(stream, category)).requested_bytes <= peak
+
+
+# --- optimizers and losses --------------------------------------------------------------------------------------------
+
+OTHERS = [
+    {"optimizer": "adafactor"},
+    {"optimizer": "muon"},
+    {"optimizer": "paged-adamw-32bit"},
+    {"optimizer": "lion-8bit"},
+    {"master_weights": True},
+    {"optimizer_in_backward": True},
+    *({"loss": loss, "seq_len": 128} for loss in ("fused-ce-shifted", "fused-ce-upcast", "trl-chunked")),
+    {"loss": "torchtune-chunked", "seq_len": 128},
+    *({"kernels": (kernel,), "method": "lora"} for kernel in ("rms-norm", "swiglu", "rope")),
+]
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_the_simulated_step_has_the_same_optimizers_and_losses(changes) -> None:
+    """transformers' Adafactor and torch's Muon and AdamW are the libraries' own here; the others stand for theirs."""
+    config = config_of("llama", hidden_size=256, vocab_size=2048)
+    setup = setup_of(config, **changes)
+    traced_peaks = stream_peaks(trace_training(setup, config, workspace_bytes=0))
+    simulated = stream_peaks(simulate(setup, workspace_bytes=0))
+    assert simulated.allocated_bytes == pytest.approx(traced_peaks.allocated_bytes, rel=0.01)
+    for moment in ("updated_2", "optimizer_step_2"):
+        allocated = traced_peaks.at_moment[moment][0]
+        assert simulated.at_moment[moment][0] == pytest.approx(allocated, rel=0.01)
 
 
 # --- rotary positions that are computed at a step ---------------------------------------------------------------------
