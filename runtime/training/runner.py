@@ -24,6 +24,7 @@ from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.data.embedded import SMOLLM2_PROFILE, smollm2_folder
 from meft.runtime.data.examples import Dataset, load_dataset, pad_token_id
 from meft.runtime.data.metrics import evaluation_line
+from meft.runtime.data.replay import num_replayed, with_replay
 from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.device.nvml import MemoryReading, NvmlReader, NvmlUnavailable, PcieReading
@@ -45,6 +46,7 @@ DeviceKind = Literal["cuda", "emulated"]
 EMULATED = "emulated"
 """The name of the profile that a plan for the emulated device rests on."""
 DEFAULT_STEPS = 100
+DEFAULT_REPLAY_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class RunOptions:
     settings: AdamWSettings
     model: str | None = None
     data: Path | None = None
+    replay: Path | None = None
+    """Ordinary text to train on beside the data, as ``replay_share`` of the examples."""
+    replay_share: float | None = None
     output_dir: Path = Path("output")
     device: Literal["auto", "cuda", "emulated"] = "auto"
     gpu_mem_bytes: int | None = None
@@ -137,6 +142,10 @@ def _check_options(options: RunOptions) -> None:
     if options.data is None:
         hint = "; to score without training: meft-run evaluate" if options.evaluation else ""
         raise UsageError(f"--data: what should it learn? Give a JSONL file, or --rehearse to run without data{hint}")
+    if options.replay is None and options.replay_share is not None:
+        raise UsageError(f"--replay-share {options.replay_share:g}: of what? Give a file with --replay")
+    if options.replay_share is not None:
+        num_replayed(1, options.replay_share)
     if options.adapter is not None and options.resume:
         raise UsageError("--adapter begins a run and --resume goes on with one; give one of them")
     if options.adapter is not None and options.key_init != "random":
@@ -179,6 +188,7 @@ def _run(
         assert options.data is not None
         dataset = load_dataset(options.data, tokenizer, seq_len=plan.request.seq_len, raw=options.raw)
         display.say(f"{options.data}: {dataset.statistics.summary(plan.request.seq_len)}")
+        dataset = _with_replay(plan, options, dataset, tokenizer, display)
         _check_tokens(plan, dataset, pad_token_id(tokenizer), options)
         check()
         options = _with_length(plan, options, dataset, checkpoint)
@@ -196,6 +206,18 @@ def _run(
             check()
             report = _train(trainer, nvml, options, display)
     return report.model_copy(update={"evaluations": () if evaluation is None else tuple(evaluation.results)})
+
+
+def _with_replay(plan: Plan, options: RunOptions, dataset: Dataset, tokenizer: Any, display: Display) -> Dataset:
+    """The data, with ordinary text among it where that was asked for."""
+    if options.replay is None:
+        return dataset
+    share = DEFAULT_REPLAY_SHARE if options.replay_share is None else options.replay_share
+    text = load_dataset(options.replay, tokenizer, seq_len=plan.request.seq_len, raw=True)
+    mixed = with_replay(dataset, text.examples, share=share, seed=options.training.seed)
+    count = len(mixed.examples) - len(dataset.examples)
+    display.say(f"{options.replay}: {count:,} examples replayed ({len(text.examples):,} there are)")
+    return mixed
 
 
 def _with_length(plan: Plan, options: RunOptions, dataset: Dataset, checkpoint: Path | None) -> RunOptions:
