@@ -60,6 +60,7 @@ from meft.runtime.session.baselines import STATES, TRAINED, BaselineSession, ope
 from meft.runtime.session.expert_load import expert_load
 from meft.runtime.session.model_loading import load_frozen_model, load_tokenizer
 from meft.runtime.session.session import Session, StepResult, WindowEnd, open_session
+from meft.runtime.session.streamed import StreamedSession
 from meft.runtime.training.training import Progress, Trainer, TrainingOptions
 from meft.runtime.use.evaluation import Evaluator, mean_loss, session_loss
 from meft.runtime.use.generation import GenerationOptions, ModelGenerator, SessionGenerator
@@ -148,7 +149,7 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     """Train and evaluate; returns the run and what it gave."""
     torch.manual_seed(run.seed)
     tokenizer = load_tokenizer(folder)
-    plan = _plan(run, _shape(folder))
+    plan = plan_of(run, shape_of(folder))
     task = _task(run, tokenizer)
     examples = [example for item in task.items for example in _lines(item, tokenizer)]
     with closing(_open(run, plan, folder)) as session:
@@ -162,7 +163,7 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
             "training_seconds": round(seconds, 1),
             "training_cpu_seconds": round(cpu_seconds, 1),  # what sharing the machine does not change
             "torch_threads": torch.get_num_threads(),
-            **_books(session, trainer),
+            **books_of(session, trainer),
         }
 
 
@@ -191,11 +192,12 @@ def _lines(item: Item, tokenizer: Any) -> list[Example]:
     return list(tokenize_record(Completion(item.prompt, item.completion), tokenizer, raw=True))
 
 
-def _shape(folder: Path) -> ModelShape:
+def shape_of(folder: Path) -> ModelShape:
+    """Of the model in a folder."""
     return shape_from_config(json.loads((folder / "config.json").read_text()), name=folder.name)
 
 
-def _plan(run: Run, shape: ModelShape) -> Plan:
+def plan_of(run: Run, shape: ModelShape) -> Plan:
     """A plan of the run's decision; the planner supplies predictions and what the run leaves open."""
     top_k = run.width if run.method == "offload" else run.top_k
     request = Request(
@@ -290,7 +292,7 @@ def _train(run: Run, session: Any, examples: list[Example]) -> Trainer | None:
         max_norm=run.max_norm,
         seed=run.seed,
     )
-    _close_books(session, after=BOOKED_STEPS)
+    close_books(session, after=BOOKED_STEPS)
     trainer = Trainer(
         session, examples, options, pad_id=0, meft_version="benchmark", on_step=partial(_tell, run, steps // run.epochs)
     )
@@ -305,7 +307,7 @@ def _tell(run: Run, steps_per_epoch: int, progress: Progress) -> None:
         click.echo(f"  {name}: epoch {epoch} of {run.epochs}, loss {progress.loss:.3f}", err=True)
 
 
-def _close_books(session: Any, *, after: int) -> None:
+def close_books(session: Any, *, after: int) -> None:
     """Count the device's memory during the first steps only."""
     step, done = session.step, [0]
 
@@ -363,7 +365,7 @@ def _per_epoch(trainer: Trainer | None, run: Run) -> list[float]:
     return [round(statistics.fmean(losses[first : first + size]), 4) for first in range(0, len(losses), size)]
 
 
-def _books(session: Any, trainer: Trainer | None) -> dict[str, Any]:
+def books_of(session: Any, trainer: Trainer | None) -> dict[str, Any]:
     """Device peak, what of it the method takes beside the frozen model, and traffic per step."""
     if trainer is None:
         return {"trainable_parameters": 0, "peak_allocated_bytes": 0, "peak_reserved_bytes": 0,
@@ -371,9 +373,10 @@ def _books(session: Any, trainer: Trainer | None) -> dict[str, Any]:
     measured, engine = trainer.measured, session.engine
     steps = measured.steps
     live, at_peak = dict(session.device.books._bytes_by_category), measured.peaks.by_category
-    gradients = 4 * session.trainable_parameters if isinstance(session, BaselineSession) else 0
+    on_device = isinstance(session, BaselineSession) and not isinstance(session, StreamedSession)
+    gradients = 4 * session.trainable_parameters if on_device else 0
     found: dict[str, Any] = {
-        "trainable_parameters": _trainable(session),
+        "trainable_parameters": trainable_of(session),
         "peak_allocated_bytes": measured.peaks.allocated_bytes,
         "peak_reserved_bytes": measured.peaks.reserved_bytes,
         "method_bytes": sum(max(live.get(name, 0), at_peak.get(name, 0)) for name in ADAPTER_CATEGORIES) + gradients,
@@ -391,7 +394,8 @@ def _books(session: Any, trainer: Trainer | None) -> dict[str, Any]:
     return found
 
 
-def _trainable(session: Any) -> int:
+def trainable_of(session: Any) -> int:
+    """How many numbers a session trains."""
     if isinstance(session, BaselineSession):
         return session.trainable_parameters
     rows = sum(tables.weights.numel() for tables in session.store.layers)
@@ -691,7 +695,7 @@ def run(
     if learning_rates is not None:
         rates = dict.fromkeys(chosen, listed(learning_rates, float)) | {"none": (0.0,)}
     folder = model or smollm2_folder(click.echo)
-    first = first_stage(chosen, numbers[0], base, rates, _shape(folder))
+    first = first_stage(chosen, numbers[0], base, rates, shape_of(folder))
     performed = perform_missing(first, results, folder, max_runs)
     if len(numbers) > 1 and performed != max_runs:
         left = None if max_runs is None else max_runs - performed

@@ -81,6 +81,8 @@ class RunGroup(click.Group):
 @click.argument("plan", type=_PATH)
 @click.option("--model", help="Folder of the model [default: where the plan found it].")
 @data_options
+@click.option("--replay", type=_PATH, help="Ordinary text (JSONL) to train on beside the data: less is forgotten.")
+@click.option("--replay-share", type=float, help="Of the examples, those that are replayed.  [default: 0.1]")
 @click.option(
     "--steps",
     type=click.IntRange(min=1),

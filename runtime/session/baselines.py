@@ -2,7 +2,8 @@
 
 A :class:`BaselineSession` stands where a :class:`~meft.runtime.session.session.Session` stands: the trainer drives it,
 the device's books count it, the same evaluation asks it. Its trained parameters, gradients and Adam states are all on
-the device. (The dense adapter that is offloaded whole is the runtime's own with ``top_k`` at the adapter width.)
+the device. (The dense adapter that is offloaded whole is the runtime's own with ``top_k`` at the adapter width;
+:mod:`meft.runtime.session.streamed` lets the layers of LoRA travel whole.)
 
 Letters: ``R`` adapter rows, ``D`` hidden size.
 """
@@ -144,14 +145,14 @@ def open_baseline(
     model.train()
     if plan.decision.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    optimizer = _adamw(trained, settings) if trained else None
+    optimizer = adamw(trained, settings) if trained else None
     clock = LaneClock()
     engine = TransferEngine(device, Sequential(clock))
     return BaselineSession(plan, device, engine, model, trained, settings, optimizer, clock)
 
 
-def _adamw(trained: list[nn.Parameter], settings: AdamWSettings) -> torch.optim.AdamW:
-    """One parameter at a time, as the runtime updates routers: no foreach temporaries."""
+def adamw(trained: list[nn.Parameter], settings: AdamWSettings) -> torch.optim.AdamW:
+    """Torch's own. One parameter at a time, as the runtime updates routers: no foreach temporaries."""
     betas = (settings.beta1, settings.beta2)
     return torch.optim.AdamW(trained, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay, foreach=False)
 
@@ -178,6 +179,8 @@ def _with_adapter(model: nn.Module, plan: Plan, device: Device, seed: int) -> tu
             host = torch.empty(shape).uniform_(-bound, bound, generator=generator)
             keys.copy_(host)
         pair = nn.Parameter(keys), nn.Parameter(values)
+        for name, parameter in zip(("adapter_keys", "adapter_values"), pair, strict=True):
+            block.register_parameter(name, parameter)
         block.register_forward_hook(_beside(*pair), with_kwargs=True)
         trained += pair
     return model, trained

@@ -47,6 +47,7 @@ from meft.runtime.training import output, preflight
 from meft.runtime.training.interrupts import Interrupts
 from meft.runtime.training.journal import Tell, journal
 from meft.runtime.training.rehearse import rehearse
+from meft.runtime.training.replay import num_replayed, with_replay
 from meft.runtime.training.reporting import build_report, observe
 from meft.runtime.training.training import Progress, Trainer, TrainingOptions
 from meft.runtime.use.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
@@ -55,6 +56,7 @@ DeviceKind = Literal["cuda", "emulated"]
 EMULATED = "emulated"
 """The name of the profile that a plan for the emulated device rests on."""
 DEFAULT_STEPS = 100
+DEFAULT_REPLAY_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class RunOptions:
     """How the data is read."""
     show: int = 0
     """Examples that are shown before training."""
+    replay: Path | None = None
+    """Ordinary text to train on beside the data, as ``replay_share`` of the examples."""
+    replay_share: float | None = None
     output_dir: Path = Path("output")
     device: Literal["auto", "cuda", "emulated"] = "auto"
     gpu_mem_bytes: int | None = None
@@ -150,6 +155,10 @@ def _check_options(options: RunOptions) -> None:
     if not options.data:
         hint = "; to score without training: meft-run evaluate" if options.evaluation else ""
         raise UsageError(f"--data: what should it learn? Give a file, or --rehearse to run without data{hint}")
+    if options.replay is None and options.replay_share is not None:
+        raise UsageError(f"--replay-share {options.replay_share:g}: of what? Give a file with --replay")
+    if options.replay_share is not None:
+        num_replayed(1, options.replay_share)
     if options.adapter is not None and options.resume:
         raise UsageError("--adapter begins a run and --resume goes on with one; give one of them")
     if options.adapter is not None and options.key_init != "random":
@@ -192,6 +201,7 @@ def _run(
         seq_len, show = plan.request.seq_len, options.show
         dataset = load_dataset(options.data, tokenizer, seq_len=seq_len, options=options.reading, show=max(show, 1))
         describe(dataset, display.say, seq_len=seq_len, show=show)
+        dataset = _with_replay(plan, options, dataset, tokenizer, display)
         _check_tokens(plan, dataset, pad_token_id(tokenizer), options)
         check()
         options = _with_length(plan, options, dataset, checkpoint)
@@ -213,6 +223,18 @@ def _run(
 
 def _names(options: RunOptions) -> str:
     return ", ".join(map(str, options.data))
+
+
+def _with_replay(plan: Plan, options: RunOptions, dataset: Dataset, tokenizer: Any, display: Display) -> Dataset:
+    """The data, with ordinary text among it where that was asked for."""
+    if options.replay is None:
+        return dataset
+    share = DEFAULT_REPLAY_SHARE if options.replay_share is None else options.replay_share
+    text = load_dataset(options.replay, tokenizer, seq_len=plan.request.seq_len, options=DataOptions(raw=True), show=0)
+    mixed = with_replay(dataset, text.examples, share=share, seed=options.training.seed)
+    count = len(mixed.examples) - len(dataset.examples)
+    display.say(f"{options.replay}: {count:,} examples replayed ({len(text.examples):,} there are)")
+    return mixed
 
 
 def _with_length(plan: Plan, options: RunOptions, dataset: Dataset, checkpoint: Path | None) -> RunOptions:

@@ -107,7 +107,7 @@ def test_trainings_of_other_lengths_are_not_averaged_together(script) -> None:
 
 
 def test_the_budget_decides_the_sizes(script, glass_folder) -> None:
-    base, shape = script["Run"]("none", 0.0, 0, facts=4, epochs=3), script["_shape"](glass_folder)
+    base, shape = script["Run"]("none", 0.0, 0, facts=4, epochs=3), script["shape_of"](glass_folder)
     budget = script["budget_bytes"](base.width, shape.hidden_size)
     rates = dict.fromkeys(("narrow", "lora", "lora-16"), (1e-3,))
     narrow, lora, usual = script["first_stage"](tuple(rates), 0, base, rates, shape)
@@ -121,7 +121,7 @@ def test_the_budget_decides_the_sizes(script, glass_folder) -> None:
 def test_a_cap_makes_the_budget_smaller_for_all(script, glass_folder) -> None:
     whole = script["Run"]("none", 0.0, 0, facts=4, epochs=1, seq_len=64, forgetting_texts=1, forgetting_items=1)
     whole = script["replace"](whole, width=128, top_k=16, batch_size=4)
-    capped, shape = script["replace"](whole, active_rows_cap=32), script["_shape"](glass_folder)
+    capped, shape = script["replace"](whole, active_rows_cap=32), script["shape_of"](glass_folder)
     rates = {"meft": (1e-3,), "narrow": (1e-3,), "lora": (1e-3,)}
     meft, narrow, lora = script["first_stage"](tuple(rates), 0, capped, rates, shape)
     sizes = script["first_stage"](tuple(rates), 0, whole, rates, shape)
@@ -144,7 +144,7 @@ def test_a_run_without_a_cap_is_the_one_that_older_files_know(script) -> None:
 def test_a_narrow_adapter_runs_though_it_has_fewer_rows_than_k(script, glass_folder) -> None:
     base = script["Run"]("none", 0.0, 0, facts=4, epochs=1, seq_len=64, forgetting_texts=1, forgetting_items=1)
     base = script["replace"](base, width=128, top_k=32)
-    (narrow,) = script["first_stage"](("narrow",), 0, base, {"narrow": (1e-3,)}, script["_shape"](glass_folder))
+    (narrow,) = script["first_stage"](("narrow",), 0, base, {"narrow": (1e-3,)}, script["shape_of"](glass_folder))
     assert narrow.width < base.top_k
     record = script["perform"](narrow, glass_folder)
     assert record["trainable_parameters"] > 0

@@ -1,4 +1,4 @@
-"""Training where tokens see their own rows: a plan's files, the same bytes over the link, memory, and what is served."""
+"""Training where tokens see their own rows: a plan's files, equal traffic, memory, and what is served."""
 
 from __future__ import annotations
 

@@ -7,10 +7,11 @@ import torch
 from sessions import open_small, small_plan, small_trainer
 from sparse_setup import AMPLE_BYTES
 
-from meft.planner.base.errors import DeviceOutOfMemory
+from meft.planner.base.errors import DeviceOutOfMemory, UsageError
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.session.baselines import STATES, TRAINED, open_baseline
 from meft.runtime.session.model_loading import load_frozen_model
+from meft.runtime.session.streamed import streamed
 
 WIDTH, HIDDEN, LAYERS = 128, 128, 4
 DENSE_BYTES = 2 * WIDTH * HIDDEN * LAYERS * 4
@@ -72,3 +73,50 @@ def test_a_budget_stops_full_fine_tuning(glass_folder) -> None:
     session = open_method(glass_folder, "full", small_plan(glass_folder), budget_bytes=12 << 20)
     with pytest.raises(DeviceOutOfMemory):
         small_trainer(session, steps=2).run()
+
+
+LORA_LAYER = 4 * 8 * (128 + 128 + 128 + 64 + 128 + 64 + 128 + 128 + 3 * (128 + 341)) // LAYERS
+"""Numbers that LoRA of rank 8 trains in a layer."""
+
+
+@pytest.mark.parametrize(
+    ("method", "numbers"), [("lora", LORA_LAYER), ("parallel-adapter", 2 * WIDTH * HIDDEN)], ids=["lora", "dense"]
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_method_whose_layers_travel_is_the_one_on_the_device(glass_folder, method, numbers, checkpointing) -> None:
+    """Two windows of two steps; on the device two buffers of one layer."""
+    plan = small_plan(glass_folder, choice={"activation_checkpointing": checkpointing}, grad_accum=2)
+    sessions = [open_method(glass_folder, method, plan, rank=8) for _ in range(2)]
+    sessions[1] = streamed(sessions[1])
+    trainers = [small_trainer(session, steps=4) for session in sessions]
+    for trainer in trainers:
+        trainer.run()
+    assert trainers[1].history.losses == pytest.approx(trainers[0].history.losses, rel=1e-5)
+    assert trainers[1].history.gradient_norms == pytest.approx(trainers[0].history.gradient_norms, rel=1e-5)
+    moving = sessions[1]
+    assert moving.trainable_parameters == sessions[0].trainable_parameters == LAYERS * numbers
+    for layer, block in enumerate(moving.layers):
+        expected = sessions[0].trained[layer * len(block.parameters) : (layer + 1) * len(block.parameters)]
+        torch.testing.assert_close(block.master, torch.cat([each.flatten() for each in expected]), rtol=1e-4, atol=1e-5)
+    live = moving.device.books._bytes_by_category
+    assert live["row_staging"] == live["row_gradients"] == -(-4 * numbers // 512) * 512  # a block each
+    assert live.get(TRAINED, 0) == live.get(STATES, 0) == 0
+    assert moving.engine.counted_bytes["d2h", "gradients", "step"] == 4 * LAYERS * 4 * numbers
+    brought = 2 * (2 * (2 * LAYERS - 1) - 1)  # the last layer's weights are there still when backward begins, and the
+    # first's when a window's next forward does
+    assert moving.engine.counted_bytes["h2d", "weights", "step"] == brought * 4 * numbers
+
+
+def test_only_layers_travel_whole(glass_folder) -> None:
+    with pytest.raises(UsageError, match="trained tensors are in no layer of the model"):
+        streamed(open_method(glass_folder, "full", small_plan(glass_folder)))
+
+
+def test_a_streamed_loss_is_counted_apart(glass_folder) -> None:
+    session = streamed(open_method(glass_folder, "lora", small_plan(glass_folder)))
+    trainer = small_trainer(session, steps=1)
+    trainer.run()
+    before = session.engine.bytes_in("h2d", "step")
+    assert session.loss(trainer.batch(1)) > 0
+    assert session.engine.counted_bytes["h2d", "weights", "probe"] > 0
+    assert session.engine.bytes_in("h2d", "step") - before == 2 * 2 * 32 * 8  # ids and labels
