@@ -67,6 +67,7 @@ _FIELDS: tuple[tuple[str, frozenset[str]], ...] = (
 )
 """Fields that tell a kind; the first line that fits wins."""
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _FIRST_BYTES = (
     (b"\x89PNG", "png"),
     (b"PK\x03\x04", "zip"),
@@ -139,6 +140,13 @@ _MAKES = {
     STATE: "give a checkpoint that meft-run wrote",
     MODEL: "give a Hugging Face model folder or its config.json",
 }
+
+
+def refuse_pointer(start: bytes, path: Path | str) -> None:
+    """Raise :class:`UsageError` where Git LFS left a pointer in the place of a file that begins with ``start``."""
+    if start.startswith(_LFS_POINTER):
+        name = Path(path).name
+        raise UsageError(f"{path}: a Git LFS pointer, not the file itself; get it: git lfs pull --include {name!r}")
 
 
 def kind_of(content: Mapping[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.files import write_atomic
-from meft.planner.base.kinds import refuse_other_kind, refuse_other_path
+from meft.planner.base.kinds import refuse_other_kind, refuse_other_path, refuse_pointer
 
 SCHEMA_VERSION = 1
 
@@ -122,7 +122,7 @@ def problems_of(error: ValidationError) -> str:
 def read_text(path: Path | str, *, kind: str) -> str:
     """Read a UTF-8 file, or raise a :class:`UsageError` that names it and its ``kind``."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{kind} {path}: no such file") from None
     except IsADirectoryError:
@@ -131,6 +131,8 @@ def read_text(path: Path | str, *, kind: str) -> str:
         raise UsageError(f"{kind} {path}: is not UTF-8 text") from None
     except OSError as error:
         raise UsageError(f"{kind} {path}: cannot be read ({error.strerror})") from None
+    refuse_pointer(text[:64].encode(), path)
+    return text
 
 
 def parse_json(text: str, *, source: str) -> Any:

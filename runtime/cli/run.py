@@ -24,6 +24,7 @@ from meft.planner.base.version import VERSION
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
 from meft.runtime.cli.data import data_options, prepare_command, reading_options
+from meft.runtime.cli.export import export_command
 from meft.runtime.cli.pace import Pace
 from meft.runtime.cli.prune import prune_command
 from meft.runtime.cli.use import adapter_folder, evaluate_command, evaluation_options, generate_command
@@ -189,7 +190,7 @@ def train_command(noted: Interrupts | None, /, plan: Path, as_json: bool, rehear
 
 @click.group(
     cls=RunGroup,
-    commands=[train_command, evaluate_command, generate_command, prepare_command, prune_command],
+    commands=[train_command, evaluate_command, generate_command, prepare_command, export_command, prune_command],
     context_settings={"help_option_names": ["-h", "--help"]},
     options_metavar="",
     subcommand_metavar="PLAN [OPTIONS] | COMMAND [OPTIONS]",

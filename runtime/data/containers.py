@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from meft.planner.base.errors import UsageError
-from meft.planner.base.kinds import DATA, kind_of_path, other_kind
+from meft.planner.base.kinds import DATA, kind_of_path, other_kind, refuse_pointer
 from meft.planner.base.packages import require_packages
 from meft.runtime.data.records import json_type
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WHAT_IS_READ = "JSON lines, a JSON list, CSV, TSV, Parquet, each also gzipped, a folder of them or a saved dataset"
 _GZIP, _PARQUET, _ARROW_FILE, _ARROW_STREAM = b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 _PACKED = {b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bunzip2", b"\xfd7zXZ\x00": "unxz", b"PK\x03\x04": "unzip"}
@@ -97,14 +96,6 @@ def source(path: Path) -> Source:
     suffix = "".join(path.suffixes[-2:]).removesuffix(".gz").rpartition(".")[2].lower()
     container, rows = _reader(path, start, suffix)
     return Source(path, container + (", gzipped" if zipped else ""), rows)
-
-
-def refuse_pointer(start: bytes, path: Path) -> None:
-    """Raise :class:`UsageError` where Git left a pointer in the place of a large file."""
-    if start.startswith(LFS_POINTER):
-        raise UsageError(
-            f"{path}: a Git LFS pointer, not the file itself; get it: git lfs pull --include '{path.name}'"
-        )
 
 
 def _reader(path: Path, start: bytes, suffix: str) -> tuple[str, Callable[[], Iterator[Row]]]:

@@ -292,6 +292,10 @@ def _is(field: str, *kinds: type) -> Callable[[Mapping[str, Any]], bool]:
     return tells
 
 
+def _is_list_of_strings(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+
+
 def _has_solution(value: Mapping[str, Any]) -> bool:
     return isinstance(value["answer"], str) and "####" in value["answer"]
 
@@ -401,7 +405,16 @@ FORMATS: tuple[Format, ...] = (
         f"{_CLOSED}; questions without one are left out",
         _squad,
         "em",
-        _is("answers", list, dict),
+        lambda value: _is("answers", list, dict)(value) and not _is_list_of_strings(value["answers"]),
+    ),
+    Format(
+        "question/answers",
+        ("question", "answers"),
+        ("question", "answers"),
+        f"{_CLOSED}",
+        _squad,
+        "em",
+        lambda value: _is_list_of_strings(value["answers"]),
     ),
     Format(
         "TriviaQA",

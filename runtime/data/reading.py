@@ -55,7 +55,7 @@ class Reading:
         if self.unused:
             text += f"; fields not used: {', '.join(self.unused)}"
         if self.left_out:
-            text += f"; {self.left_out:,} entries left out, which have no answer to learn"
+            text += f"; {self.left_out:,} entries left out: nothing to learn (no answer, or nobody asked)"
         return text
 
     def _read(self, row: Row) -> Record | None:
@@ -93,7 +93,8 @@ def open_source(source: Source, *, most_bad: int = MAX_REPORTED_LINES) -> Readin
     if not bad:
         raise UsageError(f"{source.path}: is empty; {ACCEPTED}")
     num_lines = len(first) + sum(1 for _ in rows) if most_bad else len(first)
-    raise bad_lines_error(bad, num_lines=num_lines, hint=ACCEPTED)
+    unknown = any("no known format" in problem or " needs (found " in problem for problem in bad)
+    raise bad_lines_error(bad, num_lines=num_lines, hint=ACCEPTED if unknown else "")
 
 
 def _refuse_other_kind(value: Any, source: Source) -> None:

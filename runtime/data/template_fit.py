@@ -235,7 +235,7 @@ def _marked_values(value: Any, number: int, marker: _Marker) -> Any:
         return {name: _marked_values(each, number, marker) for name, each in value.items()}
     if isinstance(value, list):
         return [_marked_values(each, number, marker) for each in value]
-    return marker.new("tool_calls", number) if isinstance(value, str) and value else value
+    return value if value == "" else marker.new("tool_calls", number)
 
 
 def kinds_given(text: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import MachineError, MeftError, UsageError
+from meft.planner.base.kinds import refuse_pointer
 from meft.planner.base.schema import parse_json, read_text, shortened
 from meft.planner.models.catalogue import CONFIG_NAME, read_config
 
@@ -123,13 +124,25 @@ def first_damage(folder: Path) -> str | None:
     """Which file of a model folder is missing, cut short or no file of its kind, and how; None when all look sound."""
     if not folder.is_dir():
         return "there is no such folder"
-    checks: list[Callable[[Path], None]] = [_check_json, _check_shards, _check_weights, _check_tokenizer]
+    checks: list[Callable[[Path], None]] = [
+        _check_pointers,
+        _check_json,
+        _check_shards,
+        _check_weights,
+        _check_tokenizer,
+    ]
     for check in checks:
         try:
             check(folder)
         except UsageError as error:
             return str(error)
     return None
+
+
+def _check_pointers(folder: Path) -> None:
+    for path in sorted(each for each in folder.iterdir() if each.is_file()):
+        with path.open("rb") as file:
+            refuse_pointer(file.read(64), path)
 
 
 def _check_json(folder: Path) -> None:

@@ -46,6 +46,8 @@ class Session:
     router_optimizer: torch.optim.AdamW | None
     clock: LaneClock
     key_init: KeyInit = "random"
+    documents_apart: bool = True
+    """Whether packed documents get positions of their own; False where the model can make nothing of them."""
     _early: list[tuple[Job, Job]] = field(default_factory=list)
     """Norm and update of each layer, where updates began in backward."""
 
@@ -89,7 +91,7 @@ class Session:
         keeps to one document (see :mod:`meft.runtime.session.documents`), and no more bytes cross the link.
         """
         input_ids = self.to_device(batch.input_ids)
-        if batch.starts is None:
+        if batch.starts is None or not self.documents_apart:
             labels = self.to_device(batch.labels)
             loss: torch.Tensor = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
             return loss

@@ -389,9 +389,8 @@ def _open_session(
     if options.link_gbps is not None and kind == "cuda":
         raise UsageError("--link-gbps slows the emulated device's link down; a real link has its own speed")
     model = model_loading.load_frozen_model(plan, folder, device_kind=kind)
-    if any(len(example.starts) > 1 for example in dataset.examples):
-        _say_of_documents(plan, model, display)
-    return open_session(
+    apart = all(len(example.starts) == 1 for example in dataset.examples) or _documents_apart(plan, model, display)
+    session = open_session(
         plan,
         model,
         device,
@@ -402,16 +401,20 @@ def _open_session(
         clock=LaneClock(keep=options.trace is not None),
         key_init=options.key_init,
     )
+    session.documents_apart = apart
+    return session
 
 
-def _say_of_documents(plan: Plan, model: torch.nn.Module, display: Display) -> None:
-    """Whether packed documents see each other, which depends on the model's attention."""
+def _documents_apart(plan: Plan, model: torch.nn.Module, display: Display) -> bool:
+    """Whether attention keeps packed documents apart; where it does not, that is said."""
     request = plan.request
-    if attends_across(model, batch_size=request.batch_size, vocab_size=request.model.vocab_size):
-        display.say(
-            f"note: with {request.attention} attention this model attends across the documents packed into one "
-            f"sequence; --packing none gives each text a sequence of its own"
-        )
+    if not attends_across(model, batch_size=request.batch_size, vocab_size=request.model.vocab_size):
+        return True
+    display.say(
+        f"note: with {request.attention} attention this model attends across the texts packed into one sequence; "
+        f"--packing none gives each a sequence of its own"
+    )
+    return False
 
 
 def _write_trace(session: Session, path: Path) -> None:

@@ -186,7 +186,7 @@ def test_wrong_input_is_one_line_and_exit_2(plan_path, data, tmp_path, glass_fol
         return done.stderr.strip().splitlines()[-1]
 
     assert "--data: what should it learn?" in refused()
-    assert "does not exist" in refused("--data", tmp_path / "absent.jsonl")
+    assert "no such file" in refused("--data", tmp_path / "absent.jsonl")
     assert "no such folder" in refused("--data", data, "--model", tmp_path / "absent")
     assert "'foo' is not a size" in refused("--data", data, "--gpu-mem", "foo")
     assert "no checkpoint" in refused("--data", data, "--resume")

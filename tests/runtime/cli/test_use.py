@@ -110,7 +110,8 @@ def test_prepare_makes_lines_for_training_and_evaluation(tmp_path) -> None:
     source = tmp_path / "nq.jsonl"
     source.write_text('{"question": "who", "answer": ["me", "I"]}\n{"question": "x", "answer": []}\n')
     said = run("prepare", source, "-o", tmp_path / "lines.jsonl")
-    assert "NQ-open: 1 items, 1 entries without a gold answer left out; scored by --metric em" in said
+    assert "NQ-open (question, answer), JSON lines; 1 entries left out: nothing to learn" in said
+    assert "1 items; scored by --metric em" in said
     line = json.loads((tmp_path / "lines.jsonl").read_text())
     assert line == {"prompt": "who", "completion": "me", "answers": ["me", "I"]}
 

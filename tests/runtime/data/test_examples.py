@@ -237,7 +237,7 @@ def test_more_than_a_hundredth_cut_is_asked_about(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", *lines)
     assert load_dataset(path, CharacterTokenizer(), seq_len=6).statistics.truncated_examples == 1
     write(path, *lines, lines[-1])
-    with pytest.raises(UsageError, match=r"2 of 101 examples \(2%\) are longer than the plan's 6 tokens .*--seq-len 10"):
+    with pytest.raises(UsageError, match=r"2 of 101 examples \(2%\) are longer than .* 6 tokens .*--seq-len 10"):
         load_dataset(path, CharacterTokenizer(), seq_len=6)
     assert load_dataset(path, CharacterTokenizer(), seq_len=6, options=DataOptions(allow_cut=True)).examples
 
@@ -286,7 +286,7 @@ def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is empty; what is read \(docs/data\.md\): chat messages, "):
         load_dataset(write(tmp_path / "e.jsonl", "\n \n"), CharacterTokenizer(), seq_len=8)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no data file in this folder; what is read: .jsonl"):
+    with pytest.raises(UsageError, match=r"no data file in this folder; what is read: \.jsonl"):
         load_dataset(tmp_path / "empty", CharacterTokenizer(), seq_len=8)
     with pytest.raises(UsageError, match="at least 2 tokens"):
         load_dataset(tmp_path, CharacterTokenizer(), seq_len=1)

@@ -193,9 +193,8 @@ def test_nvml_is_opened_before_preflight_asks_the_gpu(monkeypatch, glass_folder,
 
     monkeypatch.setattr(runner, "_open_nvml", open_reader)
     monkeypatch.setattr(runner.preflight.Machine, "here", refuse)
-    options = runner.RunOptions(
-        TrainingOptions(steps=1), AdamWSettings(), str(glass_folder), (tmp_path,), device="cuda"
-    )
+    where = {"model": str(glass_folder), "data": (tmp_path,)}
+    options = runner.RunOptions(TrainingOptions(steps=1), AdamWSettings(), **where, device="cuda")
     with pytest.raises(MachineError):
         runner.run_training(small_plan(glass_folder), options, runner.Display(print, print))
     assert order == ["cuda", "preflight", "closed"]
