@@ -14,9 +14,7 @@ _PATH = click.Path(path_type=Path)
 @click.command("export", short_help="Fold an adapter into its base model, where the FFN allows it.")
 @click.option("--model", type=_PATH, required=True, help="Folder of the base model.")
 @click.option("--adapter", type=_PATH, required=True, help="Folder of a trained adapter, or of its run.")
-@click.option(
-    "-o", "--output", type=_PATH, required=True, help="Where the model goes: an ordinary folder."
-)
+@click.option("-o", "--output", type=_PATH, required=True, help="Where the model goes: an ordinary folder.")
 def export_command(model: Path, adapter: Path, output: Path) -> None:
     """Write the base with the adapter's rows as more neurons of its FFNs: a model that needs nothing of meft.
 
