@@ -306,6 +306,16 @@ def _has_final_answer(value: Mapping[str, Any]) -> bool:
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
+
+def _pair(asked: str, said: str) -> Format:
+    """Two plain fields, and perhaps a system prompt."""
+    system = ("system_prompt", "system")
+    read = _asked((asked,), said, system=system)
+    return Format(
+        f"{asked}/{said}", (asked, said), (asked, said, *system), f"the {asked}; loss on the {said}", read, "em"
+    )
+
+
 _CLOSED = "closed book: the question alone; loss on the first answer"
 FORMATS: tuple[Format, ...] = (
     Format(
@@ -382,14 +392,7 @@ FORMATS: tuple[Format, ...] = (
         "math",
         _has_final_answer,
     ),
-    Format(
-        "query/response",
-        ("query", "response"),
-        ("query", "response", "system", "system_prompt"),
-        "the query; loss on the response",
-        _asked(("query",), "response", system=("system", "system_prompt")),
-        "em",
-    ),
+    _pair("query", "response"),
     Format(
         "simplified Natural Questions",
         ("question_text",),
@@ -469,30 +472,9 @@ FORMATS: tuple[Format, ...] = (
         "em",
         _is("answer", str),
     ),
-    Format(
-        "question/response",
-        ("question", "response"),
-        ("question", "response", "system", "system_prompt"),
-        "the question; loss on the response",
-        _asked(("question",), "response", system=("system_prompt", "system")),
-        "em",
-    ),
-    Format(
-        "prompt/response",
-        ("prompt", "response"),
-        ("prompt", "response", "system", "system_prompt"),
-        "the prompt; loss on the response",
-        _asked(("prompt",), "response", system=("system_prompt", "system")),
-        "em",
-    ),
-    Format(
-        "input/output",
-        ("input", "output"),
-        ("input", "output"),
-        "the input; loss on the output",
-        _asked(("input",), "output"),
-        "em",
-    ),
+    _pair("question", "response"),
+    _pair("prompt", "response"),
+    _pair("input", "output"),
     Format("text", ("text",), ("text",), "every token of the text and the end-of-text token after it", _text),
 )
 

@@ -409,6 +409,9 @@ def _documents_apart(plan: Plan, model: torch.nn.Module, display: Display) -> bo
     """Whether attention keeps packed documents apart; where it does not, that is said."""
     request = plan.request
     if not attends_across(model, batch_size=request.batch_size, vocab_size=request.model.vocab_size):
+        display.say(
+            "note: packed texts are kept apart by a mask, whose memory is not in the plan; --packing none has none"
+        )
         return True
     display.say(
         f"note: with {request.attention} attention this model attends across the texts packed into one sequence; "
