@@ -298,11 +298,54 @@ def document(results: list[Found], versions: Mapping[str, str]) -> str:
 
 HEAD = """# Families
 
+- [Closed form, or the real code](#closed-form-or-the-real-code)
+- [Weights stored quantized](#weights-stored-quantized)
+- [Every type](#every-type)
+
+## Closed form, or the real code
+
+For {closed} model types a closed form says what a plan needs, without torch. Of any other causal LM that transformers
+builds, the shape (layers, sizes, parameters, those that a token meets) is read from the real class on the meta device,
+and memory comes from traces of its own code under fake tensors: two, at the batch size and one sequence more, give the
+search its terms, and the decision that it prefers is traced itself, so that the plan's peak is that trace. `meft-plan`
+says which of the two answered.
+
+Both are kept in the cache by a digest of the config: the shape once, the terms for each sequence length, dtype and
+attention. What is there needs no torch again, at any batch size (then the decision itself is not traced); what is not
+asks for `pip install 'meft[run]'`. `meft-plan estimate` traces each dense method; `compare`, which would trace
+hundreds, is for closed forms.
+
+Blocks and FFNs are found by structure: the largest list of blocks of the text decoder, never a vision tower's, and in
+each block the child that works on the hidden size and is no attention. A mixture of experts is one FFN: the adapter is
+added to its output, to the first of a tuple. Qwen3-MoE is counted by closed form and traced. Of Gemma 3 with images the
+text part is planned, loaded and trained alone. Refused, with the reason: blocks without an FFN module (OPT's `fc1` and
+`fc2`, BERT's), code that looks at numbers, which a trace does not have, and folders that bring code of their own.
+
+## Weights stored quantized
+
+`quantization_config` is read; such a folder is planned and estimated as it is stored, and another `--weights-dtype` is
+refused.
+
+| stored by | counted | runs with |
+|---|---|---|
+| bitsandbytes, 4 bits (doubly quantized too) | half a byte, and scales per 64 | bitsandbytes; CUDA or emulated |
+| bitsandbytes, 8 bits | a byte, and a scale per output | bitsandbytes; CUDA |
+| AWQ, GPTQ | packed int32, a scale and a zero point per group, GPTQ's order | gptqmodel; CUDA |
+| FP8 | a byte, and a scale per block or tensor | CUDA |
+| compressed-tensors: int 4, int 8, float 8 | packed or a byte, and scales | compressed-tensors; CUDA |
+
+Embeddings, head, norms, and what the config leaves out stay in 16 bits. Where the library or the device is missing, a
+run is refused before data is read. The CUDA paths of all but bitsandbytes' 4 bits have never run; other methods, and
+formats of families without a closed form (but bitsandbytes' 4 bits), are refused.
+
+## Every type
+
 Every causal LM of transformers {transformers} but the state-space ones ({all} model types), tiny and with random
-weights, by `python scripts/families.py`: {whole} are planned, traced and run, {closed} of them with memory by closed
-form and {traced} by traces of their own code. `run` trains two windows on the emulated device; its peak of allocated
-bytes stands beside the plan's, and more than {within:.0%} between them is a fault. `attach`: a fresh adapter changes no
-logit; `detach`: none is changed after training once the adapter is gone.
+weights, by `python scripts/families.py --output docs/families.md`: {whole} are planned, traced and run, {closed} of
+them with memory by closed form and {traced} by traces. `run` trains two windows on the emulated device; its peak of
+allocated bytes stands beside the plan's, and more than {within:.0%} between them is a fault. `attach`: a fresh adapter
+changes no logit; `detach`: none is changed after training once the adapter is gone. Counts are those of the class on
+the meta device wherever `plan` says yes.
 
 """
 

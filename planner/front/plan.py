@@ -35,21 +35,23 @@ def find_plan(options: RequestOptions, *, verify: bool = False) -> Planned | Inf
     """
     planned = planning(options)
     if planned.request.model.measured is not None:
-        return _traced(planned)
+        return _traced(planned, verify=verify)
     found = make_plan(planned.request, planned.profiles, meft_version=VERSION)
     if not isinstance(found, Plan):
         return found
     return Planned(_verified(found, planned) if verify else found, planned)
 
 
-def _traced(planned: Planning) -> Planned | Infeasible:
-    """For a model without a closed form: what its own code takes, whether or not that was asked for."""
+def _traced(planned: Planning, *, verify: bool) -> Planned | Infeasible:
+    """For a model without a closed form: what its own code takes; with ``verify`` traced on CUDA once more."""
     from meft.planner.front.traced import settled_plan, with_terms  # few need it, and it asks the installation
 
     _, config, _ = load_model(planned.request.model_path or planned.request.model.name)
     planned = with_terms(planned, config)
     found = settled_plan(planned, config)
-    return found if isinstance(found, Infeasible) else Planned(found, planned)
+    if isinstance(found, Infeasible):
+        return found
+    return Planned(_verified(found, planned) if verify else found, planned)
 
 
 def levers_of(found: Planned) -> tuple[Lever, ...]:

@@ -176,6 +176,9 @@ def _fitted_phases(
         rows_in_backward="refetched",
         activation_checkpointing=checkpointing,
     )
+    request = request.model_copy(
+        update={"grad_accum": 1}
+    )  # half the work: the rows' gradients are there from the start
     at = _trace(request, decision, config, profiles.gpu)
     one_more = request.model_copy(update={"batch_size": request.batch_size + 1})
     more = _trace(one_more, decision, config, profiles.gpu)

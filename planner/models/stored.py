@@ -90,7 +90,8 @@ def stored_weights(config: Mapping[str, Any], *, name: str) -> StoredWeights | N
         return None
     if not isinstance(found, Mapping):
         raise UsageError(f"model {name}: config field quantization_config is not an object")
-    method = str(found.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in found else ""))
+    unnamed = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & found.keys() else ""
+    method = str(found.get("quant_method") or unnamed)
     reader = _READERS.get(method)
     if reader is None:
         raise UsageError(
@@ -150,6 +151,12 @@ def _fp8(found: Mapping[str, Any]) -> StoredWeights:
     )
 
 
+def _fbgemm_fp8(found: Mapping[str, Any]) -> StoredWeights:
+    """A scale per output."""
+    skipped = _skipped(found.get("modules_to_not_convert"))
+    return StoredWeights(method="fp8", bits=8, scale_bytes=FP32_BYTES, skipped=skipped)
+
+
 def _compressed_tensors(found: Mapping[str, Any]) -> StoredWeights:
     groups = list(found["config_groups"].values())
     kinds = {repr(sorted((key, repr(value)) for key, value in group["weights"].items())) for group in groups}
@@ -173,5 +180,6 @@ _READERS = {
     "awq": _awq,
     "gptq": _gptq,
     "fp8": _fp8,
+    "fbgemm_fp8": _fbgemm_fp8,
     "compressed-tensors": _compressed_tensors,
 }

@@ -240,7 +240,8 @@ def _lighter_weights(request: Request, gpu: GpuProfile) -> Iterator[dict[str, An
     """Frozen weights in fewer bits; 4-bit weights need a CUDA device."""
     if request.weights_dtype == "fp32":
         yield {"weights_dtype": "bf16"}
-    if request.weights_dtype != "nf4" and request.model.stored is None and not gpu.shares_host_cores:
+    as_it_is = request.model.stored is not None or request.model.measured is not None  # stored so, or traced so
+    if request.weights_dtype != "nf4" and not as_it_is and not gpu.shares_host_cores:
         yield {"weights_dtype": "nf4"}
 
 

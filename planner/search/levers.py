@@ -96,8 +96,8 @@ def _changes(
     if width is not None:
         narrow = _decided(decision, **_of_width(decision, width))
         yield f"width {width:,}", f"--adapter-width {width}", request, _recapped(request, request, narrow, profiles)
-    as_stored = request.model.stored is not None
-    if request.weights_dtype != "nf4" and not as_stored and not profiles.gpu.shares_host_cores:
+    as_it_is = request.model.stored is not None or request.model.measured is not None  # stored so, or traced so
+    if request.weights_dtype != "nf4" and not as_it_is and not profiles.gpu.shares_host_cores:
         lighter = request.model_copy(update={"weights_dtype": "nf4"})
         kept = "" if request.adapter_dtype == "bf16" else f" --adapter-dtype {request.adapter_dtype}"
         yield "4-bit weights", f"--weights-dtype nf4{kept}", lighter, decision

@@ -105,9 +105,17 @@ def check_token_ids(sequences: Iterable[Sequence[int]], vocab_size: int, *, wher
 
 
 def model_from_config(plan: Plan, config: dict[str, Any]) -> nn.Module:
-    """The architecture with uninitialised weights, for a rehearsal under fake tensors."""
+    """The architecture with uninitialised weights, for a rehearsal under fake tensors.
+
+    Raises:
+        UsageError: the plan's weights are quantized, which needs numbers.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    request = plan.request
+    if request.weights_dtype not in COMPUTE_DTYPES or request.model.stored is not None:
+        how = request.model.stored.title if request.model.stored is not None else request.weights_dtype
+        raise UsageError(f"{request.model.name}: weights in {how} have no rehearsal on the emulated device")
     options = dict(config)
     made = AutoConfig.for_model(options.pop("model_type"), **options)
     dtype = COMPUTE_DTYPES[plan.request.weights_dtype]

@@ -33,12 +33,14 @@ def stored(quantization):
         (GPTQ | {"group_size": -1}, (4096, 128 * 2, 128 // 2, 64 * 4)),
         (FP8, (8192, 8 * 1 * 4)),  # 128/16 x 64/64 blocks of fp32 scales
         ({"quant_method": "fp8"}, (8192, 4)),
+        ({"quant_method": "fbgemm_fp8"}, (8192, 128 * 4)),
         (COMPRESSED | {"config_groups": {"group_0": {"weights": PACKED}}}, (4096, 2 * 128 * 2, 16)),
         (
             COMPRESSED | {"config_groups": {"a": {"weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}}},
             (8192, 2),
         ),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, (8192, 128 * 4)),
+        ({"load_in_8bit": True}, (8192, 128 * 4)),
     ],
 )
 def test_one_layer_by_hand(quantization, tensors) -> None:

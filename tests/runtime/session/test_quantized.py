@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from meft.planner.base.errors import UsageError
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.plan import find_plan
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import EmulatedDevice
-from meft.runtime.session.model_loading import check_model_folder, load_frozen_model
+from meft.runtime.session.model_loading import check_model_folder, load_frozen_model, model_from_config
 from meft.runtime.session.session import WindowEnd, open_session
 
 pytest.importorskip("bitsandbytes")
@@ -57,6 +58,13 @@ def test_a_run_beside_nf4_weights_takes_what_its_plan_says(folders, folder, opti
     predicted = plan.prediction.device_memory.peak_allocated_bytes
     assert session.device.peaks().allocated_bytes == pytest.approx(predicted, rel=0.03)
     session.close()
+
+
+def test_a_rehearsal_has_no_quantized_weights(folders) -> None:
+    limits = {"gpu": "emulated", "gpu_mem": BUDGET, "host_mem": BUDGET, "max_slowdown": 1000.0, "min_trainable": 0.0}
+    plan = find_plan(RequestOptions(model=str(folders / "stored"), seq_len=32, **limits)).plan
+    with pytest.raises(UsageError, match="weights in bitsandbytes-4bit have no rehearsal"):
+        model_from_config(plan, {})
 
 
 def test_the_stored_config_is_what_the_plan_read(folders) -> None:

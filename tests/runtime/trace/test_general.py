@@ -64,6 +64,11 @@ def test_a_plan_s_memory_is_the_trace_of_its_own_decision(folder, gpu, checkpoin
     assert any("trace of the real code" in note for note in found.planning.notes)
 
 
+def test_verify_traces_once_more_and_finds_the_same(folder) -> None:
+    found = find_plan(options_of(folder, gpu="rtx-3090", gpu_mem=3 << 30), verify=True).plan
+    assert found.verification.peak_allocated_bytes_at_cap == found.prediction.device_memory.peak_allocated_bytes
+
+
 def test_what_does_not_fit_is_told_and_what_is_tight_fits_its_own_trace(folder) -> None:
     assert isinstance(find_plan(options_of(folder, gpu_mem=1 << 22)), Infeasible)
     tight = find_plan(options_of(folder, gpu_mem=27 << 20, adapter_width=512))
