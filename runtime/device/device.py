@@ -15,6 +15,7 @@ import torch
 from meft.planner.base.errors import DeviceOutOfMemory, MachineError
 from meft.planner.base.units import format_bytes
 from meft.runtime.device.books import DeviceBooks
+from meft.runtime.device.streams import CudaStreams, Streams
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Device(Protocol):
     name: str
     torch_device: torch.device
     budget_bytes: int
+    streams: Streams | None
+    """None where nothing runs behind the caller's back."""
 
     def scope(self) -> AbstractContextManager[object]:
         """Device code: allocations inside lie on the device."""
@@ -78,6 +81,7 @@ class EmulatedDevice:
 
     kind: Literal["cuda", "emulated"] = "emulated"
     name = "emulated device (this machine's CPU)"
+    streams: Streams | None = None
 
     def __init__(self, budget_bytes: int, books: DeviceBooks | None = None) -> None:
         self.budget_bytes = budget_bytes
@@ -133,6 +137,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.name = properties.name
+        self.streams: Streams | None = CudaStreams(self.torch_device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / properties.total_memory), self.torch_device)
 
     def scope(self) -> AbstractContextManager[object]:
