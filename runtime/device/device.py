@@ -126,15 +126,15 @@ class EmulatedDevice:
 
 
 class CudaDevice:
-    """The current CUDA device, its caching allocator limited to the plan's budget."""
+    """A CUDA device, by default the current one, its caching allocator limited to the plan's budget."""
 
     kind: Literal["cuda", "emulated"] = "cuda"
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, index: int | None = None) -> None:
         if not torch.cuda.is_available():
             raise MachineError("--device cuda: torch sees no CUDA device here; use --device emulated, or install a GPU")
         self.budget_bytes = budget_bytes
-        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.name = properties.name
         self.streams: Streams | None = CudaStreams(self.torch_device)
@@ -142,7 +142,7 @@ class CudaDevice:
 
     def scope(self) -> AbstractContextManager[object]:
         """CUDA tensors name their device themselves."""
-        return _cuda_out_of_memory(self.budget_bytes)
+        return cuda_out_of_memory(self.budget_bytes)
 
     def host(self) -> AbstractContextManager[object]:
         """CUDA tensors name their device themselves."""
@@ -177,7 +177,8 @@ class CudaDevice:
 
 
 @contextmanager
-def _cuda_out_of_memory(budget_bytes: int) -> Iterator[None]:
+def cuda_out_of_memory(budget_bytes: int) -> Iterator[None]:
+    """Say in one line, as :class:`DeviceOutOfMemory`, that CUDA has no more memory for what is done inside."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

@@ -52,6 +52,34 @@ class Streams(Protocol):
         ...
 
 
+class CudaEvent:
+    """One of torch's events; the current stream is its device's, whichever device is the thread's current one."""
+
+    def __init__(self, device: torch.device, *, timed: bool) -> None:
+        self._device = device
+        self._event = torch.cuda.Event(enable_timing=timed)
+
+    def record(self, stream: Any = None) -> None:
+        """See :class:`Event`."""
+        self._event.record(stream or torch.cuda.current_stream(self._device))
+
+    def wait(self, stream: Any = None) -> None:
+        """See :class:`Event`."""
+        (stream or torch.cuda.current_stream(self._device)).wait_event(self._event)
+
+    def synchronize(self) -> None:
+        """See :class:`Event`."""
+        self._event.synchronize()
+
+    def query(self) -> bool:
+        """See :class:`Event`."""
+        return bool(self._event.query())
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """See :class:`Event`."""
+        return float(self._event.elapsed_time(end_event._event))
+
+
 class CudaStreams:
     """Torch's streams of one CUDA device."""
 
@@ -64,8 +92,7 @@ class CudaStreams:
 
     def new_event(self, *, timed: bool = False) -> Event:
         """See :class:`Streams`."""
-        event: Event = torch.cuda.Event(enable_timing=timed)
-        return event
+        return CudaEvent(self._device, timed=timed)
 
     def use(self, stream: Any) -> AbstractContextManager[object]:
         """See :class:`Streams`."""

@@ -16,6 +16,7 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import CONFIG_NAME, how_to_download, is_hub_name, read_config, text_part
 from meft.planner.models.configs import shape_from_config
 from meft.planner.records.plan import Plan
+from meft.runtime.device.device import cuda_out_of_memory
 from meft.runtime.session.model_folder import SAFE, load_causal_lm, reading
 
 _PROBE = "A word, or two."
@@ -62,7 +63,9 @@ def load_frozen_model(plan: Plan, folder: Path) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return load_causal_lm(folder, attn_implementation=ATTENTION[plan.request.attention], **_weight_options(plan))
+    options = _weight_options(plan)
+    with cuda_out_of_memory(plan.prediction.device_memory.allocator_budget_bytes):
+        return load_causal_lm(folder, attn_implementation=ATTENTION[plan.request.attention], **options)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -112,4 +115,8 @@ def _weight_options(plan: Plan) -> dict[str, Any]:
         bnb_4bit_use_double_quant=plan.request.double_quant,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return {"dtype": torch.bfloat16, "quantization_config": quantization, "device_map": {"": 0}}
+    return {
+        "dtype": torch.bfloat16,
+        "quantization_config": quantization,
+        "device_map": {"": torch.cuda.current_device()},
+    }

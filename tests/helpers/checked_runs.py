@@ -41,6 +41,14 @@ def checked_run(
     **request: Any,
 ) -> Checker:
     """Train three windows, and do something ``beside`` them; what the checker has to say."""
+    trainer = checked_trainer(folder, choice, overlapped=overlapped, max_norm=max_norm, beside=beside, **request)
+    return trainer.session.device.checker
+
+
+def checked_trainer(
+    folder: Path, choice: dict[str, object], *, overlapped: bool, max_norm: float | None, beside: str, **request: Any
+) -> Trainer:
+    """The trainer of such a run, its session closed."""
     plan = small_plan(folder, choice=choice, grad_accum=WINDOW, seq_len=8, batch_size=1, **request)
     device = CheckedDevice()
     schedule: Schedule = CheckedLanes(device.checker) if overlapped else Sequential()
@@ -56,7 +64,7 @@ def checked_run(
         finally:
             session.close()
     assert len(trainer.history.losses) == STEPS
-    return device.checker
+    return trainer
 
 
 def evaluate(trainer: Trainer) -> None:
