@@ -90,8 +90,8 @@ def _device_problems(plan: Plan, machine: Machine, device_kind: str, budget_byte
             problems.append(_shared_card(machine.cuda_total_bytes, machine.cuda_free_bytes, budget_bytes))
         if "bf16" in (request.weights_dtype, request.adapter_dtype) and not machine.supports_bf16:
             problems.append(
-                "bf16: this GPU has no units for it (torch emulates it, many times slower); plan again with fp32 weights "
-                "and adapter"
+                "bf16: this GPU has no units for it (torch emulates it, many times slower); plan again with fp32 "
+                "weights and adapter"
             )
     if request.weights_dtype == "nf4" and (device_kind != "cuda" or "bitsandbytes" not in machine.packages):
         problems.append("nf4 weights: they need a CUDA device and the package bitsandbytes")
