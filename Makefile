@@ -9,7 +9,7 @@ RUN = "$(VENV)/bin/python"
 INSTALL = bash scripts/install.sh "$(VENV)" "$(PYTHON)"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format install-demo install-dev typing-folder clean distclean
+.PHONY: help demo test gpu-check lint format install-demo install-dev typing-folder clean distclean
 
 help: ## show this
 	@echo 'make TARGET [VENV=folder] [PYTHON=interpreter]'
@@ -25,6 +25,10 @@ demo: install-demo ## plan for a small model, train it, compare prediction and m
 
 test: install-dev ## run the tests (PYTEST_ARGS='tests/runtime/data -x' for some of them)
 	@$(RUN) -m pytest $(PYTEST_ARGS)
+
+gpu-check: install-dev ## prove plans on this machine's GPU, at most ten minutes; leaves gpu-check.json and .txt
+	@$(RUN) -m pytest tests/gpu -q
+	@$(RUN) -m meft.runtime.cli.profile gpu-check -o gpu-check.json
 
 lint: install-dev typing-folder ## check style and types
 	@$(RUN) -m ruff check .

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from meft.planner.base.errors import UsageError
+from meft.planner.base.errors import MeftError, UsageError
+from meft.planner.base.files import writing
+from meft.planner.base.units import format_bytes
 from meft.planner.base.version import VERSION
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from meft.planner.check.rates import Run
     from meft.planner.predict.prediction import ProfileSet
     from meft.planner.records.profile_file import ProfileFile
+    from meft.runtime.profiling.gpu_check import PlanCheck
     from meft.runtime.profiling.hardware import Tell
 
 PROGRAM = "meft-profile"
@@ -117,6 +120,80 @@ def calibrate(files: tuple[Path, ...], output: Path) -> None:
     for note in calibration.notes:
         click.echo(f"note: {note}")
     _say_how_to_plan(file, output)
+
+
+@command.command("gpu-check")
+@click.option("-o", "--output", type=_PATH, required=True, help="JSON; a page of text and traces go beside it.")
+def gpu_check(output: Path) -> None:
+    """Check plans against this machine's GPU: a few 7B-shaped steps from random weights, at two budgets.
+
+    No model hub is needed; ten minutes at most. Without a GPU it says what it skips and exits 0.
+    """
+    import torch
+
+    from meft.runtime.profiling.gpu_check import GpuCheck
+    from meft.runtime.profiling.hardware import describe_machine
+
+    machine = describe_machine()
+    plans: list[PlanCheck] = []
+    skipped = [NO_GPU]
+    if torch.cuda.is_available():
+        plans, skipped = _checks_here(output)
+    check = GpuCheck(machine.name, machine.versions, tuple(plans), tuple(skipped))
+    with writing(output):
+        check.save(output)
+    click.echo(check.text(), nl=False)
+    click.echo(f"wrote {output} and {output.with_suffix('.txt')}: attach both to an issue")
+
+
+NO_GPU = "steps of plans, memory by the driver, overlap: torch sees no CUDA device here"
+CHECKED_MODELS = ("llama-7b", "llama-3.2-3b", "llama-3.2-1b")
+"""From the largest on; the first that a plan is found for is taken."""
+BUDGETS = (0.95, 0.75)
+"""Shares of the memory that is free on the card."""
+
+
+def _checks_here(output: Path) -> tuple[list[PlanCheck], list[str]]:
+    """Measure the machine, plan with what was measured, run each plan; and what could not be done."""
+    import torch
+
+    from meft.planner.models.catalogue import load_model
+    from meft.runtime.device.device import CudaDevice
+    from meft.runtime.device.nvml import NvmlReader
+    from meft.runtime.profiling.gpu_check import check_plan
+    from meft.runtime.profiling.hardware import measure_hardware
+
+    nvml = NvmlReader.open(torch.cuda.current_device())
+    profile = output.with_suffix(".hardware.json")
+    with _progress() as tell:
+        measure_hardware(tell, meft_version=VERSION).save(profile)
+    free_bytes, _ = torch.cuda.mem_get_info()
+    checks: list[PlanCheck] = []
+    skipped: list[str] = []
+    for share in BUDGETS:
+        plan = _first_plan(profile, round(share * free_bytes), skipped)
+        if plan is None:
+            continue
+        _, config, _ = load_model(plan.request.model.name)
+        trace = output.with_suffix(f".trace-{len(checks) + 1}.json")
+        try:
+            checks.append(check_plan(plan, config, make_device=CudaDevice, nvml=nvml, trace=trace))
+        except MeftError as error:
+            skipped.append(f"{plan.request.model.name} at {format_bytes(plan.request.gpu_mem_bytes)}: {error}")
+    nvml.close()
+    return checks, skipped
+
+
+def _first_plan(profile: Path, gpu_mem_bytes: int, skipped: list[str]) -> Plan | None:
+    """The plan of the largest of the models that fits; notes what did not."""
+    import meft
+
+    for model in CHECKED_MODELS:
+        try:
+            return meft.plan(model=model, gpu=str(profile), gpu_mem=gpu_mem_bytes, grad_accum=1)
+        except MeftError as error:
+            skipped.append(f"{model} at {format_bytes(gpu_mem_bytes)}: {str(error).splitlines()[0]}")
+    return None
 
 
 def _runs(files: tuple[Path, ...]) -> list[Run]:

@@ -15,6 +15,7 @@ import torch
 from meft.planner.base.errors import DeviceOutOfMemory, MachineError
 from meft.planner.base.units import format_bytes
 from meft.runtime.device.books import DeviceBooks
+from meft.runtime.device.streams import CudaStreams, Streams
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Device(Protocol):
     name: str
     torch_device: torch.device
     budget_bytes: int
+    streams: Streams | None
+    """None where nothing runs behind the caller's back."""
 
     def scope(self) -> AbstractContextManager[object]:
         """Device code: allocations inside lie on the device."""
@@ -78,6 +81,7 @@ class EmulatedDevice:
 
     kind: Literal["cuda", "emulated"] = "emulated"
     name = "emulated device (this machine's CPU)"
+    streams: Streams | None = None
 
     def __init__(self, budget_bytes: int, books: DeviceBooks | None = None) -> None:
         self.budget_bytes = budget_bytes
@@ -134,22 +138,23 @@ def _quantization_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 class CudaDevice:
-    """The current CUDA device, its caching allocator limited to the plan's budget."""
+    """A CUDA device, by default the current one, its caching allocator limited to the plan's budget."""
 
     kind: Literal["cuda", "emulated"] = "cuda"
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, index: int | None = None) -> None:
         if not torch.cuda.is_available():
             raise MachineError("--device cuda: torch sees no CUDA device here; use --device emulated, or install a GPU")
         self.budget_bytes = budget_bytes
-        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.name = properties.name
+        self.streams: Streams | None = CudaStreams(self.torch_device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / properties.total_memory), self.torch_device)
 
     def scope(self) -> AbstractContextManager[object]:
         """CUDA tensors name their device themselves."""
-        return _cuda_out_of_memory(self.budget_bytes)
+        return cuda_out_of_memory(self.budget_bytes)
 
     def host(self) -> AbstractContextManager[object]:
         """CUDA tensors name their device themselves."""
@@ -184,7 +189,8 @@ class CudaDevice:
 
 
 @contextmanager
-def _cuda_out_of_memory(budget_bytes: int) -> Iterator[None]:
+def cuda_out_of_memory(budget_bytes: int) -> Iterator[None]:
+    """Say in one line, as :class:`DeviceOutOfMemory`, that CUDA has no more memory for what is done inside."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

@@ -9,7 +9,7 @@ direction are measured with events (CUDA) or the clock (emulated).
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Direction
 from meft.runtime.device.device import Device
 from meft.runtime.device.lanes import Job, Schedule, Sequential
+from meft.runtime.device.streams import Event
 
 Per = Literal["step", "optimizer_step", "run", "probe"]
 """``run``: when there is need, as for a checkpoint, whatever the number of steps."""
@@ -32,7 +33,11 @@ LINK_LATENCY_SECONDS = 10e-6
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy under way, or a point in the device's work. The job's result is a CUDA event, or None on the CPU."""
+    """A copy under way, or a point in the device's work. The job's result is an event; None on the emulated device.
+
+    Whoever gives up the device tensor of a copy first lets the device, or the host, wait for the copy: the allocator
+    hands its memory on to what the device computes next, and knows nothing of the copy's stream.
+    """
 
     job: Job | None = None
     event: Any = None
@@ -41,7 +46,7 @@ class Copy:
         """Make the device's current stream wait for the copy; the host goes on once the copy is issued."""
         event = self._issued()
         if event is not None:
-            torch.cuda.current_stream().wait_event(event)
+            event.wait()
 
     def wait_on_host(self) -> None:
         """Block the host until the copy is done."""
@@ -68,10 +73,10 @@ class TransferEngine:
         self.per: Per = "step"
         self.counted_bytes: Counter[tuple[Direction, str, Per]] = Counter()
         self._seconds: dict[Direction, float] = {"h2d": 0.0, "d2h": 0.0}
-        self._timed: list[tuple[Direction, Any, Any]] = []
+        self._timed: dict[Direction, deque[tuple[Event, Event]]] = {"h2d": deque(), "d2h": deque()}
         self._streams: dict[Direction, Any] = {}
-        if device.kind == "cuda":
-            self._streams = {"h2d": torch.cuda.Stream(), "d2h": torch.cuda.Stream()}
+        if device.streams is not None:
+            self._streams = {"h2d": device.streams.new_stream(), "d2h": device.streams.new_stream()}
 
     def host_empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """A host staging buffer: pinned on CUDA."""
@@ -80,10 +85,10 @@ class TransferEngine:
 
     def mark(self) -> Copy:
         """A point in the device's work: done when everything queued so far is done."""
-        if not self._streams:
+        if self.device.streams is None:
             return COPY_DONE
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream())
+        event = self.device.streams.new_event()
+        event.record()
         return Copy(event=event)
 
     def to_device(
@@ -155,11 +160,19 @@ class TransferEngine:
     def busy_seconds(self) -> dict[Direction, float]:
         """Seconds each direction was copying in steps so far; waits for copies under way."""
         self.schedule.drain()
-        for direction, start, end in self._timed:
-            end.synchronize()
-            self._seconds[direction] += start.elapsed_time(end) / 1e3
-        self._timed.clear()
+        for direction, copies in self._timed.items():
+            if copies:
+                copies[-1][1].synchronize()
+            self._add_up(direction)
         return dict(self._seconds)
+
+    def _add_up(self, direction: Direction) -> Event | None:
+        """Count the copies of one stream that are over; an event that nobody needs any more, if there is one."""
+        copies, unused = self._timed[direction], None
+        while copies and copies[0][1].query():
+            unused, end = copies.popleft()
+            self._seconds[direction] += unused.elapsed_time(end) / 1e3
+        return unused
 
     def _copy_here(
         self, source: torch.Tensor, target: torch.Tensor, direction: Direction, num_bytes: int, *, timed: bool
@@ -179,17 +192,18 @@ class TransferEngine:
     def _copy_on_stream(
         self, source: torch.Tensor, target: torch.Tensor, direction: Direction, point: Copy, *, timed: bool
     ) -> Any:
-        stream = self._streams[direction]
+        stream, streams = self._streams[direction], self.device.streams
+        assert streams is not None
         event = point._issued()
         if event is not None:
-            stream.wait_event(event)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with torch.cuda.stream(stream):
-            start.record(stream)
+            event.wait(stream)
+        end = streams.new_event(timed=timed)
+        start = (self._add_up(direction) or streams.new_event(timed=True)) if timed else None
+        with streams.use(stream):
+            if start is not None:
+                start.record(stream)
             target.copy_(source, non_blocking=True)
             end.record(stream)
-        on_device = source if direction == "d2h" else target
-        on_device.record_stream(stream)
-        if timed:
-            self._timed.append((direction, start, end))
+        if start is not None:
+            self._timed[direction].append((start, end))
         return end

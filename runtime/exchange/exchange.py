@@ -339,7 +339,7 @@ class RowExchange:
 
     # --- what is asked beside the steps --------------------------------------------------------------------------
 
-    def host_buffer_bytes(self) -> dict[str, int]:
+    def host_buffer_bytes(self, *, pinned: bool) -> dict[str, int]:
         """Bytes of the staging buffers by category of the host ledger; a pinned one as the pinned allocator rounds."""
         buffers = [("row_staging", staging.buffer) for staging in self._fetcher.staging]
         buffers += [("gradient_landing", slot.landing.buffer) for slot in self._window.slots]
@@ -348,7 +348,7 @@ class RowExchange:
         totals = {"cache_index": size} if (size := self.cache.host_bytes()) else {}
         for name, buffer in buffers:
             size = buffer.numel() * buffer.element_size()
-            totals[name] = totals.get(name, 0) + (pinned_bytes(size) if self.device.kind == "cuda" else size)
+            totals[name] = totals.get(name, 0) + (pinned_bytes(size) if pinned else size)
         return totals
 
     def look_ahead_recall(self, layer: int, hidden: torch.Tensor) -> float:

@@ -46,6 +46,8 @@ class GradientWindow:
     _turn: int = 0
     _accumulated: list[Job | None] = field(init=False)
     """By layer: the last job that added gradients to the window's sum on the host."""
+    _counted: dict[int, Job] = field(default_factory=dict)
+    """By layer: the last job that counted active rows."""
     _sums_sent: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -217,7 +219,8 @@ class GradientWindow:
         def count() -> None:
             self.store.hot[layer].activations[rows] += 1
 
-        self.host.job(f"count {layer}", count, after=(), urgency=LATER)
+        last = self._counted.get(layer)
+        self._counted[layer] = self.host.job(f"count {layer}", count, after=(last,), urgency=LATER)
 
     def _slot(self) -> GradientSlot:
         """The slot whose turn it is."""

@@ -16,7 +16,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -191,7 +191,7 @@ def save_checkpoint(
 
     def write(new: Path) -> None:
         _write_adapter(session, new, meft_version)
-        _save_tensors(optimizer_tensors(session) | {"rng_state": torch.get_rng_state()}, new / OPTIMIZER_STATE)
+        _save_tensors(optimizer_tensors(session) | _random_states(session), new / OPTIMIZER_STATE)
         state.save(new / TRAINING_STATE)
         if observe is not None:
             observe().save(new / RUN_OBSERVED)
@@ -236,7 +236,7 @@ def load_checkpoint(session: Session, folder: Path) -> TrainingState:
     load_adapter(session, folder)
     tensors = load_tensors(folder / OPTIMIZER_STATE)
     restore_optimizer(session, tensors, folder / OPTIMIZER_STATE)
-    _restore_rng(tensors.get("rng_state"), folder / OPTIMIZER_STATE)
+    _restore_random_states(session, tensors, folder / OPTIMIZER_STATE)
     return state
 
 
@@ -246,11 +246,22 @@ def load_observed(folder: Path) -> RunObserved | None:
     return RunObserved.load(path) if path.exists() else None
 
 
-def _restore_rng(state: torch.Tensor | None, path: Path) -> None:
-    if state is None:
+def _random_states(session: Session) -> dict[str, torch.Tensor]:
+    """Of torch's generator, and of the GPU's own, which dropout in a model draws from."""
+    states = {"rng_state": torch.get_rng_state()}
+    if session.device.kind == "cuda":
+        states["cuda_rng_state"] = torch.cuda.get_rng_state(session.device.torch_device)
+    return states
+
+
+def _restore_random_states(session: Session, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A checkpoint that was made without a GPU, or by an older version, has no state of the GPU's generator."""
+    if "rng_state" not in tensors:
         raise UsageError(f"{path}: rng_state is missing")
     try:
-        torch.set_rng_state(state)
+        torch.set_rng_state(tensors["rng_state"])
+        if session.device.kind == "cuda" and "cuda_rng_state" in tensors:
+            torch.cuda.set_rng_state(tensors["cuda_rng_state"], session.device.torch_device)
     except (TypeError, RuntimeError):
         raise UsageError(f"{path}: rng_state is no state of torch's random generator") from None
 
@@ -401,7 +412,7 @@ def optimizer_tensors(session: Session) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def restore_optimizer(session: Session, tensors: dict[str, torch.Tensor], path: Path) -> None:
+def restore_optimizer(session: Session, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """The inverse of :func:`optimizer_tensors`, in place."""
     hot = session.exchange.hot
     if hot is not None:
@@ -414,7 +425,7 @@ def restore_optimizer(session: Session, tensors: dict[str, torch.Tensor], path: 
     session.optimizer_state_was_written()
 
 
-def _restore(target: torch.Tensor, tensors: dict[str, torch.Tensor], name: str, path: Path) -> None:
+def _restore(target: torch.Tensor, tensors: Mapping[str, torch.Tensor], name: str, path: Path) -> None:
     source = tensors.get(name)
     if source is None or source.shape != target.shape or source.dtype != target.dtype:
         found = "nothing" if source is None else f"{tuple(source.shape)} {source.dtype}"

@@ -17,6 +17,7 @@ from meft.planner.models.catalogue import CONFIG_NAME, how_to_download, is_hub_n
 from meft.planner.models.shapes import shape_of
 from meft.planner.models.stored import StoredMethod
 from meft.planner.records.plan import Plan
+from meft.runtime.device.device import cuda_out_of_memory
 from meft.runtime.session.model_folder import SAFE, load_causal_lm, reading
 
 _PROBE = "A word, or two."
@@ -75,7 +76,8 @@ def load_frozen_model(plan: Plan, folder: Path, *, device_kind: str = "cuda") ->
 
     logging.disable_progress_bar()
     options = _weight_options(plan, device_kind) | _text_part_options(folder)
-    model = load_causal_lm(folder, attn_implementation=ATTENTION[plan.request.attention], **options)
+    with cuda_out_of_memory(plan.prediction.device_memory.allocator_budget_bytes):
+        model = load_causal_lm(folder, attn_implementation=ATTENTION[plan.request.attention], **options)
     for module in model.modules():
         quantized: Any = module
         if hasattr(module, "quant_state") and hasattr(module, "compute_dtype"):
@@ -140,7 +142,7 @@ def _text_part_options(folder: Path) -> dict[str, Any]:
 
 def _weight_options(plan: Plan, device_kind: str) -> dict[str, Any]:
     request = plan.request
-    stored, place = request.model.stored, {"": 0} if device_kind == "cuda" else {"": "cpu"}
+    stored, place = request.model.stored, {"": torch.cuda.current_device() if device_kind == "cuda" else "cpu"}
     if stored is not None:
         require_packages(*STORED_PACKAGES[stored.method], purpose=f"weights stored as {stored.title}")
         return {"dtype": QUANTIZED_DTYPE, "device_map": place}

@@ -306,6 +306,7 @@ def open_session(
     clock = clock or LaneClock()
     schedule = schedule or Sequential()
     schedule.on_job = clock
+    clock.follow(device.streams)
     engine = TransferEngine(device, schedule, link_gbps=link_gbps)
     kernels = HostKernels() if compiled else None
     store = HostStore(
@@ -330,7 +331,7 @@ def open_session(
         adapter_dtype=ADAPTER_DTYPES[plan.request.adapter_dtype],
         router_weights=routers,
         cache=cache,
-        clock=clock if device.kind == "emulated" else None,
+        clock=clock,
     )
     optimizer = _router_optimizer(routers, settings, device) if routers else None
     adapter = attach(model, exchange, weights)

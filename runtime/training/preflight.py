@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,6 +17,15 @@ from meft.planner.models.stored import StoredWeights
 from meft.planner.records.plan import Plan
 from meft.runtime.session.model_loading import STORED_PACKAGES
 
+EMULATED = "emulated"
+"""Key of the emulated device's profile."""
+
+
+def for_emulated_device(plan: Plan) -> bool:
+    """Whether a plan is for the emulated device and not for a card, by name or by the profile that was read."""
+    profiles = (used.name for used in plan.inputs.profiles if used.kind == "gpu")
+    return EMULATED in (plan.request.gpu, *profiles)
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -25,17 +36,20 @@ class Machine:
     """Memory of the CUDA device, None where there is none."""
     supports_bf16: bool
     packages: frozenset[str]
+    cuda_free_bytes: int | None = None
+    """Of it, what no program holds now; None where nobody asked."""
 
     @classmethod
     def here(cls) -> Machine:
         """This machine."""
         cuda = torch.cuda.is_available()
-        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if cuda else None
+        free, total = torch.cuda.mem_get_info() if cuda else (None, None)
         optional = {"bitsandbytes", "flash_attn"}.union(*STORED_PACKAGES.values())
         return cls(
-            available_host_bytes=psutil.virtual_memory().available,
+            available_host_bytes=available_memory_bytes(),
             cuda_total_bytes=total,
-            supports_bf16=torch.cuda.is_bf16_supported() if cuda else True,
+            cuda_free_bytes=free,
+            supports_bf16=torch.cuda.is_bf16_supported(including_emulation=False) if cuda else True,
             packages=frozenset(name for name in optional if importlib.util.find_spec(name) is not None),
         )
 
@@ -75,8 +89,13 @@ def _device_problems(plan: Plan, machine: Machine, device_kind: str, budget_byte
                 f"device memory: the plan's budget is {format_bytes(budget_bytes)}, the GPU has "
                 f"{format_bytes(machine.cuda_total_bytes)}; plan again with a smaller --gpu-mem"
             )
+        elif machine.cuda_free_bytes is not None and budget_bytes > machine.cuda_free_bytes:
+            problems.append(_shared_card(machine.cuda_total_bytes, machine.cuda_free_bytes, budget_bytes))
         if "bf16" in (request.weights_dtype, request.adapter_dtype) and not machine.supports_bf16:
-            problems.append("bf16: this GPU does not support it; plan again with fp32 weights and adapter")
+            problems.append(
+                "bf16: this GPU has no units for it (torch emulates it, many times slower); plan again with fp32 "
+                "weights and adapter"
+            )
     stored = request.model.stored
     if stored is not None:
         problems += _stored_problems(stored, machine, device_kind)
@@ -101,6 +120,30 @@ def _stored_problems(stored: StoredWeights, machine: Machine, device_kind: str) 
         commands = " && ".join(INSTALL[name] for name in missing)
         problems.append(f"weights stored as {stored.title}: {' and '.join(missing)} missing; install: {commands}")
     return problems
+
+
+def _shared_card(total_bytes: int, free_bytes: int, budget_bytes: int) -> str:
+    """The card would hold the budget were it ours alone."""
+    return (
+        f"device memory: the card is shared: of {format_bytes(total_bytes)}, other programs and the CUDA context hold "
+        f"{format_bytes(total_bytes - free_bytes)}, and {format_bytes(free_bytes)} are free for the plan's "
+        f"{format_bytes(budget_bytes)}; close what else uses the GPU (nvidia-smi lists it), or plan again with a "
+        f"smaller --gpu-mem"
+    )
+
+
+def available_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """RAM that this process can still have: the machine's, or what its control group leaves, page cache not counted."""
+    available = [psutil.virtual_memory().available]
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        inactive = re.search(r"^inactive_file (\d+)$", (cgroup / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return available[0]
+    if limit.isdecimal():
+        available.append(max(0, int(limit) - used + (int(inactive[1]) if inactive else 0)))
+    return min(available)
 
 
 def _notes(plan: Plan, budget_bytes: int) -> list[str]:

@@ -131,9 +131,10 @@ def compare(plan: Plan, observed: Observed) -> tuple[Comparison, ...]:
     )
 
 
-def host_memory(session: Session) -> ObservedHostMemory:
-    """Bytes of the tables and staging buffers, as allocated."""
-    sizes = session.store.bytes_by_category() | session.exchange.host_buffer_bytes()
+def host_memory(session: Session, *, pinned: bool | None = None) -> ObservedHostMemory:
+    """Bytes of the tables and staging buffers, as allocated; ``pinned``: as if on CUDA, whatever the device."""
+    pinned = session.device.kind == "cuda" if pinned is None else pinned
+    sizes = session.store.bytes_by_category() | session.exchange.host_buffer_bytes(pinned=pinned)
     entries = tuple(
         MemoryEntry(
             place="host", phase="resident", category=name, num_bytes=size, basis="counted", because="as allocated"

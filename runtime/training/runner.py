@@ -53,7 +53,6 @@ from meft.runtime.training.training import Progress, Trainer, TrainingOptions
 from meft.runtime.use.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
 
 DeviceKind = Literal["cuda", "emulated"]
-EMULATED = "emulated"
 """The name of the profile that a plan for the emulated device rests on."""
 DEFAULT_STEPS = 100
 DEFAULT_REPLAY_SHARE = 0.1
@@ -318,7 +317,7 @@ def _open_nvml(kind: DeviceKind) -> NvmlReader | NvmlUnavailable:
     Preflight comes later, as even asking torch for bf16 allocates on cards that have none.
     """
     if kind == "cuda":
-        return NvmlReader.open(0)
+        return NvmlReader.open(torch.cuda.current_device() if torch.cuda.is_available() else 0)
     return NvmlUnavailable("emulated device: there is no GPU to ask")
 
 
@@ -421,11 +420,12 @@ def _documents_apart(plan: Plan, model: torch.nn.Module, display: Display) -> bo
 
 
 def _write_trace(session: Session, path: Path) -> None:
-    """The tasks of the last step; on CUDA those of the cpu lane alone, as its streams keep no log."""
+    """The tasks of the last step; on CUDA without the copies, whose streams keep no log."""
     session.drain()
+    session.clock.settle()
     events = session.clock.events()
     if session.device.kind == "cuda":
-        events = [event for event in events if event.lane == "cpu"]
+        events = [event for event in events if event.lane in ("cpu", "gpu")]
     text = json.dumps(chrome_trace(events), separators=(",", ":"))
     with writing(path, hint="the adapter and the last checkpoint are whole"):
         path.write_text(text, encoding="utf-8")
@@ -468,8 +468,7 @@ def _device_kind(plan: Plan, options: RunOptions) -> DeviceKind:
         return options.device
     if torch.cuda.is_available():
         return "cuda"
-    profiles = (used.name for used in plan.inputs.profiles if used.kind == "gpu")
-    if EMULATED in (plan.request.gpu, *profiles):
+    if preflight.for_emulated_device(plan):
         return "emulated"
     raise MachineError(
         f"the plan is for {plan.request.gpu} and torch sees no CUDA device here; --device emulated trains on the CPU "

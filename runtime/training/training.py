@@ -392,11 +392,11 @@ def best_result(results: Sequence[Scores]) -> int:
 
 
 def worked(session: Session, steps: int) -> Worked:
-    """What the lanes have done in ``steps`` steps, once nothing is under way; the gpu's work is not timed on CUDA."""
+    """What the lanes have done in ``steps`` steps, once nothing is under way."""
     copies, clock = session.engine.busy_seconds(), session.clock
-    lanes: dict[Lane, float] = {"h2d": copies["h2d"], "d2h": copies["d2h"], "cpu": clock.busy_seconds["cpu"]}
-    if session.device.kind == "emulated":
-        lanes["gpu"] = clock.busy_seconds["gpu"]
+    clock.settle()
+    lanes: dict[Lane, float] = {"h2d": copies["h2d"], "d2h": copies["d2h"]}
+    lanes |= {"cpu": clock.busy_seconds["cpu"], "gpu": clock.busy_seconds["gpu"]}
     return Worked(steps, lanes, dict(clock.host_seconds))
 
 

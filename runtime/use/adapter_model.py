@@ -174,7 +174,7 @@ class AdapterModel(nn.Module):
             session = open_session(
                 loaded,
                 base,
-                _device(device, loaded),
+                _device(device, loaded, base),
                 seed=seed,
                 settings=settings,
                 schedule=Overlapped() if schedule == "overlapped" else Sequential(),
@@ -381,10 +381,12 @@ class AdapterModel(nn.Module):
         return grad
 
 
-def _device(name: DeviceName, plan: Plan) -> Device:
+def _device(name: DeviceName, plan: Plan, base: nn.Module) -> Device:
+    """The device, on CUDA the one that the base lies on, if it does lie on one."""
     budget = plan.prediction.device_memory.allocator_budget_bytes
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        return CudaDevice(budget)
+        places = {parameter.device.index for parameter in base.parameters() if parameter.device.type == "cuda"}
+        return CudaDevice(budget, next(iter(places)) if len(places) == 1 else None)
     return EmulatedDevice(budget)
 
 

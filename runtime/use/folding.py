@@ -83,8 +83,8 @@ def _require_all_rows(layers: Sequence[LayerRows]) -> None:
         return
     met = sum(shares) / len(shares)
     raise UsageError(
-        f"in training {met:.0%} of the {width:,} rows were active in a micro-batch, and in an FFN all would be, which is "
-        f"another function than the trained one; {_INSTEAD}"
+        f"in training {met:.0%} of the {width:,} rows were active in a micro-batch, and in an FFN all would be, which "
+        f"is another function than the trained one; {_INSTEAD}"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,30 @@ from torch import nn
 
 from meft.runtime.session.checkpoint import optimizer_tensors, restore_optimizer
 from meft.runtime.session.session import Session
+
+
+class HostState(Mapping[str, torch.Tensor]):
+    """An optimizer's tensors by name, which stay on the host.
+
+    When a Trainer is made, accelerate moves whatever lists, dicts and tensors an optimizer's state consists of to the
+    model's device: moments of many GiB. This is none of these, and is saved as a dict.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = OrderedDict(tensors)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As an ordered dict: ``torch.load`` knows that one without being told to trust it."""
+        return OrderedDict, (), None, None, iter(self._tensors.items())
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -56,7 +81,7 @@ class RowOptimizer(torch.optim.Optimizer):
         counts = [tables.step_counts for tables in self.session.store.layers]
         stepped = any(bool(count.any()) for count in counts)
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
-        return {"state": optimizer_tensors(self.session) if stepped else {}, "param_groups": groups}
+        return {"state": HostState(optimizer_tensors(self.session)) if stepped else {}, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`, in place."""

@@ -31,4 +31,5 @@ def own_memory() -> Iterator[None]:
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.set_per_process_memory_fraction(1.0)
+    torch._C._cuda_clearCublasWorkspaces()  # a test's streams are gone, their workspaces of many MiB are not
     torch.cuda.empty_cache()

