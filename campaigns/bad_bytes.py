@@ -8,7 +8,7 @@ them (bytes, JSON values, a safetensors header, a record sealed with a new diges
 worker process whose address space is limited, with an alarm. A trial passes if the file is read, or refused by a
 MeftError of one line (of data, a line for each of the first few bad lines); it fails on any other exception, on more
 than :data:`LIMIT_SECONDS`, and if the worker dies. Which mutation a trial makes depends on the seed and its number
-alone: ``--only N`` repeats one, and shows the traceback.
+alone: ``--only N`` repeats one, and shows the traceback. Results of several sessions add up in ``--json FILE``.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from record import Record
 
 ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 10.0
@@ -161,6 +163,7 @@ def targets(folder: Path) -> list[Target]:
 
     def resume(path: Path) -> None:
         checkpoint.load_checkpoint(session, path.parent)
+        checkpoint.load_observed(path.parent)
 
     found = [
         Target("plan", folder / "plan.json", plan_and_audit, seal=Plan),
@@ -188,9 +191,10 @@ def targets(folder: Path) -> list[Target]:
         if path.suffix in (".json", ".safetensors"):
             seal = checkpoint.AdapterConfig if path.suffix == ".json" else None
             found.append(Target(f"adapter: {path.suffix}", path, adapter, seal, beside=path.parent))
+    seals = {checkpoint.TRAINING_STATE: checkpoint.TrainingState, checkpoint.RUN_OBSERVED: checkpoint.RunObserved}
     for path in sorted(checkpoint_folder.iterdir()):
         if path.suffix in (".json", ".safetensors"):
-            seal = checkpoint.TrainingState if path.name == checkpoint.TRAINING_STATE else None
+            seal = seals.get(path.name)
             found.append(Target(f"checkpoint: {path.name}", path, resume, seal, beside=checkpoint_folder))
     return found
 
@@ -433,31 +437,33 @@ def _too_slow(number: int, frame: object) -> None:
     raise TooSlow
 
 
-def run(numbers: list[int], seed: int, samples: Path, *, until: float = float("inf")) -> Iterator[dict[str, Any]]:
-    """Results of trials, from workers that are replaced when one dies or hangs; no more begin after ``until``."""
+def run(numbers: list[int], seed: int, samples: Path) -> Generator[dict[str, Any], None, None]:
+    """Results of trials in their order, from workers that are replaced when one dies or hangs."""
     left = collections.deque(numbers)
-    while left and time.monotonic() < until:
+    while left:
         command = [sys.executable, __file__, "--work", str(samples), "--seed", str(seed)]
         worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=_errors(numbers))
         assert worker.stdin is not None
         worker.stdin.write(json.dumps(list(left)).encode())
         worker.stdin.close()
-        yield from _results(worker, left, until)
-        worker.kill()
-        worker.wait()
-        shutil.rmtree(samples / f"trial-{worker.pid}", ignore_errors=True)
+        try:
+            yield from _results(worker, left)
+        finally:
+            worker.kill()
+            worker.wait()
+            shutil.rmtree(samples / f"trial-{worker.pid}", ignore_errors=True)
 
 
 def _errors(numbers: list[int]) -> int | None:
     return None if len(numbers) == 1 or os.environ.get("MEFT_DEBUG") else subprocess.DEVNULL
 
 
-def _results(worker: subprocess.Popen[bytes], left: collections.deque[int], until: float) -> Iterator[dict[str, Any]]:
+def _results(worker: subprocess.Popen[bytes], left: collections.deque[int]) -> Iterator[dict[str, Any]]:
     """What a worker reports until it ends, and that it died or hung in a trial; ``left`` loses what is done."""
     assert worker.stdout is not None
     current: int | None = None
     waiting, patience = 120.0, 3 * LIMIT_SECONDS  # loading everything takes longer than a trial may
-    while time.monotonic() < until:
+    while True:
         ready = select.select([worker.stdout], [], [], waiting)[0]
         line = worker.stdout.readline() if ready else b""
         if not line:
@@ -477,27 +483,30 @@ def _results(worker: subprocess.Popen[bytes], left: collections.deque[int], unti
             yield said
 
 
-def summary(results: list[dict[str, Any]], *, seed: int, command: str, seconds: float) -> dict[str, Any]:
-    """Counts by target and outcome, and each failure."""
-    passed = ("read", "refused")
-    counts: dict[str, collections.Counter[str]] = {}
-    for result in results:
-        counts.setdefault(result.get("target", "unknown"), collections.Counter())[result["outcome"]] += 1
-    failures = [result for result in results if result["outcome"] not in passed]
-    return {
-        "campaign": "bad bytes",
-        "command": command,
-        "seed": seed,
-        "tried": len(results),
-        "passed": len(results) - len(failures),
-        "failed": len(failures),
-        "refused": sum(result["outcome"] == "refused" for result in results),
-        "slowest_trial_seconds": max((result.get("seconds", 0.0) for result in results), default=0.0),
-        "limits": {"seconds": LIMIT_SECONDS, "memory_bytes": MEMORY_BYTES},
-        "wall_seconds": round(seconds),
-        "by_target": {name: dict(sorted(count.items())) for name, count in sorted(counts.items())},
-        "failures": failures[:200],
-    }
+def count(record: Record, result: dict[str, Any]) -> None:
+    """One more trial: read, refused by one line, or a failure."""
+    target, outcome = result.get("target", "unknown"), result["outcome"]
+    passed = outcome in ("read", "refused")
+    record.counts["tried"] += 1
+    record.counts["passed"] += passed
+    record.counts[outcome] += 1
+    of_target = record.details.setdefault(target, {})
+    of_target[outcome] = of_target.get(outcome, 0) + 1
+    record.note_largest("seconds of a trial", result.get("seconds", 0.0))
+    if not passed:
+        record.fail(result["number"], outcome, **{name: result[name] for name in result if name != "number"})
+
+
+def campaign(record: Record, trials: int, *, seconds: float | None) -> None:
+    """Trials up to that number of the seed, from where its file stands."""
+    with tempfile.TemporaryDirectory(prefix="meft-bad-bytes-") as samples:
+        make_samples(Path(samples))
+        results = run(list(range(record.trials, trials)), record.seed, Path(samples))
+        for number in record.numbers(trials, seconds=seconds):
+            result = next(results)
+            assert result["number"] == number
+            count(record, result)
+        results.close()
 
 
 def main() -> None:
@@ -505,9 +514,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where the result goes")
-    parser.add_argument("--only", type=int, help="this trial alone")
-    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="begin no more trials after so long")
+    parser.add_argument("--json", type=Path, help="where results add up")
+    parser.add_argument("--only", type=int, help="this trial alone, noted nowhere")
+    parser.add_argument("--seconds", type=float, help="begin no trial after so long; the same command goes on")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
@@ -515,19 +524,16 @@ def main() -> None:
     if given.work is not None:
         work(given.work, json.load(sys.stdin), given.seed)
         return
-    numbers = list(range(given.count)) if given.only is None else [given.only]
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="meft-bad-bytes-") as samples:
-        make_samples(Path(samples))
-        results = list(run(numbers, given.seed, Path(samples), until=started + given.max_seconds))
-    command = " ".join(["python", "campaigns/bad_bytes.py", *sys.argv[1:]])
-    outcome = summary(results, seed=given.seed, command=command, seconds=time.monotonic() - started)
-    if given.json is not None:
-        given.json.write_text(json.dumps(outcome, indent=2) + "\n")
-    print(json.dumps({name: value for name, value in outcome.items() if name != "failures"}, indent=2))
-    for failure in outcome["failures"][:40]:
-        print(json.dumps(failure), file=sys.stderr)
-    sys.exit(1 if outcome["failed"] or not results else 0)
+    record = Record("bad_bytes", given.seed, given.json if given.only is None else None)
+    if given.only is None:
+        campaign(record, given.count, seconds=given.seconds)
+    else:
+        with tempfile.TemporaryDirectory(prefix="meft-bad-bytes-") as samples:
+            make_samples(Path(samples))
+            for result in run([given.only], given.seed, Path(samples)):
+                count(record, result)
+    record.tell()
+    sys.exit(1 if record.failures or not record.counts["tried"] else 0)
 
 
 if __name__ == "__main__":

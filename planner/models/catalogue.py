@@ -140,11 +140,11 @@ def _from_file(path: Path) -> tuple[ModelShape, dict[str, Any], str]:
 
 def text_part(config: dict[str, Any]) -> dict[str, Any]:
     """The text decoder's config of a model of text and images that is known here, any other config as it is."""
-    text = config.get("text_config")
-    if config.get("model_type") not in _WRAPPERS or not isinstance(text, dict):
+    text, model_type = config.get("text_config"), config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _WRAPPERS or not isinstance(text, dict):
         return config
     stored = {name: config[name] for name in ("quantization_config",) if config.get(name) is not None}
-    return {"model_type": _WRAPPERS[config["model_type"]], **text, **stored}
+    return {"model_type": _WRAPPERS[model_type], **text, **stored}
 
 
 def _convert_first(folder: Path, file: str) -> UsageError:

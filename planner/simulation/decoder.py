@@ -117,7 +117,7 @@ class Decoder:
         for number, block in enumerate(self.weights.blocks, start=1):
             block.slides = self.shape.slides(number - 1)
             x = self._block(x, block, resting if pause and number % pause == 0 else shared)
-        self._named = (embedded, positions, others, shared.rotary, masks)
+        self._named = (*self._named, embedded, positions, others, shared.rotary, masks)
         return x
 
     def logits(self, normalised: Tensor) -> Tensor:
@@ -148,6 +148,7 @@ class Decoder:
             x = ops.scale(x, "embeddings")
         if self.weights.positions is not None:
             positions = ops.embedding(self.weights.positions, setup.seq_len, shape.hidden_size)
+            self._named = (x, positions)
             x = ops.add(x, positions, "layer_inputs")
         return ops.dropout(x, "layer_inputs", active=shape.embedding_dropout)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,13 +15,13 @@ CAMPAIGN = ROOT / "campaigns" / "bad_bytes.py"
 def test_bad_bytes_in_a_reduced_form(tmp_path) -> None:
     """Every kind of file several times; the committed result is of many more."""
     path = tmp_path / "result.json"
-    command = [sys.executable, CAMPAIGN, "--count", "230", "--seed", "3", "--json", path]
+    command = [sys.executable, CAMPAIGN, "--count", "240", "--seed", "3", "--json", path]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(path.read_text())
-    assert (result["tried"], result["failed"]) == (230, 0)
-    assert len(result["by_target"]) == 23
-    assert result["refused"] > 100
+    assert (result["counts"]["tried"], result["counts"]["passed"]) == (240, 240)
+    assert len(result["seeds"]["3"]["details"]) == 24
+    assert result["counts"]["refused"] > 100
 
 
 def test_the_campaign_fails_where_a_reader_does(tmp_path) -> None:
@@ -41,7 +42,18 @@ def test_the_campaign_fails_where_a_reader_does(tmp_path) -> None:
     script = CAMPAIGN.read_text().replace("sys.executable, __file__", f"sys.executable, {str(broken)!r}")
     changed = tmp_path / "bad_bytes.py"
     changed.write_text(script.replace("Path(__file__).parents[1]", f"Path({str(ROOT)!r})"))
-    command = [sys.executable, changed, "--only", "1079", "--seed", "11"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    command = [sys.executable, changed, "--only", "26182", "--seed", "11"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(CAMPAIGN.parent), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=env)
     assert done.returncode == 1
-    assert '"outcome": "KeyError"' in done.stderr, done.stderr[-3000:]
+    assert '"why": "KeyError"' in done.stderr, done.stderr[-3000:]
+
+
+def test_a_load_in_a_reduced_form(tmp_path) -> None:
+    """Two runs at once with an empty cache, one core, and a run of 300 steps; the committed result is of 10,000."""
+    path = tmp_path / "result.json"
+    command = [sys.executable, CAMPAIGN.with_name("load.py"), "--count", "300", "--json", path]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=env)
+    result = json.loads(path.read_text())
+    assert (done.returncode, result["counts"]) == (0, {"tried": 3, "passed": 3, "failed": 0}), result["parts"]

@@ -345,3 +345,12 @@ def test_a_value_that_is_refused_is_shown_shortened() -> None:
     with pytest.raises(UsageError, match=r"config field hidden_size = 'x+\.\.\. is not a positive integer$") as caught:
         shape_from_config(LLAMA | {"hidden_size": "x" * 100_000}, name="x")
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("model_type", [{}, [], None, 5, True])
+def test_a_model_type_that_is_no_text_is_one_line(tmp_path, model_type) -> None:
+    """Also one that cannot be looked up in a table, which ended in a TypeError."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": model_type, "text_config": {}}))
+    with pytest.raises(UsageError, match="config has no model_type"):
+        load_model(str(path))

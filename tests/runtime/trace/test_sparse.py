@@ -126,6 +126,18 @@ def test_full_and_sliding_layers_have_a_mask_each() -> None:
     assert peaks.allocated_bytes == device.peaks().allocated_bytes
 
 
+def test_embeddings_of_tokens_and_positions_last_until_the_decoder_returns() -> None:
+    """They have names there; in a model of one layer that decides the peak."""
+    config = {"model_type": "gpt2", "n_embd": 256, "n_layer": 1, "n_head": 4, "n_inner": 512, "vocab_size": 256}
+    config |= {"n_positions": 64}
+    config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    shape = shape_from_config(config, name="gpt2")
+    plan = hand_plan(shape, decision(**NARROW), **({"batch_size": 4, "seq_len": 50} | BF16))
+    _, device = logged(plan, config, windows=2)
+    peaks = replayed_peaks(plan.request, plan.decision, load_gpu("emulated"))
+    assert peaks.allocated_bytes >= device.peaks().allocated_bytes
+
+
 def require_equal(plan: Plan, config: dict[str, Any]) -> None:
     """The simulated step and the emulated device's are the same events, and so are their peaks."""
     (once, *windows), device = logged(plan, config, windows=3 if plan.decision.hot_rows else 2)

@@ -7,7 +7,7 @@ import torch
 from accelerate.optimizer import move_to_device
 from safetensors.torch import load_file
 from sessions import EXPERTS, open_small, random_examples, small_plan, small_trainer
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.data.examples import collate
@@ -109,6 +109,27 @@ def test_a_trainer_without_the_adapters_optimizer_is_refused_at_its_first_step(g
     base = LlamaForCausalLM.from_pretrained(glass_folder)
     model = AdapterModel.from_plan(base, small_plan(glass_folder, choice=choice), device="emulated")
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=data())
+    with pytest.raises(UsageError, match=r"AdamW would train nothing .* \*\*trainer_arguments\(model, args\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_an_sft_trainer_without_the_adapters_optimizer_is_refused_at_its_first_step(glass_folder, tmp_path) -> None:
+    """TRL's trainer is a Trainer; where it is not installed this says nothing."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    base = LlamaForCausalLM.from_pretrained(glass_folder)
+    model = AdapterModel.from_plan(base, small_plan(glass_folder, choice={}), device="emulated")
+    table = datasets.table.InMemoryTable.from_pydict({"input_ids": [each["input_ids"].tolist() for each in data()]})
+    rows = datasets.Dataset(table, fingerprint="examples")
+    options = {
+        "max_length": 24,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    args = trl.SFTConfig(**arguments(tmp_path).to_dict() | options)
+    tokenizer = AutoTokenizer.from_pretrained(glass_folder)
+    trainer = trl.SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     with pytest.raises(UsageError, match=r"AdamW would train nothing .* \*\*trainer_arguments\(model, args\)"):
         trainer.train()
     assert trainer.state.global_step == 0
