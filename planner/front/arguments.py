@@ -98,6 +98,7 @@ class EstimateArguments(TypedDict, total=False):
     activation_checkpointing: bool | None
     attention: Attention | None
     optimizer: OptimizerName | None
+    trl_casts: bool | None
     optimizer_in_backward: bool | None
     kernels: str | tuple[str, ...] | None
     master_weights: bool | None

@@ -88,6 +88,8 @@ class TrainingSetup(Record):
     double_quant: bool = False
     kbit_preparation: bool = False
     """What PEFT's ``prepare_model_for_kbit_training`` does: every 16-bit parameter that is left becomes fp32."""
+    trl_casts: bool = False
+    """What TRL 0.x does to a 4-bit model that trains with ``bf16=True``: norms are fp32, embeddings and head bf16."""
     autocast: Autocast = "none"
     adapter_dtype: AdapterDtype = "fp32"
     batch_size: Count = 1

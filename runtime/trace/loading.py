@@ -102,6 +102,33 @@ def prepare(books: CudaBooks, model: nn.Module, setup: TrainingSetup) -> None:
         loaded.activation_checkpointing_enable()
 
 
+def cast_as_trl(books: CudaBooks, model: nn.Module) -> None:
+    """TRL's ``peft_module_casting_to_bf16``: norms by their names to fp32, embeddings and head from there to bf16."""
+    for path, module in model.named_modules():
+        norm = isinstance(module, nn.LayerNorm) or "norm" in path
+        table = any(name in path for name in ("lm_head", "embed_tokens", "wte", "wpe"))
+        for name, old in list(module.named_parameters(recurse=False)) if norm or table else ():
+            dtype = torch.float32 if norm else torch.bfloat16
+            if old.dtype == dtype or (table and not norm and old.dtype != torch.float32):
+                continue
+            with books.category(books.entered_as(old)), books:
+                new = nn.Parameter(old.detach().to(dtype), requires_grad=False)
+            for holder, attribute in _places(model, old):
+                holder.register_parameter(attribute, new)
+            del name
+        old = new = None
+
+
+def _places(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Where a parameter is: in more than one place when tied."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, own in module.named_parameters(recurse=False)
+        if own is parameter
+    ]
+
+
 def _cast_to_fp32(books: CudaBooks, model: nn.Module) -> None:
     """All parameters frozen, and those in 16 bits cast one after the other."""
     model.requires_grad_(False)

@@ -267,6 +267,7 @@ OTHERS = [
     {"optimizer_in_backward": True},
     *({"loss": loss, "seq_len": 128} for loss in ("fused-ce-shifted", "fused-ce-upcast", "trl-chunked")),
     {"loss": "torchtune-chunked", "seq_len": 128},
+    {"method": "qlora", "kbit_preparation": True, "trl_casts": True, "autocast": "bf16"},
     *({"kernels": (kernel,), "method": "lora"} for kernel in ("rms-norm", "swiglu", "rope")),
 ]
 
