@@ -70,6 +70,11 @@ def setup_options(command: Command) -> Command:
             default=None,
             help="[default: on if need be]",
         ),
+        option(
+            "--reentrant/--no-reentrant",
+            default=None,
+            help="The kind of checkpointing (use_reentrant). [default: reentrant where PEFT prepares a 4-bit model]",
+        ),
         option("--attention", type=click.Choice(get_args(Attention)), help="[default: sdpa; eager for Gemma 2]"),
         option("--optimizer", "--optim", type=OptimizerChoice(), help="Also by transformers' names. [default: adamw]"),
         option(

@@ -53,6 +53,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "lora_dropout": _LORA,
     "kbit_preparation": _LORA,
     "trl_casts": _LORA,
+    "reentrant": _DENSE,
     "adapter_width": ("meft", "parallel-adapter"),
     "adapter_dtype": ("meft", "parallel-adapter", *_LORA),
     "top_k": ("meft",),
@@ -102,6 +103,7 @@ class EstimateRequest(Record):
     double_quant: bool | None = None
     kbit_preparation: bool | None = None
     trl_casts: bool | None = None
+    reentrant: bool | None = None
     autocast: Autocast | None = None
     adapter_dtype: AdapterDtype | None = None
     batch_size: BatchSize = 2
@@ -151,13 +153,13 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
     estimate = first_that_fits(tried)
     estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=tried[0])})
     setup = setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
-    on = {"gpu": profiles.gpu, "gpu_mem_bytes": planned.request.gpu_mem_bytes}
+    gpu, gpu_mem = profiles.gpu, planned.request.gpu_mem_bytes
     if verify:
         traced = traced_setup(setup, _config(planned), workspace_bytes=_workspace(planned))
-        return with_trace(estimate, traced, **on), notes
+        return with_trace(estimate, traced, gpu=gpu, gpu_mem_bytes=gpu_mem), notes
     if not estimate.fits:
         stream = dense_stream(setup, profiles.gpu)
-        estimate = with_verdict(estimate, stream, stream_peaks(stream), **on)
+        estimate = with_verdict(estimate, stream, stream_peaks(stream), gpu=gpu, gpu_mem_bytes=gpu_mem)
     return estimate, notes
 
 
@@ -203,6 +205,7 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
         double_quant=double_quant,
         kbit_preparation=bool(asked.kbit_preparation),
         trl_casts=bool(asked.trl_casts),
+        reentrant=asked.reentrant,
         autocast=asked.autocast or "none",
         adapter_dtype=asked.adapter_dtype or "fp32",
         batch_size=asked.batch_size,
@@ -360,8 +363,8 @@ def _estimate_meft(asked: EstimateRequest, *, verify: bool) -> tuple[Estimate, t
     estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=_plain(planned, plan))})
     if verify:
         traced = traced_plan(plan, _config(planned), workspace_bytes=_workspace(planned))
-        on = {"gpu": planned.profiles.gpu, "gpu_mem_bytes": planned.request.gpu_mem_bytes}
-        estimate = with_trace(estimate, traced, **on)
+        gpu, gpu_mem = planned.profiles.gpu, planned.request.gpu_mem_bytes
+        estimate = with_trace(estimate, traced, gpu=gpu, gpu_mem_bytes=gpu_mem)
     return estimate, planned.notes
 
 

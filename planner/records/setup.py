@@ -96,6 +96,9 @@ class TrainingSetup(Record):
     seq_len: Count = 1024
     grad_accum: Count = 1
     activation_checkpointing: bool = False
+    reentrant: bool | None = None
+    """Which kind of activation checkpointing; null: torch's default, the reentrant one, where PEFT prepares a quantized
+    model, and transformers' default elsewhere."""
     attention: Attention = "sdpa"
     optimizer: OptimizerName = "adamw"
     kernels: tuple[KernelName, ...] = ()
@@ -109,6 +112,14 @@ class TrainingSetup(Record):
     """Batches are padded, so that a mask tensor exists."""
     outputs_kept: bool = True
     """The loop holds on to the model's outputs, so that logits and (without checkpointing) the KV cache stay alive."""
+
+    @property
+    def checkpoints_reentrantly(self) -> bool:
+        """Transformers names the kind, PEFT's preparation of a quantized model does not: torch takes the reentrant
+        one."""
+        if self.reentrant is not None:
+            return self.reentrant
+        return self.kbit_preparation and self.weights_dtype == "nf4"
 
     @property
     def tokens(self) -> int:

@@ -444,6 +444,8 @@ def setups(draw: st.DrawFn) -> TrainingSetup:
         attention=draw(st.sampled_from(["sdpa", "flash", "eager"])),
         optimizer=draw(st.sampled_from(get_args(OptimizerName))),
         loss=draw(st.sampled_from(sorted(LOSS_KINDS))),
+        kernels=draw(st.sampled_from([(), resolve_kernels(shape, ["liger"])])),
+        reentrant=draw(st.sampled_from([None, True, False])),
         padded=draw(st.booleans()),
         outputs_kept=draw(st.booleans()),
     )
