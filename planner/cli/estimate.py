@@ -55,6 +55,11 @@ def setup_options(command: Command) -> Command:
             default=None,
             help="PEFT's prepare_model_for_kbit_training: what is not quantized becomes fp32.",
         ),
+        option(
+            "--trl-casts/--no-trl-casts",
+            default=None,
+            help="TRL 0.x's casts of a 4-bit model with bf16=True: norms in fp32, embeddings and head in bf16.",
+        ),
         option("--autocast", type=click.Choice(get_args(Autocast)), help="[default: none]"),
         option("--adapter-dtype", type=click.Choice(get_args(AdapterDtype)), help="[default: fp32; MEFT: bf16]"),
         option("--batch-size", type=click.IntRange(1, MAX_BATCH_SIZE), help="[default: 2]"),
@@ -64,6 +69,11 @@ def setup_options(command: Command) -> Command:
             "--activation-checkpointing/--no-activation-checkpointing",
             default=None,
             help="[default: on if need be]",
+        ),
+        option(
+            "--reentrant/--no-reentrant",
+            default=None,
+            help="The kind of checkpointing (use_reentrant). [default: reentrant where PEFT prepares a 4-bit model]",
         ),
         option("--attention", type=click.Choice(get_args(Attention)), help="[default: sdpa; eager for Gemma 2]"),
         option("--optimizer", "--optim", type=OptimizerChoice(), help="Also by transformers' names. [default: adamw]"),

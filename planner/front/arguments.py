@@ -100,6 +100,8 @@ class EstimateArguments(TypedDict, total=False):
     activation_checkpointing: bool | None
     attention: Attention | None
     optimizer: OptimizerName | None
+    trl_casts: bool | None
+    reentrant: bool | None
     optimizer_in_backward: bool | None
     kernels: str | tuple[str, ...] | None
     master_weights: bool | None

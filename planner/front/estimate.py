@@ -53,6 +53,8 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "target_modules": _LORA,
     "lora_dropout": _LORA,
     "kbit_preparation": _LORA,
+    "trl_casts": _LORA,
+    "reentrant": _DENSE,
     "adapter_width": ("meft", "parallel-adapter"),
     "adapter_dtype": ("meft", "parallel-adapter", *_LORA),
     "top_k": ("meft",),
@@ -115,6 +117,8 @@ class EstimateRequest(Record):
     weights_dtype: WeightsDtype | None = None
     double_quant: bool | None = None
     kbit_preparation: bool | None = None
+    trl_casts: bool | None = None
+    reentrant: bool | None = None
     autocast: Autocast | None = None
     adapter_dtype: AdapterDtype | None = None
     batch_size: BatchSize = 2
@@ -228,6 +232,8 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
         weights_dtype=weights,
         double_quant=double_quant,
         kbit_preparation=bool(asked.kbit_preparation),
+        trl_casts=bool(asked.trl_casts),
+        reentrant=asked.reentrant,
         autocast=asked.autocast or "none",
         adapter_dtype=asked.adapter_dtype or "fp32",
         batch_size=asked.batch_size,

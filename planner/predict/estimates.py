@@ -97,6 +97,7 @@ class Estimate(Record):
     attention: Attention
     activation_checkpointing: bool
     optimizer: OptimizerName
+    trl_casts: bool = False
     kernels: tuple[KernelName, ...] = ()
     optimizer_in_backward: bool = False
     master_weights: bool = False
@@ -330,6 +331,7 @@ def _estimate(
         "attention": setup.attention,
         "activation_checkpointing": setup.activation_checkpointing,
         "optimizer": setup.optimizer,
+        "trl_casts": setup.trl_casts,
         "kernels": setup.kernels,
         "optimizer_in_backward": setup.optimizer_in_backward,
         "master_weights": setup.master_weights,

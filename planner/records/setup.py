@@ -88,12 +88,17 @@ class TrainingSetup(Record):
     double_quant: bool = False
     kbit_preparation: bool = False
     """What PEFT's ``prepare_model_for_kbit_training`` does: every 16-bit parameter that is left becomes fp32."""
+    trl_casts: bool = False
+    """What TRL 0.x does to a 4-bit model that trains with ``bf16=True``: norms are fp32, embeddings and head bf16."""
     autocast: Autocast = "none"
     adapter_dtype: AdapterDtype = "fp32"
     batch_size: Count = 1
     seq_len: Count = 1024
     grad_accum: Count = 1
     activation_checkpointing: bool = False
+    reentrant: bool | None = None
+    """Which kind of activation checkpointing; null: torch's default, the reentrant one, where PEFT prepares a quantized
+    model, and transformers' default elsewhere."""
     attention: Attention = "sdpa"
     optimizer: OptimizerName = "adamw"
     kernels: tuple[KernelName, ...] = ()
@@ -107,6 +112,14 @@ class TrainingSetup(Record):
     """Batches are padded, so that a mask tensor exists."""
     outputs_kept: bool = True
     """The loop holds on to the model's outputs, so that logits and (without checkpointing) the KV cache stay alive."""
+
+    @property
+    def checkpoints_reentrantly(self) -> bool:
+        """Transformers names the kind, PEFT's preparation of a quantized model does not: torch takes the reentrant
+        one."""
+        if self.reentrant is not None:
+            return self.reentrant
+        return self.kbit_preparation and self.weights_dtype == "nf4"
 
     @property
     def tokens(self) -> int:

@@ -158,6 +158,8 @@ def _loop(estimate: Estimate) -> list[str]:
     texts = [f"checkpointing {'on' if estimate.activation_checkpointing else 'off'}", f"{estimate.attention} attention"]
     if estimate.kbit_preparation:
         texts.append("k-bit preparation")
+    if estimate.trl_casts:
+        texts.append("TRL's casts")
     if estimate.autocast != "none":
         texts.append(f"{estimate.autocast} autocast")
     if estimate.optimizer != "adamw":

@@ -195,9 +195,7 @@ class Decoder:
         if not self.setup.activation_checkpointing:
             return region(x)
         shared.cache = None
-        # transformers names the kind, PEFT's preparation of a quantized model does not: torch takes the reentrant one
-        reentrant = self.setup.kbit_preparation and self.setup.weights_dtype == "nf4"
-        return self.ops.tape.checkpoint(region, x, reentrant=reentrant)
+        return self.ops.tape.checkpoint(region, x, reentrant=self.setup.checkpoints_reentrantly)
 
     def _layer(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
         if self.shape.parallel_blocks:

@@ -78,6 +78,8 @@ class Loader:
             self._widen(weights)
         self.tape.mark("loaded")
         self._attach(weights)
+        if self.setup.trl_casts:
+            self._cast_as_trl(weights)
         self.tape.mark("attached")
         return weights
 
@@ -166,12 +168,29 @@ class Loader:
 
     def _widen(self, weights: ModelWeights) -> None:
         """Every parameter that is not quantized becomes fp32, one after the other."""
-        embedding = weights.embedding
-        self._to_fp32(embedding)
-        if weights.head.weight is not embedding:
-            self._to_fp32(weights.head.weight)
-        for tensor in self._small_parameters(weights):
-            self._to_fp32(tensor)
+        for tensor in (*self._tables(weights), *self._small_parameters(weights)):
+            self._recast(tensor, FP32)
+
+    def _cast_as_trl(self, weights: ModelWeights) -> None:
+        """``peft_module_casting_to_bf16``: norms go to fp32, embeddings and head from fp32 to bf16."""
+        for norm in self._norms(weights):
+            for tensor in norm:
+                if tensor is not None:
+                    self._recast(tensor, FP32)
+        for tensor in (*self._tables(weights), weights.positions, weights.head.bias):
+            if tensor is not None and tensor.itemsize == FP32:
+                self._recast(tensor, BF16)
+
+    @staticmethod
+    def _tables(weights: ModelWeights) -> list[Tensor]:
+        """Embedding and head, which may be one."""
+        head = weights.head.weight
+        return [weights.embedding] if head is weights.embedding else [weights.embedding, head]
+
+    @staticmethod
+    def _norms(weights: ModelWeights) -> list[tuple[Tensor, Tensor | None]]:
+        in_blocks = [norm for block in weights.blocks for norm in (*block.norms, *block.head_norms)]
+        return [*in_blocks, weights.final_norm]
 
     def _small_parameters(self, weights: ModelWeights) -> list[Tensor]:
         found = [weights.positions, *weights.final_norm, weights.head.bias]
@@ -182,10 +201,10 @@ class Loader:
                 found += norm
         return [tensor for tensor in found if tensor is not None]
 
-    def _to_fp32(self, tensor: Tensor) -> None:
-        if tensor.itemsize != FP32:
-            wide = self.tape.new(tensor.numel, FP32, "other_weights")
-            tensor.storage, tensor.itemsize = wide.storage, FP32
+    def _recast(self, tensor: Tensor, itemsize: int) -> None:
+        if tensor.itemsize != itemsize:
+            made = self.tape.new(tensor.numel, itemsize, "other_weights")
+            tensor.storage, tensor.itemsize = made.storage, itemsize
 
     def _attach(self, weights: ModelWeights) -> None:
         setup = self.setup

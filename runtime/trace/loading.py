@@ -95,11 +95,48 @@ def prepare(books: CudaBooks, model: nn.Module, setup: TrainingSetup) -> None:
     if not setup.activation_checkpointing:
         return
     loaded: Any = model
-    if setup.kbit_preparation and setup.weights_dtype == "nf4":
+    if setup.reentrant is not None:
+        loaded.enable_input_require_grads()
+        loaded.activation_checkpointing_enable({"use_reentrant": setup.reentrant})
+    elif setup.kbit_preparation and setup.weights_dtype == "nf4":
         loaded.enable_input_require_grads()
         loaded.activation_checkpointing_enable({})
     else:
         loaded.activation_checkpointing_enable()
+
+
+def cast_as_trl(books: CudaBooks, model: nn.Module) -> None:
+    """TRL's ``peft_module_casting_to_bf16``: norms by their names to fp32, embeddings and head from there to bf16."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm) or "norm" in path:
+            _recast(books, model, module, to=torch.float32)
+        elif any(name in path for name in ("lm_head", "embed_tokens", "wte", "wpe")):
+            _recast(books, model, module, to=torch.bfloat16, only=torch.float32)
+
+
+def _recast(
+    books: CudaBooks, model: nn.Module, module: nn.Module, *, to: torch.dtype, only: torch.dtype | None = None
+) -> None:
+    """A module's own parameters, one after the other, wherever they are; ``only`` those of that dtype."""
+    for name in [name for name, _ in module.named_parameters(recurse=False)]:
+        old = module.get_parameter(name)
+        if old.dtype == to or only not in (None, old.dtype):
+            continue
+        with books.category(books.entered_as(old)), books:
+            new = nn.Parameter(old.detach().to(to), requires_grad=False)
+        for holder, attribute in _places(model, old):
+            holder.register_parameter(attribute, new)
+        del old
+
+
+def _places(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Where a parameter is: in more than one place when tied."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, own in module.named_parameters(recurse=False)
+        if own is parameter
+    ]
 
 
 def _cast_to_fp32(books: CudaBooks, model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from meft.runtime.adapter.blocks import decoder_blocks
 from meft.runtime.fake.books import CudaBooks
 from meft.runtime.session.model_loading import COMPUTE_DTYPES
 from meft.runtime.trace.kernels import rotations, use_kernels
-from meft.runtime.trace.loading import build_model, load, prepare
+from meft.runtime.trace.loading import build_model, cast_as_trl, load, prepare
 from meft.runtime.trace.losses import use_loss
 from meft.runtime.trace.meft import plan_of_setup, trace_meft
 from meft.runtime.trace.methods import attach_method
@@ -91,6 +91,8 @@ class _Run:
         prepare(self.books, model, setup)
         self.books.log.moment("loaded")
         model = attach_method(model, setup)
+        if setup.trl_casts:
+            cast_as_trl(self.books, model)
         with self.books.category("trainable_weights"):
             for parameter in model.parameters():
                 self.books.adopt(parameter)

@@ -267,6 +267,26 @@ def test_each_loss_costs_so_many_bytes_a_logit(loss: str) -> None:
     assert slope == pytest.approx(LOSS_KINDS[loss].logit_bytes, abs=0.06)
 
 
+def test_casts_of_trl_leave_a_residual_stream_in_fp32() -> None:
+    """After PEFT's preparation all that is not quantized is fp32; TRL casts embeddings and head (2 V D) back to bf16
+    and leaves the norms. Those give fp32, which a 4-bit layer gives back as it came: the FFN's product is fp32, and the
+    residual stream from the first layer on. With checkpointing the first layer keeps 2 D bytes a token, all others 4 D.
+    """
+    shape = tiny_shape()
+    prepared = {"method": "qlora", "weights_dtype": "nf4", "kbit_preparation": True, "autocast": "bf16"}
+    prepared |= {"rank": 1, "target_modules": ("q_proj",), "activation_checkpointing": True, "outputs_kept": False}
+    streams = {cast: simulate(setup_of(shape, seq_len=64, trl_casts=cast, **prepared)) for cast in (False, True)}
+    norms = 7 * 8
+    tables = 2 * 32 * 8
+    for cast, of_tables in ((False, 4), (True, 2)):
+        attached = live_by_category(streams[cast], streams[cast].moments["attached"])
+        assert attached["other_weights"] == 4 * norms + of_tables * tables
+    kept = {cast: live_by_category(each, each.moments["forward_1"]) for cast, each in streams.items()}
+    assert kept[True]["embeddings"] == 64 * 8 * 2
+    assert kept[False]["embeddings"] == 64 * 8 * 4
+    assert kept[True]["layer_inputs"] == kept[False]["layer_inputs"] == 3 * 64 * 8 * 4
+
+
 def test_fused_kernels_keep_so_much_less() -> None:
     """Per token and layer, in bytes, of bf16 and what LoRA beside the query makes need gradients:
 
@@ -424,6 +444,8 @@ def setups(draw: st.DrawFn) -> TrainingSetup:
         attention=draw(st.sampled_from(["sdpa", "flash", "eager"])),
         optimizer=draw(st.sampled_from(get_args(OptimizerName))),
         loss=draw(st.sampled_from(sorted(LOSS_KINDS))),
+        kernels=draw(st.sampled_from([(), resolve_kernels(shape, ["liger"])])),
+        reentrant=draw(st.sampled_from([None, True, False])),
         padded=draw(st.booleans()),
         outputs_kept=draw(st.booleans()),
     )

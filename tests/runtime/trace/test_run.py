@@ -267,6 +267,8 @@ OTHERS = [
     {"optimizer_in_backward": True},
     *({"loss": loss, "seq_len": 128} for loss in ("fused-ce-shifted", "fused-ce-upcast", "trl-chunked")),
     {"loss": "torchtune-chunked", "seq_len": 128},
+    {"method": "qlora", "kbit_preparation": True, "trl_casts": True, "autocast": "bf16"},
+    {"method": "lora", "activation_checkpointing": True, "reentrant": True},
     *({"kernels": (kernel,), "method": "lora"} for kernel in ("rms-norm", "swiglu", "rope")),
 ]
 
