@@ -345,7 +345,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             sizes = [row["device_bytes"] / 1024 for row in some]
             axes.errorbar(sizes, stored, yerr=around, fmt="o-", color=f"C{place}", label=name, capsize=3, linewidth=1)
         axes.axhline(count * BITS_PER_FACT / 1e3, color="black", linestyle=":", label="bits offered")
-        axes.set(title=f"{count:,} facts of 24 bits", xscale="log", xlabel="device bytes of adapter and optimizer, KiB")
+        axes.set(title=f"{count:,} facts of 24 bits", xlabel="device bytes of adapter and optimizer, KiB")
+        axes.set_xscale("log", base=2)
+        sizes = [row["device_bytes"] / 1024 for row in shown]
+        axes.set_xlim(min(sizes) / 2, max(sizes) * 2)
+        axes.set_ylim(bottom=min(0.0, *(row["range"][0] / 1e3 for row in shown)))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda size, _: f"{size:g}"))
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("thousand bits stored")
