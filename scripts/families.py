@@ -114,7 +114,7 @@ def tiny_config(model_type: str) -> dict[str, Any]:
     usual = config_class()
     fields = _small_fields(usual)
     for part in TEXT_PARTS:
-        inner = getattr(usual, part, None)
+        inner: Any = getattr(usual, part, None)
         if hasattr(inner, "to_dict"):
             fields[part] = {"model_type": inner.model_type, **_small_fields(inner)}
     made: dict[str, Any] = json.loads(config_class(**fields | OWN.get(model_type, {})).to_json_string(use_diff=False))
@@ -202,8 +202,9 @@ def _ran(found: Found) -> Found:
     model = model_from_config(plan, tiny_config(found.model_type))
     ids = torch.randint(3, 500, (plan.request.batch_size, SEQ_LEN))
     bare = _logits(model, ids)
-    session = open_session(plan, model, EmulatedDevice(plan.request.gpu_mem_bytes), seed=0, compiled=False)
-    session.device.books.adopt(ids)  # type: ignore[union-attr]
+    device = EmulatedDevice(plan.request.gpu_mem_bytes)
+    session = open_session(plan, model, device, seed=0, compiled=False)
+    device.books.adopt(ids)
     with session.device.scope():
         fresh = _logits(model, ids)
     found = replace(found, attach=bool(torch.equal(fresh, bare)))
