@@ -37,9 +37,9 @@ def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--packing",
             type=click.Choice(["text", "all", "none"]),
-            default="text",
+            default="none",
             show_default=True,
-            help="What shares full sequences: short texts, prompts and conversations too, or nothing.",
+            help="What shares full sequences: short texts, prompts and conversations too, or nothing, as planned.",
         ),
         click.option(
             "--allow-cut", is_flag=True, help="Train although more than 1 % of the examples are longer than a sequence."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("peft")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import capacity
 
+RESULTS = ROOT / "benchmarks" / "capacity_results.jsonl"
 BUDGET = 144 * 1024
 
 
@@ -78,3 +80,13 @@ def test_other_seeds_go_to_the_best_rate_once_the_grid_is_done() -> None:
     records = [{"key": run.key, "bits_stored_clamped": run.learning_rate} for run in first]
     assert capacity.second_stage(first, records[:1], (1,)) == []
     assert capacity.second_stage(first, records, (1,)) == [capacity.replace(first[1], seed=1)]
+
+
+def test_the_committed_results_show_what_is_said_of_them() -> None:
+    """In equal device bytes MEFT holds at least three times LoRA's bits of 1,024 facts; streamed LoRA is beside it."""
+    records = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    rows = {(row["method"], row["size"]): row for row in capacity.summarise(records) if row["facts"] == 1024}
+    meft, lora, whole = rows["meft", 72], rows["lora", 1], rows["lora-streamed", 8]
+    assert {row["device_bytes"] // 1024 for row in (meft, lora, whole)} <= {143, 144}
+    assert meft["bits_stored_clamped"] >= 3 * lora["bits_stored_clamped"]
+    assert len(meft["seeds"]) == 2

@@ -74,13 +74,13 @@ def write(path: Path, *values: object) -> Path:
 def test_the_counts_add_up(glass_tokenizer, tmp_path: Path) -> None:
     texts = [{"text": "Alice was beginning to get very tired. " * count} for count in (1, 2, 9, 30)]
     path = write(tmp_path / "t.jsonl", *texts)
-    for options in (DataOptions(), DataOptions(packing="none"), DataOptions(stride=7)):
+    for options in (DataOptions(packing="text"), DataOptions(), DataOptions(stride=7)):
         dataset = load_dataset(path, glass_tokenizer, seq_len=16, options=options)
         found = dataset.statistics
         assert found.lost_tokens == 0
         assert found.num_tokens == found.file_tokens + found.repeated_tokens
         assert found.num_tokens + found.padded_tokens == 16 * found.num_examples
-    whole = load_dataset(path, glass_tokenizer, seq_len=512).statistics
+    whole = load_dataset(path, glass_tokenizer, seq_len=512, options=DataOptions(packing="text")).statistics
     assert whole.num_examples == 1
     assert f"of {whole.file_tokens:,} tokens in the file {whole.file_tokens:,} used (100%), 0 lost" in whole.summary(
         512
