@@ -305,8 +305,6 @@ def describe(dataset: Dataset, say: Say, *, seq_len: int, show: int) -> None:
     say(dataset.statistics.summary(seq_len))
     counts = dataset.statistics
     if counts.num_documents and counts.padded_tokens > MUCH_PADDING * (counts.num_tokens + counts.padded_tokens):
-        say(
-            "note: --packing text would put short texts into common sequences (its mask takes memory beyond the plan's)"
-        )
+        say("note: --packing text puts short texts into common sequences; its mask takes memory beyond the plan's")
     for number, sample in enumerate(dataset.samples[:show], 1):
         say(f"example {number}, [[what carries loss]]:\n{sample}")

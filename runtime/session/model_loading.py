@@ -140,12 +140,17 @@ def _text_part_options(folder: Path) -> dict[str, Any]:
     return {"config": made, "key_mapping": dict(_TEXT_KEYS)}
 
 
+def _place(device_kind: str) -> dict[str, int | str]:
+    """Where transformers puts a quantized model."""
+    return {"": torch.cuda.current_device() if device_kind == "cuda" else "cpu"}
+
+
 def _weight_options(plan: Plan, device_kind: str) -> dict[str, Any]:
     request = plan.request
-    stored, place = request.model.stored, {"": torch.cuda.current_device() if device_kind == "cuda" else "cpu"}
+    stored = request.model.stored
     if stored is not None:
         require_packages(*STORED_PACKAGES[stored.method], purpose=f"weights stored as {stored.title}")
-        return {"dtype": QUANTIZED_DTYPE, "device_map": place}
+        return {"dtype": QUANTIZED_DTYPE, "device_map": _place(device_kind)}
     if request.weights_dtype in COMPUTE_DTYPES:
         return {"dtype": COMPUTE_DTYPES[request.weights_dtype]}
     from transformers import BitsAndBytesConfig
@@ -158,4 +163,4 @@ def _weight_options(plan: Plan, device_kind: str) -> dict[str, Any]:
         bnb_4bit_use_double_quant=request.double_quant,
         bnb_4bit_compute_dtype=QUANTIZED_DTYPE,
     )
-    return {"dtype": QUANTIZED_DTYPE, "quantization_config": quantization, "device_map": place}
+    return {"dtype": QUANTIZED_DTYPE, "quantization_config": quantization, "device_map": _place(device_kind)}
