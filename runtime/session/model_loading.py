@@ -131,7 +131,10 @@ def _text_part_options(folder: Path) -> dict[str, Any]:
     """What lets transformers build the text decoder of a model of text and images, from its weights among the rest."""
     from transformers import AutoConfig
 
-    config = read_config(folder / CONFIG_NAME)
+    try:
+        config = read_config(folder / CONFIG_NAME)
+    except UsageError:
+        return {}  # loading will say of all files which is damaged
     text = text_part(config)
     if text is config:
         return {}

@@ -26,22 +26,22 @@ class Worked:
         return Worked(self.steps - before.steps, lanes, tasks)
 
 
+@dataclass
 class Totals:
     """A sum for each layer."""
 
-    def __init__(self) -> None:
-        self.layers: list[int] = []
+    layers: list[int] = field(default_factory=list)
 
     def add(self, counts: Sequence[int]) -> None:
         """One more of each layer."""
         self.layers = [a + b for a, b in zip(self.layers, counts, strict=True)] if self.layers else list(counts)
 
 
+@dataclass
 class Histograms:
     """For each layer how often each number came: as much as the list of them says of means and quantiles."""
 
-    def __init__(self) -> None:
-        self.layers: list[Counter[int]] = []
+    layers: list[Counter[int]] = field(default_factory=list)
 
     def add(self, counts: Sequence[int]) -> None:
         """One more of each layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -49,3 +50,20 @@ def small_trainer(session: Session, *, steps: int, output: Path | None = None, *
     settings = TrainingOptions(steps=steps, **({"learning_rate": 1e-2} | options))  # type: ignore[arg-type]
     examples = random_examples(8, length=session.plan.request.seq_len)
     return Trainer(session, examples, settings, pad_id=0, meft_version="0.0.0", output=output)
+
+
+ByStep = dict[str, list[tuple[int, ...]]]
+
+
+def rows_by_step(trainer: Trainer) -> ByStep:
+    """What a trainer will measure of rows, step by step (or window by window) and by layer: it keeps their sums."""
+    kept: ByStep = {}
+    for name in ("active_rows", "missing_rows", "overflow_rows", "hot_rows", "kept_rows"):
+        sums, seen = getattr(trainer.measured, name), kept.setdefault(name, [])
+
+        def add(counts: Sequence[int], own: Callable[[Sequence[int]], None] = sums.add, seen: list = seen) -> None:
+            seen.append(tuple(counts))
+            own(counts)
+
+        sums.add = add
+    return kept

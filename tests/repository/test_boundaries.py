@@ -37,6 +37,7 @@ RECORDS_AND_PROFILES = {
     "meft.planner.base.packages",
     "meft.planner.models.architecture",
     "meft.planner.models.configs",
+    "meft.planner.models.kernels",
     "meft.planner.models.catalogue",
     "meft.planner.models.measured",
     "meft.planner.models.shapes",
@@ -69,6 +70,12 @@ meft-profile call those models."""
 
 CONSTANTS_ARE_USED_BY = {"meft.runtime.exchange.hot_tables": ("meft.planner.traffic.hot_rows", ("HOT_CHUNK_ROWS",))}
 """Numbers that the runtime works by and a model prices, stated once: these names, and nothing else of their module."""
+
+TRACE_IS_USED_WITH = {
+    "meft.runtime.trace.losses": {"meft.planner.simulation.losses"},
+    "meft.runtime.trace.optimizers": {"meft.planner.simulation.optimizers"},
+}
+"""What a kind of loss or optimizer is called, and what it is set to, is stated once, beside the simulation of it."""
 
 WITH_EFFECTS = {
     "meft.planner.base.files",
@@ -261,7 +268,7 @@ def planner_modules(each: Import) -> set[str]:
 def test_the_runtime_imports_only_records_and_profiles_from_the_planner() -> None:
     for name, path in modules_of("runtime").items():
         allowed = RECORDS_AND_PROFILES | (ALLOCATOR if name in ALLOCATOR_IS_USED_BY else set())
-        allowed |= PROFILING_IS_USED_BY.get(name, set())
+        allowed |= PROFILING_IS_USED_BY.get(name, set()) | TRACE_IS_USED_WITH.get(name, set())
         for each in imports_of(path):
             is_constant = (each.module, each.names) == CONSTANTS_ARE_USED_BY.get(name)
             assert is_constant or planner_modules(each) <= allowed, each.place

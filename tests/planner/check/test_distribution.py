@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from plan_samples import sample_plan, sample_profiles, sample_report
 
@@ -13,14 +15,14 @@ from meft.runtime.training.reporting import active_rows
 def test_the_distribution_by_hand() -> None:
     """Layer 0 has 1 to 200 rows, one count each: 198 is the least that 99 % of the batches do not exceed."""
     per_step = [[count, 7] for count in range(200, 0, -1)]
-    varying, steady = active_rows(per_step)
+    varying, steady = active_rows([Counter(layer) for layer in zip(*per_step, strict=True)])
     assert (varying.mean, varying.median, varying.p99, varying.max) == (100.5, 100.5, 198.0, 200)
     assert (steady.mean, steady.median, steady.p99, steady.max) == (7, 7, 7, 7)
     assert varying.total == 20100
 
 
 def test_of_few_batches_the_largest_counts() -> None:
-    (layer,) = active_rows([[3], [9], [4]])
+    (layer,) = active_rows([Counter([3, 9, 4])])
     assert layer.p99 == layer.max == 9
 
 

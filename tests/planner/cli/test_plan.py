@@ -672,8 +672,9 @@ def test_an_edited_plan_is_refused(audited_files: list[str]) -> None:
 # --- as processes ---------------------------------------------------------------------------------------------------
 
 _LOADED = """
-import sys
+import os, sys
 from meft.planner.cli.main import main
+os._exit = sys.exit  # so that it comes to the question
 try:
     main()
 except SystemExit as end:

@@ -62,7 +62,7 @@ def test_overwrite_replaces_it_and_says_what_goes(small, used) -> None:
 def test_overwrite_removes_nothing_before_the_run_has_loaded(small, used, monkeypatch) -> None:
     before = content(used)
 
-    def fails(*_args: object) -> None:
+    def fails(*_args: object, **_options: object) -> None:
         raise MachineError("no such device")
 
     monkeypatch.setattr("meft.runtime.training.runner.model_loading.load_frozen_model", fails)

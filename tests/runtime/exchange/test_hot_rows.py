@@ -10,7 +10,7 @@ from hot_tower import EXACT, HOT, STATE, optimizer_step, train_tower
 from late_lanes import CACHED, LATE, Delays, assert_bit_equal, open_with
 from plan_samples import sample_profiles
 from planner_records import gpu_profile
-from sessions import AMPLE_BYTES, EXPERTS, open_small, random_examples, small_plan, small_trainer
+from sessions import AMPLE_BYTES, EXPERTS, open_small, random_examples, rows_by_step, small_plan, small_trainer
 from sparse_setup import decision, sparse_setup
 
 from meft.planner.base.errors import UsageError
@@ -31,7 +31,7 @@ from meft.runtime.host.optimizer import AdamWSettings, update_layer
 from meft.runtime.host.store import HostStore, LayerTables
 from meft.runtime.trace.run import trace_plan
 from meft.runtime.training.rehearse import rehearse
-from meft.runtime.training.reporting import build_report, host_memory
+from meft.runtime.training.reporting import build_report, host_memory, observe
 from meft.runtime.use.adapter_model import AdapterModel
 from meft.runtime.use.saved import load_base
 
@@ -50,13 +50,14 @@ def test_they_are_chosen_at_the_end_of_the_window_that_completes_the_count(glass
     plan = small_plan(glass_folder, choice={"hot_rows": 20, "hot_after_steps": 4}, grad_accum=3)
     session = open_small(glass_folder, plan)
     trainer = small_trainer(session, steps=9)
+    rows = rows_by_step(trainer)
     trainer.run()
-    hot = [sum(step) for step in trainer.measured.hot_rows]
+    hot = [sum(step) for step in rows["hot_rows"]]
     assert hot[:6] == [0] * 6  # four micro-batches are complete within the second window
     assert min(hot[6:]) > 0
     assert trainer.measured.hot_windows == 1
     for layer, index in enumerate(session.store.hot):
-        assert index.activations.sum() == sum(step[layer] for step in trainer.measured.active_rows[:6])
+        assert index.activations.sum() == sum(step[layer] for step in rows["active_rows"][:6])
         others = index.activations[index.places < 0]
         assert index.activations[index.rows].min() >= others.max()
 
@@ -169,7 +170,7 @@ def test_overlapped_it_is_the_sequential_run_bit_for_bit(glass_folder, choice, l
     sequential = trained(plan, glass_folder, Sequential(), steps=16, max_norm=max_norm)
     assert_bit_equal(overlapped, sequential)
     assert overlapped.measured.hot_rows == sequential.measured.hot_rows
-    assert sum(map(sum, sequential.measured.hot_rows)) > 0
+    assert sum(sequential.measured.hot_rows.layers) > 0
     assert sequential.measured.hot_windows == 6
 
 
@@ -233,13 +234,13 @@ def test_counted_bytes_and_host_memory_are_the_predicted_ones(glass_folder, tmp_
     plan = small_plan(glass_folder, choice=choice, grad_accum=3, seq_len=16, adapter_dtype=dtype)
     session = open_small(glass_folder, plan)
     trainer = small_trainer(session, steps=9, output=tmp_path)
+    rows = rows_by_step(trainer)
     trainer.run()
-    measured, engine = trainer.measured, session.engine
-    rows = (measured.active_rows, measured.missing_rows, measured.overflow_rows, measured.hot_rows)
+    engine = session.engine
     names = ("active_rows_per_layer", "missing_rows_per_layer", "overflow_rows_per_layer", "hot_rows_per_layer")
     expected = [
         expected_step_bytes(request=plan.request, decision=plan.decision, **dict(zip(names, each, strict=True)))
-        for each in zip(*rows, strict=True)
+        for each in zip(*(rows[name.removesuffix("_per_layer")] for name in names), strict=True)
     ]
     assert engine.bytes_in("h2d", "step") == sum(h2d for h2d, _ in expected)
     assert engine.bytes_in("d2h", "step") == sum(d2h for _, d2h in expected)
@@ -267,9 +268,8 @@ def test_the_report_says_it_and_the_audit_holds(glass_folder) -> None:
     plan = hand_made.model_copy(update={"prediction": prediction})
     trainer = small_trainer(open_small(glass_folder, plan), steps=9)
     trainer.run()
-    report = build_report(
-        trainer, memory=MemoryReading(None, "none"), pcie=PcieReading(None, None, "none"), recall=1.0, meft_version="0"
-    )
+    seen = observe(trainer, memory=MemoryReading(None, "none"), pcie=PcieReading(None, None, "none"))
+    report = build_report(trainer, seen, recall=1.0, meft_version="0")
     assert report.observed.hot_windows == 2
     assert all(layer.hot_total > 0 for layer in report.observed.active_rows)
     assert {entry.category for entry in report.observed.transfer.entries if entry.per == "run"} == {"hot_placed"}

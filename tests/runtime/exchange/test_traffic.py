@@ -7,7 +7,7 @@ import json
 
 import pytest
 from plan_samples import sample_profiles, sample_request
-from sessions import EXPERTS, open_small, small_plan, small_trainer
+from sessions import EXPERTS, ByStep, open_small, rows_by_step, small_plan, small_trainer
 from sparse_setup import AMPLE_BYTES, decision
 
 from meft.planner.memory.host import host_memory as planned_host_memory
@@ -18,7 +18,6 @@ from meft.planner.traffic.transfer import NORM_BYTES, expected_step_bytes, step_
 from meft.runtime.device.nvml import PcieReading
 from meft.runtime.training.rehearse import rehearse
 from meft.runtime.training.reporting import host_memory, transfer
-from meft.runtime.training.training import Measurements
 
 CHOICES = [
     pytest.param(
@@ -56,9 +55,9 @@ CACHED = [
 ]
 
 
-def expected_bytes_per_step(plan: Plan, measured: Measurements) -> list[tuple[int, int]]:
+def expected_bytes_per_step(plan: Plan, rows: ByStep) -> list[tuple[int, int]]:
     """``(h2d, d2h)`` of the byte model, given the rows that each micro-batch was counted to activate and to miss."""
-    rows_per_step = zip(measured.active_rows, measured.missing_rows, measured.overflow_rows, strict=True)
+    rows_per_step = zip(rows["active_rows"], rows["missing_rows"], rows["overflow_rows"], strict=True)
     return [
         expected_step_bytes(
             request=plan.request,
@@ -78,31 +77,31 @@ def test_with_cached_rows_too(glass_folder, choice, adapter_dtype) -> None:
     plan = small_plan(glass_folder, choice=choice, grad_accum=3, adapter_dtype=adapter_dtype)
     session = open_small(glass_folder, plan)
     trainer = small_trainer(session, steps=6)
+    rows = rows_by_step(trainer)
     trainer.run()
-    measured = trainer.measured
-    expected = expected_bytes_per_step(plan, measured)
+    expected = expected_bytes_per_step(plan, rows)
     engine = session.engine
     assert engine.bytes_in("h2d", "step") == sum(h2d for h2d, _ in expected)
     assert engine.bytes_in("d2h", "step") == sum(d2h for _, d2h in expected)
     sums = [
-        window_gradient_bytes(request=plan.request, decision=plan.decision, kept_rows_per_layer=rows)
-        for rows in measured.kept_rows
+        window_gradient_bytes(request=plan.request, decision=plan.decision, kept_rows_per_layer=kept)
+        for kept in rows["kept_rows"]
     ]
     assert engine.counted_bytes["d2h", "window_gradients", "optimizer_step"] == sum(sums)
     assert (sum(sums) > 0) == choice["gradients_on_device"]
-    assert sum(map(sum, measured.missing_rows)) < sum(map(sum, measured.active_rows))
-    assert (sum(map(sum, measured.overflow_rows)) > 0) == (choice["cached_rows"] < 128)
+    assert sum(map(sum, rows["missing_rows"])) < sum(map(sum, rows["active_rows"]))
+    assert (sum(map(sum, rows["overflow_rows"])) > 0) == (choice["cached_rows"] < 128)
     planned = planned_host_memory(request=plan.request, decision=plan.decision, pinned=False)
     assert {entry.category: entry.num_bytes for entry in host_memory(session).entries} == {
         entry.category: entry.num_bytes for entry in planned.entries
     }
 
 
-def planned_window_bytes(plan: Plan, measured: Measurements) -> int:
+def planned_window_bytes(plan: Plan, rows: ByStep) -> int:
     """The byte model's window, both ways, of the rows that its micro-batches were counted to activate and to miss."""
-    (kept,) = measured.kept_rows
+    (kept,) = rows["kept_rows"]
     sums = window_gradient_bytes(request=plan.request, decision=plan.decision, kept_rows_per_layer=kept)
-    return sum(map(sum, expected_bytes_per_step(plan, measured))) + sums + NORM_BYTES
+    return sum(map(sum, expected_bytes_per_step(plan, rows))) + sums + NORM_BYTES
 
 
 def test_a_window_of_32_costs_a_fifth_of_the_papers_traffic_or_less(glass_folder) -> None:
@@ -114,13 +113,14 @@ def test_a_window_of_32_costs_a_fifth_of_the_papers_traffic_or_less(glass_folder
     plan = small_plan(glass_folder, choice=choice, grad_accum=32, adapter_dtype="bf16", batch_size=1, seq_len=32)
     session = open_small(glass_folder, plan)
     trainer = small_trainer(session, steps=32)
+    rows = rows_by_step(trainer)
     trainer.run()
     shape = plan.request.model
     numbers = 2 * plan.decision.adapter_width * shape.hidden_size * shape.num_layers
     papers_bytes = 0.56 * numbers * 4 * 32
     moved = sum(session.engine.bytes_in(way, per) for way in ("h2d", "d2h") for per in ("step", "optimizer_step"))
-    assert moved == planned_window_bytes(plan, trainer.measured)
-    share = sum(map(sum, trainer.measured.active_rows)) / (32 * shape.num_layers * width)
+    assert moved == planned_window_bytes(plan, rows)
+    share = sum(map(sum, rows["active_rows"])) / (32 * shape.num_layers * width)
     assert share > 0.259
     assert moved < papers_bytes / 5
 
@@ -145,14 +145,15 @@ def test_counted_bytes_are_the_predicted_ones_given_the_active_rows(glass_folder
     plan = small_plan(glass_folder, choice=choice, grad_accum=accum)
     session = open_small(glass_folder, plan)
     trainer = small_trainer(session, steps=2 * accum)
+    rows = rows_by_step(trainer)
     trainer.run()
     expected = [
-        expected_step_bytes(request=plan.request, decision=plan.decision, active_rows_per_layer=rows)
-        for rows in trainer.measured.active_rows
+        expected_step_bytes(request=plan.request, decision=plan.decision, active_rows_per_layer=active)
+        for active in rows["active_rows"]
     ]
     assert session.engine.bytes_in("h2d", "step") == sum(h2d for h2d, _ in expected)
     assert session.engine.bytes_in("d2h", "step") == sum(d2h for _, d2h in expected)
-    assert len({tuple(rows) for rows in trainer.measured.active_rows}) > 1  # the rows did differ between steps
+    assert len(set(rows["active_rows"])) > 1  # the rows did differ between steps
 
 
 @pytest.mark.parametrize("routing", [{}, EXPERTS])
@@ -161,10 +162,11 @@ def test_every_category_and_the_optimizer_step_agree(glass_folder, routing) -> N
     plan = small_plan(glass_folder, choice=choice)
     session = open_small(glass_folder, plan)
     trainer = small_trainer(session, steps=1)
+    rows = rows_by_step(trainer)
     trainer.run()
     observed = transfer(session, steps=1, windows=1, pcie=NO_NVML)
     predicted = step_transfer(
-        request=plan.request, decision=plan.decision, active_rows_per_layer=trainer.measured.active_rows[0]
+        request=plan.request, decision=plan.decision, active_rows_per_layer=rows["active_rows"][0]
     )
     seen = {(entry.direction, entry.category, entry.per): entry.num_bytes for entry in observed.entries}
     assert seen == {(entry.direction, entry.category, entry.per): entry.num_bytes for entry in predicted.entries}

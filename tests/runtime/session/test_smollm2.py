@@ -67,7 +67,7 @@ def test_a_rehearsal_keeps_the_books_of_a_real_step(smollm2) -> None:
     examples = random_examples(2, length=64, vocab_size=49152)
     trainer = Trainer(session, examples, TrainingOptions(steps=1), pad_id=0, meft_version="0")
     trainer.run()
-    rows = tuple(trainer.measured.active_rows[0])
+    rows = tuple(next(iter(layer)) for layer in trainer.measured.active_rows.layers)
     sparsity = plan.prediction.sparsity.model_copy(update={"active_rows_per_layer": rows})
     prediction = plan.prediction.model_copy(update={"sparsity": sparsity})
     _, config, _ = load_model("smollm2-135m")

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from sessions import EXPERTS, open_small, small_plan, small_trainer
+from sessions import EXPERTS, open_small, rows_by_step, small_plan, small_trainer
 from transformers import LlamaForCausalLM
 
 from meft.planner.base.errors import UsageError
@@ -136,8 +136,9 @@ def test_a_least_score_is_a_number_from_0_on(score) -> None:
 def test_a_run_counts_how_often_each_row_was_active(glass_folder, tmp_path, choice) -> None:
     session = open_small(glass_folder, small_plan(glass_folder, choice=choice))
     trainer = small_trainer(session, steps=5, output=tmp_path)
+    rows = rows_by_step(trainer)
     trainer.run()
-    measured = [sum(of_layer) / 5 for of_layer in zip(*trainer.measured.active_rows, strict=True)]
+    measured = [sum(of_layer) / 5 for of_layer in zip(*rows["active_rows"], strict=True)]
     assert session.store.use.active_rows() == pytest.approx(measured)
     assert all(0 < count.max() <= 5 for count in session.store.use.counts)
     save_adapter(session, tmp_path / "adapter", meft_version="test")
