@@ -125,8 +125,8 @@ def test_the_verdict_comes_first_and_the_decision_next(plan: Plan, capsys: pytes
     assert lines[3].startswith("Decision: the widest adapter")
     assert re.search(r"\n  4-bit weights +-9.0 MiB +same +-10.0 % +21.0 % +--weights-dtype nf4\n", text)
     # rows 3 * 16 * 16 numbers * 4 bytes and 3 routers of 4 * 8 numbers: 3,456, and how often each row was active:
-    # 3 * 16 * 4 + 8; a checkpoint holds twice the 3,456 again for the moments, 48 counts, 3 router counts and the random
-    # state: 3 * 3,456 + 200 + 192 + 12 + 5,056
+    # 3 * 16 * 4 + 8; a checkpoint holds twice the 3,456 again for the moments, 48 counts, 3 router counts and the
+    # random state: 3 * 3,456 + 200 + 192 + 12 + 5,056
     assert re.search(r"disk +15.5 KiB +a checkpoint, .*the adapter alone 3.6 KiB", text)
 
 
