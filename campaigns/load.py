@@ -131,7 +131,7 @@ def long_run(work: Path, steps: int, seed: int, say: Callable[[str], None]) -> d
         training=TrainingOptions(steps=steps, seed=seed, save_every=100),
         settings=AdamWSettings(),
         model=str(work / "model"),
-        data=work / "facts.jsonl",
+        data=(work / "facts.jsonl",),
         output_dir=folder,
         device="emulated",
     )

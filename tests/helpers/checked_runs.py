@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ from happens_before import CheckedDevice, CheckedLanes, Checker, Watch
 from sessions import small_plan, small_trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from meft.planner.base.errors import MeftError
 from meft.runtime.device.lanes import Schedule, Sequential
 from meft.runtime.session.model_loading import load_frozen_model
 from meft.runtime.session.session import open_session
@@ -38,19 +39,32 @@ def checked_run(
     overlapped: bool = True,
     max_norm: float | None = 1.0,
     beside: str = "nothing",
+    mutated: bool = False,
     **request: Any,
 ) -> Checker:
-    """Train three windows, and do something ``beside`` them; what the checker has to say."""
-    trainer = checked_trainer(folder, choice, overlapped=overlapped, max_norm=max_norm, beside=beside, **request)
-    return trainer.session.device.checker
+    """Train three windows, and do something ``beside`` them; what the checker has to say. Code that is ``mutated`` may
+    come to a loss that is no number, which ends a run."""
+    device = CheckedDevice()
+    with suppress(MeftError if mutated else ()):
+        checked_trainer(
+            folder, choice, overlapped=overlapped, max_norm=max_norm, beside=beside, device=device, **request
+        )
+    return device.checker
 
 
 def checked_trainer(
-    folder: Path, choice: dict[str, object], *, overlapped: bool, max_norm: float | None, beside: str, **request: Any
+    folder: Path,
+    choice: dict[str, object],
+    *,
+    overlapped: bool,
+    max_norm: float | None,
+    beside: str,
+    device: CheckedDevice | None = None,
+    **request: Any,
 ) -> Trainer:
     """The trainer of such a run, its session closed."""
+    device = device or CheckedDevice()
     plan = small_plan(folder, choice=choice, grad_accum=WINDOW, seq_len=8, batch_size=1, **request)
-    device = CheckedDevice()
     schedule: Schedule = CheckedLanes(device.checker) if overlapped else Sequential()
     with Watch(device.checker):
         model = load_frozen_model(plan, folder)

@@ -179,4 +179,4 @@ def test_a_wait_that_is_missing_is_found(folder, monkeypatch, mutant, run) -> No
         monkeypatch.setattr(module, "COPY_DONE", fetching.COPY_DONE, raising=False)
     changed(monkeypatch, *mutant)
     choice, options = run
-    assert checked_run(folder, CHOICES[choice], **options).findings
+    assert checked_run(folder, CHOICES[choice], mutated=True, **options).findings
