@@ -57,6 +57,8 @@ GROWTH_BYTES = 16 << 20
 GROWTH_OBJECTS = 500
 SLOWER = 1.25
 WEIGHTS = "adapter/meft_adapter.safetensors"
+LEAST_TIMED_STEPS = 2000
+"""A tenth of fewer is too short to tell a slower run from a busier machine."""
 HISTORY_LISTS = 3
 
 
@@ -114,7 +116,7 @@ class Watch:
         if len(longer) > HISTORY_LISTS or any(size > self.steps for size in longer):
             found.append(f"longest lists {first.longest_lists} -> {last.longest_lists}")
         before, after = self.tenths()
-        if after > SLOWER * before:
+        if self.steps >= LEAST_TIMED_STEPS and after > SLOWER * before:
             found.append(f"processor seconds of a step {before:.5f} -> {after:.5f}")
         return found
 
