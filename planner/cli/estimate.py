@@ -31,6 +31,11 @@ class OptimizerChoice(click.Choice[str]):
 
 def setup_options(command: Command) -> Command:
     """The method's own options and the workload's."""
+    return _method_options(_workload_options(command))
+
+
+def _method_options(command: Command) -> Command:
+    """What is trained, beside which weights, in which dtypes."""
     option = click.option
     return apply_options(
         command,
@@ -62,6 +67,14 @@ def setup_options(command: Command) -> Command:
         ),
         option("--autocast", type=click.Choice(get_args(Autocast)), help="[default: none]"),
         option("--adapter-dtype", type=click.Choice(get_args(AdapterDtype)), help="[default: fp32; MEFT: bf16]"),
+    )
+
+
+def _workload_options(command: Command) -> Command:
+    """How a step runs: its batch, checkpointing, attention, optimizer, kernels and loss."""
+    option = click.option
+    return apply_options(
+        command,
         option("--batch-size", type=click.IntRange(1, MAX_BATCH_SIZE), help="[default: 2]"),
         option("--seq-len", type=click.IntRange(1, MAX_SEQ_LEN), help="[default: 256]"),
         option("--grad-accum", type=click.IntRange(1, MAX_GRAD_ACCUM), help="Steps per update. [default: 1; MEFT: 32]"),

@@ -23,7 +23,7 @@ from meft.planner.models.measured import TracedPhases, TracedTerms
 from meft.planner.models.shapes import cache_file, config_digest, keep
 from meft.planner.predict.comparison import checkpointing_choices
 from meft.planner.predict.prediction import ProfileSet, predict
-from meft.planner.records.plan import Decision, Plan, Prediction, Request, Sparsity
+from meft.planner.records.plan import Decision, Plan, Request, plan_with_rows
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.search.search import check_request, make_plan
 from meft.planner.simulation.stream import Stream, StreamPeaks, stream_peaks
@@ -122,23 +122,13 @@ def as_its_trace(request: Request, decision: Decision, config: Mapping[str, Any]
 
 def _trace(request: Request, decision: Decision, config: Mapping[str, Any], gpu: GpuProfile) -> _Traced:
     """Two steps of a decision with every layer's rows at the cap."""
-    rows = (decision.active_rows_cap,) * request.model.num_layers
-    sparsity = Sparsity(
-        active_rows_per_layer=rows, window_active_rows_per_layer=rows, prefetch_recall=1.0, basis="assumed"
-    )
-    prediction = _incomplete(Prediction, sparsity=sparsity)
-    plan: Plan = _incomplete(Plan, request=request, decision=decision, prediction=prediction)
+    plan = plan_with_rows(request, decision, decision.active_rows_cap)
     stream = _stream(plan, config, gpu)
     peaks = stream_peaks(stream)
     resident = peaks.at_moment["attached"][0]
     found = {phase: ledger.allocated_bytes for phase, ledger in peaks.ledger.items()}
     largest: dict[str, int] = {phase: max(found.get(phase, 0), resident) for phase in STEP_PHASES}
     return _Traced(peaks, {"resident": resident, **largest})
-
-
-def _incomplete(record: type[Any], **fields: Any) -> Any:
-    """A record of which only some fields are there: those that a trace reads."""
-    return record.model_construct(**fields)
 
 
 def _stream(plan: Plan, config: Mapping[str, Any], gpu: GpuProfile) -> Stream:

@@ -348,3 +348,16 @@ class Plan(File):
         ]
         title = f"{request.model.name}, {request.batch_size} x {request.seq_len} tokens on {request.gpu}"
         return html_table(f"Plan for {title}", ("", ""), rows)
+
+
+def plan_with_rows(request: Request, decision: Decision, rows: int) -> Plan:
+    """As much of a plan as a trace needs, with ``rows`` active in every layer; nothing else is predicted in it."""
+    per_layer = (rows,) * request.model.num_layers
+    sparsity = Sparsity(
+        active_rows_per_layer=per_layer, window_active_rows_per_layer=per_layer, prefetch_recall=1.0, basis="assumed"
+    )
+    incomplete_plan: type[Any] = Plan
+    incomplete_prediction: type[Any] = Prediction
+    prediction = incomplete_prediction.model_construct(sparsity=sparsity)
+    made: Plan = incomplete_plan.model_construct(request=request, decision=decision, prediction=prediction)
+    return made

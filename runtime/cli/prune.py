@@ -6,8 +6,6 @@ from pathlib import Path
 
 import click
 
-from meft.planner.base.errors import UsageError
-
 _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
 
@@ -44,14 +42,12 @@ def prune_command(
     """
     import torch
 
-    from meft.runtime.cli.use import base_folder
+    from meft.runtime.cli.use import base_folder, placed_on
     from meft.runtime.pruning.folder import PruneOptions, prune_folder
     from meft.runtime.pruning.sparsegpt import parse_sparsity
 
     asked = parse_sparsity(sparsity)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device here; leave --device out")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(placed_on(device))
     options = PruneOptions(
         base_folder(model),
         data,

@@ -159,20 +159,25 @@ def adapter_folder(given: Path) -> Path:
     raise UsageError(f"--adapter {given}: no adapter; give the folder that meft-run wrote, such as output/adapter")
 
 
-def _model(folder: Path, adapter: Path | None, device: str | None, rows: dict[str, Any]) -> nn.Module:
-    """The base model on its device, with the adapter beside it if there is one, of which a token meets ``rows``."""
+def placed_on(device: str | None) -> str:
+    """The device that was asked for, or cuda where there is one; raises :class:`UsageError` where it is not there."""
     import torch
 
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UsageError("--device cuda: torch sees no CUDA device here; leave --device out")
+    return device or ("cuda" if available else "cpu")
+
+
+def _model(folder: Path, adapter: Path | None, device: str | None, rows: dict[str, Any]) -> nn.Module:
+    """The base model on its device, with the adapter beside it if there is one, of which a token meets ``rows``."""
     from meft.runtime.use.adapter_model import AdapterModel
     from meft.runtime.use.saved import load_base
 
     for name, value in rows.items():
         if adapter is None and value is not None:
             raise UsageError(f"--{name.replace('_', '-')} {value}: there is no adapter; say which with --adapter")
-    available = torch.cuda.is_available()
-    where = None if adapter is None else adapter_folder(adapter)
-    if device == "cuda" and not available:
-        raise UsageError("--device cuda: torch sees no CUDA device here; leave --device out")
+    place, where = placed_on(device), None if adapter is None else adapter_folder(adapter)
     base = load_base(folder)
     placed: nn.Module = base
     if where is not None:
@@ -182,4 +187,4 @@ def _model(folder: Path, adapter: Path | None, device: str | None, rows: dict[st
         for warning in caught:
             if warning.category is UserWarning:
                 click.echo(f"note: {warning.message}", err=True)
-    return placed.to(device or ("cuda" if available else "cpu")).eval()
+    return placed.to(place).eval()

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meft.planner.base.errors import UsageError
-from meft.planner.records.plan import Decision, Plan, Prediction, Request, Sparsity
+from meft.planner.records.plan import Decision, Plan, Request, plan_with_rows
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
 from meft.runtime.device.books import DeviceBooks
@@ -116,18 +116,7 @@ def plan_of_setup(setup: TrainingSetup) -> Plan:
         adapter_dtype=setup.adapter_dtype,
         attention=setup.attention,
     )
-    rows = (setup.active_rows,) * setup.model.num_layers
-    sparsity = Sparsity(
-        active_rows_per_layer=rows, window_active_rows_per_layer=rows, prefetch_recall=1.0, basis="assumed"
-    )
-    prediction = _incomplete(Prediction, sparsity=sparsity)
-    plan: Plan = _incomplete(Plan, request=request, decision=decision, prediction=prediction)
-    return plan
-
-
-def _incomplete(record: type[Any], **fields: Any) -> Any:
-    """A record of which only some fields are there."""
-    return record.model_construct(**fields)
+    return plan_with_rows(request, decision, setup.active_rows)
 
 
 def _setup_of(plan: Plan) -> TrainingSetup:
