@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import psutil
 
+from meft.planner.front.audit import gpu_of
+from meft.planner.predict.prediction import repriced
 from meft.planner.records.plan import Direction, MemoryEntry, Plan, TransferEntry
 from meft.planner.records.report import (
     ActiveRows,
@@ -63,6 +65,7 @@ def observe(trainer: Trainer, *, memory: MemoryReading, pcie: PcieReading) -> Ru
         transfer=transfer(session, steps=measured.steps, windows=measured.windows, pcie=pcie),
         active_rows=_with_cached(active_rows(measured.active_rows.layers), trainer),
         hot_windows=measured.hot_windows,
+        packed=session.met_packed,
         dropped_rows=measured.dropped_rows,
         prefetch_recall=None,
         step_seconds=_step_seconds(trainer),
@@ -109,7 +112,7 @@ def assemble(session: Session, observed: Observed, training: Training, *, meft_v
 
 def compare(plan: Plan, observed: Observed) -> tuple[Comparison, ...]:
     """Predicted, observed and their ratio for every quantity that was observed."""
-    prediction = plan.prediction
+    prediction = _as_run(plan, observed).prediction
     rows = prediction.sparsity.active_rows_per_layer
     seen = [layer.mean for layer in observed.active_rows]
     memory, transferred = observed.device_memory, observed.transfer
@@ -129,6 +132,12 @@ def compare(plan: Plan, observed: Observed) -> tuple[Comparison, ...]:
         for name, predicted, seen_ in pairs
         if seen_ is not None
     )
+
+
+def _as_run(plan: Plan, observed: Observed) -> Plan:
+    """The plan with the memory of a run that packed, or did not, whatever was planned."""
+    gpu = gpu_of(plan)
+    return plan if gpu is None or observed.packed is None else repriced(plan, gpu, packed=observed.packed)
 
 
 def host_memory(session: Session, *, pinned: bool | None = None) -> ObservedHostMemory:
