@@ -12,11 +12,11 @@ from dataclasses import replace
 
 import torch
 
-from meft.planner.base.errors import InfeasibleError
+from meft.planner.base.errors import InfeasibleError, UsageError
 from meft.planner.base.units import format_bytes
-from meft.planner.front.audit import gpu_of
 from meft.planner.predict.prediction import repriced
 from meft.planner.records.plan import DeviceMemory, Plan
+from meft.planner.records.profile_catalogue import load_gpu
 from meft.runtime.data.loading import DataOptions, Dataset
 from meft.runtime.session.documents import attends_across
 
@@ -77,10 +77,20 @@ def shares_sequences(dataset: Dataset) -> bool:
 
 def _with_mask(plan: Plan) -> DeviceMemory | None:
     """What the decision takes with packed texts; None where no closed form says so."""
-    gpu = gpu_of(plan)
-    if gpu is None or plan.request.model.measured is not None:
-        return None
-    return repriced(plan, gpu, packed=True).prediction.device_memory
+    again = as_run(plan, packed=True)
+    return again.prediction.device_memory if again.request.packed else None
+
+
+def as_run(plan: Plan, *, packed: bool | None) -> Plan:
+    """The plan with the memory of a run whose texts shared sequences, or did not, whatever was planned; as it is where
+    that is not known."""
+    if packed is None:
+        return plan
+    try:
+        gpu = load_gpu(plan.request.gpu)
+    except UsageError:  # a profile's file that is no longer there
+        return plan
+    return repriced(plan, gpu, packed=packed)
 
 
 def _at_most(memory: DeviceMemory) -> int:

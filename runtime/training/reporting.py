@@ -11,8 +11,6 @@ from typing import TypeVar
 
 import psutil
 
-from meft.planner.front.audit import gpu_of
-from meft.planner.predict.prediction import repriced
 from meft.planner.records.plan import Direction, MemoryEntry, Plan, TransferEntry
 from meft.planner.records.report import (
     ActiveRows,
@@ -32,6 +30,7 @@ from meft.runtime.session.checkpoint import RunObserved
 from meft.runtime.session.expert_load import expert_load
 from meft.runtime.session.session import Session
 from meft.runtime.training.measured import Totals, Worked
+from meft.runtime.training.packing import as_run
 from meft.runtime.training.training import Trainer, worked
 
 T = TypeVar("T", bound=str)
@@ -112,7 +111,7 @@ def assemble(session: Session, observed: Observed, training: Training, *, meft_v
 
 def compare(plan: Plan, observed: Observed) -> tuple[Comparison, ...]:
     """Predicted, observed and their ratio for every quantity that was observed."""
-    prediction = _as_run(plan, observed).prediction
+    prediction = as_run(plan, packed=observed.packed).prediction
     rows = prediction.sparsity.active_rows_per_layer
     seen = [layer.mean for layer in observed.active_rows]
     memory, transferred = observed.device_memory, observed.transfer
@@ -132,12 +131,6 @@ def compare(plan: Plan, observed: Observed) -> tuple[Comparison, ...]:
         for name, predicted, seen_ in pairs
         if seen_ is not None
     )
-
-
-def _as_run(plan: Plan, observed: Observed) -> Plan:
-    """The plan with the memory of a run that packed, or did not, whatever was planned."""
-    gpu = gpu_of(plan)
-    return plan if gpu is None or observed.packed is None else repriced(plan, gpu, packed=observed.packed)
 
 
 def host_memory(session: Session, *, pinned: bool | None = None) -> ObservedHostMemory:
