@@ -26,6 +26,7 @@ from meft.planner.check.counted_bytes import (
     windows_of,
 )
 from meft.planner.memory.device import predict_device_memory
+from meft.planner.predict.prediction import repriced
 from meft.planner.records.plan import Plan
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.report import Report
@@ -108,6 +109,9 @@ def audit(
     """
     check_belongs(plan, report)
     gpu = gpu if gpu is not None and _reproduces(plan, gpu) else None
+    planned = plan
+    if gpu is not None and report.observed.packed is not None:
+        plan = repriced(plan, gpu, packed=report.observed.packed)
     steps = report.observed.steps
     rows = (
         *_device_rows(plan, report, gpu, tolerance_fraction),
@@ -128,7 +132,7 @@ def audit(
         rows=rows,
         transfer=checks,
         transfer_exact=all(row.predicted == row.observed for row in rows if row.quantity in _GIVEN_ROWS),
-        notes=_notes(plan, report, gpu),
+        notes=(*_packed_notes(planned, report), *_notes(plan, report, gpu)),
         passed=all(row.holds is not False for row in rows),
     )
 
@@ -396,6 +400,15 @@ def _with_tolerances(rows: tuple[AuditRow, ...], tolerances: Mapping[str, float]
         else row
         for row in rows
     )
+
+
+def _packed_notes(planned: Plan, report: Report) -> tuple[str, ...]:
+    if report.observed.packed in (None, planned.request.packed):
+        return ()
+    was = "short texts shared sequences in this run, which the plan does not price"
+    if planned.request.packed:
+        was = "no texts shared a sequence in this run, for which the plan prices a mask"
+    return (f"{was}: device memory is the decision's as it was run",)
 
 
 def _notes(plan: Plan, report: Report, gpu: GpuProfile | None) -> tuple[str, ...]:

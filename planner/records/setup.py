@@ -110,6 +110,8 @@ class TrainingSetup(Record):
     loss: LossName = "hf"
     padded: bool = False
     """Batches are padded, so that a mask tensor exists."""
+    packed: bool = False
+    """Sequences hold several documents, told apart by position ids that begin anew; there is no KV cache then."""
     outputs_kept: bool = True
     """The loop holds on to the model's outputs, so that logits and (without checkpointing) the KV cache stay alive."""
 
@@ -125,3 +127,8 @@ class TrainingSetup(Record):
     def tokens(self) -> int:
         """``T = B * S``."""
         return self.batch_size * self.seq_len
+
+    @property
+    def positions(self) -> int:
+        """Positions that are told apart: those of one sequence stand for all, unless documents are packed."""
+        return self.tokens if self.packed else self.seq_len

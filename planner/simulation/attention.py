@@ -74,6 +74,8 @@ class SelfAttention:
         """A mask of bytes as numbers to add, ``[B, 1, S, S]``, made anew by every layer."""
         if mask is None:
             return None
+        if self.ops.cpu_kernels:
+            _hidden, _seen = (self.ops.tape.new(1, q.itemsize, "attention") for _ in range(2))
         return self.ops.tape.new(self.setup.batch_size * self.setup.seq_len**2, q.itemsize, "attention")
 
     def _in_16_bits(self, x: Tensor) -> Tensor:

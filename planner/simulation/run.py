@@ -260,7 +260,8 @@ class _Run:
         for step in range(1, NUM_STEPS + 1):
             for _ in range(1 if step == 1 else min(self.setup.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
                 self._phase("forward")
-                inputs = tuple(self.tape.new(self.setup.tokens, INT64, "inputs") for _ in range(2))
+                num_inputs = 3 if self.setup.packed else 2
+                inputs = tuple(self.tape.new(self.setup.tokens, INT64, "inputs") for _ in range(num_inputs))
                 outputs = self._forward()
                 self.tape.mark(f"forward_{step}")
                 if not self.setup.outputs_kept:
@@ -279,7 +280,7 @@ class _Run:
 
     def _forward(self) -> _Outputs:
         setup = self.setup
-        cache: list[tuple[Tensor, Tensor]] | None = None if setup.activation_checkpointing else []
+        cache: list[tuple[Tensor, Tensor]] | None = None if setup.activation_checkpointing or setup.packed else []
         hidden = self.decoder.hidden_states(cache)
         self._phase("loss")
         labels = self.tape.new(setup.tokens, INT64, "inputs")

@@ -30,6 +30,7 @@ from meft.runtime.session.checkpoint import RunObserved
 from meft.runtime.session.expert_load import expert_load
 from meft.runtime.session.session import Session
 from meft.runtime.training.measured import Totals, Worked
+from meft.runtime.training.packing import as_run
 from meft.runtime.training.training import Trainer, worked
 
 T = TypeVar("T", bound=str)
@@ -63,6 +64,7 @@ def observe(trainer: Trainer, *, memory: MemoryReading, pcie: PcieReading) -> Ru
         transfer=transfer(session, steps=measured.steps, windows=measured.windows, pcie=pcie),
         active_rows=_with_cached(active_rows(measured.active_rows.layers), trainer),
         hot_windows=measured.hot_windows,
+        packed=session.met_packed,
         dropped_rows=measured.dropped_rows,
         prefetch_recall=None,
         step_seconds=_step_seconds(trainer),
@@ -109,7 +111,7 @@ def assemble(session: Session, observed: Observed, training: Training, *, meft_v
 
 def compare(plan: Plan, observed: Observed) -> tuple[Comparison, ...]:
     """Predicted, observed and their ratio for every quantity that was observed."""
-    prediction = plan.prediction
+    prediction = as_run(plan, packed=observed.packed).prediction
     rows = prediction.sparsity.active_rows_per_layer
     seen = [layer.mean for layer in observed.active_rows]
     memory, transferred = observed.device_memory, observed.transfer

@@ -41,9 +41,8 @@ from meft.runtime.session.checkpoint import (
     load_observed,
     save_adapter,
 )
-from meft.runtime.session.documents import attends_across
 from meft.runtime.session.session import Session, open_session
-from meft.runtime.training import output, preflight
+from meft.runtime.training import output, packing, preflight
 from meft.runtime.training.interrupts import Interrupts
 from meft.runtime.training.journal import Tell, journal
 from meft.runtime.training.rehearse import rehearse
@@ -198,7 +197,11 @@ def _run(
         tokenizer = model_loading.load_tokenizer(folder)
         check()
         seq_len, show = plan.request.seq_len, options.show
-        dataset = load_dataset(options.data, tokenizer, seq_len=seq_len, options=options.reading, show=max(show, 1))
+
+        def load(reading: DataOptions) -> Dataset:
+            return load_dataset(options.data, tokenizer, seq_len=seq_len, options=reading, show=max(show, 1))
+
+        dataset = packing.load(load, options.reading, plan, budget_bytes=_budget(plan, options), say=display.say)
         describe(dataset, display.say, seq_len=seq_len, show=show)
         dataset = _with_replay(plan, options, dataset, tokenizer, display)
         _check_tokens(plan, dataset, pad_token_id(tokenizer), options)
@@ -229,7 +232,9 @@ def _with_replay(plan: Plan, options: RunOptions, dataset: Dataset, tokenizer: A
     if options.replay is None:
         return dataset
     share = DEFAULT_REPLAY_SHARE if options.replay_share is None else options.replay_share
-    text = load_dataset(options.replay, tokenizer, seq_len=plan.request.seq_len, options=DataOptions(raw=True), show=0)
+    packs = plan.request.packed or packing.shares_sequences(dataset)
+    reading = DataOptions(raw=True, packing="text" if packs else "none")
+    text = load_dataset(options.replay, tokenizer, seq_len=plan.request.seq_len, options=reading, show=0)
     mixed = with_replay(dataset, text.examples, share=share, seed=options.training.seed)
     count = len(mixed.examples) - len(dataset.examples)
     display.say(f"{options.replay}: {count:,} examples replayed ({len(text.examples):,} there are)")
@@ -388,7 +393,7 @@ def _open_session(
     if options.link_gbps is not None and kind == "cuda":
         raise UsageError("--link-gbps slows the emulated device's link down; a real link has its own speed")
     model = model_loading.load_frozen_model(plan, folder, device_kind=kind)
-    apart = all(len(example.starts) == 1 for example in dataset.examples) or _documents_apart(plan, model, display)
+    apart = packing.documents_apart(plan, model, dataset, display.say)
     session = open_session(
         plan,
         model,
@@ -402,21 +407,6 @@ def _open_session(
     )
     session.documents_apart = apart
     return session
-
-
-def _documents_apart(plan: Plan, model: torch.nn.Module, display: Display) -> bool:
-    """Whether attention keeps packed documents apart; where it does not, that is said."""
-    request = plan.request
-    if not attends_across(model, batch_size=request.batch_size, vocab_size=request.model.vocab_size):
-        display.say(
-            "note: packed texts are kept apart by a mask, whose memory is not in the plan; --packing none has none"
-        )
-        return True
-    display.say(
-        f"note: with {request.attention} attention this model attends across the texts packed into one sequence; "
-        f"--packing none gives each a sequence of its own"
-    )
-    return False
 
 
 def _write_trace(session: Session, path: Path) -> None:
