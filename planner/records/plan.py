@@ -67,10 +67,19 @@ class Request(Record):
     hot_rows: Index | None = None
     bf16_copy: bool | None = None
     tokens_see: TokensSee = "union"
+    gpus: Count = 1
+    """Ranks on one machine, each with such a card, that share the host's rows and divide ``grad_accum``."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_usual_tokens_see(handler(self))
+        content = _without_usual_tokens_see(handler(self))
+        return {name: value for name, value in content.items() if (name, value) != ("gpus", 1)}
+
+    @model_validator(mode="after")
+    def _divides(self) -> Request:
+        if self.grad_accum % self.gpus:
+            raise ValueError(f"grad_accum {self.grad_accum} does not divide among gpus {self.gpus}")
+        return self
 
     @property
     def tokens_per_step(self) -> int:
