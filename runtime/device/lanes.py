@@ -8,6 +8,9 @@ A copy lane takes its jobs in the order of issue, as a CUDA stream does. The cpu
 the most urgent, and of those the first issued: the rows of the next layer do not wait for gradients to be added up or
 for the optimizer. A job only ever depends on jobs issued before it, so some job can always run.
 
+Where several ranks train together a fourth lane, ``peers``, waits for the others (:mod:`meft.runtime.ranks`), in the
+order of issue, so that the cpu lane never does.
+
 An exception in a job ends the schedule: whoever waits for any job, or issues one, gets it.
 """
 
@@ -16,24 +19,26 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from meft.planner.records.plan import Lane
 
-Delay = Callable[[Lane, str], float]
+Worker = Lane | Literal["peers"]
+Delay = Callable[[Worker, str], float]
 """Seconds to sleep before a job: for tests that look for races."""
 OnJob = Callable[[Lane, str, float, float], None]
-"""Told of every job: lane, name, when it began and ended (``time.perf_counter``)."""
+"""Told of every job that is work: lane, name, when it began and ended (``time.perf_counter``)."""
 
 URGENT, SOON, LATER = range(3)
 """Of cpu jobs: what a layer waits for; what frees a buffer; what only the next window needs."""
-WORKERS: tuple[Lane, ...] = ("h2d", "d2h", "cpu")
+WORKERS: tuple[Worker, ...] = ("h2d", "d2h", "cpu")
+WORKERS_OF_RANKS: tuple[Worker, ...] = (*WORKERS, "peers")
 
 
 class Job:
     """Work on a lane, and its result."""
 
-    def __init__(self, schedule: Overlapped | None, lane: Lane, name: str, work: Callable[[], Any]) -> None:
+    def __init__(self, schedule: Overlapped | None, lane: Worker, name: str, work: Callable[[], Any]) -> None:
         self.lane, self.name = lane, name
         self.after: tuple[Job, ...] = ()
         self.order = (0, 0)
@@ -47,7 +52,7 @@ class Job:
         started = time.perf_counter()
         self._result = self._work()
         self._work = _nothing
-        if on_job is not None:
+        if on_job is not None and self.lane != "peers":
             on_job(self.lane, self.name, started, time.perf_counter())
 
     def result(self) -> Any:
@@ -64,7 +69,7 @@ class Schedule(Protocol):
     on_job: OnJob | None
 
     def submit(
-        self, lane: Lane, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
+        self, lane: Worker, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
     ) -> Job:
         """Issue a job that begins when every job in ``after`` is over."""
         ...
@@ -75,6 +80,10 @@ class Schedule(Protocol):
 
     def pause(self, seconds: float) -> None:
         """Sleep within a job; ends early when the schedule is closed."""
+        ...
+
+    def ended(self) -> bool:
+        """Whether it is closed, or something has ended it: a job that waits for others stops."""
         ...
 
     def close(self) -> None:
@@ -91,7 +100,7 @@ class Sequential:
         self.on_job = on_job
 
     def submit(
-        self, lane: Lane, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
+        self, lane: Worker, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
     ) -> Job:
         """Do the job now."""
         del after, urgency
@@ -107,6 +116,10 @@ class Sequential:
         """Sleep."""
         time.sleep(seconds)
 
+    def ended(self) -> bool:
+        """See :class:`Schedule`: it does nothing beside the caller."""
+        return False
+
     def close(self) -> None:
         """There are no threads."""
 
@@ -121,7 +134,9 @@ class Overlapped:
 
     overlapped = True
 
-    def __init__(self, *, on_job: OnJob | None = None, delay: Delay | None = None) -> None:
+    def __init__(
+        self, *, on_job: OnJob | None = None, delay: Delay | None = None, workers: tuple[Worker, ...] = WORKERS
+    ) -> None:
         self.on_job = on_job
         self._delay = delay
         self._lock = threading.Lock()
@@ -130,12 +145,12 @@ class Overlapped:
         """Of callers that wait for a job, or for all of them."""
         self._idle = threading.Condition(self._lock)
         self._closing = threading.Event()
-        self._waiting: dict[Lane, list[Job]] = {lane: [] for lane in WORKERS}
+        self._waiting: dict[Worker, list[Job]] = {lane: [] for lane in workers}
         self._running = 0
         self._issued = 0
         self._error: BaseException | None = None
         self._threads = [
-            threading.Thread(target=self._work, args=(lane,), name=f"meft-{lane}", daemon=True) for lane in WORKERS
+            threading.Thread(target=self._work, args=(lane,), name=f"meft-{lane}", daemon=True) for lane in workers
         ]
         for thread in self._threads:
             thread.start()
@@ -147,7 +162,7 @@ class Overlapped:
         self.close()
 
     def submit(
-        self, lane: Lane, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
+        self, lane: Worker, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
     ) -> Job:
         """See :class:`Schedule`. Raises what ended the schedule, if something did."""
         job = Job(self, lane, name, work)
@@ -182,6 +197,10 @@ class Overlapped:
         """See :class:`Schedule`."""
         self._closing.wait(seconds)
 
+    def ended(self) -> bool:
+        """See :class:`Schedule`."""
+        return self._closing.is_set() or self._error is not None
+
     def close(self) -> None:
         """See :class:`Schedule`; returns when the threads are gone."""
         with self._lock:
@@ -206,7 +225,7 @@ class Overlapped:
         if self._closing.is_set():
             raise RuntimeError("the schedule is closed")
 
-    def _work(self, lane: Lane) -> None:
+    def _work(self, lane: Worker) -> None:
         while (job := self._next(lane)) is not None:
             try:
                 if self._delay is not None:
@@ -228,7 +247,7 @@ class Overlapped:
             if not self._running:
                 self._idle.notify_all()
 
-    def _next(self, lane: Lane) -> Job | None:
+    def _next(self, lane: Worker) -> Job | None:
         """The job to do now, once there is one; None when the schedule ends."""
         with self._lock:
             while True:
@@ -241,7 +260,7 @@ class Overlapped:
                     return job
                 self._to_do[lane].wait()
 
-    def _ready(self, lane: Lane) -> Job | None:
+    def _ready(self, lane: Worker) -> Job | None:
         jobs = self._waiting[lane]
         candidates = jobs if lane == "cpu" else jobs[:1]
         able = [job for job in candidates if all(other.done for other in job.after)]

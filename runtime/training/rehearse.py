@@ -21,10 +21,10 @@ from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.exchange.row_cache import PlannedCache
+from meft.runtime.fake.experts import grouped_products
 from meft.runtime.host.router import PlannedRouter
 from meft.runtime.session.model_loading import model_from_config
 from meft.runtime.session.session import Session, open_session
-from meft.runtime.training.fake_experts import grouped_products
 from meft.runtime.training.preflight import for_emulated_device
 from meft.runtime.training.reporting import active_rows, assemble, device_memory, host_memory, transfer
 
