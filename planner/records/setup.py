@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from pydantic import Field
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.base.schema import Count, Record
+from meft.planner.base.errors import UsageError
+from meft.planner.base.schema import Count, Record, Text
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.kernels import KernelName
 from meft.planner.records.plan import Attention
 
-MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full"]
+MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full", "bitfit", "peft"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
+PEFT_PREFIX = "peft:"
 OptimizerName = Literal[
     "adamw",
     "adamw-fused",
@@ -56,6 +60,40 @@ LossName = Literal[
     "torchtune-chunked",
 ]
 Autocast = Literal["bf16", "fp16", "none"]
+
+
+class PeftMethod(Record):
+    """A method of the installed ``peft``: its type as users write it (``prompt-tuning``), and the fields of its config
+    that are not at their defaults."""
+
+    peft_type: Text
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def enum_name(self) -> str:
+        """What ``peft`` calls the type.
+
+        >>> PeftMethod(peft_type="prompt-tuning").enum_name
+        'PROMPT_TUNING'
+        """
+        return self.peft_type.upper().replace("-", "_")
+
+
+def split_method(text: str) -> tuple[str, str | None]:
+    """A method as it is written: its name, and of ``peft:TYPE`` the type.
+
+    >>> split_method("peft:prompt-tuning"), split_method("lora")
+    (('peft', 'prompt-tuning'), ('lora', None))
+
+    Raises:
+        UsageError: ``peft`` without a type.
+    """
+    name, colon, peft_type = text.partition(":")
+    if name != "peft":
+        return text, None
+    if not colon or not peft_type:
+        raise UsageError("--method peft: which of its methods? Give --method peft:prompt-tuning, for example")
+    return name, peft_type.lower().replace("_", "-")
 
 
 class TrainingSetup(Record):
@@ -112,6 +150,11 @@ class TrainingSetup(Record):
     """Batches are padded, so that a mask tensor exists."""
     packed: bool = False
     """Sequences hold several documents, told apart by position ids that begin anew; there is no KV cache then."""
+    peft: PeftMethod | None = None
+    """Of method ``peft``: which, and how it is configured."""
+    emulated: bool = False
+    """As ``meft-run baseline`` runs it on the emulated device: the CPU's operators, outputs let go, AdamW one parameter
+    at a time after clipping by the norm."""
     outputs_kept: bool = True
     """The loop holds on to the model's outputs, so that logits and (without checkpointing) the KV cache stay alive."""
 

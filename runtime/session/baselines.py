@@ -34,6 +34,9 @@ from meft.runtime.session.rotary import settle_rotary_frequencies
 from meft.runtime.session.session import OptimizerResult, StepResult, WindowEnd
 
 Baseline = Literal["none", "lora", "parallel-adapter", "full"]
+Attach = Callable[[nn.Module], tuple[nn.Module, list[nn.Parameter]]]
+"""Attaches what is trained to a frozen model; returns the model to run, which may be around that one, and what of it is
+trained."""
 TRAINED = "trained_weights"
 STATES = "trained_states"
 
@@ -129,19 +132,26 @@ def open_baseline(
     The dense adapter has the plan's adapter width. LoRA goes on every linear layer but the head, with ``rank`` and
     alpha twice that; nothing is dropped out. ``full`` trains every parameter.
     """
+    make: dict[Baseline, Attach] = {
+        "none": lambda model: (model, []),
+        "lora": lambda model: _with_lora(model, rank),
+        "parallel-adapter": lambda model: _with_adapter(model, plan, device, seed),
+        "full": lambda model: (model.requires_grad_(True), list(model.parameters())),
+    }
+    return open_trained(make[method], plan, model, device, seed=seed, settings=settings)
+
+
+def open_trained(
+    attach: Attach, plan: Plan, model: nn.Module, device: Device, *, seed: int, settings: AdamWSettings | None = None
+) -> BaselineSession:
+    """Put ``model`` on the device, frozen, with what ``attach`` trains."""
     settings = settings or AdamWSettings()
     settle_rotary_frequencies(model)
     model = device.adopt(model)
     model.requires_grad_(False)
     torch.manual_seed(seed)
-    make: dict[Baseline, Callable[[], tuple[nn.Module, list[nn.Parameter]]]] = {
-        "none": lambda: (model, []),
-        "lora": lambda: _with_lora(model, rank),
-        "parallel-adapter": lambda: _with_adapter(model, plan, device, seed),
-        "full": lambda: (model.requires_grad_(True), list(model.parameters())),
-    }
     with device.scope(), device.category(TRAINED):
-        model, trained = make[method]()
+        model, trained = attach(model)
     model.train()
     if plan.decision.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

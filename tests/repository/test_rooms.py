@@ -15,7 +15,7 @@ PLANNER = (
     *("memory", "timing", "predict", "search", "check", "front", "render", "cli"),
 )
 RUNTIME = (
-    *("device", "host", "ranks", "data", "exchange", "adapter", "session", "use", "pruning", "training"),
+    *("device", "host", "ranks", "data", "exchange", "adapter", "session", "use", "pruning", "training", "methods"),
     *("profiling", "fake", "trace", "cli"),
 )
 ROOMS = {"planner": PLANNER, "runtime": RUNTIME}
