@@ -140,7 +140,7 @@ class Overlapped:
         self.on_job = on_job
         self._delay = delay
         self._lock = threading.Lock()
-        self._to_do = {lane: threading.Condition(self._lock) for lane in WORKERS}
+        self._to_do = {lane: threading.Condition(self._lock) for lane in workers}
         self._asking: set[threading.Condition] = set()
         """Of callers that wait for a job, or for all of them."""
         self._idle = threading.Condition(self._lock)
