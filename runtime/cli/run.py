@@ -33,7 +33,7 @@ from meft.runtime.ranks.launch import launch, ranks_here, wait_for_first_rank
 from meft.runtime.training.interrupts import Interrupts, no_interrupt_ignored
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
-    from meft.runtime.training.runner import Display, RunOptions
+    from meft.runtime.training.options import Display, RunOptions
     from meft.runtime.use.evaluation import EvaluationOptions
 
 DEFAULT_COMMAND = "train"
@@ -319,7 +319,7 @@ def _shown(row: Comparison, value: float) -> str:
 
 def _options(given: dict[str, Any]) -> RunOptions:
     from meft.runtime.host.optimizer import AdamWSettings
-    from meft.runtime.training.runner import DEFAULT_STEPS, Length, RunOptions
+    from meft.runtime.training.options import DEFAULT_STEPS, Length, RunOptions
     from meft.runtime.training.training import TrainingOptions
 
     given |= reading_options(given)
@@ -372,7 +372,7 @@ def _display(interrupts: Interrupts) -> Iterator[Display]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from meft.runtime.training.runner import Display
+    from meft.runtime.training.options import Display
     from meft.runtime.training.training import Progress as Step
 
     console = Console(stderr=True, highlight=False)
