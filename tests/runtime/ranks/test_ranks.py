@@ -21,6 +21,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.check.audit import audit
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
+from meft.planner.traffic.transfer import step_transfer
 from meft.runtime.cli.run import command
 from meft.runtime.session.checkpoint import list_checkpoints
 
@@ -46,7 +47,7 @@ class Runs:
     """Runs of one plan in a folder, by number of ranks."""
 
     def __init__(self, folder: Path, model: Path, facts: Path, choice: dict[str, object]) -> None:
-        self.folder, self.plan = folder, small_plan(model, choice=choice, seq_len=24, grad_accum=4)
+        self.folder, self.plan = folder, with_transfer(small_plan(model, choice=choice, seq_len=24, grad_accum=4))
         self.plan.save(folder / "plan.json")
         self._words = [folder / "plan.json", "--model", model, "--data", facts, "--device", "emulated"]
 
@@ -59,6 +60,18 @@ class Runs:
         codes = run_ranks(size, self.words(output, "--steps", steps, *options), self.folder / f"said-{output}")
         assert codes == [0] * size, "".join(said(self.folder / f"said-{output}", rank) for rank in range(size))
         return folder
+
+
+def with_transfer(plan: Plan) -> Plan:
+    """The plan with what one rank would move, every layer's rows at their cap."""
+    layers, decision = plan.request.model.num_layers, plan.decision
+    transfer = step_transfer(
+        request=plan.request,
+        decision=decision,
+        active_rows_per_layer=[decision.active_rows_cap] * layers,
+        kept_rows_per_layer=[decision.cached_rows] * layers,
+    )
+    return plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"transfer": transfer})})
 
 
 @pytest.fixture(scope="module", params=CHOICES)
