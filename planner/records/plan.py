@@ -86,6 +86,11 @@ class Request(Record):
         return self
 
     @property
+    def rounds(self) -> int:
+        """Micro-batches of an optimizer step that each rank has."""
+        return self.grad_accum // self.gpus
+
+    @property
     def tokens_per_step(self) -> int:
         """``T = B * S``."""
         return self.batch_size * self.seq_len

@@ -175,6 +175,8 @@ class Report(File):
     """What ``--eval`` found, during training and after it."""
     expert_load: tuple[ExpertLoad, ...] = ()
     """Per layer; empty for a rehearsal."""
+    gpus: Count = 1
+    """Ranks that trained together."""
     ranks: tuple[Observed, ...] = ()
     """What each of several ranks observed; ``observed`` is then all of it together: bytes, rows and host memory summed,
     the tables that all share counted once (in the first), device memory that of the fullest."""

@@ -31,7 +31,7 @@ from meft.runtime.ranks.launch import launch, ranks_here, wait_for_first_rank
 from meft.runtime.training.interrupts import Interrupts, no_interrupt_ignored
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
-    from meft.runtime.training.runner import RunOptions
+    from meft.runtime.training.options import RunOptions
     from meft.runtime.use.evaluation import EvaluationOptions
 
 DEFAULT_COMMAND = "train"
@@ -327,7 +327,7 @@ def _shown(row: Comparison, value: float) -> str:
 
 def _options(given: dict[str, Any]) -> RunOptions:
     from meft.runtime.host.optimizer import AdamWSettings
-    from meft.runtime.training.runner import DEFAULT_STEPS, Length, RunOptions
+    from meft.runtime.training.options import DEFAULT_STEPS, Length, RunOptions
     from meft.runtime.training.training import TrainingOptions
 
     given |= reading_options(given)

@@ -28,7 +28,7 @@ Letters: ``T`` tokens, ``D`` hidden size, ``A`` active rows of a layer, ``N`` ex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -370,25 +370,26 @@ class RowExchange:
     def host_buffer_bytes(self, *, pinned: bool) -> dict[str, int]:
         """Bytes of the staging buffers by category of the host ledger; a pinned one as the pinned allocator rounds."""
         buffers = [("row_staging", staging.buffer) for staging in self._fetcher.staging]
-        buffers += [("gradient_landing", slot.landing.buffer) for slot in self._window.slots]
+        landings = [("gradient_landing", slot.landing.buffer) for slot in self._window.slots]
         buffers += self._host.named_buffers()
-        if isinstance(self._window, SharedWindow):
-            buffers += self._window.own_buffers()
-        if self._router_sums is not None:
-            buffers += self._router_sums.named_buffers()
         assert self.cache is not None
         totals = {"cache_index": size} if (size := self.cache.host_bytes()) else {}
-        for name, buffer in buffers:
-            size = buffer.numel() * buffer.element_size()
-            totals[name] = totals.get(name, 0) + (pinned_bytes(size) if pinned else size)
+        if isinstance(self._window, SharedWindow):
+            shared = [*landings, *self._window.own_buffers()]
+            shared += self._router_sums.named_buffers() if self._router_sums is not None else ()
+            _add_sizes(totals, shared, pinned=False)
+        else:
+            buffers += landings
+        _add_sizes(totals, buffers, pinned=pinned)
         return totals
 
     def shared_table_bytes(self) -> dict[str, int]:
         """Bytes of what ranks share beside the store, by category; none for one rank."""
         tables = self._window.named_tables() if isinstance(self._window, SharedWindow) else iter(())
         sizes: dict[str, int] = {}
-        for name, table in (*tables, *(self._router_sums.named_tables() if self._router_sums is not None else ())):
-            sizes[name] = sizes.get(name, 0) + table.numel() * table.element_size()
+        _add_sizes(sizes, tables, pinned=False)
+        if self._router_sums is not None:
+            _add_sizes(sizes, self._router_sums.named_tables(), pinned=False)
         return sizes
 
     def look_ahead_recall(self, layer: int, hidden: torch.Tensor) -> float:
@@ -412,6 +413,13 @@ class RowExchange:
     def _resume(self) -> None:
         if self.clock is not None:
             self.clock.resume()
+
+
+def _add_sizes(totals: dict[str, int], buffers: Iterable[tuple[str, torch.Tensor]], *, pinned: bool) -> None:
+    """Add buffers' sizes to their categories; a pinned one as the pinned allocator rounds."""
+    for name, buffer in buffers:
+        size = buffer.numel() * buffer.element_size()
+        totals[name] = totals.get(name, 0) + (pinned_bytes(size) if pinned else size)
 
 
 def _cache_of(decision: Decision, store: HostStore) -> RowCache:

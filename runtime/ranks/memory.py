@@ -1,4 +1,4 @@
-"""Memory that all ranks of a machine map: nameless, so that the kernel frees it with the last process that has it.
+"""Memory that all ranks of a machine map: without a name, so that the kernel frees it with the last process.
 
 A ``memfd`` has no name in any file system and is not bound by the size of ``/dev/shm`` (64 MB in many containers); the
 other ranks open it through ``/proc`` of the process that made it. Tables lie one after the other, in the order in which

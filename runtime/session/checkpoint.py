@@ -138,6 +138,8 @@ class RunObserved(File):
 
     observed: Observed
     tokens: Index
+    gpus: Count = 1
+    """How many ranks observed it."""
     ranks: tuple[Observed, ...] = ()
     """Of each rank, where there were several."""
 

@@ -91,7 +91,7 @@ def build_report(trainer: Trainer, seen: RunObserved, *, recall: float | None, m
     )
     observed = seen.observed.model_copy(update={"prefetch_recall": recall})
     report = assemble(session, observed, training, meft_version=meft_version, rehearsal=False)
-    return report.model_copy(update={"expert_load": expert_load(session), "ranks": seen.ranks})
+    return report.model_copy(update={"expert_load": expert_load(session), "gpus": seen.gpus, "ranks": seen.ranks})
 
 
 def assemble(session: Session, observed: Observed, training: Training, *, meft_version: str, rehearsal: bool) -> Report:

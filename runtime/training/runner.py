@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,7 +17,6 @@ from meft.planner.base.version import VERSION
 from meft.planner.models.catalogue import how_to_download, hub_name_of, load_model
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
-from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.data.embedded import SMOLLM2_PROFILE, smollm2_folder
 from meft.runtime.data.examples import pad_token_id
 from meft.runtime.data.loading import DataOptions, Dataset, describe, load_dataset
@@ -26,7 +24,6 @@ from meft.runtime.data.metrics import evaluation_line
 from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.device.nvml import MemoryReading, NvmlReader, NvmlUnavailable, PcieReading
 from meft.runtime.host import kernels
-from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.ranks.peers import Peers
 from meft.runtime.session import model_loading
 from meft.runtime.session.checkpoint import (
@@ -39,78 +36,15 @@ from meft.runtime.session.checkpoint import (
 )
 from meft.runtime.session.session import Session
 from meft.runtime.training import output, packing, preflight, together
-from meft.runtime.training.interrupts import Interrupts
 from meft.runtime.training.journal import Tell, journal
-from meft.runtime.training.opening import open_run, write_trace
+from meft.runtime.training.options import DeviceKind, Display, RunOptions, open_run, write_trace
 from meft.runtime.training.rehearse import rehearse
 from meft.runtime.training.replay import num_replayed, with_replay
 from meft.runtime.training.reporting import build_report
-from meft.runtime.training.training import Progress, Trainer, TrainingOptions
-from meft.runtime.use.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
+from meft.runtime.training.training import Trainer
+from meft.runtime.use.evaluation import EvaluationSchedule, make_evaluator
 
-DeviceKind = Literal["cuda", "emulated"]
-"""The name of the profile that a plan for the emulated device rests on."""
-DEFAULT_STEPS = 100
 DEFAULT_REPLAY_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a run is: so many micro-batches, or so many times through the data; neither: as before, or 100."""
-
-    steps: int | None = None
-    epochs: float | None = None
-
-    def total_steps(self, *, num_examples: int, batch_size: int, before: int | None) -> int:
-        """Micro-batches in all; ``before`` is what a run that goes on was to have."""
-        if self.epochs is not None:
-            return max(1, math.ceil(self.epochs * num_examples / batch_size))
-        return self.steps or before or DEFAULT_STEPS
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """A run as asked for on the command line."""
-
-    training: TrainingOptions
-    settings: AdamWSettings
-    model: str | None = None
-    data: tuple[Path, ...] = ()
-    reading: DataOptions = field(default_factory=DataOptions)
-    """How the data is read."""
-    show: int = 0
-    """Examples that are shown before training."""
-    replay: Path | None = None
-    """Ordinary text to train on beside the data, as ``replay_share`` of the examples."""
-    replay_share: float | None = None
-    output_dir: Path = Path("output")
-    device: Literal["auto", "cuda", "emulated"] = "auto"
-    gpu_mem_bytes: int | None = None
-    """Another device budget than the plan's."""
-    resume: bool = False
-    overwrite: bool = False
-    """Replace what an earlier run left in ``output_dir``."""
-    length: Length | None = None
-    """None: ``training.steps``."""
-    adapter: Path | None = None
-    """A trained adapter to start from."""
-    log: Path | None = None
-    tensorboard: Path | None = None
-    schedule: Literal["overlapped", "sequential"] = "overlapped"
-    link_gbps: float | None = None
-    trace: Path | None = None
-    """Where the Chrome trace of the last step goes."""
-    evaluation: EvaluationOptions | None = None
-    key_init: KeyInit = "random"
-
-
-@dataclass(frozen=True)
-class Display:
-    """Where a run tells how it goes."""
-
-    say: Callable[[str], None]
-    on_step: Callable[[Progress], None]
-    interrupts: Interrupts = field(default_factory=Interrupts)
 
 
 def run_rehearsal(plan: Plan, options: RunOptions, display: Display) -> Report:

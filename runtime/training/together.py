@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,11 +23,9 @@ from meft.runtime.ranks.peers import Peers, Place
 from meft.runtime.session.checkpoint import RunObserved, latest_checkpoint
 from meft.runtime.training import output
 from meft.runtime.training.measured import Histograms, Measurements, Totals, Worked
+from meft.runtime.training.options import Display, RunOptions
 from meft.runtime.training.reporting import host_memory, observe, per_step, rows_seen, transfer_of, work_done
 from meft.runtime.training.training import Trainer
-
-if TYPE_CHECKING:
-    from meft.runtime.training.runner import Display, RunOptions
 
 
 @contextmanager
@@ -69,7 +66,7 @@ def check(plan: Plan, size: int, *, steps: int | None) -> None:
         raise UsageError(f"--steps {steps}: less than the {size} ranks have micro-batches at once; give {size} or more")
 
 
-def first_alone(peers: Peers | None) -> AbstractContextManager[object]:
+def first_alone(peers: Peers | None) -> AbstractContextManager[None]:
     """See :meth:`Peers.first_alone`; nothing for one rank."""
     return nullcontext() if peers is None else peers.first_alone()
 
@@ -126,7 +123,10 @@ def observe_all(trainer: Trainer, *, memory: MemoryReading, pcie: PcieReading) -
         }
     )
     return RunObserved(
-        observed=Observed.model_validate(observed.model_dump()), tokens=together.tokens, ranks=tuple(seen)
+        observed=Observed.model_validate(observed.model_dump()),
+        tokens=together.tokens,
+        gpus=peers.size,
+        ranks=tuple(seen),
     )
 
 

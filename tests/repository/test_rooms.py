@@ -15,7 +15,20 @@ PLANNER = (
     *("memory", "timing", "predict", "search", "check", "front", "render", "cli"),
 )
 RUNTIME = (
-    *("device", "fake", "host", "ranks", "data", "exchange", "adapter", "session", "use", "pruning", "training", "methods"),
+    *(
+        "device",
+        "fake",
+        "host",
+        "ranks",
+        "data",
+        "exchange",
+        "adapter",
+        "session",
+        "use",
+        "pruning",
+        "training",
+        "methods",
+    ),
     *("profiling", "trace", "cli"),
 )
 ROOMS = {"planner": PLANNER, "runtime": RUNTIME}
