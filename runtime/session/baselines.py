@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -53,6 +53,8 @@ class BaselineSession:
     settings: AdamWSettings
     optimizer: torch.optim.AdamW | None
     clock: LaneClock
+    peers: ClassVar[None] = None
+    """It is the only rank."""
 
     @property
     def trainable_parameters(self) -> int:
@@ -96,6 +98,10 @@ class BaselineSession:
             self.optimizer.zero_grad(set_to_none=True)
         self.engine.per = "step"
         return OptimizerResult(norm, [], [], time.perf_counter() - started)
+
+    def meet(self) -> None:
+        """See :meth:`meft.runtime.session.session.Session.meet`: there is nobody else."""
+        self.drain()
 
     def drain(self) -> None:
         """Nothing is ever left to do: everything is done when it is issued."""
