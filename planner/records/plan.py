@@ -33,6 +33,9 @@ def _without_usual_tokens_see(content: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in content.items() if (name, value) != ("tokens_see", "union")}
 
 
+_USUAL_RANKS = (("gpus", 1), ("gpus_per_link", 1))
+
+
 class Request(Record):
     """What was asked. ``None`` leaves a choice to the planner."""
 
@@ -69,11 +72,13 @@ class Request(Record):
     tokens_see: TokensSee = "union"
     gpus: Count = 1
     """Ranks on one machine, each with such a card, that share the host's rows and divide ``grad_accum``."""
+    gpus_per_link: Count = 1
+    """How many of the cards share one link's bandwidth: those behind one switch, or on one root port's lanes."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content = _without_usual_tokens_see(handler(self))
-        return {name: value for name, value in content.items() if (name, value) != ("gpus", 1)}
+        return {name: value for name, value in content.items() if (name, value) not in _USUAL_RANKS}
 
     @model_validator(mode="after")
     def _divides(self) -> Request:

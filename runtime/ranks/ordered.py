@@ -15,8 +15,7 @@ from numba.extending import intrinsic
 from meft.runtime.host.compiled import compiled
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _fence(context: Any) -> Any:
+def _fence_code(context: Any) -> Any:
     """Nothing before it is moved behind it, and nothing behind it before it."""
     del context
 
@@ -26,6 +25,10 @@ def _fence(context: Any) -> Any:
         return target.get_dummy_value()
 
     return types.void(), code
+
+
+_fence: Any = intrinsic(_fence_code)
+"""A call of it in a kernel is the fence."""
 
 
 @compiled()

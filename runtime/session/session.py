@@ -20,6 +20,7 @@ from meft.runtime.device.timeline import LaneClock
 from meft.runtime.exchange.exchange import RowExchange
 from meft.runtime.exchange.row_cache import RowCache
 from meft.runtime.exchange.state import StepCounters
+from meft.runtime.host import huge_pages
 from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
 from meft.runtime.host.router import Router, TopKRouter
@@ -335,7 +336,8 @@ def open_session(
         kernels=kernels,
         bf16_copy=decision.bf16_copy and plan.request.adapter_dtype == "bf16",
         has_hot_rows=decision.hot_rows > 0,
-        **({} if peers is None else {"zeros": peers.zeros, "own_rows": peers.share_of(decision.adapter_width)}),
+        zeros=huge_pages.zeros if peers is None else peers.zeros,
+        own_rows=None if peers is None else peers.share_of(decision.adapter_width),
     )
     if peers is None or peers.rank == 0:
         store.initialise(seed=seed)

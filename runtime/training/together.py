@@ -154,8 +154,8 @@ def _joined(one: Histograms, other: Histograms) -> Histograms:
 def _summed(each: list[Worked]) -> Worked:
     lanes, tasks = Counter[str](), Counter[str]()
     for one in each:
-        lanes.update(one.lanes)  # type: ignore[arg-type]
-        tasks.update(one.host_tasks)  # type: ignore[arg-type]
+        lanes.update(one.lanes)
+        tasks.update(one.host_tasks)
     return Worked(sum(one.steps for one in each), dict(lanes), dict(tasks))  # type: ignore[arg-type]
 
 
