@@ -130,7 +130,15 @@ def _show(found: Planned, output: Path, *, tokens: int | None, verbose: bool, al
     from meft.planner.render.tables import show
 
     levers, notes = levers_of(found), found.planning.notes
-    told = {"notes": notes, "verbose": verbose, "levers": levers, "scaling": scaling_of(found), "tokens": tokens}
-    show(plan_view(found.plan, path=str(output), **told))
+    view = plan_view(
+        found.plan,
+        path=str(output),
+        notes=notes,
+        verbose=verbose,
+        levers=levers,
+        scaling=scaling_of(found),
+        tokens=tokens,
+    )
+    show(view)
     for path in (output, *also):
         click.echo(f"wrote {path}")

@@ -23,6 +23,7 @@ from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
 from meft.planner.traffic.transfer import step_transfer
 from meft.runtime.cli.run import command
+from meft.runtime.ranks.memory import NAME
 from meft.runtime.session.checkpoint import list_checkpoints
 
 WORDS = ("alice", "rabbit", "queen", "hatter")
@@ -143,12 +144,12 @@ def test_with_cached_rows_every_schedule_learns_the_same(tmp_path, glass_folder,
         require_counted(runs.plan, Report.load(overlapped / "report.json"))
 
 
-def shared_memory() -> list[str]:
-    """Mappings of ranks' shared memory that some process has, and files in /dev/shm."""
+def shared_memory(first: int | None) -> list[str]:
+    """Who has mapped the shared memory of ranks of which this process was the first; and files in /dev/shm."""
     found = [path.name for path in Path("/dev/shm").iterdir() if "meft" in path.name]
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
-            found += [str(maps)] * ("memfd:meft-ranks" in maps.read_text())
+            found += [str(maps)] * (NAME.format(process=first) in maps.read_text())
         except OSError:  # it has ended
             continue
     return found
@@ -171,7 +172,7 @@ def test_a_rank_that_dies_ends_all_and_other_numbers_of_ranks_go_on(tmp_path, gl
         until(lambda before=before: list_checkpoints(tmp_path / "out")[-1:] > before)
         os.kill(ranks[victim].pid, signal.SIGKILL)
         assert ended(ranks, seconds=30) == [-signal.SIGKILL if rank == victim else 1 for rank in range(size)]
-        assert shared_memory() == []
+        assert shared_memory(ranks[0].pid) == []
     going = learnt(runs.ranks(1, "out", "--resume", steps=long))
     require_equal(learnt(runs.ranks(1, "whole", steps=long)), going)
 
