@@ -65,6 +65,8 @@ class PlanArguments(TypedDict, total=False):
     bf16_copy: bool | None
     context_overhead: Size | None
     active_rows_quantile: float | None
+    gpus: int
+    gpus_per_link: int
 
 
 class EstimateArguments(TypedDict, total=False):
