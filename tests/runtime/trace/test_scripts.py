@@ -14,6 +14,11 @@ from meft.planner.allocator.recording_files import load_recording
 from meft.planner.allocator.replay import replay
 from meft.planner.base.errors import UsageError
 from meft.planner.front.script import ScriptMemory, Trace, trace_script
+from meft.planner.models.shapes import shape_of
+from meft.planner.records.setup import TrainingSetup
+from meft.planner.simulation.lengths import BatchShape
+from meft.planner.simulation.run import simulate
+from meft.planner.simulation.stream import stream_peaks
 
 SCRIPTS = Path(__file__).parent / "scripts"
 SIZES = {
@@ -105,6 +110,32 @@ def test_lengths_and_masks_are_followed(folders: dict[str, Path], tmp_path: Path
     )
     memory = traced(script, str(folders["dense"])).memory
     assert memory.not_followed == ("numbers computed on the device are read, and taken as 0: cut.py:11",)
+
+
+def test_lengths_that_vary_are_simulated_as_they_are_traced(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The closed form of batches of ever other lengths, beside transformers' own code on them."""
+    lengths = (40, 250, 97, 301, 64, 300, 180, 299)
+    script = tmp_path / "varying.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).cuda().train()\n"
+        "optimizer = torch.optim.AdamW(model.parameters())\n"
+        f"for length in {lengths}:\n"
+        "    batch = {name: torch.zeros(4, length, dtype=torch.int64).cuda() for name in ('input_ids', 'labels')}\n"
+        "    outputs = model(**batch)\n"
+        "    outputs.loss.backward()\n"
+        "    optimizer.step()\n"
+        "    optimizer.zero_grad()\n"
+    )
+    seen = meft.trace(gpu="rtx-3090", steps=len(lengths))
+    trace_script([str(script), str(folders["dense"])], seen)
+    shape = shape_of(LlamaConfig(**SIZES, architectures=["LlamaForCausalLM"]).to_dict(), name="dense")
+    setup = TrainingSetup(model=shape, method="full", weights_dtype="bf16", batch_size=4, seq_len=max(lengths))
+    simulated = stream_peaks(simulate(setup, shapes=[BatchShape(4, length) for length in lengths]))
+    assert simulated.allocated_bytes == pytest.approx(seen.memory.peak_allocated_bytes, rel=0.01)
+    one_segment = 2 << 20  # of small tensors, which are placed in another order
+    assert simulated.reserved_bytes == pytest.approx(seen.memory.peak_reserved_bytes, abs=one_segment)
 
 
 def test_the_books_answer_what_a_script_asks_of_the_card(capsys: pytest.CaptureFixture[str]) -> None:
