@@ -16,6 +16,7 @@ from meft.planner.front.estimate import WEIGHTS, EstimateRequest, estimate_of
 from meft.planner.front.options import MAX_BATCH_SIZE, MAX_GRAD_ACCUM, MAX_RANK, MAX_SEQ_LEN, MAX_WIDTH
 from meft.planner.records.plan import Attention
 from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, OptimizerName, optimizer_name
+from meft.planner.simulation.lengths import BATCHINGS
 
 
 class OptimizerChoice(click.Choice[str]):
@@ -109,6 +110,13 @@ def _workload_options(command: Command) -> Command:
             help="Fused kernels: those of liger, unsloth or foak, with their loss; or rms-norm, swiglu, rope.",
         ),
         option("--loss", type=click.Choice(get_args(LossName)), help="[default: hf, which upcasts the logits]"),
+        option(
+            "--lengths",
+            metavar="FILE|MEAN,STD",
+            help="Sequences' lengths vary: as in a file (a length a line, or JSON lines with input_ids), or so "
+            "distributed. --seq-len cuts them.",
+        ),
+        option("--batching", type=click.Choice(BATCHINGS), help="How batches are made of them. [default: padded]"),
         option("--padding/--no-padding", default=None, help="Batches are padded, so masks exist. [default: no]"),
         option(
             "--keep-outputs/--drop-outputs",

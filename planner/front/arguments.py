@@ -20,6 +20,7 @@ from meft.planner.base.units import parse_bytes
 from meft.planner.front.options import RequestOptions
 from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
 from meft.planner.records.setup import Autocast, LossName, OptimizerName
+from meft.planner.simulation.lengths import Batching
 
 Size: TypeAlias = int | str
 """Bytes, or a size as people write it: ``"24GB"``."""
@@ -111,6 +112,8 @@ class EstimateArguments(TypedDict, total=False):
     master_weights: bool | None
     loss: LossName | None
     padding: bool | None
+    lengths: str | None
+    batching: Batching | None
     keep_outputs: bool | None
 
 

@@ -12,7 +12,18 @@ from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
 from meft.planner.base.schema import Record
 from meft.planner.base.units import format_bytes, parse_bytes
 from meft.planner.base.version import VERSION
-from meft.planner.front.options import MAX_RANK, BatchSize, Depth, GradAccum, RequestOptions, Rows, SeqLen, Width
+from meft.planner.front.lengths import lengths_of, orders_of
+from meft.planner.front.options import (
+    MAX_RANK,
+    MAX_SEQ_LEN,
+    BatchSize,
+    Depth,
+    GradAccum,
+    RequestOptions,
+    Rows,
+    SeqLen,
+    Width,
+)
 from meft.planner.front.request import Planning, planning
 from meft.planner.front.traced import as_its_trace, with_terms
 from meft.planner.models.catalogue import load_model
@@ -35,10 +46,12 @@ from meft.planner.predict.estimates import (
     with_verdict,
 )
 from meft.planner.predict.prediction import predict
+from meft.planner.predict.spread import reserved_spread
 from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward, TokensSee
 from meft.planner.records.profile_catalogue import load_defaults
 from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup, optimizer_name
 from meft.planner.search.search import make_plan
+from meft.planner.simulation.lengths import Batching
 from meft.planner.simulation.stream import Stream, stream_peaks
 from meft.planner.simulation.verification import traced_plan, traced_setup
 
@@ -73,6 +86,8 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "loss": _DENSE,
     "keep_outputs": _DENSE,
     "padding": _DENSE,
+    "lengths": _DENSE,
+    "batching": _DENSE,
 }
 _SAYS_NOTHING: dict[str, tuple[object, ...]] = {
     "lora_dropout": (0.0,),
@@ -133,6 +148,8 @@ class EstimateRequest(Record):
     kernels: tuple[str, ...] | str | None = None
     loss: LossName | None = None
     padding: bool | None = None
+    lengths: str | None = None
+    batching: Batching | None = None
     keep_outputs: bool | None = None
 
     @property
@@ -158,6 +175,7 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
     _check_applies(asked)
     if asked.method == "meft":
         return _estimate_meft(asked, verify=verify)
+    asked, lengths = _with_lengths(asked)
     planned, setup, notes = dense_setup(asked)
     profiles = planned.profiles
     tried: list[Estimate] = []
@@ -173,12 +191,49 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
     estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=tried[0])})
     setup = setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
     gpu, budget = profiles.gpu, planned.request.gpu_mem_bytes
+    if lengths:
+        return _over_lengths(asked, estimate, setup, lengths, planned), notes
     if verify:
         return with_trace(estimate, _traced(planned, setup), gpu=gpu, gpu_mem_bytes=budget), notes
     if not estimate.fits:
         stream = _traced(planned, setup) if setup.model.measured is not None else dense_stream(setup, gpu)
         estimate = with_verdict(estimate, stream, stream_peaks(stream), gpu=gpu, gpu_mem_bytes=budget)
     return estimate, notes
+
+
+def _with_lengths(asked: EstimateRequest) -> tuple[EstimateRequest, tuple[int, ...]]:
+    """The request for batches of the longest sequence, and the lengths; none where they do not vary."""
+    if asked.lengths is None:
+        if asked.batching is not None:
+            raise UsageError(f"--batching {asked.batching}: of which sequences? Give --lengths too")
+        return asked, ()
+    given = asked.seq_len if "seq_len" in asked.model_fields_set else MAX_SEQ_LEN
+    lengths = lengths_of(asked.lengths, most=given)
+    if asked.batching == "padding-free" and asked.attention != "flash":
+        raise UsageError(
+            "--batching padding-free: sequences are told apart by flash attention alone; give --attention flash"
+        )
+    longest = given if asked.batching == "packed" and given < MAX_SEQ_LEN else max(lengths)
+    padded = asked.batching in (None, "padded", "sorted") and min(lengths) < longest
+    return asked.model_copy(update={"seq_len": longest, "padding": asked.padding or padded}), lengths
+
+
+def _over_lengths(
+    asked: EstimateRequest, estimate: Estimate, setup: TrainingSetup, lengths: tuple[int, ...], planned: Planning
+) -> Estimate:
+    """The estimate with what several orders of the data reserve, and the verdict on the worst of them."""
+    if setup.model.measured is not None:
+        raise UsageError(f"--lengths: {setup.model.name} has no closed form, which it takes; give --seq-len alone")
+    batching = asked.batching or "padded"
+    spread = reserved_spread(
+        setup,
+        orders_of(lengths, batch_size=setup.batch_size, batching=batching, most=setup.seq_len),
+        batching=batching,
+        lengths=lengths,
+        gpu=planned.profiles.gpu,
+        gpu_mem_bytes=planned.request.gpu_mem_bytes,
+    )
+    return estimate.model_copy(update={"lengths": spread, "verdict": spread.verdict, "fits": spread.verdict == "fits"})
 
 
 def _traced(planned: Planning, setup: TrainingSetup) -> Stream:

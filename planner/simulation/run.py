@@ -7,6 +7,7 @@ tens of milliseconds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,6 +20,7 @@ from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Tape, Tensor
 from meft.planner.simulation.decoder import SCALED_EMBEDDINGS, BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.simulation.formats import BF16, FP32, INT64, STORED
+from meft.planner.simulation.lengths import BatchShape
 from meft.planner.simulation.losses import Losses
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.optimizers import Optimizer, Parameter
@@ -40,8 +42,16 @@ _PARTS: dict[str, tuple[str, ...]] = {
 """Order of a block's modules where it is not attention, FFN, norms."""
 
 
-def simulate(setup: TrainingSetup, *, workspace_bytes: int = USUAL_BYTES, sums_in_place: bool = True) -> Stream:
+def simulate(
+    setup: TrainingSetup,
+    *,
+    workspace_bytes: int = USUAL_BYTES,
+    sums_in_place: bool = True,
+    shapes: Sequence[BatchShape] = (),
+) -> Stream:
     """The stream of a run of any method but MEFT, whose rows the runtime manages itself.
+
+    Two steps of the setup's own batch; or, with ``shapes``, as many as those micro-batches make.
 
     Raises :class:`ValueError` for MEFT.
     """
@@ -49,7 +59,7 @@ def simulate(setup: TrainingSetup, *, workspace_bytes: int = USUAL_BYTES, sums_i
         raise ValueError("the simulated step knows the dense methods; MEFT has its own ledger")
     tape = Tape(sums_in_place=sums_in_place)
     weights = Loader(tape, setup).load()
-    _Run(tape, setup, weights, workspace_bytes).steps()
+    _Run(tape, setup, weights, workspace_bytes).steps(shapes)
     return Stream(tuple(tape.events), dict(tape.moments))
 
 
@@ -246,6 +256,7 @@ class _Run:
         autocast = None if setup.autocast == "none" else STORED[setup.autocast]
         self.tape = tape
         self.setup = setup
+        self.weights = weights
         self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes)
         self.decoder = Decoder(self.ops, setup, weights)
         self.trained = _trained(weights, setup)
@@ -253,12 +264,13 @@ class _Run:
         if setup.optimizer_in_backward:
             tape.on_gradient = self.optimizer.in_backward()
 
-    def steps(self) -> None:
+    def steps(self, shapes: Sequence[BatchShape]) -> None:
         """Optimizer steps of ``grad_accum`` micro-batches each."""
         outputs: _Outputs | None = None
         inputs: tuple[Tensor, ...] = ()
-        for step in range(1, NUM_STEPS + 1):
-            for _ in range(1 if step == 1 else min(self.setup.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
+        for step, micro_batches in enumerate(self._planned(shapes), start=1):
+            for shape in micro_batches:
+                self._take(shape)
                 self._phase("forward")
                 num_inputs = 3 if self.setup.packed else 2
                 inputs = tuple(self.tape.new(self.setup.tokens, INT64, "inputs") for _ in range(num_inputs))
@@ -277,6 +289,21 @@ class _Run:
             self._zero_gradients()
             self.tape.mark(f"optimizer_step_{step}")
         del outputs, inputs
+
+    def _planned(self, shapes: Sequence[BatchShape]) -> list[Sequence[BatchShape]]:
+        """The shapes of each step's micro-batches."""
+        accum = self.setup.grad_accum
+        if shapes:
+            return [shapes[start : start + accum] for start in range(0, len(shapes), accum)]
+        own = BatchShape(self.setup.batch_size, self.setup.seq_len, self.setup.padded)
+        return [[own], *([[own] * min(accum, MICRO_BATCHES_THAT_DIFFER)] * (NUM_STEPS - 1))]
+
+    def _take(self, shape: BatchShape) -> None:
+        """The next batch is of this shape."""
+        setup = self.setup
+        if shape != BatchShape(setup.batch_size, setup.seq_len, setup.padded):
+            self.setup = setup.model_copy(update=vars(shape))
+            self.decoder = Decoder(self.ops, self.setup, self.weights)
 
     def _forward(self) -> _Outputs:
         setup = self.setup
