@@ -77,6 +77,8 @@ class EstimateArguments(TypedDict, total=False):
     host: Reference | None
     link: Reference | None
     sparsity: Reference | None
+    peft_arg: dict[str, Any] | tuple[str, ...] | None
+    peft_config: Reference | None
     rank: int | None
     target_modules: tuple[str, ...] | list[str] | str | None
     lora_dropout: float | None

@@ -34,7 +34,6 @@ from meft.planner.predict.comparison import MethodComparison
 from meft.planner.predict.estimates import Estimate
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
-from meft.planner.records.setup import MethodName
 
 PLAN_DEFAULTS = {name: field.default for name, field in RequestOptions.__dataclass_fields__.items()}
 ESTIMATE_DEFAULTS = {name: field.default for name, field in EstimateRequest.model_fields.items()}
@@ -59,7 +58,7 @@ def plan(*, verify: bool = False, **options: Unpack[PlanArguments]) -> Plan:
 
 
 @keywords_of(EstimateArguments, ESTIMATE_DEFAULTS)
-def estimate(method: MethodName, *, verify: bool = False, **options: Unpack[EstimateArguments]) -> Estimate:
+def estimate(method: str, *, verify: bool = False, **options: Unpack[EstimateArguments]) -> Estimate:
     """What one configuration of a method needs, whether or not it fits: ``meft.estimate("lora", rank=16)``.
 
     Raises:

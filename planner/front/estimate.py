@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
@@ -35,10 +35,20 @@ from meft.planner.predict.estimates import (
     with_verdict,
 )
 from meft.planner.predict.prediction import predict
+from meft.planner.records.peft_methods import method_of, split_method
 from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward, TokensSee
 from meft.planner.records.profile_catalogue import load_defaults
-from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup, optimizer_name
+from meft.planner.records.setup import (
+    METHOD_NAMES,
+    Autocast,
+    LossName,
+    MethodName,
+    OptimizerName,
+    TrainingSetup,
+    optimizer_name,
+)
 from meft.planner.search.search import make_plan
+from meft.planner.simulation.peft import has_closed_form
 from meft.planner.simulation.stream import Stream, stream_peaks
 from meft.planner.simulation.verification import traced_plan, traced_setup
 
@@ -46,9 +56,12 @@ WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")
 USUAL_GRAD_ACCUM = {"meft": 32}
 """Where nothing is said: MEFT's is the paper's, a dense method updates after every micro-batch."""
 
-_DENSE = ("parallel-adapter", "lora", "qlora", "full")
+_DENSE = ("parallel-adapter", "lora", "qlora", "full", "bitfit", "peft")
+_WITHOUT_CLOSED_FORM = ("bitfit", "peft")
 _LORA = ("lora", "qlora")
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "peft_arg": ("peft",),
+    "peft_config": ("peft",),
     "rank": _LORA,
     "target_modules": _LORA,
     "lora_dropout": _LORA,
@@ -90,10 +103,21 @@ _SAYS_NOTHING: dict[str, tuple[object, ...]] = {
 """Values that say only what is so with any method that does not have the option: giving them is no contradiction."""
 
 
+def _known_method(method: str) -> str:
+    """``peft`` alone is what a config file says."""
+    name = method.partition(":")[0]
+    if name not in METHOD_NAMES or (name != "peft" and name != method):
+        raise ValueError(f"no such method; there are {', '.join(METHOD_NAMES[:-1])} and peft:TYPE")
+    return method
+
+
 class EstimateRequest(Record):
     """What ``--request`` takes, and what the options amount to. ``None`` is what was not said."""
 
-    method: MethodName
+    method: Annotated[str, AfterValidator(_known_method)]
+    """A name, or ``peft:TYPE``."""
+    peft_arg: dict[str, Any] | tuple[str, ...] | None = None
+    peft_config: str | None = None
     model: str | None = None
     gpu: str | None = None
     gpu_mem: int | str | None = None
@@ -135,6 +159,11 @@ class EstimateRequest(Record):
     keep_outputs: bool | None = None
 
     @property
+    def kind(self) -> MethodName:
+        """The method; of those of ``peft`` that."""
+        return cast(MethodName, split_method(self.method)[0])
+
+    @property
     def target_names(self) -> tuple[str, ...] | None:
         """The targets as a list, however they were given."""
         if isinstance(self.target_modules, str):
@@ -155,16 +184,16 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
     Raises :class:`UsageError` for what does not go together.
     """
     _check_applies(asked)
-    if asked.method == "meft":
+    if asked.kind == "meft":
         return _estimate_meft(asked, verify=verify)
     planned, setup, notes = dense_setup(asked)
     profiles = planned.profiles
     tried: list[Estimate] = []
     for flag in checkpointing_choices(asked.activation_checkpointing):
         variant = setup.model_copy(update={"activation_checkpointing": flag})
-        peaks = stream_peaks(_traced(planned, variant)) if setup.model.measured is not None else None
+        stream = _traced(planned, variant) if _is_traced(variant) else None
         tried.append(
-            estimate_dense(variant, request=planned.request, gpu=profiles.gpu, link=profiles.link, peaks=peaks)
+            estimate_dense(variant, request=planned.request, gpu=profiles.gpu, link=profiles.link, stream=stream)
         )
         if tried[-1].fits:
             break
@@ -175,9 +204,16 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
     if verify:
         return with_trace(estimate, _traced(planned, setup), gpu=gpu, gpu_mem_bytes=budget), notes
     if not estimate.fits:
-        stream = _traced(planned, setup) if setup.model.measured is not None else dense_stream(setup, gpu)
+        stream = _traced(planned, setup) if _is_traced(setup) else dense_stream(setup, gpu)
         estimate = with_verdict(estimate, stream, stream_peaks(stream), gpu=gpu, gpu_mem_bytes=budget)
     return estimate, notes
+
+
+def _is_traced(setup: TrainingSetup) -> bool:
+    """Whether no closed form knows the run."""
+    if setup.model.measured is not None:
+        return True
+    return setup.method in _WITHOUT_CLOSED_FORM and not has_closed_form(setup)
 
 
 def _traced(planned: Planning, setup: TrainingSetup) -> Stream:
@@ -195,7 +231,7 @@ def _chosen(asked: EstimateRequest, estimate: Estimate, *, without: Estimate) ->
         texts.append(f"checkpointing: {flag}, chosen as compare does: {why}")
     others = {
         "attention": f"{estimate.attention} attention",
-        "lora_dropout": "no dropout" if asked.method in _LORA else "",
+        "lora_dropout": "no dropout" if asked.kind in _LORA else "",
         "weights_dtype": f"{estimate.weights_dtype} weights",
         "adapter_dtype": "" if estimate.adapter_dtype is None else f"{estimate.adapter_dtype} adapter",
     }
@@ -213,22 +249,24 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
     given, double_quant = _weights(asked)
     planned = _planning(replace(_options(asked), weights_dtype=given))
     weights = given or planned.request.weights_dtype
-    shape, usual = planned.request.model, USUAL_SIZES[asked.method]
+    shape, usual = planned.request.model, USUAL_SIZES[asked.kind]
     if shape.stored is not None:
-        if asked.method == "full":
+        if asked.kind == "full":
             raise UsageError(
                 f"--method full: {shape.name} stores its weights as {shape.stored.title}, which no step trains"
             )
         double_quant = planned.request.double_quant
-    names = asked.target_names or (usual.targets,)
-    lora = asked.method in _LORA
+    names, emulated = asked.target_names or (usual.targets,), _as_baseline(asked, planned)
+    lora = asked.kind in _LORA
     setup = TrainingSetup(
         model=shape,
-        method=asked.method,
+        method=asked.kind,
+        peft=method_of(asked.method, asked.peft_arg, asked.peft_config)[1],
+        emulated=emulated,
         rank=(asked.rank or usual.size) if lora else None,
         target_modules=resolve_targets(shape, names) if lora else (),
         lora_dropout=bool(asked.lora_dropout),
-        adapter_width=(asked.adapter_width or usual.size) if asked.method == "parallel-adapter" else None,
+        adapter_width=(asked.adapter_width or usual.size) if asked.kind == "parallel-adapter" else None,
         weights_dtype=weights,
         double_quant=double_quant,
         kbit_preparation=bool(asked.kbit_preparation),
@@ -247,12 +285,21 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
         kernels=resolve_kernels(shape, asked.kernel_names),
         loss=asked.loss or next((LOSS_OF[name] for name in asked.kernel_names if name in LOSS_OF), "hf"),
         padded=bool(asked.padding),
-        outputs_kept=asked.keep_outputs is not False,
+        outputs_kept=asked.keep_outputs is not False and not emulated,
     )
     _check_setup(setup)
     ignored = passed_over(shape, names) if lora else ()
     notes = tuple(f"target {name}: {shape.name} has no such layer, as PEFT it is passed over" for name in ignored)
     return planned, setup, (*notes, *planned.notes)
+
+
+def _as_baseline(asked: EstimateRequest, planned: Planning) -> bool:
+    """Whether the run is what ``meft-run baseline`` makes of it on the emulated device: nothing of another loop is
+    asked for."""
+    loop = ("autocast", "optimizer", "optimizer_in_backward", "master_weights", "kernels", "loss", "padding",
+            "keep_outputs", "kbit_preparation", "trl_casts", "reentrant", "lora_dropout", "adapter_dtype")  # fmt: skip
+    said = any(getattr(asked, name) not in (None, *_SAYS_NOTHING.get(name, ())) for name in loop)
+    return planned.profiles.gpu.shares_host_cores and not said
 
 
 def usual_meft(planned: Planning) -> tuple[Estimate, ...]:
@@ -312,12 +359,12 @@ def _with_rows(decision: Decision, active_rows: int) -> Decision:
 def _check_applies(asked: EstimateRequest) -> None:
     for name, methods in _ONLY_FOR.items():
         value = getattr(asked, name)
-        if value is None or asked.method in methods:
+        if value is None or asked.kind in methods:
             continue
         if value in _SAYS_NOTHING.get(name, ()):
             continue
         option = "--" + name.replace("_", "-")
-        raise UsageError(f"{option} does not go with --method {asked.method}; it is of {', '.join(methods)}")
+        raise UsageError(f"{option} does not go with --method {asked.kind}; it is of {', '.join(methods)}")
 
 
 def _weights(asked: EstimateRequest) -> tuple[WeightsDtype | None, bool]:
@@ -325,14 +372,14 @@ def _weights(asked: EstimateRequest) -> tuple[WeightsDtype | None, bool]:
     given = asked.weights_dtype
     if given == "int8":
         raise UsageError(f"weights_dtype int8: estimate knows {', '.join(WEIGHTS)}")
-    if asked.method == "qlora" and given not in (None, "nf4"):
+    if asked.kind == "qlora" and given not in (None, "nf4"):
         raise UsageError(f"--weights-dtype {given}: qlora has nf4 weights; use --method lora")
-    if asked.method == "full" and given == "nf4":
+    if asked.kind == "full" and given == "nf4":
         raise UsageError("--weights-dtype nf4: full trains its weights; give fp32, bf16 or fp16")
-    weights: WeightsDtype | None = given or ("nf4" if asked.method == "qlora" else None)
+    weights: WeightsDtype | None = given or ("nf4" if asked.kind == "qlora" else None)
     if asked.double_quant and weights != "nf4":
         raise UsageError(f"--double-quant: the weights are {weights or 'bf16'}; it goes with --weights-dtype nf4")
-    return weights, asked.method == "qlora" if asked.double_quant is None else asked.double_quant
+    return weights, asked.kind == "qlora" if asked.double_quant is None else asked.double_quant
 
 
 def _check_setup(setup: TrainingSetup) -> None:
@@ -363,13 +410,13 @@ def _options(asked: EstimateRequest) -> RequestOptions:
         sparsity=asked.sparsity,
         batch_size=asked.batch_size,
         seq_len=asked.seq_len,
-        grad_accum=asked.grad_accum or USUAL_GRAD_ACCUM.get(asked.method, 1),
+        grad_accum=asked.grad_accum or USUAL_GRAD_ACCUM.get(asked.kind, 1),
         weights_dtype=asked.weights_dtype,
         double_quant=asked.double_quant,
         adapter_dtype=asked.adapter_dtype,
         attention=asked.attention,
         activation_checkpointing=asked.activation_checkpointing,
-        adapter_width=asked.adapter_width if asked.method == "meft" else None,
+        adapter_width=asked.adapter_width if asked.kind == "meft" else None,
         top_k=asked.top_k,
         prefetch_depth=asked.prefetch_depth,
         routing=asked.routing,

@@ -22,6 +22,7 @@ from meft.planner.simulation.formats import BF16, FP32, INT64, STORED
 from meft.planner.simulation.losses import Losses
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.optimizers import Optimizer, Parameter
+from meft.planner.simulation.peft import FACTORS, PROMPT, factor_sizes, has_closed_form, running, trained_sizes
 from meft.planner.simulation.stream import Stream, stream_peaks
 from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK, stored_tensors_bytes
 
@@ -47,6 +48,10 @@ def simulate(setup: TrainingSetup, *, workspace_bytes: int = USUAL_BYTES, sums_i
     """
     if setup.method == "meft":
         raise ValueError("the simulated step knows the dense methods; MEFT has its own ledger")
+    if setup.method == "peft" and not has_closed_form(setup):
+        raise ValueError("this method of peft, or this setting of it, has no closed form: its code is traced")
+    if setup.emulated:
+        sums_in_place, workspace_bytes = False, 0
     tape = Tape(sums_in_place=sums_in_place)
     weights = Loader(tape, setup).load()
     _Run(tape, setup, weights, workspace_bytes).steps()
@@ -208,6 +213,8 @@ class Loader:
 
     def _attach(self, weights: ModelWeights) -> None:
         setup = self.setup
+        if setup.peft is not None:
+            self._attach_peft(weights)
         for block in weights.blocks:
             if setup.method in ("lora", "qlora"):
                 for layer in linear_layers(self._shape):
@@ -219,6 +226,24 @@ class Loader:
                     Weights(hidden, width, self._trained(hidden * width)),
                     Weights(width, hidden, self._trained(hidden * width)),
                 )
+
+    def _attach_peft(self, weights: ModelWeights) -> None:
+        assert self.setup.peft is not None
+        kind, shape = self.setup.peft.enum_name, self._shape
+        if kind == FACTORS:
+            for block in weights.blocks:
+                block.factors = {name: self._factor(numel) for name, numel in factor_sizes(shape).items()}
+            return
+        (numel,) = trained_sizes(self.setup)
+        table = self._factor(numel)
+        if kind == PROMPT:
+            weights.prompt = table
+        else:
+            weights.prefix = table
+
+    def _factor(self, numel: int) -> Tensor:
+        """What ``peft`` makes in fp32 whatever the model's dtype."""
+        return self.tape.parameter(numel, FP32, "trainable_weights")
 
     def _lora(self, layer: Linear) -> Lora:
         rank = self.setup.rank or 0
@@ -245,9 +270,10 @@ class _Run:
     def __init__(self, tape: Tape, setup: TrainingSetup, weights: ModelWeights, workspace_bytes: int) -> None:
         autocast = None if setup.autocast == "none" else STORED[setup.autocast]
         self.tape = tape
-        self.setup = setup
-        self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes)
-        self.decoder = Decoder(self.ops, setup, weights)
+        self.asked, self.setup = setup, running(setup)
+        emulated = setup.emulated
+        self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes, cpu_kernels=emulated)
+        self.decoder = Decoder(self.ops, self.setup, weights, counts_positions=emulated)
         self.trained = _trained(weights, setup)
         self.optimizer = Optimizer(tape, setup.optimizer, self.trained, master_weights=setup.master_weights)
         if setup.optimizer_in_backward:
@@ -260,7 +286,7 @@ class _Run:
         for step in range(1, NUM_STEPS + 1):
             for _ in range(1 if step == 1 else min(self.setup.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
                 self._phase("forward")
-                inputs = tuple(self.tape.new(self.setup.tokens, INT64, "inputs") for _ in range(2))
+                inputs = tuple(self.tape.new(self.asked.tokens, INT64, "inputs") for _ in range(2))
                 outputs = self._forward()
                 self.tape.mark(f"forward_{step}")
                 if not self.setup.outputs_kept:
@@ -271,7 +297,10 @@ class _Run:
                     outputs = None
             self.tape.mark(f"backward_{step}")
             self._phase("optimizer_step")
-            self.optimizer.step()
+            if self.setup.emulated:
+                self.optimizer.one_by_one()
+            else:
+                self.optimizer.step()
             self.tape.mark(f"updated_{step}")
             self._zero_gradients()
             self.tape.mark(f"optimizer_step_{step}")
@@ -279,14 +308,21 @@ class _Run:
 
     def _forward(self) -> _Outputs:
         setup = self.setup
-        cache: list[tuple[Tensor, Tensor]] | None = None if setup.activation_checkpointing else []
+        no_cache = setup.activation_checkpointing or setup.emulated
+        cache: list[tuple[Tensor, Tensor]] | None = None if no_cache else []
+        longer = self.tape.new(setup.tokens, INT64, "inputs") if setup is not self.asked else None
         hidden = self.decoder.hidden_states(cache)
         self._phase("loss")
-        labels = self.tape.new(setup.tokens, INT64, "inputs")
+        padded = setup.batch_size if setup.emulated else 0
+        labels = [self.tape.new(setup.tokens + padded, INT64, "inputs")]
+        if setup.emulated and setup.batch_size > 1:
+            labels.append(self.tape.new(setup.tokens, INT64, "inputs"))  # a view otherwise, contiguous as it is
         hidden = self.decoder.final_hidden(hidden)  # the model holds it until it returns
         loss, logits = Losses(self.ops, self.decoder, setup).of(hidden)
         self.ops.leave_autocast()
-        del labels
+        del labels, longer
+        if setup.emulated:
+            loss = self.ops.scale(loss, "loss_chain")
         return _Outputs(loss, logits, cache)
 
     def _zero_gradients(self) -> None:
@@ -306,7 +342,8 @@ def _trained(weights: ModelWeights, setup: TrainingSetup) -> list[Parameter]:
         for lora in block.lora.values():
             found += [_matrix(lora.down), _matrix(lora.up)]
         found += [_matrix(layer) for layer in block.adapter or ()]
-    return found
+        found += _vectors(*block.factors.values())
+    return [*found, *_vectors(weights.prompt, weights.prefix)]
 
 
 def _matrix(layer: Weights) -> Parameter:

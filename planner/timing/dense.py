@@ -16,6 +16,7 @@ from meft.planner.models.linears import Linear, linear_layers
 from meft.planner.records.plan import Request
 from meft.planner.records.profiles import GpuProfile, LinkProfile
 from meft.planner.records.setup import TrainingSetup
+from meft.planner.simulation.peft import running
 from meft.planner.timing import gpu as gpu_timing
 from meft.planner.timing.gpu import GpuRates
 from meft.planner.timing.step import copy_seconds
@@ -40,7 +41,7 @@ def dense_step_seconds(*, setup: TrainingSetup, request: Request, gpu: GpuProfil
 
     Autocast, 8-bit optimizers and fused losses are taken to need the time of the plain run.
     """
-    request = _as_set_up(request, setup)
+    request = _as_set_up(request, running(setup))
     rates, num_layers = gpu_timing.gpu_rates(gpu, request), setup.model.num_layers
     added = _added(setup, request, rates)
     forward = gpu_timing.attention_seconds(request, rates) + gpu_timing.ffn_seconds(request, rates) + added.forward

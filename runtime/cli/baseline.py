@@ -11,7 +11,8 @@ from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
 from meft.planner.models.catalogue import CONFIG_NAME, read_config, text_part
 from meft.planner.models.shapes import shape_of
-from meft.planner.records.setup import PEFT_PREFIX, PeftMethod, TrainingSetup, split_method
+from meft.planner.records.peft_methods import PEFT_PREFIX, PeftMethod, method_of
+from meft.planner.records.setup import TrainingSetup
 from meft.runtime.cli.data import data_options, reading_options
 from meft.runtime.cli.display import display_of
 from meft.runtime.cli.use import base_folder
@@ -153,24 +154,14 @@ def setup_of(given: dict[str, Any], folder: Path, *, emulated: bool) -> Training
 
 
 def _method(text: str | None, arguments: tuple[str, ...], config: Path | None) -> tuple[str, PeftMethod | None]:
-    from meft.runtime.methods.peft_methods import from_config_file, parsed_arguments
-
-    if config is not None:
-        if text is not None or arguments:
-            raise UsageError("--peft-config says method and settings; leave --method and --peft-arg out")
-        return "peft", from_config_file(config)
-    if text is None:
+    method, peft = method_of(text, arguments, config)
+    if method is None:
         raise UsageError(f"--method: which one? Give one of {', '.join(METHODS)}, or {PEFT_PREFIX}TYPE")
-    method, peft_type = split_method(text)
-    if peft_type is not None:
-        return method, PeftMethod(peft_type=peft_type, arguments=parsed_arguments(arguments))
     if method == "meft":
         raise UsageError("--method meft: is trained by a plan: meft-plan -o plan.json, then meft-run plan.json")
-    if method not in METHODS:
+    if peft is None and method not in METHODS:
         raise unknown_name("method", method, (*METHODS, f"{PEFT_PREFIX}TYPE"))
-    if arguments:
-        raise UsageError(f"--peft-arg {arguments[0]}: is of {PEFT_PREFIX}TYPE; {method} has options of its own")
-    return method, None
+    return method, peft
 
 
 def _options(given: dict[str, Any]) -> Any:

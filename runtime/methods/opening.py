@@ -13,8 +13,9 @@ from meft.planner.base.packages import require_packages
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import CONFIG_NAME, read_config, text_part
 from meft.planner.models.shapes import shape_of
+from meft.planner.records.peft_methods import PEFT_PREFIX, PeftMethod
 from meft.planner.records.plan import Decision, DeviceMemory, Plan, Request, plan_with_rows
-from meft.planner.records.setup import PEFT_PREFIX, PeftMethod, TrainingSetup
+from meft.planner.records.setup import TrainingSetup
 from meft.runtime.device.device import Device, EmulatedDevice
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.methods.peft_methods import attach_peft, trained_of
@@ -118,7 +119,7 @@ def open_method(
         "lora": partial(_with_lora, setup=setup),
         "qlora": partial(_with_lora, setup=setup),
         "peft": partial(_with_peft, setup=setup),
-        "bitfit": _with_biases,
+        "bitfit": only_biases,
     }
     if setup.method in special:
         return open_trained(special[setup.method], plan, model, device, seed=seed, settings=settings)
@@ -145,7 +146,7 @@ def _with_peft(model: nn.Module, setup: TrainingSetup) -> tuple[nn.Module, list[
     return adapted, trained
 
 
-def _with_biases(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
+def only_biases(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
     """BitFit (Ben Zaken et al., 2022): every bias that the model has, and nothing else.
 
     Raises:
