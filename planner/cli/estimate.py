@@ -11,7 +11,7 @@ import click
 from meft.planner.base.dtypes import AdapterDtype
 from meft.planner.base.errors import EXIT_DONE, EXIT_INFEASIBLE, UsageError, unknown_name
 from meft.planner.base.schema import parse_json, read_text, validated
-from meft.planner.cli.options import Command, apply_options, budget_options, decision_options
+from meft.planner.cli.options import PACKED, Command, apply_options, budget_options, decision_options
 from meft.planner.front.estimate import WEIGHTS, EstimateRequest, estimate_of
 from meft.planner.front.options import MAX_BATCH_SIZE, MAX_GRAD_ACCUM, MAX_RANK, MAX_SEQ_LEN, MAX_WIDTH
 from meft.planner.records.peft_methods import PEFT_PREFIX
@@ -92,6 +92,7 @@ def _workload_options(command: Command) -> Command:
             help="The kind of checkpointing (use_reentrant). [default: reentrant where PEFT prepares a 4-bit model]",
         ),
         option("--attention", type=click.Choice(get_args(Attention)), help="[default: sdpa; eager for Gemma 2]"),
+        PACKED,
         option("--optimizer", "--optim", type=OptimizerChoice(), help="Also by transformers' names. [default: adamw]"),
         option(
             "--optimizer-in-backward",

@@ -50,6 +50,7 @@ class PlanArguments(TypedDict, total=False):
     double_quant: bool | None
     adapter_dtype: AdapterDtype | None
     attention: Attention | None
+    packed: bool | None
     activation_checkpointing: bool | None
     objective: Objective
     max_slowdown: float | None
@@ -101,6 +102,7 @@ class EstimateArguments(TypedDict, total=False):
     grad_accum: int | None
     activation_checkpointing: bool | None
     attention: Attention | None
+    packed: bool | None
     optimizer: OptimizerName | None
     trl_casts: bool | None
     reentrant: bool | None

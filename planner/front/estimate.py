@@ -150,6 +150,7 @@ class EstimateRequest(Record):
     grad_accum: GradAccum | None = None
     activation_checkpointing: bool | None = None
     attention: Attention | None = None
+    packed: bool | None = None
     optimizer: Annotated[OptimizerName | None, BeforeValidator(optimizer_name)] = None
     optimizer_in_backward: bool | None = None
     master_weights: bool | None = None
@@ -279,6 +280,7 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
         grad_accum=asked.grad_accum or 1,
         activation_checkpointing=bool(asked.activation_checkpointing),
         attention=planned.request.attention,
+        packed=planned.request.packed,
         optimizer=asked.optimizer or "adamw",
         optimizer_in_backward=bool(asked.optimizer_in_backward),
         master_weights=bool(asked.master_weights),
@@ -387,6 +389,8 @@ def _check_setup(setup: TrainingSetup) -> None:
         raise UsageError(
             "--attention flash: it computes in 16 bits, the weights are fp32; give sdpa, or --autocast bf16"
         )
+    if setup.packed and setup.padded:
+        raise UsageError("--packed: packed sequences are told apart by their positions, without padding; give one")
     if setup.optimizer_in_backward and setup.grad_accum > 1:
         raise UsageError(
             f"--optimizer-in-backward: it updates at every micro-batch, so --grad-accum {setup.grad_accum} cannot be; "
@@ -415,6 +419,7 @@ def _options(asked: EstimateRequest) -> RequestOptions:
         double_quant=asked.double_quant,
         adapter_dtype=asked.adapter_dtype,
         attention=asked.attention,
+        packed=asked.packed,
         activation_checkpointing=asked.activation_checkpointing,
         adapter_width=asked.adapter_width if asked.kind == "meft" else None,
         top_k=asked.top_k,

@@ -257,6 +257,7 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "grad_accum": options.grad_accum,
         "double_quant": options.double_quant,
         "attention": options.attention or _usual_attention(shape),
+        "packed": options.packed,
         "activation_checkpointing": options.activation_checkpointing,
         "objective": options.objective,
         "max_slowdown": options.max_slowdown,

@@ -121,6 +121,7 @@ def usual_setup(method: DenseName, *, request: Request, weights_dtype: WeightsDt
         seq_len=request.seq_len,
         grad_accum=request.grad_accum,
         attention=request.attention,
+        packed=request.packed,
     )
 
 

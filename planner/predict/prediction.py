@@ -15,6 +15,7 @@ from meft.planner.records.plan import (
     Decision,
     Inputs,
     NumberUsed,
+    Plan,
     Prediction,
     ProfileUsed,
     Request,
@@ -123,6 +124,20 @@ def predict(
         trainable_parameters=int(trainable),
         trainable_fraction=float(trainable / request.model.num_parameters),
     )
+
+
+def repriced(plan: Plan, gpu: GpuProfile, *, packed: bool) -> Plan:
+    """The plan with device memory for a run whose sequences are ``packed``, or are not; as it is where that is what it
+    says already, and where no closed form could say otherwise."""
+    request = plan.request
+    if packed == request.packed or request.model.measured is not None:
+        return plan
+    request = request.model_copy(update={"packed": packed})
+    memory = predict_device_memory(request=request, decision=plan.decision, gpu=gpu)
+    budget = plan.prediction.device_memory.allocator_budget_bytes
+    memory = memory.model_copy(update={"allocator_budget_bytes": budget})
+    prediction = plan.prediction.model_copy(update={"device_memory": memory})
+    return plan.model_copy(update={"request": request, "prediction": prediction})
 
 
 def adapter_parameters(request: Request, candidates: Candidates) -> Ints:

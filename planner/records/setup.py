@@ -111,6 +111,8 @@ class TrainingSetup(Record):
     loss: LossName = "hf"
     padded: bool = False
     """Batches are padded, so that a mask tensor exists."""
+    packed: bool = False
+    """Sequences hold several documents, told apart by position ids that begin anew; there is no KV cache then."""
     peft: PeftMethod | None = None
     """Of method ``peft``: which, and how it is configured."""
     emulated: bool = False
@@ -131,3 +133,8 @@ class TrainingSetup(Record):
     def tokens(self) -> int:
         """``T = B * S``."""
         return self.batch_size * self.seq_len
+
+    @property
+    def positions(self) -> int:
+        """Positions that are told apart: those of one sequence stand for all, unless documents are packed."""
+        return self.tokens if self.packed else self.seq_len

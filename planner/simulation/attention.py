@@ -75,6 +75,8 @@ class SelfAttention:
         """A mask of bytes as numbers to add, ``[B, 1, S, S]``, made anew by every layer."""
         if mask is None:
             return None
+        if self.ops.cpu_kernels:
+            _hidden, _seen = (self.ops.tape.new(1, q.itemsize, "attention") for _ in range(2))
         keys = self.setup.seq_len + virtual_tokens(self.setup, PREFIX)
         return self.ops.tape.new(self.setup.batch_size * self.setup.seq_len * keys, q.itemsize, "attention")
 

@@ -19,7 +19,7 @@ from meft.planner.simulation.autograd import Tensor
 from meft.planner.simulation.formats import BOOL, FP32, promoted
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.peft import PREFIX, prefixes, prompted, scaled, virtual_tokens
-from meft.planner.simulation.positions import eager_mask, position_ids, rotary_tables
+from meft.planner.simulation.positions import block_mask, eager_mask, position_ids, rotary_tables
 from meft.planner.terms import activations as act
 
 LayerKey = tuple[Place, str]
@@ -113,11 +113,13 @@ class Decoder:
 
     # --- the model --------------------------------------------------------------------------------------------------
 
-    def hidden_states(self, cache: list[tuple[Tensor, Tensor]] | None) -> Tensor:
-        """Everything up to the last block; ``cache`` receives keys and values when transformers makes one."""
+    def hidden_states(self, cache: list[tuple[Tensor, Tensor]] | None, positions: Tensor | None = None) -> Tensor:
+        """Everything up to the last block; ``cache`` receives keys and values when transformers makes one, and
+        ``positions`` are those of packed documents."""
         before = self.weights.prefix and prefixes(self.ops, self.setup, self.weights.prefix)
         embedded = x = self._embedded()
-        positions = position_ids(self.ops.tape, self.setup) if self.counts_positions else None
+        if self.counts_positions and positions is None:
+            positions = position_ids(self.ops.tape, self.setup)
         masks = self._masks(x.itemsize)
         others = [self._rotary_tables(x.itemsize) for _ in range(1, self.shape.rotary_sets)]
         shared = Shared(self._rotary_tables(x.itemsize), masks, cache, positions, iter(before) if before else None)
@@ -159,7 +161,7 @@ class Decoder:
         if shape.model_type in SCALED_RESIDUALS:
             x = ops.scale(x, "embeddings")
         if self.weights.positions is not None:
-            positions = ops.embedding(self.weights.positions, setup.seq_len, shape.hidden_size)
+            positions = ops.embedding(self.weights.positions, setup.positions, shape.hidden_size)
             self._named = (x, positions)
             x = ops.add(x, positions, "layer_inputs")
         return ops.dropout(x, "layer_inputs", active=shape.embedding_dropout)
@@ -168,7 +170,7 @@ class Decoder:
         shape, tape = self.shape, self.ops.tape
         if shape.learned_positions:
             return None
-        numel = self.setup.seq_len * int(shape.head_dim * shape.rotary_fraction)
+        numel = self.setup.positions * int(shape.head_dim * shape.rotary_fraction)
         if self.counts_positions:
             return rotary_tables(self.ops, self.setup, numel, itemsize)
         cosines, sines = (tape.new(numel, FP32, "rotary_tables") for _ in range(2))
@@ -176,20 +178,23 @@ class Decoder:
             return self.ops.cast(cosines, itemsize, "rotary_tables"), self.ops.cast(sines, itemsize, "rotary_tables")
 
     def _masks(self, itemsize: int) -> Masks:
-        """Additive for eager attention, one for each kind of layers; for sdpa of bytes, where a batch is padded or a
-        window shorter than the sequence: of one sequence, which stands for all, unless they are padded."""
+        """Additive for eager attention, one for each kind of layers; for sdpa of bytes, where a batch is padded or
+        packed, or a window shorter than the sequence: of one sequence, which stands for all, in that case."""
         setup, shape, tape = self.setup, self.shape, self.ops.tape
         used = act.attention_used(shape, setup.attention)
         if used == "flash":
             return Masks(None, None)
-        one, copies = setup.batch_size * setup.seq_len**2, act.MASKS_PER_MODEL.get(shape.model_type, 1)
+        one, copies = setup.batch_size * setup.seq_len**2, act.masks_per_model(shape)
         if used == "eager":
             if not self.counts_positions:
                 mask = tape.new(copies * one, itemsize, "attention_mask")
                 return Masks(mask, mask)
             mask = eager_mask(tape, setup, itemsize, sliding=False)
             return Masks(mask, eager_mask(tape, setup, itemsize, sliding=True) if copies > 1 else mask)
-        if setup.padded:
+        if setup.packed and self.counts_positions:
+            first = block_mask(tape, setup, sliding=copies == 1 and shape.window > 0)
+            return Masks(first, block_mask(tape, setup, sliding=True) if copies > 1 else first)
+        if setup.padded or setup.packed:
             mask = tape.new(copies * one, BOOL, "attention_mask")
             return Masks(mask, mask)
         if virtual := virtual_tokens(setup, PREFIX):  # queries are fewer than keys
@@ -384,7 +389,8 @@ class Decoder:
     # --- attention --------------------------------------------------------------------------------------------------
 
     def _attention(self, x: Tensor, block: BlockWeights, shared: Shared) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self._query_key_value(x, block)
+        mask = shared.masks.sliding if block.slides else shared.masks.full
+        q, k, v = self._query_key_value(x, block, masked=mask is not None)
         if shared.rotary is not None:
             q, k = self._rotated(q, k, shared.rotary)
         if shared.prefix is not None:
@@ -397,7 +403,6 @@ class Decoder:
             k, v = self._cached(k, k.itemsize), self._cached(v, k.itemsize)
         if shared.cache is not None:
             shared.cache.append((k, v))
-        mask = shared.masks.sliding if block.slides else shared.masks.full
         attention = SelfAttention(self.ops, self.setup)
         output, probabilities = attention.attend(q, k, v, mask=mask, cached=shared.cache is not None)
         names = [name for place, name in block.linears if place == "attention"]
@@ -409,7 +414,7 @@ class Decoder:
         wide = promoted(x.itemsize, of_keys)
         return self.ops.copy(x, "attention") if x.itemsize == wide else self.ops.cast(x, wide, "attention")
 
-    def _query_key_value(self, x: Tensor, block: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
+    def _query_key_value(self, x: Tensor, block: BlockWeights, *, masked: bool) -> tuple[Tensor, Tensor, Tensor]:
         shape, setup = self.shape, self.setup
         queries, keys = setup.tokens * shape.query_size, setup.tokens * shape.kv_size
         if shape.model_type == "phi3":
@@ -425,7 +430,9 @@ class Decoder:
             q = self.ops.scale(q, "attention")
         k = self._heads(self._linear(x, block, ("attention", "k_proj")), block, 1)
         v = self._linear(x, block, ("attention", "v_proj"))
-        if act.attention_used(shape, setup.attention) == "eager":  # kernels lay its gradient out as the product has it
+        written_out = masked and shape.num_heads > shape.num_kv_heads
+        if written_out or act.attention_used(shape, setup.attention) == "eager":
+            # kernels lay its gradient out as the product has it, sums over groups of heads do not
             v = self.ops.heads_first(v, shape.num_kv_heads)
         return q, k, v
 

@@ -286,7 +286,8 @@ class _Run:
         for step in range(1, NUM_STEPS + 1):
             for _ in range(1 if step == 1 else min(self.setup.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
                 self._phase("forward")
-                inputs = tuple(self.tape.new(self.asked.tokens, INT64, "inputs") for _ in range(2))
+                num_inputs = 3 if self.setup.packed else 2
+                inputs = tuple(self.tape.new(self.asked.tokens, INT64, "inputs") for _ in range(num_inputs))
                 outputs = self._forward()
                 self.tape.mark(f"forward_{step}")
                 if not self.setup.outputs_kept:
@@ -308,7 +309,7 @@ class _Run:
 
     def _forward(self) -> _Outputs:
         setup = self.setup
-        no_cache = setup.activation_checkpointing or setup.emulated
+        no_cache = setup.activation_checkpointing or setup.emulated or setup.packed
         cache: list[tuple[Tensor, Tensor]] | None = None if no_cache else []
         longer = self.tape.new(setup.tokens, INT64, "inputs") if setup is not self.asked else None
         hidden = self.decoder.hidden_states(cache)

@@ -11,7 +11,7 @@ from meft.runtime.cli.pace import Pace
 from meft.runtime.training.interrupts import Interrupts
 
 if TYPE_CHECKING:  # torch is loaded only once there is something to run
-    from meft.runtime.training.runner import Display
+    from meft.runtime.training.options import Display
 
 LINES_WITHOUT_TERMINAL = 10
 
@@ -22,7 +22,7 @@ def display_of(interrupts: Interrupts) -> Iterator[Display]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from meft.runtime.training.runner import Display
+    from meft.runtime.training.options import Display
     from meft.runtime.training.training import Progress as Step
 
     console = Console(stderr=True, highlight=False)

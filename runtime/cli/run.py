@@ -28,10 +28,11 @@ from meft.runtime.cli.export import export_command
 from meft.runtime.cli.prune import prune_command
 from meft.runtime.cli.use import adapter_folder, evaluate_command, evaluation_options, generate_command
 from meft.runtime.data.metrics import evaluation_line
+from meft.runtime.ranks.launch import launch, ranks_here, wait_for_first_rank
 from meft.runtime.training.interrupts import Interrupts, no_interrupt_ignored
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
-    from meft.runtime.training.runner import RunOptions
+    from meft.runtime.training.options import RunOptions
     from meft.runtime.use.evaluation import EvaluationOptions
 
 DEFAULT_COMMAND = "train"
@@ -96,6 +97,11 @@ class RunGroup(click.Group):
 @click.option("--overwrite", is_flag=True, help="Replace the adapter and checkpoints of an earlier run there.")
 @click.option("--adapter", type=_PATH, help="Start from this trained adapter instead of a fresh one.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "emulated"]), default="auto", show_default=True)
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    help="Ranks on this machine, each with a device, that share one host store.  [default: the plan's]",
+)
 @click.option("--gpu-mem", help="Another device budget than the plan's, e.g. 20GiB.")
 @click.option("--rehearse", is_flag=True, help="One step under fake tensors: books without weights, data or GPU.")
 @click.option(
@@ -171,19 +177,36 @@ def train_command(noted: Interrupts | None, /, plan: Path, as_json: bool, rehear
     with (noted or Interrupts()).installed() as interrupts:
         interrupts.check()
         loaded = Plan.load(plan)
+        gpus = _ranks_to_launch(given.pop("gpus"), loaded, rehearse=rehearse)
         if given["adapter"] is not None:
             given["adapter"] = adapter_folder(given["adapter"])
         options = _options(given)
-        from meft.runtime.training.runner import run_rehearsal, run_training
+        from meft.runtime.training.runner import check_run, run_rehearsal, run_training
 
         interrupts.check()
+        if gpus > 1:
+            check_run(loaded, options, ranks=gpus)
+            sys.exit(launch(sys.argv[1:], ranks=gpus))
         with display_of(interrupts) as display:
             report = (run_rehearsal if rehearse else run_training)(loaded, options, display)
+        if report is None:
+            interrupts.check_trained()
+            return
         if as_json:
             click.echo(report.to_json(), nl=False)
         else:
             print_report(report, options.output_dir / "report.json")
         interrupts.check_trained()
+
+
+def _ranks_to_launch(given: int | None, plan: Plan, *, rehearse: bool) -> int:
+    """How many ranks this process begins; 1 where it is one of several already, or rehearses a rank's step."""
+    present = ranks_here()
+    if rehearse or present > 1:
+        if present > 1 and given not in (None, present):
+            raise UsageError(f"--gpus {given}: torchrun began {present} ranks; leave --gpus out, or give {present}")
+        return 1
+    return given or plan.request.gpus
 
 
 COMMANDS = [
@@ -237,6 +260,7 @@ def run_command(command: click.Command, program: str, *, interrupted: str, obj: 
         said = one_line(error, program=program, default_command=DEFAULT_COMMAND, arguments=sys.argv[1:])
         _fail(program, said, error.exit_code)
     except Exception as error:
+        wait_for_first_rank()
         known = missing_package(error) or error
         if isinstance(known, MeftError):
             _fail(program, str(known), known.exit_code)
@@ -305,7 +329,7 @@ def _shown(row: Comparison, value: float) -> str:
 
 def _options(given: dict[str, Any]) -> RunOptions:
     from meft.runtime.host.optimizer import AdamWSettings
-    from meft.runtime.training.runner import DEFAULT_STEPS, Length, RunOptions
+    from meft.runtime.training.options import DEFAULT_STEPS, Length, RunOptions
     from meft.runtime.training.training import TrainingOptions
 
     given |= reading_options(given)

@@ -53,6 +53,8 @@ class BaselineSession:
     settings: AdamWSettings
     optimizer: torch.optim.AdamW | None
     clock: LaneClock
+    peers: None = None
+    """A baseline is one process's."""
 
     @property
     def trainable_parameters(self) -> int:
@@ -117,6 +119,9 @@ class BaselineSession:
 
     def drain(self) -> None:
         """Nothing is ever left to do: everything is done when it is issued."""
+
+    def meet(self) -> None:
+        """As :meth:`drain`: there is no other rank to wait for."""
 
     def close(self) -> None:
         """There are no lanes."""

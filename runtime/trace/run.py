@@ -83,9 +83,9 @@ class _Run:
         scopes = Scopes()
         self.books = CudaBooks(workspace_bytes=workspace_bytes, categorise=scopes.category)
         self.books.takes_host_tensors = setup.peft is not None
-        self.stage = Stage(self.books, scopes)
+        self.stage = Stage(self.books, scopes, packed=setup.packed)
         self.outputs: Any = None
-        self.batch: dict[str, torch.Tensor] = {}
+        self.batch: dict[str, Any] = {}
 
     def trace(self) -> Stream:
         """The whole run."""
@@ -177,10 +177,14 @@ class _Run:
         optimizer.zero_grad(set_to_none=True)
         self.stage.moment("optimizer_step")
 
-    def _new_batch(self) -> dict[str, torch.Tensor]:
-        names = ("input_ids", "labels", *(["attention_mask"] if self.setup.padded else []))
-        shape = (self.setup.batch_size, self.setup.seq_len)
-        return {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+    def _new_batch(self) -> dict[str, Any]:
+        """The tensors of a batch; packed documents are told apart only where there is no KV cache."""
+        setup = self.setup
+        more = {"attention_mask": setup.padded, "position_ids": setup.packed}
+        names = ("input_ids", "labels", *(name for name, there in more.items() if there))
+        shape = (setup.batch_size, setup.seq_len)
+        tensors = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+        return tensors | ({"use_cache": False} if setup.packed else {})
 
 
 def peak_holders(stream: Stream, n: int = 20) -> list[tuple[int, int, str, str]]:

@@ -12,6 +12,7 @@ from meft.planner.check.audit import Audit, AuditRow, audit, weakest_basis
 from meft.planner.check.counted_bytes import bytes_given_rows
 from meft.planner.cli.audit import parse_tolerances
 from meft.planner.front.audit import gpu_of
+from meft.planner.predict.prediction import repriced
 from meft.planner.records.plan import Plan
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.report import Report
@@ -120,6 +121,19 @@ def test_allocated_peak_is_judged_within_its_tolerance(plan: Plan) -> None:
     above = with_device_memory(report, peak_allocated_bytes=round(peak * 1.04))
     assert not audited(plan, above).passed
     assert audited(plan, above, tolerance_fraction=0.05).passed
+
+
+def test_a_run_that_packed_is_compared_with_its_decision_packed(plan: Plan) -> None:
+    report, gpu = sample_report(plan), sample_profiles().gpu
+    packed = repriced(plan, gpu, packed=True).prediction.device_memory
+    assert packed.peak_allocated_bytes > plan.prediction.device_memory.peak_allocated_bytes
+    peaks = {name: getattr(packed, name) for name in ("peak_allocated_bytes", "peak_reserved_bytes")}
+    report = with_device_memory(report, **peaks)
+    as_it_was = report.model_copy(update={"observed": report.observed.model_copy(update={"packed": True})})
+    verdict = audited(plan, as_it_was, tolerance_fraction=0.0)
+    assert row(verdict, "device_bytes_given_rows").holds
+    assert verdict.notes[0].startswith("short texts shared sequences in this run, which the plan does not price")
+    assert not row(audited(plan, report, tolerance_fraction=0.0), "device_bytes_given_rows").holds
 
 
 def test_reserved_above_what_was_replayed_fails(plan: Plan) -> None:

@@ -286,7 +286,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused_where_it_matters(folder, g
     }[command]
     result = CliRunner().invoke(meft_run, [*arguments, "--model", str(folder)], standalone_mode=False)
     assert isinstance(result.exception, UsageError), result.exception
-    where = {"train": rf"--data {data}, sequence 2", "generate": "the prompts, sequence 1"}[command]
+    where = {"train": rf"--data {data}, sequence 1", "generate": "the prompts, sequence 1"}[command]
     assert str(result.exception).startswith(f"{where}: token 1024, but the model's vocabulary has 1,024 tokens")
 
 
