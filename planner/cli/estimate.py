@@ -49,6 +49,8 @@ def _method_options(command: Command) -> Command:
             help="Linear layers that LoRA adapts, by the names of their modules (q_proj,v_proj; c_attn), or attention, "
             "ffn, all-linear. [default: attention; all-linear for qlora]",
         ),
+        option("--reduction", type=click.IntRange(min=2), help="Of lst: how much narrower. [default: 8]"),
+        option("--dropped-layers", type=click.IntRange(min=0), help="Of lst: layers without a rung. [default: 0]"),
         option("--lora-dropout", type=click.FloatRange(0.0, 1.0, max_open=True), help="[default: 0]"),
         option("--active-rows", type=click.IntRange(1, MAX_WIDTH), help="MEFT: rows per layer that a batch activates."),
         option("--model", metavar="NAME|DIR|FILE", help="Name, folder, or config.json. [default: llama-7b]"),

@@ -84,6 +84,8 @@ class EstimateArguments(TypedDict, total=False):
     target_modules: tuple[str, ...] | list[str] | str | None
     lora_dropout: float | None
     adapter_width: int | None
+    reduction: int | None
+    dropped_layers: int | None
     top_k: int | None
     active_rows: int | None
     prefetch_depth: int | None

@@ -35,6 +35,7 @@ from meft.planner.predict.estimates import (
     with_verdict,
 )
 from meft.planner.predict.prediction import predict
+from meft.planner.records.ladder import kept_layers, side_shape
 from meft.planner.records.peft_methods import method_of, split_method
 from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward, TokensSee
 from meft.planner.records.profile_catalogue import load_defaults
@@ -56,7 +57,7 @@ WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")
 USUAL_GRAD_ACCUM = {"meft": 32}
 """Where nothing is said: MEFT's is the paper's, a dense method updates after every micro-batch."""
 
-_DENSE = ("parallel-adapter", "lora", "qlora", "full", "bitfit", "peft")
+_DENSE = ("parallel-adapter", "lora", "qlora", "full", "bitfit", "lst", "peft")
 _WITHOUT_CLOSED_FORM = ("bitfit", "peft")
 _LORA = ("lora", "qlora")
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
@@ -68,6 +69,8 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "kbit_preparation": _LORA,
     "trl_casts": _LORA,
     "reentrant": _DENSE,
+    "reduction": ("lst",),
+    "dropped_layers": ("lst",),
     "adapter_width": ("meft", "parallel-adapter"),
     "adapter_dtype": ("meft", "parallel-adapter", *_LORA),
     "top_k": ("meft",),
@@ -130,6 +133,8 @@ class EstimateRequest(Record):
     target_modules: tuple[str, ...] | str | None = None
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     adapter_width: Width | None = None
+    reduction: Annotated[int, Field(ge=2, strict=True)] | None = None
+    dropped_layers: Annotated[int, Field(ge=0, strict=True)] | None = None
     top_k: Width | None = None
     active_rows: Width | None = None
     prefetch_depth: Depth | None = None
@@ -190,7 +195,8 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
     planned, setup, notes = dense_setup(asked)
     profiles = planned.profiles
     tried: list[Estimate] = []
-    for flag in checkpointing_choices(asked.activation_checkpointing):
+    flags = checkpointing_choices(False if asked.kind == "lst" else asked.activation_checkpointing)
+    for flag in flags:
         variant = setup.model_copy(update={"activation_checkpointing": flag})
         stream = _traced(planned, variant) if _is_traced(variant) else None
         tried.append(
@@ -268,6 +274,8 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
         target_modules=resolve_targets(shape, names) if lora else (),
         lora_dropout=bool(asked.lora_dropout),
         adapter_width=(asked.adapter_width or usual.size) if asked.kind == "parallel-adapter" else None,
+        reduction=(asked.reduction or usual.size) if asked.kind == "lst" else None,
+        dropped_layers=asked.dropped_layers or 0,
         weights_dtype=weights,
         double_quant=double_quant,
         kbit_preparation=bool(asked.kbit_preparation),
@@ -385,6 +393,13 @@ def _weights(asked: EstimateRequest) -> tuple[WeightsDtype | None, bool]:
 
 
 def _check_setup(setup: TrainingSetup) -> None:
+    if setup.method == "lst":
+        side_shape(setup.model, setup.reduction or 0)
+        kept_layers(setup.model.num_layers, setup.dropped_layers)
+        if setup.weights_dtype == "nf4" or setup.autocast != "none":
+            raise UsageError(
+                "--method lst: its side network is fp32 beside weights that are not quantized, no autocast"
+            )
     if setup.attention == "flash" and setup.weights_dtype == "fp32" and setup.autocast == "none":
         raise UsageError(
             "--attention flash: it computes in 16 bits, the weights are fp32; give sdpa, or --autocast bf16"

@@ -39,6 +39,7 @@ USUAL_SIZES: dict[MethodName, UsualSize] = {
     "qlora": UsualSize(64, "all-linear", "r = 64 on every linear layer, the QLoRA paper's recipe"),
     "full": UsualSize(None, "", "every weight"),
     "bitfit": UsualSize(None, "", "every bias"),
+    "lst": UsualSize(8, "", "the LST paper's reduction"),
     "peft": UsualSize(None, "", "as it is configured"),
 }
 USUAL_TOP_K = 64

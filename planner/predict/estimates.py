@@ -14,6 +14,7 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.models.kernels import KernelName
 from meft.planner.models.linears import linear_layers
 from meft.planner.predict.verdict import Verdict, judged
+from meft.planner.records.ladder import ladder_sizes
 from meft.planner.records.peft_methods import PEFT_PREFIX
 from meft.planner.records.plan import (
     Attention,
@@ -40,7 +41,7 @@ _EVERYWHERE = (
     "evaluation, generation, gradient clipping, and other processes on the card",
 )
 
-_NO_SIZE = ("full", "bitfit", "peft")
+_NO_SIZE = ("full", "bitfit", "lst", "peft")
 RESIDENT = (
     "linear_weights",
     "other_weights",
@@ -288,6 +289,8 @@ def trainable_parameters(setup: TrainingSetup, stream: Stream | None = None) -> 
         return live["gradients"] // (STORED[setup.weights_dtype] if setup.method == "bitfit" else FP32)
     if setup.method == "full":
         return shape.num_parameters
+    if setup.method == "lst":
+        return sum(ladder_sizes(shape, setup.reduction or 0, setup.dropped_layers))
     if setup.method == "parallel-adapter":
         return shape.num_layers * 2 * (setup.adapter_width or 0) * shape.hidden_size
     return lora_parameters(shape, rank=setup.rank or 0, targets=setup.target_modules)
@@ -368,7 +371,7 @@ def _left_out(setup: TrainingSetup) -> tuple[str, ...]:
     left_out = [*_EVERYWHERE, "temporaries while the model loads"]
     if setup.optimizer.startswith("paged-"):
         left_out.append("states of tensors from 100,000 numbers on, which the paged optimizer keeps outside torch")
-    if setup.method == "peft":
+    if setup.method in ("lst", "peft"):
         left_out.append("in the step's time: what the method itself computes")
     if not setup.outputs_kept:
         left_out.append("logits and KV cache that a loop keeps by holding on to the model's outputs")

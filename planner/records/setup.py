@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.base.schema import Count, Record
+from meft.planner.base.schema import Count, Index, Record
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.kernels import KernelName
 from meft.planner.records.peft_methods import PeftMethod
 from meft.planner.records.plan import Attention
 
-MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full", "bitfit", "peft"]
+MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full", "bitfit", "lst", "peft"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
 OptimizerName = Literal[
     "adamw",
@@ -115,6 +115,10 @@ class TrainingSetup(Record):
     """Sequences hold several documents, told apart by position ids that begin anew; there is no KV cache then."""
     peft: PeftMethod | None = None
     """Of method ``peft``: which, and how it is configured."""
+    reduction: Count | None = None
+    """Of method ``lst``: how often narrower than the model its side network is."""
+    dropped_layers: Index = 0
+    """Of method ``lst``: layers that the side network has no block beside."""
     emulated: bool = False
     """As ``meft-run baseline`` runs it on the emulated device: the CPU's operators, outputs let go, AdamW one parameter
     at a time after clipping by the norm."""

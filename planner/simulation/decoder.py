@@ -125,11 +125,15 @@ class Decoder:
         shared = Shared(self._rotary_tables(x.itemsize), masks, cache, positions, iter(before) if before else None)
         del before
         resting = Shared(None, masks, cache, positions)
+        self._named = (*self._named, embedded, positions, others, shared.rotary, masks)
+        return self.through_blocks(x, shared, resting)
+
+    def through_blocks(self, x: Tensor, shared: Shared, resting: Shared) -> Tensor:
+        """All blocks, one after the other; ``resting`` is for those that rotate nothing."""
         pause = self.shape.rotary_pause
         for number, block in enumerate(self.weights.blocks, start=1):
             block.slides = self.shape.slides(number - 1)
-            x = self._block(x, block, resting if pause and number % pause == 0 else shared)
-        self._named = (*self._named, embedded, positions, others, shared.rotary, masks)
+            x = self.block(x, block, resting if pause and number % pause == 0 else shared)
         return x
 
     def logits(self, normalised: Tensor) -> Tensor:
@@ -205,7 +209,9 @@ class Decoder:
 
     # --- one block --------------------------------------------------------------------------------------------------
 
-    def _block(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
+    def block(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
+        """One block, which is computed again in backward where activations are checkpointed."""
+
         def region(inner: Tensor) -> Tensor:
             outer = self._layer(inner, block, shared)
             if self.ops.tape.phase == "backward":  # recomputed: an autocast of its own, now over

@@ -19,6 +19,7 @@ from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Tape, Tensor
 from meft.planner.simulation.decoder import SCALED_EMBEDDINGS, BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.simulation.formats import BF16, FP32, INT64, STORED
+from meft.planner.simulation.ladder import Laddered, load_ladder
 from meft.planner.simulation.losses import Losses
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.optimizers import Optimizer, Parameter
@@ -275,6 +276,11 @@ class _Run:
         self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes, cpu_kernels=emulated)
         self.decoder = Decoder(self.ops, self.setup, weights, counts_positions=emulated)
         self.trained = _trained(weights, setup)
+        if setup.method == "lst":
+            ladder = load_ladder(tape, setup)
+            tape.mark("attached")
+            self.decoder = Laddered(self.ops, self.setup, weights, counts_positions=emulated, ladder=ladder)
+            self.trained = ladder.parameters()
         self.optimizer = Optimizer(tape, setup.optimizer, self.trained, master_weights=setup.master_weights)
         if setup.optimizer_in_backward:
             tape.on_gradient = self.optimizer.in_backward()
@@ -309,7 +315,7 @@ class _Run:
 
     def _forward(self) -> _Outputs:
         setup = self.setup
-        no_cache = setup.activation_checkpointing or setup.emulated or setup.packed
+        no_cache = setup.activation_checkpointing or setup.emulated or setup.packed or setup.method == "lst"
         cache: list[tuple[Tensor, Tensor]] | None = None if no_cache else []
         longer = self.tape.new(setup.tokens, INT64, "inputs") if setup is not self.asked else None
         hidden = self.decoder.hidden_states(cache)

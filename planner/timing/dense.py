@@ -45,8 +45,8 @@ def dense_step_seconds(*, setup: TrainingSetup, request: Request, gpu: GpuProfil
     rates, num_layers = gpu_timing.gpu_rates(gpu, request), setup.model.num_layers
     added = _added(setup, request, rates)
     forward = gpu_timing.attention_seconds(request, rates) + gpu_timing.ffn_seconds(request, rates) + added.forward
-    # A parallel adapter starts the graph at layer 0: below it nothing needs a gradient.
-    frozen_layers = num_layers - 1 if setup.method == "parallel-adapter" else num_layers
+    # A parallel adapter starts the graph at layer 0: below it nothing needs a gradient. A ladder is beside all layers.
+    frozen_layers = {"parallel-adapter": num_layers - 1, "lst": 0}.get(setup.method, num_layers)
     return (
         _input_seconds(request, link)
         + gpu_timing.embedding_seconds(request, rates)

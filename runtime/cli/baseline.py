@@ -21,10 +21,10 @@ from meft.runtime.training.interrupts import Interrupts
 
 _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
-METHODS = ("lora", "qlora", "parallel-adapter", "full", "bitfit")
+METHODS = ("lora", "qlora", "parallel-adapter", "full", "bitfit", "lst")
 """Besides ``peft:TYPE``."""
 DEFAULT_STEPS = 100
-USUAL_RANK, USUAL_WIDTH = 16, 64
+USUAL_RANK, USUAL_WIDTH, USUAL_REDUCTION = 16, 64, 8
 
 
 def method_options(function: Any) -> Any:
@@ -43,6 +43,10 @@ def method_options(function: Any) -> Any:
         option("--rank", type=_COUNT, help=f"Of lora and qlora.  [default: {USUAL_RANK}]"),
         option("--target-modules", metavar="NAMES", help="Linear layers of lora and qlora.  [default: all-linear]"),
         option("--adapter-width", type=_COUNT, help=f"Of parallel-adapter.  [default: {USUAL_WIDTH}]"),
+        option(
+            "--reduction", type=click.IntRange(min=2), help=f"Of lst: how much narrower.  [default: {USUAL_REDUCTION}]"
+        ),
+        option("--dropped-layers", type=click.IntRange(min=0), help="Of lst: layers without a rung.  [default: 0]"),
         option(
             "--weights-dtype",
             type=click.Choice(["fp32", "bf16", "fp16", "nf4"]),
@@ -127,10 +131,13 @@ def setup_of(given: dict[str, Any], folder: Path, *, emulated: bool) -> Training
 
     method, peft = _method(given.pop("method"), given.pop("peft_arguments"), given.pop("peft_config"))
     rank, targets, width = (given.pop(name) for name in ("rank", "target_modules", "adapter_width"))
+    reduction, dropped = given.pop("reduction"), given.pop("dropped_layers")
     for name, value, of in (
         ("--rank", rank, ("lora", "qlora")),
         ("--target-modules", targets, ("lora", "qlora")),
         ("--adapter-width", width, ("parallel-adapter",)),
+        ("--reduction", reduction, ("lst",)),
+        ("--dropped-layers", dropped, ("lst",)),
     ):
         if value is not None and method not in of:
             raise UsageError(f"{name} {value}: is of {', '.join(of)}; peft:TYPE takes --peft-arg")
@@ -145,6 +152,8 @@ def setup_of(given: dict[str, Any], folder: Path, *, emulated: bool) -> Training
         rank=(rank or USUAL_RANK) if lora else None,
         target_modules=names if lora else (),
         adapter_width=(width or USUAL_WIDTH) if method == "parallel-adapter" else None,
+        reduction=(reduction or USUAL_REDUCTION) if method == "lst" else None,
+        dropped_layers=dropped or 0,
         weights_dtype=dtype,
         double_quant=method == "qlora",
         emulated=emulated,

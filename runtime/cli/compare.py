@@ -11,7 +11,7 @@ import click
 from meft.planner.base.errors import InfeasibleError, MeftError, UsageError
 from meft.planner.base.files import write_atomic
 from meft.planner.base.units import format_bytes, parse_bytes
-from meft.runtime.cli.baseline import setup_of
+from meft.runtime.cli.baseline import USUAL_REDUCTION, setup_of
 from meft.runtime.cli.use import base_folder
 from meft.runtime.data.metrics import METRICS
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch is loaded only once there is something to run
 _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
 DEFAULT_METHODS = (
-    "none", "meft", "lora", "qlora", "parallel-adapter", "peft:dora", "peft:ia3", "peft:prompt-tuning",
+    "none", "meft", "lora", "qlora", "parallel-adapter", "lst", "peft:dora", "peft:ia3", "peft:prompt-tuning",
     "peft:prefix-tuning", "peft:ln-tuning", "full",
 )  # fmt: skip
 RATES: dict[str, tuple[float, ...]] = {
@@ -31,6 +31,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "lora": (1e-3, 3e-3),
     "qlora": (1e-3, 3e-3),
     "parallel-adapter": (4e-3, 8e-3),
+    "lst": (3e-3, 1e-2),
     "full": (1e-4, 3e-4),
     "bitfit": (1e-3, 3e-3),
     "peft:dora": (1e-3, 3e-3),
@@ -170,6 +171,8 @@ def _setup(name: str, folder: Path, given: dict[str, Any]) -> Any:
         "rank": given["rank"] if lora else None,
         "target_modules": None,
         "adapter_width": given["adapter_width"] if name == "parallel-adapter" else None,
+        "reduction": None,
+        "dropped_layers": None,
         "weights_dtype": None,
         "attention": "sdpa",
         "activation_checkpointing": False,
@@ -206,6 +209,8 @@ def _predicted(name: str, folder: Path, budget: int, given: dict[str, Any]) -> t
 def _size(name: str, given: dict[str, Any]) -> str:
     if name in ("lora", "qlora"):
         return f"rank {given['rank'] or 16}"
+    if name == "lst":
+        return f"D / {USUAL_REDUCTION}"
     if name == "parallel-adapter":
         return f"width {given['adapter_width']}"
     return ", ".join(ARGUMENTS.get(name, ("-",))).replace("num_virtual_tokens=", "virtual tokens ")

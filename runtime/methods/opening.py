@@ -13,6 +13,7 @@ from meft.planner.base.packages import require_packages
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import CONFIG_NAME, read_config, text_part
 from meft.planner.models.shapes import shape_of
+from meft.planner.records.ladder import kept_layers, side_shape
 from meft.planner.records.peft_methods import PEFT_PREFIX, PeftMethod
 from meft.planner.records.plan import Decision, DeviceMemory, Plan, Request, plan_with_rows
 from meft.planner.records.setup import TrainingSetup
@@ -83,6 +84,13 @@ def check_method(setup: TrainingSetup) -> None:
         raise UsageError(f"--weights-dtype {setup.weights_dtype}: qlora has nf4 weights; use --method lora")
     if setup.method in ("full", "bitfit") and setup.weights_dtype == "nf4":
         raise UsageError(f"--method {setup.method}: it trains the model's own weights, which nf4 cannot be; give fp32")
+    if setup.method == "lst":
+        side_shape(setup.model, setup.reduction or 0)
+        kept_layers(setup.model.num_layers, setup.dropped_layers)
+        if setup.weights_dtype == "nf4":
+            raise UsageError("--weights-dtype nf4: the side network is pruned from weights that are not quantized")
+        if setup.activation_checkpointing:
+            raise UsageError("--activation-checkpointing: lst keeps nothing of the model's layers; leave it out")
     if setup.weights_dtype == "nf4":
         require_packages("bitsandbytes", "accelerate", purpose="nf4 weights")
     peft = setup.peft
@@ -120,6 +128,7 @@ def open_method(
         "qlora": partial(_with_lora, setup=setup),
         "peft": partial(_with_peft, setup=setup),
         "bitfit": only_biases,
+        "lst": partial(with_ladder, setup=setup),
     }
     if setup.method in special:
         return open_trained(special[setup.method], plan, model, device, seed=seed, settings=settings)
@@ -144,6 +153,14 @@ def _with_peft(model: nn.Module, setup: TrainingSetup) -> tuple[nn.Module, list[
     if not trained:
         raise UsageError(f"--method peft:{setup.peft.peft_type}: with these settings it trains nothing")
     return adapted, trained
+
+
+def with_ladder(model: nn.Module, setup: TrainingSetup) -> tuple[nn.Module, list[nn.Parameter]]:
+    """Ladder side tuning, of the setup's size."""
+    from meft.runtime.methods.ladder import attach_ladder
+
+    assert setup.reduction is not None
+    return attach_ladder(model, side_shape(setup.model, setup.reduction), dropped=setup.dropped_layers)
 
 
 def only_biases(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:

@@ -16,7 +16,7 @@ from meft.planner.records.setup import TrainingSetup
 from meft.runtime.adapter.adapter import add_to, ffn_input
 from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.fake.linear4bit import Linear4bit, LoraLinear4bit
-from meft.runtime.methods.opening import only_biases
+from meft.runtime.methods.opening import only_biases, with_ladder
 from meft.runtime.methods.peft_methods import attach_peft
 from meft.runtime.session.session import ADAPTER_DTYPES
 
@@ -49,6 +49,9 @@ def attach_method(model: nn.Module, setup: TrainingSetup) -> nn.Module:
         _attach_dense_adapters(model, setup)
     if setup.method == "bitfit":
         return only_biases(model)[0]
+    if setup.method == "lst":
+        model.requires_grad_(False)
+        return with_ladder(model, setup)[0]
     if setup.peft is not None:
         model.requires_grad_(False)
         with fake_peft():
