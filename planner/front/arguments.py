@@ -20,7 +20,7 @@ from meft.planner.base.units import parse_bytes
 from meft.planner.front.options import RequestOptions
 from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
 from meft.planner.records.setup import Autocast, LossName, OptimizerName
-from meft.planner.simulation.lengths import Batching
+from meft.planner.terms.lengths import Batching
 
 Size: TypeAlias = int | str
 """Bytes, or a size as people write it: ``"24GB"``."""
@@ -81,10 +81,14 @@ class EstimateArguments(TypedDict, total=False):
     host: Reference | None
     link: Reference | None
     sparsity: Reference | None
+    peft_arg: dict[str, Any] | tuple[str, ...] | None
+    peft_config: Reference | None
     rank: int | None
     target_modules: tuple[str, ...] | list[str] | str | None
     lora_dropout: float | None
     adapter_width: int | None
+    reduction: int | None
+    dropped_layers: int | None
     top_k: int | None
     active_rows: int | None
     prefetch_depth: int | None

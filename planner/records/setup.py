@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
-
-from pydantic import Field
+from typing import Literal, get_args
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.base.errors import UsageError
-from meft.planner.base.schema import Count, Record, Text
+from meft.planner.base.schema import Count, Index, Record
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.kernels import KernelName
+from meft.planner.records.peft_methods import PeftMethod
 from meft.planner.records.plan import Attention
 
-MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full", "bitfit", "peft"]
+MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full", "bitfit", "lst", "peft"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
-PEFT_PREFIX = "peft:"
 OptimizerName = Literal[
     "adamw",
     "adamw-fused",
@@ -60,40 +57,6 @@ LossName = Literal[
     "torchtune-chunked",
 ]
 Autocast = Literal["bf16", "fp16", "none"]
-
-
-class PeftMethod(Record):
-    """A method of the installed ``peft``: its type as users write it (``prompt-tuning``), and the fields of its config
-    that are not at their defaults."""
-
-    peft_type: Text
-    arguments: dict[str, Any] = Field(default_factory=dict)
-
-    @property
-    def enum_name(self) -> str:
-        """What ``peft`` calls the type.
-
-        >>> PeftMethod(peft_type="prompt-tuning").enum_name
-        'PROMPT_TUNING'
-        """
-        return self.peft_type.upper().replace("-", "_")
-
-
-def split_method(text: str) -> tuple[str, str | None]:
-    """A method as it is written: its name, and of ``peft:TYPE`` the type.
-
-    >>> split_method("peft:prompt-tuning"), split_method("lora")
-    (('peft', 'prompt-tuning'), ('lora', None))
-
-    Raises:
-        UsageError: ``peft`` without a type.
-    """
-    name, colon, peft_type = text.partition(":")
-    if name != "peft":
-        return text, None
-    if not colon or not peft_type:
-        raise UsageError("--method peft: which of its methods? Give --method peft:prompt-tuning, for example")
-    return name, peft_type.lower().replace("_", "-")
 
 
 class TrainingSetup(Record):
@@ -152,6 +115,10 @@ class TrainingSetup(Record):
     """Sequences hold several documents, told apart by position ids that begin anew; there is no KV cache then."""
     peft: PeftMethod | None = None
     """Of method ``peft``: which, and how it is configured."""
+    reduction: Count | None = None
+    """Of method ``lst``: how often narrower than the model its side network is."""
+    dropped_layers: Index = 0
+    """Of method ``lst``: layers that the side network has no block beside."""
     emulated: bool = False
     """As ``meft-run baseline`` runs it on the emulated device: the CPU's operators, outputs let go, AdamW one parameter
     at a time after clipping by the norm."""

@@ -11,7 +11,8 @@ from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
 from meft.planner.models.catalogue import CONFIG_NAME, read_config, text_part
 from meft.planner.models.shapes import shape_of
-from meft.planner.records.setup import PEFT_PREFIX, PeftMethod, TrainingSetup, split_method
+from meft.planner.records.peft_methods import PEFT_PREFIX, PeftMethod, method_of
+from meft.planner.records.setup import TrainingSetup
 from meft.runtime.cli.data import data_options, reading_options
 from meft.runtime.cli.display import display_of
 from meft.runtime.cli.use import base_folder
@@ -20,10 +21,10 @@ from meft.runtime.training.interrupts import Interrupts
 
 _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
-METHODS = ("lora", "qlora", "parallel-adapter", "full", "bitfit")
+METHODS = ("lora", "qlora", "parallel-adapter", "full", "bitfit", "lst")
 """Besides ``peft:TYPE``."""
 DEFAULT_STEPS = 100
-USUAL_RANK, USUAL_WIDTH = 16, 64
+USUAL_RANK, USUAL_WIDTH, USUAL_REDUCTION = 16, 64, 8
 
 
 def method_options(function: Any) -> Any:
@@ -42,6 +43,10 @@ def method_options(function: Any) -> Any:
         option("--rank", type=_COUNT, help=f"Of lora and qlora.  [default: {USUAL_RANK}]"),
         option("--target-modules", metavar="NAMES", help="Linear layers of lora and qlora.  [default: all-linear]"),
         option("--adapter-width", type=_COUNT, help=f"Of parallel-adapter.  [default: {USUAL_WIDTH}]"),
+        option(
+            "--reduction", type=click.IntRange(min=2), help=f"Of lst: how much narrower.  [default: {USUAL_REDUCTION}]"
+        ),
+        option("--dropped-layers", type=click.IntRange(min=0), help="Of lst: layers without a rung.  [default: 0]"),
         option(
             "--weights-dtype",
             type=click.Choice(["fp32", "bf16", "fp16", "nf4"]),
@@ -126,10 +131,13 @@ def setup_of(given: dict[str, Any], folder: Path, *, emulated: bool) -> Training
 
     method, peft = _method(given.pop("method"), given.pop("peft_arguments"), given.pop("peft_config"))
     rank, targets, width = (given.pop(name) for name in ("rank", "target_modules", "adapter_width"))
+    reduction, dropped = given.pop("reduction"), given.pop("dropped_layers")
     for name, value, of in (
         ("--rank", rank, ("lora", "qlora")),
         ("--target-modules", targets, ("lora", "qlora")),
         ("--adapter-width", width, ("parallel-adapter",)),
+        ("--reduction", reduction, ("lst",)),
+        ("--dropped-layers", dropped, ("lst",)),
     ):
         if value is not None and method not in of:
             raise UsageError(f"{name} {value}: is of {', '.join(of)}; peft:TYPE takes --peft-arg")
@@ -144,6 +152,8 @@ def setup_of(given: dict[str, Any], folder: Path, *, emulated: bool) -> Training
         rank=(rank or USUAL_RANK) if lora else None,
         target_modules=names if lora else (),
         adapter_width=(width or USUAL_WIDTH) if method == "parallel-adapter" else None,
+        reduction=(reduction or USUAL_REDUCTION) if method == "lst" else None,
+        dropped_layers=dropped or 0,
         weights_dtype=dtype,
         double_quant=method == "qlora",
         emulated=emulated,
@@ -153,24 +163,14 @@ def setup_of(given: dict[str, Any], folder: Path, *, emulated: bool) -> Training
 
 
 def _method(text: str | None, arguments: tuple[str, ...], config: Path | None) -> tuple[str, PeftMethod | None]:
-    from meft.runtime.methods.peft_methods import from_config_file, parsed_arguments
-
-    if config is not None:
-        if text is not None or arguments:
-            raise UsageError("--peft-config says method and settings; leave --method and --peft-arg out")
-        return "peft", from_config_file(config)
-    if text is None:
+    method, peft = method_of(text, arguments, config)
+    if method is None:
         raise UsageError(f"--method: which one? Give one of {', '.join(METHODS)}, or {PEFT_PREFIX}TYPE")
-    method, peft_type = split_method(text)
-    if peft_type is not None:
-        return method, PeftMethod(peft_type=peft_type, arguments=parsed_arguments(arguments))
     if method == "meft":
         raise UsageError("--method meft: is trained by a plan: meft-plan -o plan.json, then meft-run plan.json")
-    if method not in METHODS:
+    if peft is None and method not in METHODS:
         raise unknown_name("method", method, (*METHODS, f"{PEFT_PREFIX}TYPE"))
-    if arguments:
-        raise UsageError(f"--peft-arg {arguments[0]}: is of {PEFT_PREFIX}TYPE; {method} has options of its own")
-    return method, None
+    return method, peft
 
 
 def _options(given: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from meft.planner.base.version import VERSION
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
 from meft.runtime.cli.baseline import baseline_command
+from meft.runtime.cli.compare import compare_command
 from meft.runtime.cli.data import data_options, prepare_command, reading_options
 from meft.runtime.cli.display import display_of
 from meft.runtime.cli.export import export_command
@@ -211,6 +212,7 @@ def _ranks_to_launch(given: int | None, plan: Plan, *, rehearse: bool) -> int:
 COMMANDS = [
     train_command,
     baseline_command,
+    compare_command,
     evaluate_command,
     generate_command,
     prepare_command,

@@ -39,4 +39,5 @@ def generator_of(model: nn.Module) -> Generator:
     """Asks a model as it is to be asked."""
     plain = ModelGenerator(model)
     config: Any = getattr(model, "active_peft_config", None)
-    return UnpaddedGenerator(plain) if getattr(config, "is_prompt_learning", False) else plain
+    unpadded = getattr(config, "is_prompt_learning", False) or getattr(model, "asked_unpadded", False)
+    return UnpaddedGenerator(plain) if unpadded else plain

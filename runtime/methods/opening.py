@@ -13,8 +13,10 @@ from meft.planner.base.packages import require_packages
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import CONFIG_NAME, read_config, text_part
 from meft.planner.models.shapes import shape_of
+from meft.planner.records.ladder import kept_layers, side_shape
+from meft.planner.records.peft_methods import PEFT_PREFIX, PeftMethod
 from meft.planner.records.plan import Decision, DeviceMemory, Plan, Request, plan_with_rows
-from meft.planner.records.setup import PEFT_PREFIX, PeftMethod, TrainingSetup
+from meft.planner.records.setup import TrainingSetup
 from meft.runtime.device.device import Device, EmulatedDevice
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.methods.peft_methods import attach_peft, trained_of
@@ -82,6 +84,13 @@ def check_method(setup: TrainingSetup) -> None:
         raise UsageError(f"--weights-dtype {setup.weights_dtype}: qlora has nf4 weights; use --method lora")
     if setup.method in ("full", "bitfit") and setup.weights_dtype == "nf4":
         raise UsageError(f"--method {setup.method}: it trains the model's own weights, which nf4 cannot be; give fp32")
+    if setup.method == "lst":
+        side_shape(setup.model, setup.reduction or 0)
+        kept_layers(setup.model.num_layers, setup.dropped_layers)
+        if setup.weights_dtype == "nf4":
+            raise UsageError("--weights-dtype nf4: the side network is pruned from weights that are not quantized")
+        if setup.activation_checkpointing:
+            raise UsageError("--activation-checkpointing: lst keeps nothing of the model's layers; leave it out")
     if setup.weights_dtype == "nf4":
         require_packages("bitsandbytes", "accelerate", purpose="nf4 weights")
     peft = setup.peft
@@ -118,7 +127,8 @@ def open_method(
         "lora": partial(_with_lora, setup=setup),
         "qlora": partial(_with_lora, setup=setup),
         "peft": partial(_with_peft, setup=setup),
-        "bitfit": _with_biases,
+        "bitfit": only_biases,
+        "lst": partial(with_ladder, setup=setup),
     }
     if setup.method in special:
         return open_trained(special[setup.method], plan, model, device, seed=seed, settings=settings)
@@ -145,7 +155,15 @@ def _with_peft(model: nn.Module, setup: TrainingSetup) -> tuple[nn.Module, list[
     return adapted, trained
 
 
-def _with_biases(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
+def with_ladder(model: nn.Module, setup: TrainingSetup) -> tuple[nn.Module, list[nn.Parameter]]:
+    """Ladder side tuning, of the setup's size."""
+    from meft.runtime.methods.ladder import attach_ladder
+
+    assert setup.reduction is not None
+    return attach_ladder(model, side_shape(setup.model, setup.reduction), dropped=setup.dropped_layers)
+
+
+def only_biases(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
     """BitFit (Ben Zaken et al., 2022): every bias that the model has, and nothing else.
 
     Raises:

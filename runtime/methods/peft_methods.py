@@ -8,18 +8,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from meft.planner.base.errors import MachineError, UsageError, unknown_name
 from meft.planner.base.packages import require_packages
-from meft.planner.base.schema import parse_json, read_text
-from meft.planner.records.setup import PEFT_PREFIX, PeftMethod
+from meft.planner.records.peft_methods import NOT_ARGUMENTS, PEFT_PREFIX, PeftMethod
 
 ALIASES: dict[str, PeftMethod] = {"dora": PeftMethod(peft_type="lora", arguments={"use_dora": True})}
 """Names that are in use for a type of another name with an argument."""
@@ -33,52 +33,11 @@ REFUSED = {
     "CARTRIDGE": "it begins with a key-value cache of a text of its own, which peft's helper has to make first",
 }
 """Types that the one training loop cannot run, and why."""
-_NOT_ARGUMENTS = frozenset(
-    {"peft_type", "task_type", "base_model_name_or_path", "peft_version", "revision", "inference_mode", "auto_mapping"}
-)
-"""Fields of a config file that say what it is, not how it is trained."""
 
 
 def known_types() -> list[str]:
     """Types of the installed ``peft`` as users write them."""
     return sorted(name.lower().replace("_", "-") for name in _config_classes())
-
-
-def parsed_arguments(given: Iterable[str]) -> dict[str, Any]:
-    """``name=value`` pairs; a value is JSON, and text where it is none.
-
-    >>> parsed_arguments(["num_virtual_tokens=20", "init=pissa", 'targets=["q_proj"]'])
-    {'num_virtual_tokens': 20, 'init': 'pissa', 'targets': ['q_proj']}
-
-    Raises:
-        UsageError: a pair without ``=``.
-    """
-    found: dict[str, Any] = {}
-    for pair in given:
-        name, sign, value = pair.partition("=")
-        if not sign or not name:
-            raise UsageError(f"--peft-arg {pair}: give name=value, such as num_virtual_tokens=20")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
-
-
-def from_config_file(path: Path) -> PeftMethod:
-    """The method that an ``adapter_config.json`` describes.
-
-    Raises:
-        UsageError: no such file, no JSON object, or no config of ``peft``.
-    """
-    source = f"--peft-config {path}"
-    content = parse_json(read_text(path, kind="--peft-config"), source=source)
-    if not isinstance(content, dict) or not isinstance(content.get("peft_type"), str):
-        raise UsageError(f"{source}: has no peft_type; give the adapter_config.json that peft writes")
-    if content.get("task_type") not in (None, "CAUSAL_LM"):
-        raise UsageError(f"{source}: task_type {content['task_type']}: only CAUSAL_LM is trained here")
-    arguments = {name: value for name, value in content.items() if name not in _NOT_ARGUMENTS and value is not None}
-    return PeftMethod(peft_type=content["peft_type"].lower().replace("_", "-"), arguments=arguments)
 
 
 def checked(method: PeftMethod) -> PeftMethod:
@@ -87,23 +46,30 @@ def checked(method: PeftMethod) -> PeftMethod:
     Raises:
         UsageError: no such type or argument, a value that its config refuses, or a type that cannot run here.
     """
-    if method.peft_type in ALIASES:
-        alias = ALIASES[method.peft_type]
-        method = PeftMethod(peft_type=alias.peft_type, arguments=alias.arguments | method.arguments)
+    method = _resolved(method)
     config_of(method)
     return method
+
+
+def _resolved(method: PeftMethod) -> PeftMethod:
+    """With its type's own name in the place of an alias."""
+    alias = ALIASES.get(method.peft_type)
+    if alias is None:
+        return method
+    return PeftMethod(peft_type=alias.peft_type, arguments=alias.arguments | method.arguments)
 
 
 def config_of(method: PeftMethod) -> Any:
     """Its config, as ``peft`` makes it; see :func:`checked` for the errors."""
     require_packages("peft", purpose=f"--method {PEFT_PREFIX}{method.peft_type}")
+    method = _resolved(method)
     classes = _config_classes()
     if method.enum_name not in classes:
         raise unknown_name("method of peft", method.peft_type, known_types())
     if method.enum_name in REFUSED:
         raise UsageError(f"--method {PEFT_PREFIX}{method.peft_type}: {REFUSED[method.enum_name]}")
     made = classes[method.enum_name]
-    fields = {field.name for field in dataclasses.fields(made) if field.init} - _NOT_ARGUMENTS
+    fields = {field.name for field in dataclasses.fields(made) if field.init} - NOT_ARGUMENTS
     for name in method.arguments:
         if name not in fields:
             raise unknown_name(f"argument of peft:{method.peft_type}", name, fields)
@@ -156,7 +122,7 @@ def _in_one_line(method: PeftMethod) -> Iterator[None]:
     name = f"--method {PEFT_PREFIX}{method.peft_type}"
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, DataDependentOutputException, DynamicOutputShapeException):
         raise
     except ImportError as error:
         raise MachineError(f"{name}: {_first_line(error)}") from error

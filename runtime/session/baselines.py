@@ -66,10 +66,14 @@ class BaselineSession:
         del window_end  # the optimizer works on the device, after backward
         started = time.perf_counter()
         with self.device.scope():
-            loss = self._loss(batch)
-            (loss * loss_scale).backward()
-            value = self.engine.read_scalar(loss, category="loss")
+            value = self.engine.read_scalar(self.forward_backward(batch, loss_scale=loss_scale), category="loss")
         return StepResult(value, time.perf_counter() - started, StepCounters.zero(0))
+
+    def forward_backward(self, batch: Batch, *, loss_scale: float) -> torch.Tensor:
+        """The loss, with gradients of it times ``loss_scale``; inside the device's scope."""
+        loss = self._loss(batch)
+        (loss * loss_scale).backward()
+        return loss
 
     def loss(self, batch: Batch) -> float:
         """The loss on a batch that is not trained on."""
@@ -82,29 +86,42 @@ class BaselineSession:
 
     def optimizer_step(self, *, learning_rate: float, max_norm: float | None) -> OptimizerResult:
         """Clip by the global norm, update, and open a new window."""
-        if self.optimizer is None:
-            raise UsageError("method none trains nothing")
         started = time.perf_counter()
         self.engine.per = "optimizer_step"
-        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         with self.device.scope(), self.device.category(STATES), torch.no_grad():
-            squares = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
-            norm, scale = clip_scale(self.engine.read_scalar(squares, category="norm"), max_norm)
-            for gradient in gradients:
-                gradient.mul_(scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            norm, scale = clip_scale(self.engine.read_scalar(self.squared_norm(), category="norm"), max_norm)
+            self.update(learning_rate=learning_rate, gradient_scale=scale)
+            self.zero_gradients()
         self.engine.per = "step"
         return OptimizerResult(norm, [], [], time.perf_counter() - started)
 
-    def meet(self) -> None:
-        """See :meth:`meft.runtime.session.session.Session.meet`: there is nobody else."""
-        self.drain()
+    def squared_norm(self) -> torch.Tensor:
+        """Of all gradients together; inside the device's scope."""
+        return torch.stack([gradient.square().sum() for gradient in self._gradients()]).sum()
+
+    def update(self, *, learning_rate: float, gradient_scale: float) -> None:
+        """AdamW with the gradients times ``gradient_scale``; inside the device's scope."""
+        if self.optimizer is None:
+            raise UsageError("method none trains nothing")
+        for gradient in self._gradients():
+            gradient.mul_(gradient_scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+
+    def zero_gradients(self) -> None:
+        """Open a new window."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self.trained if parameter.grad is not None]
 
     def drain(self) -> None:
         """Nothing is ever left to do: everything is done when it is issued."""
+
+    def meet(self) -> None:
+        """As :meth:`drain`: there is no other rank to wait for."""
 
     def close(self) -> None:
         """There are no lanes."""

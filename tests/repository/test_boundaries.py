@@ -42,6 +42,8 @@ RECORDS_AND_PROFILES = {
     "meft.planner.models.measured",
     "meft.planner.models.shapes",
     "meft.planner.models.stored",
+    "meft.planner.records.ladder",
+    "meft.planner.records.peft_methods",
     "meft.planner.records.plan",
     "meft.planner.records.report",
     "meft.planner.records.profiles",

@@ -6,73 +6,19 @@ import json
 
 import pytest
 import torch
+from method_runs import LEARNING_RATE, STEPS, TYPES, VIRTUAL, peft_setup, small_setup, trainer_of
 from peft import PeftModel, get_peft_model
 from places import ROOT
-from sessions import random_examples
-from sparse_setup import AMPLE_BYTES
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from meft.planner.base.errors import DeviceOutOfMemory, UsageError
-from meft.planner.records.setup import PeftMethod, TrainingSetup, split_method
-from meft.runtime.device.device import EmulatedDevice
+from meft.planner.records.peft_methods import PeftMethod, from_config_file, split_method
 from meft.runtime.methods.generating import generator_of
-from meft.runtime.methods.opening import load_model, model_shape, open_method
-from meft.runtime.methods.peft_methods import REFUSED, checked, config_of, from_config_file, known_types, trained_of
+from meft.runtime.methods.opening import load_model
+from meft.runtime.methods.peft_methods import REFUSED, checked, config_of, trained_of
 from meft.runtime.methods.saving import holds_method, load_method, save_method
-from meft.runtime.methods.training import MethodTrainer
 from meft.runtime.training.training import TrainingOptions
 from meft.runtime.use.generation import ModelGenerator
-
-VIRTUAL = {"num_virtual_tokens": 4}
-ARGUMENTS: dict[str, dict[str, object]] = {
-    "adaption-prompt": {"adapter_len": 4, "adapter_layers": 2},
-    "c3a": {"block_size": 32},
-    "fourierft": {"n_frequency": 64},
-    "miss": {"r": 8},
-    "p-tuning": VIRTUAL | {"encoder_hidden_size": 32},
-    "prefix-tuning": VIRTUAL,
-    "prompt-tuning": VIRTUAL,
-    "psoft": {"r": 8},
-    "road": {"group_size": 32},
-    "shira": {"r": 4},
-    "trainable-tokens": {"token_indices": [5, 9, 12]},
-    "vblora": {"vector_length": 32, "num_vectors": 32},
-    "waveft": {"n_frequency": 64},
-}
-"""What a type cannot do without on a model of width 128."""
-TYPES = [*(name for name in known_types() if PeftMethod(peft_type=name).enum_name not in REFUSED), "dora"]
-"""Also the list of docs/methods.md."""
-LEARNING_RATE, STEPS = 1e-2, 2
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    """Two layers of width 64, grouped heads."""
-    folder = tmp_path_factory.mktemp("tiny")
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def peft_setup(folder, name: str, **changes: object) -> TrainingSetup:
-    peft = checked(PeftMethod(peft_type=name, arguments=ARGUMENTS.get(name, {})))
-    fields: dict[str, object] = {"method": "peft", "peft": peft}
-    return small_setup(folder, **(fields | changes))
-
-
-def small_setup(folder, **fields: object) -> TrainingSetup:
-    usual = {"batch_size": 2, "seq_len": 12, "weights_dtype": "fp32", "outputs_kept": False, "emulated": True}
-    return TrainingSetup.model_validate({"model": model_shape(folder)} | usual | fields)
-
-
-def trainer_of(setup, folder, *, steps: int = STEPS, output=None, budget_bytes: int = AMPLE_BYTES) -> MethodTrainer:
-    model = load_model(setup, folder, device_kind="emulated")
-    session = open_method(setup, model, EmulatedDevice(budget_bytes), seed=0)
-    examples = random_examples(6, length=setup.seq_len, vocab_size=setup.model.vocab_size)
-    options = TrainingOptions(steps=steps, learning_rate=LEARNING_RATE, warmup_fraction=0.0)
-    return MethodTrainer(session, examples, options, pad_id=0, meft_version="0.0.0", output=output, setup=setup)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -108,6 +54,36 @@ def test_a_method_of_peft_from_training_to_generation(tiny_folder, tmp_path, nam
     assert torch.equal(*said)
     alone = generator_of(loaded).generate(ids[:1, 2:], mask[:1, 2:], **how)
     assert torch.equal(alone[0, : alone.shape[1]], said[0][0, : alone.shape[1]])
+
+
+def test_qlora_from_training_to_generation(tiny_folder, tmp_path) -> None:
+    """bitsandbytes' own 4-bit weights, which stay as they are: scored amid training too."""
+    pytest.importorskip("bitsandbytes")
+    fields = {"method": "qlora", "rank": 4, "target_modules": ("all-linear",), "weights_dtype": "nf4"}
+    setup = small_setup(tiny_folder, double_quant=True, **fields)
+    trainer = trainer_of(setup, tiny_folder, steps=4)
+    packed = trainer.session.model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight
+    assert (packed.dtype, packed.numel()) == (torch.uint8, 64 * 128 // 2)
+    before = packed.clone()
+    trainer.run()
+    half = trainer_of(setup, tiny_folder, steps=4, output=tmp_path)
+    half.on_step = lambda progress: setattr(half, "stop_requested", progress.step == 2)
+    half.run()
+    ids, mask, how = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64), {"max_new_tokens": 3, "pad_id": 0}
+    generator_of(half.session.model).generate(ids, mask, **how)
+    half.options = half.options.__class__(steps=4, learning_rate=LEARNING_RATE, warmup_fraction=0.0)
+    half.stop_requested, half.on_step = False, lambda _: None
+    half.run()
+    resumed = trainer_of(setup, tiny_folder, steps=4, output=tmp_path / "none")
+    resumed.resume(tmp_path / "checkpoint-00000004")
+    for each in (half, resumed):
+        assert each.history.losses == trainer.history.losses
+        assert all(map(torch.equal, each.session.trained, trainer.session.trained))
+    assert torch.equal(packed, before)
+    save_method(trainer.session, setup, tmp_path / "adapter", meft_version="0.0.0")
+    loaded = load_method(load_model(setup, tiny_folder, device_kind="emulated"), tmp_path / "adapter")
+    said = [generator_of(model).generate(ids, mask, **how) for model in (loaded, trainer.session.model)]
+    assert torch.equal(*said)
 
 
 @pytest.mark.parametrize("name", ["prompt-tuning", "prefix-tuning", "ia3", "dora", "shira", "p-tuning"])
@@ -190,7 +166,7 @@ def test_what_peft_refuses_is_one_line(tiny_folder) -> None:
 def test_a_config_file_is_the_method(tiny_folder, tmp_path) -> None:
     written = config_of(PeftMethod(peft_type="prefix-tuning", arguments=VIRTUAL))
     written.save_pretrained(tmp_path)
-    read = checked(from_config_file(tmp_path / "adapter_config.json"))
+    read = checked(from_config_file(str(tmp_path / "adapter_config.json")))
     assert (read.peft_type, read.arguments["num_virtual_tokens"]) == ("prefix-tuning", 4)
     assert trainer_of(small_setup(tiny_folder, method="peft", peft=read), tiny_folder).session.trainable_parameters
 
@@ -203,7 +179,7 @@ def test_another_json_is_no_config(tmp_path, content, says) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UsageError, match=says):
-        from_config_file(path)
+        from_config_file(str(path))
 
 
 def test_a_prefix_does_not_go_with_checkpointing(tiny_folder) -> None:
