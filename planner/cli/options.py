@@ -73,6 +73,11 @@ class FiniteRange(click.FloatRange):
 SIZE = Size()
 COUNT = Quantity()
 PATH = click.Path(path_type=Path)
+PACKED = click.option(
+    "--packed/--no-packed",
+    default=None,
+    help="Sequences hold several short texts, kept apart by a mask. [default: no]",
+)
 
 
 def budget_options(command: Command) -> Command:
@@ -136,6 +141,7 @@ def workload_options(command: Command) -> Command:
             type=click.Choice(get_args(Attention)),
             help="[default: sdpa; eager for Gemma 2, which transformers does not run with sdpa]",
         ),
+        PACKED,
         click.option(
             "--activation-checkpointing/--no-activation-checkpointing",
             default=None,

@@ -20,6 +20,7 @@ from meft.planner.base.units import parse_bytes
 from meft.planner.front.options import RequestOptions
 from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
 from meft.planner.records.setup import Autocast, LossName, OptimizerName
+from meft.planner.terms.lengths import Batching
 
 Size: TypeAlias = int | str
 """Bytes, or a size as people write it: ``"24GB"``."""
@@ -50,6 +51,7 @@ class PlanArguments(TypedDict, total=False):
     double_quant: bool | None
     adapter_dtype: AdapterDtype | None
     attention: Attention | None
+    packed: bool | None
     activation_checkpointing: bool | None
     objective: Objective
     max_slowdown: float | None
@@ -79,10 +81,14 @@ class EstimateArguments(TypedDict, total=False):
     host: Reference | None
     link: Reference | None
     sparsity: Reference | None
+    peft_arg: dict[str, Any] | tuple[str, ...] | None
+    peft_config: Reference | None
     rank: int | None
     target_modules: tuple[str, ...] | list[str] | str | None
     lora_dropout: float | None
     adapter_width: int | None
+    reduction: int | None
+    dropped_layers: int | None
     top_k: int | None
     active_rows: int | None
     prefetch_depth: int | None
@@ -101,6 +107,7 @@ class EstimateArguments(TypedDict, total=False):
     grad_accum: int | None
     activation_checkpointing: bool | None
     attention: Attention | None
+    packed: bool | None
     optimizer: OptimizerName | None
     trl_casts: bool | None
     reentrant: bool | None
@@ -109,6 +116,8 @@ class EstimateArguments(TypedDict, total=False):
     master_weights: bool | None
     loss: LossName | None
     padding: bool | None
+    lengths: str | None
+    batching: Batching | None
     keep_outputs: bool | None
 
 

@@ -50,6 +50,7 @@ class RequestOptions:
     double_quant: bool | None = None
     adapter_dtype: AdapterDtype | None = None
     attention: Attention | None = None
+    packed: bool | None = None
     activation_checkpointing: bool | None = None
     objective: Objective = "capacity"
     max_slowdown: Annotated[float, Field(ge=1.0, le=MAX_SLOWDOWN)] | None = None

@@ -66,7 +66,7 @@ def planning(options: RequestOptions) -> Planning:
     """
     defaults = load_defaults()
     shape, _, model_path = load_model(options.model if options.model is not None else defaults.model)
-    budget = _with_context(_gpu_budget(options), options.context_overhead)
+    budget = _with_context(gpu_budget(options), options.context_overhead)
     gpu = budget.gpu
     beside = _beside_the_gpu(options)
     usual_host = EMULATED if gpu.shares_host_cores else defaults.host
@@ -137,7 +137,8 @@ def default_gpu(gpu_mem_bytes: int) -> GpuProfile:
     return next((card for card in cards if gpu_mem_bytes <= card.total_bytes * BOX_OVER_NVML), cards[-1])
 
 
-def _gpu_budget(options: RequestOptions) -> _Budget:
+def gpu_budget(options: RequestOptions) -> _Budget:
+    """The card and how much of its memory there is; raises :class:`UsageError` where neither was given."""
     if options.gpu is None and options.gpu_mem is None:
         raise UsageError(
             "which GPU memory to plan for? Give --gpu-mem (such as --gpu-mem 24GB), --gpu (such as --gpu rtx-3090), "
@@ -258,6 +259,7 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "grad_accum": options.grad_accum,
         "double_quant": options.double_quant,
         "attention": options.attention or _usual_attention(shape),
+        "packed": options.packed,
         "activation_checkpointing": options.activation_checkpointing,
         "objective": options.objective,
         "max_slowdown": options.max_slowdown,

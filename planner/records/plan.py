@@ -28,12 +28,12 @@ Lane = Literal["gpu", "h2d", "d2h", "cpu"]
 LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 
 
-def _without_usual_tokens_see(content: dict[str, Any]) -> dict[str, Any]:
-    """Written only where it says something, so that other plans stay as they were, byte for byte."""
-    return {name: value for name, value in content.items() if (name, value) != ("tokens_see", "union")}
+_USUAL = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1}
 
 
-_USUAL_RANKS = (("gpus", 1), ("gpus_per_link", 1))
+def _without_usual(content: dict[str, Any]) -> dict[str, Any]:
+    """Written only where they say something, so that other plans stay as they were, byte for byte."""
+    return {name: value for name, value in content.items() if name not in _USUAL or value != _USUAL[name]}
 
 
 class Request(Record):
@@ -56,6 +56,8 @@ class Request(Record):
     double_quant: bool = False
     adapter_dtype: AdapterDtype = "bf16"
     attention: Attention = "sdpa"
+    packed: bool = False
+    """Sequences hold several texts that are kept apart: by a mask where attention has no other means."""
     activation_checkpointing: bool | None = None
     objective: Objective = "capacity"
     max_slowdown: Annotated[float, Field(ge=1.0)] = 1 / 0.63
@@ -77,8 +79,7 @@ class Request(Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content = _without_usual_tokens_see(handler(self))
-        return {name: value for name, value in content.items() if (name, value) not in _USUAL_RANKS}
+        return _without_usual(handler(self))
 
     @model_validator(mode="after")
     def _divides(self) -> Request:
@@ -123,7 +124,7 @@ class Decision(Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_usual_tokens_see(handler(self))
+        return _without_usual(handler(self))
 
     @model_validator(mode="after")
     def _consistent(self) -> Decision:

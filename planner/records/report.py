@@ -86,6 +86,8 @@ class Observed(Record):
     active_rows: tuple[ActiveRows, ...]
     hot_windows: Index = 0
     """Windows at whose end hot rows were updated on the device: all but those before they were chosen."""
+    packed: bool | None = None
+    """Whether a batch held several texts in a sequence, kept apart; null in reports of older versions."""
     dropped_rows: Index
     """Row selections lost to ``active_rows_cap``, summed over layers and steps."""
     prefetch_recall: Fraction | None

@@ -109,7 +109,8 @@ def _headline(plan: Plan) -> View:
     return lines(
         [
             f"Plan for {request.model.name}: batch {request.batch_size} x {request.seq_len} tokens, "
-            f"grad_accum {request.grad_accum}, {weights} weights, {request.adapter_dtype} adapter, {request.attention}",
+            f"grad_accum {request.grad_accum}, {weights} weights, {request.adapter_dtype} adapter, {request.attention}"
+            + (", packed" if request.packed else ""),
             f"Budget: {format_bytes(request.gpu_mem_bytes)} GPU memory, {format_bytes(request.host_mem_bytes)} "
             f"host memory ({request.host_mem_basis})",
         ]

@@ -8,9 +8,6 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,9 +20,11 @@ from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
 from meft.planner.base.version import VERSION
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
+from meft.runtime.cli.baseline import baseline_command
+from meft.runtime.cli.compare import compare_command
 from meft.runtime.cli.data import data_options, prepare_command, reading_options
+from meft.runtime.cli.display import display_of
 from meft.runtime.cli.export import export_command
-from meft.runtime.cli.pace import Pace
 from meft.runtime.cli.prune import prune_command
 from meft.runtime.cli.use import adapter_folder, evaluate_command, evaluation_options, generate_command
 from meft.runtime.data.metrics import evaluation_line
@@ -33,13 +32,12 @@ from meft.runtime.ranks.launch import launch, ranks_here, wait_for_first_rank
 from meft.runtime.training.interrupts import Interrupts, no_interrupt_ignored
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
-    from meft.runtime.training.options import Display, RunOptions
+    from meft.runtime.training.options import RunOptions
     from meft.runtime.use.evaluation import EvaluationOptions
 
 DEFAULT_COMMAND = "train"
 EXIT_INTERRUPTED = 130
 INTERRUPTED = "interrupted; the last checkpoint is in the output folder, if one was due"
-LINES_WITHOUT_TERMINAL = 10
 _PATH = click.Path(path_type=Path)
 _LABELS = {
     "device_allocated_bytes": "device memory, allocated peak",
@@ -189,7 +187,7 @@ def train_command(noted: Interrupts | None, /, plan: Path, as_json: bool, rehear
         if gpus > 1:
             check_run(loaded, options, ranks=gpus)
             sys.exit(launch(sys.argv[1:], ranks=gpus))
-        with _display(interrupts) as display:
+        with display_of(interrupts) as display:
             report = (run_rehearsal if rehearse else run_training)(loaded, options, display)
         if report is None:
             interrupts.check_trained()
@@ -211,9 +209,21 @@ def _ranks_to_launch(given: int | None, plan: Plan, *, rehearse: bool) -> int:
     return given or plan.request.gpus
 
 
+COMMANDS = [
+    train_command,
+    baseline_command,
+    compare_command,
+    evaluate_command,
+    generate_command,
+    prepare_command,
+    export_command,
+    prune_command,
+]
+
+
 @click.group(
     cls=RunGroup,
-    commands=[train_command, evaluate_command, generate_command, prepare_command, export_command, prune_command],
+    commands=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"]},
     options_metavar="",
     subcommand_metavar="PLAN [OPTIONS] | COMMAND [OPTIONS]",
@@ -364,42 +374,6 @@ def _evaluation(given: dict[str, Any]) -> EvaluationOptions | None:
         options = "--metric, --eval-limit, --eval-every, --rows-per-token and --min-score"
         raise UsageError(f"{options} belong to --eval; say what to evaluate on")
     return None
-
-
-@contextmanager
-def _display(interrupts: Interrupts) -> Iterator[Display]:
-    """A progress bar on a terminal, about ten lines elsewhere; all on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    from meft.runtime.training.options import Display
-    from meft.runtime.training.training import Progress as Step
-
-    console = Console(stderr=True, highlight=False)
-
-    def say(text: str) -> None:
-        console.print(f"meft-run: {text}", soft_wrap=True, markup=False)
-
-    pace = Pace(time.monotonic)
-    if not console.is_terminal:
-
-        def line(step: Step) -> None:
-            told = pace.told(step.step, step.total_steps)
-            every = max(1, step.total_steps // LINES_WITHOUT_TERMINAL)
-            if step.step % every == 0 or step.step in (1, step.total_steps):
-                say(f"step {step.step}/{step.total_steps} loss {step.loss:.4f}{told}")
-
-        yield Display(say, line, interrupts)
-        return
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=None, loss="-", visible=False)
-
-        def advance(step: Step) -> None:
-            told = pace.told(step.step, step.total_steps)
-            bar.update(task, total=step.total_steps, completed=step.step, loss=f"{step.loss:.4f}{told}", visible=True)
-
-        yield Display(say, advance, interrupts)
 
 
 def _fail(program: str, message: str, exit_code: int) -> NoReturn:

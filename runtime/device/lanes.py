@@ -42,6 +42,8 @@ class Job:
         self.lane, self.name = lane, name
         self.after: tuple[Job, ...] = ()
         self.order = (0, 0)
+        self.awaited_by: set[threading.Condition] = set()
+        """To be told when it is over."""
         self._schedule, self._work, self._result = schedule, work, None
         self.done = False
 
@@ -123,7 +125,12 @@ class Sequential:
 
 
 class Overlapped:
-    """A thread per lane. :meth:`close` must be called, or use it as a context manager."""
+    """A thread per lane. :meth:`close` must be called, or use it as a context manager.
+
+    One lock guards all of it, but whoever waits has a condition of its own: a lane is told of jobs issued to it and of
+    those that its own jobs wait for, a caller of the job that it asked for. Telling everybody of everything costs each
+    thread the interpreter's lock at every job.
+    """
 
     overlapped = True
 
@@ -132,7 +139,11 @@ class Overlapped:
     ) -> None:
         self.on_job = on_job
         self._delay = delay
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._to_do = {lane: threading.Condition(self._lock) for lane in workers}
+        self._asking: set[threading.Condition] = set()
+        """Of callers that wait for a job, or for all of them."""
+        self._idle = threading.Condition(self._lock)
         self._closing = threading.Event()
         self._waiting: dict[Worker, list[Job]] = {lane: [] for lane in workers}
         self._running = 0
@@ -155,28 +166,31 @@ class Overlapped:
     ) -> Job:
         """See :class:`Schedule`. Raises what ended the schedule, if something did."""
         job = Job(self, lane, name, work)
-        with self._changed:
+        with self._lock:
             self._check()
             self._issued += 1
             job.order = (urgency if lane == "cpu" else 0, self._issued)
             job.after = tuple(other for other in after if not other.done)
+            for other in job.after:
+                other.awaited_by.add(self._to_do[lane])
             self._waiting[lane].append(job)
-            self._changed.notify_all()
+            if not job.after:
+                self._to_do[lane].notify()
         return job
 
     def wait_for(self, job: Job) -> None:
         """Block until ``job`` is over. Raises what ended the schedule, if something did."""
-        with self._changed:
-            while not job.done:
-                self._check()
-                self._changed.wait()
+        with self._lock:
+            if job.done:
+                return
+            over = threading.Condition(self._lock)
+            job.awaited_by.add(over)
+            self._ask(over, lambda: job.done)
 
     def drain(self) -> None:
         """See :class:`Schedule`. Raises what ended the schedule, if something did."""
-        with self._changed:
-            while self._running or any(self._waiting.values()):
-                self._check()
-                self._changed.wait()
+        with self._lock:
+            self._ask(self._idle, lambda: not (self._running or any(self._waiting.values())))
             self._check()
 
     def pause(self, seconds: float) -> None:
@@ -189,13 +203,21 @@ class Overlapped:
 
     def close(self) -> None:
         """See :class:`Schedule`; returns when the threads are gone."""
-        with self._changed:
+        with self._lock:
             self._closing.set()
-            for jobs in self._waiting.values():
-                jobs.clear()
-            self._changed.notify_all()
+            self._end()
         for thread in self._threads:
             thread.join()
+
+    def _ask(self, told: threading.Condition, is_so: Callable[[], bool]) -> None:
+        """Wait, with the lock, until something is so; ``told`` is notified when it may be."""
+        self._asking.add(told)
+        try:
+            while not is_so():
+                self._check()
+                told.wait()
+        finally:
+            self._asking.discard(told)
 
     def _check(self) -> None:
         if self._error is not None:
@@ -212,15 +234,22 @@ class Overlapped:
             except BaseException as error:  # noqa: BLE001 - whoever waits for the job gets it
                 self._fail(error)
                 return
-            with self._changed:
-                job.done = True
-                job.after = ()
-                self._running -= 1
-                self._changed.notify_all()
+            self._finish(job)
+
+    def _finish(self, job: Job) -> None:
+        with self._lock:
+            job.done = True
+            job.after = ()
+            self._running -= 1
+            awaited_by, job.awaited_by = job.awaited_by, set()
+            for told in awaited_by:
+                told.notify_all()
+            if not self._running:
+                self._idle.notify_all()
 
     def _next(self, lane: Worker) -> Job | None:
         """The job to do now, once there is one; None when the schedule ends."""
-        with self._changed:
+        with self._lock:
             while True:
                 if self._closing.is_set() or self._error is not None:
                     return None
@@ -229,7 +258,7 @@ class Overlapped:
                     self._waiting[lane].remove(job)
                     self._running += 1
                     return job
-                self._changed.wait()
+                self._to_do[lane].wait()
 
     def _ready(self, lane: Worker) -> Job | None:
         jobs = self._waiting[lane]
@@ -238,12 +267,17 @@ class Overlapped:
         return min(able, key=lambda job: job.order, default=None)
 
     def _fail(self, error: BaseException) -> None:
-        with self._changed:
+        with self._lock:
             self._error = error
             self._running = 0
-            for jobs in self._waiting.values():
-                jobs.clear()
-            self._changed.notify_all()
+            self._end()
+
+    def _end(self) -> None:
+        """Drop what has not begun, and tell everybody."""
+        for jobs in self._waiting.values():
+            jobs.clear()
+        for told in (*self._to_do.values(), *self._asking, self._idle):
+            told.notify_all()
 
 
 def _nothing() -> None:

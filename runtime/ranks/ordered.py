@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _numba_intrinsic
 
 from meft.runtime.host.compiled import compiled
+
+intrinsic: Any = _numba_intrinsic  # called without its first parameter, which no type checker can know
 
 
 def _fence_code(context: Any) -> Any:

@@ -17,6 +17,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -170,11 +171,34 @@ def save_adapter(session: Session, folder: Path, *, meft_version: str) -> None:
     Raises:
         MachineError: the disk is full or refuses; what was there before is there still.
     """
+    _save(folder, lambda: _files(session, meft_version))
+
+
+def copy_adapter(config: AdapterConfig, tensors: dict[str, torch.Tensor], folder: Path, *, card: str | None) -> None:
+    """The same for an adapter that was read; ``card`` is the text of its model card."""
+    _save(folder, lambda: _AdapterFiles(config, tensors, card))
+
+
+@dataclass(frozen=True)
+class _AdapterFiles:
+    """What an adapter's folder holds."""
+
+    config: AdapterConfig
+    tensors: dict[str, torch.Tensor]
+    card: str | None
+
+
+def _files(session: Session, meft_version: str) -> _AdapterFiles:
+    card = model_card(session.plan, meft_version=meft_version)
+    return _AdapterFiles(adapter_config(session, meft_version), adapter_tensors(session), card)
+
+
+def _save(folder: Path, files: Callable[[], _AdapterFiles]) -> None:
     with writing(folder):
         if _holds_other_files(folder):
-            _write_into(session, folder, meft_version)
+            _write_into(files(), folder)
         else:
-            replace_folder(folder, lambda new: _write_adapter(session, new, meft_version))
+            replace_folder(folder, lambda new: _write_adapter(files(), new))
 
 
 def save_checkpoint(
@@ -194,7 +218,7 @@ def save_checkpoint(
     """
 
     def write(new: Path) -> None:
-        _write_adapter(session, new, meft_version)
+        _write_adapter(_files(session, meft_version), new)
         _save_tensors(optimizer_tensors(session) | _random_states(session), new / OPTIMIZER_STATE)
         state.save(new / TRAINING_STATE)
         if observe is not None:
@@ -351,25 +375,24 @@ def _row_use(session: Session) -> dict[str, torch.Tensor]:
     return counts | {MICRO_BATCHES: use.micro_batches}
 
 
-def _write_adapter(session: Session, folder: Path, meft_version: str) -> None:
-    config = adapter_config(session, meft_version)
-    _save_tensors(adapter_tensors(session), folder / ADAPTER_WEIGHTS)
-    write_atomic(folder / MODEL_CARD, model_card(session.plan, meft_version=meft_version))
-    config.save(folder / ADAPTER_CONFIG)
+def _write_adapter(files: _AdapterFiles, folder: Path) -> None:
+    _save_tensors(files.tensors, folder / ADAPTER_WEIGHTS)
+    if files.card is not None:
+        write_atomic(folder / MODEL_CARD, files.card)
+    files.config.save(folder / ADAPTER_CONFIG)
 
 
-def _write_into(session: Session, folder: Path, meft_version: str) -> None:
+def _write_into(files: _AdapterFiles, folder: Path) -> None:
     """The adapter's files among others, each whole at any time; the weights come last but one, the card first."""
-    config = adapter_config(session, meft_version)
-    if not (folder / MODEL_CARD).exists():
-        write_atomic(folder / MODEL_CARD, model_card(session.plan, meft_version=meft_version))
+    if files.card is not None and not (folder / MODEL_CARD).exists():
+        write_atomic(folder / MODEL_CARD, files.card)
     new = folder / f".{ADAPTER_WEIGHTS}.new"
     try:
-        _save_tensors(adapter_tensors(session), new)
+        _save_tensors(files.tensors, new)
         new.replace(folder / ADAPTER_WEIGHTS)
     finally:
         new.unlink(missing_ok=True)
-    config.save(folder / ADAPTER_CONFIG)
+    files.config.save(folder / ADAPTER_CONFIG)
 
 
 def _holds_other_files(folder: Path) -> bool:

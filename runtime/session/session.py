@@ -50,6 +50,8 @@ class Session:
     key_init: KeyInit = "random"
     documents_apart: bool = True
     """Whether packed documents get positions of their own; False where the model can make nothing of them."""
+    met_packed: bool = False
+    """Whether a batch has come with several documents in a sequence, kept apart."""
     peers: Peers | None = None
     """The ranks that share the store, where there are several."""
     _early: list[tuple[Job, Job]] = field(default_factory=list)
@@ -106,6 +108,7 @@ class Session:
             labels = self.to_device(batch.labels)
             loss: torch.Tensor = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
             return loss
+        self.met_packed = True
         with self.device.host():
             told = batch.labels.masked_fill(batch.starts, DOCUMENT_START)
         labels = self.to_device(told)

@@ -22,8 +22,8 @@ from meft.runtime.device.timeline import LaneClock
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.ranks.peers import Peers
 from meft.runtime.session import model_loading
-from meft.runtime.session.documents import attends_across
 from meft.runtime.session.session import Session, open_session
+from meft.runtime.training import packing
 from meft.runtime.training.interrupts import Interrupts
 from meft.runtime.training.training import Progress, TrainingOptions
 from meft.runtime.use.evaluation import EvaluationOptions
@@ -104,7 +104,7 @@ def open_run(
     """The session of a run, on a fresh device."""
     torch.manual_seed(options.training.seed)
     model = model_loading.load_frozen_model(plan, folder, device_kind=device.kind)
-    apart = all(len(example.starts) == 1 for example in dataset.examples) or _documents_apart(plan, model, say)
+    apart = packing.documents_apart(plan, model, dataset, say)
     session = open_session(
         plan,
         model,
@@ -125,19 +125,6 @@ def _schedule(options: RunOptions, peers: Peers | None) -> Schedule:
     if options.schedule == "sequential":
         return Sequential()
     return Overlapped(workers=WORKERS if peers is None else WORKERS_OF_RANKS)
-
-
-def _documents_apart(plan: Plan, model: torch.nn.Module, say: Callable[[str], None]) -> bool:
-    """Whether attention keeps packed documents apart; where it does not, that is said."""
-    request = plan.request
-    if not attends_across(model, batch_size=request.batch_size, vocab_size=request.model.vocab_size):
-        say("note: packed texts are kept apart by a mask, whose memory is not in the plan; --packing none has none")
-        return True
-    say(
-        f"note: with {request.attention} attention this model attends across the texts packed into one sequence; "
-        f"--packing none gives each a sequence of its own"
-    )
-    return False
 
 
 def write_trace(session: Session, path: Path) -> None:

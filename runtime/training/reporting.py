@@ -30,6 +30,7 @@ from meft.runtime.session.checkpoint import RunObserved
 from meft.runtime.session.expert_load import expert_load
 from meft.runtime.session.session import Session
 from meft.runtime.training.measured import Measurements, Totals, Worked
+from meft.runtime.training.packing import as_run
 from meft.runtime.training.training import Trainer, worked
 
 T = TypeVar("T", bound=str)
@@ -63,6 +64,7 @@ def observe(trainer: Trainer, *, memory: MemoryReading, pcie: PcieReading) -> Ru
         transfer=transfer(session, steps=measured.steps, windows=measured.windows, pcie=pcie),
         active_rows=rows_seen(measured, session.plan.decision),
         hot_windows=measured.hot_windows,
+        packed=session.met_packed,
         dropped_rows=measured.dropped_rows,
         prefetch_recall=None,
         step_seconds=_step_seconds(trainer),
@@ -101,7 +103,7 @@ def assemble(session: Session, observed: Observed, training: Training, *, meft_v
         rehearsal=rehearsal,
         device=DeviceUsed(kind=device.kind, name=device.name, budget_bytes=device.budget_bytes),
         observed=observed,
-        comparison=compare(session.plan, observed),
+        comparison=compare(as_run(session.plan, packed=observed.packed, emulated=device.kind == "emulated"), observed),
         training=training,
         versions={name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         layers=session.store.num_layers,

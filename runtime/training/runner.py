@@ -35,7 +35,7 @@ from meft.runtime.session.checkpoint import (
     save_adapter,
 )
 from meft.runtime.session.session import Session
-from meft.runtime.training import output, preflight, together
+from meft.runtime.training import output, packing, preflight, together
 from meft.runtime.training.journal import Tell, journal
 from meft.runtime.training.options import DeviceKind, Display, RunOptions, open_run, write_trace
 from meft.runtime.training.rehearse import rehearse
@@ -150,7 +150,11 @@ def _run(
         tokenizer = model_loading.load_tokenizer(folder)
         check()
         seq_len, show = plan.request.seq_len, options.show
-        dataset = load_dataset(options.data, tokenizer, seq_len=seq_len, options=options.reading, show=max(show, 1))
+
+        def load(reading: DataOptions) -> Dataset:
+            return load_dataset(options.data, tokenizer, seq_len=seq_len, options=reading, show=max(show, 1))
+
+        dataset = packing.load(load, options.reading, plan, budget_bytes=_budget(plan, options), say=display.say)
         describe(dataset, display.say, seq_len=seq_len, show=show)
         dataset = _with_replay(plan, options, dataset, tokenizer, display)
         _check_tokens(plan, dataset, pad_token_id(tokenizer), options)
@@ -186,7 +190,9 @@ def _with_replay(plan: Plan, options: RunOptions, dataset: Dataset, tokenizer: A
     if options.replay is None:
         return dataset
     share = DEFAULT_REPLAY_SHARE if options.replay_share is None else options.replay_share
-    text = load_dataset(options.replay, tokenizer, seq_len=plan.request.seq_len, options=DataOptions(raw=True), show=0)
+    packs = plan.request.packed or packing.shares_sequences(dataset)
+    reading = DataOptions(raw=True, packing="text" if packs else "none")
+    text = load_dataset(options.replay, tokenizer, seq_len=plan.request.seq_len, options=reading, show=0)
     mixed = with_replay(dataset, text.examples, share=share, seed=options.training.seed)
     count = len(mixed.examples) - len(dataset.examples)
     display.say(f"{options.replay}: {count:,} examples replayed ({len(text.examples):,} there are)")

@@ -5,7 +5,7 @@ Rank 0 has the output folder, the log and the display; the others are silent.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from meft.planner.base.errors import UsageError
-from meft.planner.records.plan import Direction, Plan
+from meft.planner.records.plan import Direction, Lane, Plan
 from meft.planner.records.report import Observed, ObservedHostMemory
 from meft.runtime.device.engine import Per
 from meft.runtime.device.nvml import MemoryReading, PcieReading
@@ -152,11 +152,13 @@ def _joined(one: Histograms, other: Histograms) -> Histograms:
 
 
 def _summed(each: list[Worked]) -> Worked:
-    lanes, tasks = Counter[str](), Counter[str]()
+    lanes, tasks = defaultdict[Lane, float](float), defaultdict[str, float](float)
     for one in each:
-        lanes.update(one.lanes)
-        tasks.update(one.host_tasks)
-    return Worked(sum(one.steps for one in each), dict(lanes), dict(tasks))  # type: ignore[arg-type]
+        for lane, seconds in one.lanes.items():
+            lanes[lane] += seconds
+        for task, seconds in one.host_tasks.items():
+            tasks[task] += seconds
+    return Worked(sum(one.steps for one in each), dict(lanes), dict(tasks))
 
 
 def _added(each: list[Mapping[tuple[Direction, str, Per], int]]) -> Counter[tuple[Direction, str, Per]]:

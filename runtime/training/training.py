@@ -213,7 +213,7 @@ class Trainer:
 
         More steps than before make the run longer: from here on the learning rate is that of a run of so many steps.
         """
-        state = load_checkpoint(self.session, folder)
+        state = self.load(folder)
         now = self._state()
         if state.data_digest != now.data_digest:
             raise UsageError(f"--resume {folder}: {_data_changed(state, now)}")
@@ -233,6 +233,10 @@ class Trainer:
         )
         if self.evaluation is not None:
             self.evaluation.results[:] = state.evaluations
+
+    def load(self, folder: Path) -> TrainingState:
+        """Bring the session to where a checkpoint stood."""
+        return load_checkpoint(self.session, folder)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, the same in every process."""
