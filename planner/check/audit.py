@@ -19,6 +19,7 @@ from meft.planner.base.schema import Basis, Record
 from meft.planner.check.counted_bytes import (
     DIRECTIONS,
     CategoryCheck,
+    as_run,
     by_direction,
     bytes_of_optimizer_steps,
     bytes_of_report,
@@ -26,6 +27,8 @@ from meft.planner.check.counted_bytes import (
     windows_of,
 )
 from meft.planner.memory.device import predict_device_memory
+from meft.planner.memory.host import host_memory
+from meft.planner.predict.prediction import repriced, without_workspaces
 from meft.planner.records.plan import Plan
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.report import Report
@@ -108,6 +111,11 @@ def audit(
     """
     check_belongs(plan, report)
     gpu = gpu if gpu is not None and _reproduces(plan, gpu) else None
+    planned = plan
+    if gpu is not None and report.observed.packed is not None:
+        plan = repriced(plan, gpu, packed=report.observed.packed)
+    if report.device.kind == "emulated":
+        plan = without_workspaces(plan)
     steps = report.observed.steps
     rows = (
         *_device_rows(plan, report, gpu, tolerance_fraction),
@@ -128,7 +136,7 @@ def audit(
         rows=rows,
         transfer=checks,
         transfer_exact=all(row.predicted == row.observed for row in rows if row.quantity in _GIVEN_ROWS),
-        notes=_notes(plan, report, gpu),
+        notes=(*_packed_notes(planned, report), *_notes(plan, report, gpu)),
         passed=all(row.holds is not False for row in rows),
     )
 
@@ -207,7 +215,7 @@ def _device_rows(plan: Plan, report: Report, gpu: GpuProfile | None, tolerance_f
         rows.append(
             _row(
                 "device_bytes_given_rows",
-                _allocated(plan, gpu),
+                predicted.peak_allocated_bytes,
                 observed.peak_allocated_bytes,
                 bases=(ledger, seen),
                 because="allocated peak of the decision, counted anew: the same whatever rows are active",
@@ -248,26 +256,32 @@ def _device_rows(plan: Plan, report: Report, gpu: GpuProfile | None, tolerance_f
     return tuple(rows)
 
 
-def _allocated(plan: Plan, gpu: GpuProfile) -> int:
-    return predict_device_memory(request=plan.request, decision=plan.decision, gpu=gpu).peak_allocated_bytes
-
-
 def _reproduces(plan: Plan, gpu: GpuProfile) -> bool:
     """Whether this version and this profile still say what the plan says."""
-    return _allocated(plan, gpu) == plan.prediction.device_memory.peak_allocated_bytes
+    again = predict_device_memory(request=plan.request, decision=plan.decision, gpu=gpu)
+    return again.peak_allocated_bytes == plan.prediction.device_memory.peak_allocated_bytes
 
 
 def _host_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
     return (
         _row(
             "host_adapter_bytes",
-            plan.prediction.host_memory.total_bytes,
+            _host_bytes(plan, report),
             report.observed.host_memory.total_bytes,
             bases=("counted", "counted"),
             because="tables and staging buffers of the adapter",
             rule="exact",
         ),
     )
+
+
+def _host_bytes(plan: Plan, report: Report) -> int:
+    """As planned, or of another number of ranks what the plan would have said for it."""
+    if report.gpus == plan.request.gpus:
+        return plan.prediction.host_memory.total_bytes
+    pinned = report.device.kind == "cuda" or (report.rehearsal and plan.request.gpu != "emulated")
+    asked = as_run(plan, report).request
+    return host_memory(request=asked, decision=plan.decision, pinned=pinned).total_bytes
 
 
 def _exact_transfer_rows(plan: Plan, report: Report, steps: int) -> tuple[AuditRow, ...]:
@@ -396,6 +410,15 @@ def _with_tolerances(rows: tuple[AuditRow, ...], tolerances: Mapping[str, float]
         else row
         for row in rows
     )
+
+
+def _packed_notes(planned: Plan, report: Report) -> tuple[str, ...]:
+    if report.observed.packed in (None, planned.request.packed):
+        return ()
+    was = "short texts shared sequences in this run, which the plan does not price"
+    if planned.request.packed:
+        was = "no texts shared a sequence in this run, for which the plan prices a mask"
+    return (f"{was}: device memory is the decision's as it was run",)
 
 
 def _notes(plan: Plan, report: Report, gpu: GpuProfile | None) -> tuple[str, ...]:

@@ -13,8 +13,13 @@ import numpy as np
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.schema import read_text
+from meft.planner.front.asked import EstimateRequest
 from meft.planner.front.options import MAX_SEQ_LEN
-from meft.planner.simulation.lengths import Batching, BatchShape, batch_shapes, distributed_lengths
+from meft.planner.front.request import Planning
+from meft.planner.predict.estimates import Estimate
+from meft.planner.predict.spread import reserved_spread
+from meft.planner.records.setup import TrainingSetup
+from meft.planner.terms.lengths import Batching, BatchShape, batch_shapes, distributed_lengths
 
 DRAWN = 2000
 """Sequences of a distribution."""
@@ -54,6 +59,41 @@ def orders_of(lengths: Sequence[int], *, batch_size: int, batching: Batching, mo
             order[int(generator.integers(MICRO_BATCHES))] = longest
         orders.append(order)
     return orders
+
+
+def with_lengths(asked: EstimateRequest) -> tuple[EstimateRequest, tuple[int, ...]]:
+    """The request for batches of the longest sequence, and the lengths; none where they do not vary."""
+    if asked.lengths is None:
+        if asked.batching is not None:
+            raise UsageError(f"--batching {asked.batching}: of which sequences? Give --lengths too")
+        return asked, ()
+    given = asked.seq_len if "seq_len" in asked.model_fields_set else MAX_SEQ_LEN
+    lengths = lengths_of(asked.lengths, most=given)
+    if asked.batching == "padding-free" and asked.attention != "flash":
+        raise UsageError(
+            "--batching padding-free: sequences are told apart by flash attention alone; give --attention flash"
+        )
+    longest = given if asked.batching == "packed" and given < MAX_SEQ_LEN else max(lengths)
+    padded = asked.batching in (None, "padded", "sorted") and min(lengths) < longest
+    return asked.model_copy(update={"seq_len": longest, "padding": asked.padding or padded}), lengths
+
+
+def over_lengths(
+    asked: EstimateRequest, estimate: Estimate, setup: TrainingSetup, lengths: tuple[int, ...], planned: Planning
+) -> Estimate:
+    """The estimate with what several orders of the data reserve, and the verdict on the worst of them."""
+    if setup.model.measured is not None:
+        raise UsageError(f"--lengths: {setup.model.name} has no closed form, which it takes; give --seq-len alone")
+    batching = asked.batching or "padded"
+    spread = reserved_spread(
+        setup,
+        orders_of(lengths, batch_size=setup.batch_size, batching=batching, most=setup.seq_len),
+        batching=batching,
+        lengths=lengths,
+        gpu=planned.profiles.gpu,
+        gpu_mem_bytes=planned.request.gpu_mem_bytes,
+    )
+    return estimate.model_copy(update={"lengths": spread, "verdict": spread.verdict, "fits": spread.verdict == "fits"})
 
 
 def _number(part: str, text: str) -> float:

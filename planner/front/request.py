@@ -80,6 +80,7 @@ def planning(options: RequestOptions) -> Planning:
     _check_model(options, shape)
     _check_device(options, gpu, weights)
     _check_copy(options, adapter)
+    _check_ranks(options)
     host_mem_bytes, host_notes = _host_budget(options, budget)
     fields = {
         "model": shape,
@@ -258,6 +259,7 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "grad_accum": options.grad_accum,
         "double_quant": options.double_quant,
         "attention": options.attention or _usual_attention(shape),
+        "packed": options.packed,
         "activation_checkpointing": options.activation_checkpointing,
         "objective": options.objective,
         "max_slowdown": options.max_slowdown,
@@ -271,6 +273,8 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "hot_rows": options.hot_rows,
         "bf16_copy": options.bf16_copy,
         "active_rows_quantile": options.active_rows_quantile,
+        "gpus": options.gpus,
+        "gpus_per_link": options.gpus_per_link,
     }
     return {name: value for name, value in names.items() if value is not None}
 
@@ -302,6 +306,18 @@ def _check_model(options: RequestOptions, shape: ModelShape) -> None:
         raise UsageError(f"--top-k {top_k}: there are {width} rows (--adapter-width); give at most that")
     if width is not None and hot_rows is not None and hot_rows > width:
         raise UsageError(f"--hot-rows {hot_rows}: there are {width} rows (--adapter-width); give at most that")
+
+
+def _check_ranks(options: RequestOptions) -> None:
+    gpus, grad_accum = options.gpus, options.grad_accum
+    if grad_accum % gpus:
+        fitting = -(-grad_accum // gpus) * gpus
+        raise UsageError(
+            f"--gpus {gpus}: the {grad_accum} micro-batches of an optimizer step (--grad-accum) do not divide among "
+            f"them; give --grad-accum {fitting}"
+        )
+    if gpus > 1 and options.hot_rows:
+        raise UsageError(f"--hot-rows {options.hot_rows}: several devices have none; it goes with --gpus 1")
 
 
 def _check_copy(options: RequestOptions, adapter: AdapterDtype) -> None:

@@ -204,11 +204,14 @@ def _with(request: Request, terms: TracedTerms) -> Request:
 
 
 _WORKLOAD = ("seq_len", "weights_dtype", "double_quant", "adapter_dtype", "attention", "activation_checkpointing")
+"""Beside them ``packed``, where it is so: what earlier versions kept stays found."""
 
 
 def _workload_digest(request: Request, gpu: GpuProfile) -> str:
     """What the terms hold for, but for the batch size, in which they are linear."""
     fields = {name: getattr(request, name) for name in _WORKLOAD}
+    if request.packed:
+        fields["packed"] = True
     fields |= {"emulated": gpu.shares_host_cores, "workspace": int(gpu.workspace_bytes.value)}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 

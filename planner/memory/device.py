@@ -36,7 +36,7 @@ from meft.planner.records.profiles import GpuProfile
 from meft.planner.terms import activations as act
 from meft.planner.terms import weights as wts
 from meft.planner.terms.activations import choose, largest
-from meft.planner.terms.frozen import FrozenLayer, frozen_layer, norm_bytes, sliding_layers
+from meft.planner.terms.frozen import FrozenLayer, frozen_layer, masked_layers, norm_bytes
 from meft.planner.terms.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
 from meft.planner.terms.methods import SparseAdapter, Trained, Workload, trained_by
 from meft.planner.traffic.transfer import input_bytes
@@ -181,6 +181,7 @@ def _request_ledger(
         weights_dtype=request.weights_dtype,
         double_quant=request.double_quant,
         attention=request.attention,
+        packed=request.packed,
         activation_checkpointing=candidates.activation_checkpointing,
     )
     method = SparseAdapter(active_rows, candidates, ADAPTER_DTYPE_BYTES[request.adapter_dtype])
@@ -349,9 +350,10 @@ def _kept_rows(phase: Phase, step: _Step) -> tuple[Row, ...]:
 def _layer_rows(step: _Step, *, whole: Ints, layers: int, trained: Ints) -> tuple[Row, ...]:
     """What ``layers`` layers keep, of which ``whole`` keep everything before their FFN and in it."""
     frozen = step.frozen
+    masked = masked_layers(step.shape, whole, packed=step.workload.packed)
     return (
         _row("backward", "norms", whole * frozen.norms + layers * frozen.norms_after_ffn),
-        _row("backward", "attention", whole * frozen.attention + sliding_layers(step.shape, whole) * frozen.window),
+        _row("backward", "attention", whole * frozen.attention + masked * frozen.masked),
         _row("backward", "ffn", whole * frozen.ffn),
         _row("backward", "adapter", trained),
     )
@@ -366,7 +368,8 @@ def _shared_rows(phase: Phase, step: _Step, *, inputs: int) -> tuple[Row, ...]:
     )
     rotary: Ints = 0
     if not shape.learned_positions:
-        one_set = act.rotary_tables_bytes(seq_len=workload.seq_len, head_dim=shape.head_dim, compute_bytes=q)
+        positions = workload.tokens if workload.packed else workload.seq_len
+        one_set = act.rotary_tables_bytes(positions=positions, head_dim=shape.head_dim, compute_bytes=q)
         rotary = shape.rotary_sets * one_set
     masks = act.masks_bytes(
         shape,
@@ -374,6 +377,7 @@ def _shared_rows(phase: Phase, step: _Step, *, inputs: int) -> tuple[Row, ...]:
         seq_len=workload.seq_len,
         compute_bytes=q,
         attention=workload.attention,
+        packed=workload.packed,
     )
     return (
         _row(phase, "layer_inputs", choose(step.checkpointing, layer_inputs, 0)),

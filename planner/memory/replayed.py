@@ -83,7 +83,10 @@ def _without_what_is_no_matter(request: Request) -> Request:
     return Request.model_construct(**asked, **nothing, gpu_mem_bytes=1, host_mem_bytes=1, host_mem_basis="given")
 
 
-_THAT_MATTER = ("model", "batch_size", "seq_len", "weights_dtype", "double_quant", "adapter_dtype", "attention")
+_THAT_MATTER = (
+    *("model", "batch_size", "seq_len", "weights_dtype", "double_quant", "adapter_dtype", "attention"),
+    "packed",
+)
 
 
 @lru_cache(maxsize=512)

@@ -40,6 +40,7 @@ def workload_and_method(request: Request, decision: Decision) -> tuple[Workload,
         weights_dtype=request.weights_dtype,
         double_quant=request.double_quant,
         attention=request.attention,
+        packed=request.packed,
         activation_checkpointing=decision.activation_checkpointing,
     )
     at_cap = np.full(request.model.num_layers, decision.active_rows_cap, dtype=np.int64)

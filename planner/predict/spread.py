@@ -9,9 +9,9 @@ from meft.planner.base.schema import Bytes, Count, Record
 from meft.planner.predict.verdict import Verdict, judged
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation.lengths import Batching, BatchShape
 from meft.planner.simulation.run import simulate
 from meft.planner.simulation.stream import stream_peaks
+from meft.planner.terms.lengths import Batching, BatchShape
 
 
 class ReservedSpread(Record):

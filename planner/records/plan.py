@@ -28,9 +28,12 @@ Lane = Literal["gpu", "h2d", "d2h", "cpu"]
 LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 
 
-def _without_usual_tokens_see(content: dict[str, Any]) -> dict[str, Any]:
-    """Written only where it says something, so that other plans stay as they were, byte for byte."""
-    return {name: value for name, value in content.items() if (name, value) != ("tokens_see", "union")}
+_USUAL = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1}
+
+
+def _without_usual(content: dict[str, Any]) -> dict[str, Any]:
+    """Written only where they say something, so that other plans stay as they were, byte for byte."""
+    return {name: value for name, value in content.items() if name not in _USUAL or value != _USUAL[name]}
 
 
 class Request(Record):
@@ -53,6 +56,8 @@ class Request(Record):
     double_quant: bool = False
     adapter_dtype: AdapterDtype = "bf16"
     attention: Attention = "sdpa"
+    packed: bool = False
+    """Sequences hold several texts that are kept apart: by a mask where attention has no other means."""
     activation_checkpointing: bool | None = None
     objective: Objective = "capacity"
     max_slowdown: Annotated[float, Field(ge=1.0)] = 1 / 0.63
@@ -67,10 +72,25 @@ class Request(Record):
     hot_rows: Index | None = None
     bf16_copy: bool | None = None
     tokens_see: TokensSee = "union"
+    gpus: Count = 1
+    """Ranks on one machine, each with such a card, that share the host's rows and divide ``grad_accum``."""
+    gpus_per_link: Count = 1
+    """How many of the cards share one link's bandwidth: those behind one switch, or on one root port's lanes."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_usual_tokens_see(handler(self))
+        return _without_usual(handler(self))
+
+    @model_validator(mode="after")
+    def _divides(self) -> Request:
+        if self.grad_accum % self.gpus:
+            raise ValueError(f"grad_accum {self.grad_accum} does not divide among gpus {self.gpus}")
+        return self
+
+    @property
+    def rounds(self) -> int:
+        """Micro-batches of an optimizer step that each rank has."""
+        return self.grad_accum // self.gpus
 
     @property
     def tokens_per_step(self) -> int:
@@ -104,7 +124,7 @@ class Decision(Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_usual_tokens_see(handler(self))
+        return _without_usual(handler(self))
 
     @model_validator(mode="after")
     def _consistent(self) -> Decision:

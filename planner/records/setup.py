@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.base.schema import Count, Record
+from meft.planner.base.schema import Count, Index, Record
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.kernels import KernelName
+from meft.planner.records.peft_methods import PeftMethod
 from meft.planner.records.plan import Attention
 
-MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full"]
+MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full", "bitfit", "lst", "peft"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
 OptimizerName = Literal[
     "adamw",
@@ -116,6 +117,17 @@ class TrainingSetup(Record):
     loss: LossName = "hf"
     padded: bool = False
     """Batches are padded, so that a mask tensor exists."""
+    packed: bool = False
+    """Sequences hold several documents, told apart by position ids that begin anew; there is no KV cache then."""
+    peft: PeftMethod | None = None
+    """Of method ``peft``: which, and how it is configured."""
+    reduction: Count | None = None
+    """Of method ``lst``: how often narrower than the model its side network is."""
+    dropped_layers: Index = 0
+    """Of method ``lst``: layers that the side network has no block beside."""
+    emulated: bool = False
+    """As ``meft-run baseline`` runs it on the emulated device: the CPU's operators, outputs let go, AdamW one parameter
+    at a time after clipping by the norm."""
     outputs_kept: bool = True
     """The loop holds on to the model's outputs, so that logits and (without checkpointing) the KV cache stay alive."""
 
@@ -131,3 +143,8 @@ class TrainingSetup(Record):
     def tokens(self) -> int:
         """``T = B * S``."""
         return self.batch_size * self.seq_len
+
+    @property
+    def positions(self) -> int:
+        """Positions that are told apart: those of one sequence stand for all, unless documents are packed."""
+        return self.tokens if self.packed else self.seq_len

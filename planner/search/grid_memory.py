@@ -93,6 +93,7 @@ def device_sum(space: Space, request: Request, profiles: ProfileSet) -> GridSum:
         weights_dtype=request.weights_dtype,
         double_quant=request.double_quant,
         attention=request.attention,
+        packed=request.packed,
         activation_checkpointing=candidates.activation_checkpointing,
     )
     at_cap = np.broadcast_to(space.caps, (num_layers, *space.caps.shape))

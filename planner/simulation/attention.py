@@ -11,6 +11,7 @@ from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import TEMPORARIES, Gradients, Tensor
 from meft.planner.simulation.formats import FP32, STORED
 from meft.planner.simulation.operators import Operators
+from meft.planner.simulation.peft import PREFIX, virtual_tokens
 from meft.planner.terms import activations as act
 
 LARGEST_FLASH_HEAD = 256
@@ -74,7 +75,10 @@ class SelfAttention:
         """A mask of bytes as numbers to add, ``[B, 1, S, S]``, made anew by every layer."""
         if mask is None:
             return None
-        return self.ops.tape.new(self.setup.batch_size * self.setup.seq_len**2, q.itemsize, "attention")
+        if self.ops.cpu_kernels:
+            _hidden, _seen = (self.ops.tape.new(1, q.itemsize, "attention") for _ in range(2))
+        keys = self.setup.seq_len + virtual_tokens(self.setup, PREFIX)
+        return self.ops.tape.new(self.setup.batch_size * self.setup.seq_len * keys, q.itemsize, "attention")
 
     def _in_16_bits(self, x: Tensor) -> Tensor:
         return self.ops.cast(x, STORED[self.setup.weights_dtype], "attention") if x.itemsize == FP32 else x

@@ -87,6 +87,32 @@ class Optimizer:
         """Update every parameter that has a gradient."""
         self._update([index for index, each in enumerate(self.parameters) if each.gradient is not None])
 
+    def one_by_one(self) -> None:
+        """As the runtime's baselines on the emulated device: the norm of all gradients, then torch's AdamW without
+        multi-tensor kernels; a root and a quotient as large as the parameter, and the count of steps is on the device.
+        """
+        present = [index for index, each in enumerate(self.parameters) if each.gradient is not None]
+        sums = []
+        for index in present:
+            square = self.tape.like(self.parameters[index].tensor, "optimizer_temporary")
+            sums.append(self._temporary(1, FP32))
+            del square
+        stacked = self._temporary(len(sums), FP32)
+        del sums
+        total = self._temporary(1, FP32)
+        del stacked, total
+        for index in present:
+            if index not in self._states:
+                tensor = self.parameters[index].tensor
+                moments = [self._state(tensor.numel, tensor.itemsize) for _ in range(2)]
+                self._states[index] = [self._state(1, FP32), *moments]
+        quotient = None
+        for index in present:
+            root, divided = (self.tape.like(self.parameters[index].tensor, "optimizer_temporary") for _ in range(2))
+            quotient = divided  # the loop's name for the one before lasts until here
+            del root, divided
+        del quotient
+
     def in_backward(self) -> Callable[[Leaf], None]:
         """A hook that updates a parameter as soon as its gradient is there, and lets that go."""
         index_of = {id(each.tensor.node): index for index, each in enumerate(self.parameters)}

@@ -22,6 +22,7 @@ from meft.planner.simulation.autograd import GRADIENTS, TEMPORARIES, Gradients, 
 from meft.planner.simulation.decoder import BesideFfn, Decoder, ModelWeights
 from meft.planner.simulation.formats import BOOL, FP32, INT64, STORED
 from meft.planner.simulation.operators import Operators
+from meft.planner.simulation.positions import positions_from_labels
 from meft.planner.simulation.run import Loader
 from meft.planner.simulation.stream import StreamEvent
 from meft.planner.terms.adapter import CAST_ROWS
@@ -74,6 +75,7 @@ def setup_of(request: Request, decision: Decision) -> TrainingSetup:
         grad_accum=request.grad_accum,
         activation_checkpointing=decision.activation_checkpointing,
         attention=request.attention,
+        packed=request.packed,
         outputs_kept=False,
     )
 
@@ -363,7 +365,8 @@ class _SparseRun:
     def _loss_of_batch(self) -> Tensor:
         tape, tokens = self.tape, self.request.tokens_per_step
         inputs = tuple(tape.new(tokens, INT64, "inputs") for _ in range(2))
-        hidden = self.decoder.hidden_states(None)
+        positions = positions_from_labels(tape, self.setup)
+        hidden = self.decoder.hidden_states(None, positions)
         tape.phase = "loss"
         hidden = self.decoder.final_hidden(hidden)
         logits = self.decoder.logits(hidden)
@@ -373,7 +376,7 @@ class _SparseRun:
         if self.request.batch_size > 1:
             targets = tape.new(tokens, INT64, "loss_chain")
         loss = self.ops.cross_entropy(wide, targets)
-        del padded, wide, hidden, logits, inputs
+        del padded, wide, hidden, logits, inputs, positions
         return loss
 
     # --- the optimizer step ------------------------------------------------------------------------------------------

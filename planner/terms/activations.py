@@ -101,10 +101,10 @@ def fused_attention_saved_bytes(
     return tokens * (heads * head_dim * compute_bytes + FP32_BYTES * num_heads)
 
 
-def window_saved_bytes(
+def masked_saved_bytes(
     *, tokens: Ints, seq_len: Ints, num_heads: int, num_kv_heads: int, head_dim: int, compute_bytes: int
 ) -> Ints:
-    """What sdpa keeps more of a layer that sees a window: keys and values of every query head instead of every group,
+    """What sdpa keeps more of a layer that is given a mask: keys and values of every query head instead of every group,
     and the mask as numbers to add, ``[B, 1, S, S]``."""
     return tokens * compute_bytes * (2 * (num_heads - num_kv_heads) * head_dim + seq_len)
 
@@ -126,9 +126,9 @@ def mlp_saved_bytes(*, tokens: Ints, intermediate_size: int, gated: bool, activa
     return tokens * intermediate_size * compute_bytes * (kept + (2 if gated else 0))
 
 
-def rotary_tables_bytes(*, seq_len: Ints, head_dim: int, compute_bytes: int) -> Ints:
-    """Cosines and sines ``[1, S, d]``, shared by all layers."""
-    return 2 * seq_len * head_dim * compute_bytes
+def rotary_tables_bytes(*, positions: Ints, head_dim: int, compute_bytes: int) -> Ints:
+    """Cosines and sines ``[1, S, d]``, shared by all layers and sequences; of packed sequences ``[B, S, d]``."""
+    return 2 * positions * head_dim * compute_bytes
 
 
 def layer_inputs_bytes(*, tokens: Ints, num_layers: int, hidden_size: int, compute_bytes: int) -> Ints:
@@ -224,16 +224,29 @@ def window_masks(shape: ModelShape, *, seq_len: Ints, attention: Attention) -> F
     return seq_len >= shape.window
 
 
+def block_masks(shape: ModelShape, *, attention: Attention, packed: bool) -> bool:
+    """Whether sdpa is given masks in every layer because several documents share a sequence."""
+    return packed and attention_used(shape, attention) == "sdpa"
+
+
+def masks_per_model(shape: ModelShape) -> int:
+    """How many masks a forward makes: two where some layers see a window and others the whole sequence."""
+    mixed = 0 < shape.num_sliding < shape.num_layers
+    return MASKS_PER_MODEL.get(shape.model_type, 2 if mixed else 1)
+
+
 def masks_bytes(
-    shape: ModelShape, *, batch_size: Ints, seq_len: Ints, compute_bytes: int, attention: Attention
+    shape: ModelShape, *, batch_size: Ints, seq_len: Ints, compute_bytes: int, attention: Attention, packed: bool
 ) -> Ints:
-    """The additive masks that all layers of eager attention share; without padding the fused kernels need none but one
-    of bytes for all layers that see a window, ``[1, 1, S, S]``."""
-    if attention_used(shape, attention) != "eager":
+    """The additive masks that all layers of eager attention share, ``[B, 1, S, S]``. The fused kernels need none, but
+    sdpa one of bytes for all layers that see a window, ``[1, 1, S, S]``, and of packed sequences one for each kind of
+    layers, ``[B, 1, S, S]``."""
+    used = attention_used(shape, attention)
+    if used != "eager" and not block_masks(shape, attention=attention, packed=packed):
         windowed = window_masks(shape, seq_len=seq_len, attention=attention)
         return choose(windowed, mask_bytes(batch_size=1, seq_len=seq_len, element_bytes=1), 0)
-    one = mask_bytes(batch_size=batch_size, seq_len=seq_len, element_bytes=compute_bytes)
-    return MASKS_PER_MODEL.get(shape.model_type, 1) * one
+    element_bytes = compute_bytes if used == "eager" else 1
+    return masks_per_model(shape) * mask_bytes(batch_size=batch_size, seq_len=seq_len, element_bytes=element_bytes)
 
 
 def norms_after_ffn(shape: ModelShape) -> int:

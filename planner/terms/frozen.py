@@ -1,10 +1,10 @@
-"""What one frozen layer keeps for backward, and which layers keep more because their tokens see a window."""
+"""What one frozen layer keeps for backward, and which layers keep more because sdpa is given a mask there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meft.planner.base.quantities import Ints
+from meft.planner.base.quantities import Flags, Ints
 from meft.planner.models.architecture import ModelShape
 from meft.planner.terms import activations as act
 from meft.planner.terms.activations import choose, smallest
@@ -19,13 +19,13 @@ class FrozenLayer:
     attention: Ints
     ffn: Ints
     norms_after_ffn: Ints
-    window: Ints = 0
-    """What attention keeps more in a layer that sees a window."""
+    masked: Ints = 0
+    """What attention keeps more in a layer that is given a mask."""
 
     @property
     def total(self) -> Ints:
         """All of it."""
-        return self.norms + self.attention + self.window + self.ffn + self.norms_after_ffn
+        return self.norms + self.attention + self.masked + self.ffn + self.norms_after_ffn
 
 
 def norm_bytes(shape: ModelShape, workload: Workload) -> Ints:
@@ -62,15 +62,17 @@ def frozen_layer(shape: ModelShape, workload: Workload) -> FrozenLayer:
         )
         + mask,
         norms_after_ffn=act.norms_after_ffn(shape) * norm_bytes(shape, workload),
-        window=_window_bytes(shape, workload),
+        masked=_masked_bytes(shape, workload),
     )
 
 
-def _window_bytes(shape: ModelShape, workload: Workload) -> Ints:
-    windowed = act.window_masks(shape, seq_len=workload.seq_len, attention=workload.attention)
-    if isinstance(windowed, bool) and not windowed:
+def _masked_bytes(shape: ModelShape, workload: Workload) -> Ints:
+    masked: Flags = act.block_masks(shape, attention=workload.attention, packed=workload.packed)
+    if not masked:
+        masked = act.window_masks(shape, seq_len=workload.seq_len, attention=workload.attention)
+    if isinstance(masked, bool) and not masked:
         return 0
-    more = act.window_saved_bytes(
+    more = act.masked_saved_bytes(
         tokens=workload.tokens,
         seq_len=workload.seq_len,
         num_heads=shape.num_heads,
@@ -78,10 +80,13 @@ def _window_bytes(shape: ModelShape, workload: Workload) -> Ints:
         head_dim=shape.head_dim,
         compute_bytes=workload.compute_bytes,
     )
-    return choose(windowed, more, 0)
+    return choose(masked, more, 0)
 
 
-def sliding_layers(shape: ModelShape, whole: Ints) -> Ints:
-    """How many of ``whole`` layers see a window: of one the most that it can be, else of all but the first."""
+def masked_layers(shape: ModelShape, whole: Ints, *, packed: bool) -> Ints:
+    """How many of ``whole`` layers are given a mask, where any is: of packed sequences all; else those that see a
+    window: of one layer the most that it can be, else of all but the first."""
+    if packed:
+        return whole
     after_first = shape.num_sliding - int(shape.slides(0))
     return smallest(whole, choose(whole == 1, 1, after_first)) if shape.window else 0

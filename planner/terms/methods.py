@@ -32,6 +32,8 @@ class Workload:
     attention: Attention = "sdpa"
     activation_checkpointing: Flags = False
     double_quant: bool = False
+    packed: bool = False
+    """Sequences hold several documents, each with positions of its own."""
 
     @property
     def tokens(self) -> Ints:

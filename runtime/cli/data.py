@@ -37,9 +37,8 @@ def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--packing",
             type=click.Choice(["text", "all", "none"]),
-            default="none",
-            show_default=True,
-            help="What shares full sequences: short texts, prompts and conversations too, or nothing, as planned.",
+            help="What shares full sequences: short texts, prompts and conversations too, or nothing. [default: text, "
+            "where the budget has room for the mask]",
         ),
         click.option(
             "--allow-cut", is_flag=True, help="Train although more than 1 % of the examples are longer than a sequence."

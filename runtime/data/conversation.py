@@ -2,16 +2,18 @@
 
 OpenAI's messages: content that is null, missing, or a list of text parts; ``tool_calls`` with arguments as a JSON
 string; the older ``function_call`` and ``functions``; ``weight``; reasoning under any of the names in use. ShareGPT's
-turns: ``from`` and ``value`` with its many names for the same speakers.
+turns: ``from`` and ``value`` with its many names for the same speakers. LIMA's, Capybara's, xLAM's and ToolBench's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from meft.runtime.data.records import BadLineError, Chat, Entry, json_type
+from meft.runtime.data.metrics import FINISH, called_apis
+from meft.runtime.data.records import BadLineError, Chat, Completion, Entry, Record, json_type
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -35,6 +37,7 @@ SHAREGPT_ROLES = {
     "tool_response": "tool",
 }
 _CALLS = ("function_call", "tool_call")
+_TOOL_NAME = re.compile(r"""['"]name['"]\s*:\s*['"]([\w.\-]+)['"]""")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _THOUGHT_PARTS = ("thinking", "reasoning")
 
@@ -65,6 +68,30 @@ def read_sharegpt(entry: Entry, field: str = "conversations") -> Chat | None:
     if not spoken or spoken[0] != "user" or "assistant" not in spoken:
         return None
     return chat_of(messages, _tools(entry), field=field)
+
+
+def read_alternating(entry: Entry) -> Chat | None:
+    """LIMA's list of texts, the user's first; None where nothing answers."""
+    said = entry.structure("conversations", list)
+    roles = ("user", "assistant")
+    spoken = [{"role": roles[place % 2], "content": text} for place, text in enumerate(said[: len(said) // 2 * 2])]
+    return chat_of(spoken, (), field="conversations") if spoken else None
+
+
+def read_exchanges(entry: Entry) -> Chat:
+    """Capybara's list of inputs and outputs."""
+    system = entry.optional("system", "system_prompt")
+    messages = [{"role": "system", "content": system}] if system else []
+    for each in entry.objects("conversation"):
+        messages.append({"role": "user", "content": each.text("input")})
+        messages.append({"role": "assistant", "content": each.text("output")})
+    return chat_of(messages, (), field="conversation")
+
+
+def read_calls(entry: Entry) -> Chat:
+    """xLAM's query, the tools that it may call, and the calls that answer it."""
+    calls = {"role": "assistant", "tool_calls": entry.structure("answers", list)}
+    return chat_of([{"role": "user", "content": entry.text("query")}, calls], _tools(entry), field="answers")
 
 
 def chat_of(listed: Sequence[Any], tools: Sequence[Any], *, field: str) -> Chat:
@@ -217,3 +244,75 @@ def _turn(turn: Entry, number: int) -> dict[str, Any]:
         return {"role": role, "tool_calls": listed}
     made: dict[str, Any] = {"role": role, "content": value}
     return made | ({"weight": turn.value["weight"]} if turn.has("weight") else {})
+
+
+# --- what tells conversations -----------------------------------------------------------------------------------------
+
+
+def turns_of(value: Any) -> list[Any]:
+    """Those of a list's items that can be turns."""
+    return [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+
+
+def speaks(field: str) -> Callable[[Mapping[str, Any]], bool]:
+    """What tells ShareGPT's turns under a name."""
+
+    def tells(value: Mapping[str, Any]) -> bool:
+        found = value[field]
+        if isinstance(found, str):
+            return found.lstrip()[:1] == "["
+        turns = turns_of(found)
+        known = (str(turn.get("from")).lower() in SHAREGPT_ROLES or "role" in turn for turn in turns)
+        return bool(turns) and any(known)
+
+    return tells
+
+
+# --- ToolBench: which of a tool's APIs to call ------------------------------------------------------------------------
+
+
+def tool_prompt(query: str, apis: Iterable[str]) -> str:
+    """A request and the names to choose among."""
+    return f"{query}\nAPIs: {', '.join(apis)}\nWhich of them should be called?"
+
+
+def toolbench_name(tool: str, api: str) -> str:
+    """ToolBench's own name of an API: ``api_for_tool`` in lower case, other characters as single underscores."""
+    return "_for_".join(re.sub(r"_+", "_", re.sub(r"\W", "_", part)).strip("_").lower() for part in (api, tool))
+
+
+def _chosen(query: str, offered: Iterable[str], called: Iterable[str]) -> Record | None:
+    gold = tuple(dict.fromkeys(called))
+    prompt = tool_prompt(query, dict.fromkeys(name for name in offered if name != FINISH))
+    return Completion(prompt, ", ".join(gold), gold, joined_by="\n") if gold else None
+
+
+def read_toolbench_query(entry: Entry) -> Record | None:
+    """A request with the APIs that it offers and those that are relevant."""
+    offered = [toolbench_name(api.text("tool_name"), api.text("api_name")) for api in entry.objects("api_list")]
+    gold = []
+    for pair in entry.get("relevant APIs", list):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
+            entry.fail("relevant APIs", "must hold pairs [tool_name, api_name]")
+        gold.append(toolbench_name(*pair))
+    return _chosen(entry.text("query"), offered, gold)
+
+
+def read_toolbench(entry: Entry) -> Record | None:
+    """ToolLLaMA's conversation: its request, the APIs that the system lists, and those that were called."""
+    turns = [(turn.text("from"), turn.get("value", str)) for turn in entry.objects("conversations")]
+    asked = [text for speaker, text in turns if speaker == "user"]
+    if not asked:
+        entry.fail("conversations", "has no turn from 'user'")
+    offered = [name for speaker, text in turns if speaker == "system" for name in _TOOL_NAME.findall(text)]
+    acting = [text for speaker, text in turns if speaker == "assistant" and "Action:" in text]
+    called = [name for text in acting for name in sorted(called_apis(text))]
+    return _chosen(asked[0].strip().removesuffix("Begin!").strip(), offered, called)
+
+
+def is_toolbench(value: Mapping[str, Any]) -> bool:
+    """ToolLLaMA's turns: a system that lists APIs, and an assistant that names its actions."""
+    turns = [(str(turn.get("from")), str(turn.get("value"))) for turn in turns_of(value["conversations"])]
+    return any(speaker == "system" and _TOOL_NAME.search(text) for speaker, text in turns) and any(
+        speaker == "assistant" and "Action:" in text for speaker, text in turns
+    )

@@ -11,17 +11,28 @@ question that no text answers: those are left out and counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from meft.runtime.data.conversation import SHAREGPT_ROLES, read_messages, read_prompted, read_sharegpt
-from meft.runtime.data.metrics import FINISH, Metric, called_apis, final_number
+from meft.runtime.data.conversation import (
+    is_toolbench,
+    read_alternating,
+    read_calls,
+    read_exchanges,
+    read_messages,
+    read_prompted,
+    read_sharegpt,
+    read_toolbench,
+    read_toolbench_query,
+    speaks,
+    turns_of,
+)
+from meft.runtime.data.metrics import Metric, final_number
 from meft.runtime.data.records import BadLineError, Completion, Entry, Record, Text, json_type
 
 NQ_OPEN_MAX_TOKENS = 5
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations for a calculator, which no output needs
-_TOOL_NAME = re.compile(r"""['"]name['"]\s*:\s*['"]([\w.\-]+)['"]""")
 _NO_ANSWER = ("<unk>",)  # what TriviaQA has in the place of its test split's answers
 
 
@@ -59,20 +70,25 @@ def recognise(value: Any) -> Format:
 
 
 def _unknown(value: Mapping[str, Any]) -> str:
-    """What is missing of the format that comes nearest, or which fields are there."""
-    best: tuple[int, Format] | None = None
-    for format_ in FORMATS:
-        found = sum(field in value for field in format_.needs)
-        if found and (best is None or found > best[0]):
-            best = found, format_
+    """What is missing of the formats that come nearest, or which fields are there."""
     there = ", ".join(map(repr, value)) or "none"
-    if best is None:
+    if {"chosen", "rejected"} <= value.keys():
+        return "preferences ('chosen', 'rejected'): what is trained on is an answer; give prompt and completion"
+    nearest = max(sum(field in value for field in format_.needs) for format_ in FORMATS)
+    near = [each for each in FORMATS if sum(field in value for field in each.needs) == nearest]
+    if not nearest:
         return f"no known format has these fields: {there}"
-    absent = [field for field in best[1].needs if value.get(field) is None]
-    if not absent:
-        return f"field {best[1].needs[-1]!r} is a {json_type(value[best[1].needs[-1]])}, not as in {best[1].name}"
-    problem = "is null" if absent[0] in value else "is missing"
-    return f"field {absent[0]!r} {problem}, which {best[1].name} needs (found {there})"
+    absent = list(dict.fromkeys(field for each in near for field in each.needs if value.get(field) is None))
+    whole = [each for each in near if all(value.get(field) is not None for field in each.needs)]
+    if whole:
+        field, names = whole[0].needs[-1], dict.fromkeys(each.name for each in whole)
+        return f"field {field!r} is a {json_type(value[field])}, not as in {' or '.join(names)}"
+    if len(absent) == 1 or any(field in value for field in absent):
+        first = next((field for field in absent if field in value), absent[0])
+        of = next(each.name for each in near if first in each.needs)
+        return f"field {first!r} is {'null' if first in value else 'missing'}, which {of} needs (found {there})"
+    shared = next(field for field in near[0].needs if field in value)
+    return f"no known format has {shared!r} without one of {', '.join(map(repr, absent))} (found {there})"
 
 
 def read_entry(format_: Format, value: Any, *, where: str) -> Record | None:
@@ -106,12 +122,14 @@ def _has_surrogate(text: str) -> bool:
 # --- readers: an entry becomes a record, or None --------------------------------------------------------------------
 
 
-def _own(entry: Entry) -> Record:
+def _own(entry: Entry) -> Record | None:
     if isinstance(entry.value.get("prompt"), list):
         return read_prompted(entry)
     prompt, completion = entry.get("prompt", str), entry.get("completion", str)
     if not completion.strip():
         entry.fail("completion", "is empty")
+    if entry.value.get("label") is False:  # KTO's kind of an answer that nobody wants
+        return None
     answers: tuple[str, ...] = ()
     if entry.has("answers"):
         answers = entry.strings("answers") or entry.fail("answers", "is empty")
@@ -218,68 +236,7 @@ def _simplified_nq(entry: Entry) -> Record | None:
     return _question(entry, tuple(answers), field="question_text")
 
 
-def tool_prompt(query: str, apis: Iterable[str]) -> str:
-    """A request and the names to choose among."""
-    return f"{query}\nAPIs: {', '.join(apis)}\nWhich of them should be called?"
-
-
-def toolbench_name(tool: str, api: str) -> str:
-    """ToolBench's own name of an API: ``api_for_tool`` in lower case, other characters as single underscores."""
-    return "_for_".join(re.sub(r"_+", "_", re.sub(r"\W", "_", part)).strip("_").lower() for part in (api, tool))
-
-
-def _chosen(query: str, offered: Iterable[str], called: Iterable[str]) -> Record | None:
-    gold = tuple(dict.fromkeys(called))
-    prompt = tool_prompt(query, dict.fromkeys(name for name in offered if name != FINISH))
-    return Completion(prompt, ", ".join(gold), gold, joined_by="\n") if gold else None
-
-
-def _toolbench_query(entry: Entry) -> Record | None:
-    offered = [toolbench_name(api.text("tool_name"), api.text("api_name")) for api in entry.objects("api_list")]
-    gold = []
-    for pair in entry.get("relevant APIs", list):
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
-            entry.fail("relevant APIs", "must hold pairs [tool_name, api_name]")
-        gold.append(toolbench_name(*pair))
-    return _chosen(entry.text("query"), offered, gold)
-
-
-def _toolbench_conversation(entry: Entry) -> Record | None:
-    turns = [(turn.text("from"), turn.get("value", str)) for turn in entry.objects("conversations")]
-    asked = [text for speaker, text in turns if speaker == "user"]
-    if not asked:
-        entry.fail("conversations", "has no turn from 'user'")
-    offered = [name for speaker, text in turns if speaker == "system" for name in _TOOL_NAME.findall(text)]
-    acting = [text for speaker, text in turns if speaker == "assistant" and "Action:" in text]
-    called = [name for text in acting for name in sorted(called_apis(text))]
-    return _chosen(asked[0].strip().removesuffix("Begin!").strip(), offered, called)
-
-
 # --- what tells formats of the same fields apart --------------------------------------------------------------------
-
-
-def _turns_of(value: Any) -> list[Any]:
-    return [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
-
-
-def _is_toolbench(value: Mapping[str, Any]) -> bool:
-    """ToolLLaMA's turns: a system that lists APIs, and an assistant that names its actions."""
-    turns = [(str(turn.get("from")), str(turn.get("value"))) for turn in _turns_of(value["conversations"])]
-    return any(speaker == "system" and _TOOL_NAME.search(text) for speaker, text in turns) and any(
-        speaker == "assistant" and "Action:" in text for speaker, text in turns
-    )
-
-
-def _speaks(field: str) -> Callable[[Mapping[str, Any]], bool]:
-    def tells(value: Mapping[str, Any]) -> bool:
-        found = value[field]
-        if isinstance(found, str):
-            return found.lstrip()[:1] == "["
-        turns = _turns_of(found)
-        known = (str(turn.get("from")).lower() in SHAREGPT_ROLES or "role" in turn for turn in turns)
-        return bool(turns) and any(known)
-
-    return tells
 
 
 def _is(field: str, *kinds: type) -> Callable[[Mapping[str, Any]], bool]:
@@ -307,6 +264,25 @@ def _has_final_answer(value: Mapping[str, Any]) -> bool:
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
+PAIRS: dict[str, tuple[str, ...]] = {
+    "question": ("response", "solution", "long_answer", "correct_answer"),
+    "Question": ("Answer", "Response"),
+    "prompt": ("response", "output", "answer", "canonical_solution"),
+    "instruction": ("completion", "answer"),
+    "input": ("output", "response", "target"),
+    "inputs": ("targets",),
+    "query": ("answer",),
+    "problem": ("solution", "answer"),
+    "user": ("assistant",),
+    "human": ("assistant", "bot"),
+    "article": ("highlights",),
+    "document": ("summary",),
+    "dialogue": ("summary",),
+}
+"""Plain fields of published data: what is asked, and names under which the answer to it is found."""
+_PLAIN = {f"{asked}/{said}" for asked, several in PAIRS.items() for said in several}
+
+
 def _pair(asked: str, said: str) -> Format:
     """Two plain fields, and perhaps a system prompt."""
     system = ("system_prompt", "system")
@@ -331,9 +307,9 @@ FORMATS: tuple[Format, ...] = (
         ("conversations",),
         ("conversations",),
         "the request and the names of its APIs; loss on the names of those that were called",
-        _toolbench_conversation,
+        read_toolbench,
         "iou",
-        _is_toolbench,
+        is_toolbench,
     ),
     Format(
         "ShareGPT",
@@ -341,7 +317,7 @@ FORMATS: tuple[Format, ...] = (
         ("conversations", "tools", "system", "system_prompt"),
         "as chat messages; turns by `from` and `value`; conversations that the assistant begins are left out",
         read_sharegpt,
-        tells=_speaks("conversations"),
+        tells=speaks("conversations"),
     ),
     Format(
         "ShareGPT",
@@ -349,21 +325,44 @@ FORMATS: tuple[Format, ...] = (
         ("conversation", "tools", "system", "system_prompt"),
         "the same under another name",
         lambda entry: read_sharegpt(entry, "conversation"),
-        tells=_speaks("conversation"),
+        tells=speaks("conversation"),
+    ),
+    Format(
+        "LIMA",
+        ("conversations",),
+        ("conversations",),
+        "a list of texts, the user's and the assistant's by turns, as chat messages",
+        read_alternating,
+        tells=lambda value: _is_list_of_strings(value["conversations"]),
+    ),
+    Format(
+        "Capybara",
+        ("conversation",),
+        ("conversation", "system", "system_prompt"),
+        "a list of `input` and `output`, as chat messages",
+        read_exchanges,
+        tells=lambda value: any({"input", "output"} <= turn.keys() for turn in turns_of(value["conversation"])),
+    ),
+    Format(
+        "xLAM",
+        ("query", "answers", "tools"),
+        ("query", "answers", "tools"),
+        "the query with its tools, as chat messages; loss on the calls",
+        read_calls,
     ),
     Format(
         "ToolBench",
         ("api_list",),
         ("query", "api_list", "relevant APIs"),
         "the request and the names of its APIs; loss on the names of the relevant ones",
-        _toolbench_query,
+        read_toolbench_query,
         "iou",
     ),
     Format(
         "prompt/completion",
         ("prompt", "completion"),
-        ("prompt", "completion", "answers", "system", "tools"),
-        "the prompt; loss on the completion; both may be lists of messages",
+        ("prompt", "completion", "answers", "system", "tools", "label"),
+        "the prompt; loss on the completion; both may be lists of messages; left out where `label` is false",
         _own,
         "em",
     ),
@@ -472,16 +471,15 @@ FORMATS: tuple[Format, ...] = (
         "em",
         _is("answer", str),
     ),
-    _pair("question", "response"),
-    _pair("prompt", "response"),
-    _pair("input", "output"),
+    *(_pair(asked, said) for asked, several in PAIRS.items() for said in several),
     Format("text", ("text",), ("text",), "every token of the text and the end-of-text token after it", _text),
 )
 
 
 def known_formats() -> str:
     """Their names, for errors."""
-    return ", ".join(dict.fromkeys(format_.name for format_ in FORMATS))
+    names = dict.fromkeys(format_.name for format_ in FORMATS if format_.name not in _PLAIN)
+    return ", ".join([*names, "plain fields"])
 
 
 def table() -> str:
@@ -489,5 +487,9 @@ def table() -> str:
     lines = ["| format | told by | seen and learned | scored by |", "|---|---|---|---|"]
     for format_ in FORMATS:
         fields = ", ".join(f"`{field}`" for field in format_.needs)
-        lines.append(f"| {format_.name} | {fields} | {format_.learns} | {format_.metric or '-'} |")
+        if format_.name not in _PLAIN:
+            lines.append(f"| {format_.name} | {fields} | {format_.learns} | {format_.metric or '-'} |")
+    for asked, several in PAIRS.items():
+        said = ", ".join(f"`{each}`" for each in several)
+        lines.append(f"| plain fields | `{asked}` and one of {said} | the {asked}; loss on the other | em |")
     return "\n".join(lines) + "\n"

@@ -21,8 +21,6 @@ from meft.runtime.data.records import BadLineError, Record, Text
 from meft.runtime.data.template_fit import TemplateFit
 
 Packing = Literal["text", "all", "none"]
-MUCH_PADDING = 0.25
-"""From this share of all positions on, packing is worth telling of."""
 MOST_CUT = 0.01
 """The share of examples that may lose part of themselves without being asked about."""
 _SHOWN_CHARACTERS = 300
@@ -36,8 +34,9 @@ class DataOptions:
     """Join prompt and completion as they stand, even when the tokenizer has a chat template."""
     stride: int | None = None
     """Tokens from the beginning of a long text's window to that of the next; None: a whole window."""
-    packing: Packing = "none"
-    """What is packed into full sequences: running text, everything, or nothing, as the plan prices it."""
+    packing: Packing | None = None
+    """What is packed into full sequences: running text, everything, or nothing; None: running text, if there is room
+    (see :mod:`meft.runtime.training.packing`)."""
     allow_cut: bool = False
     """Go on where more than 1 % of prompts and completions are too long."""
     allow_loss: tuple[str, ...] = ()
@@ -303,8 +302,5 @@ def describe(dataset: Dataset, say: Say, *, seq_len: int, show: int) -> None:
     for number, note in enumerate(dataset.notes):
         say(note + (first if number == 0 else ""))
     say(dataset.statistics.summary(seq_len))
-    counts = dataset.statistics
-    if counts.num_documents and counts.padded_tokens > MUCH_PADDING * (counts.num_tokens + counts.padded_tokens):
-        say("note: --packing text puts short texts into common sequences; its mask takes memory beyond the plan's")
     for number, sample in enumerate(dataset.samples[:show], 1):
         say(f"example {number}, [[what carries loss]]:\n{sample}")

@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 
 from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.base.packages import package_folder
+from meft.runtime.data.conversation import tool_prompt
 from meft.runtime.data.embedded import airport_questions
-from meft.runtime.data.formats import tool_prompt
 from meft.runtime.data.metrics import Metric
 from meft.runtime.data.records import Completion
 from meft.runtime.data.tasks import Item, Prepared, Task, read_prepared, read_task

@@ -17,14 +17,15 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from meft.planner.base.dtypes import AdapterDtype
@@ -137,6 +138,10 @@ class RunObserved(File):
 
     observed: Observed
     tokens: Index
+    gpus: Count = 1
+    """How many ranks observed it."""
+    ranks: tuple[Observed, ...] = ()
+    """Of each rank, where there were several."""
 
 
 def adapter_bytes(plan: Plan) -> int:
@@ -166,11 +171,34 @@ def save_adapter(session: Session, folder: Path, *, meft_version: str) -> None:
     Raises:
         MachineError: the disk is full or refuses; what was there before is there still.
     """
+    _save(folder, lambda: _files(session, meft_version))
+
+
+def copy_adapter(config: AdapterConfig, tensors: dict[str, torch.Tensor], folder: Path, *, card: str | None) -> None:
+    """The same for an adapter that was read; ``card`` is the text of its model card."""
+    _save(folder, lambda: _AdapterFiles(config, tensors, card))
+
+
+@dataclass(frozen=True)
+class _AdapterFiles:
+    """What an adapter's folder holds."""
+
+    config: AdapterConfig
+    tensors: dict[str, torch.Tensor]
+    card: str | None
+
+
+def _files(session: Session, meft_version: str) -> _AdapterFiles:
+    card = model_card(session.plan, meft_version=meft_version)
+    return _AdapterFiles(adapter_config(session, meft_version), adapter_tensors(session), card)
+
+
+def _save(folder: Path, files: Callable[[], _AdapterFiles]) -> None:
     with writing(folder):
         if _holds_other_files(folder):
-            _write_into(session, folder, meft_version)
+            _write_into(files(), folder)
         else:
-            replace_folder(folder, lambda new: _write_adapter(session, new, meft_version))
+            replace_folder(folder, lambda new: _write_adapter(files(), new))
 
 
 def save_checkpoint(
@@ -190,7 +218,7 @@ def save_checkpoint(
     """
 
     def write(new: Path) -> None:
-        _write_adapter(session, new, meft_version)
+        _write_adapter(_files(session, meft_version), new)
         _save_tensors(optimizer_tensors(session) | _random_states(session), new / OPTIMIZER_STATE)
         state.save(new / TRAINING_STATE)
         if observe is not None:
@@ -234,9 +262,11 @@ def load_checkpoint(session: Session, folder: Path) -> TrainingState:
     if state.plan_digest != session.plan.content_digest():
         raise UsageError(f"{folder}: was made by another plan; resume with the plan that the run began with")
     load_adapter(session, folder)
-    tensors = load_tensors(folder / OPTIMIZER_STATE)
+    tensors = load_tensors(folder / OPTIMIZER_STATE, wanted=lambda name: is_own(session, name))
     restore_optimizer(session, tensors, folder / OPTIMIZER_STATE)
     _restore_random_states(session, tensors, folder / OPTIMIZER_STATE)
+    if session.peers is not None:
+        session.peers.barrier()
     return state
 
 
@@ -276,7 +306,9 @@ def load_adapter(session: Session, folder: Path) -> None:
         if given != wanted:
             raise UsageError(f"{folder}: {name} does not fit this plan: {given} instead of {wanted}")
     path = weights_path(folder)
-    restore_adapter(session, load_tensors(path), path)
+    restore_adapter(session, load_tensors(path, wanted=lambda name: is_own(session, name)), path)
+    if session.peers is not None:
+        session.peers.barrier()
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -305,7 +337,7 @@ def weights_path(folder: Path) -> Path:
 
 def restore_adapter(session: Session, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """The inverse of :func:`adapter_tensors`, in place; ``path`` names their origin in errors."""
-    targets = adapter_tensors(session)
+    targets = {name: target for name, target in adapter_tensors(session).items() if is_own(session, name)}
     if MICRO_BATCHES not in tensors:  # an adapter of an older version
         uses = _row_use(session)
         for use in uses.values():
@@ -343,25 +375,24 @@ def _row_use(session: Session) -> dict[str, torch.Tensor]:
     return counts | {MICRO_BATCHES: use.micro_batches}
 
 
-def _write_adapter(session: Session, folder: Path, meft_version: str) -> None:
-    config = adapter_config(session, meft_version)
-    _save_tensors(adapter_tensors(session), folder / ADAPTER_WEIGHTS)
-    write_atomic(folder / MODEL_CARD, model_card(session.plan, meft_version=meft_version))
-    config.save(folder / ADAPTER_CONFIG)
+def _write_adapter(files: _AdapterFiles, folder: Path) -> None:
+    _save_tensors(files.tensors, folder / ADAPTER_WEIGHTS)
+    if files.card is not None:
+        write_atomic(folder / MODEL_CARD, files.card)
+    files.config.save(folder / ADAPTER_CONFIG)
 
 
-def _write_into(session: Session, folder: Path, meft_version: str) -> None:
+def _write_into(files: _AdapterFiles, folder: Path) -> None:
     """The adapter's files among others, each whole at any time; the weights come last but one, the card first."""
-    config = adapter_config(session, meft_version)
-    if not (folder / MODEL_CARD).exists():
-        write_atomic(folder / MODEL_CARD, model_card(session.plan, meft_version=meft_version))
+    if files.card is not None and not (folder / MODEL_CARD).exists():
+        write_atomic(folder / MODEL_CARD, files.card)
     new = folder / f".{ADAPTER_WEIGHTS}.new"
     try:
-        _save_tensors(adapter_tensors(session), new)
+        _save_tensors(files.tensors, new)
         new.replace(folder / ADAPTER_WEIGHTS)
     finally:
         new.unlink(missing_ok=True)
-    config.save(folder / ADAPTER_CONFIG)
+    files.config.save(folder / ADAPTER_CONFIG)
 
 
 def _holds_other_files(folder: Path) -> bool:
@@ -417,12 +448,17 @@ def restore_optimizer(session: Session, tensors: Mapping[str, torch.Tensor], pat
     hot = session.exchange.hot
     if hot is not None:
         hot.require_no_gradients()
-    targets = optimizer_tensors(session)
+    targets = {name: target for name, target in optimizer_tensors(session).items() if is_own(session, name)}
     for name, target in targets.items():
         _restore(target, tensors, name, path)
     if hot is not None:
         hot.counted_steps = int(targets[_COUNTED_STEPS])
     session.optimizer_state_was_written()
+
+
+def is_own(session: Session, name: str) -> bool:
+    """Whether this process reads a tensor: of several ranks the first reads the tables that all share."""
+    return session.peers is None or session.peers.rank == 0 or ".router" in name or name.endswith("rng_state")
 
 
 def _restore(target: torch.Tensor, tensors: Mapping[str, torch.Tensor], name: str, path: Path) -> None:
@@ -450,10 +486,11 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         os.close(descriptor)
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file on the host, or a :class:`UsageError`."""
+def load_tensors(path: Path, *, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, torch.Tensor]:
+    """What is wanted of a safetensors file, on the host, or a :class:`UsageError`."""
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 - no mapping
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except OSError as error:

@@ -38,7 +38,7 @@ def trace_meft(plan: Plan, config: dict[str, Any], *, workspace_bytes: int) -> S
     with FakeTensorMode(), without_collection():
         model = build_model(setup, config)
         load(books, model, setup)
-        return _steps(plan, model, Stage(books, scopes))
+        return _steps(plan, model, Stage(books, scopes, packed=plan.request.packed))
 
 
 def trace_emulated(plan: Plan, config: dict[str, Any]) -> Stream:
@@ -46,7 +46,7 @@ def trace_emulated(plan: Plan, config: dict[str, Any]) -> Stream:
     scopes = Scopes()
     with FakeTensorMode(), without_collection():
         model = model_from_config(plan, config)
-        return _steps(plan, model, Stage(EmulatedBooks(scopes.category), scopes))
+        return _steps(plan, model, Stage(EmulatedBooks(scopes.category), scopes, packed=plan.request.packed))
 
 
 class EmulatedBooks(DeviceBooks):
@@ -115,6 +115,7 @@ def plan_of_setup(setup: TrainingSetup) -> Plan:
         double_quant=setup.double_quant,
         adapter_dtype=setup.adapter_dtype,
         attention=setup.attention,
+        packed=setup.packed,
     )
     return plan_with_rows(request, decision, setup.active_rows)
 
@@ -128,6 +129,7 @@ def _setup_of(plan: Plan) -> TrainingSetup:
         weights_dtype=request.weights_dtype,
         double_quant=request.double_quant,
         attention=request.attention,
+        packed=request.packed,
         batch_size=request.batch_size,
         seq_len=request.seq_len,
         grad_accum=request.grad_accum,

@@ -24,6 +24,7 @@ from meft.planner.simulation.stream import Stream
 from meft.runtime.adapter.blocks import decoder_blocks
 from meft.runtime.fake.books import CudaBooks
 from meft.runtime.session.model_loading import COMPUTE_DTYPES
+from meft.runtime.trace.emulated import trace_emulated_method
 from meft.runtime.trace.kernels import rotations, use_kernels
 from meft.runtime.trace.loading import build_model, cast_as_trl, load, prepare
 from meft.runtime.trace.losses import use_loss
@@ -45,6 +46,8 @@ def trace_training(setup: TrainingSetup, config: dict[str, Any], *, workspace_by
     _check(setup)
     if setup.method == "meft":
         return trace_meft(plan_of_setup(setup), config, workspace_bytes=workspace_bytes)
+    if setup.emulated:
+        return trace_emulated_method(setup, config)
     with FakeTensorMode(), without_collection():
         return _Run(setup, config, workspace_bytes).trace()
 
@@ -79,9 +82,10 @@ class _Run:
         self.setup, self.config = setup, config
         scopes = Scopes()
         self.books = CudaBooks(workspace_bytes=workspace_bytes, categorise=scopes.category)
-        self.stage = Stage(self.books, scopes)
+        self.books.takes_host_tensors = setup.peft is not None
+        self.stage = Stage(self.books, scopes, packed=setup.packed)
         self.outputs: Any = None
-        self.batch: dict[str, torch.Tensor] = {}
+        self.batch: dict[str, Any] = {}
 
     def trace(self) -> Stream:
         """The whole run."""
@@ -173,10 +177,14 @@ class _Run:
         optimizer.zero_grad(set_to_none=True)
         self.stage.moment("optimizer_step")
 
-    def _new_batch(self) -> dict[str, torch.Tensor]:
-        names = ("input_ids", "labels", *(["attention_mask"] if self.setup.padded else []))
-        shape = (self.setup.batch_size, self.setup.seq_len)
-        return {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+    def _new_batch(self) -> dict[str, Any]:
+        """The tensors of a batch; packed documents are told apart only where there is no KV cache."""
+        setup = self.setup
+        more = {"attention_mask": setup.padded, "position_ids": setup.packed}
+        names = ("input_ids", "labels", *(name for name, there in more.items() if there))
+        shape = (setup.batch_size, setup.seq_len)
+        tensors = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+        return tensors | ({"use_cache": False} if setup.packed else {})
 
 
 def peak_holders(stream: Stream, n: int = 20) -> list[tuple[int, int, str, str]]:

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from meft.planner.simulation.stream import Stream
 from meft.runtime.fake.autocast import cuda_lists
+from meft.runtime.fake.experts import grouped_products
 from meft.runtime.fake.flash import flash_attention_package
 from meft.runtime.fake.functions import cuda_functions
 from meft.runtime.fake.present import PresentCard, cuda_is_there
@@ -26,7 +27,6 @@ from meft.runtime.fake.script_books import ScriptBooks
 from meft.runtime.trace.script_models import Models, libraries_look_again
 from meft.runtime.trace.script_scopes import ScriptScopes
 from meft.runtime.trace.stage import without_collection
-from meft.runtime.training.fake_experts import grouped_products
 
 
 class ScriptDone(BaseException):

@@ -15,11 +15,11 @@ from meft.runtime.device.books import DeviceBooks
 from meft.runtime.device.event_log import EventLog
 from meft.runtime.fake.autocast import cuda_lists
 from meft.runtime.fake.books import CudaBooks
+from meft.runtime.fake.experts import grouped_products
 from meft.runtime.fake.flash import flash_attention_package
 from meft.runtime.fake.functions import cuda_functions
+from meft.runtime.session.documents import unpacked_sequences
 from meft.runtime.trace.scopes import Scopes, first_tensor
-from meft.runtime.training.fake_experts import grouped_products
-from meft.runtime.training.rehearse import unpacked_sequences
 
 STEPS = 2
 """In the first step the optimizer has no state yet."""
@@ -40,13 +40,14 @@ def without_collection() -> Iterator[None]:
 
 
 class Stage:
-    """The books of one run and what is known of where it is. ``step`` counts from 1; the runner sets it.
+    """The books of one run and what is known of where it is. ``step`` counts from 1; the runner sets it. ``packed``:
+    sequences hold several documents.
 
     Around CUDA's books the model runs with what CUDA does; around others as the CPU runs it.
     """
 
-    def __init__(self, books: DeviceBooks, scopes: Scopes) -> None:
-        self.scopes, self.books = scopes, books
+    def __init__(self, books: DeviceBooks, scopes: Scopes, *, packed: bool = False) -> None:
+        self.scopes, self.books, self.packed = scopes, books, packed
         self.log = self.scopes.log = books.log or EventLog()
         self.step = 1
 
@@ -65,7 +66,7 @@ class Stage:
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
         """Inside, ``model`` runs as on the books' device, but for the books, which its runner opens."""
-        replaced: tuple[AbstractContextManager[None], ...] = (unpacked_sequences(), grouped_products())
+        replaced: tuple[AbstractContextManager[None], ...] = (unpacked_sequences(self.packed), grouped_products())
         if isinstance(self.books, CudaBooks):
             replaced += (flash_attention_package(), cuda_lists(), cuda_functions())
         with ExitStack() as stack:

@@ -7,8 +7,6 @@ a card, host buffers are counted as they would be pinned there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,10 +19,11 @@ from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.exchange.row_cache import PlannedCache
+from meft.runtime.fake.experts import grouped_products
 from meft.runtime.host.router import PlannedRouter
+from meft.runtime.session.documents import unpacked_sequences
 from meft.runtime.session.model_loading import model_from_config
 from meft.runtime.session.session import Session, open_session
-from meft.runtime.training.fake_experts import grouped_products
 from meft.runtime.training.preflight import for_emulated_device
 from meft.runtime.training.reporting import active_rows, assemble, device_memory, host_memory, transfer
 
@@ -33,7 +32,7 @@ _NO_NVML = "a rehearsal: no GPU was used"
 
 def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_version: str) -> Report:
     """Run one step and the transfers of one optimizer step under fake tensors; ``config`` is the model's."""
-    with FakeTensorMode(), unpacked_sequences(), grouped_products():
+    with FakeTensorMode(), unpacked_sequences(plan.request.packed), grouped_products():
         session = rehearsal_session(plan, model_from_config(plan, config), EmulatedDevice(budget_bytes))
         rehearse_step(session)
         rehearse_optimizer_step(session)
@@ -69,32 +68,13 @@ def _planned_cache(plan: Plan) -> PlannedCache | None:
     )
 
 
-@contextmanager
-def unpacked_sequences() -> Iterator[None]:
-    """Tell transformers what it cannot read from fake position ids: no sequence is packed.
-
-    Left to itself it builds a mask in case there were one, and repeats keys and values because of the mask; a real step
-    does neither.
-    """
-    from transformers import masking_utils
-
-    name = "find_packed_sequence_indices"
-    original = getattr(masking_utils, name, None)
-    if original is None:  # a version without the check
-        yield
-        return
-    setattr(masking_utils, name, lambda *_args, **_kwargs: None)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, name, original)
-
-
 def rehearse_step(session: Session) -> None:
     """One micro-batch forward and backward."""
     request = session.plan.request
     shape = (request.batch_size, request.seq_len)
-    batch = Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3)))
+    starts = torch.zeros(shape, dtype=torch.bool) if request.packed else None
+    ids, mask, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+    batch = Batch(ids, mask, labels, starts)
     session.device.reset_peaks()
     with session.device.scope():
         session.forward_backward(batch, loss_scale=1.0)
@@ -137,6 +117,7 @@ def _report(session: Session, meft_version: str) -> Report:
         host_memory=host_memory(session, pinned=not for_emulated_device(session.plan)),
         transfer=transfer(session, steps=1, windows=1, pcie=PcieReading(None, None, _NO_NVML)),
         active_rows=_planned_rows(session.plan.prediction.sparsity),
+        packed=session.plan.request.packed,
         dropped_rows=0,
         prefetch_recall=None,
         step_seconds=None,

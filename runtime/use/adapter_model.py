@@ -58,7 +58,15 @@ from meft.runtime.use.guards import (
 )
 from meft.runtime.use.inference import AS_TRAINED, Serving, Speaking, attach_rows, rows_met, serving
 from meft.runtime.use.row_optimizer import RowOptimizer
-from meft.runtime.use.saved import EXTRA_STATE, described, description, layer_rows, load_base, saved_adapter
+from meft.runtime.use.saved import (
+    EXTRA_STATE,
+    copy_adapter,
+    described,
+    description,
+    layer_rows,
+    load_base,
+    saved_adapter,
+)
 
 DeviceName = Literal["auto", "cuda", "emulated"]
 
@@ -77,6 +85,7 @@ class AdapterModel(nn.Module):
     ) -> None:
         super().__init__()
         self._how = how
+        self._source: Path | None = None
         self._speaking = speaking
         self.base = base
         self.routers = nn.ParameterList(session.router_weights if session is not None else [])
@@ -133,6 +142,7 @@ class AdapterModel(nn.Module):
             raise
         made = cls(model, None, off, speaking=speaking)
         made._ends.append(put_down)
+        made._source = folder.resolve()
         return made.eval()
 
     @classmethod
@@ -283,7 +293,13 @@ class AdapterModel(nn.Module):
             self.session.forget_gradients()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter folder, whole or not at all; :meth:`from_pretrained` reads it."""
+        """Write the adapter folder, whole or not at all; :meth:`from_pretrained` reads it.
+
+        One that only infers is as the folder has it that it came from, which is read again and copied.
+        """
+        if self._source is not None:
+            copy_adapter(self._source, Path(folder))
+            return
         checkpoint.save_adapter(self.session, Path(folder), meft_version=VERSION)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]

@@ -36,6 +36,14 @@ def saved_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor],
     return config, checkpoint.load_tensors(path), path
 
 
+def copy_adapter(source: Path, folder: Path) -> None:
+    """Write the adapter of one folder into another as an adapter's folder, whole or not at all."""
+    config, tensors, path = saved_adapter(source)
+    card = path.with_name(checkpoint.MODEL_CARD)
+    text = card.read_text(encoding="utf-8") if path.name != TRAINER_WEIGHTS and card.is_file() else None
+    checkpoint.copy_adapter(config, tensors, folder, card=text)
+
+
 def described(config: AdapterConfig) -> torch.Tensor:
     """An adapter's config as bytes, uint8."""
     return torch.frombuffer(bytearray(config.to_json().encode()), dtype=torch.uint8)

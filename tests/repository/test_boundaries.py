@@ -42,6 +42,8 @@ RECORDS_AND_PROFILES = {
     "meft.planner.models.measured",
     "meft.planner.models.shapes",
     "meft.planner.models.stored",
+    "meft.planner.records.ladder",
+    "meft.planner.records.peft_methods",
     "meft.planner.records.plan",
     "meft.planner.records.report",
     "meft.planner.records.profiles",
@@ -67,6 +69,9 @@ PROFILING_IS_USED_BY = {
 }
 """Measuring ends in a fit, calibrating in predictions, and launches are measured as they are counted: the commands of
 meft-profile call those models."""
+
+PRICED_ANEW_BY = {"meft.runtime.training.packing": {"meft.planner.predict.prediction"}}
+"""Data that is packed has memory that its plan may not have priced: the planner is asked again."""
 
 CONSTANTS_ARE_USED_BY = {"meft.runtime.exchange.hot_tables": ("meft.planner.traffic.hot_rows", ("HOT_CHUNK_ROWS",))}
 """Numbers that the runtime works by and a model prices, stated once: these names, and nothing else of their module."""
@@ -269,6 +274,7 @@ def test_the_runtime_imports_only_records_and_profiles_from_the_planner() -> Non
     for name, path in modules_of("runtime").items():
         allowed = RECORDS_AND_PROFILES | (ALLOCATOR if name in ALLOCATOR_IS_USED_BY else set())
         allowed |= PROFILING_IS_USED_BY.get(name, set()) | TRACE_IS_USED_WITH.get(name, set())
+        allowed |= PRICED_ANEW_BY.get(name, set())
         for each in imports_of(path):
             is_constant = (each.module, each.names) == CONSTANTS_ARE_USED_BY.get(name)
             assert is_constant or planner_modules(each) <= allowed, each.place

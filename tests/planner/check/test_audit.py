@@ -12,7 +12,10 @@ from meft.planner.check.audit import Audit, AuditRow, audit, weakest_basis
 from meft.planner.check.counted_bytes import bytes_given_rows
 from meft.planner.cli.audit import parse_tolerances
 from meft.planner.front.audit import gpu_of
+from meft.planner.memory.device import predict_device_memory
+from meft.planner.predict.prediction import repriced
 from meft.planner.records.plan import Plan
+from meft.planner.records.profile_catalogue import load_gpu
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.report import Report
 from meft.planner.traffic.transfer import expected_step_bytes
@@ -122,6 +125,19 @@ def test_allocated_peak_is_judged_within_its_tolerance(plan: Plan) -> None:
     assert audited(plan, above, tolerance_fraction=0.05).passed
 
 
+def test_a_run_that_packed_is_compared_with_its_decision_packed(plan: Plan) -> None:
+    report, gpu = sample_report(plan), sample_profiles().gpu
+    packed = repriced(plan, gpu, packed=True).prediction.device_memory
+    assert packed.peak_allocated_bytes > plan.prediction.device_memory.peak_allocated_bytes
+    peaks = {name: getattr(packed, name) for name in ("peak_allocated_bytes", "peak_reserved_bytes")}
+    report = with_device_memory(report, **peaks)
+    as_it_was = report.model_copy(update={"observed": report.observed.model_copy(update={"packed": True})})
+    verdict = audited(plan, as_it_was, tolerance_fraction=0.0)
+    assert row(verdict, "device_bytes_given_rows").holds
+    assert verdict.notes[0].startswith("short texts shared sequences in this run, which the plan does not price")
+    assert not row(audited(plan, report, tolerance_fraction=0.0), "device_bytes_given_rows").holds
+
+
 def test_reserved_above_what_was_replayed_fails(plan: Plan) -> None:
     replayed = plan.prediction.device_memory.peak_reserved_bytes
     report = sample_report(plan)
@@ -220,6 +236,22 @@ def test_a_rehearsal_has_no_time(plan: Plan) -> None:
     assert not {"step_seconds", "prefetch_recall"} & {one.quantity for one in verdict.rows}
     assert verdict.passed
     assert any(note.startswith("a rehearsal") for note in verdict.notes)
+
+
+def test_the_emulated_device_has_no_cublas_workspaces() -> None:
+    """Of a plan for a card, 16.2 MiB that a rehearsal has not: of a tiny model they are nearly all."""
+    card = load_gpu("rtx-3090")
+    plan = sample_plan(gpu="rtx-3090", gpu_mem_bytes=4 << 30)
+    priced = predict_device_memory(request=plan.request, decision=plan.decision, gpu=card)
+    plan = plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"device_memory": priced})})
+    peak = priced.peak_allocated_bytes - 2 * 8_519_680
+    report = with_device_memory(sample_report(plan), peak_allocated_bytes=peak)
+    emulated, cuda = (
+        audit(plan, report.model_copy(update={"device": report.device.model_copy(update={"kind": kind})}), gpu=card)
+        for kind in ("emulated", "cuda")
+    )
+    assert row(emulated, "device_bytes_given_rows").predicted == peak
+    assert not row(cuda, "device_bytes_given_rows").holds
 
 
 # --- --tolerance ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 CALL = {"id": "1", "type": "function", "function": {"name": "w", "arguments": '{"c": "X"}'}}
 READ_CALL = CALL | {"function": {"name": "w", "arguments": {"c": "X"}}}
+WITHOUT_ID = {"type": "function", "function": READ_CALL["function"]}
 TOOL = {"type": "function", "function": {"name": "w", "parameters": {}}}
 
 
@@ -56,6 +57,23 @@ def asked(prompt: str, completion: str, *answers: str, system: str = "") -> Comp
             asked("q", "The answer is: 5", "5"),
         ),
         ("query/response", {"query": "q", "response": "r"}, asked("q", "r")),
+        ("problem/solution", {"problem": "q", "solution": "r", "level": "1"}, asked("q", "r")),
+        ("inputs/targets", {"inputs": "q", "targets": "r", "task": "t"}, asked("q", "r")),
+        ("article/highlights", {"article": "q", "highlights": "r", "id": "1"}, asked("q", "r")),
+        ("Question/Response", {"Question": "q", "Complex_CoT": "c", "Response": "r"}, asked("q", "r")),
+        ("prompt/completion", {"prompt": "q", "completion": "r", "label": True}, Completion("q", "r")),
+        ("prompt/completion", {"prompt": "q", "completion": "r", "label": False}, None),
+        ("LIMA", {"conversations": ["q", "a", "without answer"], "source": "x"}, Chat(tuple(TURNS))),
+        ("LIMA", {"conversations": ["q"]}, None),
+        ("Capybara", {"conversation": [{"input": "q", "output": "a"}] * 2}, Chat(tuple(TURNS * 2))),
+        (
+            "xLAM",
+            {"query": "q", "answers": '[{"name": "w", "arguments": {"c": "X"}}]', "tools": '[{"name": "w"}]'},
+            Chat(
+                (TURNS[0], {"role": "assistant", "content": "", "tool_calls": [WITHOUT_ID]}),
+                ({"type": "function", "function": {"name": "w"}},),
+            ),
+        ),
         ("ShareGPT", {"conversations": SHAREGPT}, Chat(tuple(TURNS))),
         ("ShareGPT", {"conversation": TURNS}, Chat(tuple(TURNS))),
         ("ShareGPT", {"conversations": SHAREGPT[1:] + SHAREGPT[:1]}, None),
@@ -123,8 +141,12 @@ def test_weights_silence_turns_and_parts_are_joined() -> None:
         ([1], "a JSON list, not an object"),
         (None, "a JSON null, not an object"),
         ({"id": 1}, "no known format has these fields: 'id'"),
-        ({"prompt": "a", "completon": "b"}, "field 'completion' is missing, which prompt/completion needs"),
-        ({"completion": "b"}, "field 'prompt' is missing"),
+        ({"prompt": "a", "completon": "b"}, "no known format has 'prompt' without one of 'completion', 'response'"),
+        ({"completion": "b"}, "no known format has 'completion' without one of 'prompt', 'instruction'"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 1}, "field 'answer' is a number, not as in TriviaQA or NQ"),
+        ({"dialogue": "a"}, "field 'summary' is missing, which dialogue/summary needs"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences .'chosen', 'rejected'.: what is trained on is"),
+        ({"conversations": ["a", 1]}, "field 'conversations' is a list, not as in ToolBench conversations or ShareGPT"),
         ({"prompt": "a", "completion": ["b"]}, "field 'completion' is a list, not a string"),
         ({"prompt": "a", "completion": " "}, "field 'completion' is empty"),
         ({"prompt": "a", "completion": "\ud800"}, "field 'completion' holds half of a surrogate pair"),

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.data.formats import toolbench_name
+from meft.runtime.data.conversation import toolbench_name
 from meft.runtime.data.task_sources import SOURCES, factbook_prose, load_task
 from meft.runtime.data.tasks import Item, read_task
 
@@ -150,7 +150,7 @@ GOOD = '{"question": "q", "answer": ["a"]}\n'
         ("a.jsonl", '{"colour": 1}', r"no known format has these fields: 'colour'"),
         ("a.jsonl", "\n", r"is empty"),
         ("a.jsonl", '{"question": "q", "answer": []}', r"none of 1 entries of NQ-open has a gold answer"),
-        ("a.json", '{"data": [{"paragraphs": [{"qas": [{"question": "q"}]}]}]}', "'answers' is missing, which SQuAD"),
+        ("a.json", '{"data": [{"paragraphs": [{"qas": [{"question": "q"}]}]}]}', "'question' without one of 'answers'"),
         ("a.json", '{"data": [{"title": "t"}]}', r"data\[0\]: no known format has these fields: 'title'"),
         ("a.json", '{\n"data": [}', r"a\.json:2: not JSON"),
         ("a.json", '[{"api_list": [{"tool_name": "t"}]}]', r"entry 1, api_list\[0\]: field 'api_name' is missing"),

@@ -272,6 +272,7 @@ OTHERS = [
     {"loss": "torchtune-chunked", "seq_len": 128},
     {"method": "qlora", "kbit_preparation": True, "trl_casts": True, "autocast": "bf16"},
     {"method": "lora", "activation_checkpointing": True, "reentrant": True},
+    *({"packed": True, "method": "lora", "attention": kind} for kind in ("sdpa", "eager")),
     *({"kernels": (kernel,), "method": "lora"} for kernel in ("rms-norm", "swiglu", "rope")),
 ]
 

@@ -16,9 +16,9 @@ from meft.planner.base.errors import UsageError
 from meft.planner.front.script import ScriptMemory, Trace, trace_script
 from meft.planner.models.shapes import shape_of
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation.lengths import BatchShape
 from meft.planner.simulation.run import simulate
 from meft.planner.simulation.stream import stream_peaks
+from meft.planner.terms.lengths import BatchShape
 
 SCRIPTS = Path(__file__).parent / "scripts"
 SIZES = {

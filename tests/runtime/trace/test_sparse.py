@@ -51,6 +51,11 @@ CASES = [
     ("qwen2", {}, {}),
     ("qwen3", {"activation_checkpointing": True}, MIXED),
     ("mistral", {}, {}),
+    ("llama", {}, {"packed": True}),
+    ("llama", {"activation_checkpointing": True}, {"packed": True, "attention": "eager"}),
+    ("llama", EXPERTS | {"prefetch_depth": 1}, MIXED | {"packed": True, "batch_size": 1}),
+    ("qwen3", {"activation_checkpointing": True}, BF16 | {"packed": True}),
+    ("mistral", {}, {"packed": True}),
 ]
 
 
@@ -80,7 +85,8 @@ def logged(plan: Plan, config: dict[str, Any], *, windows: int) -> tuple[list[li
             for left in reversed(range(plan.request.grad_accum)):
                 ids = torch.randint(0, 256, (plan.request.batch_size, plan.request.seq_len))
                 end = None if left else WindowEnd(1e-3, 1.0)
-                session.step(Batch(ids, torch.ones_like(ids), ids), loss_scale=1.0, window_end=end)
+                batch = Batch(ids, torch.ones_like(ids), ids, two_documents(ids) if plan.request.packed else None)
+                session.step(batch, loss_scale=1.0, window_end=end)
             session.optimizer_step(learning_rate=1e-3, max_norm=1.0)
             log.moment(str(window + 1))
         session.drain()
@@ -89,6 +95,13 @@ def logged(plan: Plan, config: dict[str, Any], *, windows: int) -> tuple[list[li
     stream = log.stream()
     ends = [0, *(stream.moments[str(window)] for window in range(windows + 1))]
     return [list(stream.events[first:last]) for first, last in pairwise(ends)], device
+
+
+def two_documents(ids: torch.Tensor) -> torch.Tensor:
+    """Where each sequence's two documents begin."""
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    starts[:, 0] = starts[:, ids.shape[1] // 3] = True
+    return starts
 
 
 def in_order(events: Sequence[StreamEvent]) -> list[object]:
@@ -188,6 +201,9 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 8192}
         ({"hot_rows": 128, "cached_rows": 64, "gradients_on_device": True}, BF16),
         ({"tokens_see": "own"}, {}),
         (EXPERTS | {"tokens_see": "own"}, BF16),
+        ({}, BF16 | {"packed": True}),
+        ({"activation_checkpointing": True}, MIXED | {"packed": True}),
+        ({}, BF16 | {"packed": True, "attention": "eager"}),
     ],
 )
 def test_on_cuda_it_reserves_what_the_trace_does(choice, asked) -> None:

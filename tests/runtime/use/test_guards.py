@@ -184,6 +184,35 @@ def test_several_adapters_by_name_answer_for_themselves(glass_model, saved) -> N
         assert not hasattr(glass_model, "_meft_adapters")
 
 
+def test_adapters_are_switched_generate_with_the_cache_and_are_saved(glass_model, saved, tmp_path) -> None:
+    """By turns on one base, each as alone, whatever the other did before; what is saved is what was loaded."""
+    prompt, how = IDS[:1, :5], {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+    def answers(model, *, use_cache: bool = True) -> list[int]:
+        return model.generate(input_ids=prompt, use_cache=use_cache, **how)[0].tolist()
+
+    alone = []
+    for folder in saved:
+        model = AdapterModel.from_pretrained(glass_model, folder)
+        alone.append(answers(model, use_cache=False))
+        model.detach()
+    one, two = (AdapterModel.from_pretrained(glass_model, folder, adapter_name=folder.name) for folder in saved)
+    assert [answers(model) for model in (one, two, one, two)] == alone * 2
+    with torch.no_grad():
+        before = two(input_ids=IDS).logits
+    for model, source in zip((one, two), saved, strict=True):
+        model.save_pretrained(tmp_path / source.name)
+        for path in source.iterdir():
+            assert (tmp_path / source.name / path.name).read_bytes() == path.read_bytes()
+    one.detach()
+    with torch.no_grad():
+        assert torch.equal(two(input_ids=IDS).logits, before)
+    two.detach()
+    again = AdapterModel.from_pretrained(glass_model, tmp_path / saved[1].name)
+    assert answers(again) == alone[1]
+    again.detach()
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED_METHODS))
 def test_methods_of_the_base_that_would_do_half_are_refused(glass_model, saved, name) -> None:
     model = AdapterModel.from_pretrained(glass_model, saved[0])

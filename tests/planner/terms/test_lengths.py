@@ -9,9 +9,9 @@ import pytest
 
 from meft.planner.models.catalogue import load_model
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation.lengths import BatchShape, batch_shapes, distributed_lengths
 from meft.planner.simulation.run import simulate
 from meft.planner.simulation.stream import stream_peaks
+from meft.planner.terms.lengths import BatchShape, batch_shapes, distributed_lengths
 
 SETUP = TrainingSetup(
     model=load_model("smollm2-135m")[0],
