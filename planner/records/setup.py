@@ -24,6 +24,9 @@ OptimizerName = Literal[
     "paged-lion-8bit",
     "adafactor",
     "muon",
+    "galore",
+    "apollo",
+    "apollo-mini",
     "sgd",
 ]
 TRANSFORMERS_OPTIMIZERS: dict[str, OptimizerName] = {
@@ -37,6 +40,8 @@ TRANSFORMERS_OPTIMIZERS: dict[str, OptimizerName] = {
     "lion_32bit": "lion-32bit",
     "lion_8bit": "lion-8bit",
     "paged_lion_8bit": "paged-lion-8bit",
+    "galore_adamw": "galore",
+    "apollo_adamw": "apollo-mini",
 }
 """What ``TrainingArguments.optim`` calls them, where that is another name."""
 
@@ -65,7 +70,8 @@ class TrainingSetup(Record):
     ``optimizer``: ``adamw`` is torch's multi-tensor (foreach) AdamW, ``adamw-fused`` its fused one, the 8-bit ones are
     those of bitsandbytes, Lion's included (paged ones keep their states outside the caching allocator), ``adafactor``
     transformers' without a first moment, ``muon`` torch's for the matrices of linear layers beside its AdamW for the
-    rest; ``sgd`` has no momentum.
+    rest; ``galore``, ``apollo`` and ``apollo-mini`` are their authors' packages over the same matrices, with rank 128,
+    256 and 1, and AdamW in the same code for the rest; ``sgd`` has no momentum.
 
     ``loss``: ``hf`` is transformers' own (logits upcast to fp32), ``hf-shifted-logits`` that of versions that shifted
     the logits instead of the labels (4.48), and so copied them in fp32; ``fused-ce`` keeps logits in the compute dtype
