@@ -28,7 +28,7 @@ from meft.planner.check.counted_bytes import (
 )
 from meft.planner.memory.device import predict_device_memory
 from meft.planner.memory.host import host_memory
-from meft.planner.predict.prediction import repriced
+from meft.planner.predict.prediction import repriced, without_workspaces
 from meft.planner.records.plan import Plan
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.report import Report
@@ -114,6 +114,8 @@ def audit(
     planned = plan
     if gpu is not None and report.observed.packed is not None:
         plan = repriced(plan, gpu, packed=report.observed.packed)
+    if report.device.kind == "emulated":
+        plan = without_workspaces(plan)
     steps = report.observed.steps
     rows = (
         *_device_rows(plan, report, gpu, tolerance_fraction),
@@ -213,7 +215,7 @@ def _device_rows(plan: Plan, report: Report, gpu: GpuProfile | None, tolerance_f
         rows.append(
             _row(
                 "device_bytes_given_rows",
-                _allocated(plan, gpu),
+                predicted.peak_allocated_bytes,
                 observed.peak_allocated_bytes,
                 bases=(ledger, seen),
                 because="allocated peak of the decision, counted anew: the same whatever rows are active",
@@ -254,13 +256,10 @@ def _device_rows(plan: Plan, report: Report, gpu: GpuProfile | None, tolerance_f
     return tuple(rows)
 
 
-def _allocated(plan: Plan, gpu: GpuProfile) -> int:
-    return predict_device_memory(request=plan.request, decision=plan.decision, gpu=gpu).peak_allocated_bytes
-
-
 def _reproduces(plan: Plan, gpu: GpuProfile) -> bool:
     """Whether this version and this profile still say what the plan says."""
-    return _allocated(plan, gpu) == plan.prediction.device_memory.peak_allocated_bytes
+    again = predict_device_memory(request=plan.request, decision=plan.decision, gpu=gpu)
+    return again.peak_allocated_bytes == plan.prediction.device_memory.peak_allocated_bytes
 
 
 def _host_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:

@@ -12,11 +12,13 @@ from meft.planner.base.dtypes import AdapterDtype
 from meft.planner.base.errors import EXIT_DONE, EXIT_INFEASIBLE, UsageError, unknown_name
 from meft.planner.base.schema import parse_json, read_text, validated
 from meft.planner.cli.options import PACKED, Command, apply_options, budget_options, decision_options
-from meft.planner.front.estimate import WEIGHTS, EstimateRequest, estimate_of
+from meft.planner.front.asked import EstimateRequest
+from meft.planner.front.estimate import WEIGHTS, estimate_of
 from meft.planner.front.options import MAX_BATCH_SIZE, MAX_GRAD_ACCUM, MAX_RANK, MAX_SEQ_LEN, MAX_WIDTH
 from meft.planner.records.peft_methods import PEFT_PREFIX
 from meft.planner.records.plan import Attention
 from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, OptimizerName, optimizer_name
+from meft.planner.terms.lengths import BATCHINGS
 
 _METHODS = f"{', '.join(METHOD_NAMES[:-1])}, or {PEFT_PREFIX}TYPE"
 
@@ -114,6 +116,13 @@ def _workload_options(command: Command) -> Command:
             help="Fused kernels: those of liger, unsloth or foak, with their loss; or rms-norm, swiglu, rope.",
         ),
         option("--loss", type=click.Choice(get_args(LossName)), help="[default: hf, which upcasts the logits]"),
+        option(
+            "--lengths",
+            metavar="FILE|MEAN,STD",
+            help="Sequences' lengths vary: as in a file (a length a line, or JSON lines with input_ids), or so "
+            "distributed. --seq-len cuts them.",
+        ),
+        option("--batching", type=click.Choice(BATCHINGS), help="How batches are made of them. [default: padded]"),
         option("--padding/--no-padding", default=None, help="Batches are padded, so masks exist. [default: no]"),
         option(
             "--keep-outputs/--drop-outputs",

@@ -24,9 +24,10 @@ from meft.planner.front.arguments import (
     plain,
     request_options,
 )
+from meft.planner.front.asked import EstimateRequest
 from meft.planner.front.audit import audit_run, tolerance_of
 from meft.planner.front.compare import compare_methods
-from meft.planner.front.estimate import EstimateRequest, estimate_of
+from meft.planner.front.estimate import estimate_of
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.plan import find_plan
 from meft.planner.front.request import planning

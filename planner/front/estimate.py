@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, cast
+from typing import Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
-
-from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
-from meft.planner.base.schema import Record
 from meft.planner.base.units import format_bytes, parse_bytes
 from meft.planner.base.version import VERSION
-from meft.planner.front.options import MAX_RANK, BatchSize, Depth, GradAccum, RequestOptions, Rows, SeqLen, Width
+from meft.planner.front.asked import LORA, SAYS_NOTHING, EstimateRequest, check_applies
+from meft.planner.front.lengths import over_lengths, with_lengths
+from meft.planner.front.options import (
+    RequestOptions,
+)
 from meft.planner.front.request import Planning, planning
 from meft.planner.front.traced import as_its_trace, with_terms
 from meft.planner.models.catalogue import load_model
@@ -36,17 +37,11 @@ from meft.planner.predict.estimates import (
 )
 from meft.planner.predict.prediction import predict
 from meft.planner.records.ladder import kept_layers, side_shape
-from meft.planner.records.peft_methods import method_of, split_method
-from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward, TokensSee
+from meft.planner.records.peft_methods import method_of
+from meft.planner.records.plan import Decision, Plan, Request
 from meft.planner.records.profile_catalogue import load_defaults
 from meft.planner.records.setup import (
-    METHOD_NAMES,
-    Autocast,
-    LossName,
-    MethodName,
-    OptimizerName,
     TrainingSetup,
-    optimizer_name,
 )
 from meft.planner.search.search import make_plan
 from meft.planner.simulation.peft import has_closed_form
@@ -57,131 +52,7 @@ WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")
 USUAL_GRAD_ACCUM = {"meft": 32}
 """Where nothing is said: MEFT's is the paper's, a dense method updates after every micro-batch."""
 
-_DENSE = ("parallel-adapter", "lora", "qlora", "full", "bitfit", "lst", "peft")
 _WITHOUT_CLOSED_FORM = ("bitfit", "peft")
-_LORA = ("lora", "qlora")
-_ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "peft_arg": ("peft",),
-    "peft_config": ("peft",),
-    "rank": _LORA,
-    "target_modules": _LORA,
-    "lora_dropout": _LORA,
-    "kbit_preparation": _LORA,
-    "trl_casts": _LORA,
-    "reentrant": _DENSE,
-    "reduction": ("lst",),
-    "dropped_layers": ("lst",),
-    "adapter_width": ("meft", "parallel-adapter"),
-    "adapter_dtype": ("meft", "parallel-adapter", *_LORA),
-    "top_k": ("meft",),
-    "active_rows": ("meft",),
-    "prefetch_depth": ("meft",),
-    "routing": ("meft",),
-    "rows_in_backward": ("meft",),
-    "tokens_see": ("meft",),
-    "hot_rows": ("meft",),
-    "bf16_copy": ("meft",),
-    "autocast": _DENSE,
-    "optimizer": _DENSE,
-    "optimizer_in_backward": _DENSE,
-    "master_weights": _DENSE,
-    "kernels": _DENSE,
-    "loss": _DENSE,
-    "keep_outputs": _DENSE,
-    "padding": _DENSE,
-}
-_SAYS_NOTHING: dict[str, tuple[object, ...]] = {
-    "lora_dropout": (0.0,),
-    "kbit_preparation": (False,),
-    "adapter_dtype": ("fp32",),
-    "prefetch_depth": (0,),
-    "hot_rows": (0,),
-    "bf16_copy": (False,),
-    "autocast": ("none",),
-    "optimizer": ("adamw",),
-    "loss": ("hf",),
-    "keep_outputs": (False,),
-    "padding": (False,),
-}
-"""Values that say only what is so with any method that does not have the option: giving them is no contradiction."""
-
-
-def _known_method(method: str) -> str:
-    """``peft`` alone is what a config file says."""
-    name = method.partition(":")[0]
-    if name not in METHOD_NAMES or (name != "peft" and name != method):
-        raise ValueError(f"no such method; there are {', '.join(METHOD_NAMES[:-1])} and peft:TYPE")
-    return method
-
-
-class EstimateRequest(Record):
-    """What ``--request`` takes, and what the options amount to. ``None`` is what was not said."""
-
-    method: Annotated[str, AfterValidator(_known_method)]
-    """A name, or ``peft:TYPE``."""
-    peft_arg: dict[str, Any] | tuple[str, ...] | None = None
-    peft_config: str | None = None
-    model: str | None = None
-    gpu: str | None = None
-    gpu_mem: int | str | None = None
-    host_mem: int | str | None = None
-    context_overhead: int | str | None = None
-    host: str | None = None
-    link: str | None = None
-    sparsity: str | None = None
-    rank: Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)] | None = None
-    target_modules: tuple[str, ...] | str | None = None
-    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    adapter_width: Width | None = None
-    reduction: Annotated[int, Field(ge=2, strict=True)] | None = None
-    dropped_layers: Annotated[int, Field(ge=0, strict=True)] | None = None
-    top_k: Width | None = None
-    active_rows: Width | None = None
-    prefetch_depth: Depth | None = None
-    routing: Routing | None = None
-    rows_in_backward: RowsInBackward | None = None
-    tokens_see: TokensSee | None = None
-    hot_rows: Rows | None = None
-    bf16_copy: bool | None = None
-    weights_dtype: WeightsDtype | None = None
-    double_quant: bool | None = None
-    kbit_preparation: bool | None = None
-    trl_casts: bool | None = None
-    reentrant: bool | None = None
-    autocast: Autocast | None = None
-    adapter_dtype: AdapterDtype | None = None
-    batch_size: BatchSize = 2
-    seq_len: SeqLen = 256
-    grad_accum: GradAccum | None = None
-    activation_checkpointing: bool | None = None
-    attention: Attention | None = None
-    packed: bool | None = None
-    optimizer: Annotated[OptimizerName | None, BeforeValidator(optimizer_name)] = None
-    optimizer_in_backward: bool | None = None
-    master_weights: bool | None = None
-    kernels: tuple[str, ...] | str | None = None
-    loss: LossName | None = None
-    padding: bool | None = None
-    keep_outputs: bool | None = None
-
-    @property
-    def kind(self) -> MethodName:
-        """The method; of those of ``peft`` that."""
-        return cast(MethodName, split_method(self.method)[0])
-
-    @property
-    def target_names(self) -> tuple[str, ...] | None:
-        """The targets as a list, however they were given."""
-        if isinstance(self.target_modules, str):
-            return tuple(self.target_modules.replace(",", " ").split())
-        return self.target_modules
-
-    @property
-    def kernel_names(self) -> tuple[str, ...]:
-        """The kernels as a list, however they were given."""
-        if isinstance(self.kernels, str):
-            return tuple(self.kernels.replace(",", " ").split())
-        return self.kernels or ()
 
 
 def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estimate, tuple[str, ...]]:
@@ -189,9 +60,10 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
 
     Raises :class:`UsageError` for what does not go together.
     """
-    _check_applies(asked)
+    check_applies(asked)
     if asked.kind == "meft":
         return _estimate_meft(asked, verify=verify)
+    asked, lengths = with_lengths(asked)
     planned, setup, notes = dense_setup(asked)
     profiles = planned.profiles
     tried: list[Estimate] = []
@@ -208,6 +80,8 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
     estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=tried[0])})
     setup = setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
     gpu, budget = profiles.gpu, planned.request.gpu_mem_bytes
+    if lengths:
+        return over_lengths(asked, estimate, setup, lengths, planned), notes
     if verify:
         return with_trace(estimate, _traced(planned, setup), gpu=gpu, gpu_mem_bytes=budget), notes
     if not estimate.fits:
@@ -238,7 +112,7 @@ def _chosen(asked: EstimateRequest, estimate: Estimate, *, without: Estimate) ->
         texts.append(f"checkpointing: {flag}, chosen as compare does: {why}")
     others = {
         "attention": f"{estimate.attention} attention",
-        "lora_dropout": "no dropout" if asked.kind in _LORA else "",
+        "lora_dropout": "no dropout" if asked.kind in LORA else "",
         "weights_dtype": f"{estimate.weights_dtype} weights",
         "adapter_dtype": "" if estimate.adapter_dtype is None else f"{estimate.adapter_dtype} adapter",
     }
@@ -264,7 +138,7 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
             )
         double_quant = planned.request.double_quant
     names, emulated = asked.target_names or (usual.targets,), _as_baseline(asked, planned)
-    lora = asked.kind in _LORA
+    lora = asked.kind in LORA
     setup = TrainingSetup(
         model=shape,
         method=asked.kind,
@@ -308,7 +182,7 @@ def _as_baseline(asked: EstimateRequest, planned: Planning) -> bool:
     asked for."""
     loop = ("autocast", "optimizer", "optimizer_in_backward", "master_weights", "kernels", "loss", "padding",
             "keep_outputs", "kbit_preparation", "trl_casts", "reentrant", "lora_dropout", "adapter_dtype")  # fmt: skip
-    said = any(getattr(asked, name) not in (None, *_SAYS_NOTHING.get(name, ())) for name in loop)
+    said = any(getattr(asked, name) not in (None, *SAYS_NOTHING.get(name, ())) for name in loop)
     return planned.profiles.gpu.shares_host_cores and not said
 
 
@@ -364,17 +238,6 @@ def _with_rows(decision: Decision, active_rows: int) -> Decision:
         limits = f"--top-k {decision.top_k} and --adapter-width {decision.adapter_width}"
         raise UsageError(f"--active-rows {active_rows}: it is not between {limits}")
     return decision.model_copy(update={"active_rows_cap": active_rows})
-
-
-def _check_applies(asked: EstimateRequest) -> None:
-    for name, methods in _ONLY_FOR.items():
-        value = getattr(asked, name)
-        if value is None or asked.kind in methods:
-            continue
-        if value in _SAYS_NOTHING.get(name, ()):
-            continue
-        option = "--" + name.replace("_", "-")
-        raise UsageError(f"{option} does not go with --method {asked.kind}; it is of {', '.join(methods)}")
 
 
 def _weights(asked: EstimateRequest) -> tuple[WeightsDtype | None, bool]:

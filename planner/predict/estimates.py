@@ -13,6 +13,7 @@ from meft.planner.base.schema import Basis, Bytes, Count, Index, Rate, Record, S
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.kernels import KernelName
 from meft.planner.models.linears import linear_layers
+from meft.planner.predict.spread import ReservedSpread
 from meft.planner.predict.verdict import Verdict, judged
 from meft.planner.records.ladder import ladder_sizes
 from meft.planner.records.peft_methods import PEFT_PREFIX
@@ -138,6 +139,8 @@ class Estimate(Record):
     chosen: tuple[str, ...] = ()
     """What the request left open, and how it was chosen."""
     traced: TracedPeaks | None = None
+    lengths: ReservedSpread | None = None
+    """Where lengths vary: everything above is of batches of the longest sequence, but the verdict."""
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the totals."""

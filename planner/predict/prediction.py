@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -138,6 +139,17 @@ def repriced(plan: Plan, gpu: GpuProfile, *, packed: bool) -> Plan:
     memory = memory.model_copy(update={"allocator_budget_bytes": budget})
     prediction = plan.prediction.model_copy(update={"device_memory": memory})
     return plan.model_copy(update={"request": request, "prediction": prediction})
+
+
+def without_workspaces(plan: Plan) -> Plan:
+    """The plan without cuBLAS workspaces, which a rehearsal of a plan for a card has none of."""
+    memory = plan.prediction.device_memory
+    size = sum(entry.num_bytes for entry in memory.entries if entry.category == "cublas_workspaces")
+    peaks = ("peak_allocated_bytes", "peak_reserved_bytes")
+    less: dict[str, Any] = {name: getattr(memory, name) - size for name in peaks}
+    less["entries"] = tuple(entry for entry in memory.entries if entry.category != "cublas_workspaces")
+    prediction = plan.prediction.model_copy(update={"device_memory": memory.model_copy(update=less)})
+    return plan.model_copy(update={"prediction": prediction})
 
 
 def adapter_parameters(request: Request, candidates: Candidates) -> Ints:

@@ -28,7 +28,7 @@ Lane = Literal["gpu", "h2d", "d2h", "cpu"]
 LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 
 
-_USUAL = {"tokens_see": "union", "packed": False, "gpus": 1}
+_USUAL = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1}
 
 
 def _without_usual(content: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +74,8 @@ class Request(Record):
     tokens_see: TokensSee = "union"
     gpus: Count = 1
     """Ranks on one machine, each with such a card, that share the host's rows and divide ``grad_accum``."""
+    gpus_per_link: Count = 1
+    """How many of the cards share one link's bandwidth: those behind one switch, or on one root port's lanes."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -7,6 +7,7 @@ tens of milliseconds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,12 +20,13 @@ from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Tape, Tensor
 from meft.planner.simulation.decoder import SCALED_EMBEDDINGS, BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.simulation.formats import BF16, FP32, INT64, STORED
-from meft.planner.simulation.ladder import Laddered, load_ladder
+from meft.planner.simulation.ladder import Laddered, LadderWeights, load_ladder
 from meft.planner.simulation.losses import Losses
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.optimizers import Optimizer, Parameter
 from meft.planner.simulation.peft import FACTORS, PROMPT, factor_sizes, has_closed_form, running, trained_sizes
 from meft.planner.simulation.stream import Stream, stream_peaks
+from meft.planner.terms.lengths import BatchShape
 from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK, stored_tensors_bytes
 
 NF4_CODE_NUMBERS = 16
@@ -42,8 +44,16 @@ _PARTS: dict[str, tuple[str, ...]] = {
 """Order of a block's modules where it is not attention, FFN, norms."""
 
 
-def simulate(setup: TrainingSetup, *, workspace_bytes: int = USUAL_BYTES, sums_in_place: bool = True) -> Stream:
+def simulate(
+    setup: TrainingSetup,
+    *,
+    workspace_bytes: int = USUAL_BYTES,
+    sums_in_place: bool = True,
+    shapes: Sequence[BatchShape] = (),
+) -> Stream:
     """The stream of a run of any method but MEFT, whose rows the runtime manages itself.
+
+    Two steps of the setup's own batch; or, with ``shapes``, as many as those micro-batches make.
 
     Raises :class:`ValueError` for MEFT.
     """
@@ -55,7 +65,7 @@ def simulate(setup: TrainingSetup, *, workspace_bytes: int = USUAL_BYTES, sums_i
         sums_in_place, workspace_bytes = False, 0
     tape = Tape(sums_in_place=sums_in_place)
     weights = Loader(tape, setup).load()
-    _Run(tape, setup, weights, workspace_bytes).steps()
+    _Run(tape, setup, weights, workspace_bytes).steps(shapes)
     return Stream(tuple(tape.events), dict(tape.moments))
 
 
@@ -272,25 +282,27 @@ class _Run:
         autocast = None if setup.autocast == "none" else STORED[setup.autocast]
         self.tape = tape
         self.asked, self.setup = setup, running(setup)
-        emulated = setup.emulated
-        self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes, cpu_kernels=emulated)
-        self.decoder = Decoder(self.ops, self.setup, weights, counts_positions=emulated)
+        self.weights = weights
+        self.ladder: LadderWeights | None = None
+        self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes, cpu_kernels=setup.emulated)
+        self.decoder = self._new_decoder()
         self.trained = _trained(weights, setup)
         if setup.method == "lst":
-            ladder = load_ladder(tape, setup)
+            self.ladder = load_ladder(tape, setup)
             tape.mark("attached")
-            self.decoder = Laddered(self.ops, self.setup, weights, counts_positions=emulated, ladder=ladder)
-            self.trained = ladder.parameters()
+            self.decoder = self._new_decoder()
+            self.trained = self.ladder.parameters()
         self.optimizer = Optimizer(tape, setup.optimizer, self.trained, master_weights=setup.master_weights)
         if setup.optimizer_in_backward:
             tape.on_gradient = self.optimizer.in_backward()
 
-    def steps(self) -> None:
+    def steps(self, shapes: Sequence[BatchShape]) -> None:
         """Optimizer steps of ``grad_accum`` micro-batches each."""
         outputs: _Outputs | None = None
         inputs: tuple[Tensor, ...] = ()
-        for step in range(1, NUM_STEPS + 1):
-            for _ in range(1 if step == 1 else min(self.setup.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
+        for step, micro_batches in enumerate(self._planned(shapes), start=1):
+            for shape in micro_batches:
+                self._take(shape)
                 self._phase("forward")
                 num_inputs = 3 if self.setup.packed else 2
                 inputs = tuple(self.tape.new(self.asked.tokens, INT64, "inputs") for _ in range(num_inputs))
@@ -312,6 +324,28 @@ class _Run:
             self._zero_gradients()
             self.tape.mark(f"optimizer_step_{step}")
         del outputs, inputs
+
+    def _new_decoder(self) -> Decoder:
+        emulated = self.setup.emulated
+        if self.ladder is not None:
+            return Laddered(self.ops, self.setup, self.weights, counts_positions=emulated, ladder=self.ladder)
+        return Decoder(self.ops, self.setup, self.weights, counts_positions=emulated)
+
+    def _planned(self, shapes: Sequence[BatchShape]) -> list[Sequence[BatchShape]]:
+        """The shapes of each step's micro-batches."""
+        accum, asked = self.asked.grad_accum, self.asked
+        if shapes:
+            return [shapes[start : start + accum] for start in range(0, len(shapes), accum)]
+        own = BatchShape(asked.batch_size, asked.seq_len, asked.padded)
+        return [[own], *([[own] * min(accum, MICRO_BATCHES_THAT_DIFFER)] * (NUM_STEPS - 1))]
+
+    def _take(self, shape: BatchShape) -> None:
+        """The next batch is of this shape."""
+        asked = self.asked
+        if shape != BatchShape(asked.batch_size, asked.seq_len, asked.padded):
+            self.asked = asked.model_copy(update=vars(shape))
+            self.setup = running(self.asked)
+            self.decoder = self._new_decoder()
 
     def _forward(self) -> _Outputs:
         setup = self.setup

@@ -18,7 +18,8 @@ from meft.planner.base.errors import MachineError
 from meft.planner.base.units import format_bytes
 from meft.runtime.host.huge_pages import HUGE_PAGE_BYTES
 
-NAME = "meft-ranks"
+NAME = "meft-ranks-{process}"
+"""What ``/proc`` shows of it; ``process`` made it."""
 
 
 class SharedMemory:
@@ -39,7 +40,7 @@ class SharedMemory:
         """
         if not hasattr(os, "memfd_create"):
             raise MachineError("ranks share tables through memfd, which this system has not; run one (--gpus 1)")
-        return cls(os.memfd_create(NAME))
+        return cls(os.memfd_create(NAME.format(process=os.getpid())))
 
     @classmethod
     def open(cls, process: int, descriptor: int) -> SharedMemory:

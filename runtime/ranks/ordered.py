@@ -17,8 +17,7 @@ from meft.runtime.host.compiled import compiled
 intrinsic: Any = _numba_intrinsic  # called without its first parameter, which no type checker can know
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _fence(context: Any) -> Any:
+def _fence_code(context: Any) -> Any:
     """Nothing before it is moved behind it, and nothing behind it before it."""
     del context
 
@@ -28,6 +27,10 @@ def _fence(context: Any) -> Any:
         return target.get_dummy_value()
 
     return types.void(), code
+
+
+_fence: Any = intrinsic(_fence_code)
+"""A call of it in a kernel is the fence."""
 
 
 @compiled()

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -53,8 +53,8 @@ class BaselineSession:
     settings: AdamWSettings
     optimizer: torch.optim.AdamW | None
     clock: LaneClock
-    peers: None = None
-    """A baseline is one process's."""
+    peers: ClassVar[None] = None
+    """It is the only rank."""
 
     @property
     def trainable_parameters(self) -> int:

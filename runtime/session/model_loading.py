@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from meft.planner.base.errors import UsageError
+from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.base.kinds import MODEL, refuse_other_path
 from meft.planner.base.packages import require_packages
+from meft.planner.base.schema import shortened
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import CONFIG_NAME, how_to_download, is_hub_name, read_config, text_part
 from meft.planner.models.shapes import shape_of
@@ -112,7 +114,7 @@ def model_from_config(plan: Plan, config: dict[str, Any]) -> nn.Module:
     """The architecture with uninitialised weights, for a rehearsal under fake tensors.
 
     Raises:
-        UsageError: the plan's weights are quantized, which needs numbers.
+        UsageError: the plan's weights are quantized, which needs numbers, or transformers cannot build the model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,12 +123,28 @@ def model_from_config(plan: Plan, config: dict[str, Any]) -> nn.Module:
         how = request.model.stored.title if request.model.stored is not None else request.weights_dtype
         raise UsageError(f"{request.model.name}: weights in {how} have no rehearsal on the emulated device")
     options = dict(config)
-    made = AutoConfig.for_model(options.pop("model_type"), **options)
     dtype = COMPUTE_DTYPES[plan.request.weights_dtype]
-    model: nn.Module = AutoModelForCausalLM.from_config(
-        made, dtype=dtype, attn_implementation=ATTENTION[plan.request.attention], trust_remote_code=False
-    )
+    with building(request.model.name):
+        made = AutoConfig.for_model(options.pop("model_type"), **options)
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            made, dtype=dtype, attn_implementation=ATTENTION[plan.request.attention], trust_remote_code=False
+        )
     return model
+
+
+@contextmanager
+def building(name: str) -> Iterator[None]:
+    """Let transformers build a model from a config that others wrote; a :class:`UsageError` where it cannot."""
+    from transformers import __version__
+
+    try:
+        yield
+    except MeftError:
+        raise
+    except Exception as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        said = shortened(f"{type(error).__name__}: {first}" if first else type(error).__name__)
+        raise UsageError(f"model {name}: transformers {__version__} cannot build it from its config: {said}") from error
 
 
 def _text_part_options(folder: Path) -> dict[str, Any]:

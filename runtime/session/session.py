@@ -26,7 +26,7 @@ from meft.runtime.host.optimizer import AdamWSettings, clip_scale
 from meft.runtime.host.router import Router, TopKRouter
 from meft.runtime.host.store import HostStore
 from meft.runtime.ranks.peers import Peers
-from meft.runtime.session.documents import DOCUMENT_START, positions_from
+from meft.runtime.session.documents import DOCUMENT_START, positions_from, unpacked_sequences
 from meft.runtime.session.rotary import settle_rotary_frequencies
 
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -106,7 +106,8 @@ class Session:
         input_ids = self.to_device(batch.input_ids)
         if batch.starts is None or not self.documents_apart:
             labels = self.to_device(batch.labels)
-            loss: torch.Tensor = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
+            with unpacked_sequences():
+                loss: torch.Tensor = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
             return loss
         self.met_packed = True
         with self.device.host():

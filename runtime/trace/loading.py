@@ -13,7 +13,7 @@ from meft.runtime.adapter.blocks import decoder_blocks
 from meft.runtime.fake.books import CudaBooks
 from meft.runtime.fake.flash import use_flash_attention
 from meft.runtime.fake.linear4bit import Linear4bit
-from meft.runtime.session.model_loading import COMPUTE_DTYPES
+from meft.runtime.session.model_loading import COMPUTE_DTYPES, building
 from meft.runtime.session.rotary import settle_rotary_frequencies
 
 QUANTIZED_DTYPE = torch.bfloat16
@@ -25,16 +25,18 @@ def build_model(setup: TrainingSetup, config: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = dict(config)
-    made = AutoConfig.for_model(options.pop("model_type"), **options)
     dtype = COMPUTE_DTYPES.get(setup.weights_dtype, QUANTIZED_DTYPE)
     kernel = "eager" if setup.attention == "eager" else "sdpa"
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            made, dtype=dtype, attn_implementation=kernel, trust_remote_code=False
-        )
-    except ValueError as error:
-        reason = str(error).partition(". ")[0]
-        raise UsageError(f"attention {setup.attention}: not for {setup.model.name}; transformers: {reason}") from error
+    with building(setup.model.name):
+        made = AutoConfig.for_model(options.pop("model_type"), **options)
+        try:
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                made, dtype=dtype, attn_implementation=kernel, trust_remote_code=False
+            )
+        except ValueError as error:
+            reason = str(error).partition(". ")[0]
+            said = f"attention {setup.attention}: not for {setup.model.name}; transformers: {reason}"
+            raise UsageError(said) from error
     if setup.attention == "flash":
         use_flash_attention(model)
     settle_rotary_frequencies(model)

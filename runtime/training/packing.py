@@ -14,7 +14,7 @@ import torch
 
 from meft.planner.base.errors import InfeasibleError, UsageError
 from meft.planner.base.units import format_bytes
-from meft.planner.predict.prediction import repriced
+from meft.planner.predict.prediction import repriced, without_workspaces
 from meft.planner.records.plan import DeviceMemory, Plan
 from meft.planner.records.profile_catalogue import load_gpu
 from meft.runtime.data.loading import DataOptions, Dataset
@@ -81,16 +81,15 @@ def _with_mask(plan: Plan) -> DeviceMemory | None:
     return again.prediction.device_memory if again.request.packed else None
 
 
-def as_run(plan: Plan, *, packed: bool | None) -> Plan:
+def as_run(plan: Plan, *, packed: bool | None, emulated: bool = False) -> Plan:
     """The plan with the memory of a run whose texts shared sequences, or did not, whatever was planned; as it is where
-    that is not known."""
-    if packed is None:
-        return plan
-    try:
-        gpu = load_gpu(plan.request.gpu)
-    except UsageError:  # a profile's file that is no longer there
-        return plan
-    return repriced(plan, gpu, packed=packed)
+    that is not known. The emulated device has no cuBLAS workspaces, whichever card was planned for."""
+    if packed not in (None, plan.request.packed):
+        try:
+            plan = repriced(plan, load_gpu(plan.request.gpu), packed=bool(packed))
+        except UsageError:  # a profile's file that is no longer there
+            return plan
+    return without_workspaces(plan) if emulated else plan
 
 
 def _at_most(memory: DeviceMemory) -> int:

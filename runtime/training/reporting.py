@@ -103,7 +103,7 @@ def assemble(session: Session, observed: Observed, training: Training, *, meft_v
         rehearsal=rehearsal,
         device=DeviceUsed(kind=device.kind, name=device.name, budget_bytes=device.budget_bytes),
         observed=observed,
-        comparison=compare(session.plan, observed),
+        comparison=compare(as_run(session.plan, packed=observed.packed, emulated=device.kind == "emulated"), observed),
         training=training,
         versions={name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         layers=session.store.num_layers,
@@ -112,7 +112,7 @@ def assemble(session: Session, observed: Observed, training: Training, *, meft_v
 
 def compare(plan: Plan, observed: Observed) -> tuple[Comparison, ...]:
     """Predicted, observed and their ratio for every quantity that was observed."""
-    prediction = as_run(plan, packed=observed.packed).prediction
+    prediction = plan.prediction
     rows = prediction.sparsity.active_rows_per_layer
     seen = [layer.mean for layer in observed.active_rows]
     memory, transferred = observed.device_memory, observed.transfer

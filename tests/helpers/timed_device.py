@@ -38,9 +38,9 @@ from meft.runtime.device.timeline import LaneClock
 from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.router import Selection, TopKRouter
 from meft.runtime.session import session as session_module
+from meft.runtime.session.documents import unpacked_sequences
 from meft.runtime.session.model_loading import model_from_config
 from meft.runtime.session.session import Session, open_session
-from meft.runtime.training.rehearse import unpacked_sequences
 
 HIDDEN_SIZE, TOKENS_PER_SEQUENCE, VOCABULARY = 16, 4, 64
 """Of the model that stands for the plan's."""

@@ -12,8 +12,10 @@ from meft.planner.check.audit import Audit, AuditRow, audit, weakest_basis
 from meft.planner.check.counted_bytes import bytes_given_rows
 from meft.planner.cli.audit import parse_tolerances
 from meft.planner.front.audit import gpu_of
+from meft.planner.memory.device import predict_device_memory
 from meft.planner.predict.prediction import repriced
 from meft.planner.records.plan import Plan
+from meft.planner.records.profile_catalogue import load_gpu
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.records.report import Report
 from meft.planner.traffic.transfer import expected_step_bytes
@@ -234,6 +236,22 @@ def test_a_rehearsal_has_no_time(plan: Plan) -> None:
     assert not {"step_seconds", "prefetch_recall"} & {one.quantity for one in verdict.rows}
     assert verdict.passed
     assert any(note.startswith("a rehearsal") for note in verdict.notes)
+
+
+def test_the_emulated_device_has_no_cublas_workspaces() -> None:
+    """Of a plan for a card, 16.2 MiB that a rehearsal has not: of a tiny model they are nearly all."""
+    card = load_gpu("rtx-3090")
+    plan = sample_plan(gpu="rtx-3090", gpu_mem_bytes=4 << 30)
+    priced = predict_device_memory(request=plan.request, decision=plan.decision, gpu=card)
+    plan = plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"device_memory": priced})})
+    peak = priced.peak_allocated_bytes - 2 * 8_519_680
+    report = with_device_memory(sample_report(plan), peak_allocated_bytes=peak)
+    emulated, cuda = (
+        audit(plan, report.model_copy(update={"device": report.device.model_copy(update={"kind": kind})}), gpu=card)
+        for kind in ("emulated", "cuda")
+    )
+    assert row(emulated, "device_bytes_given_rows").predicted == peak
+    assert not row(cuda, "device_bytes_given_rows").holds
 
 
 # --- --tolerance ----------------------------------------------------------------------------------------------------

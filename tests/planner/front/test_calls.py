@@ -18,7 +18,7 @@ from meft.planner.cli.estimate import estimate_command
 from meft.planner.cli.main import command
 from meft.planner.cli.plan import plan_command
 from meft.planner.front.arguments import EstimateArguments, PlanArguments, argument_names, call_with
-from meft.planner.front.estimate import EstimateRequest
+from meft.planner.front.asked import EstimateRequest
 from meft.planner.front.options import RequestOptions
 
 GIB = 1 << 30

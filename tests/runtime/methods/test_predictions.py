@@ -8,7 +8,8 @@ import pytest
 from method_runs import peft_setup, small_setup, trainer_of
 
 from meft.planner.base.errors import UsageError
-from meft.planner.front.estimate import EstimateRequest, estimate_of
+from meft.planner.front.asked import EstimateRequest
+from meft.planner.front.estimate import estimate_of
 from meft.planner.models.linears import resolve_targets
 from meft.planner.records.peft_methods import PeftMethod
 from meft.planner.simulation.peft import has_closed_form, trained_sizes

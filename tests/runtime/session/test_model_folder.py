@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from meft.planner.base.errors import MachineError, UsageError
 from meft.planner.models.catalogue import load_model
 from meft.runtime.session.model_folder import load_causal_lm, reading
-from meft.runtime.session.model_loading import check_token_ids, load_frozen_model, load_tokenizer
+from meft.runtime.session.model_loading import check_token_ids, load_frozen_model, load_tokenizer, model_from_config
 
 CODE = """
 import pathlib
@@ -95,6 +95,12 @@ def test_a_plan_and_a_rehearsal_read_the_fields_alone(armed) -> None:
     shape, config, _ = load_model(str(folder))
     assert (shape.num_layers, "auto_map" in config) == (4, True)
     assert not marker.exists()
+
+
+def test_a_config_that_transformers_cannot_build_is_one_line(glass_folder) -> None:
+    config = json.loads((glass_folder / "config.json").read_text()) | {"rope_scaling": {"rope_type": "fancy"}}
+    with pytest.raises(UsageError, match=r"model glass: transformers .* cannot build it from its config: KeyError: 'f"):
+        model_from_config(small_plan(glass_folder), config)
 
 
 class Armed:
