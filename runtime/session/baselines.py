@@ -30,6 +30,7 @@ from meft.runtime.device.lanes import Sequential
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.exchange.state import StepCounters
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
+from meft.runtime.session.documents import unpacked_sequences
 from meft.runtime.session.rotary import settle_rotary_frequencies
 from meft.runtime.session.session import OptimizerResult, StepResult, WindowEnd
 
@@ -128,7 +129,8 @@ class BaselineSession:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         ids, labels = (self._to_device(part) for part in (batch.input_ids, batch.labels))
-        loss: torch.Tensor = self.model(input_ids=ids, labels=labels, use_cache=False).loss
+        with unpacked_sequences():
+            loss: torch.Tensor = self.model(input_ids=ids, labels=labels, use_cache=False).loss
         return loss
 
     def _to_device(self, host: torch.Tensor) -> torch.Tensor:
