@@ -237,6 +237,8 @@ class _Outputs:
     loss: Tensor
     logits: Tensor | None
     cache: list[tuple[Tensor, Tensor]] | None
+    arguments: object = None
+    """Of reentrant checkpoints; see :class:`Decoder`."""
 
 
 class _Run:
@@ -247,7 +249,7 @@ class _Run:
         self.tape = tape
         self.setup = setup
         self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes)
-        self.decoder = Decoder(self.ops, setup, weights)
+        self.decoder = Decoder(self.ops, setup, weights, counts_positions=True)
         self.trained = _trained(weights, setup)
         self.optimizer = Optimizer(tape, setup.optimizer, self.trained, master_weights=setup.master_weights)
         if setup.optimizer_in_backward:
@@ -265,7 +267,7 @@ class _Run:
                 outputs = self._forward()
                 self.tape.mark(f"forward_{step}")
                 if not self.setup.outputs_kept:
-                    outputs = _Outputs(outputs.loss, None, None)
+                    outputs = _Outputs(outputs.loss, None, None, outputs.arguments)
                 self.tape.phase = "loss"
                 self.tape.backward(outputs.loss, self.tape.new(1, FP32, "loss_chain"))
                 if not self.setup.outputs_kept:
@@ -288,7 +290,8 @@ class _Run:
         loss, logits = Losses(self.ops, self.decoder, setup).of(hidden)
         self.ops.leave_autocast()
         del labels
-        return _Outputs(loss, logits, cache)
+        arguments, self.decoder.arguments = self.decoder.arguments, None
+        return _Outputs(loss, logits, cache, arguments)
 
     def _zero_gradients(self) -> None:
         for parameter in self.trained:
