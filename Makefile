@@ -43,7 +43,7 @@ format: install-dev ## put the code into its usual form
 # A type checker does not see the editable installation's mapping of folders to packages; this folder shows it.
 typing-folder:
 	@mkdir -p build/typing/meft
-	@for file in __init__.py py.typed; do ln -sfn "$(CURDIR)/meft/$$file" build/typing/meft/$$file; done
+	@for file in __init__.py run.py py.typed; do ln -sfn "$(CURDIR)/meft/$$file" build/typing/meft/$$file; done
 	@for package in planner runtime profiles; do ln -sfn "$(CURDIR)/$$package" build/typing/meft/$$package; done
 
 install-demo:

@@ -266,7 +266,7 @@ def warm_up(work: Path) -> None:
     kernels.warm_up(lambda _: None)
     model_loading.load_tokenizer(work / "model")
     model_loading.load_frozen_model(plan, work / "model")
-    assert runner.DEFAULT_STEPS
+    assert runner.run_training
 
 
 def _be_child(

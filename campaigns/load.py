@@ -44,8 +44,9 @@ from tiny import make_tiny
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
 from meft.runtime.host.optimizer import AdamWSettings
+from meft.runtime.training.options import Display, RunOptions
 from meft.runtime.training.output import LOCK
-from meft.runtime.training.runner import Display, RunOptions, run_training
+from meft.runtime.training.runner import run_training
 from meft.runtime.training.training import Progress, TrainingOptions
 
 SAMPLES = 40

@@ -8,6 +8,7 @@
     meft.transfer_volume(adapter_width=6144, top_k=[32, 64, 128])
     meft.audit("plan.json", "out/report.json").passed      # predicted against observed
 
+    with meft.trace(gpu="rtx-3090") as seen: train()       # your own script, without GPU and weights; seen.memory
     model = meft.AdapterModel.from_plan(base, plan)        # these two need torch: pip install 'meft[run]'
     meft.trainer_arguments(model, args)
 
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from meft.planner.base.errors import Infeasible, InfeasibleError, MachineError, MeftError, UsageError
     from meft.planner.front.calls import audit, compare, estimate, load_plan, load_report, plan
+    from meft.planner.front.script import trace
     from meft.planner.front.volume import transfer_volume
     from meft.planner.records.plan import Plan
     from meft.planner.records.report import Report
@@ -47,6 +49,7 @@ __all__ = [
     "load_plan",
     "load_report",
     "plan",
+    "trace",
     "trainer_arguments",
     "transfer_volume",
 ]
@@ -66,6 +69,7 @@ _HOME = {
     "load_plan": "meft.planner.front.calls",
     "load_report": "meft.planner.front.calls",
     "plan": "meft.planner.front.calls",
+    "trace": "meft.planner.front.script",
     "trainer_arguments": "meft.runtime.use.hf_trainer",
     "transfer_volume": "meft.planner.front.volume",
 }

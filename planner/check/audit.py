@@ -19,6 +19,7 @@ from meft.planner.base.schema import Basis, Record
 from meft.planner.check.counted_bytes import (
     DIRECTIONS,
     CategoryCheck,
+    as_run,
     by_direction,
     bytes_of_optimizer_steps,
     bytes_of_report,
@@ -26,6 +27,7 @@ from meft.planner.check.counted_bytes import (
     windows_of,
 )
 from meft.planner.memory.device import predict_device_memory
+from meft.planner.memory.host import host_memory
 from meft.planner.predict.prediction import repriced, without_workspaces
 from meft.planner.records.plan import Plan
 from meft.planner.records.profiles import GpuProfile
@@ -264,13 +266,22 @@ def _host_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
     return (
         _row(
             "host_adapter_bytes",
-            plan.prediction.host_memory.total_bytes,
+            _host_bytes(plan, report),
             report.observed.host_memory.total_bytes,
             bases=("counted", "counted"),
             because="tables and staging buffers of the adapter",
             rule="exact",
         ),
     )
+
+
+def _host_bytes(plan: Plan, report: Report) -> int:
+    """As planned, or of another number of ranks what the plan would have said for it."""
+    if report.gpus == plan.request.gpus:
+        return plan.prediction.host_memory.total_bytes
+    pinned = report.device.kind == "cuda" or (report.rehearsal and plan.request.gpu != "emulated")
+    asked = as_run(plan, report).request
+    return host_memory(request=asked, decision=plan.decision, pinned=pinned).total_bytes
 
 
 def _exact_transfer_rows(plan: Plan, report: Report, steps: int) -> tuple[AuditRow, ...]:

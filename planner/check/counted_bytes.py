@@ -15,7 +15,13 @@ from meft.planner.base.schema import Bytes, Record
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Direction, Plan
 from meft.planner.records.report import Report
-from meft.planner.traffic.transfer import Categories, StepRows, step_bytes_by_category, window_gradient_bytes
+from meft.planner.traffic.transfer import (
+    Categories,
+    StepRows,
+    router_gradients_of,
+    step_bytes_by_category,
+    window_gradient_bytes,
+)
 
 DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
 
@@ -59,7 +65,7 @@ def bytes_given_rows(
 
 def bytes_of_report(plan: Plan, report: Report, steps: int) -> dict[tuple[Direction, str], int]:
     """Bytes by category over the ``steps`` micro-batches of a report, for the rows that it saw active."""
-    layers = report.observed.active_rows
+    layers, plan = report.observed.active_rows, as_run(plan, report)
     hot = [layer.hot_total or 0 for layer in layers]
     cold = [layer.total - of_layer for layer, of_layer in zip(layers, hot, strict=True)]
     missing, overflow = [layer.missing_total for layer in layers], [layer.overflow_total for layer in layers]
@@ -73,6 +79,11 @@ def bytes_of_report(plan: Plan, report: Report, steps: int) -> dict[tuple[Direct
     )
 
 
+def as_run(plan: Plan, report: Report) -> Plan:
+    """The plan for as many ranks as ran it: what is predicted of a step and of host memory depends on that."""
+    return plan.model_copy(update={"request": plan.request.model_copy(update={"gpus": report.gpus})})
+
+
 def windows_of(plan: Plan, report: Report) -> int:
     """Accumulation windows that the report measured; the last may be incomplete."""
     return -(-report.observed.steps // plan.request.grad_accum)
@@ -80,15 +91,19 @@ def windows_of(plan: Plan, report: Report) -> int:
 
 def bytes_of_optimizer_steps(plan: Plan, report: Report) -> dict[tuple[Direction, str], int]:
     """Bytes by category over all optimizer steps: as predicted for each, but the gradient sums of the rows that were
-    kept, and what hot rows cost from when they were chosen."""
+    kept, and what hot rows cost from when they were chosen; of all ranks together."""
     windows = windows_of(plan, report)
     with_hot = windows if report.rehearsal else report.observed.hot_windows
     entries = [entry for entry in plan.prediction.transfer.entries if entry.per == "optimizer_step"]
     found = {
         (entry.direction, entry.category): entry.num_bytes
-        * (with_hot if entry.category.startswith("hot_") else windows)
+        * (with_hot if entry.category.startswith("hot_") else windows * report.gpus)
         for entry in entries
+        if entry.category != "router_gradients"
     }
+    routers = router_gradients_of(as_run(plan, report).request, plan.decision)
+    if routers:
+        found["h2d", "router_gradients"] = routers * windows * report.gpus
     kept = [layer.kept_total for layer in report.observed.active_rows if layer.kept_total is not None]
     if kept and plan.decision.gradients_on_device:
         total = window_gradient_bytes(request=plan.request, decision=plan.decision, kept_rows_per_layer=kept)

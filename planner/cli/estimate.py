@@ -12,10 +12,15 @@ from meft.planner.base.dtypes import AdapterDtype
 from meft.planner.base.errors import EXIT_DONE, EXIT_INFEASIBLE, UsageError, unknown_name
 from meft.planner.base.schema import parse_json, read_text, validated
 from meft.planner.cli.options import PACKED, Command, apply_options, budget_options, decision_options
-from meft.planner.front.estimate import WEIGHTS, EstimateRequest, estimate_of
+from meft.planner.front.asked import EstimateRequest
+from meft.planner.front.estimate import WEIGHTS, estimate_of
 from meft.planner.front.options import MAX_BATCH_SIZE, MAX_GRAD_ACCUM, MAX_RANK, MAX_SEQ_LEN, MAX_WIDTH
+from meft.planner.records.peft_methods import PEFT_PREFIX
 from meft.planner.records.plan import Attention
 from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, OptimizerName, optimizer_name
+from meft.planner.terms.lengths import BATCHINGS
+
+_METHODS = f"{', '.join(METHOD_NAMES[:-1])}, or {PEFT_PREFIX}TYPE"
 
 
 class OptimizerChoice(click.Choice[str]):
@@ -46,6 +51,8 @@ def _method_options(command: Command) -> Command:
             help="Linear layers that LoRA adapts, by the names of their modules (q_proj,v_proj; c_attn), or attention, "
             "ffn, all-linear. [default: attention; all-linear for qlora]",
         ),
+        option("--reduction", type=click.IntRange(min=2), help="Of lst: how much narrower. [default: 8]"),
+        option("--dropped-layers", type=click.IntRange(min=0), help="Of lst: layers without a rung. [default: 0]"),
         option("--lora-dropout", type=click.FloatRange(0.0, 1.0, max_open=True), help="[default: 0]"),
         option("--active-rows", type=click.IntRange(1, MAX_WIDTH), help="MEFT: rows per layer that a batch activates."),
         option("--model", metavar="NAME|DIR|FILE", help="Name, folder, or config.json. [default: llama-7b]"),
@@ -109,6 +116,13 @@ def _workload_options(command: Command) -> Command:
             help="Fused kernels: those of liger, unsloth or foak, with their loss; or rms-norm, swiglu, rope.",
         ),
         option("--loss", type=click.Choice(get_args(LossName)), help="[default: hf, which upcasts the logits]"),
+        option(
+            "--lengths",
+            metavar="FILE|MEAN,STD",
+            help="Sequences' lengths vary: as in a file (a length a line, or JSON lines with input_ids), or so "
+            "distributed. --seq-len cuts them.",
+        ),
+        option("--batching", type=click.Choice(BATCHINGS), help="How batches are made of them. [default: padded]"),
         option("--padding/--no-padding", default=None, help="Batches are padded, so masks exist. [default: no]"),
         option(
             "--keep-outputs/--drop-outputs",
@@ -119,7 +133,14 @@ def _workload_options(command: Command) -> Command:
 
 
 @click.command("estimate", short_help="What one configuration of a method needs.")
-@click.option("--method", type=click.Choice(METHOD_NAMES), help="Required, here or in --request.")
+@click.option("--method", metavar="METHOD", help=f"{_METHODS}. Required, here or in --request.")
+@click.option(
+    "--peft-arg",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="A field of the config of peft:TYPE, such as num_virtual_tokens=20; a value is JSON or text.",
+)
+@click.option("--peft-config", metavar="FILE", help="An adapter_config.json in place of --method and --peft-arg.")
 @click.option(
     "--request",
     "request_file",
@@ -155,14 +176,16 @@ def estimate_command(
 
 def _asked(request_file: str | None, given: dict[str, Any]) -> EstimateRequest:
     """The request file's fields, with what the command line says in their place."""
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in given.items() if value not in (None, ())}
     content: dict[str, Any] = {}
     source = "options"
     if request_file is not None:
         source = "--request standard input" if request_file == "-" else f"--request {request_file}"
         content = _request_content(request_file, source)
+    if "peft_config" in options | content:
+        options.setdefault("method", content.pop("method", "peft"))
     if "method" not in content and "method" not in options:
-        raise UsageError(f"--method: which one? Give one of {', '.join(METHOD_NAMES)}")
+        raise UsageError(f"--method: which one? Give one of {_METHODS}")
     return validated(EstimateRequest, content | options, source=source)
 
 

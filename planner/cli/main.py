@@ -23,7 +23,8 @@ PROGRAM = "meft-plan"
 DEFAULT_COMMAND = "plan"
 EXIT_INTERRUPTED = 130
 COMMANDS = {
-    name: f"meft.planner.cli.{name}:{name}_command" for name in ("audit", "compare", "estimate", "plan", "replay")
+    name: f"meft.planner.cli.{name}:{name}_command"
+    for name in ("audit", "compare", "estimate", "plan", "replay", "trace")
 }
 """Where each command is: loaded when it is asked for, so that planning need not wait for the others."""
 

@@ -18,6 +18,7 @@ from meft.planner.base.dtypes import AdapterDtype
 from meft.planner.base.units import format_size_argument, parse_bytes, parse_count
 from meft.planner.front.options import (
     MAX_BATCH_SIZE,
+    MAX_GPUS,
     MAX_GRAD_ACCUM,
     MAX_SEQ_LEN,
     MAX_SLOWDOWN,
@@ -145,6 +146,27 @@ def workload_options(command: Command) -> Command:
             "--activation-checkpointing/--no-activation-checkpointing",
             default=None,
             help="[default: the planner chooses]",
+        ),
+    )
+
+
+def rank_options(command: Command) -> Command:
+    """Several cards in one machine."""
+    return apply_options(
+        command,
+        click.option(
+            "--gpus",
+            type=click.IntRange(1, MAX_GPUS),
+            default=1,
+            show_default=True,
+            help="Such cards in the machine: they share the host's rows, and divide --grad-accum.",
+        ),
+        click.option(
+            "--gpus-per-link",
+            type=click.IntRange(1, MAX_GPUS),
+            default=1,
+            show_default=True,
+            help="Of them, those that share one link's bandwidth (behind a switch, or on one slot's lanes).",
         ),
     )
 

@@ -11,15 +11,24 @@ import click
 
 from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
 from meft.planner.base.files import write_atomic
-from meft.planner.cli.options import COUNT, PATH, budget_options, command_with, search_options, workload_options
+from meft.planner.cli.options import (
+    COUNT,
+    PATH,
+    budget_options,
+    command_with,
+    rank_options,
+    search_options,
+    workload_options,
+)
 from meft.planner.front.options import RequestOptions
-from meft.planner.front.plan import Planned, find_plan, levers_of, simulated_step
+from meft.planner.front.plan import Planned, find_plan, levers_of, scaling_of, simulated_step
 
 
 @click.command("plan", short_help="The best decision within the budgets (the default).")
 @budget_options
 @workload_options
 @search_options
+@rank_options
 @click.option("-o", "--output", type=PATH, default=Path("plan.json"), show_default=True, help="Where the plan goes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on standard output, and nothing else.")
 @click.option("--plot", type=PATH, help="Draw memory, trade-offs and lanes into this .png, .svg or .pdf file.")
@@ -121,6 +130,15 @@ def _show(found: Planned, output: Path, *, tokens: int | None, verbose: bool, al
     from meft.planner.render.tables import show
 
     levers, notes = levers_of(found), found.planning.notes
-    show(plan_view(found.plan, path=str(output), notes=notes, verbose=verbose, levers=levers, tokens=tokens))
+    view = plan_view(
+        found.plan,
+        path=str(output),
+        notes=notes,
+        verbose=verbose,
+        levers=levers,
+        scaling=scaling_of(found),
+        tokens=tokens,
+    )
+    show(view)
     for path in (output, *also):
         click.echo(f"wrote {path}")

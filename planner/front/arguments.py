@@ -20,6 +20,7 @@ from meft.planner.base.units import parse_bytes
 from meft.planner.front.options import RequestOptions
 from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
 from meft.planner.records.setup import Autocast, LossName, OptimizerName
+from meft.planner.terms.lengths import Batching
 
 Size: TypeAlias = int | str
 """Bytes, or a size as people write it: ``"24GB"``."""
@@ -65,6 +66,8 @@ class PlanArguments(TypedDict, total=False):
     bf16_copy: bool | None
     context_overhead: Size | None
     active_rows_quantile: float | None
+    gpus: int
+    gpus_per_link: int
 
 
 class EstimateArguments(TypedDict, total=False):
@@ -78,10 +81,14 @@ class EstimateArguments(TypedDict, total=False):
     host: Reference | None
     link: Reference | None
     sparsity: Reference | None
+    peft_arg: dict[str, Any] | tuple[str, ...] | None
+    peft_config: Reference | None
     rank: int | None
     target_modules: tuple[str, ...] | list[str] | str | None
     lora_dropout: float | None
     adapter_width: int | None
+    reduction: int | None
+    dropped_layers: int | None
     top_k: int | None
     active_rows: int | None
     prefetch_depth: int | None
@@ -109,6 +116,8 @@ class EstimateArguments(TypedDict, total=False):
     master_weights: bool | None
     loss: LossName | None
     padding: bool | None
+    lengths: str | None
+    batching: Batching | None
     keep_outputs: bool | None
 
 

@@ -24,9 +24,10 @@ from meft.planner.front.arguments import (
     plain,
     request_options,
 )
+from meft.planner.front.asked import EstimateRequest
 from meft.planner.front.audit import audit_run, tolerance_of
 from meft.planner.front.compare import compare_methods
-from meft.planner.front.estimate import EstimateRequest, estimate_of
+from meft.planner.front.estimate import estimate_of
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.plan import find_plan
 from meft.planner.front.request import planning
@@ -34,7 +35,6 @@ from meft.planner.predict.comparison import MethodComparison
 from meft.planner.predict.estimates import Estimate
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
-from meft.planner.records.setup import MethodName
 
 PLAN_DEFAULTS = {name: field.default for name, field in RequestOptions.__dataclass_fields__.items()}
 ESTIMATE_DEFAULTS = {name: field.default for name, field in EstimateRequest.model_fields.items()}
@@ -59,7 +59,7 @@ def plan(*, verify: bool = False, **options: Unpack[PlanArguments]) -> Plan:
 
 
 @keywords_of(EstimateArguments, ESTIMATE_DEFAULTS)
-def estimate(method: MethodName, *, verify: bool = False, **options: Unpack[EstimateArguments]) -> Estimate:
+def estimate(method: str, *, verify: bool = False, **options: Unpack[EstimateArguments]) -> Estimate:
     """What one configuration of a method needs, whether or not it fits: ``meft.estimate("lora", rank=16)``.
 
     Raises:

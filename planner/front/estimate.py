@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, Field
-
-from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
+from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
-from meft.planner.base.schema import Record
 from meft.planner.base.units import format_bytes, parse_bytes
 from meft.planner.base.version import VERSION
-from meft.planner.front.options import MAX_RANK, BatchSize, Depth, GradAccum, RequestOptions, Rows, SeqLen, Width
+from meft.planner.front.asked import LORA, SAYS_NOTHING, EstimateRequest, check_applies
+from meft.planner.front.lengths import over_lengths, with_lengths
+from meft.planner.front.options import (
+    RequestOptions,
+)
 from meft.planner.front.request import Planning, planning
 from meft.planner.front.traced import as_its_trace, with_terms
 from meft.planner.models.catalogue import load_model
@@ -35,10 +36,15 @@ from meft.planner.predict.estimates import (
     with_verdict,
 )
 from meft.planner.predict.prediction import predict
-from meft.planner.records.plan import Attention, Decision, Plan, Request, Routing, RowsInBackward, TokensSee
+from meft.planner.records.ladder import kept_layers, side_shape
+from meft.planner.records.peft_methods import method_of
+from meft.planner.records.plan import Decision, Plan, Request
 from meft.planner.records.profile_catalogue import load_defaults
-from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup, optimizer_name
+from meft.planner.records.setup import (
+    TrainingSetup,
+)
 from meft.planner.search.search import make_plan
+from meft.planner.simulation.peft import has_closed_form
 from meft.planner.simulation.stream import Stream, stream_peaks
 from meft.planner.simulation.verification import traced_plan, traced_setup
 
@@ -46,108 +52,7 @@ WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")
 USUAL_GRAD_ACCUM = {"meft": 32}
 """Where nothing is said: MEFT's is the paper's, a dense method updates after every micro-batch."""
 
-_DENSE = ("parallel-adapter", "lora", "qlora", "full")
-_LORA = ("lora", "qlora")
-_ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "rank": _LORA,
-    "target_modules": _LORA,
-    "lora_dropout": _LORA,
-    "kbit_preparation": _LORA,
-    "trl_casts": _LORA,
-    "reentrant": _DENSE,
-    "adapter_width": ("meft", "parallel-adapter"),
-    "adapter_dtype": ("meft", "parallel-adapter", *_LORA),
-    "top_k": ("meft",),
-    "active_rows": ("meft",),
-    "prefetch_depth": ("meft",),
-    "routing": ("meft",),
-    "rows_in_backward": ("meft",),
-    "tokens_see": ("meft",),
-    "hot_rows": ("meft",),
-    "bf16_copy": ("meft",),
-    "autocast": _DENSE,
-    "optimizer": _DENSE,
-    "optimizer_in_backward": _DENSE,
-    "master_weights": _DENSE,
-    "kernels": _DENSE,
-    "loss": _DENSE,
-    "keep_outputs": _DENSE,
-    "padding": _DENSE,
-}
-_SAYS_NOTHING: dict[str, tuple[object, ...]] = {
-    "lora_dropout": (0.0,),
-    "kbit_preparation": (False,),
-    "adapter_dtype": ("fp32",),
-    "prefetch_depth": (0,),
-    "hot_rows": (0,),
-    "bf16_copy": (False,),
-    "autocast": ("none",),
-    "optimizer": ("adamw",),
-    "loss": ("hf",),
-    "keep_outputs": (False,),
-    "padding": (False,),
-}
-"""Values that say only what is so with any method that does not have the option: giving them is no contradiction."""
-
-
-class EstimateRequest(Record):
-    """What ``--request`` takes, and what the options amount to. ``None`` is what was not said."""
-
-    method: MethodName
-    model: str | None = None
-    gpu: str | None = None
-    gpu_mem: int | str | None = None
-    host_mem: int | str | None = None
-    context_overhead: int | str | None = None
-    host: str | None = None
-    link: str | None = None
-    sparsity: str | None = None
-    rank: Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)] | None = None
-    target_modules: tuple[str, ...] | str | None = None
-    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    adapter_width: Width | None = None
-    top_k: Width | None = None
-    active_rows: Width | None = None
-    prefetch_depth: Depth | None = None
-    routing: Routing | None = None
-    rows_in_backward: RowsInBackward | None = None
-    tokens_see: TokensSee | None = None
-    hot_rows: Rows | None = None
-    bf16_copy: bool | None = None
-    weights_dtype: WeightsDtype | None = None
-    double_quant: bool | None = None
-    kbit_preparation: bool | None = None
-    trl_casts: bool | None = None
-    reentrant: bool | None = None
-    autocast: Autocast | None = None
-    adapter_dtype: AdapterDtype | None = None
-    batch_size: BatchSize = 2
-    seq_len: SeqLen = 256
-    grad_accum: GradAccum | None = None
-    activation_checkpointing: bool | None = None
-    attention: Attention | None = None
-    packed: bool | None = None
-    optimizer: Annotated[OptimizerName | None, BeforeValidator(optimizer_name)] = None
-    optimizer_in_backward: bool | None = None
-    master_weights: bool | None = None
-    kernels: tuple[str, ...] | str | None = None
-    loss: LossName | None = None
-    padding: bool | None = None
-    keep_outputs: bool | None = None
-
-    @property
-    def target_names(self) -> tuple[str, ...] | None:
-        """The targets as a list, however they were given."""
-        if isinstance(self.target_modules, str):
-            return tuple(self.target_modules.replace(",", " ").split())
-        return self.target_modules
-
-    @property
-    def kernel_names(self) -> tuple[str, ...]:
-        """The kernels as a list, however they were given."""
-        if isinstance(self.kernels, str):
-            return tuple(self.kernels.replace(",", " ").split())
-        return self.kernels or ()
+_WITHOUT_CLOSED_FORM = ("bitfit", "peft")
 
 
 def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estimate, tuple[str, ...]]:
@@ -155,17 +60,19 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
 
     Raises :class:`UsageError` for what does not go together.
     """
-    _check_applies(asked)
-    if asked.method == "meft":
+    check_applies(asked)
+    if asked.kind == "meft":
         return _estimate_meft(asked, verify=verify)
+    asked, lengths = with_lengths(asked)
     planned, setup, notes = dense_setup(asked)
     profiles = planned.profiles
     tried: list[Estimate] = []
-    for flag in checkpointing_choices(asked.activation_checkpointing):
+    flags = checkpointing_choices(False if asked.kind == "lst" else asked.activation_checkpointing)
+    for flag in flags:
         variant = setup.model_copy(update={"activation_checkpointing": flag})
-        peaks = stream_peaks(_traced(planned, variant)) if setup.model.measured is not None else None
+        stream = _traced(planned, variant) if _is_traced(variant) else None
         tried.append(
-            estimate_dense(variant, request=planned.request, gpu=profiles.gpu, link=profiles.link, peaks=peaks)
+            estimate_dense(variant, request=planned.request, gpu=profiles.gpu, link=profiles.link, stream=stream)
         )
         if tried[-1].fits:
             break
@@ -173,12 +80,21 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
     estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=tried[0])})
     setup = setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
     gpu, budget = profiles.gpu, planned.request.gpu_mem_bytes
+    if lengths:
+        return over_lengths(asked, estimate, setup, lengths, planned), notes
     if verify:
         return with_trace(estimate, _traced(planned, setup), gpu=gpu, gpu_mem_bytes=budget), notes
     if not estimate.fits:
-        stream = _traced(planned, setup) if setup.model.measured is not None else dense_stream(setup, gpu)
+        stream = _traced(planned, setup) if _is_traced(setup) else dense_stream(setup, gpu)
         estimate = with_verdict(estimate, stream, stream_peaks(stream), gpu=gpu, gpu_mem_bytes=budget)
     return estimate, notes
+
+
+def _is_traced(setup: TrainingSetup) -> bool:
+    """Whether no closed form knows the run."""
+    if setup.model.measured is not None:
+        return True
+    return setup.method in _WITHOUT_CLOSED_FORM and not has_closed_form(setup)
 
 
 def _traced(planned: Planning, setup: TrainingSetup) -> Stream:
@@ -196,7 +112,7 @@ def _chosen(asked: EstimateRequest, estimate: Estimate, *, without: Estimate) ->
         texts.append(f"checkpointing: {flag}, chosen as compare does: {why}")
     others = {
         "attention": f"{estimate.attention} attention",
-        "lora_dropout": "no dropout" if asked.method in _LORA else "",
+        "lora_dropout": "no dropout" if asked.kind in LORA else "",
         "weights_dtype": f"{estimate.weights_dtype} weights",
         "adapter_dtype": "" if estimate.adapter_dtype is None else f"{estimate.adapter_dtype} adapter",
     }
@@ -214,22 +130,26 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
     given, double_quant = _weights(asked)
     planned = _planning(replace(_options(asked), weights_dtype=given))
     weights = given or planned.request.weights_dtype
-    shape, usual = planned.request.model, USUAL_SIZES[asked.method]
+    shape, usual = planned.request.model, USUAL_SIZES[asked.kind]
     if shape.stored is not None:
-        if asked.method == "full":
+        if asked.kind == "full":
             raise UsageError(
                 f"--method full: {shape.name} stores its weights as {shape.stored.title}, which no step trains"
             )
         double_quant = planned.request.double_quant
-    names = asked.target_names or (usual.targets,)
-    lora = asked.method in _LORA
+    names, emulated = asked.target_names or (usual.targets,), _as_baseline(asked, planned)
+    lora = asked.kind in LORA
     setup = TrainingSetup(
         model=shape,
-        method=asked.method,
+        method=asked.kind,
+        peft=method_of(asked.method, asked.peft_arg, asked.peft_config)[1],
+        emulated=emulated,
         rank=(asked.rank or usual.size) if lora else None,
         target_modules=resolve_targets(shape, names) if lora else (),
         lora_dropout=bool(asked.lora_dropout),
-        adapter_width=(asked.adapter_width or usual.size) if asked.method == "parallel-adapter" else None,
+        adapter_width=(asked.adapter_width or usual.size) if asked.kind == "parallel-adapter" else None,
+        reduction=(asked.reduction or usual.size) if asked.kind == "lst" else None,
+        dropped_layers=asked.dropped_layers or 0,
         weights_dtype=weights,
         double_quant=double_quant,
         kbit_preparation=bool(asked.kbit_preparation),
@@ -249,12 +169,21 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
         kernels=resolve_kernels(shape, asked.kernel_names),
         loss=asked.loss or next((LOSS_OF[name] for name in asked.kernel_names if name in LOSS_OF), "hf"),
         padded=bool(asked.padding),
-        outputs_kept=asked.keep_outputs is not False,
+        outputs_kept=asked.keep_outputs is not False and not emulated,
     )
     _check_setup(setup)
     ignored = passed_over(shape, names) if lora else ()
     notes = tuple(f"target {name}: {shape.name} has no such layer, as PEFT it is passed over" for name in ignored)
     return planned, setup, (*notes, *planned.notes)
+
+
+def _as_baseline(asked: EstimateRequest, planned: Planning) -> bool:
+    """Whether the run is what ``meft-run baseline`` makes of it on the emulated device: nothing of another loop is
+    asked for."""
+    loop = ("autocast", "optimizer", "optimizer_in_backward", "master_weights", "kernels", "loss", "padding",
+            "keep_outputs", "kbit_preparation", "trl_casts", "reentrant", "lora_dropout", "adapter_dtype")  # fmt: skip
+    said = any(getattr(asked, name) not in (None, *SAYS_NOTHING.get(name, ())) for name in loop)
+    return planned.profiles.gpu.shares_host_cores and not said
 
 
 def usual_meft(planned: Planning) -> tuple[Estimate, ...]:
@@ -311,33 +240,29 @@ def _with_rows(decision: Decision, active_rows: int) -> Decision:
     return decision.model_copy(update={"active_rows_cap": active_rows})
 
 
-def _check_applies(asked: EstimateRequest) -> None:
-    for name, methods in _ONLY_FOR.items():
-        value = getattr(asked, name)
-        if value is None or asked.method in methods:
-            continue
-        if value in _SAYS_NOTHING.get(name, ()):
-            continue
-        option = "--" + name.replace("_", "-")
-        raise UsageError(f"{option} does not go with --method {asked.method}; it is of {', '.join(methods)}")
-
-
 def _weights(asked: EstimateRequest) -> tuple[WeightsDtype | None, bool]:
     """The weights' dtype as far as method and request say it, and whether their scales are quantized too."""
     given = asked.weights_dtype
     if given == "int8":
         raise UsageError(f"weights_dtype int8: estimate knows {', '.join(WEIGHTS)}")
-    if asked.method == "qlora" and given not in (None, "nf4"):
+    if asked.kind == "qlora" and given not in (None, "nf4"):
         raise UsageError(f"--weights-dtype {given}: qlora has nf4 weights; use --method lora")
-    if asked.method == "full" and given == "nf4":
+    if asked.kind == "full" and given == "nf4":
         raise UsageError("--weights-dtype nf4: full trains its weights; give fp32, bf16 or fp16")
-    weights: WeightsDtype | None = given or ("nf4" if asked.method == "qlora" else None)
+    weights: WeightsDtype | None = given or ("nf4" if asked.kind == "qlora" else None)
     if asked.double_quant and weights != "nf4":
         raise UsageError(f"--double-quant: the weights are {weights or 'bf16'}; it goes with --weights-dtype nf4")
-    return weights, asked.method == "qlora" if asked.double_quant is None else asked.double_quant
+    return weights, asked.kind == "qlora" if asked.double_quant is None else asked.double_quant
 
 
 def _check_setup(setup: TrainingSetup) -> None:
+    if setup.method == "lst":
+        side_shape(setup.model, setup.reduction or 0)
+        kept_layers(setup.model.num_layers, setup.dropped_layers)
+        if setup.weights_dtype == "nf4" or setup.autocast != "none":
+            raise UsageError(
+                "--method lst: its side network is fp32 beside weights that are not quantized, no autocast"
+            )
     if setup.attention == "flash" and setup.weights_dtype == "fp32" and setup.autocast == "none":
         raise UsageError(
             "--attention flash: it computes in 16 bits, the weights are fp32; give sdpa, or --autocast bf16"
@@ -367,14 +292,14 @@ def _options(asked: EstimateRequest) -> RequestOptions:
         sparsity=asked.sparsity,
         batch_size=asked.batch_size,
         seq_len=asked.seq_len,
-        grad_accum=asked.grad_accum or USUAL_GRAD_ACCUM.get(asked.method, 1),
+        grad_accum=asked.grad_accum or USUAL_GRAD_ACCUM.get(asked.kind, 1),
         weights_dtype=asked.weights_dtype,
         double_quant=asked.double_quant,
         adapter_dtype=asked.adapter_dtype,
         attention=asked.attention,
         packed=asked.packed,
         activation_checkpointing=asked.activation_checkpointing,
-        adapter_width=asked.adapter_width if asked.method == "meft" else None,
+        adapter_width=asked.adapter_width if asked.kind == "meft" else None,
         top_k=asked.top_k,
         prefetch_depth=asked.prefetch_depth,
         routing=asked.routing,

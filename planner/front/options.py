@@ -13,6 +13,7 @@ from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackw
 MAX_BATCH_SIZE = 1 << 14
 MAX_SEQ_LEN = 1 << 20
 MAX_GRAD_ACCUM = 1 << 16
+MAX_GPUS = 64
 MAX_WIDTH = 1 << 20
 MAX_RANK = 1 << 16
 MAX_SLOWDOWN = 1000.0
@@ -64,6 +65,8 @@ class RequestOptions:
     bf16_copy: bool | None = None
     context_overhead: int | None = None
     active_rows_quantile: Annotated[float, Field(gt=0.5, lt=1.0)] | None = None
+    gpus: Annotated[int, Field(ge=1, le=MAX_GPUS, strict=True)] = 1
+    gpus_per_link: Annotated[int, Field(ge=1, le=MAX_GPUS, strict=True)] = 1
 
     @classmethod
     def taken_from(cls, given: dict[str, Any]) -> RequestOptions:

@@ -16,6 +16,7 @@ from meft.planner.search.search import make_plan
 from meft.planner.timing.chrome import Event
 
 if TYPE_CHECKING:
+    from meft.planner.predict.scaling import Scaling
     from meft.planner.search.levers import Lever
 
 
@@ -60,6 +61,14 @@ def levers_of(found: Planned) -> tuple[Lever, ...]:
 
     plan = found.plan
     return levers(plan.request, plan.decision, plan.prediction, found.planning.profiles)
+
+
+def scaling_of(found: Planned) -> tuple[Scaling, ...]:
+    """How the plan's decision scales; empty for a plan of one card."""
+    from meft.planner.predict.scaling import scaling  # for people's eyes, as above
+
+    plan = found.plan
+    return scaling(plan.request, plan.decision, found.planning.profiles) if plan.request.gpus > 1 else ()
 
 
 def simulated_step(found: Planned) -> list[Event]:

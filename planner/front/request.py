@@ -66,7 +66,7 @@ def planning(options: RequestOptions) -> Planning:
     """
     defaults = load_defaults()
     shape, _, model_path = load_model(options.model if options.model is not None else defaults.model)
-    budget = _with_context(_gpu_budget(options), options.context_overhead)
+    budget = _with_context(gpu_budget(options), options.context_overhead)
     gpu = budget.gpu
     beside = _beside_the_gpu(options)
     usual_host = EMULATED if gpu.shares_host_cores else defaults.host
@@ -80,6 +80,7 @@ def planning(options: RequestOptions) -> Planning:
     _check_model(options, shape)
     _check_device(options, gpu, weights)
     _check_copy(options, adapter)
+    _check_ranks(options)
     host_mem_bytes, host_notes = _host_budget(options, budget)
     fields = {
         "model": shape,
@@ -136,7 +137,8 @@ def default_gpu(gpu_mem_bytes: int) -> GpuProfile:
     return next((card for card in cards if gpu_mem_bytes <= card.total_bytes * BOX_OVER_NVML), cards[-1])
 
 
-def _gpu_budget(options: RequestOptions) -> _Budget:
+def gpu_budget(options: RequestOptions) -> _Budget:
+    """The card and how much of its memory there is; raises :class:`UsageError` where neither was given."""
     if options.gpu is None and options.gpu_mem is None:
         raise UsageError(
             "which GPU memory to plan for? Give --gpu-mem (such as --gpu-mem 24GB), --gpu (such as --gpu rtx-3090), "
@@ -271,6 +273,8 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "hot_rows": options.hot_rows,
         "bf16_copy": options.bf16_copy,
         "active_rows_quantile": options.active_rows_quantile,
+        "gpus": options.gpus,
+        "gpus_per_link": options.gpus_per_link,
     }
     return {name: value for name, value in names.items() if value is not None}
 
@@ -302,6 +306,18 @@ def _check_model(options: RequestOptions, shape: ModelShape) -> None:
         raise UsageError(f"--top-k {top_k}: there are {width} rows (--adapter-width); give at most that")
     if width is not None and hot_rows is not None and hot_rows > width:
         raise UsageError(f"--hot-rows {hot_rows}: there are {width} rows (--adapter-width); give at most that")
+
+
+def _check_ranks(options: RequestOptions) -> None:
+    gpus, grad_accum = options.gpus, options.grad_accum
+    if grad_accum % gpus:
+        fitting = -(-grad_accum // gpus) * gpus
+        raise UsageError(
+            f"--gpus {gpus}: the {grad_accum} micro-batches of an optimizer step (--grad-accum) do not divide among "
+            f"them; give --grad-accum {fitting}"
+        )
+    if gpus > 1 and options.hot_rows:
+        raise UsageError(f"--hot-rows {options.hot_rows}: several devices have none; it goes with --gpus 1")
 
 
 def _check_copy(options: RequestOptions, adapter: AdapterDtype) -> None:

@@ -4,6 +4,9 @@ Tables, all fp32 ``[R, 2D]`` per layer: weights, two AdamW moments, the accumula
 an int32 step count and a bool that says whether the window touched it. Buffers are pinned on CUDA, where each is
 rounded up to a power of two; on the emulated device they are ordinary memory.
 
+Of several ranks each has its buffers, while the tables are there once; those that gradients land in are shared too, so
+that whoever owns a row adds it up, and are pinned as they are, without rounding.
+
 The frozen model is on the device and has no copy here.
 
 Letters: ``L`` layers, ``R`` adapter rows per layer, ``D`` hidden size, ``T`` tokens, ``p`` prefetch depth,
@@ -25,9 +28,10 @@ from meft.planner.base.quantities import (
 )
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, HostMemory, MemoryEntry, Request
-from meft.planner.traffic.transfer import layers_queried
+from meft.planner.traffic.transfer import layers_queried, router_gradient_bytes
 
 _FLAG_BYTES = 1
+_SQUARE_BYTES = 8
 _ROW_BYTES = 8
 _MOMENTS = 2
 
@@ -45,6 +49,10 @@ _BECAUSE = {
     "query_landing": "p+1 buffers [T, D] where hidden states arrive, or as many as layers send one",
     "probes_landing": "Key-Experts: p+1 buffers [T, P] int32 where the probed experts arrive",
     "row_experts_landing": "Key-Experts: p+1 buffers [cap] int32 that the active rows' experts leave from",
+    "gradient_rows": "several ranks: for each gradient landing an int64 [cap], which rows it is of",
+    "row_squares": "several ranks: fp64 per row, its gradient's sum of squares, for clipping",
+    "router_landing": "several ranks: where the routers' gradients of each arrive, fp32 L * [N, D]",
+    "router_sums": "several ranks: sums of the routers' gradients, fp32 L * [N, D]",
     "row_positions_landing": "p+1 buffers [cap] int32 that the places of rows on the device leave from",
 }
 _STAGING = (
@@ -138,7 +146,7 @@ def host_bytes_by_category(*, request: Request, candidates: Candidates, pinned: 
     queried = layers_queried(num_layers=num_layers, prefetch_depth=prefetch_depth)
     indices = buffer_bytes(active_rows_cap * INDEX_BYTES, pinned=pinned)
     copied = candidates.bf16_copy if request.adapter_dtype == "bf16" else 0
-    return {
+    sizes: dict[str, Ints] = {
         "adapter_weights": table,
         "adapter_bf16_copy": copied * (table // MASTER_BYTES * BF16_BYTES),
         "cache_index": cache_index_bytes(num_layers=num_layers, adapter_width=adapter_width, cached_rows=cached_rows),
@@ -154,6 +162,36 @@ def host_bytes_by_category(*, request: Request, candidates: Candidates, pinned: 
         "row_experts_landing": key_experts * slots * indices,
         "row_positions_landing": (cached_rows + hot_rows > 0) * slots * indices,
     }
+    return sizes if request.gpus == 1 else _of_ranks(request, candidates, sizes)
+
+
+def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) -> dict[str, Ints]:
+    """The same of several ranks: buffers of each, tables once, and what they share to add gradients up."""
+    ranks, num_layers, hidden_size = request.gpus, request.model.num_layers, request.model.hidden_size
+    slots = gradient_slots(prefetch_depth=candidates.prefetch_depth, num_layers=num_layers)
+    cap, row_dtype = candidates.active_rows_cap, ADAPTER_DTYPE_BYTES[request.adapter_dtype]
+    landing = row_buffer_bytes(
+        active_rows_cap=cap, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype, pinned=False
+    )
+    routers = router_gradient_bytes(
+        num_layers=num_layers,
+        num_experts=candidates.num_experts,
+        hidden_size=hidden_size,
+        key_experts=candidates.key_experts,
+        gpus=ranks,
+    )
+    own = {name: ranks * sizes[name] for name in (*_STAGING, "cache_index")}
+    return (
+        sizes
+        | own
+        | {
+            "gradient_landing": ranks * slots * landing,
+            "gradient_rows": ranks * slots * cap * _ROW_BYTES,
+            "row_squares": num_layers * candidates.adapter_width * _SQUARE_BYTES,
+            "router_landing": ranks * routers,
+            "router_sums": routers,
+        }
+    )
 
 
 def host_total_bytes(*, request: Request, candidates: Candidates, pinned: bool) -> Ints:

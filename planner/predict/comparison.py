@@ -38,6 +38,9 @@ USUAL_SIZES: dict[MethodName, UsualSize] = {
     "lora": UsualSize(16, "attention", "r = 16 on the attention's linear layers, a common recipe"),
     "qlora": UsualSize(64, "all-linear", "r = 64 on every linear layer, the QLoRA paper's recipe"),
     "full": UsualSize(None, "", "every weight"),
+    "bitfit": UsualSize(None, "", "every bias"),
+    "lst": UsualSize(8, "", "the LST paper's reduction"),
+    "peft": UsualSize(None, "", "as it is configured"),
 }
 USUAL_TOP_K = 64
 

@@ -13,7 +13,10 @@ from meft.planner.base.schema import Basis, Bytes, Count, Index, Rate, Record, S
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.kernels import KernelName
 from meft.planner.models.linears import linear_layers
+from meft.planner.predict.spread import ReservedSpread
 from meft.planner.predict.verdict import Verdict, judged
+from meft.planner.records.ladder import ladder_sizes
+from meft.planner.records.peft_methods import PEFT_PREFIX
 from meft.planner.records.plan import (
     Attention,
     ByteRange,
@@ -25,10 +28,12 @@ from meft.planner.records.plan import (
     Request,
 )
 from meft.planner.records.profiles import GpuProfile, LinkProfile
-from meft.planner.records.setup import Autocast, LossName, MethodName, OptimizerName, TrainingSetup
+from meft.planner.records.setup import Autocast, LossName, OptimizerName, TrainingSetup
+from meft.planner.simulation.formats import FP32, STORED
+from meft.planner.simulation.peft import has_closed_form, trained_sizes
 from meft.planner.simulation.run import simulate
 from meft.planner.simulation.sparse import setup_of
-from meft.planner.simulation.stream import Stream, StreamPeaks, stream_peaks
+from meft.planner.simulation.stream import Stream, StreamPeaks, live_by_category, stream_peaks
 from meft.planner.timing.dense import dense_step_seconds
 from meft.planner.traffic.transfer import LOSS_BYTES, input_bytes
 
@@ -37,6 +42,7 @@ _EVERYWHERE = (
     "evaluation, generation, gradient clipping, and other processes on the card",
 )
 
+_NO_SIZE = ("full", "bitfit", "lst", "peft")
 RESIDENT = (
     "linear_weights",
     "other_weights",
@@ -85,7 +91,7 @@ class TracedPeaks(Record):
 class Estimate(Record):
     """What one configuration needs. Bytes and seconds are per step: one micro-batch forward and backward."""
 
-    method: MethodName
+    method: str
     model: str
     size_name: Literal["adapter_width", "rank"] | None
     size: Count | None
@@ -134,6 +140,8 @@ class Estimate(Record):
     chosen: tuple[str, ...] = ()
     """What the request left open, and how it was chosen."""
     traced: TracedPeaks | None = None
+    lengths: ReservedSpread | None = None
+    """Where lengths vary: everything above is of batches of the longest sequence, but the verdict."""
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the totals."""
@@ -157,24 +165,24 @@ class Estimate(Record):
 
 
 def estimate_dense(
-    setup: TrainingSetup, *, request: Request, gpu: GpuProfile, link: LinkProfile, peaks: StreamPeaks | None = None
+    setup: TrainingSetup, *, request: Request, gpu: GpuProfile, link: LinkProfile, stream: Stream | None = None
 ) -> Estimate:
     """What a dense method needs; of the request only the budgets and names matter, ``setup`` says the rest.
 
-    ``peaks`` are those of a trace of the run, for a model that cannot be simulated.
+    ``stream`` is a trace of the run, for a model or a method that cannot be simulated.
     """
-    peaks = dense_peaks(setup, gpu) if peaks is None else peaks
+    peaks = dense_peaks(setup, gpu) if stream is None else stream_peaks(stream)
     memory = simulated_memory(peaks, gpu=gpu, gpu_mem_bytes=request.gpu_mem_bytes)
-    parameters = trainable_parameters(setup)
+    parameters = trainable_parameters(setup, stream)
     adapter = setup.method == "parallel-adapter"
     return _estimate(
         memory,
         setup=setup,
         host_budget_bytes=request.host_mem_bytes,
-        size_name=None if setup.method == "full" else "adapter_width" if adapter else "rank",
+        size_name=None if setup.method in _NO_SIZE else "adapter_width" if adapter else "rank",
         size=setup.adapter_width if adapter else setup.rank,
         targets=setup.target_modules,
-        adapter_dtype=None if setup.method == "full" else setup.adapter_dtype,
+        adapter_dtype=None if setup.method in ("full", "bitfit") else setup.adapter_dtype,
         decision=None,
         trainable_parameters=parameters,
         trainable_fraction=parameters / setup.model.num_parameters,
@@ -273,11 +281,20 @@ def simulated_memory(peaks: StreamPeaks, *, gpu: GpuProfile, gpu_mem_bytes: int)
     )
 
 
-def trainable_parameters(setup: TrainingSetup) -> int:
-    """Numbers that the optimizer of a dense method updates."""
+def trainable_parameters(setup: TrainingSetup, stream: Stream | None = None) -> int:
+    """Numbers that the optimizer of a dense method updates; of one without a closed form, those that have a gradient
+    in the trace of it."""
     shape = setup.model
+    if setup.method in ("peft", "bitfit"):
+        if has_closed_form(setup):
+            return sum(trained_sizes(setup))
+        assert stream is not None
+        live = live_by_category(stream, stream.moments["backward_1"])
+        return live["gradients"] // (STORED[setup.weights_dtype] if setup.method == "bitfit" else FP32)
     if setup.method == "full":
         return shape.num_parameters
+    if setup.method == "lst":
+        return sum(ladder_sizes(shape, setup.reduction or 0, setup.dropped_layers))
     if setup.method == "parallel-adapter":
         return shape.num_layers * 2 * (setup.adapter_width or 0) * shape.hidden_size
     return lora_parameters(shape, rank=setup.rank or 0, targets=setup.target_modules)
@@ -323,7 +340,7 @@ def _estimate(
     at_most = memory.peak_reserved_bytes_at_cap or memory.peak_reserved_bytes
     fits = at_most <= memory.allocator_budget_bytes and host_bytes <= host_budget_bytes
     shared = {
-        "method": setup.method,
+        "method": setup.method if setup.peft is None else PEFT_PREFIX + setup.peft.peft_type,
         "model": setup.model.name,
         "weights_dtype": setup.weights_dtype,
         "double_quant": setup.double_quant,
@@ -358,6 +375,8 @@ def _left_out(setup: TrainingSetup) -> tuple[str, ...]:
     left_out = [*_EVERYWHERE, "temporaries while the model loads"]
     if setup.optimizer.startswith("paged-"):
         left_out.append("states of tensors from 100,000 numbers on, which the paged optimizer keeps outside torch")
+    if setup.method in ("lst", "peft"):
+        left_out.append("in the step's time: what the method itself computes")
     if not setup.outputs_kept:
         left_out.append("logits and KV cache that a loop keeps by holding on to the model's outputs")
     return tuple(left_out)

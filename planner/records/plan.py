@@ -28,7 +28,7 @@ Lane = Literal["gpu", "h2d", "d2h", "cpu"]
 LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 
 
-_USUAL = {"tokens_see": "union", "packed": False}
+_USUAL = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1}
 
 
 def _without_usual(content: dict[str, Any]) -> dict[str, Any]:
@@ -72,10 +72,25 @@ class Request(Record):
     hot_rows: Index | None = None
     bf16_copy: bool | None = None
     tokens_see: TokensSee = "union"
+    gpus: Count = 1
+    """Ranks on one machine, each with such a card, that share the host's rows and divide ``grad_accum``."""
+    gpus_per_link: Count = 1
+    """How many of the cards share one link's bandwidth: those behind one switch, or on one root port's lanes."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return _without_usual(handler(self))
+
+    @model_validator(mode="after")
+    def _divides(self) -> Request:
+        if self.grad_accum % self.gpus:
+            raise ValueError(f"grad_accum {self.grad_accum} does not divide among gpus {self.gpus}")
+        return self
+
+    @property
+    def rounds(self) -> int:
+        """Micro-batches of an optimizer step that each rank has."""
+        return self.grad_accum // self.gpus
 
     @property
     def tokens_per_step(self) -> int:

@@ -97,6 +97,8 @@ class Observed(Record):
     busy_seconds: dict[Lane, Seconds]
     host_task_seconds: dict[str, Seconds] = Field(default_factory=dict)
     """Of the cpu lane's busy seconds, how many each kind of task takes."""
+    waited_seconds: Seconds | None = None
+    """Of several ranks: how long a rank waited for the others in a step, in the main thread or beside it."""
 
 
 class Comparison(Record):
@@ -173,3 +175,8 @@ class Report(File):
     """What ``--eval`` found, during training and after it."""
     expert_load: tuple[ExpertLoad, ...] = ()
     """Per layer; empty for a rehearsal."""
+    gpus: Count = 1
+    """Ranks that trained together."""
+    ranks: tuple[Observed, ...] = ()
+    """What each of several ranks observed; ``observed`` is then all of it together: bytes, rows and host memory summed,
+    the tables that all share counted once (in the first), device memory that of the fullest."""

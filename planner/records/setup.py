@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.base.schema import Count, Record
+from meft.planner.base.schema import Count, Index, Record
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.kernels import KernelName
+from meft.planner.records.peft_methods import PeftMethod
 from meft.planner.records.plan import Attention
 
-MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full"]
+MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full", "bitfit", "lst", "peft"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
 OptimizerName = Literal[
     "adamw",
@@ -23,6 +24,9 @@ OptimizerName = Literal[
     "paged-lion-8bit",
     "adafactor",
     "muon",
+    "galore",
+    "apollo",
+    "apollo-mini",
     "sgd",
 ]
 TRANSFORMERS_OPTIMIZERS: dict[str, OptimizerName] = {
@@ -36,6 +40,8 @@ TRANSFORMERS_OPTIMIZERS: dict[str, OptimizerName] = {
     "lion_32bit": "lion-32bit",
     "lion_8bit": "lion-8bit",
     "paged_lion_8bit": "paged-lion-8bit",
+    "galore_adamw": "galore",
+    "apollo_adamw": "apollo-mini",
 }
 """What ``TrainingArguments.optim`` calls them, where that is another name."""
 
@@ -64,7 +70,8 @@ class TrainingSetup(Record):
     ``optimizer``: ``adamw`` is torch's multi-tensor (foreach) AdamW, ``adamw-fused`` its fused one, the 8-bit ones are
     those of bitsandbytes, Lion's included (paged ones keep their states outside the caching allocator), ``adafactor``
     transformers' without a first moment, ``muon`` torch's for the matrices of linear layers beside its AdamW for the
-    rest; ``sgd`` has no momentum.
+    rest; ``galore``, ``apollo`` and ``apollo-mini`` are their authors' packages over the same matrices, with rank 128,
+    256 and 1, and AdamW in the same code for the rest; ``sgd`` has no momentum.
 
     ``loss``: ``hf`` is transformers' own (logits upcast to fp32), ``hf-shifted-logits`` that of versions that shifted
     the logits instead of the labels (4.48), and so copied them in fp32; ``fused-ce`` keeps logits in the compute dtype
@@ -112,6 +119,15 @@ class TrainingSetup(Record):
     """Batches are padded, so that a mask tensor exists."""
     packed: bool = False
     """Sequences hold several documents, told apart by position ids that begin anew; there is no KV cache then."""
+    peft: PeftMethod | None = None
+    """Of method ``peft``: which, and how it is configured."""
+    reduction: Count | None = None
+    """Of method ``lst``: how often narrower than the model its side network is."""
+    dropped_layers: Index = 0
+    """Of method ``lst``: layers that the side network has no block beside."""
+    emulated: bool = False
+    """As ``meft-run baseline`` runs it on the emulated device: the CPU's operators, outputs let go, AdamW one parameter
+    at a time after clipping by the norm."""
     outputs_kept: bool = True
     """The loop holds on to the model's outputs, so that logits and (without checkpointing) the KV cache stay alive."""
 

@@ -202,7 +202,7 @@ def _why_cached(plan: Plan) -> str:
     sparsity = plan.prediction.sparsity
     share = sum(sparsity.missing_rows_per_layer) / max(1, sum(sparsity.active_rows_per_layer))
     gradients = ", their gradients once per window" if plan.decision.gradients_on_device else ""
-    return f"per layer, through a window of {plan.request.grad_accum}: {percent(share)} of rows travel{gradients}"
+    return f"per layer, through a window of {plan.request.rounds}: {percent(share)} of rows travel{gradients}"
 
 
 def _why_hot(plan: Plan) -> str:
@@ -317,9 +317,9 @@ def _transfer(plan: Plan) -> View:
     once = transfer.h2d_bytes_per_optimizer_step + transfer.d2h_bytes_per_optimizer_step
     after = []
     if once >= MIB:
-        total_bytes = transfer.window_bytes(plan.request.grad_accum) / plan.request.grad_accum
+        total_bytes = transfer.window_bytes(plan.request.rounds) / plan.request.rounds
         after.append(
-            f"and once in {plan.request.grad_accum} steps {format_bytes(once)} of sums: "
+            f"and once in {plan.request.rounds} steps {format_bytes(once)} of sums: "
             f"{format_bytes(round(total_bytes))} per step in all"
         )
     offload = f"moving the whole adapter both ways would cost {transfer.whole_adapter_offload_ratio:.2f} times as much"
@@ -371,7 +371,7 @@ def _pareto(plan: Plan) -> View:
 
 
 def _chosen(plan: Plan) -> ParetoPoint:
-    prediction, accum = plan.prediction, plan.request.grad_accum
+    prediction, accum = plan.prediction, plan.request.rounds
     moved = prediction.transfer.window_bytes(accum) / accum if plan.request.objective == "traffic" else None
     return ParetoPoint(
         decision=plan.decision,

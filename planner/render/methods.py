@@ -21,6 +21,7 @@ def estimate_view(estimate: Estimate, *, notes: Sequence[str]) -> View:
         ("resident", format_bytes(estimate.resident_bytes)),
         ("peak allocated", f"{format_bytes(estimate.peak_allocated_bytes)} in {estimate.peak_phase}"),
         ("peak reserved", f"{format_bytes(estimate.peak_reserved_bytes)} ({estimate.reserved_basis})"),
+        *_spread(estimate),
         *_traced(estimate),
         ("process (NVML)", f"{format_bytes(process.low_bytes)} - {format_bytes(process.high_bytes)} ({process.basis})"),
         ("host", format_bytes(estimate.host_bytes)),
@@ -97,6 +98,16 @@ def _at_peak(estimate: Estimate) -> list[MemoryEntry]:
     return [entry for entry in estimate.entries if entry.phase in ("resident", estimate.peak_phase)]
 
 
+def _spread(estimate: Estimate) -> list[tuple[str, str]]:
+    """What varying lengths make of it."""
+    if estimate.lengths is None:
+        return []
+    spread = estimate.lengths
+    least, middle, most = (format_bytes(each) for each in (spread.least_bytes, spread.median_bytes, spread.most_bytes))
+    orders = f"{spread.orders} orders of {spread.micro_batches} batches, {spread.batching}"
+    return [("reserved, lengths varying", f"{least} - {most}, median {middle} ({orders})")]
+
+
 def _traced(estimate: Estimate) -> list[tuple[str, str]]:
     """What ``--verify`` traced, and how far the estimate is from it."""
     if estimate.traced is None:
@@ -110,6 +121,8 @@ def _traced(estimate: Estimate) -> list[tuple[str, str]]:
 def _verdict(estimate: Estimate) -> str:
     """Yes and what is left, or no and what is missing; between them what the allocator makes of it."""
     needed, budget = reserved_at_most(estimate), estimate.allocator_budget_bytes
+    if estimate.lengths is not None:
+        needed = estimate.lengths.most_bytes
     if estimate.traced is not None:
         needed = max(estimate.traced.peak_reserved_bytes, estimate.peak_reserved_bytes_at_cap or 0)
     room = f"{format_bytes(budget)} for the allocator"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.memory.disk import disk
+from meft.planner.predict.scaling import Scaling
 from meft.planner.records.plan import Objective, Plan
 from meft.planner.render.details import detail_sections, grouped_bytes, limits_used
 from meft.planner.render.tables import Columns, Command, Paragraph, View, count, grid, lines, percent, section, stacked
@@ -23,6 +24,7 @@ _WANTED: dict[Objective, str] = {
     "traffic": "the widest adapter, moved with the fewest bytes,",
 }
 _LIMITS = {"device memory": "GPU memory", "host memory": "CPU memory", "slowdown": "--max-slowdown"}
+_BUSIEST = {"gpu": "the GPU", "h2d": "the link", "d2h": "the link", "cpu": "the host"}
 _SHORT = {
     "frozen model": "model",
     "active rows and their gradients": "adapter rows",
@@ -42,6 +44,7 @@ def plan_view(
     notes: Sequence[str],
     verbose: bool,
     levers: Sequence[Lever] = (),
+    scaling: Sequence[Scaling] = (),
     tokens: int | None = None,
 ) -> View:
     """The verdict, the decision, what it needs, and what would make it need less; ``verbose`` adds all the rest.
@@ -55,6 +58,8 @@ def plan_view(
     ]
     if levers:
         parts.append(_levers(levers[: None if verbose else LEVERS_SHOWN]))
+    if scaling:
+        parts.append(_scaling(scaling))
     parts.append(lines([_rests_on(plan, notes)]))
     if verbose:
         parts += detail_sections(plan)
@@ -82,7 +87,8 @@ def _verdict(plan: Plan, tokens: int | None) -> list[View]:
     speed = f"{timing.tokens_per_second:,.0f} tokens/s"
     if tokens is not None:
         speed += f", {_hours(tokens, timing.tokens_per_second)}"
-    step = f"a step of {request.batch_size} x {request.seq_len:,} takes {format_seconds(timing.step_seconds)}"
+    where = "" if request.gpus == 1 else f" on each of {request.gpus} cards"
+    step = f"a step of {request.batch_size} x {request.seq_len:,}{where} takes {format_seconds(timing.step_seconds)}"
     return [
         Paragraph(f"{fits}, with {format_bytes(spare)} to spare.", style="bold"),
         lines(
@@ -209,7 +215,7 @@ def _needs(plan: Plan) -> View:
     device_parts = _parts(_device_parts(plan), _context(plan), total=on_device)
     host_parts = _parts(_host_parts(plan), total=on_host)
     written = disk(request, plan.decision)
-    moved = round(prediction.transfer.window_bytes(request.grad_accum) / request.grad_accum)
+    moved = round(prediction.transfer.window_bytes(request.rounds) / request.rounds)
     ratio = prediction.transfer.whole_adapter_offload_ratio
     host_budget = f"{format_bytes(request.host_mem_bytes)} ({request.host_mem_basis})"
     checkpoint = f"a checkpoint, twice as one replaces another; the adapter alone {format_bytes(written.adapter_bytes)}"
@@ -274,6 +280,23 @@ def _change(num_bytes: int) -> str:
 
 def _speed(ratio: float) -> str:
     return "same" if abs(ratio - 1) < 0.0005 else f"{ratio - 1:+.1%}".replace("%", " %")
+
+
+# --- several cards --------------------------------------------------------------------------------------------------
+
+
+def _scaling(scaling: Sequence[Scaling]) -> Columns:
+    rows = [
+        (
+            f"  {each.gpus}",
+            f"{each.tokens_per_second:,.0f}",
+            percent(each.efficiency),
+            format_bytes(each.host_bytes),
+            _BUSIEST[each.busiest],
+        )
+        for each in scaling
+    ]
+    return grid(("Cards", "tokens/s", "efficiency", "CPU memory", "works longest"), rows, right=(1, 2, 3))
 
 
 # --- what it rests on -----------------------------------------------------------------------------------------------

@@ -261,7 +261,7 @@ class _Terms:
             self.sparsity,
             self.request.model.num_layers,
             tokens=self.request.tokens_per_step,
-            grad_accum=self.request.grad_accum,
+            grad_accum=self.request.rounds,
             candidates=candidates,
         )
         return rows, sort

@@ -66,7 +66,7 @@ def grid_window_rows(space: Space, request: Request, profiles: ProfileSet, cache
         at_seq_len(profiles.sparsity, request.seq_len),
         request.model.num_layers,
         tokens=request.tokens_per_step,
-        grad_accum=request.grad_accum,
+        grad_accum=request.rounds,
         candidates=replace(space.candidates_at(cache_place), active_rows_cap=space.adapter_width),
     )
 

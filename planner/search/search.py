@@ -130,10 +130,10 @@ def with_hot_rows(
     """The decision with as many hot rows as make its step shortest (for ``traffic``: as move the fewest bytes), of
     sixteenths of the width, and its prediction.
 
-    As it is where the request says how many, or the profile does not know how popular rows are. Rows that are hot need
-    not be cached: the two together are no more than the width.
+    As it is where the request says how many, for several ranks, which have none, or where the profile does not know
+    how popular rows are. Rows that are hot need not be cached: the two together are no more than the width.
     """
-    if request.hot_rows is not None or not profiles.sparsity.popularity:
+    if request.hot_rows is not None or request.gpus > 1 or not profiles.sparsity.popularity:
         return decision, prediction
     for tried in _cheapest_first(request, profiles, decision, _cost(request, prediction)):
         predicted = predict(request, tried, profiles)
@@ -166,7 +166,7 @@ def _cheapest_first(request: Request, profiles: ProfileSet, decision: Decision, 
 def _cost(request: Request, prediction: Prediction) -> float:
     """What hot rows are to lessen."""
     if request.objective == "traffic":
-        return prediction.transfer.window_bytes(request.grad_accum)
+        return prediction.transfer.window_bytes(request.rounds)
     return prediction.timing.step_seconds
 
 
@@ -208,7 +208,7 @@ def _check_consistent(sifted: Sifted, winner: Index, prediction: Prediction) -> 
     }
     moved = sifted.window_bytes_at(winner)
     if moved is not None:
-        pairs["bytes per window"] = (moved, prediction.transfer.window_bytes(sifted.request.grad_accum))
+        pairs["bytes per window"] = (moved, prediction.transfer.window_bytes(sifted.request.rounds))
     for name, (searched, predicted) in pairs.items():
         if predicted is None or not math.isclose(searched, predicted, rel_tol=SAME_SECONDS):
             raise RuntimeError(f"the search found {name} {searched} where the prediction says {predicted}")

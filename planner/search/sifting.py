@@ -258,7 +258,7 @@ class Sifted:
         moved = self.window_bytes_at(index)
         return ParetoPoint(
             decision=self.decision(index),
-            moved_bytes_per_step=None if moved is None else round(moved / self.request.grad_accum),
+            moved_bytes_per_step=None if moved is None else round(moved / self.request.rounds),
             trainable_parameters=self.trainable_at(index),
             step_seconds=self.seconds_at(index),
             peak_reserved_bytes=self.device.at(index) + unused_bytes,

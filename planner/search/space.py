@@ -177,7 +177,7 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
     checkpointing = request.activation_checkpointing
     depths = prefetch_depths(request, sparsity)
     caches = TRAFFIC_CACHES if request.objective == "traffic" else CACHES
-    caches = caches if request.grad_accum > 1 else CACHES[:1]  # in a window of one micro-batch nothing comes twice
+    caches = caches if request.rounds > 1 else CACHES[:1]  # in a window of one micro-batch nothing comes twice
     most_cached = width - (request.hot_rows or 0)
     cached = np.minimum(
         cached_rows(sparsity, adapter_width=width, window_active_rows=window, caches=caches), most_cached

@@ -106,7 +106,7 @@ class Weighed:
     def point(self, index: tuple[int, ...], request: Request, *, unused_bytes: int) -> ParetoPoint:
         """The decision at a grid index with what it brings and costs; ``unused_bytes`` is what the allocator is taken
         to hold beyond what is allocated."""
-        moved = None if self.window_bytes is None else self.at(self.window_bytes, index) / request.grad_accum
+        moved = None if self.window_bytes is None else self.at(self.window_bytes, index) / request.rounds
         return ParetoPoint(
             decision=self.decision(index),
             moved_bytes_per_step=None if moved is None else round(moved),

@@ -11,6 +11,7 @@ from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import TEMPORARIES, Gradients, Tensor
 from meft.planner.simulation.formats import BOOL, FP32, STORED
 from meft.planner.simulation.operators import Operators
+from meft.planner.simulation.peft import PREFIX, virtual_tokens
 from meft.planner.terms import activations as act
 
 LARGEST_FLASH_HEAD = 256
@@ -76,7 +77,8 @@ class SelfAttention:
             return None
         if self.ops.cpu_kernels:
             _hidden, _seen = (self.ops.tape.new(1, q.itemsize, "attention") for _ in range(2))
-        return self.ops.tape.new(self.setup.batch_size * self.setup.seq_len**2, q.itemsize, "attention")
+        keys = self.setup.seq_len + virtual_tokens(self.setup, PREFIX)
+        return self.ops.tape.new(self.setup.batch_size * self.setup.seq_len * keys, q.itemsize, "attention")
 
     def _causal(self) -> Tensor:
         """Numbers to add, ``[S, S]``, of a lower triangle of bytes that is made for it."""

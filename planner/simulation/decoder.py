@@ -6,6 +6,7 @@ Letters: ``T`` tokens, ``S`` sequence length, ``D`` hidden size, ``H`` heads, ``
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from meft.planner.simulation.attention import SelfAttention
 from meft.planner.simulation.autograd import Tensor
 from meft.planner.simulation.formats import BOOL, FP32, promoted
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
+from meft.planner.simulation.peft import PREFIX, prefixes, prompted, scaled, virtual_tokens
 from meft.planner.simulation.positions import block_mask, eager_mask, position_ids, rotary_tables
 from meft.planner.terms import activations as act
 
@@ -53,6 +55,8 @@ class BlockWeights:
     lora: dict[LayerKey, Lora] = field(default_factory=dict)
     adapter: tuple[Weights, Weights] | None = None
     beside_ffn: BesideFfn | None = None
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    """(IA)^3's, by the linear layer beside which they are."""
     slides: bool = False
     """Its tokens see a window of those before."""
 
@@ -66,6 +70,8 @@ class ModelWeights:
     blocks: list[BlockWeights]
     final_norm: tuple[Tensor, Tensor | None]
     head: Weights
+    prompt: Tensor | None = None
+    prefix: Tensor | None = None
 
 
 @dataclass
@@ -76,6 +82,8 @@ class Shared:
     masks: Masks
     cache: list[tuple[Tensor, Tensor]] | None
     positions: Tensor | None = None
+    prefix: Iterator[tuple[Tensor, Tensor]] | None = None
+    """Of the layers that are still to come."""
 
 
 @dataclass(frozen=True)
@@ -111,20 +119,26 @@ class Decoder:
     def hidden_states(self, cache: list[tuple[Tensor, Tensor]] | None, positions: Tensor | None = None) -> Tensor:
         """Everything up to the last block; ``cache`` receives keys and values when transformers makes one, and
         ``positions`` are those of packed documents."""
+        before = self.weights.prefix and prefixes(self.ops, self.setup, self.weights.prefix)
         embedded = x = self._embedded()
         if self.counts_positions and positions is None:
             positions = position_ids(self.ops.tape, self.setup)
         masks = self._masks(x.itemsize)
         others = [self._rotary_tables(x.itemsize) for _ in range(1, self.shape.rotary_sets)]
-        shared = Shared(self._rotary_tables(x.itemsize), masks, cache, positions)
+        shared = Shared(self._rotary_tables(x.itemsize), masks, cache, positions, iter(before) if before else None)
+        del before
         resting = Shared(None, masks, cache, positions)
         if self.setup.activation_checkpointing and self.setup.checkpoints_reentrantly:
             self.arguments = shared.rotary
+        self._named = (*self._named, embedded, positions, others, shared.rotary, masks)
+        return self.through_blocks(x, shared, resting)
+
+    def through_blocks(self, x: Tensor, shared: Shared, resting: Shared) -> Tensor:
+        """All blocks, one after the other; ``resting`` is for those that rotate nothing."""
         pause = self.shape.rotary_pause
         for number, block in enumerate(self.weights.blocks, start=1):
             block.slides = self.shape.slides(number - 1)
-            x = self._block(x, block, resting if pause and number % pause == 0 else shared)
-        self._named = (*self._named, embedded, positions, others, shared.rotary, masks)
+            x = self.block(x, block, resting if pause and number % pause == 0 else shared)
         return x
 
     def logits(self, normalised: Tensor) -> Tensor:
@@ -146,6 +160,8 @@ class Decoder:
 
     def _embedded(self) -> Tensor:
         ops, shape, setup = self.ops, self.shape, self.setup
+        if self.weights.prompt is not None:
+            return prompted(ops, setup, self.weights.embedding, self.weights.prompt)
         x = ops.embedding(self.weights.embedding, setup.tokens, shape.hidden_size)
         if shape.model_type in SCALED_EMBEDDINGS:
             x = ops.scale(x, "embeddings")
@@ -190,12 +206,17 @@ class Decoder:
         if setup.padded or setup.packed:
             mask = tape.new(copies * one, BOOL, "attention_mask")
             return Masks(mask, mask)
+        if virtual := virtual_tokens(setup, PREFIX):  # queries are fewer than keys
+            mask = tape.new(setup.seq_len * (setup.seq_len + virtual), BOOL, "attention_mask")
+            return Masks(mask, mask)
         windowed = act.window_masks(shape, seq_len=setup.seq_len, attention=setup.attention)
         return Masks(None, tape.new(setup.seq_len**2, BOOL, "attention_mask") if windowed else None)
 
     # --- one block --------------------------------------------------------------------------------------------------
 
-    def _block(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
+    def block(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
+        """One block, which is computed again in backward where activations are checkpointed."""
+
         def region(inner: Tensor) -> Tensor:
             outer = self._layer(inner, block, shared)
             if self.ops.tape.phase == "backward":  # recomputed: an autocast of its own, now over
@@ -272,6 +293,11 @@ class Decoder:
     def _linear(self, x: Tensor, block: BlockWeights, key: LayerKey) -> Tensor:
         """A linear layer, with what LoRA adds to it."""
         layer, lora = block.linears[key], block.lora.get(key)
+        if key[1] in block.factors:
+            factor = block.factors[key[1]]
+            if key[0] == "ffn":
+                return self.ops.linear(scaled(self.ops, x, factor, before=True), layer, key[0])
+            return scaled(self.ops, self.ops.linear(x, layer, key[0]), factor, before=False)
         if lora is None:
             return self.ops.linear(x, layer, key[0])
         if isinstance(layer, QuantizedWeights):
@@ -378,8 +404,15 @@ class Decoder:
         q, k, v = self._query_key_value(x, block, masked=mask is not None)
         if shared.rotary is not None:
             q, k = self._rotated(q, k, shared.rotary)
-        if shared.cache is not None:
+        if shared.prefix is not None:
+            before_k, before_v = next(shared.prefix)
+            k = self.ops.concatenate((before_k, k), "attention")
+            v = self.ops.concatenate((before_v, v), "attention")
+            self._named = (*self._named, k, v)  # in the cache
+            del before_k, before_v
+        elif shared.cache is not None:
             k, v = self._cached(k, k.itemsize), self._cached(v, k.itemsize)
+        if shared.cache is not None:
             shared.cache.append((k, v))
         attention = SelfAttention(self.ops, self.setup)
         output, probabilities = attention.attend(q, k, v, mask=mask, cached=shared.cache is not None)

@@ -1,6 +1,7 @@
 """What optimizers make on the device: states at the first step, and temporaries at each.
 
-torch's AdamW, SGD and Muon, transformers' Adafactor, and bitsandbytes' AdamW and Lion in 8 and 32 bits, paged or not.
+torch's AdamW, SGD and Muon, transformers' Adafactor, bitsandbytes' AdamW and Lion in 8 and 32 bits, paged or not, and
+GaLore's and APOLLO's own packages.
 Each is written as the library's own step runs; ``tests/runtime/trace`` holds torch's and transformers' against them.
 """
 
@@ -20,6 +21,8 @@ EIGHT_BIT_BLOCK = 256
 PAGED_MIN_NUMEL = 100_000
 """The paged optimizer leaves the states of smaller tensors on the device."""
 CODE_NUMBERS = 256
+LOW_RANKS: dict[OptimizerName, int] = {"galore": 128, "apollo": 256, "apollo-mini": 1}
+"""Ranks of projected gradients: GaLore's and APOLLO-Mini's as transformers sets them, APOLLO's as its authors do."""
 NEWTON_SCHULZ_STEPS = 5
 
 
@@ -84,6 +87,32 @@ class Optimizer:
         """Update every parameter that has a gradient."""
         self._update([index for index, each in enumerate(self.parameters) if each.gradient is not None])
 
+    def one_by_one(self) -> None:
+        """As the runtime's baselines on the emulated device: the norm of all gradients, then torch's AdamW without
+        multi-tensor kernels; a root and a quotient as large as the parameter, and the count of steps is on the device.
+        """
+        present = [index for index, each in enumerate(self.parameters) if each.gradient is not None]
+        sums = []
+        for index in present:
+            square = self.tape.like(self.parameters[index].tensor, "optimizer_temporary")
+            sums.append(self._temporary(1, FP32))
+            del square
+        stacked = self._temporary(len(sums), FP32)
+        del sums
+        total = self._temporary(1, FP32)
+        del stacked, total
+        for index in present:
+            if index not in self._states:
+                tensor = self.parameters[index].tensor
+                moments = [self._state(tensor.numel, tensor.itemsize) for _ in range(2)]
+                self._states[index] = [self._state(1, FP32), *moments]
+        quotient = None
+        for index in present:
+            root, divided = (self.tape.like(self.parameters[index].tensor, "optimizer_temporary") for _ in range(2))
+            quotient = divided  # the loop's name for the one before lasts until here
+            del root, divided
+        del quotient
+
     def in_backward(self) -> Callable[[Leaf], None]:
         """A hook that updates a parameter as soon as its gradient is there, and lets that go."""
         index_of = {id(each.tensor.node): index for index, each in enumerate(self.parameters)}
@@ -98,6 +127,9 @@ class Optimizer:
 
     def _update(self, indices: list[int]) -> None:
         updated = [(index, self._updated(index)) for index in indices]
+        if self.name in LOW_RANKS:
+            self._low_rank(updated)
+            return
         gradients = [self.tape.like(each, "optimizer_temporary") for index, each in updated if index in self._masters]
         for index, tensor in updated:
             if index not in self._states:
@@ -168,6 +200,63 @@ class Optimizer:
             negative = self._temporary(numel, FP32)
             del negative
         del gradient, weights, update
+
+    def _low_rank(self, updated: list[tuple[int, Tensor]]) -> None:
+        """galore-torch 1.0 and apollo-torch 1.0.3, one parameter after the other: the gradient of a matrix is projected
+        on ``rank`` directions of its smaller side, moments are of that size, and the step is made for the whole.
+
+        Names of the step hold what they name until the next parameter's is there.
+        """
+        low = denominator = step = None
+        for index, tensor in updated:
+            parameter = self.parameters[index]
+            low = None
+            projected = tensor.numel
+            if parameter.in_block:
+                rank = min(LOW_RANKS[self.name], min(parameter.shape))
+                projected = rank * max(parameter.shape)
+                if index not in self._states:
+                    self._states[index] = [self._directions(parameter, rank)]
+                low = self._temporary(projected, tensor.itemsize)
+            moments = self._states.setdefault(index, [])
+            if len(moments) < 2:
+                moments += [self._state(projected, tensor.itemsize) for _ in range(2)]
+            denominator = self._temporary(projected, tensor.itemsize)
+            step = self._temporary(projected, tensor.itemsize)
+            if parameter.in_block:
+                step = self._whole_step(tensor)
+        del low, denominator, step
+
+    def _directions(self, parameter: Parameter, rank: int) -> Tensor:
+        """What a gradient is projected on, ``rank`` by the smaller side: GaLore's by a singular value decomposition in
+        fp32, of which an fp32 matrix keeps a view, and so the whole square factor; APOLLO's at random."""
+        tensor, short, long = parameter.tensor, min(parameter.shape), max(parameter.shape)
+        wide = tensor if tensor.itemsize == FP32 else self._temporary(tensor.numel, FP32)
+        if self.name != "galore":
+            drawn = self._temporary(rank * short, FP32)
+            if tensor.itemsize == FP32:
+                return self._state(rank * short, FP32)
+            scaled = self._temporary(rank * short, FP32)
+            del drawn
+            directions = self._state(rank * short, tensor.itemsize)
+            del scaled, wide
+            return directions
+        factors = [self._state(short * short, FP32), self._temporary(short, FP32), self._temporary(long * short, FP32)]
+        diagonal = self._temporary(rank * rank, FP32)
+        product = self._temporary(rank * long, FP32)
+        del diagonal
+        if tensor.itemsize == FP32:
+            return factors[0]
+        directions = self._state(rank * short, tensor.itemsize)
+        del factors, product, wide
+        return directions
+
+    def _whole_step(self, tensor: Tensor) -> Tensor:
+        """GaLore projects back and scales; APOLLO scales the gradient itself, and from the second step on limits it."""
+        first = self._temporary(tensor.numel, tensor.itemsize)
+        second = self._temporary(tensor.numel, tensor.itemsize)
+        del first
+        return second
 
     def _orthogonalize(self, indices: list[int]) -> None:
         """Muon, one matrix after the other: Newton-Schulz steps in bf16 over the smaller side's products."""

@@ -28,14 +28,11 @@ def positions_from_labels(tape: Tape, setup: TrainingSetup) -> Tensor | None:
 
 
 def position_ids(tape: Tape, setup: TrainingSetup) -> Tensor:
-    """Position ids, and the question whether several sequences are packed in one, which is answered on the way."""
-    batch, length = setup.batch_size, setup.seq_len
-    counted = tape.new(length, INT64, "positions")
-    positions = tape.new(length, INT64, "positions")
+    """Position ids of sequences that are one document each; whether they are, the runtime says before transformers
+    asks."""
+    counted = tape.new(setup.seq_len, INT64, "positions")
+    positions = tape.new(setup.seq_len, INT64, "positions")
     del counted
-    if setup.model.learned_positions:
-        return positions
-    _whether_packed(tape, batch, length)
     return positions
 
 
@@ -129,12 +126,10 @@ def rotary_tables(ops: Operators, setup: TrainingSetup, numel: int, itemsize: in
 
 def eager_mask(tape: Tape, setup: TrainingSetup, itemsize: int, *, sliding: bool) -> Tensor:
     """Which key is not after which query, and from that what is added to scores. ``sliding``: nor too far before it,
-    for a second mask, before which the question of packed sequences is asked again."""
+    for a second mask."""
     if setup.packed:
         return block_mask(tape, setup, sliding=sliding, added=itemsize)
     length, category = setup.seq_len, "attention_mask"
-    if sliding:
-        _whether_packed(tape, setup.batch_size, length)
     ranges = _ranges(tape, setup.batch_size, length)
     near = _within_window(tape, length) if sliding else None
     allowed = tape.new(length**2, BOOL, category)

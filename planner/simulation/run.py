@@ -7,6 +7,7 @@ tens of milliseconds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,10 +20,13 @@ from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Tape, Tensor
 from meft.planner.simulation.decoder import SCALED_EMBEDDINGS, BlockWeights, Decoder, Lora, ModelWeights
 from meft.planner.simulation.formats import BF16, FP32, INT64, STORED
+from meft.planner.simulation.ladder import Laddered, LadderWeights, load_ladder
 from meft.planner.simulation.losses import Losses
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.optimizers import Optimizer, Parameter
+from meft.planner.simulation.peft import FACTORS, PROMPT, factor_sizes, has_closed_form, running, trained_sizes
 from meft.planner.simulation.stream import Stream, stream_peaks
+from meft.planner.terms.lengths import BatchShape
 from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK, stored_tensors_bytes
 
 NF4_CODE_NUMBERS = 16
@@ -40,16 +44,28 @@ _PARTS: dict[str, tuple[str, ...]] = {
 """Order of a block's modules where it is not attention, FFN, norms."""
 
 
-def simulate(setup: TrainingSetup, *, workspace_bytes: int = USUAL_BYTES, sums_in_place: bool = True) -> Stream:
+def simulate(
+    setup: TrainingSetup,
+    *,
+    workspace_bytes: int = USUAL_BYTES,
+    sums_in_place: bool = True,
+    shapes: Sequence[BatchShape] = (),
+) -> Stream:
     """The stream of a run of any method but MEFT, whose rows the runtime manages itself.
+
+    Two steps of the setup's own batch; or, with ``shapes``, as many as those micro-batches make.
 
     Raises :class:`ValueError` for MEFT.
     """
     if setup.method == "meft":
         raise ValueError("the simulated step knows the dense methods; MEFT has its own ledger")
+    if setup.method == "peft" and not has_closed_form(setup):
+        raise ValueError("this method of peft, or this setting of it, has no closed form: its code is traced")
+    if setup.emulated:
+        sums_in_place, workspace_bytes = False, 0
     tape = Tape(sums_in_place=sums_in_place)
     weights = Loader(tape, setup).load()
-    _Run(tape, setup, weights, workspace_bytes).steps()
+    _Run(tape, setup, weights, workspace_bytes).steps(shapes)
     return Stream(tuple(tape.events), dict(tape.moments))
 
 
@@ -208,6 +224,8 @@ class Loader:
 
     def _attach(self, weights: ModelWeights) -> None:
         setup = self.setup
+        if setup.peft is not None:
+            self._attach_peft(weights)
         for block in weights.blocks:
             if setup.method in ("lora", "qlora"):
                 for layer in linear_layers(self._shape):
@@ -219,6 +237,24 @@ class Loader:
                     Weights(hidden, width, self._trained(hidden * width)),
                     Weights(width, hidden, self._trained(hidden * width)),
                 )
+
+    def _attach_peft(self, weights: ModelWeights) -> None:
+        assert self.setup.peft is not None
+        kind, shape = self.setup.peft.enum_name, self._shape
+        if kind == FACTORS:
+            for block in weights.blocks:
+                block.factors = {name: self._factor(numel) for name, numel in factor_sizes(shape).items()}
+            return
+        (numel,) = trained_sizes(self.setup)
+        table = self._factor(numel)
+        if kind == PROMPT:
+            weights.prompt = table
+        else:
+            weights.prefix = table
+
+    def _factor(self, numel: int) -> Tensor:
+        """What ``peft`` makes in fp32 whatever the model's dtype."""
+        return self.tape.parameter(numel, FP32, "trainable_weights")
 
     def _lora(self, layer: Linear) -> Lora:
         rank = self.setup.rank or 0
@@ -247,23 +283,31 @@ class _Run:
     def __init__(self, tape: Tape, setup: TrainingSetup, weights: ModelWeights, workspace_bytes: int) -> None:
         autocast = None if setup.autocast == "none" else STORED[setup.autocast]
         self.tape = tape
-        self.setup = setup
-        self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes)
-        self.decoder = Decoder(self.ops, setup, weights, counts_positions=True)
+        self.asked, self.setup = setup, running(setup)
+        self.weights = weights
+        self.ladder: LadderWeights | None = None
+        self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes, cpu_kernels=setup.emulated)
+        self.decoder = self._new_decoder()
         self.trained = _trained(weights, setup)
+        if setup.method == "lst":
+            self.ladder = load_ladder(tape, setup)
+            tape.mark("attached")
+            self.decoder = self._new_decoder()
+            self.trained = self.ladder.parameters()
         self.optimizer = Optimizer(tape, setup.optimizer, self.trained, master_weights=setup.master_weights)
         if setup.optimizer_in_backward:
             tape.on_gradient = self.optimizer.in_backward()
 
-    def steps(self) -> None:
+    def steps(self, shapes: Sequence[BatchShape]) -> None:
         """Optimizer steps of ``grad_accum`` micro-batches each."""
         outputs: _Outputs | None = None
         inputs: tuple[Tensor, ...] = ()
-        for step in range(1, NUM_STEPS + 1):
-            for _ in range(1 if step == 1 else min(self.setup.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
+        for step, micro_batches in enumerate(self._planned(shapes), start=1):
+            for shape in micro_batches:
+                self._take(shape)
                 self._phase("forward")
                 num_inputs = 3 if self.setup.packed else 2
-                inputs = tuple(self.tape.new(self.setup.tokens, INT64, "inputs") for _ in range(num_inputs))
+                inputs = tuple(self.tape.new(self.asked.tokens, INT64, "inputs") for _ in range(num_inputs))
                 outputs = self._forward()
                 self.tape.mark(f"forward_{step}")
                 if not self.setup.outputs_kept:
@@ -274,22 +318,53 @@ class _Run:
                     outputs = None
             self.tape.mark(f"backward_{step}")
             self._phase("optimizer_step")
-            self.optimizer.step()
+            if self.setup.emulated:
+                self.optimizer.one_by_one()
+            else:
+                self.optimizer.step()
             self.tape.mark(f"updated_{step}")
             self._zero_gradients()
             self.tape.mark(f"optimizer_step_{step}")
         del outputs, inputs
 
+    def _new_decoder(self) -> Decoder:
+        if self.ladder is not None:
+            return Laddered(self.ops, self.setup, self.weights, counts_positions=True, ladder=self.ladder)
+        return Decoder(self.ops, self.setup, self.weights, counts_positions=True)
+
+    def _planned(self, shapes: Sequence[BatchShape]) -> list[Sequence[BatchShape]]:
+        """The shapes of each step's micro-batches."""
+        accum, asked = self.asked.grad_accum, self.asked
+        if shapes:
+            return [shapes[start : start + accum] for start in range(0, len(shapes), accum)]
+        own = BatchShape(asked.batch_size, asked.seq_len, asked.padded)
+        return [[own], *([[own] * min(accum, MICRO_BATCHES_THAT_DIFFER)] * (NUM_STEPS - 1))]
+
+    def _take(self, shape: BatchShape) -> None:
+        """The next batch is of this shape."""
+        asked = self.asked
+        if shape != BatchShape(asked.batch_size, asked.seq_len, asked.padded):
+            self.asked = asked.model_copy(update=vars(shape))
+            self.setup = running(self.asked)
+            self.decoder = self._new_decoder()
+
     def _forward(self) -> _Outputs:
         setup = self.setup
-        cache: list[tuple[Tensor, Tensor]] | None = None if setup.activation_checkpointing or setup.packed else []
+        no_cache = setup.activation_checkpointing or setup.emulated or setup.packed or setup.method == "lst"
+        cache: list[tuple[Tensor, Tensor]] | None = None if no_cache else []
+        longer = self.tape.new(setup.tokens, INT64, "inputs") if setup is not self.asked else None
         hidden = self.decoder.hidden_states(cache)
         self._phase("loss")
-        labels = self.tape.new(setup.tokens, INT64, "inputs")
+        padded = setup.batch_size if setup.emulated else 0
+        labels = [self.tape.new(setup.tokens + padded, INT64, "inputs")]
+        if setup.emulated and setup.batch_size > 1:
+            labels.append(self.tape.new(setup.tokens, INT64, "inputs"))  # a view otherwise, contiguous as it is
         hidden = self.decoder.final_hidden(hidden)  # the model holds it until it returns
         loss, logits = Losses(self.ops, self.decoder, setup).of(hidden)
         self.ops.leave_autocast()
-        del labels
+        del labels, longer
+        if setup.emulated:
+            loss = self.ops.scale(loss, "loss_chain")
         arguments, self.decoder.arguments = self.decoder.arguments, None
         return _Outputs(loss, logits, cache, arguments)
 
@@ -310,7 +385,8 @@ def _trained(weights: ModelWeights, setup: TrainingSetup) -> list[Parameter]:
         for lora in block.lora.values():
             found += [_matrix(lora.down), _matrix(lora.up)]
         found += [_matrix(layer) for layer in block.adapter or ()]
-    return found
+        found += _vectors(*block.factors.values())
+    return [*found, *_vectors(weights.prompt, weights.prefix)]
 
 
 def _matrix(layer: Weights) -> Parameter:

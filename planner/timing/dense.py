@@ -16,6 +16,7 @@ from meft.planner.models.linears import Linear, linear_layers
 from meft.planner.records.plan import Request
 from meft.planner.records.profiles import GpuProfile, LinkProfile
 from meft.planner.records.setup import TrainingSetup
+from meft.planner.simulation.peft import running
 from meft.planner.timing import gpu as gpu_timing
 from meft.planner.timing.gpu import GpuRates
 from meft.planner.timing.step import copy_seconds
@@ -40,12 +41,12 @@ def dense_step_seconds(*, setup: TrainingSetup, request: Request, gpu: GpuProfil
 
     Autocast, 8-bit optimizers and fused losses are taken to need the time of the plain run.
     """
-    request = _as_set_up(request, setup)
+    request = _as_set_up(request, running(setup))
     rates, num_layers = gpu_timing.gpu_rates(gpu, request), setup.model.num_layers
     added = _added(setup, request, rates)
     forward = gpu_timing.attention_seconds(request, rates) + gpu_timing.ffn_seconds(request, rates) + added.forward
-    # A parallel adapter starts the graph at layer 0: below it nothing needs a gradient.
-    frozen_layers = num_layers - 1 if setup.method == "parallel-adapter" else num_layers
+    # A parallel adapter starts the graph at layer 0: below it nothing needs a gradient. A ladder is beside all layers.
+    frozen_layers = {"parallel-adapter": num_layers - 1, "lst": 0}.get(setup.method, num_layers)
     return (
         _input_seconds(request, link)
         + gpu_timing.embedding_seconds(request, rates)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from meft.planner.base.quantities import (
 )
 from meft.planner.records.candidates import Candidates, same_for_all
 from meft.planner.records.plan import Decision, Request, Timing
-from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile
+from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, sourced_numbers
 from meft.planner.timing.chrome import Event
 from meft.planner.timing.gpu import (
     ADAMW_ARRAYS,
@@ -58,9 +58,12 @@ from meft.planner.traffic.transfer import (
     input_bytes,
     probe_bytes,
     query_bytes,
+    router_gradient_bytes,
     row_bytes,
     row_expert_bytes,
 )
+
+P = TypeVar("P", GpuProfile, LinkProfile, HostProfile)
 
 WRITTEN_THROUGH_CACHE = 2
 """Bytes over the memory bus for each that an ordinary store writes: its line is read first."""
@@ -110,7 +113,7 @@ def accumulate_seconds(host: HostProfile, *, active_rows: Ints, hidden_size: int
     return num_bytes / host.scatter_bytes_per_second.value + host.overhead_seconds_per_layer.value
 
 
-def adamw_seconds(host: HostProfile, *, rows: Ints, hidden_size: int, bf16_copy: bool = False) -> Floats:
+def adamw_seconds(host: HostProfile, *, rows: Ints | Floats, hidden_size: int, bf16_copy: bool = False) -> Floats:
     """AdamW on touched rows of the fp32 tables, and the copy's rows written in the same pass, through the cache.
 
     Measured on small-2core: 1.11 to 1.26 of the time without a copy, where this says 1.14.
@@ -118,6 +121,53 @@ def adamw_seconds(host: HostProfile, *, rows: Ints, hidden_size: int, bf16_copy:
     copied_bytes = bf16_copy * BF16_BYTES * WRITTEN_THROUGH_CACHE
     num_bytes = rows * 2 * hidden_size * (ADAMW_ARRAYS * MASTER_BYTES + copied_bytes)
     return num_bytes / host.adamw_bytes_per_second.value
+
+
+# --- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def shared_rates(
+    request: Request, gpu: GpuProfile, link: LinkProfile, host: HostProfile
+) -> tuple[GpuProfile, LinkProfile, HostProfile]:
+    """What one of several ranks has while all work: its share of the host's rates, and of a link that cards share.
+
+    The emulated device and its link are the host's cores and memory, so they are divided too.
+    """
+    ranks = request.gpus
+    if ranks == 1:
+        return gpu, link, host
+    on_host = gpu.shares_host_cores
+    cards = ranks if on_host else min(ranks, request.gpus_per_link)
+    return (_divided(gpu, ranks) if on_host else gpu), _divided(link, cards), _divided(host, ranks)
+
+
+def _divided(profile: P, by: int) -> P:
+    """The profile with every rate divided."""
+    rates = {
+        name: number.model_copy(update={"value": number.value / by})
+        for name, number in sourced_numbers(profile)
+        if name.endswith("_per_second")
+    }
+    return profile.model_copy(update=rates)
+
+
+def exchange_seconds(request: Request, link: LinkProfile, candidates: Candidates) -> Floats:
+    """A step's share of what ranks exchange of the routers: gradients to the host, and the window's sums back.
+
+    Row gradients are added up as they land, by the host's lane, as for one rank; so are these, which are few.
+    """
+    latency, layers = link.latency_seconds.value, request.model.num_layers
+    one_way = router_gradient_bytes(
+        num_layers=layers,
+        num_experts=candidates.num_experts,
+        hidden_size=request.model.hidden_size,
+        key_experts=candidates.key_experts,
+        gpus=request.gpus,
+    )
+    some = one_way > 0
+    sent = copy_seconds(one_way, rate=link.d2h_bytes_per_second.value, latency=layers * latency)
+    back = copy_seconds(one_way, rate=link.h2d_bytes_per_second.value, latency=layers * latency)
+    return some * (sent + back / request.rounds)
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
@@ -174,8 +224,9 @@ def step_costs_of_choices(
 ) -> list[list[StepCosts]]:
     """:func:`step_costs` of the candidates by whether the host keeps a bf16 copy and by whether rows are retained. The
     first is the host's affair and the second the link's: each lane's costs are the same objects for all of the rest."""
+    gpu, link, host = shared_rates(request, gpu, link, host)
     on_device = same_for_all(candidates.gradients_on_device)
-    moved = _moved_rows(active_rows, cached, on_device, request.grad_accum, hot)
+    moved = _moved_rows(active_rows, cached, on_device, request.rounds, hot)
     window_rows: Ints = (window_active_rows if hot is None else window_active_rows - hot.in_window).sum(axis=0)
     of_gpu = _gpu_costs(request, gpu_rates(gpu, request), candidates, moved)
     of_link = [_link_costs(request, link, replace(candidates, retained=choice), moved) for choice in retained]
@@ -210,7 +261,7 @@ def _hot_update(request: Request, gpu: GpuProfile, link: LinkProfile, host: Host
         latency=(num_layers + 1) * link.latency_seconds.value,
     )
     written = 2 * keys / host.gather_bytes_per_second.value + num_layers * host.overhead_seconds_per_layer.value
-    return _HotUpdate(adamw / request.grad_accum, sent / request.grad_accum, written / request.grad_accum)
+    return _HotUpdate(adamw / request.rounds, sent / request.rounds, written / request.rounds)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -290,7 +341,7 @@ def _gpu_costs(request: Request, rates: GpuRates, candidates: Candidates, moved:
         loss_head=loss_head_seconds(request, rates),
         adapter_backward=np.asarray(adapter_backward_seconds(rates, routed, active_rows=rows)),
         frozen_backward=frozen_backward_seconds(request, rates),
-        router_adamw=router_adamw_seconds(rates, routed, num_layers=request.model.num_layers) / request.grad_accum,
+        router_adamw=router_adamw_seconds(rates, routed, num_layers=request.model.num_layers) / request.rounds,
         assemble=np.asarray(assemble_seconds(rates, routed, active_rows=moved.assembled) * moved.has_places),
         sum_gradients=np.asarray(
             sum_gradients_seconds(rates, routed, rows=moved.added) * (moved.gradients_on_device or moved.hot.any())
@@ -317,7 +368,7 @@ def _link_costs(request: Request, link: LinkProfile, candidates: Candidates, mov
     hits = row_expert_bytes(active_rows=moved.active - moved.missing)
     places = moved.has_places * copy_seconds(hits, rate=h2d, latency=latency)
     sums = moved.gradients_on_device * copy_seconds(
-        bytes_of(moved.summed), rate=d2h_backward, latency=latency / request.grad_accum
+        bytes_of(moved.summed), rate=d2h_backward, latency=latency / request.rounds
     )
     return LinkSeconds(
         inputs=copy_seconds(input_bytes(tokens=tokens), rate=h2d, latency=INPUT_COPIES * latency),
@@ -327,7 +378,8 @@ def _link_costs(request: Request, link: LinkProfile, candidates: Candidates, mov
         loss=copy_seconds(LOSS_BYTES, rate=d2h, latency=latency),
         rows_refetched=np.asarray(copy_seconds(bytes_of(moved.overflow), rate=h2d_backward, latency=latency)),
         row_gradients=np.asarray(copy_seconds(bytes_of(moved.gradients), rate=d2h_backward, latency=latency) + sums),
-        router_norm=key_experts * copy_seconds(NORM_BYTES, rate=d2h, latency=latency) / request.grad_accum,
+        router_norm=key_experts * copy_seconds(NORM_BYTES, rate=d2h, latency=latency) / request.rounds
+        + exchange_seconds(request, link, candidates),
     )
 
 
@@ -341,6 +393,7 @@ def _host_costs(
     hidden_size, element_bytes = request.model.hidden_size, ADAPTER_DTYPE_BYTES[request.adapter_dtype]
     tokens, probes, experts = request.tokens_per_step, candidates.num_probes, candidates.num_experts
     copied = same_for_all(candidates.bf16_copy) and request.adapter_dtype == "bf16"
+    of_owner = window_rows if request.gpus == 1 else window_rows / request.gpus
 
     def gather(rows: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.asarray(
@@ -367,7 +420,7 @@ def _host_costs(
                 adapter_dtype_bytes=element_bytes,
             )
         ),
-        adamw=adamw_seconds(host, rows=window_rows, hidden_size=hidden_size, bf16_copy=copied) / request.grad_accum,
+        adamw=adamw_seconds(host, rows=of_owner, hidden_size=hidden_size, bf16_copy=copied) / request.rounds,
     )
 
 
@@ -423,5 +476,5 @@ def step_timing(
         baseline_step_seconds=baseline,
         slowdown=seconds / baseline,
         busy_seconds={lane: float(busy) for lane, busy in step.busy_seconds.items()},
-        tokens_per_second=request.tokens_per_step / seconds,
+        tokens_per_second=request.gpus * request.tokens_per_step / seconds,
     )

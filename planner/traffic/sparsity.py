@@ -326,7 +326,7 @@ def predict_sparsity(profile: SparsityProfile, *, request: Request, decision: De
     cached: dict[str, tuple[int, ...]] = {}
     if decision.cached_rows:
         rows = window_rows(
-            profile, num_layers, tokens=tokens, grad_accum=request.grad_accum, candidates=Candidates.of(decision)
+            profile, num_layers, tokens=tokens, grad_accum=request.rounds, candidates=Candidates.of(decision)
         )
         cached = {
             "missing_rows_per_layer": tuple(rows.missing.tolist()),

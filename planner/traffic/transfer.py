@@ -23,6 +23,10 @@ Hot rows are on the device for good: they are never missing, and neither they no
 their places go with the others. Once per optimizer step the host is told all their keys, by which it chooses rows
 (``hot_keys``, ``4*D`` each of the ``H`` per layer), and the squared norm of their gradients (``hot_norm``, 8 bytes).
 
+Where several ranks train together all of this is over the link of each, and with Key-Experts the routers' gradients go
+to the host in every step and their sums come back once per optimizer step: ``router_gradients``, ``L * N*D*4`` either
+way. They are summed there, in the order of ranks.
+
 Letters: ``T`` tokens, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per layer, ``A_l`` active rows of layer
 ``l``, ``P`` probes, ``p`` prefetch depth. Active rows are ``[L]`` for one decision, ``[L, candidates]`` for many.
 """
@@ -36,7 +40,14 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, INDEX_BYTES, Flags, Ints
+from meft.planner.base.quantities import (
+    ADAPTER_DTYPE_BYTES,
+    COMPUTE_DTYPE_BYTES,
+    INDEX_BYTES,
+    MASTER_BYTES,
+    Flags,
+    Ints,
+)
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, Direction, Request, Transfer, TransferEntry
 from meft.planner.traffic.hot_rows import HOT_NORM_BYTES, hot_key_bytes
@@ -62,6 +73,7 @@ _BECAUSE = {
     "loss": "the loss, one fp32 number",
     "hot_keys": "keys of the hot rows, which the device updates and the host chooses by, fp32",
     "hot_norm": "squared norm of the hot rows' gradients, one fp64 number for global clipping",
+    "router_gradients": "several ranks: the routers' gradients, fp32, to be summed on the host, and the sums",
     "router_norm": "squared norm of the routers' gradients, one fp32 number for global clipping",
 }
 
@@ -107,6 +119,29 @@ def refetched_rows(*, active_rows: NDArray[np.int64], prefetch_depth: Ints, refe
     left_the_ring = (layers < num_layers - 1 - prefetch_depth) & refetched
     rows = np.where(left_the_ring, active_rows, 0).sum(axis=0)
     return int(rows) if rows.ndim == 0 else rows
+
+
+def router_gradient_bytes(
+    *, num_layers: Ints, num_experts: Ints, hidden_size: Ints, key_experts: Flags, gpus: int
+) -> Ints:
+    """The routers' gradients, fp32 ``[N, D]`` per layer, one way; none for one rank, whose device keeps them."""
+    return (gpus > 1) * key_experts * num_layers * num_experts * hidden_size * MASTER_BYTES
+
+
+def router_gradients_of(request: Request, decision: Decision) -> int:
+    """The same of a decision."""
+    return int(_router_gradients(request, Candidates.of(decision)))
+
+
+def _router_gradients(request: Request, candidates: Candidates) -> Ints:
+    shape = request.model
+    return router_gradient_bytes(
+        num_layers=shape.num_layers,
+        num_experts=candidates.num_experts,
+        hidden_size=shape.hidden_size,
+        key_experts=candidates.key_experts,
+        gpus=request.gpus,
+    )
 
 
 def whole_adapter_bytes(*, num_layers: Ints, adapter_width: Ints, hidden_size: Ints, adapter_dtype_bytes: Ints) -> Ints:
@@ -157,6 +192,7 @@ def step_bytes_by_category(*, request: Request, candidates: Candidates, rows: St
         ("d2h", "row_gradients"): row_bytes(
             active_rows=gradients, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype
         ),
+        ("d2h", "router_gradients"): _router_gradients(request, candidates),
         ("d2h", "loss"): LOSS_BYTES,
     }
 
@@ -169,10 +205,11 @@ def step_bytes(categories: Categories) -> tuple[Ints, Ints]:
 
 
 def optimizer_step_bytes(
-    *, key_experts: Flags, window_gradients: Ints = 0, hot_keys: Ints = 0
+    *, key_experts: Flags, window_gradients: Ints = 0, hot_keys: Ints = 0, router_gradients: Ints = 0
 ) -> dict[tuple[Direction, str], Ints]:
-    """Bytes of one optimizer step by category, zeros included; ``window_gradients`` and ``hot_keys`` in bytes."""
+    """Bytes of one optimizer step by category, zeros included; all but the first in bytes."""
     return {
+        ("h2d", "router_gradients"): router_gradients,
         ("d2h", "router_norm"): NORM_BYTES * key_experts,
         ("d2h", "window_gradients"): window_gradients,
         ("d2h", "hot_keys"): hot_keys,
@@ -201,7 +238,7 @@ def window_bytes(
     rows: StepRows,
     kept_rows: NDArray[np.int64] | None = None,
 ) -> Ints:
-    """Both directions of an accumulation window, its optimizer step included, for the search; rows ``[L, ...]``.
+    """Both directions of a rank's accumulation window, its optimizer step included, for the search; rows ``[L, ...]``.
 
     ``kept_rows`` are those that the window keeps on the device.
     """
@@ -212,8 +249,15 @@ def window_bytes(
     sums = row_bytes(active_rows=summed, hidden_size=hidden_size, adapter_dtype_bytes=e)
     keys = hot_key_bytes(num_layers=num_layers, hidden_size=hidden_size, hot_rows=candidates.hot_rows)
     step = step_bytes(categories)
-    once = step_bytes(optimizer_step_bytes(key_experts=candidates.key_experts, window_gradients=sums, hot_keys=keys))
-    total: Ints = request.grad_accum * (step[0] + step[1]) + once[0] + once[1]
+    once = step_bytes(
+        optimizer_step_bytes(
+            key_experts=candidates.key_experts,
+            window_gradients=sums,
+            hot_keys=keys,
+            router_gradients=_router_gradients(request, candidates),
+        )
+    )
+    total: Ints = request.rounds * (step[0] + step[1]) + once[0] + once[1]
     return total
 
 
@@ -256,6 +300,7 @@ def step_transfer(
             request=request, decision=decision, kept_rows_per_layer=kept_rows_per_layer
         ),
         hot_keys=hot_keys_of(request=request, decision=decision),
+        router_gradients=router_gradients_of(request, decision),
     )
     optimizer_h2d, optimizer_d2h = step_bytes(once)
     whole = whole_adapter_bytes(
@@ -270,7 +315,7 @@ def step_transfer(
         d2h_bytes_per_step=int(d2h),
         h2d_bytes_per_optimizer_step=int(optimizer_h2d),
         d2h_bytes_per_optimizer_step=int(optimizer_d2h),
-        whole_adapter_offload_ratio=float(whole / (h2d + d2h + (optimizer_h2d + optimizer_d2h) / request.grad_accum)),
+        whole_adapter_offload_ratio=float(whole / (h2d + d2h + (optimizer_h2d + optimizer_d2h) / request.rounds)),
     )
 
 

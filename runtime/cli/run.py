@@ -8,9 +8,6 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,22 +20,24 @@ from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
 from meft.planner.base.version import VERSION
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
+from meft.runtime.cli.baseline import baseline_command
+from meft.runtime.cli.compare import compare_command
 from meft.runtime.cli.data import data_options, prepare_command, reading_options
+from meft.runtime.cli.display import display_of
 from meft.runtime.cli.export import export_command
-from meft.runtime.cli.pace import Pace
 from meft.runtime.cli.prune import prune_command
 from meft.runtime.cli.use import adapter_folder, evaluate_command, evaluation_options, generate_command
 from meft.runtime.data.metrics import evaluation_line
+from meft.runtime.ranks.launch import launch, ranks_here, wait_for_first_rank
 from meft.runtime.training.interrupts import Interrupts, no_interrupt_ignored
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
-    from meft.runtime.training.runner import Display, RunOptions
+    from meft.runtime.training.options import RunOptions
     from meft.runtime.use.evaluation import EvaluationOptions
 
 DEFAULT_COMMAND = "train"
 EXIT_INTERRUPTED = 130
 INTERRUPTED = "interrupted; the last checkpoint is in the output folder, if one was due"
-LINES_WITHOUT_TERMINAL = 10
 _PATH = click.Path(path_type=Path)
 _LABELS = {
     "device_allocated_bytes": "device memory, allocated peak",
@@ -98,6 +97,11 @@ class RunGroup(click.Group):
 @click.option("--overwrite", is_flag=True, help="Replace the adapter and checkpoints of an earlier run there.")
 @click.option("--adapter", type=_PATH, help="Start from this trained adapter instead of a fresh one.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "emulated"]), default="auto", show_default=True)
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    help="Ranks on this machine, each with a device, that share one host store.  [default: the plan's]",
+)
 @click.option("--gpu-mem", help="Another device budget than the plan's, e.g. 20GiB.")
 @click.option("--rehearse", is_flag=True, help="One step under fake tensors: books without weights, data or GPU.")
 @click.option(
@@ -173,14 +177,21 @@ def train_command(noted: Interrupts | None, /, plan: Path, as_json: bool, rehear
     with (noted or Interrupts()).installed() as interrupts:
         interrupts.check()
         loaded = Plan.load(plan)
+        gpus = _ranks_to_launch(given.pop("gpus"), loaded, rehearse=rehearse)
         if given["adapter"] is not None:
             given["adapter"] = adapter_folder(given["adapter"])
         options = _options(given)
-        from meft.runtime.training.runner import run_rehearsal, run_training
+        from meft.runtime.training.runner import check_run, run_rehearsal, run_training
 
         interrupts.check()
-        with _display(interrupts) as display:
+        if gpus > 1:
+            check_run(loaded, options, ranks=gpus)
+            sys.exit(launch(sys.argv[1:], ranks=gpus))
+        with display_of(interrupts) as display:
             report = (run_rehearsal if rehearse else run_training)(loaded, options, display)
+        if report is None:
+            interrupts.check_trained()
+            return
         if as_json:
             click.echo(report.to_json(), nl=False)
         else:
@@ -188,9 +199,31 @@ def train_command(noted: Interrupts | None, /, plan: Path, as_json: bool, rehear
         interrupts.check_trained()
 
 
+def _ranks_to_launch(given: int | None, plan: Plan, *, rehearse: bool) -> int:
+    """How many ranks this process begins; 1 where it is one of several already, or rehearses a rank's step."""
+    present = ranks_here()
+    if rehearse or present > 1:
+        if present > 1 and given not in (None, present):
+            raise UsageError(f"--gpus {given}: torchrun began {present} ranks; leave --gpus out, or give {present}")
+        return 1
+    return given or plan.request.gpus
+
+
+COMMANDS = [
+    train_command,
+    baseline_command,
+    compare_command,
+    evaluate_command,
+    generate_command,
+    prepare_command,
+    export_command,
+    prune_command,
+]
+
+
 @click.group(
     cls=RunGroup,
-    commands=[train_command, evaluate_command, generate_command, prepare_command, export_command, prune_command],
+    commands=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"]},
     options_metavar="",
     subcommand_metavar="PLAN [OPTIONS] | COMMAND [OPTIONS]",
@@ -227,6 +260,7 @@ def run_command(command: click.Command, program: str, *, interrupted: str, obj: 
         said = one_line(error, program=program, default_command=DEFAULT_COMMAND, arguments=sys.argv[1:])
         _fail(program, said, error.exit_code)
     except Exception as error:
+        wait_for_first_rank()
         known = missing_package(error) or error
         if isinstance(known, MeftError):
             _fail(program, str(known), known.exit_code)
@@ -295,7 +329,7 @@ def _shown(row: Comparison, value: float) -> str:
 
 def _options(given: dict[str, Any]) -> RunOptions:
     from meft.runtime.host.optimizer import AdamWSettings
-    from meft.runtime.training.runner import DEFAULT_STEPS, Length, RunOptions
+    from meft.runtime.training.options import DEFAULT_STEPS, Length, RunOptions
     from meft.runtime.training.training import TrainingOptions
 
     given |= reading_options(given)
@@ -340,42 +374,6 @@ def _evaluation(given: dict[str, Any]) -> EvaluationOptions | None:
         options = "--metric, --eval-limit, --eval-every, --rows-per-token and --min-score"
         raise UsageError(f"{options} belong to --eval; say what to evaluate on")
     return None
-
-
-@contextmanager
-def _display(interrupts: Interrupts) -> Iterator[Display]:
-    """A progress bar on a terminal, about ten lines elsewhere; all on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    from meft.runtime.training.runner import Display
-    from meft.runtime.training.training import Progress as Step
-
-    console = Console(stderr=True, highlight=False)
-
-    def say(text: str) -> None:
-        console.print(f"meft-run: {text}", soft_wrap=True, markup=False)
-
-    pace = Pace(time.monotonic)
-    if not console.is_terminal:
-
-        def line(step: Step) -> None:
-            told = pace.told(step.step, step.total_steps)
-            every = max(1, step.total_steps // LINES_WITHOUT_TERMINAL)
-            if step.step % every == 0 or step.step in (1, step.total_steps):
-                say(f"step {step.step}/{step.total_steps} loss {step.loss:.4f}{told}")
-
-        yield Display(say, line, interrupts)
-        return
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=None, loss="-", visible=False)
-
-        def advance(step: Step) -> None:
-            told = pace.told(step.step, step.total_steps)
-            bar.update(task, total=step.total_steps, completed=step.step, loss=f"{step.loss:.4f}{told}", visible=True)
-
-        yield Display(say, advance, interrupts)
 
 
 def _fail(program: str, message: str, exit_code: int) -> NoReturn:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # torch is loaded only once there is something to do
 
 ADAPTER_FOLDER = "adapter"
 """Of a run's output folder, where its trained adapter is."""
-ADAPTER_CONFIGS = ("meft_config.json", "adapter_config.json")
-"""What an adapter's folder has: the one, and that of older versions."""
+ADAPTER_CONFIGS = ("meft_config.json", "adapter_config.json", "meft_method.json")
+"""What an adapter's folder has: MEFT's, that of older versions and of peft, and that of methods peft has not."""
 _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
 _ROWS_PER_TOKEN = click.option(
@@ -88,9 +88,9 @@ def evaluate_command(
     TASK is a file of questions and answers in any format that --data reads (docs/data.md), or a name: airports,
     factbook, capitals, elements, bfcl, gsm-symbolic.
     """
+    from meft.runtime.methods.generating import generator_of
     from meft.runtime.session.model_loading import load_tokenizer
     from meft.runtime.use.evaluation import EvaluationOptions, make_evaluator
-    from meft.runtime.use.generation import ModelGenerator
 
     show, seed = given.pop("show"), given.pop("seed")
     folder = base_folder(model)
@@ -98,7 +98,7 @@ def evaluate_command(
     answered: list[tuple[str, str]] = []
     evaluator = evaluator.listening(lambda prompt, answer: answered.append((prompt, answer)))
     rows = {name: given[name] for name in ("rows_per_token", "min_score")}
-    generator = ModelGenerator(_model(folder, adapter, device, rows))
+    generator = generator_of(_model(folder, adapter, device, rows))
     result = evaluator.evaluate(generator, optimizer_steps=0)
     for prompt, answer in answered[:show]:
         click.echo(f"? {prompt}\n> {answer.strip()}")
@@ -123,15 +123,16 @@ def generate_command(
     **rows: Any,
 ) -> None:
     """Continue PROMPT greedily; without it, each line of standard input is a prompt and each answer one line."""
+    from meft.runtime.methods.generating import generator_of
     from meft.runtime.session.model_loading import load_tokenizer
-    from meft.runtime.use.generation import GenerationOptions, ModelGenerator, answers
+    from meft.runtime.use.generation import GenerationOptions, answers
 
     prompts = [prompt] if prompt is not None else [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise UsageError("PROMPT: nothing to answer; give a prompt, or lines on standard input")
     folder = base_folder(model)
     tokenizer = load_tokenizer(folder)
-    generator = ModelGenerator(_model(folder, adapter, device, rows))
+    generator = generator_of(_model(folder, adapter, device, rows))
     said = answers(generator, tokenizer, prompts, GenerationOptions(max_new_tokens=max_new_tokens, raw=raw))
     for answer in said:
         click.echo(answer if prompt is not None else " ".join(answer.split()))
@@ -171,6 +172,7 @@ def placed_on(device: str | None) -> str:
 
 def _model(folder: Path, adapter: Path | None, device: str | None, rows: dict[str, Any]) -> nn.Module:
     """The base model on its device, with the adapter beside it if there is one, of which a token meets ``rows``."""
+    from meft.runtime.methods.saving import holds_method, load_method
     from meft.runtime.use.adapter_model import AdapterModel
     from meft.runtime.use.saved import load_base
 
@@ -180,7 +182,12 @@ def _model(folder: Path, adapter: Path | None, device: str | None, rows: dict[st
     place, where = placed_on(device), None if adapter is None else adapter_folder(adapter)
     base = load_base(folder)
     placed: nn.Module = base
-    if where is not None:
+    if where is not None and holds_method(where):
+        for name, value in rows.items():
+            if value is not None:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: chooses rows of a MEFT adapter; this is none")
+        placed = load_method(base, where)
+    elif where is not None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             placed = AdapterModel.from_pretrained(base, where, **rows)

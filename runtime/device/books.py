@@ -64,6 +64,9 @@ class DeviceBooks(TorchDispatchMode):
         self._peak_bytes = 0
         self._category: str | None = None
         self._host_depth = 0
+        self.takes_host_tensors = False
+        """A library moves to the device what it makes of Python's numbers, which here is no move at all: such tensors
+        are entered where they are first used, instead of refused."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -110,7 +113,9 @@ class DeviceBooks(TorchDispatchMode):
         self._enter(tensor)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's storage is in the books."""
+        """Whether the tensor's storage is in the books; of a sparse one those of its parts."""
+        if tensor.layout is torch.sparse_coo:
+            return all(part.untyped_storage()._cdata in self._live for part in _parts(tensor) if part.numel())
         return tensor.untyped_storage()._cdata in self._live
 
     @property
@@ -136,6 +141,10 @@ class DeviceBooks(TorchDispatchMode):
             self.log.recategorise(entry.logged, category)
 
     def _enter(self, tensor: torch.Tensor, func: Any = None) -> None:
+        if tensor.layout is torch.sparse_coo:
+            for part in _parts(tensor):
+                self._enter(part, func)
+            return
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._live or num_bytes == 0:
@@ -187,6 +196,9 @@ class DeviceBooks(TorchDispatchMode):
                 continue
             if func.is_view:
                 return True
+            if self.takes_host_tensors:
+                self._enter(tensor)
+                continue
             shape = tuple(tensor.shape)
             raise WrongPlaceError(
                 f"{func} on the device was handed a host tensor of shape {shape}, dtype {tensor.dtype}; "
@@ -206,6 +218,11 @@ def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
         elif isinstance(value, dict):
             found += _tensors(value.values())
     return found
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sparse tensor's places and numbers, which are storages of their own."""
+    return tensor._indices(), tensor._values()
 
 
 def operator_label(func: Any, tensor: torch.Tensor) -> str:

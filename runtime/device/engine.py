@@ -83,6 +83,13 @@ class TransferEngine:
         with self.device.host():
             return torch.empty(shape, dtype=dtype, pin_memory=self.device.kind == "cuda")
 
+    def pin(self, buffer: torch.Tensor) -> None:
+        """Make memory that is there, and stays, a staging buffer: pinned on CUDA."""
+        if self.device.kind == "cuda":
+            with self.device.host():
+                size = buffer.numel() * buffer.element_size()
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
+
     def mark(self) -> Copy:
         """A point in the device's work: done when everything queued so far is done."""
         if self.device.streams is None:

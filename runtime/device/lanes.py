@@ -8,6 +8,9 @@ A copy lane takes its jobs in the order of issue, as a CUDA stream does. The cpu
 the most urgent, and of those the first issued: the rows of the next layer do not wait for gradients to be added up or
 for the optimizer. A job only ever depends on jobs issued before it, so some job can always run.
 
+Where several ranks train together a fourth lane, ``peers``, waits for the others (:mod:`meft.runtime.ranks`), in the
+order of issue, so that the cpu lane never does.
+
 An exception in a job ends the schedule: whoever waits for any job, or issues one, gets it.
 """
 
@@ -16,27 +19,31 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from meft.planner.records.plan import Lane
 
-Delay = Callable[[Lane, str], float]
+Worker = Lane | Literal["peers"]
+Delay = Callable[[Worker, str], float]
 """Seconds to sleep before a job: for tests that look for races."""
 OnJob = Callable[[Lane, str, float, float], None]
-"""Told of every job: lane, name, when it began and ended (``time.perf_counter``)."""
+"""Told of every job that is work: lane, name, when it began and ended (``time.perf_counter``)."""
 
 URGENT, SOON, LATER = range(3)
 """Of cpu jobs: what a layer waits for; what frees a buffer; what only the next window needs."""
-WORKERS: tuple[Lane, ...] = ("h2d", "d2h", "cpu")
+WORKERS: tuple[Worker, ...] = ("h2d", "d2h", "cpu")
+WORKERS_OF_RANKS: tuple[Worker, ...] = (*WORKERS, "peers")
 
 
 class Job:
     """Work on a lane, and its result."""
 
-    def __init__(self, schedule: Overlapped | None, lane: Lane, name: str, work: Callable[[], Any]) -> None:
+    def __init__(self, schedule: Overlapped | None, lane: Worker, name: str, work: Callable[[], Any]) -> None:
         self.lane, self.name = lane, name
         self.after: tuple[Job, ...] = ()
         self.order = (0, 0)
+        self.awaited_by: set[threading.Condition] = set()
+        """To be told when it is over."""
         self._schedule, self._work, self._result = schedule, work, None
         self.done = False
 
@@ -45,7 +52,7 @@ class Job:
         started = time.perf_counter()
         self._result = self._work()
         self._work = _nothing
-        if on_job is not None:
+        if on_job is not None and self.lane != "peers":
             on_job(self.lane, self.name, started, time.perf_counter())
 
     def result(self) -> Any:
@@ -62,7 +69,7 @@ class Schedule(Protocol):
     on_job: OnJob | None
 
     def submit(
-        self, lane: Lane, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
+        self, lane: Worker, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
     ) -> Job:
         """Issue a job that begins when every job in ``after`` is over."""
         ...
@@ -73,6 +80,10 @@ class Schedule(Protocol):
 
     def pause(self, seconds: float) -> None:
         """Sleep within a job; ends early when the schedule is closed."""
+        ...
+
+    def ended(self) -> bool:
+        """Whether it is closed, or something has ended it: a job that waits for others stops."""
         ...
 
     def close(self) -> None:
@@ -89,7 +100,7 @@ class Sequential:
         self.on_job = on_job
 
     def submit(
-        self, lane: Lane, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
+        self, lane: Worker, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
     ) -> Job:
         """Do the job now."""
         del after, urgency
@@ -105,26 +116,41 @@ class Sequential:
         """Sleep."""
         time.sleep(seconds)
 
+    def ended(self) -> bool:
+        """See :class:`Schedule`: it does nothing beside the caller."""
+        return False
+
     def close(self) -> None:
         """There are no threads."""
 
 
 class Overlapped:
-    """A thread per lane. :meth:`close` must be called, or use it as a context manager."""
+    """A thread per lane. :meth:`close` must be called, or use it as a context manager.
+
+    One lock guards all of it, but whoever waits has a condition of its own: a lane is told of jobs issued to it and of
+    those that its own jobs wait for, a caller of the job that it asked for. Telling everybody of everything costs each
+    thread the interpreter's lock at every job.
+    """
 
     overlapped = True
 
-    def __init__(self, *, on_job: OnJob | None = None, delay: Delay | None = None) -> None:
+    def __init__(
+        self, *, on_job: OnJob | None = None, delay: Delay | None = None, workers: tuple[Worker, ...] = WORKERS
+    ) -> None:
         self.on_job = on_job
         self._delay = delay
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._to_do = {lane: threading.Condition(self._lock) for lane in workers}
+        self._asking: set[threading.Condition] = set()
+        """Of callers that wait for a job, or for all of them."""
+        self._idle = threading.Condition(self._lock)
         self._closing = threading.Event()
-        self._waiting: dict[Lane, list[Job]] = {lane: [] for lane in WORKERS}
+        self._waiting: dict[Worker, list[Job]] = {lane: [] for lane in workers}
         self._running = 0
         self._issued = 0
         self._error: BaseException | None = None
         self._threads = [
-            threading.Thread(target=self._work, args=(lane,), name=f"meft-{lane}", daemon=True) for lane in WORKERS
+            threading.Thread(target=self._work, args=(lane,), name=f"meft-{lane}", daemon=True) for lane in workers
         ]
         for thread in self._threads:
             thread.start()
@@ -136,47 +162,62 @@ class Overlapped:
         self.close()
 
     def submit(
-        self, lane: Lane, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
+        self, lane: Worker, name: str, work: Callable[[], Any], *, after: Iterable[Job] = (), urgency: int = URGENT
     ) -> Job:
         """See :class:`Schedule`. Raises what ended the schedule, if something did."""
         job = Job(self, lane, name, work)
-        with self._changed:
+        with self._lock:
             self._check()
             self._issued += 1
             job.order = (urgency if lane == "cpu" else 0, self._issued)
             job.after = tuple(other for other in after if not other.done)
+            for other in job.after:
+                other.awaited_by.add(self._to_do[lane])
             self._waiting[lane].append(job)
-            self._changed.notify_all()
+            if not job.after:
+                self._to_do[lane].notify()
         return job
 
     def wait_for(self, job: Job) -> None:
         """Block until ``job`` is over. Raises what ended the schedule, if something did."""
-        with self._changed:
-            while not job.done:
-                self._check()
-                self._changed.wait()
+        with self._lock:
+            if job.done:
+                return
+            over = threading.Condition(self._lock)
+            job.awaited_by.add(over)
+            self._ask(over, lambda: job.done)
 
     def drain(self) -> None:
         """See :class:`Schedule`. Raises what ended the schedule, if something did."""
-        with self._changed:
-            while self._running or any(self._waiting.values()):
-                self._check()
-                self._changed.wait()
+        with self._lock:
+            self._ask(self._idle, lambda: not (self._running or any(self._waiting.values())))
             self._check()
 
     def pause(self, seconds: float) -> None:
         """See :class:`Schedule`."""
         self._closing.wait(seconds)
 
+    def ended(self) -> bool:
+        """See :class:`Schedule`."""
+        return self._closing.is_set() or self._error is not None
+
     def close(self) -> None:
         """See :class:`Schedule`; returns when the threads are gone."""
-        with self._changed:
+        with self._lock:
             self._closing.set()
-            for jobs in self._waiting.values():
-                jobs.clear()
-            self._changed.notify_all()
+            self._end()
         for thread in self._threads:
             thread.join()
+
+    def _ask(self, told: threading.Condition, is_so: Callable[[], bool]) -> None:
+        """Wait, with the lock, until something is so; ``told`` is notified when it may be."""
+        self._asking.add(told)
+        try:
+            while not is_so():
+                self._check()
+                told.wait()
+        finally:
+            self._asking.discard(told)
 
     def _check(self) -> None:
         if self._error is not None:
@@ -184,7 +225,7 @@ class Overlapped:
         if self._closing.is_set():
             raise RuntimeError("the schedule is closed")
 
-    def _work(self, lane: Lane) -> None:
+    def _work(self, lane: Worker) -> None:
         while (job := self._next(lane)) is not None:
             try:
                 if self._delay is not None:
@@ -193,15 +234,22 @@ class Overlapped:
             except BaseException as error:  # noqa: BLE001 - whoever waits for the job gets it
                 self._fail(error)
                 return
-            with self._changed:
-                job.done = True
-                job.after = ()
-                self._running -= 1
-                self._changed.notify_all()
+            self._finish(job)
 
-    def _next(self, lane: Lane) -> Job | None:
+    def _finish(self, job: Job) -> None:
+        with self._lock:
+            job.done = True
+            job.after = ()
+            self._running -= 1
+            awaited_by, job.awaited_by = job.awaited_by, set()
+            for told in awaited_by:
+                told.notify_all()
+            if not self._running:
+                self._idle.notify_all()
+
+    def _next(self, lane: Worker) -> Job | None:
         """The job to do now, once there is one; None when the schedule ends."""
-        with self._changed:
+        with self._lock:
             while True:
                 if self._closing.is_set() or self._error is not None:
                     return None
@@ -210,21 +258,26 @@ class Overlapped:
                     self._waiting[lane].remove(job)
                     self._running += 1
                     return job
-                self._changed.wait()
+                self._to_do[lane].wait()
 
-    def _ready(self, lane: Lane) -> Job | None:
+    def _ready(self, lane: Worker) -> Job | None:
         jobs = self._waiting[lane]
         candidates = jobs if lane == "cpu" else jobs[:1]
         able = [job for job in candidates if all(other.done for other in job.after)]
         return min(able, key=lambda job: job.order, default=None)
 
     def _fail(self, error: BaseException) -> None:
-        with self._changed:
+        with self._lock:
             self._error = error
             self._running = 0
-            for jobs in self._waiting.values():
-                jobs.clear()
-            self._changed.notify_all()
+            self._end()
+
+    def _end(self) -> None:
+        """Drop what has not begun, and tell everybody."""
+        for jobs in self._waiting.values():
+            jobs.clear()
+        for told in (*self._to_do.values(), *self._asking, self._idle):
+            told.notify_all()
 
 
 def _nothing() -> None:

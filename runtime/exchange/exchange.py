@@ -28,8 +28,9 @@ Letters: ``T`` tokens, ``D`` hidden size, ``A`` active rows of a layer, ``N`` ex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,11 +45,14 @@ from meft.runtime.exchange.fetching import RowFetcher
 from meft.runtime.exchange.gradient_window import GradientWindow
 from meft.runtime.exchange.host_side import HostSide
 from meft.runtime.exchange.hot_rows import HotSet
+from meft.runtime.exchange.router_sums import RouterSums
 from meft.runtime.exchange.row_cache import BesideHotRows, NoCache, RowCache, WindowCache
+from meft.runtime.exchange.shared_window import SharedLandings, SharedWindow
 from meft.runtime.exchange.state import ExchangeState, LayerState, StepCounters
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.host.router import Router
 from meft.runtime.host.store import HostStore
+from meft.runtime.ranks.peers import Peers
 
 
 @dataclass
@@ -56,7 +60,8 @@ class RowExchange:
     """Moves rows to the device and their gradients back, obeying the plan's decision.
 
     ``router_weights`` are the Key-Experts routers, ``[N, D]`` per layer on the device; empty for exact routing.
-    ``cache`` replaces the decision's own (a rehearsal passes one that needs no data).
+    ``cache`` replaces the decision's own (a rehearsal passes one that needs no data). ``peers`` are the ranks that
+    share the store, if there are several: then windows are theirs together.
     """
 
     device: Device
@@ -68,6 +73,7 @@ class RowExchange:
     router_weights: list[torch.nn.Parameter]
     cache: RowCache | None = None
     clock: LaneClock | None = None
+    peers: Peers | None = None
 
     def __post_init__(self) -> None:
         decision, num_layers = self.decision, self.store.num_layers
@@ -92,6 +98,9 @@ class RowExchange:
         )
         self._fetcher = self._make_fetcher(self.cache)
         self._window = self._make_window(self.cache)
+        self._router_sums: RouterSums | None = None
+        if self.peers is not None and self.router_weights:
+            self._router_sums = RouterSums(self.peers, self.engine, self._host, self.router_weights)
         self.hot = self._make_hot() if decision.hot_rows else None
         self._next_token_mask: torch.Tensor | None = None
 
@@ -112,21 +121,25 @@ class RowExchange:
         )
 
     def _make_window(self, cache: RowCache) -> GradientWindow:
-        slots = [
-            GradientSlot(self._on_device.new_rows("row_gradients"), Landing(self._host_rows()))
-            for _ in range(min(self.depth, 1) + 1)
-        ]
-        return GradientWindow(
-            device=self.device,
-            engine=self.engine,
-            store=self.store,
-            decision=self.decision,
-            cache=cache,
-            on_device=self._on_device,
-            host=self._host,
-            state=self._state,
-            slots=slots,
-        )
+        count, peers = min(self.depth, 1) + 1, self.peers
+        if peers is None:
+            landings = [self._host_rows() for _ in range(count)]
+        else:
+            shape = (self.decision.active_rows_cap, 2 * self.store.hidden_size)
+            shared = SharedLandings.make(peers, self.engine, slots=count, shape=shape, dtype=self.adapter_dtype)
+            landings = shared.gradients[peers.rank]
+        parts: dict[str, Any] = {
+            "device": self.device,
+            "engine": self.engine,
+            "store": self.store,
+            "decision": self.decision,
+            "cache": cache,
+            "on_device": self._on_device,
+            "host": self._host,
+            "state": self._state,
+            "slots": [GradientSlot(self._on_device.new_rows("row_gradients"), Landing(each)) for each in landings],
+        }
+        return GradientWindow(**parts) if peers is None else SharedWindow(**parts, peers=peers, landings=shared)
 
     def _make_hot(self) -> HotSet:
         return HotSet(
@@ -250,6 +263,8 @@ class RowExchange:
     def begin_backward(self) -> None:
         """From here a layer's forward is a recompute of activation checkpointing: its rows are known."""
         self._computed("head and loss")
+        if self._router_sums is not None:
+            self._router_sums.begin()
         self.in_backward = True
         self._fetcher.release_all()
         self._resume()
@@ -292,14 +307,27 @@ class RowExchange:
             self.store.use.micro_batches += 1
         if self.hot is not None:
             self.hot.note_step()
+        if self._router_sums is not None:
+            self._router_sums.send(took_part=True)
+
+    def sit_out(self) -> None:
+        """Ranks: this one has no micro-batch while others have the window's last; it adds theirs to its own rows."""
+        for layer in reversed(range(len(self.layers))):
+            self._window.send_nothing(layer)
+            if self.closes_window:
+                self._window.send_sums(layer)
+        if self._router_sums is not None:
+            self._router_sums.send(took_part=False)
 
     # --- the end of a window -----------------------------------------------------------------------------------
 
     def close_window(self) -> list[int]:
         """Send the gradient sums that the last backward did not; how many rows of each layer were kept.
 
-        Inside the device's scope, before the optimizer.
+        Inside the device's scope, before the optimizer. The routers' gradients are then those of all ranks.
         """
+        if self._router_sums is not None:
+            self._router_sums.collect()
         return self._window.close()
 
     def forget_rows(self) -> None:
@@ -342,14 +370,27 @@ class RowExchange:
     def host_buffer_bytes(self, *, pinned: bool) -> dict[str, int]:
         """Bytes of the staging buffers by category of the host ledger; a pinned one as the pinned allocator rounds."""
         buffers = [("row_staging", staging.buffer) for staging in self._fetcher.staging]
-        buffers += [("gradient_landing", slot.landing.buffer) for slot in self._window.slots]
+        landings = [("gradient_landing", slot.landing.buffer) for slot in self._window.slots]
         buffers += self._host.named_buffers()
         assert self.cache is not None
         totals = {"cache_index": size} if (size := self.cache.host_bytes()) else {}
-        for name, buffer in buffers:
-            size = buffer.numel() * buffer.element_size()
-            totals[name] = totals.get(name, 0) + (pinned_bytes(size) if pinned else size)
+        if isinstance(self._window, SharedWindow):
+            shared = [*landings, *self._window.own_buffers()]
+            shared += self._router_sums.named_buffers() if self._router_sums is not None else ()
+            _add_sizes(totals, shared, pinned=False)
+        else:
+            buffers += landings
+        _add_sizes(totals, buffers, pinned=pinned)
         return totals
+
+    def shared_table_bytes(self) -> dict[str, int]:
+        """Bytes of what ranks share beside the store, by category; none for one rank."""
+        tables = self._window.named_tables() if isinstance(self._window, SharedWindow) else iter(())
+        sizes: dict[str, int] = {}
+        _add_sizes(sizes, tables, pinned=False)
+        if self._router_sums is not None:
+            _add_sizes(sizes, self._router_sums.named_tables(), pinned=False)
+        return sizes
 
     def look_ahead_recall(self, layer: int, hidden: torch.Tensor) -> float:
         """Share of the exact choice for ``hidden [T, D]`` that the rows fetched for ``layer`` contain."""
@@ -372,6 +413,13 @@ class RowExchange:
     def _resume(self) -> None:
         if self.clock is not None:
             self.clock.resume()
+
+
+def _add_sizes(totals: dict[str, int], buffers: Iterable[tuple[str, torch.Tensor]], *, pinned: bool) -> None:
+    """Add buffers' sizes to their categories; a pinned one as the pinned allocator rounds."""
+    for name, buffer in buffers:
+        size = buffer.numel() * buffer.element_size()
+        totals[name] = totals.get(name, 0) + (pinned_bytes(size) if pinned else size)
 
 
 def _cache_of(decision: Decision, store: HostStore) -> RowCache:

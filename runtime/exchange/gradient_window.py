@@ -75,6 +75,11 @@ class GradientWindow:
             self._send_rows(layer, placement.rows[: placement.num_cold], 0, name=f"row gradients {layer}")
         elif placement.num_overflow:
             self._send_rows(layer, placement.overflow, placement.num_admitted, name=f"row gradients {layer}")
+        else:
+            self.send_nothing(layer)
+
+    def send_nothing(self, layer: int) -> None:
+        """None of a micro-batch's gradients of a layer leave: nobody else waits for them."""
 
     def send_sums(self, layer: int) -> None:
         """Send the layer's gradient sums, unless they were; each at most ``cap`` rows, in the adapter's dtype."""

@@ -61,7 +61,7 @@ class CudaBooks(DeviceBooks):
         """Run ``func`` as CUDA would, as far as memory goes."""
         if func is aten.add.Tensor and self._is_accumulation(args) and self._is_unshared(args[0]):
             return args[0]  # written into the first gradient: nothing is allocated
-        output = fixed_output(func, func(*args, **kwargs))
+        output = fixed_output(func, self.run(func, args, kwargs))
         if func is aten._to_copy.default and self.log.phase != "resident" and self._is_weight(args[0]):
             with self.category("autocast_weights"):
                 self._enter(output, func)
@@ -72,6 +72,10 @@ class CudaBooks(DeviceBooks):
             self._take_workspace()
         self._pass_by(passing_bytes(func, args, output))
         return output
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The operator itself."""
+        return func(*args, **kwargs)
 
     def category_of(self, tensor: torch.Tensor, func: Any) -> str:
         """The category set by :meth:`category`, or by :func:`made_as`, or what the trace says."""
@@ -92,7 +96,7 @@ class CudaBooks(DeviceBooks):
         return self._live[tensor.untyped_storage()._cdata].category
 
     def _take_workspace(self) -> None:
-        thread = _in_backward()
+        thread = in_backward()
         if self._workspace_bytes and thread not in self._threads_with_workspace:
             self._threads_with_workspace.add(thread)
             self.log.allocated(self._workspace_bytes, "cublas_workspaces", "workspace")
@@ -104,14 +108,14 @@ class CudaBooks(DeviceBooks):
 
     def _is_accumulation(self, args: Any) -> bool:
         """Whether the engine itself adds: not Python code. (No derivative formula in C++ adds.)"""
-        return _in_backward() and not torch.is_grad_enabled() and len(args) == 2 and _engine_calls()
+        return in_backward() and not torch.is_grad_enabled() and len(args) == 2 and _engine_calls()
 
     def _is_unshared(self, gradient: torch.Tensor) -> bool:
         """Autograd's condition for adding in place: nothing else holds the tensor or its storage, and it is dense."""
         return _references(gradient) == self._unshared and _is_dense(gradient)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether autograd runs, recomputed layers included: on CUDA in a thread of its own."""
     return torch._C._current_graph_task_id() != -1
 
@@ -130,6 +134,8 @@ def _engine_calls() -> bool:
 _MACHINERY = (
     "meft.runtime.device.books",
     "meft.runtime.fake.books",
+    "meft.runtime.fake.script_books",
+    "contextlib",
     "torch._compile",
     "torch._dynamo",
     "torch.utils._python",

@@ -80,21 +80,22 @@ class MatMul4Bit(torch.autograd.Function):
         return grad_inputs, None, grad_bias
 
 
-class Linear4bit(nn.Module):
+class Linear4bit(nn.Linear):
     """A linear layer with a quantized weight; the input is cast to ``compute_dtype`` and the output back."""
 
     def __init__(self, shape: torch.Size, bias: nn.Parameter | None, *, dtype: torch.dtype, double_quant: bool) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.compute_dtype = dtype
         self.quantized = QuantizedWeight(shape, dtype, double_quant=double_quant)
         self.weight = nn.Parameter(self.quantized.packed, requires_grad=False)
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As bitsandbytes' layer: the bias is cast for good at the first call."""
-        dtype = inputs.dtype
-        inputs = inputs.to(self.compute_dtype)
+        dtype = input.dtype
+        inputs = input.to(self.compute_dtype)
+        del input
         if self.bias is not None and self.bias.dtype != self.compute_dtype:
             self.bias = nn.Parameter(self.bias.detach().to(self.compute_dtype), self.bias.requires_grad)
         output: torch.Tensor = MatMul4Bit.apply(inputs, self.quantized, self.bias)

@@ -333,10 +333,14 @@ class HostKernels:
         self._split(rows, _row_bytes(sums), kernel, sums.numpy(), touched.numpy(), rows.numpy(), source)
 
     def squared_norm(self, sums: torch.Tensor, rows: torch.Tensor) -> float:
-        """Sum of squares of rows, in fp64: per row, then over the rows in order."""
+        """Sum of squares of rows, in fp64: per row, then over the rows, rounded once."""
+        return math.fsum(self.squares(sums, rows).numpy())
+
+    def squares(self, sums: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Sum of squares of each of ``rows [A]``, fp64 ``[A]``."""
         per_row = np.empty(rows.shape[0])
         self._split(rows, _row_bytes(sums), _squares, sums.numpy(), rows.numpy(), per_row)
-        return math.fsum(per_row)
+        return torch.from_numpy(per_row)
 
     def adamw(
         self,

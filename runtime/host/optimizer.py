@@ -68,7 +68,7 @@ def update_layer(
         tables.gradients.index_fill_(0, rows, 0.0)
         if copy is not None:
             copy[rows] = tables.weights[rows].to(copy.dtype)
-    tables.touched.zero_()
+    store.own_touched(layer).zero_()
     return rows.shape[0]
 
 

@@ -7,7 +7,7 @@ Letters: ``L`` layers, ``R`` adapter rows per layer, ``D`` hidden size, ``A`` ac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,9 @@ from meft.runtime.host import huge_pages
 
 if TYPE_CHECKING:
     from meft.runtime.host.kernels import HostKernels
+
+Zeros = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+"""Makes a table of zeros."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ class HostStore:
 
     ``kernels`` do the work at the speed of memory; without them it is done by the readable code that they must equal.
     ``bf16_copy`` keeps a bf16 copy of every row to gather from: half as much to read, and as much more to keep.
-    ``has_hot_rows`` keeps the tables that say which rows live on the device.
+    ``has_hot_rows`` keeps the tables that say which rows live on the device. ``zeros`` makes the tables, and of rows
+    that several processes share ``own_rows`` are those whose gradients this one sums up and that it updates.
     """
 
     def __init__(
@@ -110,18 +114,21 @@ class HostStore:
         kernels: HostKernels | None = None,
         bf16_copy: bool = False,
         has_hot_rows: bool = False,
+        zeros: Zeros = huge_pages.zeros,
+        own_rows: range | None = None,
     ) -> None:
         self.num_layers = num_layers
         self.adapter_width = adapter_width
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.kernels = kernels
-        self.layers = tuple(_empty_tables(adapter_width, hidden_size, dtype) for _ in range(num_layers))
+        self.own_rows = own_rows or range(adapter_width)
+        self.layers = tuple(_empty_tables(adapter_width, hidden_size, dtype, zeros) for _ in range(num_layers))
         self.use = RowUse(num_layers=num_layers, adapter_width=adapter_width)
         self.copies: tuple[torch.Tensor, ...] = ()
         if bf16_copy:
             shape = (adapter_width, 2 * hidden_size)
-            self.copies = tuple(huge_pages.zeros(shape, torch.bfloat16) for _ in self.layers)
+            self.copies = tuple(zeros(shape, torch.bfloat16) for _ in self.layers)
         self.hot: tuple[HotIndex, ...] = ()
         """Empty where no rows are hot."""
         if has_hot_rows:
@@ -162,8 +169,14 @@ class HostStore:
         tables.touched[rows] = True
 
     def touched_rows(self, layer: int) -> torch.Tensor:
-        """Rows with a gradient in this window, ascending int64."""
-        return self.layers[layer].touched.nonzero().flatten()
+        """Own rows with a gradient in this window, ascending int64."""
+        first = self.own_rows.start
+        rows = self.own_touched(layer).nonzero().flatten()
+        return rows.add_(first) if first else rows
+
+    def own_touched(self, layer: int) -> torch.Tensor:
+        """The flags of this store's own rows: a view."""
+        return self.layers[layer].touched[self.own_rows.start : self.own_rows.stop]
 
     def squared_gradient_norm(self) -> float:
         """Sum of squares of the window's gradients over all layers."""
@@ -176,11 +189,19 @@ class HostStore:
             return self.kernels.squared_norm(gradients, rows)
         return math.fsum(float(gradients[some].double().square().sum()) for some in in_chunks(rows, gradients))
 
+    def squares_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's own touched rows, and of each the sum of squares of its gradient in this window, fp64."""
+        rows, gradients = self.touched_rows(layer), self.layers[layer].gradients
+        if self.kernels is not None:
+            return rows, self.kernels.squares(gradients, rows)
+        squares = [gradients[some].double().square().sum(dim=1) for some in in_chunks(rows, gradients)]
+        return rows, torch.cat(squares) if squares else torch.empty(0, dtype=torch.float64)
+
     def clear_gradients(self) -> None:
-        """Zero the touched rows' gradients and open a new window."""
+        """Zero the touched rows' gradients and open a new window; own rows only."""
         for layer, tables in enumerate(self.layers):
             tables.gradients.index_fill_(0, self.touched_rows(layer), 0.0)
-            tables.touched.zero_()
+            self.own_touched(layer).zero_()
 
     def bytes_by_category(self) -> dict[str, int]:
         """Bytes of the tables over all layers, under the names of the host ledger."""
@@ -221,15 +242,15 @@ def _empty_index(adapter_width: int) -> HotIndex:
     return HotIndex(activations, torch.full_like(activations, -1))
 
 
-def _empty_tables(adapter_width: int, hidden_size: int, dtype: torch.dtype) -> LayerTables:
+def _empty_tables(adapter_width: int, hidden_size: int, dtype: torch.dtype, zeros: Zeros) -> LayerTables:
     def table() -> torch.Tensor:
-        return huge_pages.zeros((adapter_width, 2 * hidden_size), dtype)
+        return zeros((adapter_width, 2 * hidden_size), dtype)
 
     return LayerTables(
         weights=table(),
         first_moment=table(),
         second_moment=table(),
         gradients=table(),
-        step_counts=torch.zeros(adapter_width, dtype=torch.int32),
-        touched=torch.zeros(adapter_width, dtype=torch.bool),
+        step_counts=zeros((adapter_width,), torch.int32),
+        touched=zeros((adapter_width,), torch.bool),
     )

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -34,6 +34,9 @@ from meft.runtime.session.rotary import settle_rotary_frequencies
 from meft.runtime.session.session import OptimizerResult, StepResult, WindowEnd
 
 Baseline = Literal["none", "lora", "parallel-adapter", "full"]
+Attach = Callable[[nn.Module], tuple[nn.Module, list[nn.Parameter]]]
+"""Attaches what is trained to a frozen model; returns the model to run, which may be around that one, and what of it is
+trained."""
 TRAINED = "trained_weights"
 STATES = "trained_states"
 
@@ -50,6 +53,8 @@ class BaselineSession:
     settings: AdamWSettings
     optimizer: torch.optim.AdamW | None
     clock: LaneClock
+    peers: ClassVar[None] = None
+    """It is the only rank."""
 
     @property
     def trainable_parameters(self) -> int:
@@ -61,10 +66,14 @@ class BaselineSession:
         del window_end  # the optimizer works on the device, after backward
         started = time.perf_counter()
         with self.device.scope():
-            loss = self._loss(batch)
-            (loss * loss_scale).backward()
-            value = self.engine.read_scalar(loss, category="loss")
+            value = self.engine.read_scalar(self.forward_backward(batch, loss_scale=loss_scale), category="loss")
         return StepResult(value, time.perf_counter() - started, StepCounters.zero(0))
+
+    def forward_backward(self, batch: Batch, *, loss_scale: float) -> torch.Tensor:
+        """The loss, with gradients of it times ``loss_scale``; inside the device's scope."""
+        loss = self._loss(batch)
+        (loss * loss_scale).backward()
+        return loss
 
     def loss(self, batch: Batch) -> float:
         """The loss on a batch that is not trained on."""
@@ -77,25 +86,42 @@ class BaselineSession:
 
     def optimizer_step(self, *, learning_rate: float, max_norm: float | None) -> OptimizerResult:
         """Clip by the global norm, update, and open a new window."""
-        if self.optimizer is None:
-            raise UsageError("method none trains nothing")
         started = time.perf_counter()
         self.engine.per = "optimizer_step"
-        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         with self.device.scope(), self.device.category(STATES), torch.no_grad():
-            squares = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
-            norm, scale = clip_scale(self.engine.read_scalar(squares, category="norm"), max_norm)
-            for gradient in gradients:
-                gradient.mul_(scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            norm, scale = clip_scale(self.engine.read_scalar(self.squared_norm(), category="norm"), max_norm)
+            self.update(learning_rate=learning_rate, gradient_scale=scale)
+            self.zero_gradients()
         self.engine.per = "step"
         return OptimizerResult(norm, [], [], time.perf_counter() - started)
 
+    def squared_norm(self) -> torch.Tensor:
+        """Of all gradients together; inside the device's scope."""
+        return torch.stack([gradient.square().sum() for gradient in self._gradients()]).sum()
+
+    def update(self, *, learning_rate: float, gradient_scale: float) -> None:
+        """AdamW with the gradients times ``gradient_scale``; inside the device's scope."""
+        if self.optimizer is None:
+            raise UsageError("method none trains nothing")
+        for gradient in self._gradients():
+            gradient.mul_(gradient_scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+
+    def zero_gradients(self) -> None:
+        """Open a new window."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self.trained if parameter.grad is not None]
+
     def drain(self) -> None:
         """Nothing is ever left to do: everything is done when it is issued."""
+
+    def meet(self) -> None:
+        """As :meth:`drain`: there is no other rank to wait for."""
 
     def close(self) -> None:
         """There are no lanes."""
@@ -129,19 +155,26 @@ def open_baseline(
     The dense adapter has the plan's adapter width. LoRA goes on every linear layer but the head, with ``rank`` and
     alpha twice that; nothing is dropped out. ``full`` trains every parameter.
     """
+    make: dict[Baseline, Attach] = {
+        "none": lambda model: (model, []),
+        "lora": lambda model: _with_lora(model, rank),
+        "parallel-adapter": lambda model: _with_adapter(model, plan, device, seed),
+        "full": lambda model: (model.requires_grad_(True), list(model.parameters())),
+    }
+    return open_trained(make[method], plan, model, device, seed=seed, settings=settings)
+
+
+def open_trained(
+    attach: Attach, plan: Plan, model: nn.Module, device: Device, *, seed: int, settings: AdamWSettings | None = None
+) -> BaselineSession:
+    """Put ``model`` on the device, frozen, with what ``attach`` trains."""
     settings = settings or AdamWSettings()
     settle_rotary_frequencies(model)
     model = device.adopt(model)
     model.requires_grad_(False)
     torch.manual_seed(seed)
-    make: dict[Baseline, Callable[[], tuple[nn.Module, list[nn.Parameter]]]] = {
-        "none": lambda: (model, []),
-        "lora": lambda: _with_lora(model, rank),
-        "parallel-adapter": lambda: _with_adapter(model, plan, device, seed),
-        "full": lambda: (model.requires_grad_(True), list(model.parameters())),
-    }
     with device.scope(), device.category(TRAINED):
-        model, trained = make[method]()
+        model, trained = attach(model)
     model.train()
     if plan.decision.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

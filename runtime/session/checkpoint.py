@@ -24,8 +24,8 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from meft.planner.base.dtypes import AdapterDtype
@@ -138,6 +138,10 @@ class RunObserved(File):
 
     observed: Observed
     tokens: Index
+    gpus: Count = 1
+    """How many ranks observed it."""
+    ranks: tuple[Observed, ...] = ()
+    """Of each rank, where there were several."""
 
 
 def adapter_bytes(plan: Plan) -> int:
@@ -258,9 +262,11 @@ def load_checkpoint(session: Session, folder: Path) -> TrainingState:
     if state.plan_digest != session.plan.content_digest():
         raise UsageError(f"{folder}: was made by another plan; resume with the plan that the run began with")
     load_adapter(session, folder)
-    tensors = load_tensors(folder / OPTIMIZER_STATE)
+    tensors = load_tensors(folder / OPTIMIZER_STATE, wanted=lambda name: is_own(session, name))
     restore_optimizer(session, tensors, folder / OPTIMIZER_STATE)
     _restore_random_states(session, tensors, folder / OPTIMIZER_STATE)
+    if session.peers is not None:
+        session.peers.barrier()
     return state
 
 
@@ -300,7 +306,9 @@ def load_adapter(session: Session, folder: Path) -> None:
         if given != wanted:
             raise UsageError(f"{folder}: {name} does not fit this plan: {given} instead of {wanted}")
     path = weights_path(folder)
-    restore_adapter(session, load_tensors(path), path)
+    restore_adapter(session, load_tensors(path, wanted=lambda name: is_own(session, name)), path)
+    if session.peers is not None:
+        session.peers.barrier()
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -329,7 +337,7 @@ def weights_path(folder: Path) -> Path:
 
 def restore_adapter(session: Session, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """The inverse of :func:`adapter_tensors`, in place; ``path`` names their origin in errors."""
-    targets = adapter_tensors(session)
+    targets = {name: target for name, target in adapter_tensors(session).items() if is_own(session, name)}
     if MICRO_BATCHES not in tensors:  # an adapter of an older version
         uses = _row_use(session)
         for use in uses.values():
@@ -440,12 +448,17 @@ def restore_optimizer(session: Session, tensors: Mapping[str, torch.Tensor], pat
     hot = session.exchange.hot
     if hot is not None:
         hot.require_no_gradients()
-    targets = optimizer_tensors(session)
+    targets = {name: target for name, target in optimizer_tensors(session).items() if is_own(session, name)}
     for name, target in targets.items():
         _restore(target, tensors, name, path)
     if hot is not None:
         hot.counted_steps = int(targets[_COUNTED_STEPS])
     session.optimizer_state_was_written()
+
+
+def is_own(session: Session, name: str) -> bool:
+    """Whether this process reads a tensor: of several ranks the first reads the tables that all share."""
+    return session.peers is None or session.peers.rank == 0 or ".router" in name or name.endswith("rng_state")
 
 
 def _restore(target: torch.Tensor, tensors: Mapping[str, torch.Tensor], name: str, path: Path) -> None:
@@ -473,10 +486,11 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         os.close(descriptor)
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file on the host, or a :class:`UsageError`."""
+def load_tensors(path: Path, *, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, torch.Tensor]:
+    """What is wanted of a safetensors file, on the host, or a :class:`UsageError`."""
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 - no mapping
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except OSError as error:

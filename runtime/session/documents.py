@@ -7,6 +7,8 @@ position ids, or its positions are learned another way) attends across documents
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,28 @@ def positions_from(labels: torch.Tensor) -> torch.Tensor:
     first = torch.where(starts, places, 0).cummax(dim=1).values
     labels.masked_fill_(starts, IGNORE_INDEX)
     return places - first
+
+
+@contextmanager
+def unpacked_sequences(packed: bool = False) -> Iterator[None]:
+    """Tell transformers that no sequence is packed, unless they are ``packed``, so that it need not look.
+
+    It looks by asking the device whether some position ids begin anew, and the host waits for the answer, which is
+    behind all that the device was given before. Fake position ids cannot be read at all: left to itself it then builds
+    a mask in case there were one, and repeats keys and values because of the mask.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    original = getattr(masking_utils, name, None)
+    if original is None or packed:  # a version without the check, or what it would find
+        yield
+        return
+    setattr(masking_utils, name, lambda *_args, **_kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, original)
 
 
 def attends_across(model: nn.Module, *, batch_size: int, vocab_size: int) -> bool:

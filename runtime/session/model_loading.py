@@ -84,6 +84,8 @@ def load_frozen_model(plan: Plan, folder: Path, *, device_kind: str = "cuda") ->
         quantized: Any = module
         if hasattr(module, "quant_state") and hasattr(module, "compute_dtype"):
             quantized.compute_dtype = QUANTIZED_DTYPE  # a folder's own is what it was saved with
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                quantized.support_avx512bf16_for_cpu = False  # to evaluate it packs its weights anew, for good
     return model
 
 

@@ -20,11 +20,13 @@ from meft.runtime.device.timeline import LaneClock
 from meft.runtime.exchange.exchange import RowExchange
 from meft.runtime.exchange.row_cache import RowCache
 from meft.runtime.exchange.state import StepCounters
+from meft.runtime.host import huge_pages
 from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
 from meft.runtime.host.router import Router, TopKRouter
 from meft.runtime.host.store import HostStore
-from meft.runtime.session.documents import DOCUMENT_START, positions_from
+from meft.runtime.ranks.peers import Peers
+from meft.runtime.session.documents import DOCUMENT_START, positions_from, unpacked_sequences
 from meft.runtime.session.rotary import settle_rotary_frequencies
 
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,6 +52,8 @@ class Session:
     """Whether packed documents get positions of their own; False where the model can make nothing of them."""
     met_packed: bool = False
     """Whether a batch has come with several documents in a sequence, kept apart."""
+    peers: Peers | None = None
+    """The ranks that share the store, where there are several."""
     _early: list[tuple[Job, Job]] = field(default_factory=list)
     """Norm and update of each layer, where updates began in backward."""
 
@@ -70,13 +74,20 @@ class Session:
                 value = float(loss.item())
         return StepResult(value, time.perf_counter() - started, self.exchange.counters)
 
+    def sit_out(self, *, window_end: WindowEnd | None) -> None:
+        """Ranks: the others have a micro-batch and this one has none; what they will add up needs it all the same."""
+        self.exchange.closes_window = window_end is not None
+        with self.device.scope():
+            self.exchange.sit_out()
+        self.exchange.closes_window = False
+
     def forward_backward(
         self, batch: Batch, *, loss_scale: float, window_end: WindowEnd | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, Copy]:
         """The step itself, inside the device's scope; the loss on the device, and on its way to the host."""
         loss = self.loss(batch)
         value, sent = self.engine.send_scalar(loss, category="loss")
-        if window_end is not None and window_end.max_norm is None:
+        if window_end is not None and window_end.max_norm is None and self.peers is None:
             self._update_early(value, sent, window_end.learning_rate)
         self.exchange.begin_backward()
         (loss * loss_scale).backward()
@@ -95,7 +106,8 @@ class Session:
         input_ids = self.to_device(batch.input_ids)
         if batch.starts is None or not self.documents_apart:
             labels = self.to_device(batch.labels)
-            loss: torch.Tensor = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
+            with unpacked_sequences():
+                loss: torch.Tensor = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
             return loss
         self.met_packed = True
         with self.device.host():
@@ -146,6 +158,13 @@ class Session:
         """Wait until no lane has anything left to do."""
         self.engine.schedule.drain()
 
+    def meet(self) -> None:
+        """Wait until no lane of any rank has anything left to do; then rank 0 knows how often each row was active."""
+        self.drain()
+        if self.peers is not None:
+            for counts in (*self.store.use.counts, self.store.use.micro_batches):
+                self.peers.sum_at_first(counts)
+
     def bring_home(self) -> None:
         """Make the host's tables current, also those of rows that live on the device; lanes are idle then."""
         self.drain()
@@ -160,7 +179,8 @@ class Session:
         """
         with self.device.scope():
             self.exchange.forget_rows()
-        self.store.refresh_copies()
+        if self.peers is None or self.peers.rank == 0:  # who wrote them
+            self.store.refresh_copies()
         self.optimizer_state_was_written()
 
     def optimizer_state_was_written(self) -> None:
@@ -293,13 +313,14 @@ def open_session(
     link_gbps: float | None = None,
     clock: LaneClock | None = None,
     key_init: KeyInit = "random",
+    peers: Peers | None = None,
 ) -> Session:
     """Put ``model`` on the device with a fresh adapter beside it, as the plan decides.
 
     ``router`` and ``cache`` replace the plan's own (a rehearsal passes some that need no data). ``compiled=False`` does
     the host's work with the readable code. ``schedule`` says who does what when, by default one thing after the other;
     the session's :meth:`~Session.close` closes it. ``clock`` is told of every task. ``key_init`` says where keys begin:
-    see :mod:`meft.runtime.adapter.initialise`.
+    see :mod:`meft.runtime.adapter.initialise`. ``peers`` share the store, all of which open their session at once.
     """
     decision, shape = plan.decision, plan.request.model
     settings = settings or AdamWSettings()
@@ -319,10 +340,13 @@ def open_session(
         kernels=kernels,
         bf16_copy=decision.bf16_copy and plan.request.adapter_dtype == "bf16",
         has_hot_rows=decision.hot_rows > 0,
+        zeros=huge_pages.zeros if peers is None else peers.zeros,
+        own_rows=None if peers is None else peers.share_of(decision.adapter_width),
     )
-    store.initialise(seed=seed)
-    if key_init == "ffn":
-        keys_from_ffn(store, model, seed=seed)
+    if peers is None or peers.rank == 0:
+        store.initialise(seed=seed)
+        if key_init == "ffn":
+            keys_from_ffn(store, model, seed=seed)
     weights = _graph_weights(decision, shape.num_layers, shape.hidden_size, device, seed)
     routers = weights if decision.routing == "key-experts" else []
     exchange = RowExchange(
@@ -335,10 +359,27 @@ def open_session(
         router_weights=routers,
         cache=cache,
         clock=clock,
+        peers=peers,
     )
     optimizer = _router_optimizer(routers, settings, device) if routers else None
     adapter = attach(model, exchange, weights)
-    return Session(plan, device, engine, store, exchange, model, adapter, routers, settings, optimizer, clock, key_init)
+    if peers is not None:
+        peers.barrier()  # the rows are there
+    return Session(
+        plan,
+        device,
+        engine,
+        store,
+        exchange,
+        model,
+        adapter,
+        routers,
+        settings,
+        optimizer,
+        clock,
+        key_init,
+        peers=peers,
+    )
 
 
 def _set_checkpointing(model: nn.Module, decision: Decision) -> None:

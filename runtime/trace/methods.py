@@ -9,12 +9,15 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.setup import TrainingSetup
 from meft.runtime.adapter.adapter import add_to, ffn_input
 from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.fake.linear4bit import Linear4bit, LoraLinear4bit
+from meft.runtime.methods.opening import only_biases, with_ladder
+from meft.runtime.methods.peft_methods import attach_peft
 from meft.runtime.session.session import ADAPTER_DTYPES
 
 LORA_DROPOUT = 0.1
@@ -44,6 +47,15 @@ def attach_method(model: nn.Module, setup: TrainingSetup) -> nn.Module:
     if setup.method == "parallel-adapter":
         model.requires_grad_(False)
         _attach_dense_adapters(model, setup)
+    if setup.method == "bitfit":
+        return only_biases(model)[0]
+    if setup.method == "lst":
+        model.requires_grad_(False)
+        return with_ladder(model, setup)[0]
+    if setup.peft is not None:
+        model.requires_grad_(False)
+        with fake_peft():
+            return attach_peft(model, setup.peft)
     return model if setup.method in ("full", "parallel-adapter") else _with_lora(model, setup)
 
 
@@ -101,6 +113,14 @@ def _with_lora(model: nn.Module, setup: TrainingSetup) -> nn.Module:
                 if name.endswith(("lora_A.default", "lora_B.default")):
                     module.to(ADAPTER_DTYPES[setup.adapter_dtype])
     return adapted
+
+
+@contextmanager
+def fake_peft() -> Iterator[None]:
+    """What ``peft`` does when it attaches, possible under fake tensors: casts, and copies of whole layers."""
+    one_mode = mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _memo: mode, create=True)
+    with _parameters_replaced_by_casts(), one_mode:
+        yield
 
 
 @contextmanager

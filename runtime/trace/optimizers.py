@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from meft.planner.records.setup import OptimizerName
-from meft.planner.simulation.optimizers import BITSANDBYTES
+from meft.planner.simulation.optimizers import BITSANDBYTES, LOW_RANKS
 
 MIN_8BIT_ELEMENTS = 4096
 """Smaller parameters keep their states in fp32 (``min_8bit_size``)."""
@@ -73,6 +73,61 @@ class MuonBesideAdamW(torch.optim.Optimizer):
             self.state.update(part.state)
 
 
+class LowRank(torch.optim.Optimizer):
+    """The steps of galore-torch 1.0 and apollo-torch 1.0.3, as far as memory goes: ``projected`` has the ``id`` of the
+    matrices whose gradients are. A gap between projections is longer than any trace."""
+
+    def __init__(self, parameters: list[nn.Parameter], *, name: OptimizerName, projected: Collection[int]) -> None:
+        super().__init__(parameters, {})
+        self.name, self.rank, self.projected = name, LOW_RANKS[name], projected
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Project, update the moments, and make the step of the whole."""
+        assert closure is None
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
+            grad, state = parameter.grad, self.state[parameter]
+            is_projected = id(parameter) in self.projected
+            if is_projected:
+                if "directions" not in state:
+                    state["directions"] = self._directions(grad)
+                directions = state["directions"]
+                tall = grad.shape[0] >= grad.shape[1]
+                grad = grad @ directions.t() if tall else directions.t() @ grad
+            if "exp_avg" not in state:
+                state["exp_avg"] = torch.zeros_like(grad)
+                state["exp_avg_sq"] = torch.zeros_like(grad)
+            denominator = state["exp_avg_sq"].sqrt().add_(1e-6)
+            step = state["exp_avg"] / denominator
+            if is_projected:
+                step = self._whole(step, state["directions"], parameter.grad)
+            parameter.add_(step, alpha=-1e-3)
+
+    def _directions(self, grad: torch.Tensor) -> torch.Tensor:
+        tall, matrix = grad.shape[0] >= grad.shape[1], grad.float()
+        rank = min(self.rank, *grad.shape)
+        if self.name != "galore":
+            shape = (rank, grad.shape[1]) if tall else (grad.shape[0], rank)
+            drawn: torch.Tensor = torch.randn(shape, dtype=torch.float32) / rank**0.5
+            return drawn.to(grad.dtype)
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        if tall:
+            found, other = right[:rank], left[:, :rank] @ torch.diag(values[:rank])
+        else:
+            found, other = left[:, :rank], torch.diag(values[:rank]) @ right[:rank]
+        directions: torch.Tensor = found.to(grad.dtype)
+        del other
+        return directions
+
+    def _whole(self, step: torch.Tensor, directions: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        if self.name != "galore":
+            return grad * 1.0 / 1.0
+        tall = step.shape[0] >= step.shape[1]
+        return (step @ directions if tall else directions @ step) * 0.25
+
+
 class MasterWeights(torch.optim.Optimizer):
     """An optimizer over fp32 copies of 16-bit parameters, as DeepSpeed's and Apex's: all gradients are cast first."""
 
@@ -112,6 +167,8 @@ def make_optimizer(
     if name == "muon":
         matrices = [each for each in parameters if id(each) in in_block]
         return MuonBesideAdamW(matrices, [each for each in parameters if id(each) not in in_block])
+    if name in LOW_RANKS:
+        return LowRank(parameters, name=name, projected=in_block)
     kind = BITSANDBYTES[name]
     return BitsandbytesOptimizer(parameters, num_states=kind.num_states, bits=kind.bits, paged=kind.paged)
 

@@ -24,6 +24,7 @@ from meft.planner.simulation.stream import Stream
 from meft.runtime.adapter.blocks import decoder_blocks
 from meft.runtime.fake.books import CudaBooks
 from meft.runtime.session.model_loading import COMPUTE_DTYPES
+from meft.runtime.trace.emulated import trace_emulated_method
 from meft.runtime.trace.kernels import rotations, use_kernels
 from meft.runtime.trace.loading import build_model, cast_as_trl, load, prepare
 from meft.runtime.trace.losses import use_loss
@@ -45,6 +46,8 @@ def trace_training(setup: TrainingSetup, config: dict[str, Any], *, workspace_by
     _check(setup)
     if setup.method == "meft":
         return trace_meft(plan_of_setup(setup), config, workspace_bytes=workspace_bytes)
+    if setup.emulated:
+        return trace_emulated_method(setup, config)
     with FakeTensorMode(), without_collection():
         return _Run(setup, config, workspace_bytes).trace()
 
@@ -79,6 +82,7 @@ class _Run:
         self.setup, self.config = setup, config
         scopes = Scopes()
         self.books = CudaBooks(workspace_bytes=workspace_bytes, categorise=scopes.category)
+        self.books.takes_host_tensors = setup.peft is not None
         self.stage = Stage(self.books, scopes, packed=setup.packed)
         self.outputs: Any = None
         self.batch: dict[str, Any] = {}

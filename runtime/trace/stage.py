@@ -15,11 +15,11 @@ from meft.runtime.device.books import DeviceBooks
 from meft.runtime.device.event_log import EventLog
 from meft.runtime.fake.autocast import cuda_lists
 from meft.runtime.fake.books import CudaBooks
+from meft.runtime.fake.experts import grouped_products
 from meft.runtime.fake.flash import flash_attention_package
 from meft.runtime.fake.functions import cuda_functions
+from meft.runtime.session.documents import unpacked_sequences
 from meft.runtime.trace.scopes import Scopes, first_tensor
-from meft.runtime.training.fake_experts import grouped_products
-from meft.runtime.training.rehearse import unpacked_sequences
 
 STEPS = 2
 """In the first step the optimizer has no state yet."""

@@ -100,7 +100,8 @@ class Interrupts:
             _tell(f"{self.program}: {name} again: stopped at once; what was saved is whole")
             os._exit(128 + number)
         self.number = number
-        _tell(f"{self.program}: {name}: stopping {self.when}; again to stop at once")
+        if os.environ.get("RANK", "0") == "0":  # of several ranks, all of which got it, the first says so
+            _tell(f"{self.program}: {name}: stopping {self.when}; again to stop at once")
         self.on_signal()
 
 

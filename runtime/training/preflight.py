@@ -17,6 +17,8 @@ from meft.planner.models.stored import StoredWeights
 from meft.planner.records.plan import Plan
 from meft.runtime.session.model_loading import STORED_PACKAGES
 
+PER_RANK = ("_staging", "_landing", "cache_index", "gradient_rows")
+"""How the names of those host entries end that every rank has of its own."""
 EMULATED = "emulated"
 """Key of the emulated device's profile."""
 
@@ -54,10 +56,10 @@ class Machine:
         )
 
 
-def check(plan: Plan, machine: Machine, *, device_kind: str, budget_bytes: int) -> list[str]:
+def check(plan: Plan, machine: Machine, *, device_kind: str, budget_bytes: int, ranks: int = 1) -> list[str]:
     """Return the notes a user should see; raise :class:`MachineError` naming every problem if there is one."""
     problems = [
-        *_host_problems(plan, machine, device_kind),
+        *_host_problems(plan, machine, device_kind, ranks),
         *_device_problems(plan, machine, device_kind, budget_bytes),
     ]
     if problems:
@@ -65,18 +67,25 @@ def check(plan: Plan, machine: Machine, *, device_kind: str, budget_bytes: int) 
     return _notes(plan, budget_bytes)
 
 
-def _host_problems(plan: Plan, machine: Machine, device_kind: str) -> list[str]:
-    needed = plan.prediction.host_memory.total_bytes
+def _host_problems(plan: Plan, machine: Machine, device_kind: str, ranks: int) -> list[str]:
+    needed = _host_bytes(plan, ranks)
     what = "the adapter's home"
     if device_kind == "emulated":
-        needed += plan.prediction.device_memory.peak_allocated_bytes
-        what += " and the emulated device"
+        needed += ranks * plan.prediction.device_memory.peak_allocated_bytes
+        what += " and the emulated device" if ranks == 1 else f" and {ranks} emulated devices"
     if needed <= machine.available_host_bytes:
         return []
     return [
         f"host memory: {format_bytes(needed)} are needed for {what}, {format_bytes(machine.available_host_bytes)} are "
         f"available; close other programs or plan again with a smaller --host-mem"
     ]
+
+
+def _host_bytes(plan: Plan, ranks: int) -> int:
+    """What the plan says for as many ranks as it is for; of others each has as much staging, and the tables are one."""
+    planned, memory = plan.request.gpus, plan.prediction.host_memory
+    staging = sum(entry.num_bytes for entry in memory.entries if entry.category.endswith(PER_RANK))
+    return memory.total_bytes - staging + staging // planned * ranks
 
 
 def _device_problems(plan: Plan, machine: Machine, device_kind: str, budget_bytes: int) -> list[str]:

@@ -7,8 +7,6 @@ a card, host buffers are counted as they would be pinned there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,10 +19,11 @@ from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.exchange.row_cache import PlannedCache
+from meft.runtime.fake.experts import grouped_products
 from meft.runtime.host.router import PlannedRouter
+from meft.runtime.session.documents import unpacked_sequences
 from meft.runtime.session.model_loading import model_from_config
 from meft.runtime.session.session import Session, open_session
-from meft.runtime.training.fake_experts import grouped_products
 from meft.runtime.training.preflight import for_emulated_device
 from meft.runtime.training.reporting import active_rows, assemble, device_memory, host_memory, transfer
 
@@ -67,27 +66,6 @@ def _planned_cache(plan: Plan) -> PlannedCache | None:
         kept=sparsity.kept_rows_per_layer or nothing,
         hot=hot,
     )
-
-
-@contextmanager
-def unpacked_sequences(packed: bool = False) -> Iterator[None]:
-    """Tell transformers what it cannot read from fake position ids: no sequence is packed.
-
-    Left to itself it builds a mask in case there were one, and repeats keys and values because of the mask; a real step
-    does neither, unless its sequences are ``packed``.
-    """
-    from transformers import masking_utils
-
-    name = "find_packed_sequence_indices"
-    original = getattr(masking_utils, name, None)
-    if original is None or packed:  # a version without the check, or what it would find
-        yield
-        return
-    setattr(masking_utils, name, lambda *_args, **_kwargs: None)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, name, original)
 
 
 def rehearse_step(session: Session) -> None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import psutil
 
-from meft.planner.records.plan import Direction, MemoryEntry, Plan, TransferEntry
+from meft.planner.records.plan import Decision, Direction, MemoryEntry, Plan, TransferEntry
 from meft.planner.records.report import (
     ActiveRows,
     Comparison,
@@ -29,12 +29,11 @@ from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.session.checkpoint import RunObserved
 from meft.runtime.session.expert_load import expert_load
 from meft.runtime.session.session import Session
-from meft.runtime.training.measured import Totals, Worked
+from meft.runtime.training.measured import Measurements, Totals, Worked
 from meft.runtime.training.packing import as_run
 from meft.runtime.training.training import Trainer, worked
 
 T = TypeVar("T", bound=str)
-_DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
 _WHY = {
     "queries": "hidden states to the host, for routing",
     "probes": "each token's experts to the host",
@@ -50,26 +49,28 @@ _WHY = {
     "hot_returned": "hot rows with their optimizer state to the host, to be saved or read there",
     "inputs": "token ids and labels",
     "loss": "the loss, for the report",
+    "router_gradients": "several ranks: the routers' gradients to the host, and their sums to every device",
     "router_norm": "squared norm of the routers' gradients, for clipping",
 }
 
 
 def observe(trainer: Trainer, *, memory: MemoryReading, pcie: PcieReading) -> RunObserved:
     """What this process measured so far (at least one step); the lanes are idle."""
-    session, measured, done = trainer.session, trainer.measured, _worked(trainer)
+    session, measured, done = trainer.session, trainer.measured, work_done(trainer)
     observed = Observed(
         steps=measured.steps,
         device_memory=device_memory(measured.peaks.larger(session.device.peaks()), memory),
         host_memory=host_memory(session),
         transfer=transfer(session, steps=measured.steps, windows=measured.windows, pcie=pcie),
-        active_rows=_with_cached(active_rows(measured.active_rows.layers), trainer),
+        active_rows=rows_seen(measured, session.plan.decision),
         hot_windows=measured.hot_windows,
         packed=session.met_packed,
         dropped_rows=measured.dropped_rows,
         prefetch_recall=None,
         step_seconds=_step_seconds(trainer),
-        busy_seconds=_per_step(done.lanes, done.steps),
-        host_task_seconds=_per_step(done.host_tasks, done.steps),
+        busy_seconds=per_step(done.lanes, done.steps),
+        host_task_seconds=per_step(done.host_tasks, done.steps),
+        waited_seconds=None if session.peers is None else session.peers.waited_seconds / measured.steps,
     )
     return RunObserved(observed=observed, tokens=measured.tokens)
 
@@ -90,7 +91,7 @@ def build_report(trainer: Trainer, seen: RunObserved, *, recall: float | None, m
     )
     observed = seen.observed.model_copy(update={"prefetch_recall": recall})
     report = assemble(session, observed, training, meft_version=meft_version, rehearsal=False)
-    return report.model_copy(update={"expert_load": expert_load(session)})
+    return report.model_copy(update={"expert_load": expert_load(session), "gpus": seen.gpus, "ranks": seen.ranks})
 
 
 def assemble(session: Session, observed: Observed, training: Training, *, meft_version: str, rehearsal: bool) -> Report:
@@ -134,9 +135,14 @@ def compare(plan: Plan, observed: Observed) -> tuple[Comparison, ...]:
 
 
 def host_memory(session: Session, *, pinned: bool | None = None) -> ObservedHostMemory:
-    """Bytes of the tables and staging buffers, as allocated; ``pinned``: as if on CUDA, whatever the device."""
+    """Bytes of the tables and staging buffers, as allocated; ``pinned``: as if on CUDA, whatever the device.
+
+    Tables that ranks share are the first one's.
+    """
     pinned = session.device.kind == "cuda" if pinned is None else pinned
-    sizes = session.store.bytes_by_category() | session.exchange.host_buffer_bytes(pinned=pinned)
+    sizes = session.exchange.host_buffer_bytes(pinned=pinned)
+    if session.peers is None or session.peers.rank == 0:
+        sizes = session.store.bytes_by_category() | sizes | session.exchange.shared_table_bytes()
     entries = tuple(
         MemoryEntry(
             place="host", phase="resident", category=name, num_bytes=size, basis="counted", because="as allocated"
@@ -149,7 +155,14 @@ def host_memory(session: Session, *, pinned: bool | None = None) -> ObservedHost
 
 def transfer(session: Session, *, steps: int, windows: int, pcie: PcieReading) -> ObservedTransfer:
     """What the engine counted: means per step and per optimizer step, totals over the steps, and over the run."""
-    engine = session.engine
+    session.drain()
+    return transfer_of(session.engine.counted_bytes, steps=steps, windows=windows, pcie=pcie)
+
+
+def transfer_of(
+    counted: Mapping[tuple[Direction, str, Per], int], *, steps: int, windows: int, pcie: PcieReading
+) -> ObservedTransfer:
+    """The same, of counted bytes."""
     divisors: dict[Per, int] = {"step": max(1, steps), "optimizer_step": max(1, windows), "run": 1}
     entries = tuple(
         TransferEntry(
@@ -159,19 +172,21 @@ def transfer(session: Session, *, steps: int, windows: int, pcie: PcieReading) -
             num_bytes=round(size / divisors[per]),
             because=_WHY[category],
         )
-        for (direction, category, per), size in sorted(engine.counted_bytes.items())
+        for (direction, category, per), size in sorted(counted.items())
         if per != "probe"
     )
-    per_step = {way: round(engine.bytes_in(way, "step") / divisors["step"]) for way in _DIRECTIONS}
-    per_window = {way: round(engine.bytes_in(way, "optimizer_step") / max(1, windows)) for way in _DIRECTIONS}
+
+    def total(way: Direction, per: Per) -> int:
+        return sum(size for (direction, _, kind), size in counted.items() if (direction, kind) == (way, per))
+
     return ObservedTransfer(
         entries=entries,
-        h2d_bytes_per_step=per_step["h2d"],
-        d2h_bytes_per_step=per_step["d2h"],
-        h2d_bytes_per_optimizer_step=per_window["h2d"],
-        d2h_bytes_per_optimizer_step=per_window["d2h"],
-        h2d_bytes_total=engine.bytes_in("h2d", "step"),
-        d2h_bytes_total=engine.bytes_in("d2h", "step"),
+        h2d_bytes_per_step=round(total("h2d", "step") / divisors["step"]),
+        d2h_bytes_per_step=round(total("d2h", "step") / divisors["step"]),
+        h2d_bytes_per_optimizer_step=round(total("h2d", "optimizer_step") / divisors["optimizer_step"]),
+        d2h_bytes_per_optimizer_step=round(total("d2h", "optimizer_step") / divisors["optimizer_step"]),
+        h2d_bytes_total=total("h2d", "step"),
+        d2h_bytes_total=total("d2h", "step"),
         nvml_rx_bytes=pcie.rx_bytes,
         nvml_tx_bytes=pcie.tx_bytes,
         nvml_source=pcie.source,
@@ -205,9 +220,9 @@ def _in_order(seen: Mapping[int, int], place: int) -> int:
     raise IndexError(place)
 
 
-def _with_cached(layers: tuple[ActiveRows, ...], trainer: Trainer) -> tuple[ActiveRows, ...]:
-    """The layers, with what travelled and what was kept if rows were cached, and how many were hot."""
-    measured, decision = trainer.measured, trainer.session.plan.decision
+def rows_seen(measured: Measurements, decision: Decision) -> tuple[ActiveRows, ...]:
+    """Active rows by layer, with what travelled and what was kept if rows were cached, and how many were hot."""
+    layers = active_rows(measured.active_rows.layers)
     kinds: dict[str, Totals] = {}
     if decision.cached_rows:
         kinds |= {
@@ -254,11 +269,12 @@ def _step_seconds(trainer: Trainer) -> float:
     return statistics.median(windows[1:] or windows)
 
 
-def _worked(trainer: Trainer) -> Worked:
+def work_done(trainer: Trainer) -> Worked:
     """What the lanes did, without the first window if there are others: it warms things up."""
     everything = worked(trainer.session, trainer.measured.steps)
     return everything.since(trainer.measured.warm_up or Worked())
 
 
-def _per_step(seconds: dict[T, float], steps: int) -> dict[T, float]:
+def per_step(seconds: dict[T, float], steps: int) -> dict[T, float]:
+    """The mean of each over the steps."""
     return {name: each / max(1, steps) for name, each in seconds.items()}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,101 +17,34 @@ from meft.planner.base.version import VERSION
 from meft.planner.models.catalogue import how_to_download, hub_name_of, load_model
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
-from meft.planner.timing.chrome import chrome_trace
-from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.data.embedded import SMOLLM2_PROFILE, smollm2_folder
 from meft.runtime.data.examples import pad_token_id
 from meft.runtime.data.loading import DataOptions, Dataset, describe, load_dataset
 from meft.runtime.data.metrics import evaluation_line
 from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
-from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.device.nvml import MemoryReading, NvmlReader, NvmlUnavailable, PcieReading
-from meft.runtime.device.timeline import LaneClock
 from meft.runtime.host import kernels
-from meft.runtime.host.optimizer import AdamWSettings
+from meft.runtime.ranks.peers import Peers
 from meft.runtime.session import model_loading
 from meft.runtime.session.checkpoint import (
     TRAINING_STATE,
     RunObserved,
     TrainingState,
-    latest_checkpoint,
     load_adapter,
     load_observed,
     save_adapter,
 )
-from meft.runtime.session.session import Session, open_session
-from meft.runtime.training import output, packing, preflight
-from meft.runtime.training.interrupts import Interrupts
+from meft.runtime.session.session import Session
+from meft.runtime.training import output, packing, preflight, together
 from meft.runtime.training.journal import Tell, journal
+from meft.runtime.training.options import DeviceKind, Display, RunOptions, open_run, write_trace
 from meft.runtime.training.rehearse import rehearse
 from meft.runtime.training.replay import num_replayed, with_replay
-from meft.runtime.training.reporting import build_report, observe
-from meft.runtime.training.training import Progress, Trainer, TrainingOptions
-from meft.runtime.use.evaluation import EvaluationOptions, EvaluationSchedule, make_evaluator
+from meft.runtime.training.reporting import build_report
+from meft.runtime.training.training import Trainer
+from meft.runtime.use.evaluation import EvaluationSchedule, make_evaluator
 
-DeviceKind = Literal["cuda", "emulated"]
-"""The name of the profile that a plan for the emulated device rests on."""
-DEFAULT_STEPS = 100
 DEFAULT_REPLAY_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a run is: so many micro-batches, or so many times through the data; neither: as before, or 100."""
-
-    steps: int | None = None
-    epochs: float | None = None
-
-    def total_steps(self, *, num_examples: int, batch_size: int, before: int | None) -> int:
-        """Micro-batches in all; ``before`` is what a run that goes on was to have."""
-        if self.epochs is not None:
-            return max(1, math.ceil(self.epochs * num_examples / batch_size))
-        return self.steps or before or DEFAULT_STEPS
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """A run as asked for on the command line."""
-
-    training: TrainingOptions
-    settings: AdamWSettings
-    model: str | None = None
-    data: tuple[Path, ...] = ()
-    reading: DataOptions = field(default_factory=DataOptions)
-    """How the data is read."""
-    show: int = 0
-    """Examples that are shown before training."""
-    replay: Path | None = None
-    """Ordinary text to train on beside the data, as ``replay_share`` of the examples."""
-    replay_share: float | None = None
-    output_dir: Path = Path("output")
-    device: Literal["auto", "cuda", "emulated"] = "auto"
-    gpu_mem_bytes: int | None = None
-    """Another device budget than the plan's."""
-    resume: bool = False
-    overwrite: bool = False
-    """Replace what an earlier run left in ``output_dir``."""
-    length: Length | None = None
-    """None: ``training.steps``."""
-    adapter: Path | None = None
-    """A trained adapter to start from."""
-    log: Path | None = None
-    tensorboard: Path | None = None
-    schedule: Literal["overlapped", "sequential"] = "overlapped"
-    link_gbps: float | None = None
-    trace: Path | None = None
-    """Where the Chrome trace of the last step goes."""
-    evaluation: EvaluationOptions | None = None
-    key_init: KeyInit = "random"
-
-
-@dataclass(frozen=True)
-class Display:
-    """Where a run tells how it goes."""
-
-    say: Callable[[str], None]
-    on_step: Callable[[Progress], None]
-    interrupts: Interrupts = field(default_factory=Interrupts)
 
 
 def run_rehearsal(plan: Plan, options: RunOptions, display: Display) -> Report:
@@ -129,22 +60,37 @@ def run_rehearsal(plan: Plan, options: RunOptions, display: Display) -> Report:
     return report
 
 
-def run_training(plan: Plan, options: RunOptions, display: Display) -> Report:
+def check_run(plan: Plan, options: RunOptions, *, ranks: int) -> None:
+    """What can be refused before ``ranks`` processes begin."""
+    _check_options(options)
+    together.check(plan, ranks, steps=_steps_given(options))
+
+
+def _steps_given(options: RunOptions) -> int | None:
+    return options.training.steps if options.length is None else options.length.steps
+
+
+def run_training(plan: Plan, options: RunOptions, display: Display) -> Report | None:
     """Train the plan's adapter and report; adapter, checkpoints and report go to ``options.output_dir``.
+
+    Of several ranks the first reports, and the others give None.
 
     ``display.interrupts`` says whether a signal ended it early.
     """
     _check_options(options)
     _device_kind(plan, options)  # before anything is written
-    folder = _model_folder(plan, options, display)
-    model_loading.check_model_folder(plan, folder)
-    display.interrupts.check()
-    with output.locked(options.output_dir, display.say):
-        output.require_unused(options.output_dir, resume=options.resume, overwrite=options.overwrite)
-        checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
-        with journal(options.log, options.tensorboard) as tell:
-            report = _run(plan, options, display, folder, checkpoint, tell)
-        _save_report(report, options)
+    with together.ranks(plan, steps=_steps_given(options)) as peers:
+        display = together.shown(display, peers)
+        with together.first_alone(peers):
+            folder = _model_folder(plan, options, display)
+        model_loading.check_model_folder(plan, folder)
+        display.interrupts.check()
+        with together.output_folder(options, peers, display.say) as checkpoint:
+            log = (options.log, options.tensorboard) if together.is_first(peers) else (None, None)
+            with journal(*log) as tell:
+                report = _run(plan, options, display, folder, checkpoint, tell, peers)
+            if report is not None:
+                _save_report(report, options)
     return report
 
 
@@ -185,13 +131,20 @@ def _save_report(report: Report, options: RunOptions) -> None:
 
 
 def _run(
-    plan: Plan, options: RunOptions, display: Display, folder: Path, checkpoint: Path | None, tell: Tell
-) -> Report:
+    plan: Plan,
+    options: RunOptions,
+    display: Display,
+    folder: Path,
+    checkpoint: Path | None,
+    tell: Tell,
+    peers: Peers | None,
+) -> Report | None:
     """The stages of a run, in a folder that is this run's alone; between two of them a signal is obeyed."""
     kind, check = _device_kind(plan, options), display.interrupts.check
     with closing(_open_nvml(kind)) as nvml:
         machine = preflight.Machine.here()
-        for note in preflight.check(plan, machine, device_kind=kind, budget_bytes=_budget(plan, options)):
+        size, budget = 1 if peers is None else peers.size, _budget(plan, options)
+        for note in preflight.check(plan, machine, device_kind=kind, budget_bytes=budget, ranks=size):
             display.say(f"note: {note}")
         check()
         tokenizer = model_loading.load_tokenizer(folder)
@@ -207,12 +160,15 @@ def _run(
         _check_tokens(plan, dataset, pad_token_id(tokenizer), options)
         check()
         options = _with_length(plan, options, dataset, checkpoint)
-        _require_room(plan, options, resumed=checkpoint is not None)
+        if together.is_first(peers):
+            _require_room(plan, options, resumed=checkpoint is not None)
         evaluation = _evaluation(options, tokenizer, display)
         check()
-        kernels.warm_up(display.say)
+        with together.first_alone(peers):
+            kernels.warm_up(display.say)
         check()
-        with closing(_open_session(plan, options, folder, kind, dataset, display)) as session:
+        device = _device(plan, options, kind)
+        with closing(open_run(plan, options, folder, device, dataset, display.say, peers)) as session:
             check()
             display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")
             trainer = _trainer(session, dataset, options, pad_token_id(tokenizer), display)
@@ -220,6 +176,8 @@ def _run(
             _begin(trainer, options, checkpoint, display)
             check()
             report = _train(trainer, nvml, options, display, checkpoint)
+    if report is None:
+        return None
     return report.model_copy(update={"evaluations": () if evaluation is None else tuple(evaluation.results)})
 
 
@@ -268,7 +226,8 @@ def _begin(trainer: Trainer, options: RunOptions, checkpoint: Path | None, displ
     """Where the run starts from: a checkpoint, a trained adapter, or nothing."""
     if checkpoint is not None:
         trainer.resume(checkpoint)
-        output.remove_superseded(checkpoint)
+        if together.is_first(trainer.session.peers):
+            output.remove_superseded(checkpoint)
         display.say(f"resumed from {checkpoint} after step {trainer.steps_done}")
         if output.reported(options.output_dir, trainer.history.losses):
             _require_steps_left(trainer, options)
@@ -276,7 +235,8 @@ def _begin(trainer: Trainer, options: RunOptions, checkpoint: Path | None, displ
     if options.adapter is not None:
         load_adapter(trainer.session, options.adapter)
         display.say(f"starting from the adapter in {options.adapter}")
-    output.remove_replaced(options.output_dir, display.say)
+    if together.is_first(trainer.session.peers):
+        output.remove_replaced(options.output_dir, display.say)
 
 
 def _require_steps_left(trainer: Trainer, options: RunOptions) -> None:
@@ -285,6 +245,7 @@ def _require_steps_left(trainer: Trainer, options: RunOptions) -> None:
     done = trainer.steps_done
     if done >= options.training.steps:
         adapter = _save_adapter(trainer, options)  # in case that someone removed it
+        trainer.session.meet()
         raise UsageError(
             f"--steps {options.training.steps}: the run is complete, and its adapter is in {adapter}; give more "
             f"steps to train on"
@@ -332,26 +293,29 @@ def _train(
     options: RunOptions,
     display: Display,
     checkpoint: Path | None,
-) -> Report:
+) -> Report | None:
     readings: list[tuple[MemoryReading, PcieReading]] = []
     trainer.on_trained = lambda: readings.append(_read_nvml(trainer, nvml))
     trainer.observe = lambda: _observed(trainer, _read_nvml(trainer, nvml), checkpoint)
     nvml.start_pcie()
     with display.interrupts.while_training(lambda: setattr(trainer, "stop_requested", True)):
         trainer.run()
-    _save_adapter(trainer, options)
+    trainer.session.meet()
     seen = _observed(trainer, readings[-1] if readings else _read_nvml(trainer, nvml), checkpoint)
     _say_why_it_ended(trainer, options, display)
+    if not together.is_first(trainer.session.peers):
+        return None
+    _save_adapter(trainer, options)
     if options.trace is not None:
-        _write_trace(trainer.session, options.trace)
+        write_trace(trainer.session, options.trace)
         display.say(f"wrote {options.trace}, the last step's tasks")
     return build_report(trainer, seen, recall=trainer.measure_recall(), meft_version=VERSION)
 
 
 def _observed(trainer: Trainer, reading: tuple[MemoryReading, PcieReading], checkpoint: Path | None) -> RunObserved:
     """By this process, or if it found no step left to do by the one before: that was killed before its report."""
-    if trainer.measured.steps:
-        return observe(trainer, memory=reading[0], pcie=reading[1])
+    if trainer.measured.windows:
+        return together.observe_all(trainer, memory=reading[0], pcie=reading[1])
     seen = None if checkpoint is None else load_observed(checkpoint)
     if seen is None:
         raise UsageError(
@@ -370,13 +334,14 @@ def _say_why_it_ended(trainer: Trainer, options: RunOptions, display: Display) -
         return
     if trainer.out_of_patience:
         display.say(f"stopped after step {done}: {options.training.patience} evaluations in a row were no better")
-    elif trainer.stop_requested:
+    elif display.interrupts.number is not None:
         display.interrupts.stopped_after = done
 
 
 def _save_adapter(trainer: Trainer, options: RunOptions) -> Path:
-    folder = options.output_dir / output.ADAPTER
-    save_adapter(trainer.session, folder, meft_version=VERSION)
+    folder, peers = options.output_dir / output.ADAPTER, trainer.session.peers
+    if together.is_first(peers):
+        save_adapter(trainer.session, folder, meft_version=VERSION)
     return folder
 
 
@@ -385,40 +350,10 @@ def _read_nvml(trainer: Trainer, nvml: NvmlReader | NvmlUnavailable) -> tuple[Me
     return nvml.process_memory(at_least_bytes=reserved), nvml.pcie_bytes()
 
 
-def _open_session(
-    plan: Plan, options: RunOptions, folder: Path, kind: DeviceKind, dataset: Dataset, display: Display
-) -> Session:
-    torch.manual_seed(options.training.seed)
-    device: Device = CudaDevice(_budget(plan, options)) if kind == "cuda" else EmulatedDevice(_budget(plan, options))
+def _device(plan: Plan, options: RunOptions, kind: DeviceKind) -> Device:
     if options.link_gbps is not None and kind == "cuda":
         raise UsageError("--link-gbps slows the emulated device's link down; a real link has its own speed")
-    model = model_loading.load_frozen_model(plan, folder, device_kind=kind)
-    apart = packing.documents_apart(plan, model, dataset, display.say)
-    session = open_session(
-        plan,
-        model,
-        device,
-        seed=options.training.seed,
-        settings=options.settings,
-        schedule=Overlapped() if options.schedule == "overlapped" else Sequential(),
-        link_gbps=options.link_gbps,
-        clock=LaneClock(keep=options.trace is not None),
-        key_init=options.key_init,
-    )
-    session.documents_apart = apart
-    return session
-
-
-def _write_trace(session: Session, path: Path) -> None:
-    """The tasks of the last step; on CUDA without the copies, whose streams keep no log."""
-    session.drain()
-    session.clock.settle()
-    events = session.clock.events()
-    if session.device.kind == "cuda":
-        events = [event for event in events if event.lane in ("cpu", "gpu")]
-    text = json.dumps(chrome_trace(events), separators=(",", ":"))
-    with writing(path, hint="the adapter and the last checkpoint are whole"):
-        path.write_text(text, encoding="utf-8")
+    return CudaDevice(_budget(plan, options)) if kind == "cuda" else EmulatedDevice(_budget(plan, options))
 
 
 def _trainer(session: Session, dataset: Dataset, options: RunOptions, pad_id: int, display: Display) -> Trainer:

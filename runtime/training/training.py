@@ -23,6 +23,7 @@ from meft.planner.records.report import Evaluation as Scores
 from meft.runtime.data.examples import Batch, Example, batch_indices, collate
 from meft.runtime.data.metrics import MAIN_SCORE
 from meft.runtime.host.optimizer import scheduled_learning_rate
+from meft.runtime.ranks.rounds import Rounds
 from meft.runtime.session.checkpoint import (
     RunObserved,
     TrainingState,
@@ -115,12 +116,25 @@ class Trainer:
     data: str = ""
     """Where the examples come from, for errors."""
     stop_requested: bool = False
-    """Set by a signal handler: the run ends after the current window, with a checkpoint."""
+    """Set by a signal handler: the run ends after the current window, with a checkpoint. Of several ranks the first to
+    be asked asks the others."""
+    _agreed: bool = False
+    """Of several ranks: whether one was asked, as all know since their last round."""
+
+    def __post_init__(self) -> None:
+        peers = self.session.peers
+        self._rounds = None if peers is None else Rounds(peers)
+        self._rank, self._ranks = (0, 1) if peers is None else (peers.rank, peers.size)
 
     @property
     def steps_done(self) -> int:
         """Micro-batches since the run first began."""
         return len(self.history.losses)
+
+    @property
+    def _stops(self) -> bool:
+        """Whether the run ends after this window; the same in every rank."""
+        return self.stop_requested if self._rounds is None else self._agreed
 
     @property
     def best_evaluation(self) -> Scores | None:
@@ -153,8 +167,8 @@ class Trainer:
     def _train(self) -> None:
         for first, last in self._windows():
             self._run_window(first, last)
-            ends = self.stop_requested or last == self.options.steps
-            evaluates = self._evaluation_due(last=last == self.options.steps) and not self.stop_requested
+            ends = self._stops or last == self.options.steps
+            evaluates = self._evaluation_due(last=last == self.options.steps) and not self._stops
             sound = self._sound()
             if ends or (sound and self._save_due()):
                 self.save()
@@ -164,7 +178,7 @@ class Trainer:
                 self._evaluate()
             if ends:
                 return
-            if evaluates and (self.out_of_patience or self.stop_requested):
+            if evaluates and (self.out_of_patience or self._stops):
                 self.save()
                 return
 
@@ -179,19 +193,27 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the present state, if there is somewhere to write it."""
-        self.session.drain()
-        if self.output is not None and self.history.losses:
+        self.session.meet()
+        if self.output is None or not self.history.losses:
+            return
+        observe = self.observe
+        if observe is not None and self.session.peers is not None:
+            seen = observe()  # every rank has a part in it
+            observe = lambda: seen  # noqa: E731
+        if self._rank == 0:
             folder = save_checkpoint(
-                self.session, self.output, self._state(), meft_version=self.meft_version, observe=self.observe
+                self.session, self.output, self._state(), meft_version=self.meft_version, observe=observe
             )
             self.tell("checkpoint", step=self.steps_done, folder=str(folder))
+        if self.session.peers is not None:
+            self.session.peers.barrier()
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint: same data, seed and settings, or a :class:`UsageError` that names what differs.
 
         More steps than before make the run longer: from here on the learning rate is that of a run of so many steps.
         """
-        state = load_checkpoint(self.session, folder)
+        state = self.load(folder)
         now = self._state()
         if state.data_digest != now.data_digest:
             raise UsageError(f"--resume {folder}: {_data_changed(state, now)}")
@@ -211,6 +233,10 @@ class Trainer:
         )
         if self.evaluation is not None:
             self.evaluation.results[:] = state.evaluations
+
+    def load(self, folder: Path) -> TrainingState:
+        """Bring the session to where a checkpoint stood."""
+        return load_checkpoint(self.session, folder)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, the same in every process."""
@@ -285,15 +311,18 @@ class Trainer:
     def _evaluate(self) -> None:
         """Lend the device out between two windows, and keep that out of the peaks of training."""
         assert self.evaluation is not None
-        device = self.session.device
-        self.session.drain()
+        device, peers, results = self.session.device, self.session.peers, self.evaluation.results
+        self.session.meet()
         self.measured.peaks = self.measured.peaks.larger(device.peaks())
         try:
-            self.evaluation.evaluate(self.session, len(self.history.learning_rates))
+            if self._rank == 0:
+                self.evaluation.evaluate(self.session, len(self.history.learning_rates))
         finally:
             device.empty_cache()
             device.reset_peaks()
-        results = self.evaluation.results
+        if peers is not None:
+            results[:] = peers.from_first(list(results))
+            self._agreed = any(peers.of_all(self.stop_requested))
         self.tell("evaluation", step=self.steps_done, scores=results[-1].scores)
         if best_result(results) == len(results) - 1:
             self.on_best()
@@ -302,15 +331,8 @@ class Trainer:
         started = time.perf_counter()
         rate = self._learning_rate(len(self.history.learning_rates))
         end = WindowEnd(learning_rate=rate, max_norm=self.options.max_norm)
-        for step in range(first, last):
-            if step == self.options.steps - 1:
-                self.session.clock.restart()  # of the tasks, those of the last step are kept
-            batch = self.batch(step)
-            closing = end if step == last - 1 else None
-            result = self.session.step(batch, loss_scale=1 / (last - first), window_end=closing)
-            self._note_step(result, batch)
-            self.on_step(Progress(step + 1, self.options.steps, result.loss))
-            self.tell("step", step=step + 1, loss=result.loss, seconds=result.seconds)
+        for start in range(first, last, self._ranks):
+            self._run_round(start, last, loss_scale=1 / (last - first), end=end)
         outcome = self.session.optimizer_step(learning_rate=rate, max_norm=self.options.max_norm)
         self.measured.kept_rows.add(outcome.kept_rows)
         self.measured.hot_windows += outcome.updated_hot_rows
@@ -321,17 +343,49 @@ class Trainer:
         ends = last == self.options.steps
         if ends or self._evaluation_due(last=ends):
             self.session.drain()  # what the lanes have left belongs to this window
-        self.measured.window_seconds.append((time.perf_counter() - started) / (last - first))
+        rounds = -(-(last - first) // self._ranks)
+        self.measured.window_seconds.append((time.perf_counter() - started) / rounds)
         if len(self.measured.window_seconds) == 1 and not ends:
             self.measured.warm_up = worked(self.session, self.measured.steps)
 
-    def _note_step(self, result: StepResult, batch: Batch) -> None:
-        if not math.isfinite(result.loss):
+    def _run_round(self, start: int, last: int, *, loss_scale: float, end: WindowEnd) -> None:
+        """One micro-batch of each rank, those from ``start`` on, of a window that ends before ``last``."""
+        step, started = start + self._rank, time.perf_counter()
+        closing = end if start + self._ranks >= last else None
+        if start + self._ranks >= self.options.steps:
+            self.session.clock.restart()  # of the tasks, those of the last step are kept
+        loss = 0.0
+        if step < last:
+            loss = self._run_step(step, loss_scale=loss_scale, closing=closing)
+        else:
+            self.session.sit_out(window_end=closing)
+        losses = [loss]
+        if self._rounds is not None:
+            taking_part = min(self._ranks, last - start)
+            losses, self._agreed = self._rounds.tell(loss, stop=self.stop_requested, taking_part=taking_part)
+        for place, each in enumerate(losses):
+            self._note_loss(each)
+            self.on_step(Progress(start + place + 1, self.options.steps, each))
+            self.tell("step", step=start + place + 1, loss=each, seconds=time.perf_counter() - started)
+
+    def _run_step(self, step: int, *, loss_scale: float, closing: WindowEnd | None) -> float:
+        """One micro-batch of this rank; its loss."""
+        if self._ranks > 1:
+            torch.manual_seed(self.options.seed + step)  # dropout: the same whichever rank has the micro-batch
+        batch = self.batch(step)
+        result = self.session.step(batch, loss_scale=loss_scale, window_end=closing)
+        self._note_step(result, batch)
+        return result.loss
+
+    def _note_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
             raise MeftError(
-                f"the loss became {result.loss} at step {len(self.history.losses) + 1}; nothing of this window was "
+                f"the loss became {loss} at step {len(self.history.losses) + 1}; nothing of this window was "
                 f"applied; {self._last_checkpoint()}. Try a lower --learning-rate, or --weights-dtype fp32 in the plan"
             )
-        self.history.losses.append(result.loss)
+        self.history.losses.append(loss)
+
+    def _note_step(self, result: StepResult, batch: Batch) -> None:
         self.measured.steps += 1
         self.measured.active_rows.add(result.counters.active_rows)
         self.measured.missing_rows.add(result.counters.missing_rows)

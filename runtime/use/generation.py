@@ -75,7 +75,8 @@ class ModelGenerator:
     ) -> torch.Tensor:
         """See :class:`Generator`."""
         device = next(self.model.parameters()).device
-        embedding: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        embedding = getattr(embedding, "base_layer", embedding)  # where peft trains some of its rows
         check_token_ids(input_ids.tolist(), embedding.num_embeddings, where="the prompts")
         was_training = self.model.training
         self.model.eval()

@@ -426,7 +426,8 @@ class CheckedLanes:
                     merge(self._finished, job.finish)
             return result
 
-        job.inner = self.lanes.submit(lane, name, checked, after=after, urgency=urgency)
+        inner = [other.inner if isinstance(other, CheckedJob) else other for other in after]
+        job.inner = self.lanes.submit(lane, name, checked, after=inner, urgency=urgency)
         return job
 
     def drain(self) -> None:

@@ -42,6 +42,8 @@ RECORDS_AND_PROFILES = {
     "meft.planner.models.measured",
     "meft.planner.models.shapes",
     "meft.planner.models.stored",
+    "meft.planner.records.ladder",
+    "meft.planner.records.peft_methods",
     "meft.planner.records.plan",
     "meft.planner.records.report",
     "meft.planner.records.profiles",
@@ -296,7 +298,9 @@ def test_profiles_are_data() -> None:
 
 
 def test_the_front_door_imports_nothing_before_it_is_asked() -> None:
+    """But ``python -m meft.run``, which is asked for as it begins."""
     at_once = [each for each in all_imports("meft") if not each.in_function and not each.for_types]
+    at_once = [each for each in at_once if each.module != "meft.runtime.cli.start"]
     assert {each.top for each in at_once} == {"__future__", "os", "typing"}
 
 

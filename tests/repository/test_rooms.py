@@ -15,8 +15,21 @@ PLANNER = (
     *("memory", "timing", "predict", "search", "check", "front", "render", "cli"),
 )
 RUNTIME = (
-    *("device", "host", "data", "exchange", "adapter", "session", "use", "pruning", "training"),
-    *("profiling", "fake", "trace", "cli"),
+    *(
+        "device",
+        "fake",
+        "host",
+        "ranks",
+        "data",
+        "exchange",
+        "adapter",
+        "session",
+        "use",
+        "pruning",
+        "training",
+        "methods",
+    ),
+    *("profiling", "trace", "cli"),
 )
 ROOMS = {"planner": PLANNER, "runtime": RUNTIME}
 """Ground floor first: a room may import itself and what stands before it."""

@@ -18,7 +18,7 @@ from meft.planner.cli.estimate import estimate_command
 from meft.planner.cli.main import command
 from meft.planner.cli.plan import plan_command
 from meft.planner.front.arguments import EstimateArguments, PlanArguments, argument_names, call_with
-from meft.planner.front.estimate import EstimateRequest
+from meft.planner.front.asked import EstimateRequest
 from meft.planner.front.options import RequestOptions
 
 GIB = 1 << 30
@@ -178,7 +178,7 @@ def test_a_wrong_argument_is_one_line_that_names_it(arguments: dict[str, Any], s
 
 
 def test_other_calls_name_their_arguments_too() -> None:
-    with pytest.raises(meft.UsageError, match="estimate: method: Input should be 'meft'"):
+    with pytest.raises(meft.UsageError, match="estimate: method: no such method; there are meft"):
         meft.estimate("loora")  # type: ignore[arg-type]
     with pytest.raises(meft.UsageError, match="unknown argument 'rnk'; did you mean rank"):
         meft.estimate("lora", rnk=3)  # type: ignore[call-arg]

@@ -12,7 +12,7 @@ import pytest
 from meft.planner.records.report import Report
 from meft.runtime.host.optimizer import scheduled_learning_rate
 from meft.runtime.session.checkpoint import TrainingState, latest_checkpoint
-from meft.runtime.training.runner import Length
+from meft.runtime.training.options import Length
 
 PEAK = 1e-2
 

@@ -35,8 +35,8 @@ def write(path: Path, content: str | bytes) -> Path:
         ("a.jsonl", LINES.replace("\n", "\r\n").encode("utf-8-sig")),
         ("a.jsonl", LINES.encode("utf-16")),
         ("a.jsonl", LINES.encode("utf-32")),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
-        ("a.jsonl", gzip.compress(LINES.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("a.jsonl", gzip.compress(LINES.encode(), mtime=0)),
         ("a.json", json.dumps(ROWS)),
         ("a.json", json.dumps(ROWS, indent=1)),
         ("a.jsonl", json.dumps(ROWS)),
@@ -45,7 +45,7 @@ def write(path: Path, content: str | bytes) -> Path:
         ("a.csv", "text\né\nü\n"),
         ("a.csv", 'text\r\n"é"\r\n\r\nü'),
         ("a.tsv", b"\xef\xbb\xbftext\n" + "é\nü\n".encode()),
-        ("a.csv.gz", gzip.compress("text\né\nü\n".encode())),
+        ("a.csv.gz", gzip.compress("text\né\nü\n".encode(), mtime=0)),
         ("a.csv", "text\né\nü\n".encode("utf-16")),
     ],
 )
@@ -80,10 +80,10 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer, not the file"),
-        ("a.parquet", gzip.compress(b"version https://git-lfs.github.com/spec/v1\n"), "a Git LFS pointer"),
+        ("a.parquet", gzip.compress(b"version https://git-lfs.github.com/spec/v1\n", mtime=0), "a Git LFS pointer"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd1234", r"compressed; unpack it first: zstd -d a\.jsonl"),
         ("a.jsonl", b"\x89PNG\r\n\x1a\n", "is a picture, not training data"),
-        ("a.jsonl", gzip.compress(LINES.encode() * 99)[:-9], "is not a whole gzip file"),
+        ("a.jsonl", gzip.compress(LINES.encode() * 99, mtime=0)[:-9], "is not a whole gzip file"),
         ("a.jsonl", "[{}]".encode("utf-16") + b"\x00", "not UTF-16, as its byte order mark says"),
         ("a.csv", 'a,b\n"x,1\n', "not a table .* is a quote left open"),
         ("a.csv", b"a,b\n\xff,1\n", "a.csv:2: not UTF-8"),
@@ -97,7 +97,7 @@ def test_what_is_no_data_is_called_what_it_is(tmp_path: Path, name: str, content
 def test_a_folder_gives_its_training_split(tmp_path: Path) -> None:
     for name in ("train-0.jsonl", "train-1.jsonl.gz", "validation.jsonl"):
         content = json.dumps({"text": name[:7]}).encode()
-        write(tmp_path / "d" / name, gzip.compress(content) if name.endswith("gz") else content)
+        write(tmp_path / "d" / name, gzip.compress(content, mtime=0) if name.endswith("gz") else content)
     write(tmp_path / "d" / "README.md", "# no data")
     write(tmp_path / "d" / "dataset_infos.json", "{}")
     assert values(tmp_path / "d") == [{"text": "train-0"}, {"text": "train-1"}]

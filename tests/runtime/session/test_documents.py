@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from sessions import EXPERTS, open_small, small_plan
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from meft.runtime.data.examples import Example, collate
@@ -66,3 +67,26 @@ def test_who_attends_across_documents(glass_model) -> None:
     assert not attends_across(glass_model, batch_size=2, vocab_size=1024)
     assert not attends_across(gpt2, batch_size=2, vocab_size=64)
     assert attends_across(bloom, batch_size=2, vocab_size=64)
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often a number is read from the device outside the engine, which on a GPU waits for all before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.times += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_unpacked_step_asks_the_device_nothing(glass_folder) -> None:
+    """transformers would look whether a sequence is packed, once a forward; packed ones it still sees."""
+    session = open_small(glass_folder, small_plan(glass_folder, batch_size=1, seq_len=24))
+    whole, packed = documents(24)[0], joined(documents(9, 15))
+    for example, times in ((whole, 0), (packed, 1)):
+        batch = collate([example], seq_len=24, pad_id=0)
+        with session.device.scope(), Asked() as asked:
+            session.loss(batch)
+        assert asked.times == times, example.starts

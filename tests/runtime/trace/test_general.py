@@ -13,8 +13,9 @@ from places import ROOT
 
 from meft.planner.base import tracers
 from meft.planner.base.errors import Infeasible, MachineError, UsageError
+from meft.planner.front.asked import EstimateRequest
 from meft.planner.front.compare import compare_methods
-from meft.planner.front.estimate import EstimateRequest, estimate_of
+from meft.planner.front.estimate import estimate_of
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.plan import find_plan
 from meft.planner.front.request import planning

@@ -22,9 +22,9 @@ from trace_setups import config_of, setup_of  # noqa: E402
 
 from meft.planner.records.setup import TrainingSetup  # noqa: E402
 from meft.runtime.fake.books import CudaBooks  # noqa: E402
+from meft.runtime.session.documents import unpacked_sequences  # noqa: E402
 from meft.runtime.trace.methods import attach_method  # noqa: E402
 from meft.runtime.trace.run import trace_training  # noqa: E402
-from meft.runtime.training.rehearse import unpacked_sequences  # noqa: E402
 
 SCALAR_BYTES = 8
 """Losses, seeds of gradients and counts of steps: some of them live on the host in a CUDA run."""

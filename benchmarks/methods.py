@@ -1,0 +1,62 @@
+"""Every method on SmolLM2-135M: airport facts (IATA code to city) by ``meft-run compare``, with forgetting on prose.
+
+    python benchmarks/methods.py --output-dir benchmarks/methods_results [--facts 300] [--seeds 2]
+
+Writes the facts as statements to complete ("Airport JFK is in" ... " New York"; the question with the chat template
+would take five times the tokens) and prose of the factbook, then runs ``meft-run compare``, which goes on where it was
+stopped. What is committed was made so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import click
+
+from meft.runtime.cli.compare import DEFAULT_METHODS, compare_command
+from meft.runtime.data.task_sources import factbook_prose, load_task
+
+QUESTION, STATEMENT = "Which city does the airport with IATA code {} serve?", "Airport {} is in"
+CANDIDATES = 4
+"""So many times the facts are looked at for short ones."""
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--output-dir", type=click.Path(path_type=Path), required=True)
+@click.option("--model", type=click.Path(path_type=Path), help="[default: the embedded SmolLM2-135M]")
+@click.option("--facts", type=int, default=300)
+@click.option("--seeds", type=int, default=2)
+@click.option("--epochs", type=float, default=6.0)
+@click.option("--seq-len", type=int, default=11, help="Facts that are longer are left out.")
+@click.option("--texts", type=int, default=16, help="Of prose.")
+@click.option("--gpu-mem", default="4GiB")
+@click.option("--methods", default=",".join(DEFAULT_METHODS))
+def main(output_dir: Path, model: Path | None, facts: int, seq_len: int, texts: int, **given: object) -> None:
+    """Make the data and compare."""
+    from meft.runtime.cli.use import base_folder
+    from meft.runtime.session.model_loading import load_tokenizer
+
+    folder = base_folder(model)
+    tokenizer = load_tokenizer(folder)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    data, prose = output_dir / "facts.jsonl", output_dir / "prose.jsonl"
+    lines = []
+    for item in load_task("airports", limit=CANDIDATES * facts).items:
+        about = re.fullmatch(re.escape(QUESTION).replace(r"\{\}", "(.+)"), item.prompt)
+        assert about is not None
+        prompt, completion = STATEMENT.format(about[1]), f" {item.completion}"
+        if len(tokenizer.encode(prompt + completion)) < seq_len:
+            lines.append({"prompt": prompt, "completion": completion, "answers": list(item.answers)})
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines[:facts]))
+    prose.write_text("".join(json.dumps({"text": text}) + "\n" for text in factbook_prose(texts)))
+    options = ["--model", folder, "--data", data, "--eval", data, "--prose", prose, "--output-dir", output_dir, "--raw"]
+    options += ["--seq-len", seq_len, "--max-new-tokens", 8]
+    for name, value in given.items():
+        options += [f"--{name.replace('_', '-')}", value]
+    compare_command.main([str(each) for each in options], standalone_mode=False)
+
+
+if __name__ == "__main__":
+    main()

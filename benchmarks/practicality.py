@@ -1,0 +1,191 @@
+"""How fast is training with offload, as a share of what it is without, and is the planner right about it?
+
+    python benchmarks/practicality.py [--gpu rtx-3090 ...] [--sizes 2x256 ...] [--steps 8] [--results FILE]
+
+The runtime's own lanes, exchange, autograd and Python run against a GPU, a link and host kernels that take the time a
+plan says and do nothing else (``tests/helpers/timed_device.py``). So of what is measured the GPU's part is the plan's
+own, and what scheduling, waiting and Python add to it is real; no card says how right the plan's rates are.
+
+*Step* is an accumulation window's time over its micro-batches: the median of some in mid-window, and what the window's
+end takes beyond that, with all the rows that the plan expects to be touched by then. *Practicality* is the time of the
+same adapter all on the GPU, with as much recompute, over the step; *of unlimited memory*: without recompute.
+
+Run it on a machine with nothing else to do, or as ``nice -n -15``.
+Committed: ``benchmarks/practicality_results.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+
+from timed_device import small_batch, timed_session
+
+import meft
+from meft.planner.predict.prediction import ProfileSet
+from meft.planner.records.plan import Plan, Timing
+from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
+from meft.planner.timing.step import step_timing
+from meft.runtime.device.lanes import Overlapped, Schedule, Sequential
+from meft.runtime.session.session import Session, WindowEnd
+
+GPUS = {"rtx-3090": "24GB", "rtx-4090": "24GB", "h100-80gb": "80GB"}
+SIZES = ("2x256", "8x512", "16x256", "8x1024")
+SCHEDULES = ("p=0", "p=1", "p=2", "sequential")
+LEARNING_RATE = 1e-3
+
+
+def plan_of(gpu: str, size: str, schedule: str, *, width: int, top_k: int) -> Plan:
+    """LLaMA-7B with a given width and K, the rest as the planner chooses."""
+    batch_size, seq_len = map(int, size.split("x"))
+    depth = 0 if schedule == "sequential" else int(schedule.removeprefix("p="))
+    return meft.plan(
+        model="llama-7b",
+        gpu=gpu,
+        gpu_mem=GPUS[gpu],
+        host_mem="128GB",
+        batch_size=batch_size,
+        seq_len=seq_len,
+        adapter_width=width,
+        top_k=top_k,
+        prefetch_depth=depth,
+        max_slowdown=10.0,
+    )
+
+
+def profiles_of(plan: Plan) -> ProfileSet:
+    """Those that the plan was made with."""
+    request = plan.request
+    return ProfileSet(
+        gpu=load_gpu(request.gpu),
+        link=load_link(request.link),
+        host=load_host(request.host),
+        sparsity=load_sparsity(request.sparsity),
+    )
+
+
+def timing_of(plan: Plan, *, overlapped: bool) -> Timing:
+    """The plan's prediction under either schedule."""
+    profiles, sparsity = profiles_of(plan), plan.prediction.sparsity
+    return step_timing(
+        request=plan.request,
+        decision=plan.decision,
+        gpu=profiles.gpu,
+        link=profiles.link,
+        host=profiles.host,
+        active_rows_per_layer=sparsity.active_rows_per_layer,
+        window_active_rows_per_layer=sparsity.window_active_rows_per_layer,
+        missing_rows_per_layer=sparsity.missing_rows_per_layer,
+        overflow_rows_per_layer=sparsity.overflow_rows_per_layer,
+        kept_rows_per_layer=sparsity.kept_rows_per_layer,
+        overlapped=overlapped,
+    )
+
+
+def measure(plan: Plan, schedule: Schedule, *, steps: int) -> dict[str, Any]:
+    """Seconds of a step by the clock; see the module's text."""
+    with timed_session(plan, profiles_of(plan), schedule) as session:
+        batch, grad_accum = small_batch(plan), plan.request.grad_accum
+        mid = [_seconds(session, batch, grad_accum) for _ in range(steps + 2)][2:]  # two to get going
+        step = statistics.median(mid)
+        _touch(session, plan)
+        started = time.perf_counter()
+        session.step(batch, loss_scale=1 / grad_accum, window_end=WindowEnd(LEARNING_RATE, 1.0))
+        session.optimizer_step(learning_rate=LEARNING_RATE, max_norm=1.0)
+        session.step(batch, loss_scale=1 / grad_accum)
+        session.device.synchronize()
+        end = time.perf_counter() - started - 2 * step
+    return {"mid_step_seconds": step, "window_end_seconds": end, "step_seconds": step + end / grad_accum}
+
+
+def _seconds(session: Session, batch: Any, grad_accum: int) -> float:
+    """Of one micro-batch in mid-window, until the device is through with it."""
+    started = time.perf_counter()
+    session.step(batch, loss_scale=1 / grad_accum)
+    session.device.synchronize()
+    return time.perf_counter() - started
+
+
+def _touch(session: Session, plan: Plan) -> None:
+    """As many rows as a window touches, though it was shorter."""
+    session.drain()
+    for tables, rows in zip(session.store.layers, plan.prediction.sparsity.window_active_rows_per_layer, strict=True):
+        tables.touched.zero_()
+        tables.touched[:rows] = True
+
+
+def row_of(gpu: str, size: str, schedule: str, plan: Plan, *, steps: int) -> dict[str, Any]:
+    """One line of the results."""
+    sequential = schedule == "sequential"
+    timing = timing_of(plan, overlapped=not sequential)
+    measured = measure(plan, Sequential() if sequential else Overlapped(), steps=steps)
+    gpu_seconds = timing.busy_seconds["gpu"]
+    return {
+        "gpu": gpu,
+        "micro_batch": size,
+        "schedule": schedule,
+        "adapter_width": plan.decision.adapter_width,
+        "top_k": plan.decision.top_k,
+        "cached_rows": plan.decision.cached_rows,
+        "activation_checkpointing": plan.decision.activation_checkpointing,
+        "active_rows": plan.prediction.sparsity.active_rows_per_layer[0],
+        "predicted_step_seconds": timing.step_seconds,
+        **measured,
+        "practicality": gpu_seconds / measured["step_seconds"],
+        "practicality_of_unlimited_memory": timing.baseline_step_seconds / measured["step_seconds"],
+    }
+
+
+def said(row: dict[str, Any]) -> str:
+    """For people."""
+    predicted = row["predicted_step_seconds"]
+    checkpointing = ", checkpointing" if row["activation_checkpointing"] else ""
+    return (
+        f"{row['gpu']:10} {row['micro_batch']:7} {row['schedule']:10} step {row['step_seconds']:.3f} s, "
+        f"predicted {predicted:.3f} ({row['step_seconds'] / predicted - 1:+.1%}); "
+        f"practicality {row['practicality']:.1%}, of unlimited memory {row['practicality_of_unlimited_memory']:.1%}"
+        f"{checkpointing}"
+    )
+
+
+@click.command()
+@click.option("--gpu", "gpus", multiple=True, type=click.Choice(sorted(GPUS)), help="[default: all]")
+@click.option("--sizes", multiple=True, default=SIZES, help="Micro-batches, as sequences x tokens.")
+@click.option("--schedules", multiple=True, type=click.Choice(SCHEDULES), default=SCHEDULES)
+@click.option("--width", default=6144, show_default=True)
+@click.option("--top-k", default=64, show_default=True)
+@click.option("--steps", default=8, show_default=True, help="Measured in mid-window.")
+@click.option("--results", type=click.Path(path_type=Path), help="Append a JSON line for each row.")
+def main(
+    gpus: tuple[str, ...],
+    sizes: tuple[str, ...],
+    schedules: tuple[str, ...],
+    width: int,
+    top_k: int,
+    steps: int,
+    results: Path | None,
+) -> None:
+    """Measure every combination."""
+    torch.set_num_threads(1)
+    for gpu in gpus or GPUS:
+        for size in sizes:
+            for schedule in schedules:
+                plan = plan_of(gpu, size, schedule, width=width, top_k=top_k)
+                row = row_of(gpu, size, schedule, plan, steps=steps)
+                click.echo(said(row))
+                if results is not None:
+                    with results.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

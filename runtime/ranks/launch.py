@@ -1,0 +1,82 @@
+"""``meft-run --gpus N``: torchrun's elastic launcher with as many ranks, on this machine.
+
+What ``torchrun --nproc-per-node N -m meft.run ...`` does, with one line instead of a record when a rank fails, and no
+limit on how long ranks may take to end their window when a signal comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+
+from meft.planner.base.errors import EXIT_MACHINE, EXIT_UNEXPECTED, MeftError
+
+TO_END_SECONDS = 24 * 3600
+"""For the window and the checkpoint after a signal; a second signal ends the run at once."""
+
+
+TO_SPEAK_SECONDS = 5.0
+
+
+class RankFailed(MeftError):
+    """A rank failed; the code is its own where that is a documented one."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def ranks_here() -> int:
+    """How many ranks ``torchrun`` says that there are; 1 where it says nothing."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def wait_for_first_rank() -> None:
+    """Before a rank that is not the first says what went wrong: mostly all fail alike, and the first has said it."""
+    if ranks_here() > 1 and os.environ["RANK"] != "0":
+        time.sleep(TO_SPEAK_SECONDS)
+
+
+def launch(arguments: Sequence[str], *, ranks: int) -> int:
+    """Run ``python -m meft.run`` with these arguments in each of ``ranks`` processes; the exit code.
+
+    A rank that ends with a documented code has said why. Raises :class:`RankFailed` where none could.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=TO_END_SECONDS,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "meft.run", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if 0 < failure.exitcode <= EXIT_MACHINE or failure.exitcode > 128:
+            return failure.exitcode
+        how = f"exit code {failure.exitcode}"
+        if failure.exitcode < 0:
+            how = signal.Signals(-failure.exitcode).name
+        raise RankFailed(
+            f"rank {rank} (process {failure.pid}) ended with {how}, and all others with it; what was saved is whole: "
+            f"go on with --resume",
+            EXIT_UNEXPECTED,
+        ) from None
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0

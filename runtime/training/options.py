@@ -1,0 +1,139 @@
+"""A run as asked for, where it tells how it goes, and the session that it opens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from meft.planner.base.files import writing
+from meft.planner.records.plan import Plan
+from meft.planner.timing.chrome import chrome_trace
+from meft.runtime.adapter.initialise import KeyInit
+from meft.runtime.data.loading import DataOptions, Dataset
+from meft.runtime.device.device import Device
+from meft.runtime.device.lanes import WORKERS, WORKERS_OF_RANKS, Overlapped, Schedule, Sequential
+from meft.runtime.device.timeline import LaneClock
+from meft.runtime.host.optimizer import AdamWSettings
+from meft.runtime.ranks.peers import Peers
+from meft.runtime.session import model_loading
+from meft.runtime.session.session import Session, open_session
+from meft.runtime.training import packing
+from meft.runtime.training.interrupts import Interrupts
+from meft.runtime.training.training import Progress, TrainingOptions
+from meft.runtime.use.evaluation import EvaluationOptions
+
+DeviceKind = Literal["cuda", "emulated"]
+"""The name of the profile that a plan for the emulated device rests on."""
+DEFAULT_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is: so many micro-batches, or so many times through the data; neither: as before, or 100."""
+
+    steps: int | None = None
+    epochs: float | None = None
+
+    def total_steps(self, *, num_examples: int, batch_size: int, before: int | None) -> int:
+        """Micro-batches in all; ``before`` is what a run that goes on was to have."""
+        if self.epochs is not None:
+            return max(1, math.ceil(self.epochs * num_examples / batch_size))
+        return self.steps or before or DEFAULT_STEPS
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """A run as asked for on the command line."""
+
+    training: TrainingOptions
+    settings: AdamWSettings
+    model: str | None = None
+    data: tuple[Path, ...] = ()
+    reading: DataOptions = field(default_factory=DataOptions)
+    """How the data is read."""
+    show: int = 0
+    """Examples that are shown before training."""
+    replay: Path | None = None
+    """Ordinary text to train on beside the data, as ``replay_share`` of the examples."""
+    replay_share: float | None = None
+    output_dir: Path = Path("output")
+    device: Literal["auto", "cuda", "emulated"] = "auto"
+    gpu_mem_bytes: int | None = None
+    """Another device budget than the plan's."""
+    resume: bool = False
+    overwrite: bool = False
+    """Replace what an earlier run left in ``output_dir``."""
+    length: Length | None = None
+    """None: ``training.steps``."""
+    adapter: Path | None = None
+    """A trained adapter to start from."""
+    log: Path | None = None
+    tensorboard: Path | None = None
+    schedule: Literal["overlapped", "sequential"] = "overlapped"
+    link_gbps: float | None = None
+    trace: Path | None = None
+    """Where the Chrome trace of the last step goes."""
+    evaluation: EvaluationOptions | None = None
+    key_init: KeyInit = "random"
+
+
+@dataclass(frozen=True)
+class Display:
+    """Where a run tells how it goes."""
+
+    say: Callable[[str], None]
+    on_step: Callable[[Progress], None]
+    interrupts: Interrupts = field(default_factory=Interrupts)
+
+
+def open_run(
+    plan: Plan,
+    options: RunOptions,
+    folder: Path,
+    device: Device,
+    dataset: Dataset,
+    say: Callable[[str], None],
+    peers: Peers | None,
+) -> Session:
+    """The session of a run, on a fresh device."""
+    torch.manual_seed(options.training.seed)
+    model = model_loading.load_frozen_model(plan, folder, device_kind=device.kind)
+    apart = packing.documents_apart(plan, model, dataset, say)
+    session = open_session(
+        plan,
+        model,
+        device,
+        seed=options.training.seed,
+        settings=options.settings,
+        schedule=_schedule(options, peers),
+        link_gbps=options.link_gbps,
+        clock=LaneClock(keep=options.trace is not None),
+        key_init=options.key_init,
+        peers=peers,
+    )
+    session.documents_apart = apart
+    return session
+
+
+def _schedule(options: RunOptions, peers: Peers | None) -> Schedule:
+    if options.schedule == "sequential":
+        return Sequential()
+    return Overlapped(workers=WORKERS if peers is None else WORKERS_OF_RANKS)
+
+
+def write_trace(session: Session, path: Path) -> None:
+    """The tasks of the last step; on CUDA without the copies, whose streams keep no log."""
+    session.drain()
+    session.clock.settle()
+    events = session.clock.events()
+    if session.device.kind == "cuda":
+        events = [event for event in events if event.lane in ("cpu", "gpu")]
+    text = json.dumps(chrome_trace(events), separators=(",", ":"))
+    with writing(path, hint="the adapter and the last checkpoint are whole"):
+        path.write_text(text, encoding="utf-8")

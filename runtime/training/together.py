@@ -1,0 +1,178 @@
+"""A run of several ranks: how they begin and end, who writes, and what they have observed together.
+
+Rank 0 has the output folder, the log and the display; the others are silent.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from meft.planner.base.errors import UsageError
+from meft.planner.records.plan import Direction, Lane, Plan
+from meft.planner.records.report import Observed, ObservedHostMemory
+from meft.runtime.device.engine import Per
+from meft.runtime.device.nvml import MemoryReading, PcieReading
+from meft.runtime.ranks import ordered
+from meft.runtime.ranks.peers import Peers, Place
+from meft.runtime.session.checkpoint import RunObserved, latest_checkpoint
+from meft.runtime.training import output
+from meft.runtime.training.measured import Histograms, Measurements, Totals, Worked
+from meft.runtime.training.options import Display, RunOptions
+from meft.runtime.training.reporting import host_memory, observe, per_step, rows_seen, transfer_of, work_done
+from meft.runtime.training.training import Trainer
+
+
+@contextmanager
+def ranks(plan: Plan, *, steps: int | None) -> Iterator[Peers | None]:
+    """The other ranks, where this process is one of several: met before, and left in good order after.
+
+    Raises:
+        UsageError: the plan, or so few steps, are not for so many ranks.
+    """
+    place = Place.here()
+    if place is None:
+        yield None
+        return
+    check(plan, place.size, steps=steps)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.rank)
+    ordered.warm_up()
+    peers = Peers.join(place)
+    yield peers
+    peers.leave()
+
+
+def check(plan: Plan, size: int, *, steps: int | None) -> None:
+    """Raise :class:`UsageError` for what ``size`` ranks cannot do yet."""
+    grad_accum, decision = plan.request.grad_accum, plan.decision
+    if grad_accum % size:
+        fitting = [str(count) for count in range(1, grad_accum + 1) if grad_accum % count == 0]
+        raise UsageError(
+            f"--gpus {size}: the plan's {grad_accum} micro-batches of an optimizer step do not divide among {size} "
+            f"ranks; give one of {', '.join(fitting)}, or plan again with another --grad-accum"
+        )
+    if decision.hot_rows:
+        raise UsageError(
+            f"--gpus {size}: the plan keeps {decision.hot_rows} hot rows on the device, each of which several devices "
+            f"would have to agree on; run it on one, or plan again with --hot-rows 0"
+        )
+    if steps is not None and steps < size:
+        raise UsageError(f"--steps {steps}: less than the {size} ranks have micro-batches at once; give {size} or more")
+
+
+def first_alone(peers: Peers | None) -> AbstractContextManager[None]:
+    """See :meth:`Peers.first_alone`; nothing for one rank."""
+    return nullcontext() if peers is None else peers.first_alone()
+
+
+def shown(display: Display, peers: Peers | None) -> Display:
+    """The display of rank 0, and one that shows nothing of the others."""
+    if is_first(peers):
+        return display
+    return replace(display, say=lambda _: None, on_step=lambda _: None)
+
+
+def is_first(peers: Peers | None) -> bool:
+    """Whether this is the rank that writes and speaks."""
+    return peers is None or peers.rank == 0
+
+
+@contextmanager
+def output_folder(options: RunOptions, peers: Peers | None, say: Callable[[str], None]) -> Iterator[Path | None]:
+    """Hold the output folder; the checkpoint to go on from, if that was asked for. Rank 0 holds it for all."""
+    if peers is not None and peers.rank:
+        yield peers.from_first(None)
+        return
+    with output.locked(options.output_dir, say):
+        output.require_unused(options.output_dir, resume=options.resume, overwrite=options.overwrite)
+        checkpoint = latest_checkpoint(options.output_dir) if options.resume else None
+        yield checkpoint if peers is None else peers.from_first(checkpoint)
+
+
+def observe_all(trainer: Trainer, *, memory: MemoryReading, pcie: PcieReading) -> RunObserved:
+    """What all ranks have observed, together and each. Every rank calls it; the lanes are idle."""
+    session, peers = trainer.session, trainer.session.peers
+    if peers is None:
+        return observe(trainer, memory=memory, pcie=pcie)
+    own = observe(trainer, memory=memory, pcie=pcie).observed if trainer.measured.steps else None
+    told = peers.of_all(
+        (own, trainer.measured, dict(session.engine.counted_bytes), work_done(trainer), host_memory(session))
+    )
+    each, measured, counted, done, memories = map(list, zip(*told, strict=True))
+    seen = [one for one in each if one is not None]
+    together = _merged(measured)
+    work = _summed(done)
+    fullest = max((one.device_memory for one in seen), key=lambda used: used.peak_reserved_bytes)
+    observed = seen[0].model_copy(
+        update={
+            "steps": together.steps,
+            "device_memory": fullest,
+            "host_memory": _host_memory(memories),
+            "transfer": transfer_of(_added(counted), steps=together.steps, windows=together.windows, pcie=pcie),
+            "active_rows": rows_seen(together, session.plan.decision),
+            "dropped_rows": together.dropped_rows,
+            "busy_seconds": per_step(work.lanes, work.steps),
+            "host_task_seconds": per_step(work.host_tasks, work.steps),
+            "waited_seconds": sum((one.waited_seconds or 0.0) * one.steps for one in seen) / together.steps,
+        }
+    )
+    return RunObserved(
+        observed=Observed.model_validate(observed.model_dump()),
+        tokens=together.tokens,
+        gpus=peers.size,
+        ranks=tuple(seen),
+    )
+
+
+def _merged(each: list[Measurements]) -> Measurements:
+    """Rows, steps and tokens of all ranks; windows and their time are the same in each."""
+    together = Measurements(windows=each[0].windows, window_seconds=each[0].window_seconds)
+    for one in each:
+        together.steps += one.steps
+        together.dropped_rows += one.dropped_rows
+        together.tokens += one.tokens
+        for name in ("missing_rows", "overflow_rows", "hot_rows", "kept_rows"):
+            totals: Totals = getattr(together, name)
+            if getattr(one, name).layers:
+                totals.add(getattr(one, name).layers)
+        together.active_rows = _joined(together.active_rows, one.active_rows)
+    return together
+
+
+def _joined(one: Histograms, other: Histograms) -> Histograms:
+    if not one.layers or not other.layers:
+        return one if one.layers else other
+    return Histograms([a + b for a, b in zip(one.layers, other.layers, strict=True)])
+
+
+def _summed(each: list[Worked]) -> Worked:
+    lanes, tasks = defaultdict[Lane, float](float), defaultdict[str, float](float)
+    for one in each:
+        for lane, seconds in one.lanes.items():
+            lanes[lane] += seconds
+        for task, seconds in one.host_tasks.items():
+            tasks[task] += seconds
+    return Worked(sum(one.steps for one in each), dict(lanes), dict(tasks))
+
+
+def _added(each: list[Mapping[tuple[Direction, str, Per], int]]) -> Counter[tuple[Direction, str, Per]]:
+    total: Counter[tuple[Direction, str, Per]] = Counter()
+    for one in each:
+        total.update(one)
+    return total
+
+
+def _host_memory(each: list[ObservedHostMemory]) -> ObservedHostMemory:
+    """Tables once, of rank 0; staging of all. The processes' resident sizes have shared pages in common: not summed."""
+    sizes: Counter[str] = Counter()
+    for one in each:
+        sizes.update({entry.category: entry.num_bytes for entry in one.entries})
+    because = {entry.category: entry for one in each for entry in one.entries}
+    entries = tuple(because[name].model_copy(update={"num_bytes": size}) for name, size in sizes.items())
+    return ObservedHostMemory(entries=entries, total_bytes=sum(sizes.values()), process_rss_bytes=None)

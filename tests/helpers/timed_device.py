@@ -1,0 +1,417 @@
+"""A GPU, a link and host kernels that take the time which a plan says, and do next to nothing else.
+
+Everything between them is real: lanes, exchange, row cache, autograd, transformers' own modules, Python. So what a step
+takes here beyond the plan is our own scheduling and Python, and nothing of a model's seven billion weights is needed:
+the model has the plan's layers, each a few numbers wide, and its operators stand for the launches of kernels.
+
+- *Compute.* A stream is the time at which it will have done all it was given. Each task of the step is given to it
+  where the exchange says that it was computed (:class:`TimedClock`), as long as the plan's ``gpu`` lane has it.
+- *Link.* A copy takes as long as the plan has it, on its direction's stream (:class:`TimedEngine`).
+- *Host kernels.* They sleep, so that they take no core from the threads that are measured (:class:`TimedKernels`), as
+  long as the host's profile says without Python's share: that is real. They are given as many rows as the plan expects.
+
+Time is the clock's: on a machine that has other things to do, all of it takes longer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+
+from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES
+from meft.planner.models.architecture import ModelShape
+from meft.planner.predict.prediction import ProfileSet, simulated_tasks
+from meft.planner.records.plan import Direction, Plan
+from meft.planner.records.profiles import HostProfile, LinkProfile
+from meft.planner.timing.step import accumulate_seconds, adamw_seconds, copy_seconds, gather_seconds, route_seconds
+from meft.runtime.data.examples import Batch
+from meft.runtime.device.device import MemoryPeaks
+from meft.runtime.device.engine import Copy, TransferEngine, Views
+from meft.runtime.device.lanes import Schedule
+from meft.runtime.device.timeline import LaneClock
+from meft.runtime.host.kernels import HostKernels
+from meft.runtime.host.router import Selection, TopKRouter
+from meft.runtime.session import session as session_module
+from meft.runtime.session.documents import unpacked_sequences
+from meft.runtime.session.model_loading import model_from_config
+from meft.runtime.session.session import Session, open_session
+
+HIDDEN_SIZE, TOKENS_PER_SEQUENCE, VOCABULARY = 16, 4, 64
+"""Of the model that stands for the plan's."""
+UNIONS = 16
+"""So many different sets of active rows take turns."""
+SCALARS = 8
+"""Copies of no more numbers are done, for they may be looked at."""
+_PR_SET_TIMERSLACK = 29
+_SPIN_SECONDS = 5e-6
+
+
+def sharpen_timers() -> None:
+    """Let sleeps of this thread, and of those that it starts, end within microseconds instead of 50 (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+def sleep_until(moment: float) -> None:
+    """Until ``time.perf_counter()`` says so; without the interpreter's lock, but for the last microseconds."""
+    while (left := moment - time.perf_counter()) > 0:
+        if left > _SPIN_SECONDS:
+            time.sleep(left - _SPIN_SECONDS)
+
+
+class TimedStream:
+    """A queue of a device: ``free_at`` is when it will have done all that it was given, ``given_seconds`` how much."""
+
+    def __init__(self) -> None:
+        self.free_at = 0.0
+        self.given_seconds = 0.0
+
+    def now(self) -> float:
+        """When something given to it now would begin."""
+        return max(self.free_at, time.perf_counter())
+
+    def take(self, seconds: float) -> None:
+        """One more piece of work."""
+        self.free_at = self.now() + seconds
+        self.given_seconds += seconds
+
+
+class TimedEvent:
+    """A point of a stream."""
+
+    def __init__(self, compute: TimedStream) -> None:
+        self._compute = compute
+        self.passed_at = 0.0
+
+    def record(self, stream: TimedStream | None = None) -> None:
+        """See :class:`meft.runtime.device.streams.Event`."""
+        self.passed_at = (stream or self._compute).now()
+
+    def wait(self, stream: TimedStream | None = None) -> None:
+        """See :class:`meft.runtime.device.streams.Event`."""
+        waiting = stream or self._compute
+        waiting.free_at = max(waiting.free_at, self.passed_at)
+
+    def synchronize(self) -> None:
+        """See :class:`meft.runtime.device.streams.Event`."""
+        sleep_until(self.passed_at)
+
+    def query(self) -> bool:
+        """See :class:`meft.runtime.device.streams.Event`."""
+        return time.perf_counter() >= self.passed_at
+
+    def elapsed_time(self, end_event: TimedEvent) -> float:
+        """See :class:`meft.runtime.device.streams.Event`."""
+        return (end_event.passed_at - self.passed_at) * 1e3
+
+
+class TimedStreams:
+    """The compute stream, and those that are asked for."""
+
+    def __init__(self) -> None:
+        self.compute = TimedStream()
+
+    def new_stream(self) -> TimedStream:
+        """See :class:`meft.runtime.device.streams.Streams`."""
+        return TimedStream()
+
+    def new_event(self, *, timed: bool = False) -> TimedEvent:
+        """See :class:`meft.runtime.device.streams.Streams`."""
+        del timed
+        return TimedEvent(self.compute)
+
+    def use(self, stream: TimedStream) -> AbstractContextManager[object]:
+        """See :class:`meft.runtime.device.streams.Streams`; copies here name their stream."""
+        del stream
+        return nullcontext()
+
+
+class TimedDevice:
+    """This machine's CPU behind the runtime's interface, with streams."""
+
+    kind: Literal["cuda", "emulated"] = "emulated"
+    name = "timed device"
+    budget_bytes = 1 << 50
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+        self.streams = TimedStreams()
+
+    def scope(self) -> AbstractContextManager[object]:
+        """Tensors name their device themselves."""
+        return nullcontext()
+
+    def host(self) -> AbstractContextManager[object]:
+        """Tensors name their device themselves."""
+        return nullcontext()
+
+    def category(self, name: str) -> AbstractContextManager[object]:
+        """There are no books."""
+        del name
+        return nullcontext()
+
+    def adopt(self, module: torch.nn.Module) -> torch.nn.Module:
+        """It is there."""
+        return module
+
+    def synchronize(self) -> None:
+        """Wait for the compute stream."""
+        sleep_until(self.streams.compute.free_at)
+
+    def empty_cache(self) -> None:
+        """There are no books."""
+
+    def reset_peaks(self) -> None:
+        """There are no books."""
+
+    def peaks(self) -> MemoryPeaks:
+        """There are no books."""
+        return MemoryPeaks(0, 0)
+
+
+class TimedClock(LaneClock):
+    """Gives the compute stream each task where the exchange says that it was computed, before the clock looks."""
+
+    def __init__(self, plan: Plan, profiles: ProfileSet, compute: TimedStream, *, keep: bool = False) -> None:
+        super().__init__(keep=keep)
+        self._compute = compute
+        tasks = simulated_tasks(plan.request, plan.decision, profiles, plan.prediction.sparsity)
+        self._seconds = {task.name: task.end_seconds - task.start_seconds for task in tasks if task.lane == "gpu"}
+        self._seconds["attention 0"] += self._seconds["embedding"]
+        for layer in range(plan.request.model.num_layers):
+            if f"ffn {layer} again" in self._seconds:  # there checkpointing stops: nobody needs the adapter's output
+                self._seconds[f"ffn {layer} again"] += self._seconds[f"adapter {layer} again"]
+        self.in_backward = False
+
+    def give(self, name: str) -> None:
+        """To the compute stream; a layer's forward is within backward a recompute."""
+        again = self._seconds.get(f"{name} again") if self.in_backward else None
+        self._compute.take(again if again is not None else self._seconds.get(name, 0.0))
+
+    def computed(self, name: str) -> None:
+        """See :class:`meft.runtime.device.timeline.LaneClock`."""
+        if name == "head and loss" or not name.startswith(("adapter backward", "head and loss")):
+            self.give(name)
+        if name == "head and loss":
+            self.in_backward = True
+        elif name == "backward 0":
+            self.in_backward = False
+        super().computed(name)
+
+
+class TimedEngine(TransferEngine):
+    """Counts the bytes of the small model; a copy takes as long as the plan's model's would."""
+
+    plan: Plan
+    link: LinkProfile
+    clock: TimedClock
+    is_duplex: dict[Direction, bool]
+    """Of each direction's copy under way: both are busy in a backward that fetches rows again."""
+
+    def copy(self, direction: Direction, views: Views, **options: Any) -> Copy:
+        """See :class:`TransferEngine`."""
+        duplex = self.clock.in_backward and self.plan.decision.rows_in_backward == "refetched"
+
+        def noted() -> tuple[torch.Tensor, torch.Tensor]:
+            self.is_duplex[direction] = duplex
+            return views()
+
+        return super().copy(direction, noted, **options)
+
+    def seconds(self, source: torch.Tensor, direction: Direction) -> float:
+        """Of a copy of what ``source`` stands for."""
+        duplex = "duplex_" if self.is_duplex[direction] else ""
+        rate = getattr(self.link, f"{duplex}{direction}_bytes_per_second").value
+        latency = self.link.latency_seconds.value
+        return float(copy_seconds(self.num_bytes(source), rate=rate, latency=latency))
+
+    def num_bytes(self, source: torch.Tensor) -> int:
+        """Of what ``source`` stands for: active rows ``[A, 2D]``, or what the step's tokens have."""
+        request, width = self.plan.request, source.shape[-1] if source.dim() else 1
+        if source.dim() == 2 and width == 2 * HIDDEN_SIZE:
+            return source.shape[0] * 2 * request.model.hidden_size * ADAPTER_DTYPE_BYTES[request.adapter_dtype]
+        if source.dim() == 2 and width == HIDDEN_SIZE:
+            return request.tokens_per_step * request.model.hidden_size * COMPUTE_DTYPE_BYTES[request.weights_dtype]
+        own_tokens = request.batch_size * TOKENS_PER_SEQUENCE
+        scale = request.tokens_per_step // own_tokens if source.dim() == 2 else 1
+        return source.numel() * source.element_size() * scale
+
+    def _copy_on_stream(
+        self, source: torch.Tensor, target: torch.Tensor, direction: Direction, point: Copy, *, timed: bool
+    ) -> Any:
+        stream: TimedStream = self._streams[direction]
+        event = point._issued()
+        if event is not None:
+            event.wait(stream)
+        streams = self.device.streams
+        assert streams is not None
+        start, end = streams.new_event(), streams.new_event()
+        start.record(stream)
+        stream.take(self.seconds(source, direction))
+        end.record(stream)
+        if source.numel() <= SCALARS or not source.is_floating_point():
+            target.copy_(source)  # numbers that Python looks at, and indices
+        if timed:
+            self._add_up(direction)
+            self._timed[direction].append((start, end))
+        return end
+
+
+class TimedKernels(HostKernels):
+    """The host's kernels for the plan's model: they sleep as long as the profile says, less Python's share."""
+
+    def __init__(self, plan: Plan, host: HostProfile) -> None:
+        super().__init__(num_threads=1)
+        self.plan, self.host = plan, _without_python(host)
+        self.sizes = {"hidden_size": plan.request.model.hidden_size}
+        self.row = self.sizes | {"adapter_dtype_bytes": ADAPTER_DTYPE_BYTES[plan.request.adapter_dtype]}
+        self.copied = plan.decision.bf16_copy and plan.request.adapter_dtype == "bf16"
+        self.active = torch.empty(0, dtype=torch.int64)
+        self.slept_seconds = 0.0
+        self.most_touched = max(plan.prediction.sparsity.window_active_rows_per_layer)
+
+    def gather(self, table: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """See :class:`HostKernels`."""
+        del table, out
+        self._sleep(gather_seconds(self.host, active_rows=rows.shape[0], bf16_copy=self.copied, **self.row))
+
+    def accumulate(
+        self, sums: torch.Tensor, touched: torch.Tensor, rows: torch.Tensor, gradients: torch.Tensor
+    ) -> None:
+        """See :class:`HostKernels`."""
+        del sums, gradients
+        touched.numpy()[rows.numpy()] = True
+        self._sleep(accumulate_seconds(self.host, active_rows=rows.shape[0], **self.row))
+
+    def squared_norm(self, sums: torch.Tensor, rows: torch.Tensor) -> float:
+        """See :class:`HostKernels`; the plan has no time of its own for it."""
+        del sums, rows
+        return 1.0
+
+    def adamw(self, *tables: torch.Tensor, **settings: Any) -> None:
+        """See :class:`HostKernels`."""
+        del settings
+        rows = min(tables[-1].shape[0], self.most_touched)
+        self._sleep(adamw_seconds(self.host, rows=rows, bf16_copy=self.copied, **self.sizes))
+
+    def probed_scores(
+        self, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor, *, num_experts: int
+    ) -> torch.Tensor:
+        """See :class:`HostKernels`; its time is with that of :meth:`top_rows`."""
+        del keys, num_experts
+        return torch.empty(queries.shape[0], probes.shape[1])
+
+    def top_rows(
+        self, scores: torch.Tensor, experts: torch.Tensor, *, rows_per_expert: int, top_k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`HostKernels`; as long as all of routing."""
+        del experts, rows_per_expert, top_k
+        tokens, decision = self.plan.request.tokens_per_step, self.plan.decision
+        scored = decision.num_probes * (decision.adapter_width // decision.num_experts)
+        self._sleep(route_seconds(self.host, tokens=tokens, scored_rows=scored, visited_experts=0, **self.sizes))
+        return scores, torch.empty(0, dtype=torch.int64)
+
+    def union(self, best: torch.Tensor, rows: torch.Tensor, *, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`HostKernels`: as many rows as the plan expects."""
+        del best, rows, num_rows
+        return self.active, torch.empty(0)
+
+    def _sleep(self, seconds: Any) -> None:
+        self.slept_seconds += float(seconds)
+        sleep_until(time.perf_counter() + float(seconds))
+
+
+class TimedRouter:
+    """The real router on kernels that choose nothing: which rows it finds were drawn beforehand, as many as planned."""
+
+    def __init__(self, plan: Plan, kernels: TimedKernels) -> None:
+        decision, generator = plan.decision, torch.Generator().manual_seed(0)
+        self._kernels = kernels
+        self._real = TopKRouter(decision.top_k, decision.active_rows_cap, decision.num_experts, kernels)
+        self._counts = plan.prediction.sparsity.active_rows_per_layer
+        self._drawn = {
+            count: [
+                torch.randperm(decision.adapter_width, generator=generator)[:count].sort().values for _ in range(UNIONS)
+            ]
+            for count in set(self._counts)
+        }
+        self._turns = [0] * len(self._counts)
+
+    def select(self, layer: int, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor | None) -> Selection:
+        """See :class:`meft.runtime.host.router.Router`."""
+        self._turns[layer] += 1
+        self._kernels.active = self._drawn[self._counts[layer]][self._turns[layer] % UNIONS]
+        return self._real.select(layer, keys, queries, probes)
+
+
+@contextmanager
+def timed_session(plan: Plan, profiles: ProfileSet, schedule: Schedule, *, keep: bool = False) -> Iterator[Session]:
+    """A session of a plan of a real card on the timed device; ``keep`` keeps all tasks."""
+    sharpen_timers()
+    device, kernels = TimedDevice(), TimedKernels(plan, profiles.host)
+    clock = TimedClock(plan, profiles, device.streams.compute, keep=keep)
+    small = _small(plan)
+    with ExitStack() as stack:
+        stack.enter_context(unpacked_sequences())
+        stack.enter_context(mock.patch.object(session_module, "HostKernels", return_value=kernels))
+        stack.enter_context(mock.patch.object(session_module, "TransferEngine", TimedEngine))
+        router = TimedRouter(plan, kernels)
+        session = open_session(small, _model(small), device, seed=0, router=router, schedule=schedule, clock=clock)
+        stack.enter_context(closing(session))
+        engine = session.engine
+        assert isinstance(engine, TimedEngine)
+        engine.link, engine.plan, engine.clock, engine.is_duplex = profiles.link, plan, clock, {}
+        _give_backward_first(session, clock)
+        yield session
+
+
+def small_batch(plan: Plan) -> Batch:
+    """A micro-batch for the model that stands for the plan's."""
+    ids = torch.arange(plan.request.batch_size * TOKENS_PER_SEQUENCE).view(plan.request.batch_size, -1) % VOCABULARY
+    return Batch(ids, ids.clone(), torch.ones_like(ids))
+
+
+def _give_backward_first(session: Session, clock: TimedClock) -> None:
+    """The adapter's backward is computed when its gradients leave, which is before the exchange says so."""
+    send = session.exchange.send_gradients
+
+    def send_gradients(layer: int) -> None:
+        clock.give(f"adapter backward {layer}")
+        send(layer)
+
+    session.exchange.send_gradients = send_gradients  # type: ignore[method-assign]
+
+
+def _small(plan: Plan) -> Plan:
+    """The plan with layers a few numbers wide, all in fp32."""
+    shape = plan.request.model
+    sizes = {"hidden_size": HIDDEN_SIZE, "intermediate_size": HIDDEN_SIZE, "num_heads": 2, "num_kv_heads": 2}
+    model: ModelShape = shape.model_copy(update=sizes | {"head_dim": HIDDEN_SIZE // 2, "vocab_size": VOCABULARY})
+    formats = {"weights_dtype": "fp32", "adapter_dtype": "fp32"}
+    request = plan.request.model_copy(update=formats | {"model": model, "seq_len": TOKENS_PER_SEQUENCE})
+    return plan.model_copy(update={"request": request})
+
+
+def _model(plan: Plan) -> torch.nn.Module:
+    shape = plan.request.model
+    config = {
+        "model_type": "llama",
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "vocab_size": shape.vocab_size,
+    }
+    return model_from_config(plan, config)
+
+
+def _without_python(host: HostProfile) -> HostProfile:
+    """What is Python's is measured here."""
+    names = ("overhead_seconds_per_layer", "overhead_seconds_per_expert")
+    return host.model_copy(update={name: getattr(host, name).model_copy(update={"value": 0.0}) for name in names})

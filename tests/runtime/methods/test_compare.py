@@ -1,0 +1,78 @@
+"""``meft-run compare``: every method that fits, at the best of its grid; stopped and started again it goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from meft.planner.base.errors import UsageError
+from meft.runtime.cli.compare import compare_command
+from meft.runtime.methods.compare import Candidate, Row, markdown, read_results, rows_of
+from meft.runtime.methods.compare_figure import draw
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, glass_folder):
+    """Two seeds of four methods under a budget that full fine-tuning does not fit."""
+    folder = tmp_path_factory.mktemp("compare")
+    data = folder / "facts.jsonl"
+    words = ("alice", "rabbit", "hatter")
+    data.write_text("".join(json.dumps({"prompt": f"The {one} said", "completion": " yes"}) + "\n" for one in words))
+    return folder, data, glass_folder
+
+
+def run_compare(compared, *options: object) -> None:
+    folder, data, model = compared
+    given = ["--model", model, "--data", data, "--eval", data, "--prose", data, "--gpu-mem", "12MiB", "--seeds", 2,
+             "--epochs", 3, "--batch-size", 2, "--seq-len", 16, "--meft-width", 64, "--max-new-tokens", 2,
+             "--methods", "none,meft,peft:ia3,full,bitfit", "--learning-rates", "1e-3,1e-2",
+             "--output-dir", folder / "out", *options]  # fmt: skip
+    compare_command.main([str(each) for each in given], standalone_mode=False)
+
+
+def test_a_comparison_is_one_table_one_figure_and_goes_on(compared, capsys) -> None:
+    run_compare(compared)
+    folder, printed = compared[0] / "out", capsys.readouterr()
+    assert {path.name for path in folder.iterdir()} == {"results.jsonl", "table.md", "figure.png"}
+    records = read_results(folder / "results.jsonl")
+    runs = sorted((each["method"], each["learning_rate"], each["seed"]) for each in records.values())
+    grid = [(name, rate, 0) for name in ("meft", "peft:ia3") for rate in (1e-3, 1e-2)]
+    assert [run for run in runs if run[2] == 0] == sorted([*grid, ("none", 0.0, 0)])
+    assert sorted(run[0] for run in runs if run[2] == 1) == ["meft", "none", "peft:ia3"]
+    for record in records.values():
+        if record["method"] != "none":
+            assert record["peak_allocated_bytes"] == pytest.approx(record["predicted"], rel=0.03)
+    table = (folder / "table.md").read_text()
+    assert printed.out.startswith(table)
+    lines = dict(line.split("|")[1:4:2] for line in table.splitlines()[2:])
+    assert "does not fit" in lines[" full "]
+    assert "no biases" in lines[" bitfit "]
+    assert "run 1 of 5 and 3 more: none" in printed.err
+    assert " left" in printed.err
+
+    kept = (folder / "results.jsonl").read_text().splitlines()
+    (folder / "results.jsonl").write_text("\n".join(kept[:-1]) + "\n" + kept[-1][:20])  # cut off by a kill
+    run_compare(compared)
+    assert "run 1 of 1" in capsys.readouterr().err
+    assert len(read_results(folder / "results.jsonl")) == len(kept)
+
+
+def test_what_was_not_run_has_its_reason(compared, tmp_path) -> None:
+    work = type("Work", (), {"digest": "x"})()
+    waiting, failed = Candidate("lora", "rank 4", (1e-3,)), Candidate("full", "-", refused="does not fit")
+    rows = rows_of([waiting, failed], work, range(1), tmp_path / "none.jsonl")
+    assert [row.reason for row in rows] == ["not run yet", "does not fit"]
+    assert "| full | - | does not fit |" in markdown(rows)
+
+
+def test_a_figure_has_a_marker_for_each_method_that_ran(tmp_path) -> None:
+    rows = [Row("lora", "-", score=0.5, spread=0.1, seeds=2, prose_loss=3.0, peak_bytes=1 << 20),
+            Row("full", "-", reason="does not fit"), Row("none", "-", prose_loss=2.9)]  # fmt: skip
+    draw(rows, tmp_path / "figure.png", metric="em")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_wrong_rates_are_one_line(compared) -> None:
+    with pytest.raises(UsageError, match="give numbers with commas"):
+        run_compare(compared, "--learning-rates", "fast")
