@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import TEMPORARIES, Gradients, Tensor
-from meft.planner.simulation.formats import FP32, STORED
+from meft.planner.simulation.formats import BOOL, FP32, STORED
 from meft.planner.simulation.operators import Operators
 from meft.planner.simulation.peft import PREFIX, virtual_tokens
 from meft.planner.terms import activations as act
@@ -80,6 +80,17 @@ class SelfAttention:
         keys = self.setup.seq_len + virtual_tokens(self.setup, PREFIX)
         return self.ops.tape.new(self.setup.batch_size * self.setup.seq_len * keys, q.itemsize, "attention")
 
+    def _causal(self) -> Tensor:
+        """Numbers to add, ``[S, S]``, of a lower triangle of bytes that is made for it."""
+        tape, numel, category = self.ops.tape, self.setup.seq_len**2, "attention_mask"
+        ones = tape.new(numel, BOOL, category)
+        lower = tape.new(numel, BOOL, category)
+        del ones
+        upper, _zero, _least = tape.new(numel, BOOL, category), *(tape.new(1, FP32, category) for _ in range(2))
+        added = tape.new(numel, FP32, category)
+        del upper, lower
+        return added
+
     def _in_16_bits(self, x: Tensor) -> Tensor:
         return self.ops.cast(x, STORED[self.setup.weights_dtype], "attention") if x.itemsize == FP32 else x
 
@@ -91,11 +102,11 @@ class SelfAttention:
         scores_numel = setup.tokens * shape.num_heads * setup.seq_len
         q, k, v = (ops.cast(each, FP32, "attention") for each in (q, k, v))
         query = ops.scale(q, "attention")
-        added = self._additive(mask, q) or ops.tape.new(setup.seq_len**2, FP32, "attention_mask")
+        added = self._additive(mask, q) or self._causal()
         keys, values = repeat_heads(ops, k, groups), repeat_heads(ops, v, groups)
         merged = setup.batch_size > 1  # heads that lie apart are copied to be merged with the batch
-        factor = ops.copy(query, "attention") if merged else query
         scaled = ops.scale(keys, "attention")
+        factor = ops.copy(query, "attention") if merged else query
         if merged and groups == 1:
             scaled, values = ops.copy(scaled, "attention"), ops.copy(values, "attention")
         scores = ops.batched_product(factor, scaled, scores_numel, "attention")

@@ -103,6 +103,9 @@ class Decoder:
     weights: ModelWeights
     counts_positions: bool = False
     """Whether position ids and what is made of them exist: a few KiB, which no large model would notice."""
+    arguments: object = None
+    """What reentrant checkpoints keep of a forward for as long as its graph is there, freed or not: what they are given
+    in tuples, which they do not save as tensors."""
     _named: tuple[object, ...] = ()
     """What has a name in the decoder's code, and so is there until that returns."""
 
@@ -125,6 +128,8 @@ class Decoder:
         shared = Shared(self._rotary_tables(x.itemsize), masks, cache, positions, iter(before) if before else None)
         del before
         resting = Shared(None, masks, cache, positions)
+        if self.setup.activation_checkpointing and self.setup.checkpoints_reentrantly:
+            self.arguments = shared.rotary
         self._named = (*self._named, embedded, positions, others, shared.rotary, masks)
         return self.through_blocks(x, shared, resting)
 
@@ -240,7 +245,7 @@ class Decoder:
         x = self._ffn_with_adapter(x, block)
         if len(block.norms) == 4:
             x = self._norm(x, block.norms[3], self.shape.hidden_size)
-        x = self._scaled(self._dropped(x))
+        x = self._scaled(x if self.shape.model_type in DROPS_IN_FFN else self._dropped(x))
         return self.ops.add(residual, x, "layer_inputs")
 
     def _layer_with_norms_after(self, x: Tensor, block: BlockWeights, shared: Shared) -> Tensor:
@@ -344,8 +349,8 @@ class Decoder:
         if not self.shape.gated_mlp:
             up, down = names
             hidden = self._linear(x, block, ("ffn", up))
-            hidden = self._activation(hidden)
-            return self._linear(hidden, block, ("ffn", down))
+            hidden = self._linear(self._activation(hidden), block, ("ffn", down))
+            return self._dropped(hidden) if self.shape.model_type in DROPS_IN_FFN else hidden
         if len(names) == 2:
             both = self._linear(x, block, ("ffn", names[0]))
             half = both.numel // 2
@@ -486,6 +491,8 @@ SCALED_RESIDUALS = frozenset({"granite"})
 """Model types that scale embeddings, what attention and FFN add, and logits by numbers of their config."""
 NORM_WEIGHT_BEFORE_CAST = frozenset({"olmo2"})
 """Model types that multiply by a norm's weight before the cast back from fp32."""
+DROPS_IN_FFN = frozenset({"gpt2"})
+"""Model types whose FFN drops out of its output itself, before an adapter is added."""
 OUTPUT_NAMES = frozenset({"o_proj", "dense", "out_proj", "c_proj"})
 
 

@@ -273,6 +273,8 @@ class _Outputs:
     loss: Tensor
     logits: Tensor | None
     cache: list[tuple[Tensor, Tensor]] | None
+    arguments: object = None
+    """Of reentrant checkpoints; see :class:`Decoder`."""
 
 
 class _Run:
@@ -309,7 +311,7 @@ class _Run:
                 outputs = self._forward()
                 self.tape.mark(f"forward_{step}")
                 if not self.setup.outputs_kept:
-                    outputs = _Outputs(outputs.loss, None, None)
+                    outputs = _Outputs(outputs.loss, None, None, outputs.arguments)
                 self.tape.phase = "loss"
                 self.tape.backward(outputs.loss, self.tape.new(1, FP32, "loss_chain"))
                 if not self.setup.outputs_kept:
@@ -326,10 +328,9 @@ class _Run:
         del outputs, inputs
 
     def _new_decoder(self) -> Decoder:
-        emulated = self.setup.emulated
         if self.ladder is not None:
-            return Laddered(self.ops, self.setup, self.weights, counts_positions=emulated, ladder=self.ladder)
-        return Decoder(self.ops, self.setup, self.weights, counts_positions=emulated)
+            return Laddered(self.ops, self.setup, self.weights, counts_positions=True, ladder=self.ladder)
+        return Decoder(self.ops, self.setup, self.weights, counts_positions=True)
 
     def _planned(self, shapes: Sequence[BatchShape]) -> list[Sequence[BatchShape]]:
         """The shapes of each step's micro-batches."""
@@ -364,7 +365,8 @@ class _Run:
         del labels, longer
         if setup.emulated:
             loss = self.ops.scale(loss, "loss_chain")
-        return _Outputs(loss, logits, cache)
+        arguments, self.decoder.arguments = self.decoder.arguments, None
+        return _Outputs(loss, logits, cache, arguments)
 
     def _zero_gradients(self) -> None:
         for parameter in self.trained:

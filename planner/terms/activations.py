@@ -110,13 +110,23 @@ def masked_saved_bytes(
 
 
 def eager_attention_saved_bytes(
-    *, tokens: Ints, seq_len: Ints, num_heads: int, head_dim: int, compute_bytes: int, fp32: bool, soft_capped: bool
+    *,
+    tokens: Ints,
+    seq_len: Ints,
+    num_heads: int,
+    head_dim: int,
+    compute_bytes: int,
+    fp32: bool,
+    soft_capped: bool,
+    dropped: bool = False,
 ) -> Ints:
     """Query, key and value of all ``H`` heads and the probabilities ``[B, H, S, S]``: as softmax made them (fp32, or
-    as computed) and, where that differs, their cast; a soft cap keeps its tanh."""
-    probabilities = FP32_BYTES + compute_bytes if fp32 and compute_bytes != FP32_BYTES else compute_bytes
+    as computed) and, where that differs, their cast; a soft cap keeps its tanh, dropout a mask and what it left."""
+    cast = fp32 and compute_bytes != FP32_BYTES
+    probabilities = FP32_BYTES + compute_bytes if cast else compute_bytes
     tanh = compute_bytes if soft_capped else 0
-    return tokens * num_heads * (3 * head_dim * compute_bytes + seq_len * (probabilities + tanh))
+    dropout = (1 if cast else 1 + compute_bytes) if dropped else 0
+    return tokens * num_heads * (3 * head_dim * compute_bytes + seq_len * (probabilities + tanh + dropout))
 
 
 def mlp_saved_bytes(*, tokens: Ints, intermediate_size: int, gated: bool, activation: str, compute_bytes: int) -> Ints:
@@ -195,13 +205,13 @@ def fused_attention_backward_bytes(*, tokens: Ints, num_heads: int, head_dim: in
 
 
 def eager_attention_backward_bytes(
-    *, tokens: Ints, seq_len: Ints, num_heads: int, compute_bytes: int, fp32: bool
+    *, tokens: Ints, seq_len: Ints, num_heads: int, compute_bytes: int, fp32: bool, dropped: bool = False
 ) -> Ints:
     """Gradients of the probabilities and of the scores ``[B, H, S, S]``; where softmax was cast, the kept cast is free
-    by then."""
+    by then, and so is what dropout kept."""
     if not fp32 or compute_bytes == FP32_BYTES:
-        return 2 * tokens * num_heads * seq_len * compute_bytes
-    return tokens * num_heads * seq_len * (2 * FP32_BYTES - compute_bytes)
+        return (1 if dropped else 2) * tokens * num_heads * seq_len * compute_bytes
+    return tokens * num_heads * seq_len * (2 * FP32_BYTES - compute_bytes - (1 if dropped else 0))
 
 
 # --- one model's layer ----------------------------------------------------------------------------------------------
@@ -299,6 +309,7 @@ def attention_saved_bytes(
             compute_bytes=compute_bytes,
             fp32=shape.model_type not in EAGER_SOFTMAX_AS_COMPUTED,
             soft_capped=soft_capped_attention(shape),
+            dropped=shape.attention_dropout,
         )
     fused = fused_attention_saved_bytes(
         tokens=tokens,
@@ -323,6 +334,7 @@ def attention_backward_bytes(
             num_heads=shape.num_heads,
             compute_bytes=compute_bytes,
             fp32=shape.model_type not in EAGER_SOFTMAX_AS_COMPUTED,
+            dropped=shape.attention_dropout,
         )
     return fused_attention_backward_bytes(
         tokens=tokens, num_heads=shape.num_heads, head_dim=shape.head_dim, compute_bytes=compute_bytes

@@ -223,6 +223,28 @@ def _efficient_workspace(query: torch.Tensor) -> torch.Tensor:
     return torch.empty(batch * heads * blocks * block_bytes, dtype=torch.uint8, device=query.device)
 
 
+class SafeSoftmax(torch.autograd.Function):
+    """``_safe_softmax`` of attention.cpp: the softmax, rows in which every score is -inf, and the softmax without them,
+    which is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: torch.Tensor) -> torch.Tensor:
+        """Like ``scores``."""
+        plain = torch.softmax(scores, -1)
+        masked = scores.eq(float("-inf"))  # there until the end, as in the C++ code
+        rows = masked.all(-1, keepdim=True)
+        output = torch.where(rows, torch.zeros((), dtype=scores.dtype, device=scores.device), plain)
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        """Of the scores."""
+        (output,) = ctx.saved_tensors
+        return torch.ops.aten._softmax_backward_data(grad, output, -1, output.dtype)
+
+
 # --- the plain formula -----------------------------------------------------------------------------------------------
 
 
@@ -244,15 +266,15 @@ def _math(
     root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
     scaled = query * root
     if is_causal:
-        causal = torch.ones((query.shape[-2], key.shape[-2]), dtype=torch.bool, device=query.device).tril()
-        mask = _additive(causal, query.dtype)
+        mask = torch.ones((query.shape[-2], key.shape[-2]), dtype=torch.bool, device=query.device).tril()
+        mask = _additive(mask, query.dtype)
     if enable_gqa and key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     scores = torch.matmul(scaled, key.transpose(-2, -1) * root)
     if mask is not None:
         scores.add_(mask)
-    scores = torch.ops.aten._safe_softmax(scores, -1)
+    scores = SafeSoftmax.apply(scores)
     if dropout_p > 0.0:
         scores = torch.nn.functional.dropout(scores, dropout_p, training=True)
     output = torch.matmul(scores, value).to(dtype)

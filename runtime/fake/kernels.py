@@ -60,14 +60,7 @@ def _embedding_gradient(
     return [*(("segments", count * _INDEX_BYTES) for count in by_index), ("sums", partial * output.shape[-1] * 4)]
 
 
-def _safe_softmax(scores: torch.Tensor, *_: Any, output: torch.Tensor) -> Temporaries:
-    """The softmax of attention.cpp that tells rows without any key: the plain one, and which scores are -inf."""
-    rows = output.numel() // output.shape[-1]
-    return [("plain softmax", output.numel() * output.element_size()), ("-inf", scores.numel()), ("rows", rows)]
-
-
 _FIXED: dict[Any, Callable[[Any], Any]] = {aten.native_layer_norm.default: _statistics_in_fp32}
 _PASSING: dict[Any, Callable[..., Temporaries]] = {
     aten.embedding_dense_backward.default: _embedding_gradient,
-    aten._safe_softmax.default: _safe_softmax,
 }

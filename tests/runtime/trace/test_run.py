@@ -271,6 +271,8 @@ OTHERS = [
     *({"loss": loss, "seq_len": 128} for loss in ("fused-ce-shifted", "fused-ce-upcast", "trl-chunked")),
     {"loss": "torchtune-chunked", "seq_len": 128},
     {"method": "qlora", "kbit_preparation": True, "trl_casts": True, "autocast": "bf16"},
+    {"method": "qlora", "kbit_preparation": True, "double_quant": True, "batch_size": 1, "seq_len": 128},
+    {"method": "qlora", "kbit_preparation": True, "activation_checkpointing": True, "batch_size": 1, "seq_len": 128},
     {"method": "lora", "activation_checkpointing": True, "reentrant": True},
     *({"packed": True, "method": "lora", "attention": kind} for kind in ("sdpa", "eager")),
     *({"kernels": (kernel,), "method": "lora"} for kernel in ("rms-norm", "swiglu", "rope")),
