@@ -47,7 +47,7 @@ from meft.runtime.ranks.memory import NAME
 from meft.runtime.session.checkpoint import list_checkpoints
 from meft.runtime.training.interrupts import Interrupts
 
-STEPS = 40
+STEPS = 120
 MOST_SECONDS = 30.0
 SIZES = (1, 2, 4)
 
@@ -110,7 +110,7 @@ class Campaign:
 
     def _hit(self, chance: random.Random) -> tuple[bool, list[str]]:
         size, schedule = chance.choice(SIZES[1:]), chance.choice(("overlapped", "sequential"))
-        victim, delay = chance.randrange(size), chance.uniform(0, 1.5 * size * self.seconds)
+        victim, delay = chance.randrange(size), chance.uniform(0, size * self.seconds / 2)
         ranks = self.start(size, "trial", *self._how(), "--schedule", schedule)
         time.sleep(delay)
         os.kill(ranks[victim], signal.SIGKILL)  # not waited for yet, so its number is its own

@@ -20,7 +20,7 @@ TO_END_SECONDS = 24 * 3600
 """For the window and the checkpoint after a signal; a second signal ends the run at once."""
 
 
-TO_SPEAK_SECONDS = 2.0
+TO_SPEAK_SECONDS = 5.0
 
 
 class RankFailed(MeftError):

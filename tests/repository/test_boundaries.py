@@ -298,7 +298,9 @@ def test_profiles_are_data() -> None:
 
 
 def test_the_front_door_imports_nothing_before_it_is_asked() -> None:
+    """But ``python -m meft.run``, which is asked for as it begins."""
     at_once = [each for each in all_imports("meft") if not each.in_function and not each.for_types]
+    at_once = [each for each in at_once if each.module != "meft.runtime.cli.start"]
     assert {each.top for each in at_once} == {"__future__", "os", "typing"}
 
 

@@ -20,7 +20,7 @@ from places import ROOT
 MOST_README_LINES = 130
 MOST_FIRST_SCREEN_LINES = 25
 SHOWN_ONLY = {"json", "text", "mermaid"}
-NOT_OURS = ("make", "pip", "python", ".venv/bin/python", "pre-commit")
+NOT_OURS = ("make", "torchrun", "pip", "python", ".venv/bin/python", "pre-commit")
 
 
 def _documents() -> ModuleType:

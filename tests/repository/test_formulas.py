@@ -117,7 +117,7 @@ def requests() -> Iterator[Request]:
     for name, changes in (
         ("llama-7b", {}),
         ("llama-7b", {"weights_dtype": "nf4", "double_quant": True, "attention": "eager"}),
-        ("gpt2", {"adapter_dtype": "fp32"}),
+        ("gpt2", {"adapter_dtype": "fp32", "gpus": 2}),
         ("gemma-2-2b", {"attention": "eager", "weights_dtype": "fp32", "adapter_dtype": "fp32"}),
     ):
         yield request_of(model=load_model(name)[0], gpu="rtx-3090", link="pcie-4.0-x16", sparsity="smollm2", **changes)

@@ -112,7 +112,7 @@ def editable(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_wheel_holds_the_door_beside_its_packages(wheel: Path) -> None:
     assert {path.name for path in (wheel / "meft").iterdir()} - {"__pycache__"} == {
-        *("__init__.py", "py.typed", "planner", "runtime", "profiles")
+        *("__init__.py", "run.py", "py.typed", "planner", "runtime", "profiles")
     }
 
 

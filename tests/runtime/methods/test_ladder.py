@@ -111,20 +111,20 @@ def test_the_books_show_it(glass_folder) -> None:
     [{}, {"reduction": 2, "dropped_layers": 1}, {"weights_dtype": "bf16"}, {"batch_size": 4, "seq_len": 48}],
     ids=["plain", "dropped", "bf16", "more-tokens"],
 )
-def test_its_closed_form_is_the_trace_and_the_run(glass_folder, fields) -> None:
-    setup = ladder_setup(glass_folder, **({"seq_len": 32} | fields))
-    trainer = trainer_of(setup, glass_folder, steps=2)
+def test_its_closed_form_is_the_trace_and_the_run(tiny_folder, fields) -> None:
+    setup = ladder_setup(tiny_folder, **({"seq_len": 32} | fields))
+    trainer = trainer_of(setup, tiny_folder, steps=2)
     trainer.run()
-    observed, config = trainer.measured.peaks.allocated_bytes, json.loads((glass_folder / "config.json").read_text())
+    observed, config = trainer.measured.peaks.allocated_bytes, json.loads((tiny_folder / "config.json").read_text())
     assert stream_peaks(trace_training(setup, config)).allocated_bytes == observed
     assert stream_peaks(simulate(setup)).allocated_bytes == pytest.approx(observed, rel=0.01)
     counted = sum(ladder_sizes(setup.model, setup.reduction, setup.dropped_layers))
     assert trainer.session.trainable_parameters == counted
 
 
-def test_it_is_the_trace_on_a_card_too(glass_folder) -> None:
-    setup = ladder_setup(glass_folder, seq_len=32, emulated=False, outputs_kept=True)
-    config = json.loads((glass_folder / "config.json").read_text())
+def test_it_is_the_trace_on_a_card_too(tiny_folder) -> None:
+    setup = ladder_setup(tiny_folder, seq_len=32, emulated=False, outputs_kept=True)
+    config = json.loads((tiny_folder / "config.json").read_text())
     traced = stream_peaks(trace_training(setup, config, workspace_bytes=1 << 20))
     predicted = stream_peaks(simulate(setup, workspace_bytes=1 << 20))
     assert predicted.allocated_bytes == pytest.approx(traced.allocated_bytes, rel=0.01)

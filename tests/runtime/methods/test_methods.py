@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from meft.planner.base.errors import DeviceOutOfMemory, UsageError
 from meft.planner.records.peft_methods import PeftMethod, from_config_file, split_method
-from meft.runtime.methods.generating import generator_of
+from meft.runtime.methods.generating import UnpaddedGenerator, generator_of
 from meft.runtime.methods.opening import load_model
 from meft.runtime.methods.peft_methods import REFUSED, checked, config_of, trained_of
 from meft.runtime.methods.saving import holds_method, load_method, save_method
@@ -198,6 +198,26 @@ def test_a_checkpoint_of_another_size_is_refused(tiny_folder, tmp_path) -> None:
 def test_the_budget_is_kept(tiny_folder) -> None:
     with pytest.raises(DeviceOutOfMemory):
         trainer_of(peft_setup(tiny_folder, "lora"), tiny_folder, budget_bytes=1 << 20).run()
+
+
+class Echo:
+    """Says a prompt's last token, plus one for each new token; takes no padding."""
+
+    def generate(self, ids, mask, *, max_new_tokens, pad_id):
+        assert mask.all()
+        return ids[:, -1:] + torch.arange(1, max_new_tokens + 1)
+
+
+def test_prompts_of_one_length_are_asked_together_and_without_padding() -> None:
+    ids, mask = torch.tensor([[0, 0, 5], [1, 2, 3], [0, 0, 7]]), torch.tensor([[0, 0, 1], [1, 1, 1], [0, 0, 1]])
+    said = UnpaddedGenerator(Echo()).generate(ids, mask, max_new_tokens=2, pad_id=0)
+    assert said.tolist() == [[6, 7], [4, 5], [8, 9]]
+
+
+@pytest.mark.parametrize(("name", "unpadded"), [("prompt-tuning", True), ("prefix-tuning", True), ("ia3", False)])
+def test_a_trained_prompt_is_asked_without_padding(tiny_folder, name, unpadded) -> None:
+    model = trainer_of(peft_setup(tiny_folder, name), tiny_folder).session.model
+    assert isinstance(generator_of(model), UnpaddedGenerator) is unpadded
 
 
 def test_a_plain_model_is_asked_as_it_is(tiny_folder) -> None:
