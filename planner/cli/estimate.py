@@ -152,10 +152,11 @@ def _workload_options(command: Command) -> Command:
 @decision_options
 @budget_options
 @click.option("--verify", is_flag=True, help="Trace the real model's code too (needs torch) and show both peaks.")
+@click.option("--probe", is_flag=True, help="Run two steps on this machine's card and correct the rest by them.")
 @click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
 @click.pass_context
 def estimate_command(
-    context: click.Context, /, *, request_file: str | None, verify: bool, as_json: bool, **given: Any
+    context: click.Context, /, *, request_file: str | None, verify: bool, probe: bool, as_json: bool, **given: Any
 ) -> None:
     """What one configuration of a method needs, and whether it fits: exit code 3 when it does not run.
 
@@ -163,7 +164,7 @@ def estimate_command(
     the output says so.
     """
     asked = _asked(request_file, given)
-    estimate, notes = estimate_of(asked, verify=verify)
+    estimate, notes = estimate_of(asked, verify=verify, probe=probe)
     if as_json:
         click.echo(estimate.model_dump_json(indent=2))
     else:

@@ -59,7 +59,9 @@ def plan(*, verify: bool = False, **options: Unpack[PlanArguments]) -> Plan:
 
 
 @keywords_of(EstimateArguments, ESTIMATE_DEFAULTS)
-def estimate(method: str, *, verify: bool = False, **options: Unpack[EstimateArguments]) -> Estimate:
+def estimate(
+    method: str, *, verify: bool = False, probe: bool = False, **options: Unpack[EstimateArguments]
+) -> Estimate:
     """What one configuration of a method needs, whether or not it fits: ``meft.estimate("lora", rank=16)``.
 
     Raises:
@@ -69,7 +71,7 @@ def estimate(method: str, *, verify: bool = False, **options: Unpack[EstimateArg
     with as_arguments():
         known = tuple(EstimateRequest.model_fields)
         asked = validated(EstimateRequest, plain({"method": method} | options, known=known), source="estimate")
-        return estimate_of(asked, verify=verify)[0]
+        return estimate_of(asked, verify=verify, probe=probe)[0]
 
 
 @keywords_of(PlanArguments, PLAN_DEFAULTS)

@@ -14,6 +14,7 @@ from meft.planner.front.lengths import over_lengths, with_lengths
 from meft.planner.front.options import (
     RequestOptions,
 )
+from meft.planner.front.probed import corrected, probed
 from meft.planner.front.request import Planning, planning
 from meft.planner.front.traced import as_its_trace, with_terms
 from meft.planner.models.catalogue import load_model
@@ -55,16 +56,36 @@ USUAL_GRAD_ACCUM = {"meft": 32}
 _WITHOUT_CLOSED_FORM = ("bitfit", "peft")
 
 
-def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estimate, tuple[str, ...]]:
-    """The estimate, and what was taken for granted; with ``verify`` traced as well.
+def estimate_of(
+    asked: EstimateRequest, *, verify: bool = False, probe: bool = False
+) -> tuple[Estimate, tuple[str, ...]]:
+    """The estimate, and what was taken for granted; with ``verify`` traced as well, with ``probe`` corrected by two
+    steps on a card that is there.
 
     Raises :class:`UsageError` for what does not go together.
     """
     check_applies(asked)
     if asked.kind == "meft":
+        if probe:
+            raise UsageError("--probe: MEFT's own steps are measured by meft-profile gpu-check; leave it out here")
         return _estimate_meft(asked, verify=verify)
     asked, lengths = with_lengths(asked)
     planned, setup, notes = dense_setup(asked)
+    estimate, setup = _dense_estimate(asked, planned, setup)
+    measured = None
+    if probe:
+        measured = probed(planned, setup, _config(planned))
+        planned = corrected(planned, estimate, measured)
+        estimate, setup = _dense_estimate(asked, planned, setup)
+    estimate = _judged(asked, estimate, planned, setup, lengths, verify=verify)
+    if measured is not None:
+        ran = {} if measured.peak_reserved_bytes is not None else {"verdict": "does-not-fit", "fits": False}
+        estimate = estimate.model_copy(update={"probed": measured, **ran})
+    return estimate, notes
+
+
+def _dense_estimate(asked: EstimateRequest, planned: Planning, setup: TrainingSetup) -> tuple[Estimate, TrainingSetup]:
+    """With checkpointing as asked, or where that is open as the card needs it; and the setup that this is."""
     profiles = planned.profiles
     tried: list[Estimate] = []
     flags = checkpointing_choices(False if asked.kind == "lst" else asked.activation_checkpointing)
@@ -78,16 +99,28 @@ def estimate_of(asked: EstimateRequest, *, verify: bool = False) -> tuple[Estima
             break
     estimate = first_that_fits(tried)
     estimate = estimate.model_copy(update={"chosen": _chosen(asked, estimate, without=tried[0])})
-    setup = setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
-    gpu, budget = profiles.gpu, planned.request.gpu_mem_bytes
+    return estimate, setup.model_copy(update={"activation_checkpointing": estimate.activation_checkpointing})
+
+
+def _judged(
+    asked: EstimateRequest,
+    estimate: Estimate,
+    planned: Planning,
+    setup: TrainingSetup,
+    lengths: tuple[int, ...],
+    *,
+    verify: bool,
+) -> Estimate:
+    """The verdict on what runs: over lengths that vary, on the traced run, or on the simulated one."""
+    gpu, budget = planned.profiles.gpu, planned.request.gpu_mem_bytes
     if lengths:
-        return over_lengths(asked, estimate, setup, lengths, planned), notes
+        return over_lengths(asked, estimate, setup, lengths, planned)
     if verify:
-        return with_trace(estimate, _traced(planned, setup), gpu=gpu, gpu_mem_bytes=budget), notes
+        return with_trace(estimate, _traced(planned, setup), gpu=gpu, gpu_mem_bytes=budget)
     if not estimate.fits:
         stream = _traced(planned, setup) if _is_traced(setup) else dense_stream(setup, gpu)
-        estimate = with_verdict(estimate, stream, stream_peaks(stream), gpu=gpu, gpu_mem_bytes=budget)
-    return estimate, notes
+        return with_verdict(estimate, stream, stream_peaks(stream), gpu=gpu, gpu_mem_bytes=budget)
+    return estimate
 
 
 def _is_traced(setup: TrainingSetup) -> bool:

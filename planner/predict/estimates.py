@@ -88,6 +88,14 @@ class TracedPeaks(Record):
     peak_reserved_bytes: Bytes
 
 
+class ProbedPeaks(Record):
+    """What ``--probe`` measured on a card; null where it ran out of memory, or the driver does not tell."""
+
+    peak_allocated_bytes: Bytes | None
+    peak_reserved_bytes: Bytes | None
+    context_bytes: Bytes | None
+
+
 class Estimate(Record):
     """What one configuration needs. Bytes and seconds are per step: one micro-batch forward and backward."""
 
@@ -140,6 +148,8 @@ class Estimate(Record):
     chosen: tuple[str, ...] = ()
     """What the request left open, and how it was chosen."""
     traced: TracedPeaks | None = None
+    probed: ProbedPeaks | None = None
+    """Where it is there, the process and the verdict are corrected by it."""
     lengths: ReservedSpread | None = None
     """Where lengths vary: everything above is of batches of the longest sequence, but the verdict."""
 

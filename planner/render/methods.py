@@ -23,6 +23,7 @@ def estimate_view(estimate: Estimate, *, notes: Sequence[str]) -> View:
         ("peak reserved", f"{format_bytes(estimate.peak_reserved_bytes)} ({estimate.reserved_basis})"),
         *_spread(estimate),
         *_traced(estimate),
+        *_probed(estimate),
         ("process (NVML)", f"{format_bytes(process.low_bytes)} - {format_bytes(process.high_bytes)} ({process.basis})"),
         ("host", format_bytes(estimate.host_bytes)),
         ("traffic per step", _traffic(estimate)),
@@ -106,6 +107,18 @@ def _spread(estimate: Estimate) -> list[tuple[str, str]]:
     least, middle, most = (format_bytes(each) for each in (spread.least_bytes, spread.median_bytes, spread.most_bytes))
     orders = f"{spread.orders} orders of {spread.micro_batches} batches, {spread.batching}"
     return [("reserved, lengths varying", f"{least} - {most}, median {middle} ({orders})")]
+
+
+def _probed(estimate: Estimate) -> list[tuple[str, str]]:
+    """What ``--probe`` measured."""
+    if estimate.probed is None:
+        return []
+    allocated, reserved = estimate.probed.peak_allocated_bytes, estimate.probed.peak_reserved_bytes
+    if allocated is None or reserved is None:
+        return [("probed on this card", "it ran out of memory")]
+    context = estimate.probed.context_bytes
+    beside = "" if context is None else f", {format_bytes(context)} beside them"
+    return [("probed on this card", f"{format_bytes(allocated)} allocated, {format_bytes(reserved)} reserved{beside}")]
 
 
 def _traced(estimate: Estimate) -> list[tuple[str, str]]:

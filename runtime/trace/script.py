@@ -24,8 +24,8 @@ from meft.runtime.fake.flash import flash_attention_package
 from meft.runtime.fake.functions import cuda_functions
 from meft.runtime.fake.present import PresentCard, cuda_is_there
 from meft.runtime.fake.script_books import ScriptBooks
+from meft.runtime.fake.script_scopes import ScriptScopes
 from meft.runtime.trace.script_models import Models, libraries_look_again
-from meft.runtime.trace.script_scopes import ScriptScopes
 from meft.runtime.trace.stage import without_collection
 
 

@@ -23,10 +23,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from meft.planner.simulation.stream import StreamPeaks, stream_peaks
 from meft.runtime.fake.autocast import cuda_lists
 from meft.runtime.fake.books import CudaBooks
+from meft.runtime.fake.experts import grouped_products
 from meft.runtime.fake.functions import cuda_functions
 from meft.runtime.fake.linear4bit import Linear4bit, LoraLinear4bit
 from meft.runtime.trace.script_models import libraries_look_again
-from meft.runtime.training.fake_experts import grouped_products
 
 WORKSPACE_BYTES = 8_519_680
 
