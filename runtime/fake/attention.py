@@ -242,7 +242,8 @@ class SafeSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         """Of the scores."""
         (output,) = ctx.saved_tensors
-        return torch.ops.aten._softmax_backward_data(grad, output, -1, output.dtype)
+        gradient: torch.Tensor = torch.ops.aten._softmax_backward_data(grad, output, -1, output.dtype)
+        return gradient
 
 
 # --- the plain formula -----------------------------------------------------------------------------------------------
