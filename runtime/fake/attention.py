@@ -242,8 +242,8 @@ class SafeSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         """Of the scores."""
         (output,) = ctx.saved_tensors
-        of_scores: torch.Tensor = torch.ops.aten._softmax_backward_data(grad, output, -1, output.dtype)
-        return of_scores
+        gradient: torch.Tensor = torch.ops.aten._softmax_backward_data(grad, output, -1, output.dtype)
+        return gradient
 
 
 # --- the plain formula -----------------------------------------------------------------------------------------------
