@@ -53,6 +53,7 @@ def test_bytes_given_rows_by_hand(plan: Plan) -> None:
         ("d2h", "queries"): 2 * (2 * 4 * 8 * 4),  # (L-p)*T*D*q
         ("d2h", "probes"): 2 * (3 * 4 * 2 * 4),  # L*T*P*4
         ("d2h", "row_gradients"): 24 * 64,
+        ("d2h", "router_gradients"): 0,
         ("d2h", "loss"): 2 * 4,
     }
 
