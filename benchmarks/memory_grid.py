@@ -1,6 +1,6 @@
 """The simulated step against a trace of the real model, over a grid of configurations: allocated peaks.
 
-    python benchmarks/memory_grid.py                  all 390, worst first (the error in the first column)
+    python benchmarks/memory_grid.py                  all 438, worst first (the error in the first column)
     python benchmarks/memory_grid.py --sample 12      twelve of them, evenly over the grid
 
 Sixteen architectures at their real widths, cut to a few layers so that a trace takes a second or two (layers repeat).
@@ -69,6 +69,16 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"method": "meft", "adapter_width": 1024, "top_k": 16, "active_rows": 256, "adapter_dtype": "bf16", "seq_len": 256},
     {"method": "parallel-adapter", "adapter_width": 512, "batch_size": 2, "seq_len": 128, "weights_dtype": "fp32"},
 )
+FULL = {"method": "full", "batch_size": 1, "seq_len": 128}
+NEWER: tuple[dict[str, Any], ...] = (
+    *(FULL | {"optimizer": name} for name in ("adafactor", "muon", "galore", "apollo", "lion-8bit")),
+    FULL | {"optimizer_in_backward": True},
+    FULL | {"master_weights": True, "optimizer": "adamw-fused"},
+    *(LORA | {"seq_len": 256, "loss": loss} for loss in ("fused-ce-upcast", "trl-chunked", "torchtune-chunked")),
+    LORA | {"batch_size": 2, "seq_len": 128, "reentrant": True},
+    QLORA | {"seq_len": 128, "kbit_preparation": True, "trl_casts": True, "autocast": "bf16"},
+)
+"""Optimizers, losses and casts, each for two of the models."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +107,25 @@ def grid() -> Iterator[tuple[str, TrainingSetup, dict[str, Any]]]:
             for variant in (*VARIANTS, *_windowed(shape)):
                 if variant["method"] == "meft" and shape.model_type == "opt":
                     continue  # its FFN is no module of its own, which the runtime needs
-                fields = variant | {"activation_checkpointing": checkpointing}
-                if "target_modules" in fields:
-                    fields["target_modules"] = resolve_targets(shape, [fields["target_modules"]])
-                if shape.model_type == "gemma2":
-                    fields["attention"] = "eager"
-                name = " ".join(f"{key}={value}" for key, value in variant.items() if key != "target_modules")
-                yield f"{model} {name} ckpt={int(checkpointing)}", TrainingSetup(model=shape, **fields), config
+                yield _configuration(model, shape, config, variant, checkpointing=checkpointing)
+    for number, variant in enumerate(NEWER):
+        for model in (MODELS[number % len(MODELS)], MODELS[(number + 5) % len(MODELS)]):
+            config = short_config(load_model(model)[1])
+            shape = shape_from_config(config, name=model)
+            for checkpointing in (False, True):
+                yield _configuration(model, shape, config, variant, checkpointing=checkpointing)
+
+
+def _configuration(
+    model: str, shape: ModelShape, config: dict[str, Any], variant: dict[str, Any], *, checkpointing: bool
+) -> tuple[str, TrainingSetup, dict[str, Any]]:
+    fields = variant | {"activation_checkpointing": checkpointing}
+    if "target_modules" in fields:
+        fields["target_modules"] = resolve_targets(shape, [fields["target_modules"]])
+    if shape.model_type == "gemma2":
+        fields["attention"] = "eager"
+    name = " ".join(f"{key}={value}" for key, value in variant.items() if key != "target_modules")
+    return f"{model} {name} ckpt={int(checkpointing)}", TrainingSetup(model=shape, **fields), config
 
 
 def _windowed(shape: ModelShape) -> Iterator[dict[str, Any]]:

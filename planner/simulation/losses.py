@@ -72,9 +72,10 @@ class Losses:
         return self.ops.cross_entropy(self._shifted(wide)), logits
 
     def _shifted(self, wide: Tensor) -> Tensor:
-        """A copy without each sequence's last token."""
+        """Without each sequence's last token: a copy, but of a single sequence, which is without gaps as it is."""
         last_left_out = wide.numel // self.setup.seq_len * (self.setup.seq_len - 1)
-        return self.ops.copy(self.ops.slice(wide, last_left_out), "loss_chain")
+        shifted = self.ops.slice(wide, last_left_out)
+        return shifted if self.setup.batch_size == 1 else self.ops.copy(shifted, "loss_chain")
 
     def _in_place(self, logits: Tensor) -> Tensor:
         """A kernel that writes the logits' gradient over the logits."""

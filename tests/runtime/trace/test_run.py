@@ -260,6 +260,7 @@ def test_taking_a_category_away_never_raises_the_peak() -> None:
 
 OTHERS = [
     {"optimizer": "adafactor"},
+    {"loss": "fused-ce-upcast", "seq_len": 128, "batch_size": 1, "method": "lora"},
     {"optimizer": "muon"},
     {"optimizer": "galore"},
     {"optimizer": "apollo"},
