@@ -58,10 +58,17 @@ NAMES = {
     "lora": "LoRA on the device",
     "dense": "dense adapter on the device",
 }
+MARKERS: dict[str, dict[str, Any]] = {
+    "meft": {"fmt": "o-"},
+    "lora-streamed": {"fmt": "s-", "markersize": 11, "fillstyle": "none"},
+    "lora": {"fmt": "^-"},
+    "dense": {"fmt": "v-"},
+}
+"""So drawn that points in one place are seen."""
 RATES: dict[str, tuple[float, ...]] = {
     "meft": (5e-3, 1e-2, 2e-2),
-    "lora": (2.5e-3, 5e-3, 1e-2, 2e-2),
-    "lora-streamed": (2.5e-3, 5e-3, 1e-2, 2e-2),
+    "lora": (2.5e-3, 5e-3, 1e-2, 2e-2, 1.25e-3),
+    "lora-streamed": (2.5e-3, 5e-3, 1e-2, 2e-2, 1.25e-3),
     "dense": (1e-2, 2e-2, 4e-2),
 }
 SIZES = {
@@ -222,13 +229,13 @@ def _measured(session: Any, facts: list[Example], batch_size: int) -> dict[str, 
 def first_stage(part: str) -> Iterator[Run]:
     """Every size at every rate of its grid, with seed 0; first the middle rates of all, then the others."""
     if part == "long":
-        for rate in RATES["lora"]:
-            yield Run("lora", 1, rate, 0, 1024, epochs=400)
         yield from (Run("meft", 72, rate, 0, 2048) for rate in RATES["meft"])
         yield from (Run("lora", 1, rate, 0, 2048) for rate in RATES["lora"])
+        for rate in RATES["lora"]:
+            yield Run("lora", 1, rate, 0, 1024, epochs=400)
         return
     sized = [(method, size) for method, sizes in SIZES[part].items() for size in sizes]
-    for place in (1, 0, 2, 3):
+    for place in (1, 0, 2, 3, 4):
         for method, size in sized:
             if place < len(RATES[method]):
                 yield Run(method, size, RATES[method][place], 0, FACTS[part])
@@ -343,7 +350,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             around = [[s - row["range"][0] / 1e3 for s, row in zip(stored, some, strict=True)],
                       [row["range"][1] / 1e3 - s for s, row in zip(stored, some, strict=True)]]  # fmt: skip
             sizes = [row["device_bytes"] / 1024 for row in some]
-            axes.errorbar(sizes, stored, yerr=around, fmt="o-", color=f"C{place}", label=name, capsize=3, linewidth=1)
+            look = {"color": f"C{place}", "label": name, "capsize": 3, "linewidth": 1} | MARKERS[method]
+            axes.errorbar(sizes, stored, yerr=around, **look)
         axes.axhline(count * BITS_PER_FACT / 1e3, color="black", linestyle=":", label="bits offered")
         axes.set(title=f"{count:,} facts of 24 bits", xlabel="device bytes of adapter and optimizer, KiB")
         axes.set_xscale("log", base=2)
@@ -353,7 +361,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda size, _: f"{size:g}"))
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("thousand bits stored")
-    panels[0][-1].legend(fontsize="small")
+    handles, labels = max((axes.get_legend_handles_labels() for axes in panels[0]), key=lambda pair: len(pair[1]))
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
