@@ -50,9 +50,9 @@ def test_the_campaign_fails_where_a_reader_does(tmp_path) -> None:
 
 
 def test_a_load_in_a_reduced_form(tmp_path) -> None:
-    """Two runs at once with an empty cache, one core, and a run of 300 steps; the committed result is of 10,000."""
+    """Two runs at once with an empty cache, one core, and a run of 120 steps; the committed result is of 10,000."""
     path = tmp_path / "result.json"
-    command = [sys.executable, CAMPAIGN.with_name("load.py"), "--count", "300", "--json", path]
+    command = [sys.executable, CAMPAIGN.with_name("load.py"), "--count", "120", "--json", path]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=env)
     result = json.loads(path.read_text())

@@ -229,7 +229,7 @@ def test_arguments_have_the_names_and_defaults_of_the_commands_options() -> None
     assert PlanArguments.__annotations__.keys() == RequestOptions.__dataclass_fields__.keys()
     assert PlanArguments.__annotations__.keys() | {"verify"} == planned - NOT_ARGUMENTS
     assert EstimateArguments.__annotations__.keys() | {"method"} == EstimateRequest.model_fields.keys()
-    assert EstimateRequest.model_fields.keys() | {"verify"} == estimated - NOT_ARGUMENTS
+    assert EstimateRequest.model_fields.keys() | {"verify", "probe"} == estimated - NOT_ARGUMENTS
     shown = inspect.signature(meft.plan).parameters
     assert shown.keys() == PlanArguments.__annotations__.keys() | {"verify"}
     unsaid = plan_command.make_context("plan", []).params

@@ -40,6 +40,8 @@ def test_the_tracer_is_an_entry_point_of_the_installed_package() -> None:
         "setup": "meft.runtime.trace.verify:verify_setup",
         "emulated": "meft.runtime.trace.verify:verify_emulated",
         "shape": "meft.runtime.session.measure:measured_shape",
+        "script": "meft.runtime.trace.script:ScriptTracer",
+        "probe": "meft.runtime.trace.probe:probe_setup",
     }
 
 
