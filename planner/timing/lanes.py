@@ -16,11 +16,11 @@ while it computes FFN and adapter. Rows cached on the device are copied there be
 is never waited for here: layer ``l + p`` takes that of layer ``l - 1``, done long ago.
 
 Backward, from the last layer down: with checkpointing, the layer's forward again; the adapter's backward, once the
-gradient slot it writes to has been emptied (1 slot, or 2 with look-ahead); row gradients to the host; if rows are
-refetched, those of layer ``l - p - 1`` are gathered at once and copied when the slot is free, which is when this
-layer's adapter is done; the frozen layer's backward. Layer 0's input needs no gradient, so its frozen part has none.
-Row gradients and refetched rows leave at the same moment, so where rows are refetched both directions run at the
-link's duplex rates; every other copy has the link to itself.
+gradient slot it writes to has been emptied (1 slot, or 2 with look-ahead); row gradients to the host, which in sequence
+adds them up before it launches anything more; if rows are refetched, those of layer ``l - p - 1`` are gathered and
+copied when the slot is free, which is when this layer's adapter is done; the frozen layer's backward. Layer 0's input
+needs no gradient, so its frozen part has none. Row gradients and refetched rows leave at the same moment, so where rows
+are refetched both directions run at the link's duplex rates; every other copy has the link to itself.
 
 After the last micro-batch of an accumulation window the optimizer runs; a step carries its ``1 / grad_accum`` share,
 after backward, since clipping needs the whole gradient's norm first. Hot rows are updated on the device, and then
@@ -287,8 +287,6 @@ class _Program:
         added: dict[int, Floats] = {}
         for layer in reversed(range(self.num_layers)):
             self.recompute(layer)
-            if not self.overlapped:
-                added[layer + slots] = self.accumulate_gradients(layer + slots, arrived)
             emptied = (left if self.overlapped else added).get(layer + slots, 0.0)
             seconds = self.adapter_backward[layer] + self.sum_gradients[layer]
             if np.any(self.refetched):
@@ -299,6 +297,8 @@ class _Program:
             landing_free = added.get(layer + slots, 0.0)
             copied = self.run("d2h", f"row gradients {layer}", self.row_gradients[layer], done, landing_free)
             arrived[layer] = left[layer] = copied
+            if not self.overlapped:
+                added[layer] = self.accumulate_gradients(layer, arrived)
             self.refetch(layer - self.depth - 1, done)
             if layer:
                 self.run("gpu", f"backward {layer}", self.gpu.frozen_backward)
