@@ -83,7 +83,10 @@ def test_other_seeds_go_to_the_best_rate_once_the_grid_is_done() -> None:
 
 
 def test_the_committed_results_show_what_is_said_of_them() -> None:
-    """In equal device bytes MEFT holds at least three times LoRA's bits of 1,024 facts, trained as long; streamed LoRA is beside it."""
+    """In equal device bytes MEFT holds at least three times LoRA's bits of 1,024 facts, trained as long.
+
+    Streamed LoRA is beside it.
+    """
     records = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     alike = [row for row in capacity.summarise(records) if (row["facts"], row["epochs"]) == (1024, 50)]
     rows = {(row["method"], row["size"]): row for row in alike}
