@@ -33,7 +33,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ from meft.runtime.data.records import Completion, Text
 from meft.runtime.data.task_sources import factbook_prose, load_task
 from meft.runtime.data.tasks import Item, Task
 from meft.runtime.device.device import EmulatedDevice
+from meft.runtime.methods.compare import close_books, trainable_of
 from meft.runtime.session.baselines import STATES, TRAINED, BaselineSession, open_baseline
 from meft.runtime.session.expert_load import expert_load
 from meft.runtime.session.model_loading import load_frozen_model, load_tokenizer
@@ -307,19 +308,6 @@ def _tell(run: Run, steps_per_epoch: int, progress: Progress) -> None:
         click.echo(f"  {name}: epoch {epoch} of {run.epochs}, loss {progress.loss:.3f}", err=True)
 
 
-def close_books(session: Any, *, after: int) -> None:
-    """Count the device's memory during the first steps only."""
-    step, done = session.step, [0]
-
-    def counted(batch: Batch, **options: Any) -> Any:
-        done[0] += 1
-        if done[0] > after:
-            session.device.scope = nullcontext
-        return step(batch, **options)
-
-    session.step = counted
-
-
 def _fewer_rows(run: Run, session: Any, tokenizer: Any, task: Task) -> dict[int, dict[str, Any]]:
     """Asked again with tokens meeting only their best rows, by how many: K, twice and four times as many, and all."""
     if not isinstance(session, Session) or run.method == "offload":
@@ -392,14 +380,6 @@ def books_of(session: Any, trainer: Trainer | None) -> dict[str, Any]:
         found["dead_rows"] = sum(load.dead_rows for load in loads)
         found["busiest_share"] = max(load.busiest_share for load in loads)
     return found
-
-
-def trainable_of(session: Any) -> int:
-    """How many numbers a session trains."""
-    if isinstance(session, BaselineSession):
-        return session.trainable_parameters
-    rows = sum(tables.weights.numel() for tables in session.store.layers)
-    return rows + sum(weight.numel() for weight in session.router_weights)
 
 
 # --- many runs -------------------------------------------------------------------------------------------------------

@@ -162,9 +162,9 @@ def predicted(setup: TrainingSetup) -> tuple[int, int]:
     if setup.method != "meft":
         peaks = stream_peaks(simulate(setup))
         return peaks.allocated_bytes, peaks.reserved_bytes
-    from meft.runtime.trace.meft import plan_of_setup
+    from meft.runtime.trace.meft import plan_of_traced
 
-    plan = plan_of_setup(setup)
+    plan = plan_of_traced(setup)
     memory = predict_device_memory(request=plan.request, decision=plan.decision, gpu=load_gpu(CARD))
     return memory.peak_allocated_bytes, memory.peak_reserved_bytes
 

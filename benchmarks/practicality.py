@@ -28,12 +28,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
-from timed_device import small_batch, timed_session
+from timed_device import profiles_of, small_batch, timed_session
 
 import meft
-from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Plan, Timing
-from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.timing.step import step_timing
 from meft.runtime.device.lanes import Overlapped, Schedule, Sequential
 from meft.runtime.session.session import Session, WindowEnd
@@ -59,17 +57,6 @@ def plan_of(gpu: str, size: str, schedule: str, *, width: int, top_k: int) -> Pl
         top_k=top_k,
         prefetch_depth=depth,
         max_slowdown=10.0,
-    )
-
-
-def profiles_of(plan: Plan) -> ProfileSet:
-    """Those that the plan was made with."""
-    request = plan.request
-    return ProfileSet(
-        gpu=load_gpu(request.gpu),
-        link=load_link(request.link),
-        host=load_host(request.host),
-        sparsity=load_sparsity(request.sparsity),
     )
 
 

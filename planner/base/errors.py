@@ -32,6 +32,10 @@ class UsageError(MeftError):
     exit_code = EXIT_USAGE
 
 
+class UntraceableError(UsageError):
+    """Code that a trace cannot follow: it looks at numbers, of which a trace has none."""
+
+
 Binding = Literal["device memory", "host memory", "slowdown", "trainable share"]
 
 

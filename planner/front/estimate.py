@@ -11,9 +11,7 @@ from meft.planner.base.units import format_bytes, parse_bytes
 from meft.planner.base.version import VERSION
 from meft.planner.front.asked import LORA, SAYS_NOTHING, EstimateRequest, check_applies
 from meft.planner.front.lengths import over_lengths, with_lengths
-from meft.planner.front.options import (
-    RequestOptions,
-)
+from meft.planner.front.options import RequestOptions
 from meft.planner.front.probed import corrected, probed
 from meft.planner.front.request import Planning, planning
 from meft.planner.front.traced import as_its_trace, with_terms
@@ -41,9 +39,7 @@ from meft.planner.records.ladder import kept_layers, side_shape
 from meft.planner.records.peft_methods import method_of
 from meft.planner.records.plan import Decision, Plan, Request
 from meft.planner.records.profile_catalogue import load_defaults
-from meft.planner.records.setup import (
-    TrainingSetup,
-)
+from meft.planner.records.setup import TrainingSetup
 from meft.planner.search.search import make_plan
 from meft.planner.simulation.peft import has_closed_form
 from meft.planner.simulation.stream import Stream, stream_peaks

@@ -23,7 +23,7 @@ from meft.planner.models.measured import TracedPhases, TracedTerms
 from meft.planner.models.shapes import cache_file, config_digest, keep
 from meft.planner.predict.comparison import checkpointing_choices
 from meft.planner.predict.prediction import ProfileSet, predict
-from meft.planner.records.plan import Decision, Plan, Request, plan_with_rows
+from meft.planner.records.plan import Decision, Plan, Request, plain_decision, plan_with_rows
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.search.search import check_request, make_plan
 from meft.planner.simulation.stream import Stream, StreamPeaks, stream_peaks
@@ -155,17 +155,7 @@ def _fitted(planned: Planning, config: Mapping[str, Any]) -> TracedTerms:
 def _fitted_phases(
     request: Request, config: Mapping[str, Any], profiles: ProfileSet, *, checkpointing: bool
 ) -> TracedPhases:
-    decision = Decision(
-        adapter_width=SMALL_ROWS,
-        top_k=1,
-        prefetch_depth=0,
-        active_rows_cap=SMALL_ROWS,
-        num_experts=1,
-        num_probes=1,
-        routing="exact",
-        rows_in_backward="refetched",
-        activation_checkpointing=checkpointing,
-    )
+    decision = plain_decision(adapter_width=SMALL_ROWS, active_rows=SMALL_ROWS, activation_checkpointing=checkpointing)
     request = request.model_copy(
         update={"grad_accum": 1}
     )  # half the work: the rows' gradients are there from the start

@@ -16,7 +16,6 @@ from meft.planner.models.linears import linear_layers
 from meft.planner.predict.spread import ReservedSpread
 from meft.planner.predict.verdict import Verdict, judged
 from meft.planner.records.ladder import ladder_sizes
-from meft.planner.records.peft_methods import PEFT_PREFIX
 from meft.planner.records.plan import (
     Attention,
     ByteRange,
@@ -350,7 +349,7 @@ def _estimate(
     at_most = memory.peak_reserved_bytes_at_cap or memory.peak_reserved_bytes
     fits = at_most <= memory.allocator_budget_bytes and host_bytes <= host_budget_bytes
     shared = {
-        "method": setup.method if setup.peft is None else PEFT_PREFIX + setup.peft.peft_type,
+        "method": setup.label,
         "model": setup.model.name,
         "weights_dtype": setup.weights_dtype,
         "double_quant": setup.double_quant,

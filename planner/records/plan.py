@@ -370,6 +370,22 @@ class Plan(File):
         return html_table(f"Plan for {title}", ("", ""), rows)
 
 
+def plain_decision(*, adapter_width: int, active_rows: int, top_k: int = 1, activation_checkpointing: bool) -> Decision:
+    """The decision with nothing in it that a planner would have to choose: each layer's rows are routed exactly, by its
+    own input, and fetched again for backward."""
+    return Decision(
+        adapter_width=adapter_width,
+        top_k=top_k,
+        prefetch_depth=0,
+        active_rows_cap=active_rows,
+        num_experts=1,
+        num_probes=1,
+        routing="exact",
+        rows_in_backward="refetched",
+        activation_checkpointing=activation_checkpointing,
+    )
+
+
 def plan_with_rows(request: Request, decision: Decision, rows: int) -> Plan:
     """As much of a plan as a trace needs, with ``rows`` active in every layer; nothing else is predicted in it."""
     per_layer = (rows,) * request.model.num_layers

@@ -8,8 +8,8 @@ from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Count, Index, Record
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.kernels import KernelName
-from meft.planner.records.peft_methods import PeftMethod
-from meft.planner.records.plan import Attention
+from meft.planner.records.peft_methods import PEFT_PREFIX, PeftMethod
+from meft.planner.records.plan import Attention, Plan, Request, plain_decision, plan_with_rows
 
 MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full", "bitfit", "lst", "peft"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
@@ -145,6 +145,43 @@ class TrainingSetup(Record):
         return self.batch_size * self.seq_len
 
     @property
+    def label(self) -> str:
+        """The method as users write it."""
+        return self.method if self.peft is None else PEFT_PREFIX + self.peft.peft_type
+
+    @property
     def positions(self) -> int:
         """Positions that are told apart: those of one sequence stand for all, unless documents are packed."""
         return self.tokens if self.packed else self.seq_len
+
+
+def plan_of_setup(
+    setup: TrainingSetup, *, adapter_width: int, active_rows: int, top_k: int = 1, budget_bytes: int
+) -> Plan:
+    """As much of a plan as opening or tracing a setup needs, for one that leaves the rest open. It is not a plan that
+    anyone could run elsewhere: nothing is predicted in it."""
+    decision = plain_decision(
+        adapter_width=adapter_width,
+        active_rows=active_rows,
+        top_k=top_k,
+        activation_checkpointing=setup.activation_checkpointing,
+    )
+    request = Request(
+        model=setup.model,
+        gpu="any",
+        host="any",
+        link="any",
+        sparsity="given",
+        gpu_mem_bytes=budget_bytes,
+        host_mem_bytes=budget_bytes,
+        host_mem_basis="given",
+        batch_size=setup.batch_size,
+        seq_len=setup.seq_len,
+        grad_accum=setup.grad_accum,
+        weights_dtype=setup.weights_dtype,
+        double_quant=setup.double_quant,
+        adapter_dtype=setup.adapter_dtype,
+        attention=setup.attention,
+        packed=setup.packed,
+    )
+    return plan_with_rows(request, decision, active_rows)

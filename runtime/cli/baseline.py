@@ -9,8 +9,6 @@ import click
 
 from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
-from meft.planner.models.catalogue import CONFIG_NAME, read_config, text_part
-from meft.planner.models.shapes import shape_of
 from meft.planner.records.peft_methods import PEFT_PREFIX, PeftMethod, method_of
 from meft.planner.records.setup import TrainingSetup
 from meft.runtime.cli.data import data_options, reading_options
@@ -126,7 +124,7 @@ def baseline_command(noted: Interrupts | None, /, as_json: bool, **given: Any) -
 
 def setup_of(given: dict[str, Any], folder: Path, *, emulated: bool) -> TrainingSetup:
     """Take the options of :func:`method_options` out of ``given``; the run that they describe."""
-    from meft.runtime.methods.opening import ALL_LINEAR
+    from meft.runtime.methods.opening import ALL_LINEAR, model_shape
     from meft.runtime.methods.peft_methods import checked
 
     method, peft = _method(given.pop("method"), given.pop("peft_arguments"), given.pop("peft_config"))
@@ -146,7 +144,7 @@ def setup_of(given: dict[str, Any], folder: Path, *, emulated: bool) -> Training
     names = tuple(targets.replace(",", " ").split()) if targets else ALL_LINEAR
     shared = ("attention", "activation_checkpointing", "batch_size", "seq_len", "grad_accum")
     return TrainingSetup(
-        model=shape_of(text_part(read_config(folder / CONFIG_NAME)), name=folder.name),
+        model=model_shape(folder),
         method=method,
         peft=None if peft is None else checked(peft),
         rank=(rank or USUAL_RANK) if lora else None,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from meft.planner.base.errors import InfeasibleError, MeftError, UsageError
+from meft.planner.base.errors import InfeasibleError, MeftError, UntraceableError, UsageError
 from meft.planner.base.files import write_atomic
 from meft.planner.base.units import format_bytes, parse_bytes
-from meft.runtime.cli.baseline import USUAL_REDUCTION, setup_of
+from meft.runtime.cli.baseline import USUAL_RANK, USUAL_REDUCTION, setup_of
 from meft.runtime.cli.use import base_folder
 from meft.runtime.data.metrics import METRICS
 
@@ -98,6 +98,7 @@ def _workload(folder: Path, data: tuple[Path, ...], task: str, budget: int, give
     from meft.runtime.data.loading import DataOptions, load_dataset
     from meft.runtime.methods.compare import PROSE_TOKENS, Workload
     from meft.runtime.session.model_loading import load_tokenizer
+    from meft.runtime.training.options import Length
     from meft.runtime.training.training import digest_of
     from meft.runtime.use.evaluation import EvaluationOptions, make_evaluator
 
@@ -118,7 +119,8 @@ def _workload(folder: Path, data: tuple[Path, ...], task: str, budget: int, give
             prose_file, tokenizer, seq_len=PROSE_TOKENS, options=DataOptions(raw=True, allow_cut=True), show=0
         ).examples
     examples = dataset.examples
-    steps = max(1, -int(-given["epochs"] * len(examples) // given["batch_size"]))
+    length = Length(epochs=given["epochs"])
+    steps = length.total_steps(num_examples=len(examples), batch_size=given["batch_size"], before=None)
     said = f"{digest_of(examples)} {digest_of(prose)} {options} {steps} {given['batch_size']}"
     return Workload(
         model=folder,
@@ -190,7 +192,7 @@ def _predicted(name: str, folder: Path, budget: int, given: dict[str, Any]) -> t
 
     options: dict[str, Any] = {"batch_size": given["batch_size"], "seq_len": given["seq_len"]}
     if name in ("lora", "qlora"):
-        options |= {"rank": given["rank"] or 16, "target_modules": "all-linear"}
+        options |= {"rank": given["rank"] or USUAL_RANK, "target_modules": "all-linear"}
     if name == "parallel-adapter":
         options |= {"adapter_width": given["adapter_width"]}
     if name in ARGUMENTS:
@@ -199,10 +201,8 @@ def _predicted(name: str, folder: Path, budget: int, given: dict[str, Any]) -> t
         estimate = meft.estimate(
             name, model=folder, gpu="emulated", gpu_mem=budget, activation_checkpointing=False, **options
         )
-    except UsageError as error:
-        if "looks at numbers" in str(error):
-            return None, True
-        raise
+    except UntraceableError:
+        return None, True
     return estimate.peak_allocated_bytes, estimate.fits
 
 

@@ -7,7 +7,7 @@ come next.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,20 @@ if TYPE_CHECKING:
 
 OUTSIDE = "outside of modules"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@contextmanager
+def modules_followed(entered: Callable[..., None], left: Callable[..., None]) -> Iterator[None]:
+    """Inside, every module that runs tells when it is entered, with its arguments, and left, with its output too.
+
+    It tells whatever ends it: activation checkpointing leaves a recompute by an exception once it has what it needs.
+    """
+    handles = [register_module_forward_pre_hook(entered), register_module_forward_hook(left, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class ScriptScopes:
@@ -50,16 +64,11 @@ class ScriptScopes:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Hook every module that runs."""
-        handles = [
-            register_module_forward_pre_hook(self._entered),
-            register_module_forward_hook(self._left, always_call=True),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._stack.clear()
+        with modules_followed(self._entered, self._left):
+            try:
+                yield
+            finally:
+                self._stack.clear()
 
     def optimizer_begins(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradients are all there; what comes now is the optimizer's."""

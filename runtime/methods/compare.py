@@ -175,7 +175,7 @@ def _opened(run: Run, work: Workload) -> Any:
 def _train(run: Run, work: Workload, session: Any) -> Trainer | None:
     if run.candidate.name == "none":
         return None
-    _close_books(session)
+    close_books(session)
     options = TrainingOptions(steps=work.steps, learning_rate=run.learning_rate, seed=run.seed)
     pad_id = pad_token_id(work.tokenizer)
     trainer = Trainer(session, work.examples, options, pad_id=pad_id, meft_version=VERSION)
@@ -183,13 +183,13 @@ def _train(run: Run, work: Workload, session: Any) -> Trainer | None:
     return trainer
 
 
-def _close_books(session: Any) -> None:
+def close_books(session: Any, *, after: int = BOOKED_STEPS) -> None:
     """Count the device's memory during the first steps only: the books cost a third of the time."""
     step, done = session.step, [0]
 
     def counted(batch: Batch, **options: Any) -> Any:
         done[0] += 1
-        if done[0] > BOOKED_STEPS:
+        if done[0] > after:
             session.device.scope = nullcontext
         return step(batch, **options)
 

@@ -14,9 +14,9 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import CONFIG_NAME, read_config, text_part
 from meft.planner.models.shapes import shape_of
 from meft.planner.records.ladder import kept_layers, side_shape
-from meft.planner.records.peft_methods import PEFT_PREFIX, PeftMethod
-from meft.planner.records.plan import Decision, DeviceMemory, Plan, Request, plan_with_rows
-from meft.planner.records.setup import TrainingSetup
+from meft.planner.records.peft_methods import PeftMethod
+from meft.planner.records.plan import DeviceMemory, Plan
+from meft.planner.records.setup import TrainingSetup, plan_of_setup
 from meft.runtime.device.device import Device, EmulatedDevice
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.methods.peft_methods import attach_peft, trained_of
@@ -25,8 +25,6 @@ from meft.runtime.session.model_loading import load_frozen_model
 
 NO_CHECKPOINTING = ("PREFIX_TUNING",)
 """Types whose trained keys and values are a cache, which a recomputed layer does not see."""
-
-
 ALL_LINEAR = ("all-linear",)
 """Target modules: every linear layer but the head, as ``peft`` finds them."""
 
@@ -36,43 +34,10 @@ def model_shape(folder: Path) -> ModelShape:
     return shape_of(text_part(read_config(folder / CONFIG_NAME)), name=folder.name)
 
 
-def label_of(setup: TrainingSetup) -> str:
-    """The method as users write it."""
-    return setup.method if setup.peft is None else PEFT_PREFIX + setup.peft.peft_type
-
-
 def plan_of(setup: TrainingSetup, *, budget_bytes: int) -> Plan:
     """As much of a plan as a session needs; nothing is predicted in it."""
     width = setup.adapter_width or 1
-    decision = Decision(
-        adapter_width=width,
-        top_k=1,
-        prefetch_depth=0,
-        active_rows_cap=width,
-        num_experts=1,
-        num_probes=1,
-        routing="exact",
-        rows_in_backward="refetched",
-        activation_checkpointing=setup.activation_checkpointing,
-    )
-    request = Request(
-        model=setup.model,
-        gpu="any",
-        host="any",
-        link="any",
-        sparsity="given",
-        gpu_mem_bytes=budget_bytes,
-        host_mem_bytes=budget_bytes,
-        host_mem_basis="given",
-        batch_size=setup.batch_size,
-        seq_len=setup.seq_len,
-        grad_accum=setup.grad_accum,
-        weights_dtype=setup.weights_dtype,
-        double_quant=setup.double_quant,
-        adapter_dtype=setup.adapter_dtype,
-        attention=setup.attention,
-    )
-    plan = plan_with_rows(request, decision, width)
+    plan = plan_of_setup(setup, adapter_width=width, active_rows=width, budget_bytes=budget_bytes)
     incomplete: type[Any] = DeviceMemory
     memory = incomplete.model_construct(allocator_budget_bytes=budget_bytes)
     return plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"device_memory": memory})})

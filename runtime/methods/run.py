@@ -24,7 +24,7 @@ from meft.runtime.data.metrics import evaluation_line
 from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.methods.generating import generator_of
-from meft.runtime.methods.opening import check_method, label_of, load_model, open_method
+from meft.runtime.methods.opening import check_method, load_model, open_method
 from meft.runtime.methods.saving import save_method
 from meft.runtime.methods.training import MethodTrainer
 from meft.runtime.session.baselines import BaselineSession
@@ -32,6 +32,7 @@ from meft.runtime.session.checkpoint import latest_checkpoint
 from meft.runtime.session.model_loading import check_token_ids, load_tokenizer
 from meft.runtime.training import output
 from meft.runtime.training.interrupts import Interrupts
+from meft.runtime.training.options import Length
 from meft.runtime.training.training import Progress, TrainingOptions
 from meft.runtime.use.evaluation import EvaluationOptions, Evaluator, make_evaluator
 
@@ -158,11 +159,13 @@ def _prepared(options: MethodOptions, *, say: Callable[[str], None]) -> MethodTr
     torch.manual_seed(options.training.seed)
     model = load_model(setup, options.model, device_kind=device.kind)
     session = open_method(setup, model, device, seed=options.training.seed, settings=options.settings)
-    say(f"{label_of(setup)}: {session.trainable_parameters:,} numbers are trained")
+    say(f"{setup.label}: {session.trainable_parameters:,} numbers are trained")
     say(f"device: {device.name}, budget {format_bytes(device.budget_bytes)}")
     training = options.training
     if options.epochs is not None:
-        training = replace(training, steps=max(1, -int(-options.epochs * len(dataset.examples) // setup.batch_size)))
+        length = Length(epochs=options.epochs)
+        steps = length.total_steps(num_examples=len(dataset.examples), batch_size=setup.batch_size, before=None)
+        training = replace(training, steps=steps)
     opened: Any = session
     trainer = MethodTrainer(
         opened,
@@ -203,7 +206,7 @@ def report_of(trainer: MethodTrainer, session: BaselineSession, seconds_per_step
     measured, steps = trainer.measured, max(1, trainer.measured.steps)
     return MethodReport(
         meft_version=VERSION,
-        method=label_of(trainer.setup),
+        method=trainer.setup.label,
         setup=trainer.setup,
         device=session.device.name,
         trainable_parameters=session.trainable_parameters,

@@ -333,16 +333,7 @@ def open_session(
     clock.follow(device.streams)
     engine = TransferEngine(device, schedule, link_gbps=link_gbps)
     kernels = HostKernels() if compiled else None
-    store = HostStore(
-        num_layers=shape.num_layers,
-        adapter_width=decision.adapter_width,
-        hidden_size=shape.hidden_size,
-        kernels=kernels,
-        bf16_copy=decision.bf16_copy and plan.request.adapter_dtype == "bf16",
-        has_hot_rows=decision.hot_rows > 0,
-        zeros=huge_pages.zeros if peers is None else peers.zeros,
-        own_rows=None if peers is None else peers.share_of(decision.adapter_width),
-    )
+    store = _new_store(plan, kernels, peers)
     if peers is None or peers.rank == 0:
         store.initialise(seed=seed)
         if key_init == "ffn":
@@ -365,20 +356,22 @@ def open_session(
     adapter = attach(model, exchange, weights)
     if peers is not None:
         peers.barrier()  # the rows are there
-    return Session(
-        plan,
-        device,
-        engine,
-        store,
-        exchange,
-        model,
-        adapter,
-        routers,
-        settings,
-        optimizer,
-        clock,
-        key_init,
-        peers=peers,
+    parts = (plan, device, engine, store, exchange, model, adapter, routers, settings, optimizer, clock, key_init)
+    return Session(*parts, peers=peers)
+
+
+def _new_store(plan: Plan, kernels: HostKernels | None, peers: Peers | None) -> HostStore:
+    """The rows' home, empty; in memory that all ranks share where there are several."""
+    decision, shape = plan.decision, plan.request.model
+    return HostStore(
+        num_layers=shape.num_layers,
+        adapter_width=decision.adapter_width,
+        hidden_size=shape.hidden_size,
+        kernels=kernels,
+        bf16_copy=decision.bf16_copy and plan.request.adapter_dtype == "bf16",
+        has_hot_rows=decision.hot_rows > 0,
+        zeros=huge_pages.zeros if peers is None else peers.zeros,
+        own_rows=None if peers is None else peers.share_of(decision.adapter_width),
     )
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meft.planner.base.errors import UsageError
-from meft.planner.records.plan import Decision, Plan, Request, plan_with_rows
-from meft.planner.records.setup import TrainingSetup
+from meft.planner.records.plan import Plan
+from meft.planner.records.setup import TrainingSetup, plan_of_setup
 from meft.planner.simulation.stream import Stream
 from meft.runtime.device.books import DeviceBooks
 from meft.runtime.device.device import EmulatedDevice
@@ -80,44 +80,17 @@ def _steps(plan: Plan, model: nn.Module, stage: Stage) -> Stream:
     return stage.log.stream()
 
 
-def plan_of_setup(setup: TrainingSetup) -> Plan:
-    """As much of a plan as a session needs, for a setup that leaves the rest open.
-
-    Routing is exact and looks at a layer's own input (prefetch depth 0), the cap is the active rows, and rows are
-    fetched again for backward. It is not a plan that anyone could run elsewhere: nothing is predicted in it.
-    """
+def plan_of_traced(setup: TrainingSetup) -> Plan:
+    """As much of a plan as a session needs, for a setup of MEFT."""
     if setup.adapter_width is None or setup.active_rows is None:
         raise UsageError("adapter_width and active_rows: the trace of meft needs both")
-    decision = Decision(
+    return plan_of_setup(
+        setup,
         adapter_width=setup.adapter_width,
+        active_rows=setup.active_rows,
         top_k=setup.top_k or min(64, setup.active_rows),
-        prefetch_depth=0,
-        active_rows_cap=setup.active_rows,
-        num_experts=1,
-        num_probes=1,
-        routing="exact",
-        rows_in_backward="refetched",
-        activation_checkpointing=setup.activation_checkpointing,
+        budget_bytes=NO_LIMIT_BYTES,
     )
-    request = Request(
-        model=setup.model,
-        gpu="any",
-        host="any",
-        link="any",
-        sparsity="given",
-        gpu_mem_bytes=NO_LIMIT_BYTES,
-        host_mem_bytes=NO_LIMIT_BYTES,
-        host_mem_basis="given",
-        batch_size=setup.batch_size,
-        seq_len=setup.seq_len,
-        grad_accum=setup.grad_accum,
-        weights_dtype=setup.weights_dtype,
-        double_quant=setup.double_quant,
-        adapter_dtype=setup.adapter_dtype,
-        attention=setup.attention,
-        packed=setup.packed,
-    )
-    return plan_with_rows(request, decision, setup.active_rows)
 
 
 def _setup_of(plan: Plan) -> TrainingSetup:

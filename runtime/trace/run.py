@@ -28,7 +28,7 @@ from meft.runtime.trace.emulated import trace_emulated_method
 from meft.runtime.trace.kernels import rotations, use_kernels
 from meft.runtime.trace.loading import build_model, cast_as_trl, load, prepare
 from meft.runtime.trace.losses import use_loss
-from meft.runtime.trace.meft import plan_of_setup, trace_meft
+from meft.runtime.trace.meft import plan_of_traced, trace_meft
 from meft.runtime.trace.methods import attach_method
 from meft.runtime.trace.optimizers import MasterWeights, keeps_steps_on_host, make_optimizer, state_tensors
 from meft.runtime.trace.scopes import Scopes
@@ -45,7 +45,7 @@ def trace_training(setup: TrainingSetup, config: dict[str, Any], *, workspace_by
     """
     _check(setup)
     if setup.method == "meft":
-        return trace_meft(plan_of_setup(setup), config, workspace_bytes=workspace_bytes)
+        return trace_meft(plan_of_traced(setup), config, workspace_bytes=workspace_bytes)
     if setup.emulated:
         return trace_emulated_method(setup, config)
     with FakeTensorMode(), without_collection():

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from meft.planner.records.plan import Phase
 from meft.runtime.adapter.blocks import decoder_blocks
 from meft.runtime.device.event_log import EventLog
+from meft.runtime.fake.script_scopes import modules_followed
 
 _BY_NAME = {
     "mlp": "ffn",
@@ -76,17 +76,11 @@ class Scopes:
     def following(self, model: nn.Module) -> Iterator[None]:
         """Hook every module that runs."""
         self._categories = module_categories(model)
-        # always_call: activation checkpointing leaves a recompute by an exception once it has what it needs
-        handles = [
-            register_module_forward_pre_hook(self._entered),
-            register_module_forward_hook(self._left, always_call=True),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._stack.clear()
+        with modules_followed(self._entered, self._left):
+            try:
+                yield
+            finally:
+                self._stack.clear()
 
     def push(self, category: str) -> None:
         """Until :meth:`pop`, this is the innermost category."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from meft.planner.base.errors import UsageError
+from meft.planner.base.errors import UntraceableError
 from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.stream import Stream
@@ -41,7 +41,7 @@ def _quiet() -> Iterator[None]:
     """No warnings of libraries about what a trace does on purpose, such as checkpointing by its default kind.
 
     Raises:
-        UsageError: the model's code asks for what fake tensors do not have.
+        UntraceableError: the model's code asks for what fake tensors do not have.
     """
     logger = logging.getLogger("transformers")
     level = logger.level
@@ -51,7 +51,7 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise UsageError(
+        raise UntraceableError(
             f"the model's code looks at numbers ({error}), and a trace has none; so what it takes cannot be told"
         ) from error
     finally:

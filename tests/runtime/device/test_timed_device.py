@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from timed_device import small_batch, timed_session
+from timed_device import profiles_of, small_batch, timed_session
 
 import meft
-from meft.planner.predict.prediction import ProfileSet, simulated_tasks
+from meft.planner.predict.prediction import simulated_tasks
 from meft.planner.records.plan import LANES, Lane, Plan
-from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.timing.chrome import task_kind
 from meft.runtime.device.lanes import Overlapped, Schedule, Sequential
 from meft.runtime.session.session import Session
@@ -27,14 +26,6 @@ def plan_of(**choice: object) -> Plan:
         "max_slowdown": 10.0,
     }
     return meft.plan(**sizes | given | choice)
-
-
-def profiles_of(plan: Plan) -> ProfileSet:
-    """Those that the plan was made with."""
-    request = plan.request
-    return ProfileSet(
-        load_gpu(request.gpu), load_link(request.link), load_host(request.host), load_sparsity(request.sparsity)
-    )
 
 
 @pytest.mark.parametrize(
