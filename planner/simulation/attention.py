@@ -46,8 +46,9 @@ class SelfAttention:
         if setup.attention == "flash" or flash:
             return self._flash(q, k, v), None
         groups = shape.num_heads // shape.num_kv_heads
-        if mask is not None:  # transformers writes grouped heads out beside a mask
-            k, v = repeat_heads(ops, k, groups), repeat_heads(ops, v, groups)
+        if mask is not None:  # transformers writes grouped heads out beside a mask, but a single one
+            repeat = expand_heads if shape.num_kv_heads == 1 < groups else repeat_heads
+            k, v = repeat(ops, k, groups), repeat(ops, v, groups)
         if ops.cpu_kernels and shape.attention_dropout:
             return self._plain(q, k, v, mask), None
         if ops.cpu_kernels:

@@ -105,8 +105,9 @@ def masked_saved_bytes(
     *, tokens: Ints, seq_len: Ints, num_heads: int, num_kv_heads: int, head_dim: int, compute_bytes: int
 ) -> Ints:
     """What sdpa keeps more of a layer that is given a mask: keys and values of every query head instead of every group,
-    and the mask as numbers to add, ``[B, 1, S, S]``."""
-    return tokens * compute_bytes * (2 * (num_heads - num_kv_heads) * head_dim + seq_len)
+    but of a single group, which stays a view, and the mask as numbers to add, ``[B, 1, S, S]``."""
+    written_out = 0 if num_kv_heads == 1 else num_heads - num_kv_heads
+    return tokens * compute_bytes * (2 * written_out * head_dim + seq_len)
 
 
 def eager_attention_saved_bytes(

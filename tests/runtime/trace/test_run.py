@@ -296,6 +296,15 @@ def test_the_simulated_step_has_the_same_optimizers_and_losses(changes) -> None:
         assert simulated.at_moment[moment][0] == pytest.approx(allocated, rel=0.01)
 
 
+def test_beside_a_mask_a_single_key_head_stays_a_view() -> None:
+    """Of 16 query heads and one key head sdpa keeps what there is; written out, keys and values are 16 times that."""
+    config = config_of("llama", hidden_size=256, num_attention_heads=16, num_key_value_heads=1)
+    setup = setup_of(config, method="lora", packed=True, seq_len=128)
+    traced_peaks = stream_peaks(trace_training(setup, config, workspace_bytes=0))
+    simulated = stream_peaks(simulate(setup, workspace_bytes=0))
+    assert simulated.allocated_bytes == pytest.approx(traced_peaks.allocated_bytes, rel=0.01)
+
+
 # --- rotary positions that are computed at a step ---------------------------------------------------------------------
 
 ROPES = {

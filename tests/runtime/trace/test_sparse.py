@@ -130,6 +130,13 @@ def test_a_single_key_head_is_written_out_by_the_products_alone(model_type, batc
     require_equal(*plan_of(model_type, {}, asked, num_key_value_heads=1, num_hidden_layers=num_layers))
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_beside_a_mask_a_single_key_head_stays_a_view(batch_size) -> None:
+    """sdpa beside the mask of packed sequences: several heads would be written out for good."""
+    plan, config = plan_of("llama", {}, BF16 | {"packed": True, "batch_size": batch_size}, num_key_value_heads=1)
+    require_equal(plan, config)
+
+
 def test_full_and_sliding_layers_have_a_mask_each() -> None:
     """Of 20,000 bytes each, which takes a block more than 40,000 together."""
     asked = MIXED | {"attention": "eager", "batch_size": 4, "seq_len": 50}
