@@ -355,18 +355,22 @@ def test_frozen_weights_of_another_16_bit_format_are_cast_for_every_product() ->
 WINDOWED = {"method": "lora", "rank": 1, "target_modules": ("q_proj",), "attention": "sdpa", "outputs_kept": False}
 
 
-def test_a_window_shorter_than_the_sequence_costs_masks_and_repeated_heads() -> None:
-    """sdpa beside a mask: keys and values of H = 2 query heads, d = 4 numbers of 2 bytes each a token, beside those of
-    the one group, which the KV cache holds; and the mask as numbers to add, B * S * S in bf16, kept by every layer that
-    slides. All layers share one mask of bytes, gone when the decoder returns.
+@pytest.mark.parametrize(("num_heads", "groups", "written_out"), [(4, 2, 4), (2, 1, 0)])
+def test_a_window_shorter_than_the_sequence_costs_masks_and_repeated_heads(
+    num_heads: int, groups: int, written_out: int
+) -> None:
+    """sdpa beside a mask: keys and values of H query heads, d = 4 numbers of 2 bytes each a token, beside those of the
+    groups, which the KV cache holds, but of a single group none, for it stays a view; and the mask as numbers to add,
+    B * S * S in bf16, kept by every layer that slides. All layers share one mask of bytes, gone when the decoder
+    returns.
     """
     batch, length, layers = 2, 64, 3
     kept = {}
     for window in (0, length):
-        shape = tiny_shape(window=window)
+        shape = tiny_shape(window=window, num_heads=num_heads, num_kv_heads=groups)
         stream = simulate(setup_of(shape, batch_size=batch, seq_len=length, **WINDOWED))
         kept[window] = live_by_category(stream, stream.moments["forward_1"])
-    repeated = 2 * batch * length * 2 * 4 * 2
+    repeated = 2 * batch * length * written_out * 4 * 2
     assert kept[length]["attention"] - kept[0]["attention"] == layers * (repeated + batch * length**2 * 2)
     at = {window: sum(kept[window].values()) for window in kept}
     assert at[length] - at[0] == layers * (repeated + batch * length**2 * 2)
