@@ -279,9 +279,7 @@ def _host_bytes(plan: Plan, report: Report) -> int:
     """As planned, or of another number of ranks what the plan would have said for it."""
     if report.gpus == plan.request.gpus:
         return plan.prediction.host_memory.total_bytes
-    pinned = report.device.kind == "cuda" or (report.rehearsal and plan.request.gpu != "emulated")
-    asked = as_run(plan, report).request
-    return host_memory(request=asked, decision=plan.decision, pinned=pinned).total_bytes
+    return host_memory(request=as_run(plan, report).request, decision=plan.decision).total_bytes
 
 
 def _exact_transfer_rows(plan: Plan, report: Report, steps: int) -> tuple[AuditRow, ...]:

@@ -95,7 +95,7 @@ def budget_options(command: Command) -> Command:
             type=SIZE,
             help="GPU memory, as printed on the card's box: GB = GiB = 2^30 bytes here. MiB, GiB and bytes work too.",
         ),
-        click.option("--host-mem", type=SIZE, help="Host memory for the adapter. [default: this machine's RAM]"),
+        click.option("--host-mem", type=SIZE, help="The machine's RAM, not all for the plan. [default: this one's]"),
         click.option("--host", metavar="NAME|FILE", help="Class of host: its CPU rates."),
         click.option("--link", metavar="NAME|FILE", help="Class of host-device link. [default: the card's slot]"),
         click.option("--sparsity", metavar="NAME|FILE", help="Profile of how many rows a batch activates."),

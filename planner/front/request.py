@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.errors import UsageError
 from meft.planner.base.names import looks_like_path
 from meft.planner.base.schema import validated
-from meft.planner.base.units import GIB, format_bytes
+from meft.planner.base.units import format_bytes
 from meft.planner.front.options import RequestOptions
+from meft.planner.memory.budget import reserve_bytes
+from meft.planner.memory.machine import machine_memory_bytes
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model
 from meft.planner.models.stored import StoredMethod
@@ -35,11 +36,6 @@ WITHOUT_SDPA = ("gemma2",)
 """Model types that transformers runs with eager or flash attention only: they cap attention scores."""
 _DTYPE_OF_STORED: dict[StoredMethod, WeightsDtype] = {"bitsandbytes-4bit": "nf4", "bitsandbytes-8bit": "int8"}
 """Of other methods the weights are computed in bf16."""
-HOST_RESERVE_BYTES = 2 * GIB
-HOST_RESERVE_FRACTION = 0.1
-"""Of this machine's RAM, never more than half of it: what the system, Python with torch, and loading a model take.
-Assumed."""
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -107,21 +103,6 @@ def planning(options: RequestOptions) -> Planning:
             *_dtype_notes(gpu, weights),
         ),
     )
-
-
-def machine_memory_bytes() -> int:
-    """RAM of this machine, or of the container's share of it."""
-    import psutil
-
-    limits = [int(psutil.virtual_memory().total)]
-    for path in _CGROUP_LIMITS:
-        try:
-            text = path.read_text().strip()
-        except OSError:
-            continue
-        if text.isdecimal():
-            limits.append(int(text))
-    return min(limits)
 
 
 def default_gpu(gpu_mem_bytes: int) -> GpuProfile:
@@ -197,21 +178,25 @@ def _reference(given: str, key: str) -> str:
 
 
 def _host_budget(options: RequestOptions, budget: _Budget) -> tuple[int, tuple[str, ...]]:
+    """RAM, that of a machine with such a card: where it is this one, the emulated device's memory is not part of it."""
     if options.host_mem is not None:
         return options.host_mem, ()
     total = machine_memory_bytes()
-    reserve = min(max(HOST_RESERVE_BYTES, round(total * HOST_RESERVE_FRACTION)), total // 2)
-    note = f"host memory: this machine's RAM, {format_bytes(total)}, less {format_bytes(reserve)} for all else"
-    note += "; or give --host-mem"
-    if not budget.gpu.shares_host_cores:
-        return total - reserve, (note,)
-    left = total - reserve - budget.gpu_mem_bytes
-    if left <= 0:
+    left, less = total, ""
+    if budget.gpu.shares_host_cores:
+        left -= budget.gpu_mem_bytes
+        less = f", less {format_bytes(budget.gpu_mem_bytes)} for the emulated device"
+    if left <= reserve_bytes(total):
         raise UsageError(
             f"--gpu-mem {format_bytes(budget.gpu_mem_bytes)}: the emulated device lives in this machine's RAM, which "
-            f"has {format_bytes(total - reserve)} to spare; give less, or --host-mem to plan for another machine"
+            f"has {format_bytes(total - reserve_bytes(total))} to spare; give less, or --host-mem to plan for another "
+            f"machine"
         )
-    return left, (f"{note}, less the emulated device's {format_bytes(budget.gpu_mem_bytes)}",)
+    note = (
+        f"host memory: this machine's RAM, {format_bytes(total)}{less}, less {format_bytes(reserve_bytes(left))} for "
+        f"all else; or give --host-mem"
+    )
+    return left, (note,)
 
 
 def _as_stored(options: RequestOptions, shape: ModelShape, gpu: GpuProfile) -> RequestOptions:

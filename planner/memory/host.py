@@ -1,11 +1,11 @@
 """Host memory of the adapter: its tables, and the buffers that copies go through.
 
 Tables, all fp32 ``[R, 2D]`` per layer: weights, two AdamW moments, the accumulation window's gradient sum; and per row
-an int32 step count and a bool that says whether the window touched it. Buffers are pinned on CUDA, where each is
-rounded up to a power of two; on the emulated device they are ordinary memory.
+an int32 step count and a bool that says whether the window touched it. Buffers are pinned on CUDA, as they are: memory
+of their own that is registered, where torch's pinned allocator would round each up to a power of two.
 
 Of several ranks each has its buffers, while the tables are there once; those that gradients land in are shared too, so
-that whoever owns a row adds it up, and are pinned as they are, without rounding.
+that whoever owns a row adds it up.
 
 The frozen model is on the device and has no copy here.
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from meft.planner.allocator.rounding import pinned_bytes
 from meft.planner.base.quantities import (
     ADAPTER_DTYPE_BYTES,
     BF16_BYTES,
@@ -90,14 +89,14 @@ def hot_index_bytes(*, num_layers: Ints, adapter_width: Ints, hot_rows: Ints) ->
     return (hot_rows > 0) * num_layers * adapter_width * 2 * INDEX_BYTES
 
 
-def row_buffer_bytes(*, active_rows_cap: Ints, hidden_size: Ints, adapter_dtype_bytes: Ints, pinned: bool) -> Ints:
+def row_buffer_bytes(*, active_rows_cap: Ints, hidden_size: Ints, adapter_dtype_bytes: Ints) -> Ints:
     """One buffer ``[cap, 2D]`` for rows or their gradients."""
-    return buffer_bytes(active_rows_cap * 2 * hidden_size * adapter_dtype_bytes, pinned=pinned)
+    return active_rows_cap * 2 * hidden_size * adapter_dtype_bytes
 
 
-def query_buffer_bytes(*, tokens: Ints, hidden_size: Ints, compute_dtype_bytes: Ints, pinned: bool) -> Ints:
+def query_buffer_bytes(*, tokens: Ints, hidden_size: Ints, compute_dtype_bytes: Ints) -> Ints:
     """One buffer ``[T, D]`` for hidden states."""
-    return buffer_bytes(tokens * hidden_size * compute_dtype_bytes, pinned=pinned)
+    return tokens * hidden_size * compute_dtype_bytes
 
 
 def ring_slots(*, prefetch_depth: Ints, num_layers: int) -> Ints:
@@ -111,18 +110,7 @@ def gradient_slots(*, prefetch_depth: Ints, num_layers: int) -> Ints:
     return ring_slots(prefetch_depth=np.minimum(prefetch_depth, 1), num_layers=num_layers)
 
 
-def buffer_bytes(num_bytes: Ints, *, pinned: bool) -> Ints:
-    """What a buffer takes: its size, or if pinned the next power of two, as :func:`pinned_bytes`."""
-    if not pinned:
-        return num_bytes
-    if not isinstance(num_bytes, np.ndarray):
-        return pinned_bytes(num_bytes)
-    # frexp gives the bit length of a whole number below 2**53, which a buffer is.
-    bit_length = np.frexp(np.maximum(num_bytes - 1, 0))[1].astype(np.int64)
-    return np.where(num_bytes > 0, np.left_shift(np.int64(1), bit_length), 0)
-
-
-def host_bytes_by_category(*, request: Request, candidates: Candidates, pinned: bool) -> dict[str, Ints]:
+def host_bytes_by_category(*, request: Request, candidates: Candidates) -> dict[str, Ints]:
     """Every category's bytes, zeros included."""
     num_layers, hidden_size = request.model.num_layers, request.model.hidden_size
     adapter_width, prefetch_depth = candidates.adapter_width, candidates.prefetch_depth
@@ -133,18 +121,16 @@ def host_bytes_by_category(*, request: Request, candidates: Candidates, pinned: 
         active_rows_cap=active_rows_cap,
         hidden_size=hidden_size,
         adapter_dtype_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
-        pinned=pinned,
     )
     query_buffer = query_buffer_bytes(
         tokens=request.tokens_per_step,
         hidden_size=hidden_size,
         compute_dtype_bytes=COMPUTE_DTYPE_BYTES[request.weights_dtype],
-        pinned=pinned,
     )
     probes = request.tokens_per_step * candidates.num_probes * INDEX_BYTES
     slots = ring_slots(prefetch_depth=prefetch_depth, num_layers=num_layers)
     queried = layers_queried(num_layers=num_layers, prefetch_depth=prefetch_depth)
-    indices = buffer_bytes(active_rows_cap * INDEX_BYTES, pinned=pinned)
+    indices = active_rows_cap * INDEX_BYTES
     copied = candidates.bf16_copy if request.adapter_dtype == "bf16" else 0
     sizes: dict[str, Ints] = {
         "adapter_weights": table,
@@ -158,7 +144,7 @@ def host_bytes_by_category(*, request: Request, candidates: Candidates, pinned: 
         "row_staging": slots * row_buffer,
         "gradient_landing": gradient_slots(prefetch_depth=prefetch_depth, num_layers=num_layers) * row_buffer,
         "query_landing": _smaller(slots, queried) * query_buffer,
-        "probes_landing": key_experts * slots * buffer_bytes(probes, pinned=pinned),
+        "probes_landing": key_experts * slots * probes,
         "row_experts_landing": key_experts * slots * indices,
         "row_positions_landing": (cached_rows + hot_rows > 0) * slots * indices,
     }
@@ -170,9 +156,7 @@ def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) 
     ranks, num_layers, hidden_size = request.gpus, request.model.num_layers, request.model.hidden_size
     slots = gradient_slots(prefetch_depth=candidates.prefetch_depth, num_layers=num_layers)
     cap, row_dtype = candidates.active_rows_cap, ADAPTER_DTYPE_BYTES[request.adapter_dtype]
-    landing = row_buffer_bytes(
-        active_rows_cap=cap, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype, pinned=False
-    )
+    landing = row_buffer_bytes(active_rows_cap=cap, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype)
     routers = router_gradient_bytes(
         num_layers=num_layers,
         num_experts=candidates.num_experts,
@@ -194,16 +178,16 @@ def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) 
     )
 
 
-def host_total_bytes(*, request: Request, candidates: Candidates, pinned: bool) -> Ints:
+def host_total_bytes(*, request: Request, candidates: Candidates) -> Ints:
     """All of it, for the search."""
-    total: Ints = sum(host_bytes_by_category(request=request, candidates=candidates, pinned=pinned).values())
+    total: Ints = sum(host_bytes_by_category(request=request, candidates=candidates).values())
     return total
 
 
-def host_memory(*, request: Request, decision: Decision, pinned: bool) -> HostMemory:
-    """The ledger of a decision. ``pinned`` is true on CUDA, false on the emulated device."""
-    sizes = host_bytes_by_category(request=request, candidates=Candidates.of(decision), pinned=pinned)
-    entries = tuple(_entry(name, int(num_bytes), pinned=pinned) for name, num_bytes in sizes.items() if num_bytes)
+def host_memory(*, request: Request, decision: Decision) -> HostMemory:
+    """The ledger of a decision."""
+    sizes = host_bytes_by_category(request=request, candidates=Candidates.of(decision))
+    entries = tuple(_entry(name, int(num_bytes)) for name, num_bytes in sizes.items() if num_bytes)
     return HostMemory(entries=entries, total_bytes=sum(entry.num_bytes for entry in entries))
 
 
@@ -212,13 +196,12 @@ def _smaller(a: Ints, b: Ints) -> Ints:
     return int(smaller) if np.ndim(smaller) == 0 else smaller
 
 
-def _entry(category: str, num_bytes: int, *, pinned: bool) -> MemoryEntry:
-    rounding = ", pinned: each rounded up to a power of two" if pinned and category in _STAGING else ""
+def _entry(category: str, num_bytes: int) -> MemoryEntry:
     return MemoryEntry(
         place="host",
         phase="resident",
         category=category,
         num_bytes=num_bytes,
         basis="counted",
-        because=_BECAUSE[category] + rounding,
+        because=_BECAUSE[category],
     )

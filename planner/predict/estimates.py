@@ -10,6 +10,7 @@ from typing import Literal
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, Index, Rate, Record, Seconds
+from meft.planner.memory.budget import host_budget_bytes
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.kernels import KernelName
 from meft.planner.models.linears import linear_layers
@@ -187,7 +188,7 @@ def estimate_dense(
     return _estimate(
         memory,
         setup=setup,
-        host_budget_bytes=request.host_mem_bytes,
+        host_budget_bytes=host_budget_bytes(request),
         size_name=None if setup.method in _NO_SIZE else "adapter_width" if adapter else "rank",
         size=setup.adapter_width if adapter else setup.rank,
         targets=setup.target_modules,
@@ -210,7 +211,7 @@ def estimate_meft(request: Request, decision: Decision, prediction: Prediction) 
     return _estimate(
         prediction.device_memory,
         setup=setup,
-        host_budget_bytes=request.host_mem_bytes,
+        host_budget_bytes=host_budget_bytes(request),
         size_name="adapter_width",
         size=decision.adapter_width,
         targets=(),

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, Ints
+from meft.planner.memory.budget import host_budget
 from meft.planner.memory.device import predict_device_memory
 from meft.planner.memory.host import host_memory
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import (
     Decision,
+    HostMemory,
     Inputs,
     NumberUsed,
     Plan,
@@ -39,11 +41,6 @@ class ProfileSet:
     link: LinkProfile
     host: HostProfile
     sparsity: SparsityProfile
-
-    @property
-    def pinned(self) -> bool:
-        """Whether copies go through pinned host memory: on CUDA they do, the emulated device has ordinary memory."""
-        return not self.gpu.shares_host_cores
 
 
 def simulated_tasks(request: Request, decision: Decision, profiles: ProfileSet, sparsity: Sparsity) -> list[Event]:
@@ -110,7 +107,7 @@ def predict(
     trainable = adapter_parameters(request, Candidates.of(decision))
     return Prediction(
         device_memory=predict_device_memory(request=request, decision=decision, gpu=profiles.gpu, replayed=replayed),
-        host_memory=host_memory(request=request, decision=decision, pinned=profiles.pinned),
+        host_memory=_host_memory(request, decision, profiles),
         transfer=step_transfer(
             request=request,
             decision=decision,
@@ -125,6 +122,14 @@ def predict(
         trainable_parameters=int(trainable),
         trainable_fraction=float(trainable / request.model.num_parameters),
     )
+
+
+def _host_memory(request: Request, decision: Decision, profiles: ProfileSet) -> HostMemory:
+    """With what the plan may use, and what its run takes at most."""
+    memory = host_memory(request=request, decision=decision)
+    on_card = not profiles.gpu.shares_host_cores
+    budget = host_budget(request, decision, total_bytes=memory.total_bytes, on_card=on_card)
+    return memory.model_copy(update={"machine": budget})
 
 
 def repriced(plan: Plan, gpu: GpuProfile, *, packed: bool) -> Plan:

@@ -189,11 +189,32 @@ class DeviceMemory(Record):
     """Reserved at that peak: what the search keeps within the budget."""
 
 
+class HostPeak(Record):
+    """The most that a phase of a run takes of the host's memory, the interpreter and its libraries left out."""
+
+    phase: Literal["loading", "training", "checkpoint", "resume", "evaluation"]
+    num_bytes: Bytes
+    because: str
+
+
+class HostBudget(Record):
+    """What of the machine's RAM the plan may use, and what its run takes at most."""
+
+    machine_bytes: Bytes
+    """The RAM: the request's ``host_mem_bytes``."""
+    reserve_bytes: Bytes
+    """Of it, what is left to all else."""
+    budget_bytes: Bytes
+    peaks: tuple[HostPeak, ...]
+
+
 class HostMemory(Record):
     """Predicted host memory of the adapter, its optimizer and the staging buffers."""
 
     entries: tuple[MemoryEntry, ...]
     total_bytes: Bytes
+    machine: HostBudget | None = None
+    """Null in plans of older versions, which might use all of the request's ``host_mem_bytes``."""
 
 
 class TransferEntry(Record):
@@ -360,7 +381,7 @@ class Plan(File):
             ("device memory", f"{format_bytes(reserved)} of {format_bytes(memory.allocator_budget_bytes)}"),
             (
                 "host memory",
-                f"{format_bytes(predicted.host_memory.total_bytes)} of {format_bytes(request.host_mem_bytes)}",
+                f"{format_bytes(predicted.host_memory.total_bytes)} of {format_bytes(host_budget_of(self))}",
             ),
             ("to the device, per step", format_bytes(transfer.h2d_bytes_per_step)),
             ("to the host, per step", format_bytes(transfer.d2h_bytes_per_step)),
@@ -368,6 +389,12 @@ class Plan(File):
         ]
         title = f"{request.model.name}, {request.batch_size} x {request.seq_len} tokens on {request.gpu}"
         return html_table(f"Plan for {title}", ("", ""), rows)
+
+
+def host_budget_of(plan: Plan) -> int:
+    """What the plan may use of the host's memory."""
+    machine = plan.prediction.host_memory.machine
+    return plan.request.host_mem_bytes if machine is None else machine.budget_bytes
 
 
 def plain_decision(*, adapter_width: int, active_rows: int, top_k: int = 1, activation_checkpointing: bool) -> Decision:

@@ -6,7 +6,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
-from meft.planner.records.plan import LANES, MemoryEntry, Objective, ParetoPoint, Phase, Plan, Verification
+from meft.planner.records.plan import (
+    LANES,
+    HostBudget,
+    MemoryEntry,
+    Objective,
+    ParetoPoint,
+    Phase,
+    Plan,
+    Verification,
+    host_budget_of,
+)
 from meft.planner.render.tables import View, count, grid, lines, percent, section, stacked
 from meft.planner.search.levers import reserved_at_most
 from meft.planner.terms.ledger import STEP_PHASES
@@ -97,7 +107,7 @@ def limits_used(plan: Plan) -> list[tuple[str, float]]:
     memory = prediction.device_memory
     used = [
         ("device memory", reserved_at_most(plan.prediction) / max(memory.allocator_budget_bytes, 1)),
-        ("host memory", prediction.host_memory.total_bytes / request.host_mem_bytes),
+        ("host memory", prediction.host_memory.total_bytes / host_budget_of(plan)),
         ("slowdown", prediction.timing.slowdown / request.max_slowdown),
     ]
     return sorted(used, key=lambda item: -item[1])
@@ -287,9 +297,8 @@ def _cell(num_bytes: int, unit: int) -> str:
 
 
 def _host_title(plan: Plan) -> str:
-    request = plan.request
     total = format_bytes(plan.prediction.host_memory.total_bytes)
-    return f"Host memory: {total} of {format_bytes(request.host_mem_bytes)} ({request.host_mem_basis})"
+    return f"Host memory: {total} of {format_bytes(host_budget_of(plan))}"
 
 
 def _host(plan: Plan) -> View:
@@ -299,7 +308,19 @@ def _host(plan: Plan) -> View:
     rest = total - sum(entry.num_bytes for entry in large)
     names = [entry.category.removeprefix("adapter_").replace("_", " ") for entry in large]
     texts = [f"{name} {format_bytes(entry.num_bytes)}" for name, entry in zip(names, large, strict=True)]
-    return lines([", ".join([*texts, *([f"staging and counts {format_bytes(rest)}"] if rest else [])])])
+    parts = ", ".join([*texts, *([f"staging and counts {format_bytes(rest)}"] if rest else [])])
+    machine = plan.prediction.host_memory.machine
+    return lines([parts] if machine is None else [parts, *_of_machine(machine)])
+
+
+def _of_machine(machine: HostBudget) -> list[str]:
+    """What the plan leaves of the RAM, and what each phase of a run takes at most."""
+    peaks = ", ".join(f"{peak.phase} {format_bytes(peak.num_bytes)}" for peak in machine.peaks)
+    return [
+        f"{format_bytes(machine.budget_bytes)} of the machine's {format_bytes(machine.machine_bytes)} are the plan's, "
+        f"{format_bytes(machine.reserve_bytes)} are left to the system, Python and all else",
+        f"at most, by phase: {peaks}",
+    ]
 
 
 def _transfer(plan: Plan) -> View:

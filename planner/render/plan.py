@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.memory.disk import disk
-from meft.planner.records.plan import Objective, Plan
+from meft.planner.records.plan import Objective, Plan, host_budget_of
 from meft.planner.render.details import detail_sections, grouped_bytes, limits_used
 from meft.planner.render.tables import Columns, Command, Paragraph, View, count, grid, lines, percent, section, stacked
 from meft.planner.search.levers import Lever, reserved_at_most
@@ -220,7 +220,7 @@ def _needs(plan: Plan) -> View:
     written = disk(request, plan.decision)
     moved = round(prediction.transfer.window_bytes(request.rounds) / request.rounds)
     ratio = prediction.transfer.whole_adapter_offload_ratio
-    host_budget = f"{format_bytes(request.host_mem_bytes)} ({request.host_mem_basis})"
+    host_budget = f"{format_bytes(host_budget_of(plan))} ({format_bytes(request.host_mem_bytes)} RAM)"
     checkpoint = f"a checkpoint, twice as one replaces another; the adapter alone {format_bytes(written.adapter_bytes)}"
     rows = [
         ("GPU memory", on_device, f"of {format_bytes(request.gpu_mem_bytes)}: {device_parts}"),

@@ -38,10 +38,10 @@ def grid_allocated_bytes(space: Space, request: Request, profiles: ProfileSet) -
     return np.broadcast_to(peak, space.shape)
 
 
-def grid_host_bytes(space: Space, request: Request, profiles: ProfileSet, *, bf16_copy: bool) -> NDArray[np.int64]:
+def grid_host_bytes(space: Space, request: Request, *, bf16_copy: bool) -> NDArray[np.int64]:
     """Tables and buffers in host memory, with a bf16 copy of the rows or without."""
     candidates = replace(space.candidates, bf16_copy=bf16_copy)
-    return np.asarray(host_total_bytes(request=request, candidates=candidates, pinned=profiles.pinned))
+    return np.asarray(host_total_bytes(request=request, candidates=candidates))
 
 
 def grid_hot_rows(space: Space, request: Request, profiles: ProfileSet) -> HotRows | None:

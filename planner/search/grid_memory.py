@@ -104,10 +104,10 @@ def device_sum(space: Space, request: Request, profiles: ProfileSet) -> GridSum:
     return GridSum([peak, *(row.num_bytes for row in ledger if row.phase == "resident")])
 
 
-def host_sum(space: Space, request: Request, profiles: ProfileSet) -> tuple[GridSum, NDArray[np.int64]]:
+def host_sum(space: Space, request: Request) -> tuple[GridSum, NDArray[np.int64]]:
     """Tables and buffers in host memory without a bf16 copy of the rows; and what a copy takes besides, of each
     routing."""
     candidates = replace(space.candidates, bf16_copy=True)
-    sizes = host_bytes_by_category(request=request, candidates=candidates, pinned=profiles.pinned)
+    sizes = host_bytes_by_category(request=request, candidates=candidates)
     of_copy = np.broadcast_to(sizes.pop("adapter_bf16_copy"), space.top_k.shape)
     return GridSum(sizes.values()), of_copy

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from meft.planner.base.errors import Binding, Infeasible
 from meft.planner.base.quantities import Floats
 from meft.planner.base.units import GIB, MIB, format_bytes, format_size_argument
+from meft.planner.memory.budget import machine_bytes_for
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.profiles import GpuProfile
 
@@ -139,7 +140,8 @@ def _message(limit: Limit, needed: float) -> str:
     if limit.binding == "trainable share":
         return f"trainable share: the nearest trains {needed:.2%} of the model, the least is {allowed:.2%} ({option})"
     sizes = f"{format_bytes(needed)}, {format_bytes(needed - allowed)} more than {format_bytes(allowed)}"
-    return f"{limit.binding}: the nearest needs {sizes} ({option})"
+    of_it = " less what all else needs" if limit.field == "host_mem_bytes" else ""
+    return f"{limit.binding}: the nearest needs {sizes} ({option}{of_it})"
 
 
 # --- the nearest change ----------------------------------------------------------------------------------------------
@@ -221,7 +223,9 @@ def _somewhat_more(raised: Request, request: Request, gpu: GpuProfile) -> Iterat
 
 
 def _rounded(name: str, needed: float) -> float:
-    """A budget that one would type, no less generous than what is needed."""
+    """A budget that one would type, no less generous than what is needed; of the host it is the machine's RAM."""
+    if name == "host_mem_bytes":
+        needed = machine_bytes_for(int(needed))
     if name == "max_slowdown":
         return math.ceil(needed * 100) / 100
     if name == "min_trainable_fraction":

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from meft.planner.base.schema import Record
+from meft.planner.memory.budget import host_budget_bytes
 from meft.planner.predict.prediction import ProfileSet, predict
 from meft.planner.records.plan import Decision, Prediction, Request
 from meft.planner.traffic.sparsity import expected_active_rows
@@ -78,7 +79,7 @@ def _lever(change: str, option: str, after: Prediction, before: Prediction, requ
         host_bytes=on_host - before.host_memory.total_bytes,
         tokens_per_second_ratio=after.timing.tokens_per_second / before.timing.tokens_per_second,
         trainable_fraction=after.trainable_fraction,
-        fits=reserved <= after.device_memory.allocator_budget_bytes and on_host <= request.host_mem_bytes,
+        fits=reserved <= after.device_memory.allocator_budget_bytes and on_host <= host_budget_bytes(request),
     )
 
 

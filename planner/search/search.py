@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterator
 
 from meft.planner.base.errors import Infeasible, UsageError
+from meft.planner.memory.budget import host_budget_bytes
 from meft.planner.memory.device import counted_bytes
 from meft.planner.memory.replayed import replayed_peaks
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
@@ -174,7 +175,7 @@ def _fits(request: Request, profiles: ProfileSet, prediction: Prediction) -> boo
     """Whether device memory at the cap, host memory and the slowdown are within the limits."""
     reserved = prediction.device_memory.peak_reserved_bytes_at_cap or 0
     on_device = reserved + profiles.gpu.context.high_bytes <= request.gpu_mem_bytes
-    on_host = prediction.host_memory.total_bytes <= request.host_mem_bytes
+    on_host = prediction.host_memory.total_bytes <= host_budget_bytes(request)
     return on_device and on_host and prediction.timing.slowdown <= request.max_slowdown
 
 

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.memory.budget import host_budget_bytes
 from meft.planner.predict.prediction import ProfileSet, adapter_parameters
 from meft.planner.records.plan import Decision, ParetoPoint, Request
 from meft.planner.search.cost_table import Cells, CostTable
@@ -37,7 +38,7 @@ class Sifted:
         self.request, self.profiles = request, profiles
         self.space = enumerate_space(request, profiles.sparsity)
         self.device = device_sum(self.space, request, profiles)
-        self.host, self.copy_bytes = host_sum(self.space, request, profiles)
+        self.host, self.copy_bytes = host_sum(self.space, request)
         self.within, self.has_room = self._fits(profiles)
         """``[..., caps, routings]``: first what memory allows, in the end what every limit does; and, ``[caches,
         depths, caps, routings]``, where the host has room for a copy."""
@@ -55,7 +56,8 @@ class Sifted:
         """Where device and host memory suffice, and for ``speed`` enough is trained."""
         space, request = self.space, self.request
         self.most_allocated = request.gpu_mem_bytes - profiles.gpu.context.high_bytes
-        host_bytes = [request.host_mem_bytes - self.copy_bytes * copied for copied in space.bf16_copies]
+        budget = host_budget_bytes(request)
+        host_bytes = [budget - self.copy_bytes * copied for copied in space.bf16_copies]
         fits = np.empty(space.shape, np.bool_)
         room = np.zeros((*space.shape[:2], *space.shape[CAP_AXIS:]), np.bool_)
         for depth in range(space.shape[1]):

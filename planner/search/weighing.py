@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.memory.budget import host_budget_bytes
 from meft.planner.predict.prediction import ProfileSet, adapter_parameters
 from meft.planner.records.plan import Decision, ParetoPoint, Request
 from meft.planner.search.choosing import Values, first_in_order, ranks
@@ -121,14 +122,14 @@ def weigh(request: Request, profiles: ProfileSet, *, simulate_all: bool = False)
     """Compute what every decision needs; step times only of those that fit unless ``simulate_all``."""
     space = enumerate_space(request, profiles.sparsity)
     allocated = grid_allocated_bytes(space, request, profiles)
-    host = [grid_host_bytes(space, request, profiles, bf16_copy=copied) for copied in space.bf16_copies]
+    host = [grid_host_bytes(space, request, bf16_copy=copied) for copied in space.bf16_copies]
     trainable = np.asarray(adapter_parameters(request, space.candidates))
     limits = _cheap_limits(request, profiles, allocated=allocated, host=host[0], trainable=trainable)
     fits = np.ones(space.shape, np.bool_)
     for limit in limits:
         fits &= limit.holds()
     wanted = np.ones_like(fits) if simulate_all else fits
-    has_room = [np.asarray(num_bytes <= request.host_mem_bytes) for num_bytes in host[1:]]
+    has_room = [np.asarray(num_bytes <= host_budget_bytes(request)) for num_bytes in host[1:]]
     rows_of = cache(lambda place: grid_window_rows(space, request, profiles, place))
     hot = grid_hot_rows(space, request, profiles)
     seconds, baseline = grid_step_seconds(
@@ -164,7 +165,7 @@ def _cheap_limits(
 ) -> tuple[Limit, ...]:
     """All but the slowdown. The device must hold the context besides what is allocated."""
     device = Limit("device memory", "gpu_mem_bytes", allocated + profiles.gpu.context.high_bytes, request.gpu_mem_bytes)
-    limits = (device, Limit("host memory", "host_mem_bytes", host, request.host_mem_bytes))
+    limits = (device, Limit("host memory", "host_mem_bytes", host, host_budget_bytes(request)))
     if request.objective != "speed":
         return limits
     share = trainable / request.model.num_parameters

@@ -20,6 +20,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Direction
 from meft.runtime.device.device import Device
 from meft.runtime.device.lanes import Job, Schedule, Sequential
+from meft.runtime.device.pinned import registered_empty
 from meft.runtime.device.streams import Event
 
 Per = Literal["step", "optimizer_step", "run", "probe"]
@@ -79,9 +80,16 @@ class TransferEngine:
             self._streams = {"h2d": device.streams.new_stream(), "d2h": device.streams.new_stream()}
 
     def host_empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """A host staging buffer: pinned on CUDA."""
+        """Host memory for a copy, soon given up: pinned on CUDA, out of torch's cache of pinned memory."""
         with self.device.host():
             return torch.empty(shape, dtype=dtype, pin_memory=self.device.kind == "cuda")
+
+    def host_buffer(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """A host staging buffer that stays: pinned on CUDA, not a byte larger than it is."""
+        with self.device.host():
+            if self.device.kind == "cuda":
+                return registered_empty(shape, dtype)
+            return torch.empty(shape, dtype=dtype)
 
     def pin(self, buffer: torch.Tensor) -> None:
         """Make memory that is there, and stays, a staging buffer: pinned on CUDA."""

@@ -34,7 +34,6 @@ from typing import Any
 
 import torch
 
-from meft.planner.allocator.rounding import pinned_bytes
 from meft.planner.records.plan import Decision
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import TransferEngine
@@ -367,8 +366,8 @@ class RowExchange:
 
     # --- what is asked beside the steps --------------------------------------------------------------------------
 
-    def host_buffer_bytes(self, *, pinned: bool) -> dict[str, int]:
-        """Bytes of the staging buffers by category of the host ledger; a pinned one as the pinned allocator rounds."""
+    def host_buffer_bytes(self) -> dict[str, int]:
+        """Bytes of the staging buffers by category of the host ledger."""
         buffers = [("row_staging", staging.buffer) for staging in self._fetcher.staging]
         landings = [("gradient_landing", slot.landing.buffer) for slot in self._window.slots]
         buffers += self._host.named_buffers()
@@ -377,19 +376,19 @@ class RowExchange:
         if isinstance(self._window, SharedWindow):
             shared = [*landings, *self._window.own_buffers()]
             shared += self._router_sums.named_buffers() if self._router_sums is not None else ()
-            _add_sizes(totals, shared, pinned=False)
+            _add_sizes(totals, shared)
         else:
             buffers += landings
-        _add_sizes(totals, buffers, pinned=pinned)
+        _add_sizes(totals, buffers)
         return totals
 
     def shared_table_bytes(self) -> dict[str, int]:
         """Bytes of what ranks share beside the store, by category; none for one rank."""
         tables = self._window.named_tables() if isinstance(self._window, SharedWindow) else iter(())
         sizes: dict[str, int] = {}
-        _add_sizes(sizes, tables, pinned=False)
+        _add_sizes(sizes, tables)
         if self._router_sums is not None:
-            _add_sizes(sizes, self._router_sums.named_tables(), pinned=False)
+            _add_sizes(sizes, self._router_sums.named_tables())
         return sizes
 
     def look_ahead_recall(self, layer: int, hidden: torch.Tensor) -> float:
@@ -403,7 +402,7 @@ class RowExchange:
 
     def _host_rows(self) -> torch.Tensor:
         shape = (self.decision.active_rows_cap, 2 * self.store.hidden_size)
-        return self.engine.host_empty(*shape, dtype=self.adapter_dtype)
+        return self.engine.host_buffer(*shape, dtype=self.adapter_dtype)
 
     def _computed(self, name: str) -> None:
         """The emulated device, which computes in this thread, has done so until now."""
@@ -415,11 +414,10 @@ class RowExchange:
             self.clock.resume()
 
 
-def _add_sizes(totals: dict[str, int], buffers: Iterable[tuple[str, torch.Tensor]], *, pinned: bool) -> None:
-    """Add buffers' sizes to their categories; a pinned one as the pinned allocator rounds."""
+def _add_sizes(totals: dict[str, int], buffers: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Add buffers' sizes to their categories."""
     for name, buffer in buffers:
-        size = buffer.numel() * buffer.element_size()
-        totals[name] = totals.get(name, 0) + (pinned_bytes(size) if pinned else size)
+        totals[name] = totals.get(name, 0) + buffer.numel() * buffer.element_size()
 
 
 def _cache_of(decision: Decision, store: HostStore) -> RowCache:

@@ -41,7 +41,7 @@ class HostSide:
         """A reused buffer; made anew when the shape or type changes."""
         landing = self._buffers.get((name, slot))
         if landing is None or landing.buffer.shape != shape or landing.buffer.dtype != dtype:
-            landing = self._buffers[name, slot] = Landing(self.engine.host_empty(*shape, dtype=dtype))
+            landing = self._buffers[name, slot] = Landing(self.engine.host_buffer(*shape, dtype=dtype))
         return landing
 
     def existing(self, name: str, slot: int) -> Landing | None:

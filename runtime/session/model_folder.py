@@ -7,7 +7,9 @@ of them is damaged. Only calls into transformers stand inside :func:`reading`, s
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -82,6 +84,23 @@ def load_causal_lm(folder: Path, *, said: str = "--model", **options: Any) -> nn
             f"({shown}); get the whole model"
         )
     return model
+
+
+def stored_numbers(folder: Path) -> Counter[str]:
+    """How many numbers of each dtype, as safetensors calls them, a folder's weights are; by the files' headers alone.
+
+    Raises :class:`UsageError` for a file that is none.
+    """
+    from safetensors import safe_open
+
+    _check_weights(folder)
+    numbers: Counter[str] = Counter()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                tensor = file.get_slice(name)
+                numbers[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    return numbers
 
 
 def refuse_code(folder: Path, *, said: str = "--model") -> None:

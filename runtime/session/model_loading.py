@@ -20,9 +20,11 @@ from meft.planner.models.shapes import shape_of
 from meft.planner.models.stored import StoredMethod
 from meft.planner.records.plan import Plan
 from meft.runtime.device.device import cuda_out_of_memory
-from meft.runtime.session.model_folder import SAFE, load_causal_lm, reading
+from meft.runtime.session.model_folder import SAFE, load_causal_lm, reading, stored_numbers
 
 _PROBE = "A word, or two."
+STORED_DTYPES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+"""What safetensors calls them."""
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED_DTYPE = torch.bfloat16
 """What quantized weights are computed in, and what is not quantized is loaded in."""
@@ -87,6 +89,20 @@ def load_frozen_model(plan: Plan, folder: Path, *, device_kind: str = "cuda") ->
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 quantized.support_avx512bf16_for_cpu = False  # to evaluate it packs its weights anew, for good
     return model
+
+
+def converted_bytes(plan: Plan, folder: Path) -> int:
+    """Host memory that loading the model takes besides its files, which are mapped: what they hold in another dtype is
+    converted, tensor by tensor, and stays in host memory until the whole model is on the device.
+
+    Raises:
+        UsageError: a file of weights is no whole safetensors file.
+    """
+    dtype = COMPUTE_DTYPES.get(plan.request.weights_dtype)
+    if dtype is None or plan.request.model.stored is not None:
+        return 0  # quantized weights go to the device one by one
+    same = STORED_DTYPES[plan.request.weights_dtype]
+    return sum(count * dtype.itemsize for stored, count in stored_numbers(folder).items() if stored != same)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
 from meft.planner.base.errors import MachineError
 from meft.planner.base.packages import INSTALL
 from meft.planner.base.units import format_bytes
+from meft.planner.memory.machine import available_memory_bytes
 from meft.planner.models.stored import StoredWeights
 from meft.planner.records.plan import Plan
 from meft.runtime.session.model_loading import STORED_PACKAGES
@@ -56,10 +54,16 @@ class Machine:
         )
 
 
-def check(plan: Plan, machine: Machine, *, device_kind: str, budget_bytes: int, ranks: int = 1) -> list[str]:
-    """Return the notes a user should see; raise :class:`MachineError` naming every problem if there is one."""
+def check(
+    plan: Plan, machine: Machine, *, device_kind: str, budget_bytes: int, ranks: int = 1, converted_bytes: int = 0
+) -> list[str]:
+    """Return the notes a user should see; raise :class:`MachineError` naming every problem if there is one.
+
+    ``converted_bytes`` are those of the model's weights that are in host memory while it is loaded.
+    """
     problems = [
         *_host_problems(plan, machine, device_kind, ranks),
+        *_loading_problems(machine, device_kind, ranks * converted_bytes),
         *_device_problems(plan, machine, device_kind, budget_bytes),
     ]
     if problems:
@@ -81,11 +85,27 @@ def _host_problems(plan: Plan, machine: Machine, device_kind: str, ranks: int) -
     ]
 
 
+def _loading_problems(machine: Machine, device_kind: str, needed: int) -> list[str]:
+    """On the emulated device the model stays in host memory, and is counted there."""
+    if device_kind == "emulated" or needed <= machine.available_host_bytes:
+        return []
+    return [
+        f"host memory: {format_bytes(needed)} are needed while the model is loaded, as its files are in another dtype "
+        f"than the plan's, {format_bytes(machine.available_host_bytes)} are available; close other programs, or save "
+        f"the model in the plan's dtype"
+    ]
+
+
 def _host_bytes(plan: Plan, ranks: int) -> int:
-    """What the plan says for as many ranks as it is for; of others each has as much staging, and the tables are one."""
+    """What the plan says for as many ranks as it is for; of others each has as much staging, and the tables are one.
+
+    With what a checkpoint needs besides.
+    """
     planned, memory = plan.request.gpus, plan.prediction.host_memory
     staging = sum(entry.num_bytes for entry in memory.entries if entry.category.endswith(PER_RANK))
-    return memory.total_bytes - staging + staging // planned * ranks
+    all_along = memory.total_bytes - staging + staging // planned * ranks
+    peaks = {} if memory.machine is None else {peak.phase: peak.num_bytes for peak in memory.machine.peaks}
+    return all_along + max(0, peaks.get("checkpoint", 0) - memory.total_bytes)
 
 
 def _device_problems(plan: Plan, machine: Machine, device_kind: str, budget_bytes: int) -> list[str]:
@@ -139,20 +159,6 @@ def _shared_card(total_bytes: int, free_bytes: int, budget_bytes: int) -> str:
         f"{format_bytes(budget_bytes)}; close what else uses the GPU (nvidia-smi lists it), or plan again with a "
         f"smaller --gpu-mem"
     )
-
-
-def available_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """RAM that this process can still have: the machine's, or what its control group leaves, page cache not counted."""
-    available = [psutil.virtual_memory().available]
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
-        inactive = re.search(r"^inactive_file (\d+)$", (cgroup / "memory.stat").read_text(), re.MULTILINE)
-    except (OSError, ValueError):
-        return available[0]
-    if limit.isdecimal():
-        available.append(max(0, int(limit) - used + (int(inactive[1]) if inactive else 0)))
-    return min(available)
 
 
 def _notes(plan: Plan, budget_bytes: int) -> list[str]:

@@ -1,8 +1,7 @@
 """A rehearsal: one step of a plan under fake tensors, for a model whose weights are not here.
 
 The same session, hooks, exchange and autograd function run on the emulated device, but no number is computed and
-nothing is read: what comes out are the books of allocation and transfer. Active rows are the plan's own. Of a plan for
-a card, host buffers are counted as they would be pinned there.
+nothing is read: what comes out are the books of allocation and transfer. Active rows are the plan's own.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from meft.runtime.host.router import PlannedRouter
 from meft.runtime.session.documents import unpacked_sequences
 from meft.runtime.session.model_loading import model_from_config
 from meft.runtime.session.session import Session, open_session
-from meft.runtime.training.preflight import for_emulated_device
 from meft.runtime.training.reporting import active_rows, assemble, device_memory, host_memory, transfer
 
 _NO_NVML = "a rehearsal: no GPU was used"
@@ -114,7 +112,7 @@ def _report(session: Session, meft_version: str) -> Report:
     observed = Observed(
         steps=1,
         device_memory=device_memory(session.device.peaks(), MemoryReading(None, _NO_NVML)),
-        host_memory=host_memory(session, pinned=not for_emulated_device(session.plan)),
+        host_memory=host_memory(session),
         transfer=transfer(session, steps=1, windows=1, pcie=PcieReading(None, None, _NO_NVML)),
         active_rows=_planned_rows(session.plan.prediction.sparsity),
         packed=session.plan.request.packed,

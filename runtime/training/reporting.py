@@ -134,13 +134,9 @@ def compare(plan: Plan, observed: Observed) -> tuple[Comparison, ...]:
     )
 
 
-def host_memory(session: Session, *, pinned: bool | None = None) -> ObservedHostMemory:
-    """Bytes of the tables and staging buffers, as allocated; ``pinned``: as if on CUDA, whatever the device.
-
-    Tables that ranks share are the first one's.
-    """
-    pinned = session.device.kind == "cuda" if pinned is None else pinned
-    sizes = session.exchange.host_buffer_bytes(pinned=pinned)
+def host_memory(session: Session) -> ObservedHostMemory:
+    """Bytes of the tables and staging buffers, as allocated; tables that ranks share are the first one's."""
+    sizes = session.exchange.host_buffer_bytes()
     if session.peers is None or session.peers.rank == 0:
         sizes = session.store.bytes_by_category() | sizes | session.exchange.shared_table_bytes()
     entries = tuple(

@@ -144,7 +144,11 @@ def _run(
     with closing(_open_nvml(kind)) as nvml:
         machine = preflight.Machine.here()
         size, budget = 1 if peers is None else peers.size, _budget(plan, options)
-        for note in preflight.check(plan, machine, device_kind=kind, budget_bytes=budget, ranks=size):
+        converted = model_loading.converted_bytes(plan, folder) if kind == "cuda" else 0
+        notes = preflight.check(
+            plan, machine, device_kind=kind, budget_bytes=budget, ranks=size, converted_bytes=converted
+        )
+        for note in notes:
             display.say(f"note: {note}")
         check()
         tokenizer = model_loading.load_tokenizer(folder)

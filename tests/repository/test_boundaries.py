@@ -42,6 +42,7 @@ RECORDS_AND_PROFILES = {
     "meft.planner.models.measured",
     "meft.planner.models.shapes",
     "meft.planner.models.stored",
+    "meft.planner.memory.machine",
     "meft.planner.records.ladder",
     "meft.planner.records.peft_methods",
     "meft.planner.records.plan",
@@ -54,9 +55,9 @@ RECORDS_AND_PROFILES = {
     "meft.planner.simulation.stream",
 }
 ALLOCATOR = {"meft.planner.allocator.caching", "meft.planner.allocator.rounding"}
-ALLOCATOR_IS_USED_BY = {"meft.runtime.device.books", "meft.runtime.exchange.exchange"}
-"""The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it, and
-the exchange counts pinned buffers as it rounds them; a second copy of the allocator's rules would drift away."""
+ALLOCATOR_IS_USED_BY = {"meft.runtime.device.books"}
+"""The one model that the runtime imports: what the emulated device is. Its books pass every allocation through it; a
+second copy of the allocator's rules would drift away."""
 
 PROFILING_IS_USED_BY = {
     "meft.runtime.profiling.device_rates": {"meft.planner.timing.layer_kernels"},
@@ -94,6 +95,7 @@ WITH_EFFECTS = {
     "meft.planner.models.catalogue",
     "meft.planner.render.plot",
     "meft.planner.render.tables",
+    "meft.planner.memory.machine",
     "meft.planner.base.tracers",
     "meft.planner.models.shapes",
 }

@@ -246,12 +246,8 @@ def drawn(name: str, chance: random.Random) -> Any:
     return chance.randint(0 if name in ("cached_rows", "hot_rows") and chance.random() < 0.3 else 1, 5000)
 
 
-def pow2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
 FLAGS = {"retained", "key_experts", "gradients_on_device", "layernorm", "gated", "fp32", "soft_capped", "active"}
-FLAGS |= {"pinned", "double_quant", "own_rows"}
+FLAGS |= {"double_quant", "own_rows"}
 
 
 @pytest.mark.parametrize(("name", "path", "written"), formulas())
@@ -268,7 +264,7 @@ def test_a_formula_is_the_functions(name: str, path: str, written: str) -> None:
             shape = given["shape"] = load_model(chance.choice(model_names()))[0]
             letters |= {"d": shape.head_dim, **dict(shape)}
         expected = function(**given)
-        assert eval(written, {"ceil": math.ceil, "pow2": pow2, "max": max, "min": min}, letters) == expected, given
+        assert eval(written, {"ceil": math.ceil, "max": max, "min": min}, letters) == expected, given
         values.add(expected)
     assert len(values) > 1
 

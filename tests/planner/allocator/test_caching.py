@@ -23,7 +23,6 @@ from meft.planner.allocator.caching import (
     round_to_division,
 )
 from meft.planner.allocator.recording import Recording
-from meft.planner.allocator.rounding import pinned_bytes
 from meft.planner.allocator.settings import AllocatorSettings, parse_settings
 from meft.planner.base.errors import DeviceOutOfMemory, UsageError
 
@@ -36,15 +35,6 @@ MIB = 2**20
 @pytest.mark.parametrize(("num_bytes", "block"), [(1, 512), (511, 512), (512, 512), (513, 1024), (MIB + 1, MIB + 512)])
 def test_blocks_are_multiples_of_512(num_bytes: int, block: int) -> None:
     assert round_block(num_bytes) == block
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "pinned"),
-    # 129.5 MiB pins 256 MiB; a power of two pins itself; nothing pins nothing.
-    [(129 * MIB + MIB // 2, 256 * MIB), (256 * MIB, 256 * MIB), (256 * MIB + 1, 512 * MIB), (1, 1), (3, 4), (0, 0)],
-)
-def test_pinned_memory_rounds_up_to_powers_of_two(num_bytes: int, pinned: int) -> None:
-    assert pinned_bytes(num_bytes) == pinned
 
 
 # --- segments and splits, by hand ---------------------------------------------------------------------------------

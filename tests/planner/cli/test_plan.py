@@ -20,7 +20,8 @@ from meft.planner.base.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_UNEXPECTED
 from meft.planner.base.units import format_seconds
 from meft.planner.cli.main import command
 from meft.planner.front.options import RequestOptions
-from meft.planner.front.request import default_gpu, machine_memory_bytes, planning
+from meft.planner.front.request import default_gpu, planning
+from meft.planner.memory.budget import host_budget_bytes
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import gpu_names, load_gpu
 from meft.planner.search.search import make_plan
@@ -313,23 +314,16 @@ def test_the_stand_in_card_holds_the_budget() -> None:
 def test_without_host_mem_it_is_this_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front_request, "machine_memory_bytes", lambda: 10 * GIB)
     planned = planning(options(gpu="rtx-3090", host_mem=None))
-    assert (planned.request.host_mem_bytes, planned.request.host_mem_basis) == (8 * GIB, "this machine")
+    assert (planned.request.host_mem_bytes, planned.request.host_mem_basis) == (10 * GIB, "this machine")
+    assert host_budget_bytes(planned.request) == 8 * GIB
     assert any("this machine's RAM, 10.00 GiB, less 2.00 GiB for all else" in note for note in planned.notes)
     emulated = planning(options(gpu="emulated", gpu_mem=4 * GIB, host_mem=None))
-    assert emulated.request.host_mem_bytes == 4 * GIB  # the emulated device lives in the same RAM
+    assert emulated.request.host_mem_bytes == 6 * GIB  # the emulated device lives in the same RAM
+    assert any("10.00 GiB, less 4.00 GiB for the emulated device, less 2.00" in note for note in emulated.notes)
     line = refused("--gpu", "emulated", "--gpu-mem", "10GB", "--model", "gpt2")
     assert "lives in this machine's RAM, which has 8.00 GiB to spare" in line
     monkeypatch.setattr(front_request, "machine_memory_bytes", lambda: 2 * GIB)
-    assert planning(options(gpu="rtx-3090", host_mem=None)).request.host_mem_bytes == GIB
-
-
-def test_a_containers_share_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(front_request, "_CGROUP_LIMITS", (tmp_path / "none", limit))
-    limit.write_text("max\n")
-    whole = machine_memory_bytes()
-    limit.write_text(f"{GIB // 4}\n")
-    assert machine_memory_bytes() == GIB // 4 < whole
+    assert host_budget_bytes(planning(options(gpu="rtx-3090", host_mem=None)).request) == GIB
 
 
 def test_a_profile_of_ones_own(tmp_path: Path) -> None:

@@ -1,15 +1,12 @@
-"""Host memory: every entry by hand, pinned rounding, and the search's total equal to the ledger's."""
+"""Host memory: every entry by hand, and the search's total equal to the ledger's."""
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from planner_records import decision_of, request_of, side_by_side, tiny_shape
 
-from meft.planner.allocator.rounding import pinned_bytes
-from meft.planner.memory.host import buffer_bytes, host_memory, host_total_bytes
+from meft.planner.memory.host import host_memory, host_total_bytes
 from meft.planner.records.candidates import Candidates
 
 
@@ -29,7 +26,7 @@ def test_every_entry_by_hand():
     decision = decision_of(
         routing="key-experts", adapter_width=64, top_k=4, active_rows_cap=20, prefetch_depth=2, num_experts=16
     )
-    ledger = host_memory(request=tiny_request(), decision=decision, pinned=False)
+    ledger = host_memory(request=tiny_request(), decision=decision)
     assert by_category(ledger) == {
         "adapter_weights": 12288,
         "adapter_moments": 24576,
@@ -51,50 +48,28 @@ def test_cached_rows_and_a_bf16_copy_by_hand():
     decision = decision_of(
         adapter_width=64, top_k=4, active_rows_cap=20, cached_rows=10, gradients_on_device=True, bf16_copy=True
     )
-    sizes = by_category(host_memory(request=tiny_request(), decision=decision, pinned=False))
+    sizes = by_category(host_memory(request=tiny_request(), decision=decision))
     assert sizes["cache_index"] == 3 * (64 * 4 + 10 * 8)
     assert sizes["row_positions_landing"] == 20 * 4
     assert sizes["adapter_bf16_copy"] == 12288 // 2
-    fp32 = host_memory(
-        request=tiny_request().model_copy(update={"adapter_dtype": "fp32"}), decision=decision, pinned=False
-    )
+    fp32 = host_memory(request=tiny_request().model_copy(update={"adapter_dtype": "fp32"}), decision=decision)
     assert "adapter_bf16_copy" not in by_category(fp32)
-
-
-def test_each_pinned_buffer_takes_a_power_of_two():
-    # 640 -> 1024 and 160 -> 256, each buffer by itself; p = 0: one buffer of each kind. Tables are not pinned.
-    decision = decision_of(adapter_width=64, top_k=4, active_rows_cap=20)
-    sizes = by_category(host_memory(request=tiny_request(), decision=decision, pinned=True))
-    assert (sizes["row_staging"], sizes["gradient_landing"], sizes["query_landing"]) == (1024, 1024, 256)
-    assert sizes["adapter_weights"] == 12288
 
 
 def test_look_ahead_deeper_than_the_model_needs_no_more_buffers():
     # L = 3: three slots at most.
     def total(depth: int) -> int:
         decision = decision_of(adapter_width=64, top_k=4, active_rows_cap=20, prefetch_depth=depth)
-        return host_memory(request=tiny_request(), decision=decision, pinned=False).total_bytes
+        return host_memory(request=tiny_request(), decision=decision).total_bytes
 
     assert total(1) < total(2) == total(3) == total(9)
 
 
 def test_the_default_adapter_of_llama_7b():
     # 32 * 6144 * 8192 * 4 = 6,442,450,944 bytes per table, four tables: 24 GiB exactly.
-    ledger = host_memory(request=request_of(), decision=decision_of(), pinned=True)
+    ledger = host_memory(request=request_of(), decision=decision_of())
     tables = [size for name, size in by_category(ledger).items() if name.startswith("adapter_")]
     assert sum(tables) == 24 * 2**30
-
-
-@given(sizes=st.lists(st.integers(0, 1 << 50), min_size=1, max_size=20))
-def test_pinned_rounding_of_arrays_is_that_of_the_allocator(sizes: list[int]):
-    rounded = buffer_bytes(np.array(sizes), pinned=True)
-    assert np.asarray(rounded).tolist() == [pinned_bytes(size) for size in sizes]
-
-
-@pytest.mark.parametrize("power", [1, 2, 512, 1 << 20, 1 << 33])
-def test_pinned_rounding_at_powers_of_two(power: int):
-    around = np.array([power - 1, power, power + 1])
-    assert np.asarray(buffer_bytes(around, pinned=True)).tolist() == [pinned_bytes(size) for size in around.tolist()]
 
 
 @given(
@@ -103,9 +78,8 @@ def test_pinned_rounding_at_powers_of_two(power: int):
         min_size=1,
         max_size=6,
     ),
-    pinned=st.booleans(),
 )
-def test_the_search_and_the_ledger_agree_to_the_byte(candidates: list[tuple[int, int, int, bool]], pinned: bool):
+def test_the_search_and_the_ledger_agree_to_the_byte(candidates: list[tuple[int, int, int, bool]]):
     decisions = [
         decision_of(
             routing="key-experts" if key_experts else "exact",
@@ -117,7 +91,7 @@ def test_the_search_and_the_ledger_agree_to_the_byte(candidates: list[tuple[int,
         for width, cap, depth, key_experts in candidates
     ]
     together = side_by_side([Candidates.of(decision) for decision in decisions])
-    totals = host_total_bytes(request=tiny_request(), candidates=together, pinned=pinned)
+    totals = host_total_bytes(request=tiny_request(), candidates=together)
     for candidate, decision in enumerate(decisions):
-        ledger = host_memory(request=tiny_request(), decision=decision, pinned=pinned)
+        ledger = host_memory(request=tiny_request(), decision=decision)
         assert totals[candidate] == ledger.total_bytes

@@ -29,14 +29,14 @@ def tiny_request(gpus: int, **changes: object):
 
 
 def test_host_memory_has_tables_once_and_buffers_of_each_by_hand():
-    ledgers = [host_memory(request=tiny_request(gpus), decision=DECISION, pinned=True) for gpus in (1, 4)]
+    ledgers = [host_memory(request=tiny_request(gpus), decision=DECISION) for gpus in (1, 4)]
     one, four = ({entry.category: entry.num_bytes for entry in ledger.entries} for ledger in ledgers)
     for name in ("adapter_weights", "adapter_moments", "adapter_gradients", "step_counts", "touched_flags"):
         assert four[name] == one[name]
     for name in ("row_staging", "query_landing", "probes_landing", "row_experts_landing"):
         assert four[name] == 4 * one[name]
-    # A landing: 20 rows * 16 * 2 = 640 bytes, pinned alone 1024. Routers: L * N * D * 4 = 3 * 16 * 8 * 4 = 1536.
-    assert (one["gradient_landing"], four["gradient_landing"]) == (1024, 4 * 640)
+    # A landing: 20 rows * 16 * 2 = 640 bytes. Routers: L * N * D * 4 = 3 * 16 * 8 * 4 = 1536.
+    assert (one["gradient_landing"], four["gradient_landing"]) == (640, 4 * 640)
     assert {name: four[name] for name in four.keys() - one.keys()} == {
         "gradient_rows": 4 * 20 * 8,
         "row_squares": 3 * 64 * 8,

@@ -83,10 +83,7 @@ def test_what_they_hold_by_hand(adapter_dtype, tables) -> None:
     assert sizes["row_indices"] == num_layers * 40 * 4
     assert sizes.get("gradient_sums", 0) == (256 * row * 4 if e == 2 else 0)  # where bf16 gradients are cast
     assert sizes["optimizer_temporary"] == 4 * 10 * row * 4
-    host = {
-        entry.category: entry.num_bytes
-        for entry in host_memory(request=request, decision=decision, pinned=False).entries
-    }
+    host = {entry.category: entry.num_bytes for entry in host_memory(request=request, decision=decision).entries}
     assert host["hot_index"] == num_layers * 64 * 8
     assert host["row_positions_landing"] == 40 * 4
 

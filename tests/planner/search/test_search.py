@@ -29,6 +29,7 @@ from planner_records import (
 
 from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.memory import device
+from meft.planner.memory.budget import host_budget_bytes, machine_bytes_for
 from meft.planner.memory.device import counted_bytes
 from meft.planner.memory.replayed import ReplayedPeaks
 from meft.planner.predict.prediction import ProfileSet, predict
@@ -103,7 +104,7 @@ def fits(request: Request, decision: Decision, profiles: ProfileSet) -> bool:
     device = prediction.device_memory
     return (
         device.peak_reserved_bytes_at_cap <= device.allocator_budget_bytes
-        and prediction.host_memory.total_bytes <= request.host_mem_bytes
+        and prediction.host_memory.total_bytes <= host_budget_bytes(request)
         and prediction.timing.slowdown <= request.max_slowdown
         and (request.objective != "speed" or prediction.trainable_fraction >= request.min_trainable_fraction)
     )
@@ -116,7 +117,7 @@ def with_copy_if_it_pays(request: Request, decision: Decision, profiles: Profile
     twin = decision.model_copy(update={"bf16_copy": True})
     without, copied = (predict(request, each, profiles) for each in (decision, twin))
     pays = copied.timing.step_seconds <= (1 - COPY_PAYS) * without.timing.step_seconds
-    return twin if pays and copied.host_memory.total_bytes <= request.host_mem_bytes else decision
+    return twin if pays and copied.host_memory.total_bytes <= host_budget_bytes(request) else decision
 
 
 def preference(request: Request, decision: Decision, profiles: ProfileSet) -> tuple[float, ...]:
@@ -172,7 +173,9 @@ def test_the_winner_is_the_one_that_brute_force_finds(grid):
     loose = weigh(tiny_request(**grid), profiles)
     amid = {
         "gpu_mem_bytes": int(np.quantile(loose.allocated_bytes, 0.7)),
-        "host_mem_bytes": int(np.quantile(np.broadcast_to(loose.host_bytes, loose.space.shape), 0.8)),
+        "host_mem_bytes": machine_bytes_for(
+            int(np.quantile(np.broadcast_to(loose.host_bytes, loose.space.shape), 0.8))
+        ),
         "max_slowdown": max(1.0, float(np.quantile(loose.limits[-1].needed, 0.7))),
     }
     request = tiny_request(**grid, **amid)
@@ -214,7 +217,7 @@ def test_every_candidate_is_weighed_as_it_is_predicted(data, serial):
 BUDGETS = st.fixed_dictionaries(
     {
         "gpu_mem_bytes": st.integers(40 * KIB, 200 * KIB),
-        "host_mem_bytes": st.integers(2 * KIB, 100 * KIB),
+        "host_mem_bytes": st.integers(4 * KIB, 200 * KIB),
         "max_slowdown": st.floats(1.0, 100.0),
     }
 )
@@ -305,7 +308,7 @@ def test_of_equal_steps_the_larger_cap_is_taken_as_it_drops_fewer_rows():
 
 
 def test_least_traffic_is_had_at_the_capacity_that_there_is():
-    limits = {"gpu_mem_bytes": 120 * KIB, "host_mem_bytes": 60 * KIB, "max_slowdown": 20.0}
+    limits = {"gpu_mem_bytes": 120 * KIB, "host_mem_bytes": machine_bytes_for(60 * KIB), "max_slowdown": 20.0}
     request, profiles = tiny_request(**limits), profiles_of()
     usual, least = (planned(request.model_copy(update={"objective": name})) for name in ("capacity", "traffic"))
     assert least.decision.adapter_width == usual.decision.adapter_width
@@ -416,15 +419,16 @@ def test_a_copy_can_keep_the_slowdown_where_nothing_else_does():
 
 
 def test_a_copy_is_left_out_where_the_host_has_no_room_for_it():
-    # Not pinned: there buffers of 23 and of 32 rows would take the same power of two.
     profiles = profiles_of(gpu=gpu_profile(shares_host_cores=True), host=SLOW_GATHER)
     request = tiny_request(adapter_width=32, top_k=8, adapter_dtype="bf16", grad_accum=1)
     plan = planned(request, profiles)
     assert plan.decision.bf16_copy
     bare = plan.prediction.host_memory.total_bytes - 3 * 32 * 16 * 2  # L * R * 2D numbers of 2 bytes; no buffer is that
-    assert not planned(request.model_copy(update={"host_mem_bytes": bare}), profiles).decision.bf16_copy
+    short = request.model_copy(update={"host_mem_bytes": machine_bytes_for(bare)})
+    assert not planned(short, profiles).decision.bf16_copy
     # A byte too little for the largest cap with a copy: the copy saves time, so the next smaller cap is taken with it.
-    tight = request.model_copy(update={"host_mem_bytes": plan.prediction.host_memory.total_bytes - 1})
+    most = machine_bytes_for(plan.prediction.host_memory.total_bytes - 1)
+    tight = request.model_copy(update={"host_mem_bytes": most})
     decision = planned(tight, profiles).decision
     assert decision.bf16_copy
     assert decision.active_rows_cap < plan.decision.active_rows_cap
@@ -435,7 +439,9 @@ def test_a_copy_that_was_asked_for_is_given_up_first():
     profiles = replace(profiles_of(), host=SLOW_GATHER)
     request = tiny_request(adapter_width=32, adapter_dtype="bf16", bf16_copy=True, host_mem_basis="this machine")
     needed = planned(request, profiles).prediction.host_memory.total_bytes
-    verdict = refused(request.model_copy(update={"host_mem_bytes": needed - 3 * 32 * 16 * 2}), profiles)
+    verdict = refused(
+        request.model_copy(update={"host_mem_bytes": machine_bytes_for(needed - 3 * 32 * 16 * 2)}), profiles
+    )
     assert verdict.binding == "host memory"
     assert verdict.suggestion == {"--no-bf16-copy": ""}
     assert not planned(with_options(request, verdict.suggestion), profiles).decision.bf16_copy
@@ -611,7 +617,8 @@ def test_the_emulated_device_takes_its_memory_from_the_machine_s_own():
         max_slowdown=99,
     )
     assert list(refused(request, emulated).suggestion) == ["--gpu-mem"]
-    tight = request.model_copy(update={"host_mem_bytes": 24 * GIB + GIB // 2})  # tables 24 GiB, buffers below 512 MiB
+    most = machine_bytes_for(24 * GIB + GIB // 4)  # tables 24 GiB, buffers below 256 MiB
+    tight = request.model_copy(update={"host_mem_bytes": most})
     assert "--gpu-mem" not in refused(tight, emulated).suggestion
 
 
@@ -621,7 +628,9 @@ def test_host_memory_binds():
     verdict = refused(request)
     assert verdict.binding == "host memory"
     assert 24 * GIB < verdict.needed < 24.2 * GIB
-    assert verdict.suggestion == {"--host-mem": "25GiB"}
+    assert verdict.limit == 18 * GIB  # 2 GiB of 20 are left to all else
+    assert "(--host-mem less what all else needs)" in verdict.message
+    assert verdict.suggestion == {"--host-mem": "27GiB"}  # less a tenth
     planned(with_options(request, verdict.suggestion))
 
 
@@ -629,8 +638,8 @@ def test_ram_that_is_there_is_not_wished_larger_before_all_else():
     request = request_of(host_mem_bytes=20 * GIB, host_mem_basis="this machine", adapter_width=6144)
     verdict = refused(request)
     assert list(verdict.suggestion) == ["--adapter-width"]
-    # 5120 rows are 20 GiB without a buffer; the next multiple of 128 below is 4992
-    assert verdict.suggestion["--adapter-width"] == "4992"
+    # 4608 rows are the 18 GiB of 20 that are left, without a buffer; the next multiple of 128 below is 4480
+    assert verdict.suggestion["--adapter-width"] == "4480"
     planned(with_options(request, verdict.suggestion))
 
 
@@ -662,7 +671,7 @@ def test_trainable_share_binds_for_speed_alone():
 
 def test_one_limit_is_raised_rather_than_two_by_less():
     # 10 % of the model takes 10 GiB of host memory (2.5 over); 8.7 % and 8.5 GiB would be nearer to both limits.
-    request = request_of(objective="speed", host_mem_bytes=8 * GIB, top_k=64, max_slowdown=100.0)
+    request = request_of(objective="speed", host_mem_bytes=10 * GIB, top_k=64, max_slowdown=100.0)
     verdict = refused(request)
     assert verdict.message.count("the nearest") == len(verdict.suggestion) == 1
     planned(with_options(request, verdict.suggestion))
@@ -757,19 +766,6 @@ def test_routers_are_trained_too():
     prediction = predict(tiny_request(), gated, profiles_of())
     assert prediction.trainable_parameters == 1536 + 96
     assert prediction.trainable_fraction == prediction.trainable_parameters / tiny_shape().num_parameters
-
-
-def test_pinned_buffers_are_for_cards_alone():
-    # Pinned buffers are rounded up to powers of two: 20 rows of 64 bytes are 1280, pinned 2048.
-    decision = decision_of(adapter_width=32, top_k=4, active_rows_cap=20)
-    emulated = profiles_of(gpu=gpu_profile(shares_host_cores=True))
-    staging = [
-        next(
-            e.num_bytes for e in predict(tiny_request(), decision, p).host_memory.entries if e.category == "row_staging"
-        )
-        for p in (profiles_of(), emulated)
-    ]
-    assert staging == [2048, 1280]
 
 
 # --- where the numbers come from -------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def assert_same(request: Request, profiles: ProfileSet) -> None:
 REQUESTS = st.fixed_dictionaries(
     {
         "gpu_mem_bytes": st.one_of(st.integers(60 * KIB, 200 * KIB), st.just(1 << 40)),
-        "host_mem_bytes": st.one_of(st.integers(10 * KIB, 100 * KIB), st.just(1 << 40)),
+        "host_mem_bytes": st.one_of(st.integers(20 * KIB, 200 * KIB), st.just(1 << 40)),
         "max_slowdown": st.one_of(st.floats(1.0, 100.0), st.just(1e9)),
         "objective": st.sampled_from(["capacity", "speed", "traffic"]),
         "min_trainable_fraction": st.sampled_from([0.0, 0.1]),

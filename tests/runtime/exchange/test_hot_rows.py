@@ -255,7 +255,7 @@ def test_counted_bytes_and_host_memory_are_the_predicted_ones(glass_folder, tmp_
         "hot_returned": whole,  # once, for the checkpoint and the adapter beside it
     }
     assert counted["hot_keys"] == 2 * hot_numbers // 2 * 4
-    planned = planned_host_memory(request=plan.request, decision=plan.decision, pinned=False)
+    planned = planned_host_memory(request=plan.request, decision=plan.decision)
     assert {entry.category: entry.num_bytes for entry in host_memory(session).entries} == {
         entry.category: entry.num_bytes for entry in planned.entries
     }
