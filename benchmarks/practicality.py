@@ -1,6 +1,7 @@
 """How fast is training with offload, as a share of what it is without, and is the planner right about it?
 
-    python benchmarks/practicality.py [--gpu rtx-3090 ...] [--sizes 2x256 ...] [--steps 8] [--results FILE]
+    python benchmarks/practicality.py [--gpu rtx-3090 ...] [--sizes 2x256 ...] [--grad-accum 32] [--steps 8]
+        [--decide gather_chunks=1 ...] [--results FILE]
 
 The runtime's own lanes, exchange, autograd and Python run against a GPU, a link and host kernels that take the time a
 plan says and do nothing else (``tests/helpers/timed_device.py``). So of what is measured the GPU's part is the plan's
@@ -9,6 +10,12 @@ own, and what scheduling, waiting and Python add to it is real; no card says how
 *Step* is an accumulation window's time over its micro-batches: the median of some in mid-window, and what the window's
 end takes beyond that, with all the rows that the plan expects to be touched by then. *Practicality* is the time of the
 same adapter all on the GPU, with as much recompute, over the step; *of unlimited memory*: without recompute.
+
+``--decide`` changes what the planner decided, so that the same plan can be measured with something and without.
+
+``--slower 20`` gives card, link and host a twentieth of their rates: a step is then the same tasks in the same order,
+twenty times as long, and what a busy machine adds to it is a twentieth as much of it; Python is too, so such rows say
+whether the order is the model's, and nothing of Python.
 
 Run it on a machine with nothing else to do, or as ``nice -n -15``.
 Committed: ``benchmarks/practicality_results.jsonl``.
@@ -20,8 +27,9 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import torch
@@ -31,7 +39,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from timed_device import profiles_of, small_batch, timed_session
 
 import meft
-from meft.planner.records.plan import Plan, Timing
+from meft.planner.predict.prediction import ProfileSet, predict
+from meft.planner.records.plan import Decision, Plan, Timing
+from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
 from meft.planner.timing.step import step_timing
 from meft.runtime.device.lanes import Overlapped, Schedule, Sequential
 from meft.runtime.session.session import Session, WindowEnd
@@ -40,9 +50,30 @@ GPUS = {"rtx-3090": "24GB", "rtx-4090": "24GB", "h100-80gb": "80GB"}
 SIZES = ("2x256", "8x512", "16x256", "8x1024")
 SCHEDULES = ("p=0", "p=1", "p=2", "sequential")
 LEARNING_RATE = 1e-3
+Profile = TypeVar("Profile", GpuProfile, LinkProfile, HostProfile, SparsityProfile)
 
 
-def plan_of(gpu: str, size: str, schedule: str, *, width: int, top_k: int) -> Plan:
+def profiles_at(plan: Plan, slower: float) -> ProfileSet:
+    """The plan's profiles, rates divided and times multiplied."""
+    return ProfileSet(
+        **{each.name: _slowed(getattr(profiles_of(plan), each.name), slower) for each in fields(ProfileSet)}
+    )
+
+
+def _slowed(profile: Profile, by: float) -> Profile:
+    factors = {"_per_second": 1 / by, "_seconds": by, "_per_layer": by, "_per_expert": by}
+    if by == 1 or isinstance(profile, SparsityProfile):
+        return profile
+    changed = {
+        name: number.model_copy(update={"value": number.value * factor})
+        for name, number in sourced_numbers(profile)
+        for ending, factor in factors.items()
+        if name.endswith(ending)
+    }
+    return profile.model_copy(update=changed)
+
+
+def plan_of(gpu: str, size: str, schedule: str, *, width: int, top_k: int, grad_accum: int = 32) -> Plan:
     """LLaMA-7B with a given width and K, the rest as the planner chooses."""
     batch_size, seq_len = map(int, size.split("x"))
     depth = 0 if schedule == "sequential" else int(schedule.removeprefix("p="))
@@ -56,13 +87,21 @@ def plan_of(gpu: str, size: str, schedule: str, *, width: int, top_k: int) -> Pl
         adapter_width=width,
         top_k=top_k,
         prefetch_depth=depth,
+        grad_accum=grad_accum,
         max_slowdown=10.0,
     )
 
 
-def timing_of(plan: Plan, *, overlapped: bool) -> Timing:
+def decided(plan: Plan, choices: dict[str, Any]) -> Plan:
+    """The plan with some of its decision changed, predicted anew."""
+    decision = Decision.model_validate(plan.decision.model_dump() | choices)
+    prediction = predict(plan.request, decision, profiles_of(plan), replayed=False)
+    return plan.model_copy(update={"decision": decision, "prediction": prediction})
+
+
+def timing_of(plan: Plan, profiles: ProfileSet, *, overlapped: bool) -> Timing:
     """The plan's prediction under either schedule."""
-    profiles, sparsity = profiles_of(plan), plan.prediction.sparsity
+    sparsity = plan.prediction.sparsity
     return step_timing(
         request=plan.request,
         decision=plan.decision,
@@ -78,9 +117,9 @@ def timing_of(plan: Plan, *, overlapped: bool) -> Timing:
     )
 
 
-def measure(plan: Plan, schedule: Schedule, *, steps: int) -> dict[str, Any]:
+def measure(plan: Plan, profiles: ProfileSet, schedule: Schedule, *, steps: int) -> dict[str, Any]:
     """Seconds of a step by the clock; see the module's text."""
-    with timed_session(plan, profiles_of(plan), schedule) as session:
+    with timed_session(plan, profiles, schedule) as session:
         batch, grad_accum = small_batch(plan), plan.request.grad_accum
         mid = [_seconds(session, batch, grad_accum) for _ in range(steps + 2)][2:]  # two to get going
         step = statistics.median(mid)
@@ -110,11 +149,11 @@ def _touch(session: Session, plan: Plan) -> None:
         tables.touched[:rows] = True
 
 
-def row_of(gpu: str, size: str, schedule: str, plan: Plan, *, steps: int) -> dict[str, Any]:
+def row_of(gpu: str, size: str, schedule: str, plan: Plan, *, steps: int, slower: float = 1) -> dict[str, Any]:
     """One line of the results."""
-    sequential = schedule == "sequential"
-    timing = timing_of(plan, overlapped=not sequential)
-    measured = measure(plan, Sequential() if sequential else Overlapped(), steps=steps)
+    sequential, profiles = schedule == "sequential", profiles_at(plan, slower)
+    timing = timing_of(plan, profiles, overlapped=not sequential)
+    measured = measure(plan, profiles, Sequential() if sequential else Overlapped(), steps=steps)
     gpu_seconds = timing.busy_seconds["gpu"]
     return {
         "gpu": gpu,
@@ -122,9 +161,12 @@ def row_of(gpu: str, size: str, schedule: str, plan: Plan, *, steps: int) -> dic
         "schedule": schedule,
         "adapter_width": plan.decision.adapter_width,
         "top_k": plan.decision.top_k,
+        "grad_accum": plan.request.grad_accum,
         "cached_rows": plan.decision.cached_rows,
+        "gather_chunks": plan.decision.gather_chunks,
         "activation_checkpointing": plan.decision.activation_checkpointing,
         "active_rows": plan.prediction.sparsity.active_rows_per_layer[0],
+        "slower": slower,
         "predicted_step_seconds": timing.step_seconds,
         **measured,
         "practicality": gpu_seconds / measured["step_seconds"],
@@ -137,7 +179,8 @@ def said(row: dict[str, Any]) -> str:
     predicted = row["predicted_step_seconds"]
     checkpointing = ", checkpointing" if row["activation_checkpointing"] else ""
     return (
-        f"{row['gpu']:10} {row['micro_batch']:7} {row['schedule']:10} step {row['step_seconds']:.3f} s, "
+        f"{row['gpu']:10} {row['micro_batch']:7} {row['schedule']:10} window of {row['grad_accum']:2}, "
+        f"{row['cached_rows']:4} rows kept, {row['gather_chunks']} parts: step {row['step_seconds']:.3f} s, "
         f"predicted {predicted:.3f} ({row['step_seconds'] / predicted - 1:+.1%}); "
         f"practicality {row['practicality']:.1%}, of unlimited memory {row['practicality_of_unlimited_memory']:.1%}"
         f"{checkpointing}"
@@ -148,16 +191,24 @@ def said(row: dict[str, Any]) -> str:
 @click.option("--gpu", "gpus", multiple=True, type=click.Choice(sorted(GPUS)), help="[default: all]")
 @click.option("--sizes", multiple=True, default=SIZES, help="Micro-batches, as sequences x tokens.")
 @click.option("--schedules", multiple=True, type=click.Choice(SCHEDULES), default=SCHEDULES)
+@click.option("--grad-accum", default=32, show_default=True)
+@click.option(
+    "--decide", "choices", multiple=True, help="A field of the decision and its value in JSON, as name=value."
+)
 @click.option("--width", default=6144, show_default=True)
 @click.option("--top-k", default=64, show_default=True)
+@click.option("--slower", default=1.0, show_default=True, help="Divide every rate by this.")
 @click.option("--steps", default=8, show_default=True, help="Measured in mid-window.")
 @click.option("--results", type=click.Path(path_type=Path), help="Append a JSON line for each row.")
 def main(
     gpus: tuple[str, ...],
     sizes: tuple[str, ...],
     schedules: tuple[str, ...],
+    grad_accum: int,
+    choices: tuple[str, ...],
     width: int,
     top_k: int,
+    slower: float,
     steps: int,
     results: Path | None,
 ) -> None:
@@ -166,8 +217,11 @@ def main(
     for gpu in gpus or GPUS:
         for size in sizes:
             for schedule in schedules:
-                plan = plan_of(gpu, size, schedule, width=width, top_k=top_k)
-                row = row_of(gpu, size, schedule, plan, steps=steps)
+                plan = plan_of(gpu, size, schedule, width=width, top_k=top_k, grad_accum=grad_accum)
+                if choices:
+                    changes = (choice.partition("=") for choice in choices)
+                    plan = decided(plan, {name: json.loads(value) for name, _, value in changes})
+                row = row_of(gpu, size, schedule, plan, steps=steps, slower=slower)
                 click.echo(said(row))
                 if results is not None:
                     with results.open("a", encoding="utf-8") as file:

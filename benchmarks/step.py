@@ -258,6 +258,8 @@ def competitors(sizes: Sizes, everything: bool) -> dict[str, Callable[[], Meft |
         "MEFT, sequential": lambda: Meft(sizes, overlapped=False),
         "MEFT, overlapped": lambda: Meft(sizes, overlapped=True),
     }
+    if not sizes.depth:
+        chosen["MEFT, overlapped, rows in 4 parts"] = lambda: Meft(sizes, overlapped=True, gather_chunks=4)
     if everything:
         chosen |= {
             "MEFT, overlapped, rows refetched": lambda: Meft(sizes, overlapped=True, rows_in_backward="refetched"),

@@ -67,7 +67,7 @@ def _as_traced(request: Request, decision: Decision) -> ReplayedPeaks:
 def _replayed(request: Request, decision: Decision, gpu: GpuProfile) -> ReplayedPeaks:
     return _peaks(
         _without_what_is_no_matter(request),
-        decision.model_copy(update={"top_k": 1, "bf16_copy": False, "hot_after_steps": 1}),
+        decision.model_copy(update={"top_k": 1, "bf16_copy": False, "hot_after_steps": 1, "gather_chunks": 1}),
         int(gpu.workspace_bytes.value),
         gpu.shares_host_cores,
     )

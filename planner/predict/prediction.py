@@ -46,11 +46,11 @@ class ProfileSet:
 def simulated_tasks(request: Request, decision: Decision, profiles: ProfileSet, sparsity: Sparsity) -> list[Event]:
     """The tasks of a step with these active rows, as its timing is simulated."""
     events: list[Event] = []
-    _timing(request, decision, profiles, sparsity, events=events)
+    timing_of(request, decision, profiles, sparsity, events=events)
     return events
 
 
-def _timing(
+def timing_of(
     request: Request,
     decision: Decision,
     profiles: ProfileSet,
@@ -58,6 +58,7 @@ def _timing(
     *,
     events: list[Event] | None = None,
 ) -> Timing:
+    """The time of a step with these active rows; ``events`` collects its tasks."""
     return step_timing(
         request=request,
         decision=decision,
@@ -117,7 +118,7 @@ def predict(
             kept_rows_per_layer=sparsity.kept_rows_per_layer,
             hot_rows_per_layer=sparsity.hot_rows_per_layer,
         ),
-        timing=_timing(request, decision, profiles, sparsity),
+        timing=timing_of(request, decision, profiles, sparsity),
         sparsity=sparsity,
         trainable_parameters=int(trainable),
         trainable_fraction=float(trainable / request.model.num_parameters),

@@ -34,6 +34,7 @@ class Candidates:
     hot_rows: Ints = 0
     own_rows: Flags = False
     """A token's output uses its own best K rows alone."""
+    gather_chunks: Ints = 1
 
     @property
     def refetched(self) -> Flags:
@@ -58,6 +59,7 @@ class Candidates:
             bf16_copy=decision.bf16_copy,
             hot_rows=decision.hot_rows,
             own_rows=decision.tokens_see == "own",
+            gather_chunks=decision.gather_chunks,
         )
 
 

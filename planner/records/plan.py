@@ -28,7 +28,7 @@ Lane = Literal["gpu", "h2d", "d2h", "cpu"]
 LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 
 
-_USUAL = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1}
+_USUAL = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1, "gather_chunks": 1}
 
 
 def _without_usual(content: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +121,9 @@ class Decision(Record):
     hot_after_steps: Count = 32
     """Micro-batches that are counted before the hot rows are chosen, at the end of the window that completes them."""
     tokens_see: TokensSee = "union"
+    gather_chunks: Count = 1
+    """Without look-ahead: in forward a layer's rows are gathered and sent in so many parts, one travels while the next
+    is gathered."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -143,6 +146,9 @@ class Decision(Record):
             raise ValueError(f"the {self.num_probes} probed experts hold fewer rows than top_k {self.top_k}")
         if self.cached_rows > self.adapter_width:
             raise ValueError(f"cached_rows {self.cached_rows} is above adapter_width {self.adapter_width}")
+        if self.gather_chunks > 1 and self.prefetch_depth:
+            ahead = f"prefetch_depth {self.prefetch_depth} has rows gathered ahead of time"
+            raise ValueError(f"gather_chunks {self.gather_chunks} is for prefetch_depth 0: {ahead}; give 1")
         if self.gradients_on_device and not self.cached_rows:
             raise ValueError("gradients_on_device sums the gradients of cached rows, but cached_rows is 0")
         if self.hot_rows + self.cached_rows > self.adapter_width:

@@ -183,7 +183,8 @@ def _why_cap(plan: Plan) -> str:
 def _why_prefetch(plan: Plan) -> str:
     depth, recall = plan.decision.prefetch_depth, plan.prediction.sparsity.prefetch_recall
     if depth == 0:
-        why = "rows are chosen exactly, and waited for"
+        chunks = plan.decision.gather_chunks
+        why = "rows are chosen exactly, and waited for" + f", in {chunks} parts" * (chunks > 1)
     else:
         why = f"fetched {depth} layer{'s' * (depth > 1)} ahead; finds {percent(recall)} of the exact choice"
     return _given(plan.request.prefetch_depth, why)

@@ -18,7 +18,8 @@ The decisions are weighed all at once, as a grid of arrays, by what they allocat
 :mod:`meft.planner.search.weighing` is the way to read, :mod:`meft.planner.search.sifting` the quick one that comes to
 the same. The preferred ones are replayed until one fits (:mod:`meft.planner.search.fitting`). The winner is predicted
 again by the functions of a single decision, and that is what the plan reports. Device memory that it leaves over goes
-to hot rows, where the sparsity profile knows how much they carry and a step is the shorter for them.
+to hot rows, where the sparsity profile knows how much they carry and a step is the shorter for them. A winner without
+look-ahead gathers its rows in parts where its step is the shorter for that.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.memory.budget import host_budget_bytes
 from meft.planner.memory.device import counted_bytes
 from meft.planner.memory.replayed import replayed_peaks
-from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
+from meft.planner.predict.prediction import ProfileSet, inputs_used, predict, timing_of
 from meft.planner.records.plan import Decision, Plan, Prediction, Request, SearchSummary
 from meft.planner.search.fitting import Fitting, best_fitting
 from meft.planner.search.sifted_choice import best, front
@@ -40,6 +41,9 @@ WITHOUT_MLP_MODULE = ("opt",)
 """Model types whose FFN is linear layers among the block's others."""
 HOT_PARTS = 16
 """Hot rows are tried as so many parts of the width."""
+GATHER_CHUNKS = (2, 4, 8)
+CHUNKS_PAY = 0.01
+"""Least share of the step's time that gathering in parts must save: rates are not known as well as that."""
 SAME_SECONDS = 1e-9
 """Relative difference that summing in another order may make."""
 
@@ -59,6 +63,7 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
     prediction = predict(request, decision, profiles)
     _check_consistent(sifted, winner, prediction)
     decision, prediction = with_hot_rows(request, profiles, decision, prediction)
+    decision, prediction = with_gather_chunks(request, profiles, decision, prediction)
     memory = prediction.device_memory
     unused_bytes = max(memory.peak_reserved_bytes - memory.peak_allocated_bytes, 0)
     return Plan(
@@ -169,6 +174,23 @@ def _cost(request: Request, prediction: Prediction) -> float:
     if request.objective == "traffic":
         return prediction.transfer.window_bytes(request.rounds)
     return prediction.timing.step_seconds
+
+
+def with_gather_chunks(
+    request: Request, profiles: ProfileSet, decision: Decision, prediction: Prediction
+) -> tuple[Decision, Prediction]:
+    """The decision with its rows gathered and sent in as many parts as make its step shortest, if that pays.
+
+    Only time changes: the parts are of the same buffers. With look-ahead rows are there before they are wanted.
+    """
+    if decision.prefetch_depth:
+        return decision, prediction
+    tried = [decision.model_copy(update={"gather_chunks": chunks}) for chunks in GATHER_CHUNKS]
+    timings = [timing_of(request, each, profiles, prediction.sparsity) for each in tried]
+    timing, chosen = min(zip(timings, tried, strict=True), key=lambda each: each[0].step_seconds)
+    if timing.step_seconds > (1 - CHUNKS_PAY) * prediction.timing.step_seconds:
+        return decision, prediction
+    return chosen, prediction.model_copy(update={"timing": timing})
 
 
 def _fits(request: Request, profiles: ProfileSet, prediction: Prediction) -> bool:

@@ -37,7 +37,7 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.base.quantities import Flags, Floats
+from meft.planner.base.quantities import Flags, Floats, Ints
 from meft.planner.records.plan import LANES, Lane
 from meft.planner.timing.chrome import Event
 
@@ -85,6 +85,15 @@ class Lanes:
         for free in self._free.values():
             end = np.maximum(end, free)
         return end
+
+
+def overlapped_seconds(gather: Floats, copy: Floats, *, chunks: Ints) -> Floats:
+    """How long before all is gathered a copy can begin that goes in ``chunks`` equal parts, as if it went in one.
+
+    Part ``i`` is copied once it is gathered and the part before has been, so the last arrives a part's copy after all
+    is gathered, or all copies after the first part is, whichever is later.
+    """
+    return (1 - 1 / chunks) * np.minimum(gather, copy)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -155,6 +164,8 @@ class LinkSeconds(_Seconds):
     row_gradients: NDArray[np.float64]
     router_norm: Floats
     hot_keys: Floats = 0.0
+    chunks: Ints = 1
+    """Copies that :attr:`rows` are."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -219,6 +230,7 @@ class _Program:
         self.rows = self._by_layer(costs.link.rows)
         self.rows_refetched = self._by_layer(costs.link.rows_refetched)
         self.row_gradients = self._by_layer(costs.link.row_gradients)
+        self.in_parts = bool(np.any(np.asarray(costs.link.chunks) > 1))
         self.gather = self._by_layer(costs.host.gather)
         self.accumulate = self._by_layer(costs.host.accumulate)
         again = costs.host.gather if costs.host.gather_again is None else costs.host.gather_again
@@ -272,6 +284,8 @@ class _Program:
         """Choose a layer's rows on the host, gather them and send them."""
         self.run("cpu", f"route {layer}", self.host.route, arrived)
         gathered = self.run("cpu", f"gather {layer}", self.gather[layer])
+        if self.in_parts:
+            gathered = gathered - overlapped_seconds(self.gather[layer], self.rows[layer], chunks=self.link.chunks)
         self.rows_there[layer] = self.run("h2d", f"rows {layer}", self.rows[layer], gathered)
 
     def backward(self) -> Floats:

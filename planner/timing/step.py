@@ -71,7 +71,7 @@ WRITTEN_THROUGH_CACHE = 2
 # --- link and host ---------------------------------------------------------------------------------------------------
 
 
-def copy_seconds(num_bytes: Ints, *, rate: Floats, latency: float) -> Floats:
+def copy_seconds(num_bytes: Ints, *, rate: Floats, latency: Floats) -> Floats:
     """A copy over the link, at ``rate`` bytes per second after ``latency`` seconds."""
     return latency + num_bytes / rate
 
@@ -367,6 +367,7 @@ def _link_costs(request: Request, link: LinkProfile, candidates: Candidates, mov
     experts = key_experts * copy_seconds(row_expert_bytes(active_rows=moved.active), rate=h2d, latency=latency)
     hits = row_expert_bytes(active_rows=moved.active - moved.missing)
     places = moved.has_places * copy_seconds(hits, rate=h2d, latency=latency)
+    chunks = candidates.gather_chunks
     sums = moved.gradients_on_device * copy_seconds(
         bytes_of(moved.summed), rate=d2h_backward, latency=latency / request.rounds
     )
@@ -374,12 +375,13 @@ def _link_costs(request: Request, link: LinkProfile, candidates: Candidates, mov
         inputs=copy_seconds(input_bytes(tokens=tokens), rate=h2d, latency=INPUT_COPIES * latency),
         queries=copy_seconds(queries, rate=d2h, latency=latency),
         probes=key_experts * copy_seconds(probes, rate=d2h, latency=latency),
-        rows=np.asarray(copy_seconds(bytes_of(moved.missing), rate=h2d, latency=latency) + experts + places),
+        rows=np.asarray(copy_seconds(bytes_of(moved.missing), rate=h2d, latency=chunks * latency) + experts + places),
         loss=copy_seconds(LOSS_BYTES, rate=d2h, latency=latency),
         rows_refetched=np.asarray(copy_seconds(bytes_of(moved.overflow), rate=h2d_backward, latency=latency)),
         row_gradients=np.asarray(copy_seconds(bytes_of(moved.gradients), rate=d2h_backward, latency=latency) + sums),
         router_norm=key_experts * copy_seconds(NORM_BYTES, rate=d2h, latency=latency) / request.rounds
         + exchange_seconds(request, link, candidates),
+        chunks=chunks,
     )
 
 
@@ -410,7 +412,7 @@ def _host_costs(
             scored_rows=probes * (candidates.adapter_width // experts),
             visited_experts=np.where(candidates.key_experts, np.minimum(experts, tokens * probes), 0),
         ),
-        gather=gather(moved.missing),
+        gather=gather(moved.missing) + (candidates.gather_chunks - 1) * host.overhead_seconds_per_layer.value,
         gather_again=gather(moved.overflow),
         accumulate=np.asarray(
             accumulate_seconds(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -112,35 +113,44 @@ class RowFetcher:
         return exact
 
     def fetch(self, layer: int, *, again: bool) -> None:
-        """Gather the layer's rows into staging and send them to its slot, once the slot's last use is over."""
+        """Gather the layer's rows into staging and send them to its slot, once the slot's last use is over.
+
+        In forward as many parts as decided, one of which travels while the next is gathered.
+        """
         slot, staging = self.on_device.slot(layer), self.staging[self._landing_of(layer)]
         route = self.state.layers[layer].route
         assert route is not None
         before, suffix = staging.copy, " again" if again else ""
+        chunks = 1 if again else self.decision.gather_chunks
 
-        def gather() -> torch.Tensor:
+        def gather(chunk: int) -> slice:
             placement: Placement = route.result()
             before.wait_on_host()
             rows = placement.overflow if again else placement.missing
-            source = staging.buffer[: rows.shape[0]]
-            self.store.gather(layer, rows, source)
-            return source
+            part = _part(rows.shape[0], chunk, chunks)
+            self.store.gather(layer, rows[part], staging.buffer[part])
+            return part
 
-        jobs = (route, before.job, self.state.updated[layer])
-        gathered = self.host.job(f"gather {layer}{suffix}", gather, after=jobs)
+        def views(gathered: Job) -> tuple[torch.Tensor, torch.Tensor]:
+            part: slice = gathered.result()
+            first = route.result().num_admitted if again else 0
+            return staging.buffer[part], slot.buffer[first:][part]
+
         if not again:
             self._send_indices(layer, route)
-
-        def views() -> tuple[torch.Tensor, torch.Tensor]:
-            source: torch.Tensor = gathered.result()
-            first = route.result().num_admitted if again else 0
-            return source, slot.buffer[first : first + source.shape[0]]
-
+        jobs = (route, before.job, self.state.updated[layer])
         category = "rows_refetched" if again else "rows"
-        name = f"rows {layer}{suffix}"
-        staging.copy = slot.filled = self.engine.copy(
-            "h2d", views, category=category, name=name, point=slot.used, after=(gathered,)
-        )
+        for chunk in range(chunks):
+            gathered = self.host.job(f"gather {layer}{suffix}", partial(gather, chunk), after=jobs)
+            slot.filled = self.engine.copy(
+                "h2d",
+                partial(views, gathered),
+                category=category,
+                name=f"rows {layer}{suffix}",
+                point=slot.used,
+                after=(gathered,),
+            )
+        staging.copy = slot.filled  # the lane's last: with it all are over
         slot.layer, slot.filled_again, slot.assembled = layer, again, False
 
     def _choice(self, target: int, layer: int) -> Job:
@@ -225,3 +235,8 @@ class RowFetcher:
     def _landing_of(self, layer: int) -> int:
         """Which of the ``p + 1`` host buffers of a kind is the layer's."""
         return layer % (self.depth + 1)
+
+
+def _part(count: int, place: int, parts: int) -> slice:
+    """One of ``parts`` slices of ``count`` rows, as equal as may be."""
+    return slice(count * place // parts, count * (place + 1) // parts)

@@ -28,6 +28,7 @@ SLOW = ("adamw", "accumulate", "row gradients", "gather", "queries")
 CACHED: dict[str, object] = {"cached_rows": 40, "gradients_on_device": True}
 CHOICES: list[tuple[dict[str, object], str, float | None]] = [
     ({"prefetch_depth": 0, "rows_in_backward": "refetched"}, "all", 1.0),
+    ({"prefetch_depth": 0, "rows_in_backward": "retained", "gather_chunks": 3, **EXPERTS, **CACHED}, "all", None),
     ({"prefetch_depth": 1, "rows_in_backward": "retained", **EXPERTS, **CACHED}, "cpu", 1.0),
     ({"prefetch_depth": 2, "rows_in_backward": "refetched", **EXPERTS}, "h2d", None),
     ({"prefetch_depth": 1, "rows_in_backward": "refetched", "activation_checkpointing": True, **CACHED}, "d2h", None),

@@ -403,6 +403,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path) -> None:
     ("changes", "message"),
     [
         ({"top_k": 17, "active_rows_cap": 16}, "top_k 17 is above adapter_width 16"),
+        ({"gather_chunks": 4, "prefetch_depth": 1}, "gather_chunks 4 is for prefetch_depth 0"),
         ({"active_rows_cap": 1}, "active_rows_cap 1 is not between top_k 2 and adapter_width 16"),
         ({"active_rows_cap": 17}, "active_rows_cap 17 is not between top_k 2 and adapter_width 16"),
         ({"num_experts": 5}, "num_experts 5 does not divide adapter_width 16"),

@@ -32,6 +32,7 @@ from meft.planner.timing.lanes import (
     LinkSeconds,
     StepCosts,
     baseline_seconds,
+    overlapped_seconds,
     simulate,
     simulate_candidates,
 )
@@ -167,6 +168,38 @@ def test_probes_leave_after_the_router_has_scored():
     assert times["queries 0"] == (2, 3)
     assert times["probes 0"] == (5, 6)
     assert times["route 0"] == (6, 7)
+
+
+def test_rows_that_leave_in_parts_travel_while_others_are_gathered():
+    # queries 2-3, route 3-4. Gathered in four parts 4-5-6-7-8, each copied in a half: 5-5.5, ... 8-8.5.
+    slow = HAND | {"gather": 4.0, "rows": 2.0}
+    times = schedule(costs_of(**slow, chunks=4), num_layers=1)
+    assert times["gather 0"] == (4, 8)
+    assert times["rows 0"] == (6.5, 8.5)
+    assert times["adapter 0"] == (8.5, 9.5)
+    # The other way round: gathered in halves 4-4.5-5-5.5-6, copied 4.5-5.5-6.5-7.5-8.5.
+    slow = HAND | {"gather": 2.0, "rows": 4.0}
+    assert schedule(costs_of(**slow, chunks=4), num_layers=1)["rows 0"] == (4.5, 8.5)
+    # On a serial device no part travels before all are gathered (routed at 6).
+    assert schedule(costs_of(**slow, chunks=4), num_layers=1, serial=True)["rows 0"] == (8, 12)
+
+
+@given(
+    gather=st.floats(0, 4), copy=st.floats(0, 4), gap=st.floats(0, 8), busy=st.floats(0, 8), chunks=st.integers(1, 9)
+)
+def test_parts_end_as_if_each_were_a_task(gather: float, copy: float, gap: float, busy: float, chunks: int):
+    """The one task that stands for all parts, against a task for each: whatever keeps the link's lane before."""
+    each = Lanes(host_launches=False)
+    one = Lanes(host_launches=False)
+    for lanes in (each, one):
+        lanes.run("h2d", "before", busy)
+        lanes.run("cpu", "before", gap)
+    for _ in range(chunks):
+        last = each.run("h2d", "part", copy / chunks, each.run("cpu", "part", gather / chunks))
+    gathered = one.run("cpu", "gather", gather)
+    end = one.run("h2d", "rows", copy, gathered - overlapped_seconds(gather, copy, chunks=chunks))
+    assert end == pytest.approx(last)
+    assert one.busy == pytest.approx(each.busy)
 
 
 def test_a_serial_device_does_one_thing_at_a_time():

@@ -13,7 +13,7 @@ from meft.runtime.device.lanes import Overlapped, Schedule, Sequential
 from meft.runtime.session.session import Session
 
 
-def plan_of(**choice: object) -> Plan:
+def plan_of(*, gather_chunks: int = 1, **choice: object) -> Plan:
     """A small model on a real card."""
     sizes = {"model": "smollm2-135m", "gpu": "rtx-3090", "gpu_mem": "24GB", "host_mem": "64GB"}
     given = {
@@ -25,7 +25,8 @@ def plan_of(**choice: object) -> Plan:
         "grad_accum": 1,
         "max_slowdown": 10.0,
     }
-    return meft.plan(**sizes | given | choice)
+    plan: Plan = meft.plan(**sizes | given | choice)
+    return plan.model_copy(update={"decision": plan.decision.model_copy(update={"gather_chunks": gather_chunks})})
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,7 @@ def plan_of(**choice: object) -> Plan:
         ({"prefetch_depth": 2, "rows_in_backward": "refetched"}, Overlapped),
         ({"activation_checkpointing": True}, Sequential),
         ({"routing": "key-experts", "adapter_width": 1024}, Overlapped),
+        ({"gather_chunks": 3}, Overlapped),
     ],
 )
 def test_a_step_gives_each_lane_the_work_that_is_planned(choice: dict[str, object], schedule: type[Schedule]) -> None:
@@ -48,6 +50,7 @@ def test_a_step_gives_each_lane_the_work_that_is_planned(choice: dict[str, objec
         if "adamw" not in task.name and "norm" not in task.name:
             planned[task.lane] += task.end_seconds - task.start_seconds
     host_tasks = sum(task_kind(task.name) in ("route", "accumulate") for task in tasks)
+    host_tasks += (plan.decision.gather_chunks - 1) * plan.request.model.num_layers
     planned["cpu"] -= host_tasks * profiles.host.overhead_seconds_per_layer.value
     if plan.decision.routing == "key-experts":
         experts = min(plan.decision.num_experts, plan.request.tokens_per_step * plan.decision.num_probes)

@@ -24,6 +24,7 @@ HOT: dict[str, object] = {"hot_rows": 20, "hot_after_steps": 2}
 CHOICES: dict[str, dict[str, object]] = {
     "p0": {"prefetch_depth": 0, "rows_in_backward": "refetched"},
     "p0, retained, experts": {"prefetch_depth": 0, "rows_in_backward": "retained", **EXPERTS},
+    "p0, in parts, experts, sent": {"prefetch_depth": 0, "gather_chunks": 3, **EXPERTS, **SENT},
     "p1, checkpointing, summed": LOOK_AHEAD | SUMMED | {"activation_checkpointing": True},
     "p1, retained, experts, summed": RETAINED | EXPERTS | SUMMED,
     "p1, sent": LOOK_AHEAD | SENT,
@@ -89,6 +90,19 @@ MUTANTS = {
     "staging is refilled while its copy runs": (
         (fetching, f"{FETCH}.fetch", "before.wait_on_host()", "pass"),
         ("p0", {}),
+    ),
+    "a part of the rows leaves before it is gathered": (
+        (fetching, f"{FETCH}.fetch", "gathered.result()", "_part(len(route.result().missing), chunk, chunks)"),
+        ("p0, in parts, experts, sent", {}),
+    ),
+    "rows are used when their first part is there": (
+        (
+            fetching,
+            f"{FETCH}.fetch",
+            "slot.filled = self.engine.copy(",
+            "slot.filled = slot.filled if chunk else self.engine.copy(",
+        ),
+        ("p0, in parts, experts, sent", {}),
     ),
     "queries leave before they are computed": (
         (fetching, f"{FETCH}._send", "point=self.engine.mark()", "point=COPY_DONE"),

@@ -15,6 +15,7 @@ from late_lanes import (
     SLOW,
     SLOW_TASK_SECONDS,
     Delays,
+    assert_bit_equal,
     assert_late_lanes_change_nothing,
     assert_whoever_needs_a_slow_task_waits,
     open_with,
@@ -26,11 +27,24 @@ from meft.planner.base.errors import UsageError
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.device.lanes import Overlapped, Sequential
+from meft.runtime.training.training import Trainer
 
 
 @pytest.mark.parametrize(("choice", "late", "max_norm"), CHOICES)
 def test_fifty_steps_are_the_sequential_ones_bit_for_bit(glass_folder, choice, late, max_norm) -> None:
     assert_late_lanes_change_nothing(glass_folder, choice, late, max_norm)
+
+
+@pytest.mark.parametrize("choice", [{"rows_in_backward": "refetched"}, {"cached_rows": 40, **EXPERTS}])
+def test_rows_that_leave_in_parts_are_the_same_rows_to_the_bit(glass_folder, choice) -> None:
+    """And the same bytes: seven parts of each layer's rows, late, against one."""
+
+    def run(schedule: Overlapped | Sequential, chunks: int) -> Trainer:
+        chosen = choice | {"prefetch_depth": 0, "gather_chunks": chunks}
+        plan = small_plan(glass_folder, choice=chosen, grad_accum=3, seq_len=8, batch_size=1)
+        return trained(plan, glass_folder, schedule, steps=9, max_norm=1.0)
+
+    assert_bit_equal(run(Overlapped(delay=Delays(LATE["all"], seed=7)), 7), run(Sequential(), 1))
 
 
 @pytest.mark.parametrize("slow", SLOW)

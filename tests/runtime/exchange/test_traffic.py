@@ -51,6 +51,7 @@ CACHED = [
         (1, "retained", 128, True, EXPERTS),
         (2, "refetched", 30, False, EXPERTS),
         (0, "retained", 128, False, {}),
+        (0, "refetched", 70, True, EXPERTS | {"gather_chunks": 3}),
     )
 ]
 
