@@ -396,13 +396,14 @@ def run_command(
         small = [Run("meft", 72, 1e-2, 0, 32, 10), Run("lora", 1, 1e-2, 0, 32, 10), Run("dense", 9, 1e-2, 0, 32, 10)]
         first, others = [*small, Run("lora-streamed", 8, 5e-3, 0, 32, 10)], ()
     with tempfile.TemporaryDirectory() as made:
-        folder = model or _tiny_model(Path(made) / "glass")
+        folder = model or tiny_model(Path(made) / "glass")
         performed = perform_missing(first, results, folder, max_runs)
         left = None if max_runs is None else max_runs - performed
         perform_missing(second_stage(first, read_results(results), others), results, folder, left)
 
 
-def _tiny_model(folder: Path) -> Path:
+def tiny_model(folder: Path) -> Path:
+    """Write the tests' model; returns its folder."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
     from glass import save_glass
 

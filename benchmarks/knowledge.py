@@ -151,9 +151,9 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     tokenizer = load_tokenizer(folder)
     plan = plan_of(run, shape_of(folder))
-    task = _task(run, tokenizer)
-    examples = [example for item in task.items for example in _lines(item, tokenizer)]
-    with closing(_open(run, plan, folder)) as session:
+    task = airports(run, tokenizer)
+    examples = [example for item in task.items for example in lines_of(item, tokenizer)]
+    with closing(opened(run, plan, folder)) as session:
         started, cpu_started = time.monotonic(), time.process_time()
         trainer = _train(run, session, examples)
         seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
@@ -168,13 +168,13 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         }
 
 
-def _task(run: Run, tokenizer: Any) -> Task:
+def airports(run: Run, tokenizer: Any) -> Task:
     """The first facts that fit ``seq_len``, the same for every seed."""
     asked = load_task("airports", limit=2 * run.facts + 100).items
     fitting = [
         item
         for item in (_statement(each, *AIRPORTS) for each in asked)
-        if all(len(example.input_ids) <= run.seq_len for example in _lines(item, tokenizer))
+        if all(len(example.input_ids) <= run.seq_len for example in lines_of(item, tokenizer))
     ]
     if len(fitting) < run.facts:
         raise click.ClickException(f"--seq-len {run.seq_len}: only {len(fitting)} of {len(asked)} facts are as short")
@@ -189,7 +189,8 @@ def _statement(item: Item, question: str, statement: str) -> Item:
     return Item(statement.format(about[1]), f" {item.completion}", item.answers)
 
 
-def _lines(item: Item, tokenizer: Any) -> list[Example]:
+def lines_of(item: Item, tokenizer: Any) -> list[Example]:
+    """A fact's examples: one."""
     return list(tokenize_record(Completion(item.prompt, item.completion), tokenizer, raw=True))
 
 
@@ -241,7 +242,8 @@ def plan_of(run: Run, shape: ModelShape) -> Plan:
     return plan.model_copy(update={"decision": type(decision).model_validate(decision.model_dump())})
 
 
-def _open(run: Run, plan: Plan, folder: Path) -> Session | BaselineSession:
+def opened(run: Run, plan: Plan, folder: Path) -> Session | BaselineSession:
+    """The run's method beside the model in a folder."""
     model, device = load_frozen_model(plan, folder), EmulatedDevice(AMPLE_BYTES)
     if run.method in ("meft", "offload"):
         session = open_session(plan, model, device, seed=run.seed, key_init=run.key_init)  # type: ignore[arg-type]
@@ -337,12 +339,17 @@ def _forgetting(run: Run, session: Any, tokenizer: Any, rows_per_token: int | No
     sparse = isinstance(session, Session)
     batch_loss = partial(session_loss, session, how=Serving(rows_per_token)) if sparse else session.loss
     loss = mean_loss(batch_loss, examples, batch_size=4, seq_len=64, pad_id=pad_token_id(tokenizer))
-    asked = load_task("capitals", limit=run.forgetting_items).items
-    capitals = Task("capitals", "em", tuple(_statement(item, *CAPITALS) for item in asked))
+    asked = capitals(run.forgetting_items)
     return {
         "prose_loss": loss,
-        "capitals_exact_match": _scores(session, tokenizer, capitals, run, rows_per_token)["exact_match"],
+        "capitals_exact_match": _scores(session, tokenizer, asked, run, rows_per_token)["exact_match"],
     }
+
+
+def capitals(limit: int) -> Task:
+    """Statements that the model completes before training, some of them."""
+    asked = load_task("capitals", limit=limit).items
+    return Task("capitals", "em", tuple(_statement(item, *CAPITALS) for item in asked))
 
 
 def _per_epoch(trainer: Trainer | None, run: Run) -> list[float]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from meft.planner.base.schema import Bytes, Count, File, Fraction, Index, Record, Seconds
 from meft.planner.records.plan import Lane, MemoryEntry, TransferEntry
+
+
+def without_plain_loss(content: dict[str, Any]) -> dict[str, Any]:
+    """Other reports stay as they were, byte for byte."""
+    return {name: value for name, value in content.items() if (name, value) != ("known_token_weight", 1.0)}
 
 
 class DeviceUsed(Record):
@@ -124,6 +129,12 @@ class Training(Record):
     gradient_norm_per_optimizer_step: tuple[float, ...]
     seed: int
     key_init: Literal["random", "ffn"] = "random"
+    known_token_weight: Fraction = 1.0
+    """What tokens that the model knew already weighed in the losses; written where it is not 1."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_plain_loss(handler(self))
 
 
 class ExpertLoad(Record):

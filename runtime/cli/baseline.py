@@ -11,7 +11,7 @@ from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.base.units import format_bytes, format_seconds, parse_bytes
 from meft.planner.records.peft_methods import PEFT_PREFIX, PeftMethod, method_of
 from meft.planner.records.setup import TrainingSetup
-from meft.runtime.cli.data import data_options, reading_options
+from meft.runtime.cli.data import data_options, known_tokens_option, reading_options
 from meft.runtime.cli.display import display_of
 from meft.runtime.cli.use import base_folder
 from meft.runtime.data.metrics import METRICS, evaluation_line
@@ -101,6 +101,7 @@ def run_options(function: Any) -> Any:
 @click.command("baseline", short_help="Train another method (LoRA, QLoRA, any of peft) in the same books.")
 @method_options
 @data_options
+@known_tokens_option
 @run_options
 @click.pass_obj
 def baseline_command(noted: Interrupts | None, /, as_json: bool, **given: Any) -> None:
@@ -202,6 +203,7 @@ def _options(given: dict[str, Any]) -> Any:
         max_norm=given.pop("max_grad_norm") or None,
         seed=given.pop("seed"),
         save_every=given.pop("save_every"),
+        known_token_weight=given.pop("known_token_weight"),
     )
     gpu_mem = given.pop("gpu_mem")
     if gpu_mem is not None:

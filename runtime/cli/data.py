@@ -57,6 +57,18 @@ def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def known_tokens_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What known tokens weigh in the loss."""
+    option = click.option(
+        "--known-token-weight",
+        type=click.FloatRange(0, 1),
+        default=1.0,
+        show_default=True,
+        help="Weight in the loss of tokens that already have a probability above 0.5; 1: as any other.",
+    )
+    return option(function)
+
+
 def reading_options(given: dict[str, Any]) -> dict[str, Any]:
     """Take the options of reading out of ``given``; what is to be put in their place."""
     from meft.runtime.data.loading import DataOptions

@@ -22,7 +22,7 @@ from meft.planner.records.plan import Plan
 from meft.planner.records.report import Comparison, Report
 from meft.runtime.cli.baseline import baseline_command
 from meft.runtime.cli.compare import compare_command
-from meft.runtime.cli.data import data_options, prepare_command, reading_options
+from meft.runtime.cli.data import data_options, known_tokens_option, prepare_command, reading_options
 from meft.runtime.cli.display import display_of
 from meft.runtime.cli.export import export_command
 from meft.runtime.cli.prune import prune_command
@@ -83,6 +83,7 @@ class RunGroup(click.Group):
 @data_options
 @click.option("--replay", type=_PATH, help="Ordinary text (JSONL) to train on beside the data: less is forgotten.")
 @click.option("--replay-share", type=float, help="Of the examples, those that are replayed.  [default: 0.1]")
+@known_tokens_option
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
@@ -350,6 +351,7 @@ def _options(given: dict[str, Any]) -> RunOptions:
         save_every=given.pop("save_every"),
         patience=patience,
         divergence_factor=given.pop("divergence_factor"),
+        known_token_weight=given.pop("known_token_weight"),
     )
     return RunOptions(
         training=training,

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.files import writing
-from meft.planner.base.schema import Bytes, Count, File, Index
+from meft.planner.base.schema import Bytes, Count, File, Fraction, Index
 from meft.planner.base.units import format_bytes
 from meft.planner.base.version import VERSION
-from meft.planner.records.report import Evaluation
+from meft.planner.records.report import Evaluation, without_plain_loss
 from meft.planner.records.setup import TrainingSetup
 from meft.runtime.data.examples import pad_token_id
 from meft.runtime.data.loading import DataOptions, describe, load_dataset
@@ -57,7 +58,13 @@ class MethodReport(File):
     seconds_per_step: float
     loss_per_step: tuple[float, ...]
     seed: int
+    known_token_weight: Fraction = 1.0
+    """What tokens that the model knew already weighed in the losses; written where it is not 1."""
     evaluations: tuple[Evaluation, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_plain_loss(handler(self))
 
 
 @dataclass(frozen=True)
@@ -218,5 +225,6 @@ def report_of(trainer: MethodTrainer, session: BaselineSession, seconds_per_step
         seconds_per_step=seconds_per_step,
         loss_per_step=tuple(trainer.history.losses),
         seed=trainer.options.seed,
+        known_token_weight=trainer.options.known_token_weight,
         evaluations=() if trainer.evaluation is None else tuple(trainer.evaluation.results),
     )

@@ -30,11 +30,16 @@ def num_replayed(num_examples: int, share: float) -> int:
 
 
 def with_replay(dataset: Dataset, replayed: Sequence[Example], *, share: float, seed: int) -> Dataset:
-    """The dataset with examples of ``replayed`` behind its own, in an order that follows from the seed.
+    """The dataset with examples of ``replayed`` behind its own, as :func:`mixed` chooses them."""
+    return replace(dataset, examples=mixed(dataset.examples, replayed, share=share, seed=seed))
+
+
+def mixed(examples: Sequence[Example], replayed: Sequence[Example], *, share: float, seed: int) -> tuple[Example, ...]:
+    """The examples, and behind them some of ``replayed`` in an order that follows from the seed.
 
     Where it takes more than there are, all come again.
     """
-    count = num_replayed(len(dataset.examples), share)
+    count = num_replayed(len(examples), share)
     order = random.Random(f"replay {seed}").sample(range(len(replayed)), len(replayed))
     chosen = (order * math.ceil(count / len(order)))[:count]
-    return replace(dataset, examples=(*dataset.examples, *(replayed[index] for index in chosen)))
+    return (*examples, *(replayed[index] for index in chosen))

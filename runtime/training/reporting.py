@@ -88,6 +88,7 @@ def build_report(trainer: Trainer, seen: RunObserved, *, recall: float | None, m
         gradient_norm_per_optimizer_step=tuple(history.gradient_norms),
         seed=trainer.options.seed,
         key_init=session.key_init,
+        known_token_weight=trainer.options.known_token_weight,
     )
     observed = seen.observed.model_copy(update={"prefetch_recall": recall})
     report = assemble(session, observed, training, meft_version=meft_version, rehearsal=False)

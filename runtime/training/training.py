@@ -31,6 +31,7 @@ from meft.runtime.session.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from meft.runtime.session.known_tokens import known_tokens_weighed
 from meft.runtime.session.session import Session, StepResult, WindowEnd
 from meft.runtime.training.divergence import PATIENCE, highest_sound_loss, windows_too_high
 from meft.runtime.training.journal import Tell, silent
@@ -50,6 +51,8 @@ class TrainingOptions:
     """Optimizer steps between checkpoints; 0 saves only at the end."""
     patience: int | None = None
     """End after so many evaluations in a row that were no better than the best before; None: never."""
+    known_token_weight: float = 1.0
+    """What a token that the model knows already weighs in the loss; see :mod:`meft.runtime.session.known_tokens`."""
     divergence_factor: float = 3.0
     """How often its first loss a run's loss may be for long; 0: as often as it likes. See
     :mod:`meft.runtime.training.divergence`."""
@@ -157,7 +160,8 @@ class Trainer:
         try:
             made_up = self._make_up_for_evaluation()
             if not self.out_of_patience:
-                self._train()
+                with known_tokens_weighed(self.session.model, self.options.known_token_weight):
+                    self._train()
             elif made_up:
                 self.save()
         finally:
@@ -409,6 +413,8 @@ class Trainer:
             "warmup_fraction": self.options.warmup_fraction,
             "max_norm": self.options.max_norm or 0.0,
         }
+        if self.options.known_token_weight != 1.0:  # checkpoints without it stay as they were
+            settings["known_token_weight"] = self.options.known_token_weight
         return TrainingState(
             plan_digest=self.session.plan.content_digest(),
             seed=self.options.seed,

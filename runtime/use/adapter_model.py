@@ -23,7 +23,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.session import checkpoint
+from meft.runtime.session.known_tokens import known_tokens_weighed
 from meft.runtime.session.model_loading import check_token_ids
 from meft.runtime.session.session import Session, open_session
 from meft.runtime.use.guards import (
@@ -93,6 +94,7 @@ class AdapterModel(nn.Module):
         self._detach: Callable[[], None] | None = detach
         self._ends: list[Callable[[], None]] = []
         self._in_backward = self._guided = False
+        self.known_token_weight = 1.0
         self._order = BackwardOrder()
         if session is not None:
             norm = weakref.WeakMethod(self._row_gradient_norm)
@@ -159,16 +161,19 @@ class AdapterModel(nn.Module):
         schedule: Literal["overlapped", "sequential"] = "overlapped",
         rows_per_token: int | None = None,
         min_score: float | None = None,
+        known_token_weight: float = 1.0,
     ) -> AdapterModel:
         """A new adapter beside ``base`` as the plan decides, on the device, in training mode.
 
         ``adapter`` is a folder to start from instead of a fresh one. ``rows_per_token`` and ``min_score`` are
-        what evaluation and generation take, as in :meth:`from_pretrained`. Overlapped, transfers and host work go on
-        beside the device's, with the same results; the threads end in :meth:`detach`, or with the model.
+        what evaluation and generation take, as in :meth:`from_pretrained`. ``known_token_weight`` is that of
+        :mod:`meft.runtime.session.known_tokens`, in the losses that the model itself makes in training. Overlapped,
+        transfers and host work go on beside the device's, with the same results; the threads end in :meth:`detach`,
+        or with the model.
 
         Raises:
-            UsageError: the plan was made for another model or another dtype of it, or ``base`` carries an adapter
-                already.
+            UsageError: the plan was made for another model or another dtype of it, ``base`` carries an adapter
+                already, or known tokens cannot be weighed in its loss.
             MachineError: there is no such device.
         """
         how = Serving(rows_per_token, min_score)
@@ -179,8 +184,9 @@ class AdapterModel(nn.Module):
             raise UsageError(f"the plan was made for {loaded.request.model.name}, which this model is not: {listed}")
         require_planned_dtype(loaded, base)
         put_down = carry(base, None)
-        restore = _restorer(base)
+        restore, weighing = _restorer(base), ExitStack()
         try:
+            weighing.enter_context(known_tokens_weighed(base, known_token_weight))
             session = open_session(
                 loaded,
                 base,
@@ -191,11 +197,13 @@ class AdapterModel(nn.Module):
                 key_init=key_init,
             )
         except BaseException:
+            weighing.close()
             put_down()
             restore()
             raise
         made = cls(base, session, partial(_take_off, session, restore), how=how)
-        made._ends.append(put_down)
+        made.known_token_weight = known_token_weight
+        made._ends += [put_down, weighing.close]
         if adapter is not None:
             try:
                 checkpoint.load_adapter(session, Path(adapter))

@@ -83,6 +83,11 @@ def _check(model: AdapterModel, args: TrainingArguments) -> None:
             _checkpointing(args) and not model.session.plan.decision.activation_checkpointing,
             "activation_checkpointing: the plan decided against it; plan with --activation-checkpointing instead",
         ),
+        (
+            args.label_smoothing_factor and model.known_token_weight != 1,
+            f"label_smoothing_factor {args.label_smoothing_factor:g}: the Trainer then makes the loss, in which "
+            f"known_token_weight {model.known_token_weight:g} does not count; leave one of them out",
+        ),
         (args.weight_decay != model.session.settings.weight_decay, _differs("weight_decay", args, model)),
     ]
     found = [text for wrong, text in problems if wrong]
