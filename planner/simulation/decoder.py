@@ -405,7 +405,7 @@ class Decoder:
             shared.cache.append((k, v))
         attention = SelfAttention(self.ops, self.setup)
         output, probabilities = attention.attend(q, k, v, mask=mask, cached=shared.cache is not None)
-        name = _output_name([name for place, name in block.linears if place == "attention"])
+        name = next(name for place, name in block.linears if place == "attention" and name in OUTPUT_NAMES)
         if adapted := self._fused(block, "attention", name):
             return self._fused_lora.products(output, adapted, "attention", over_input=False)[0], probabilities
         return self._linear(output, block, ("attention", name)), probabilities
@@ -495,7 +495,3 @@ NORM_WEIGHT_BEFORE_CAST = frozenset({"olmo2"})
 DROPS_IN_FFN = frozenset({"gpt2"})
 """Model types whose FFN drops out of its output itself, before an adapter is added."""
 OUTPUT_NAMES = frozenset({"o_proj", "dense", "out_proj", "c_proj"})
-
-
-def _output_name(names: list[str]) -> str:
-    return next(name for name in names if name in OUTPUT_NAMES)
