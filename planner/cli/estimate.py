@@ -96,6 +96,12 @@ def _workload_options(command: Command) -> Command:
             help="The kind of checkpointing (use_reentrant). [default: reentrant where PEFT prepares a 4-bit model]",
         ),
         option("--attention", type=click.Choice(get_args(Attention)), help="[default: sdpa; eager for Gemma 2]"),
+        option(
+            "--repeated-heads",
+            is_flag=True,
+            default=None,
+            help="Grouped heads are written out before the attention kernel, as transformers did up to 4.47.",
+        ),
         PACKED,
         option("--optimizer", "--optim", type=OptimizerChoice(), help="Also by transformers' names. [default: adamw]"),
         option(
@@ -113,7 +119,7 @@ def _workload_options(command: Command) -> Command:
         option(
             "--kernels",
             metavar="NAMES",
-            help="Fused kernels: those of liger, unsloth or foak, with their loss; or rms-norm, swiglu, rope.",
+            help="Fused kernels: those of liger, unsloth or foak, with their loss; or rms-norm, swiglu, rope, lora.",
         ),
         option("--loss", type=click.Choice(get_args(LossName)), help="[default: hf, which upcasts the logits]"),
         option(

@@ -26,6 +26,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "kbit_preparation": LORA,
     "trl_casts": LORA,
     "reentrant": _DENSE,
+    "repeated_heads": _DENSE,
     "reduction": ("lst",),
     "dropped_layers": ("lst",),
     "adapter_width": ("meft", "parallel-adapter"),
@@ -114,6 +115,7 @@ class EstimateRequest(Record):
     grad_accum: GradAccum | None = None
     activation_checkpointing: bool | None = None
     attention: Attention | None = None
+    repeated_heads: bool | None = None
     packed: bool | None = None
     optimizer: Annotated[OptimizerName | None, BeforeValidator(optimizer_name)] = None
     optimizer_in_backward: bool | None = None

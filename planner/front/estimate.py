@@ -15,8 +15,9 @@ from meft.planner.front.options import RequestOptions
 from meft.planner.front.probed import corrected, probed
 from meft.planner.front.request import Planning, planning
 from meft.planner.front.traced import as_its_trace, with_terms
+from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model
-from meft.planner.models.kernels import LOSS_OF, resolve_kernels
+from meft.planner.models.kernels import LOSS_OF, KernelName, fused_lora_of, resolve_kernels
 from meft.planner.models.linears import passed_over, resolve_targets
 from meft.planner.predict.comparison import (
     USUAL_SIZES,
@@ -35,6 +36,7 @@ from meft.planner.predict.estimates import (
     with_verdict,
 )
 from meft.planner.predict.prediction import predict
+from meft.planner.predict.verification import traced_plan, traced_setup
 from meft.planner.records.ladder import kept_layers, side_shape
 from meft.planner.records.peft_methods import method_of
 from meft.planner.records.plan import Decision, Plan, Request
@@ -43,7 +45,6 @@ from meft.planner.records.setup import TrainingSetup
 from meft.planner.search.search import make_plan
 from meft.planner.simulation.peft import has_closed_form
 from meft.planner.simulation.stream import Stream, stream_peaks
-from meft.planner.simulation.verification import traced_plan, traced_setup
 
 WEIGHTS: tuple[WeightsDtype, ...] = ("bf16", "fp16", "fp32", "nf4")
 USUAL_GRAD_ACCUM = {"meft": 32}
@@ -191,11 +192,12 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
         grad_accum=asked.grad_accum or 1,
         activation_checkpointing=bool(asked.activation_checkpointing),
         attention=planned.request.attention,
+        repeated_heads=bool(asked.repeated_heads),
         packed=planned.request.packed,
         optimizer=asked.optimizer or "adamw",
         optimizer_in_backward=bool(asked.optimizer_in_backward),
         master_weights=bool(asked.master_weights),
-        kernels=resolve_kernels(shape, asked.kernel_names),
+        kernels=_kernels(asked, shape),
         loss=asked.loss or next((LOSS_OF[name] for name in asked.kernel_names if name in LOSS_OF), "hf"),
         padded=bool(asked.padding),
         outputs_kept=asked.keep_outputs is not False and not emulated,
@@ -206,11 +208,21 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
     return planned, setup, (*notes, *planned.notes)
 
 
+def _kernels(asked: EstimateRequest, shape: ModelShape) -> tuple[KernelName, ...]:
+    """The fused kernels; those of LoRA come with a library where it fuses this run's."""
+    fuses = fused_lora_of(asked.kernel_names, quantized=asked.kind == "qlora", dropout=bool(asked.lora_dropout))
+    found = resolve_kernels(shape, [*asked.kernel_names, *(["lora"] if asked.kind in LORA and fuses else [])])
+    if "lora" in found and asked.kind not in LORA:
+        raise UsageError(f"--kernels lora: --method {asked.kind} trains no LoRA; leave it out")
+    return found
+
+
 def _as_baseline(asked: EstimateRequest, planned: Planning) -> bool:
     """Whether the run is what ``meft-run baseline`` makes of it on the emulated device: nothing of another loop is
     asked for."""
     loop = ("autocast", "optimizer", "optimizer_in_backward", "master_weights", "kernels", "loss", "padding",
-            "keep_outputs", "kbit_preparation", "trl_casts", "reentrant", "lora_dropout", "adapter_dtype")  # fmt: skip
+            "keep_outputs", "kbit_preparation", "trl_casts", "reentrant", "repeated_heads", "lora_dropout",
+            "adapter_dtype")  # fmt: skip
     said = any(getattr(asked, name) not in (None, *SAYS_NOTHING.get(name, ())) for name in loop)
     return planned.profiles.gpu.shares_host_cores and not said
 
@@ -295,6 +307,11 @@ def _check_setup(setup: TrainingSetup) -> None:
     if setup.attention == "flash" and setup.weights_dtype == "fp32" and setup.autocast == "none":
         raise UsageError(
             "--attention flash: it computes in 16 bits, the weights are fp32; give sdpa, or --autocast bf16"
+        )
+    if setup.repeated_heads and (setup.attention == "eager" or setup.model.num_heads == setup.model.num_kv_heads):
+        raise UsageError(
+            f"--repeated-heads: {setup.attention} attention of {setup.model.name} has no grouped heads that a kernel "
+            f"takes as they are; leave it out"
         )
     if setup.packed and setup.padded:
         raise UsageError("--packed: packed sequences are told apart by their positions, without padding; give one")

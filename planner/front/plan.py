@@ -79,7 +79,7 @@ def simulated_step(found: Planned) -> list[Event]:
 
 def _verified(plan: Plan, planned: Planning) -> Plan:
     """The plan with its verification; looks up the model's config again."""
-    from meft.planner.simulation.verification import verified  # it asks the installation: slow to load
+    from meft.planner.predict.verification import verified  # it asks the installation: slow to load
 
     _, config, _ = load_model(plan.request.model_path or plan.request.model.name)
     return verified(plan, config, workspace_bytes=int(planned.profiles.gpu.workspace_bytes.value))

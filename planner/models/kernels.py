@@ -6,6 +6,9 @@ fms-acceleration's ``foak`` plugin:
 - ``rms-norm``: one kernel that keeps its input and a factor per row, and writes its gradient over the incoming one.
 - ``swiglu``: gate, activation and product in one, which keeps gate and up and writes their gradients over them.
 - ``rope``: query and key rotated where they lie, and their gradients back.
+- ``lora``: LoRA and the layers beside it in one function for each input (:mod:`meft.planner.simulation.lora`), where
+  all layers of that input are adapted. foak has it beside 4-bit weights, dropout or not; Unsloth beside any, without
+  dropout.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Literal, get_args
 from meft.planner.base.errors import UsageError, unknown_name
 from meft.planner.models.architecture import ModelShape
 
-KernelName = Literal["rms-norm", "swiglu", "rope"]
+KernelName = Literal["rms-norm", "swiglu", "rope", "lora"]
 KERNEL_NAMES: tuple[KernelName, ...] = get_args(KernelName)
 BROUGHT_BY: dict[str, tuple[KernelName, ...]] = {
     "liger": ("rms-norm", "swiglu", "rope"),
@@ -30,7 +33,7 @@ NORM_OUT_OF_PLACE = frozenset({"gemma2", "gemma3_text"})
 WHOLE_ROTATIONS = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3"}
 )
-"""Model types whose heads are rotated as LLaMA's are."""
+"""Model types whose heads are rotated as LLaMA's are; but for Phi-3 their queries, keys and values are three layers."""
 
 
 def resolve_kernels(shape: ModelShape, names: Iterable[str]) -> tuple[KernelName, ...]:
@@ -52,10 +55,17 @@ def resolve_kernels(shape: ModelShape, names: Iterable[str]) -> tuple[KernelName
     return tuple(name for name in KERNEL_NAMES if name in found)
 
 
+def fused_lora_of(names: Iterable[str], *, quantized: bool, dropout: bool) -> bool:
+    """Whether a library among ``names`` fuses LoRA in this run: foak beside 4-bit weights, Unsloth without dropout."""
+    return ("foak" in names and quantized) or ("unsloth" in names and not dropout)
+
+
 def applies(shape: ModelShape, kernel: KernelName) -> bool:
     """Whether a model has what the kernel replaces."""
     if kernel == "rms-norm":
         return shape.norm == "rmsnorm"
     if kernel == "swiglu":
         return shape.gated_mlp
+    if kernel == "lora":
+        return shape.model_type in WHOLE_ROTATIONS and shape.model_type != "phi3"
     return shape.model_type in WHOLE_ROTATIONS and shape.rotary_fraction == 1.0 and not shape.rotary_pause

@@ -107,6 +107,9 @@ class TrainingSetup(Record):
     """Which kind of activation checkpointing; null: torch's default, the reentrant one, where PEFT prepares a quantized
     model, and transformers' default elsewhere."""
     attention: Attention = "sdpa"
+    repeated_heads: bool = False
+    """Grouped key and value heads are written out for every query head before any kernel, as transformers did it before
+    sdpa, and up to 4.47 before flash attention in Mistral, Qwen 2 and Phi-3 (not in LLaMA or Gemma)."""
     optimizer: OptimizerName = "adamw"
     kernels: tuple[KernelName, ...] = ()
     """Fused kernels in the model's place: see :mod:`meft.planner.models.kernels`."""

@@ -81,6 +81,17 @@ def as_view(tensor: Tensor) -> Tensor:
     return view
 
 
+def as_outputs(tape: Tape, outputs: list[Tensor], inputs: Sequence[Tensor | None], backward: Backward) -> list[Tensor]:
+    """Make all ``outputs`` those of one node, whose backward takes a gradient of each."""
+    tape.connect(outputs[0], inputs, backward)
+    node = outputs[0].node
+    if node is not None:
+        node.num_outputs = len(outputs)
+        for index, output in enumerate(outputs):
+            output.node, output.index = node, index
+    return outputs
+
+
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[..., Gradients]
 

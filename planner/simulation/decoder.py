@@ -17,20 +17,13 @@ from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.attention import SelfAttention
 from meft.planner.simulation.autograd import Tensor
 from meft.planner.simulation.formats import BOOL, FP32, promoted
+from meft.planner.simulation.lora import Adapted, FusedLora, Lora, lora_added, quantized_lora
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.peft import PREFIX, prefixes, prompted, scaled, virtual_tokens
 from meft.planner.simulation.positions import block_mask, eager_mask, position_ids, rotary_tables
 from meft.planner.terms import activations as act
 
 LayerKey = tuple[Place, str]
-
-
-@dataclass(frozen=True)
-class Lora:
-    """The two factors beside one linear layer, and whether that layer is quantized."""
-
-    down: Weights
-    up: Weights
 
 
 class BesideFfn(Protocol):
@@ -113,6 +106,10 @@ class Decoder:
     def shape(self) -> ModelShape:
         """The model."""
         return self.setup.model
+
+    @property
+    def _fused_lora(self) -> FusedLora:
+        return FusedLora(self.ops, self.setup.lora_dropout)
 
     # --- the model --------------------------------------------------------------------------------------------------
 
@@ -300,31 +297,21 @@ class Decoder:
             return scaled(self.ops, self.ops.linear(x, layer, key[0]), factor, before=False)
         if lora is None:
             return self.ops.linear(x, layer, key[0])
+        dropout = self.setup.lora_dropout
         if isinstance(layer, QuantizedWeights):
-            return self._quantized_lora(x, layer, lora, key[0])
+            return quantized_lora(self.ops, x, layer, lora, key[0], dropout=dropout)
         result = self.ops.linear(x, layer, key[0])
         outer = result.itemsize
         x = self.ops.cast(x, lora.down.weight.itemsize, "adapter")
-        result = self.ops.add(result, self._lora_added(x, lora), key[0])
+        result = self.ops.add(result, lora_added(self.ops, x, lora, dropout=dropout), key[0])
         return self.ops.cast(result, outer, key[0])
 
-    def _quantized_lora(self, x: Tensor, layer: QuantizedWeights, lora: Lora, place: Place) -> Tensor:
-        """PEFT copies what a 4-bit layer gives, and casts itself only outside autocast."""
-        result = self.ops.copy(self.ops.linear(x, layer, place), place)
-        outer = result.itemsize
-        autocast = self.ops.autocast_bytes is not None
-        if not autocast:
-            x = self.ops.cast(x, lora.down.weight.itemsize, "adapter")
-        added = self._lora_added(x, lora)
-        if not autocast:
-            added = self.ops.cast(added, outer, "adapter")
-        return self.ops.add(result, added, place)
-
-    def _lora_added(self, x: Tensor, lora: Lora) -> Tensor:
-        dropped = self.ops.dropout(x, "adapter", active=self.setup.lora_dropout)
-        low = self.ops.linear(dropped, lora.down, "adapter")
-        del dropped
-        return self.ops.scale(self.ops.linear(low, lora.up, "adapter"), "adapter")
+    def _fused(self, block: BlockWeights, place: Place, *names: str) -> list[Adapted]:
+        """The layers, where one fused function has them and their LoRA; else none."""
+        keys = [(place, name) for name in names]
+        if "lora" not in self.setup.kernels or not all(key in block.lora for key in keys):
+            return []
+        return [Adapted(block.linears[key], block.lora[key]) for key in keys]
 
     # --- FFN --------------------------------------------------------------------------------------------------------
 
@@ -362,6 +349,8 @@ class Decoder:
                 up_states = self.ops.multiply(up_states, self._activation(gate), "ffn")
             return self._linear(up_states, block, ("ffn", names[1]))
         gate_name, up, down = names
+        if adapted := self._fused(block, "ffn", gate_name, up, down):
+            return self._fused_lora.ffn(x, *adapted)
         if "swiglu" in self.setup.kernels:
             gate = self._linear(x, block, ("ffn", gate_name))
             product = self.ops.fused_gate(gate, self._linear(x, block, ("ffn", up)), "ffn")
@@ -416,9 +405,10 @@ class Decoder:
             shared.cache.append((k, v))
         attention = SelfAttention(self.ops, self.setup)
         output, probabilities = attention.attend(q, k, v, mask=mask, cached=shared.cache is not None)
-        names = [name for place, name in block.linears if place == "attention"]
-        output = self._linear(output, block, ("attention", _output_name(names)))
-        return output, probabilities
+        name = next(name for place, name in block.linears if place == "attention" and name in OUTPUT_NAMES)
+        if adapted := self._fused(block, "attention", name):
+            return self._fused_lora.products(output, adapted, "attention", over_input=False)[0], probabilities
+        return self._linear(output, block, ("attention", name)), probabilities
 
     def _cached(self, x: Tensor, of_keys: int) -> Tensor:
         """Put behind the cache's empty start, which has the keys' format."""
@@ -436,16 +426,27 @@ class Decoder:
             joint = self._linear(x, block, ("attention", joint_name))
             q, k, v = self.ops.split(joint, (queries, keys, keys))
             return q, k, v
-        q = self._heads(self._linear(x, block, ("attention", "q_proj")), block, 0)
+        products = self._products(x, block, ("q_proj", "k_proj", "v_proj"))
+        q = self._heads(next(products), block, 0)
         if shape.model_type == "opt":
             q = self.ops.scale(q, "attention")
-        k = self._heads(self._linear(x, block, ("attention", "k_proj")), block, 1)
-        v = self._linear(x, block, ("attention", "v_proj"))
+        k = self._heads(next(products), block, 1)
+        v = next(products)
         written_out = masked and shape.num_heads > shape.num_kv_heads
         if written_out or act.attention_used(shape, setup.attention) == "eager":
             # kernels lay its gradient out as the product has it, sums over groups of heads do not
             v = self.ops.heads_first(v, shape.num_kv_heads)
         return q, k, v
+
+    def _products(self, x: Tensor, block: BlockWeights, names: tuple[str, ...]) -> Iterator[Tensor]:
+        """What each layer makes of ``x``, when it is asked for; fused all at once, and handed out."""
+        if adapted := self._fused(block, "attention", *names):
+            made = self._fused_lora.products(x, adapted, "attention", over_input=True)
+            while made:
+                yield made.pop(0)
+            return
+        for name in names:
+            yield self._linear(x, block, ("attention", name))
 
     def _heads(self, x: Tensor, block: BlockWeights, index: int) -> Tensor:
         """Queries (0) or keys (1), heads first, with their norm; one of all heads together comes before."""
@@ -494,7 +495,3 @@ NORM_WEIGHT_BEFORE_CAST = frozenset({"olmo2"})
 DROPS_IN_FFN = frozenset({"gpt2"})
 """Model types whose FFN drops out of its output itself, before an adapter is added."""
 OUTPUT_NAMES = frozenset({"o_proj", "dense", "out_proj", "c_proj"})
-
-
-def _output_name(names: list[str]) -> str:
-    return next(name for name in names if name in OUTPUT_NAMES)

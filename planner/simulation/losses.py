@@ -34,7 +34,9 @@ LOSS_KINDS: dict[LossName, LossKind] = {
     "hf-shifted-logits": LossKind("transformers 4.45 to 4.48: logits upcast, shifted and copied", 14),
     "fused-ce": LossKind("Unsloth, foak or Liger's cross-entropy over bf16 logits, gradient in place", 2),
     "fused-ce-shifted": LossKind("such a kernel under transformers 4.45 to 4.48: upcast, shifted, in place", 10),
-    "fused-ce-upcast": LossKind("such a kernel before transformers 4.45, whose models upcast their logits", 8),
+    "fused-ce-upcast": LossKind(
+        "such a kernel before transformers 4.45, whose models upcast their logits; Mistral's up to 4.47", 8
+    ),
     "fused-linear-ce": LossKind("Liger's fused head and loss", 0),
     "trl-chunked": LossKind("TRL from 1.0 on, its default: the head in tiles, computed again in backward", 0),
     "torchtune-chunked": LossKind("torchtune's CEWithChunkedOutputLoss, 8 chunks, not compiled", 6.5),

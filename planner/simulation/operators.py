@@ -17,6 +17,7 @@ from meft.planner.simulation.autograd import (
     Leaf,
     Tape,
     Tensor,
+    as_outputs,
     as_view,
 )
 from meft.planner.simulation.formats import BOOL, FP16, FP32, promoted
@@ -169,15 +170,10 @@ class Operators:
 
     def split(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Views of all elements; their gradients are put together."""
-        parts = tuple(Tensor(x.storage, size, x.itemsize) for size in sizes)
+        parts = [Tensor(x.storage, size, x.itemsize) for size in sizes]
         tape, numel, itemsize = self.tape, x.numel, x.itemsize
-        tape.connect(parts[0], (x,), lambda *_grads: (tape.new(numel, itemsize, TEMPORARIES),))
-        node = parts[0].node
-        if node is not None:
-            node.num_outputs = len(parts)
-            for index, part in enumerate(parts):
-                part.node, part.index = node, index
-        return parts
+        as_outputs(tape, parts, (x,), lambda *_grads: (tape.new(numel, itemsize, TEMPORARIES),))
+        return tuple(parts)
 
     def copy(self, x: Tensor, category: str) -> Tensor:
         """``contiguous`` where the layout asks for it: the gradient passes."""

@@ -18,9 +18,10 @@ from meft.planner.models.linears import Linear, is_stored, linear_layers
 from meft.planner.records.plan import Phase
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Tape, Tensor
-from meft.planner.simulation.decoder import SCALED_EMBEDDINGS, BlockWeights, Decoder, Lora, ModelWeights
+from meft.planner.simulation.decoder import SCALED_EMBEDDINGS, BlockWeights, Decoder, ModelWeights
 from meft.planner.simulation.formats import BF16, FP32, INT64, STORED
 from meft.planner.simulation.ladder import Laddered, LadderWeights, load_ladder
+from meft.planner.simulation.lora import Lora
 from meft.planner.simulation.losses import Losses
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.optimizers import Optimizer, Parameter

@@ -67,6 +67,9 @@ def _check(setup: TrainingSetup) -> None:
         raise UsageError("weights_dtype nf4: full cannot train quantized weights; give bf16, or method qlora")
     if setup.attention == "flash" and setup.weights_dtype == "fp32" and setup.autocast == "none":
         raise UsageError("attention flash: it computes in 16 bits; give sdpa, 16-bit weights, or autocast")
+    for option, is_given in (("--kernels lora", "lora" in setup.kernels), ("--repeated-heads", setup.repeated_heads)):
+        if is_given:  # kernels for GPUs alone, and code of an older transformers
+            raise UsageError(f"{option} is simulated only; leave out --verify, or it")
 
 
 def _check_stored(shape: ModelShape) -> None:

@@ -686,7 +686,7 @@ def loaded_by(arguments: list[str]) -> set[str]:
 def test_a_plan_loads_nothing_that_it_does_not_need():
     # the simulated step and the allocator are needed: what is reserved is the one replayed through the other
     others = {f"meft.planner.{name}" for name in ("search.weighing", "search.infeasible", "records.profile_file")}
-    others |= {"meft.planner.simulation.verification", "meft.planner.render.plot"}
+    others |= {"meft.planner.predict.verification", "meft.planner.render.plot"}
     assert not loaded_by(["--gpu-mem", "24GB", "--host-mem", "64GB"]) & (others | {"numpy.ma"})
 
 
@@ -727,3 +727,10 @@ def test_the_installed_program_plans_and_refuses() -> None:
 def _options_of(plan: Plan) -> RequestOptions:
     request = plan.request
     return options(model=request.model.name, gpu=request.gpu, gpu_mem=request.gpu_mem_bytes, seq_len=request.seq_len)
+
+
+def test_fused_lora_and_repeated_heads_are_refused_where_there_are_none() -> None:
+    without = refused("estimate", "--method", "full", "--model", "smollm2-135m", "--kernels", "lora")
+    assert "--kernels lora: --method full trains no LoRA" in without
+    ungrouped = refused("estimate", "--method", "lora", "--model", "llama-7b", "--repeated-heads")
+    assert "--repeated-heads: sdpa attention of llama-7b has no grouped heads" in ungrouped

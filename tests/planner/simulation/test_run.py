@@ -13,7 +13,7 @@ from meft.planner.allocator.cublas import USUAL_BYTES
 from meft.planner.base.errors import UsageError
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.catalogue import load_model, model_names
-from meft.planner.models.kernels import resolve_kernels
+from meft.planner.models.kernels import applies, fused_lora_of, resolve_kernels
 from meft.planner.models.linears import linear_layers, module_names, resolve_targets
 from meft.planner.records.setup import OptimizerName, TrainingSetup
 from meft.planner.simulation.losses import LOSS_KINDS, fused_linear_chunk
@@ -309,12 +309,52 @@ def test_fused_kernels_keep_so_much_less() -> None:
     assert kept["rope",] == plain
 
 
+@pytest.mark.parametrize("dropout", [True, False])
+def test_fused_lora_keeps_its_input_and_what_was_dropped(dropout: bool) -> None:
+    """In bytes, bf16 weights under autocast, fp32 LoRA beside all four attention layers (D to D), three layers.
+
+    peft keeps for each of the twelve adapted layers its 16-bit input (2 D a token) and its low product (2 r), the upper
+    factor in 16 bits (2 r D); and where a gradient flows to the input, which is so but for the first layer's queries,
+    keys and values, the lower factor too (2 r D), and dropout's mask (D a token).
+    Fused, a layer keeps the input of queries, keys and values (2 D a token; attention keeps the output projection's
+    anyway), and with dropout what that made for each of the four (2 D).
+    """
+    tokens, width, rank, layers = 64, 8, 2, 3
+    shape = tiny_shape(num_kv_heads=2)
+    fields = {"method": "lora", "rank": rank, "target_modules": ATTENTION, "autocast": "bf16", "seq_len": tokens}
+    kept = {}
+    for kernels in ((), ("lora",)):
+        stream = simulate(setup_of(shape, kernels=kernels, lora_dropout=dropout, outputs_kept=False, **fields))
+        kept[kernels] = sum(live_by_category(stream, stream.moments["forward_1"]).values())
+    adapted, with_gradient = 4 * layers, 4 * layers - 3
+    factors = (adapted + with_gradient) * 2 * rank * width
+    peft = adapted * tokens * (2 * width + 2 * rank) + factors + dropout * with_gradient * tokens * width
+    fused = layers * tokens * 2 * width + dropout * adapted * tokens * 2 * width
+    assert kept[()] - kept["lora",] == peft - fused
+
+
+def test_repeated_heads_are_kept_by_flash_attention() -> None:
+    """Keys and values of every head beside the grouped ones, which the cache holds: 2 H d numbers of 2 bytes more per
+    token and layer."""
+    shape = tiny_shape(num_heads=2, num_kv_heads=1)
+    fields = {"method": "lora", "rank": 1, "target_modules": ("q_proj", "k_proj", "v_proj"), "attention": "flash"}
+    kept = []
+    for repeated in (False, True):
+        stream = simulate(setup_of(shape, repeated_heads=repeated, seq_len=64, outputs_kept=False, **fields))
+        kept.append(live_by_category(stream, stream.moments["forward_1"])["attention"])
+    assert kept[1] - kept[0] == 3 * 64 * 2 * shape.query_size * 2
+
+
 def test_kernels_by_library_are_those_that_apply() -> None:
     llama, gpt2, phi = (load_model(name)[0] for name in ("llama-7b", "gpt2", "phi-3-mini-4k"))
     assert resolve_kernels(llama, ["liger"]) == ("rms-norm", "swiglu", "rope")
     assert resolve_kernels(llama, ["foak"]) == ("rms-norm", "rope")
     assert resolve_kernels(gpt2, ["liger"]) == ()
     assert resolve_kernels(phi, ["swiglu", "rope"]) == ("swiglu", "rope")
+    assert resolve_kernels(llama, ["foak", "lora"]) == ("rms-norm", "rope", "lora")
+    assert fused_lora_of(["foak"], quantized=True, dropout=True)
+    assert not fused_lora_of(["foak"], quantized=False, dropout=False)
+    assert [fused_lora_of(["unsloth"], quantized=False, dropout=each) for each in (False, True)] == [True, False]
     with pytest.raises(UsageError, match=r"--kernels rms-norm: .* has no place for it"):
         resolve_kernels(gpt2, ["rms-norm"])
     with pytest.raises(UsageError, match="kernel in --kernels"):
@@ -430,6 +470,7 @@ METHODS = ("full", "lora", "qlora", "parallel-adapter")
 def setups(draw: st.DrawFn) -> TrainingSetup:
     shape, method = draw(shapes), draw(st.sampled_from(METHODS))
     lora = method in ("lora", "qlora")
+    fused = ("lora",) if lora and applies(shape, "lora") else ()
     return setup_of(
         shape,
         method=method,
@@ -448,7 +489,7 @@ def setups(draw: st.DrawFn) -> TrainingSetup:
         attention=draw(st.sampled_from(["sdpa", "flash", "eager"])),
         optimizer=draw(st.sampled_from(get_args(OptimizerName))),
         loss=draw(st.sampled_from(sorted(LOSS_KINDS))),
-        kernels=draw(st.sampled_from([(), resolve_kernels(shape, ["liger"])])),
+        kernels=draw(st.sampled_from([(), resolve_kernels(shape, ["liger"]), fused])),
         reentrant=draw(st.sampled_from([None, True, False])),
         padded=draw(st.booleans()),
         outputs_kept=draw(st.booleans()),

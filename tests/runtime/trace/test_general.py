@@ -19,8 +19,8 @@ from meft.planner.front.estimate import estimate_of
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.plan import find_plan
 from meft.planner.front.request import planning
+from meft.planner.predict.verification import traced_emulated, traced_plan
 from meft.planner.simulation.stream import stream_peaks
-from meft.planner.simulation.verification import traced_emulated, traced_plan
 
 SIZES = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": None}

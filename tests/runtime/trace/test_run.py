@@ -215,6 +215,8 @@ def test_what_cannot_be_run_is_refused_by_name() -> None:
     assert "weights_dtype int8" in refused(method="lora", weights_dtype="int8")
     assert "cannot train quantized weights" in refused(method="full", weights_dtype="nf4")
     assert "attention flash" in refused(method="lora", attention="flash", weights_dtype="fp32")
+    assert "--kernels lora is simulated only" in refused(method="lora", kernels=("lora",))
+    assert "--repeated-heads is simulated only" in refused(method="lora", repeated_heads=True)
     config = config_of("gemma2")
     with pytest.raises(UsageError, match="attention sdpa: not for gemma2"):
         trace_training(setup_of(config, attention="sdpa"), config)

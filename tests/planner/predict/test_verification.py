@@ -12,9 +12,9 @@ from plan_samples import sample_plan
 from meft.planner.base import tracers
 from meft.planner.base.errors import EXIT_INFEASIBLE, EXIT_MACHINE, InfeasibleError, MachineError
 from meft.planner.cli.main import command
+from meft.planner.predict import verification
 from meft.planner.records.plan import Plan, Verification
 from meft.planner.render.plan import plan_view
-from meft.planner.simulation import verification
 from meft.planner.simulation.stream import Stream, StreamEvent
 
 MIB = 1 << 20
