@@ -7,6 +7,7 @@ A *step* is one micro-batch forward and backward unless a name says ``optimizer_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -28,12 +29,13 @@ Lane = Literal["gpu", "h2d", "d2h", "cpu"]
 LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 
 
-_USUAL = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1}
+_USUAL_REQUEST = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1, "token_chunks": None}
+_USUAL_DECISION = {"tokens_see": "union", "token_chunks": 1}
 
 
-def _without_usual(content: dict[str, Any]) -> dict[str, Any]:
+def _without_usual(content: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     """Written only where they say something, so that other plans stay as they were, byte for byte."""
-    return {name: value for name, value in content.items() if name not in _USUAL or value != _USUAL[name]}
+    return {name: value for name, value in content.items() if name not in usual or value != usual[name]}
 
 
 class Request(Record):
@@ -72,6 +74,8 @@ class Request(Record):
     hot_rows: Index | None = None
     bf16_copy: bool | None = None
     tokens_see: TokensSee = "union"
+    token_chunks: Count | None = None
+    """Parts of a micro-batch's tokens whose rows come one after the other; ``None``: one, unless only more fit."""
     gpus: Count = 1
     """Ranks on one machine, each with such a card, that share the host's rows and divide ``grad_accum``."""
     gpus_per_link: Count = 1
@@ -79,7 +83,7 @@ class Request(Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_usual(handler(self))
+        return _without_usual(handler(self), _USUAL_REQUEST)
 
     @model_validator(mode="after")
     def _divides(self) -> Request:
@@ -121,10 +125,12 @@ class Decision(Record):
     hot_after_steps: Count = 32
     """Micro-batches that are counted before the hot rows are chosen, at the end of the window that completes them."""
     tokens_see: TokensSee = "union"
+    token_chunks: Count = 1
+    """Parts of a micro-batch's tokens, each with a union of rows and a cap of its own, in every layer."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_usual(handler(self))
+        return _without_usual(handler(self), _USUAL_DECISION)
 
     @model_validator(mode="after")
     def _consistent(self) -> Decision:
@@ -148,7 +154,21 @@ class Decision(Record):
         if self.hot_rows + self.cached_rows > self.adapter_width:
             both = f"hot_rows {self.hot_rows} and cached_rows {self.cached_rows}"
             raise ValueError(f"{both} are more than adapter_width {self.adapter_width}: a hot row is never cached")
+        if self.token_chunks > 1:
+            self._chunks_consistent()
         return self
+
+    def _chunks_consistent(self) -> None:
+        """A chunk's rows leave the device with it: but for the ring and its neighbour nothing of them is there."""
+        kept = {"cached_rows": self.cached_rows, "hot_rows": self.hot_rows}
+        for name, rows in kept.items():
+            if rows:
+                raise ValueError(f"{name} {rows} beside token_chunks {self.token_chunks}: give one of them")
+        if self.rows_in_backward == "retained":
+            raise ValueError(
+                f"token_chunks {self.token_chunks} bound the rows on the device, which rows_in_backward retained would "
+                f"all keep: give refetched"
+            )
 
 
 class MemoryEntry(Record):

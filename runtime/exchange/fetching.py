@@ -113,15 +113,19 @@ class RowFetcher:
 
     def fetch(self, layer: int, *, again: bool) -> None:
         """Gather the layer's rows into staging and send them to its slot, once the slot's last use is over."""
-        slot, staging = self.on_device.slot(layer), self.staging[self._landing_of(layer)]
         route = self.state.layers[layer].route
         assert route is not None
+        self._bring(layer, layer, route, again=again)
+
+    def _bring(self, layer: int, unit: int, route: Job, *, again: bool) -> None:
+        """The same for ``unit``, which says whose slot it is: the layer, or one of its chunks of tokens."""
+        slot, staging = self.on_device.slot(unit), self.staging[self._landing_of(unit)]
         before, suffix = staging.copy, " again" if again else ""
 
         def gather() -> torch.Tensor:
             placement: Placement = route.result()
             before.wait_on_host()
-            rows = placement.overflow if again else placement.missing
+            rows = placement.rows[placement.travelling(again=again)]
             source = staging.buffer[: rows.shape[0]]
             self.store.gather(layer, rows, source)
             return source
@@ -129,29 +133,28 @@ class RowFetcher:
         jobs = (route, before.job, self.state.updated[layer])
         gathered = self.host.job(f"gather {layer}{suffix}", gather, after=jobs)
         if not again:
-            self._send_indices(layer, route)
+            self._send_indices(unit, route)
 
         def views() -> tuple[torch.Tensor, torch.Tensor]:
             source: torch.Tensor = gathered.result()
-            first = route.result().num_admitted if again else 0
-            return source, slot.buffer[first : first + source.shape[0]]
+            return source, slot.buffer[route.result().travelling(again=again)]
 
         category = "rows_refetched" if again else "rows"
         name = f"rows {layer}{suffix}"
         staging.copy = slot.filled = self.engine.copy(
             "h2d", views, category=category, name=name, point=slot.used, after=(gathered,)
         )
-        slot.layer, slot.filled_again, slot.assembled = layer, again, False
+        slot.layer, slot.filled_again, slot.assembled = unit, again, False
 
-    def _choice(self, target: int, layer: int) -> Job:
-        """A job that lets the router choose ``target``'s rows from the queries of ``layer``."""
+    def _choice(self, target: int, layer: int, tokens: slice = slice(None)) -> Job:
+        """A job that lets the router choose ``target``'s rows from the queries of ``layer``, or of some ``tokens``."""
         queries, mask = self.host.existing("query_landing", self._landing_of(layer)), self.token_mask
         probes = self.host.existing("probes_landing", self._landing_of(target))
         assert queries is not None
 
         def arrived(landing: Landing, copy: Copy) -> torch.Tensor:
             copy.wait_on_host()
-            return landing.buffer if mask is None else landing.buffer[mask]
+            return landing.buffer[tokens] if mask is None else landing.buffer[tokens][mask[tokens]]
 
         copies = (queries.copy, None if probes is None else probes.copy)
 

@@ -12,6 +12,7 @@ from torch import nn
 from meft.planner.records.plan import Decision, Plan
 from meft.runtime.adapter.adapter import AttachedAdapter, attach
 from meft.runtime.adapter.initialise import KeyInit, keys_from_ffn
+from meft.runtime.chunks.exchange import exchange_of
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import Copy, TransferEngine
@@ -340,12 +341,12 @@ def open_session(
             keys_from_ffn(store, model, seed=seed)
     weights = _graph_weights(decision, shape.num_layers, shape.hidden_size, device, seed)
     routers = weights if decision.routing == "key-experts" else []
-    exchange = RowExchange(
+    exchange = exchange_of(
+        decision,
         device=device,
         engine=engine,
         store=store,
         router=router or TopKRouter(decision.top_k, decision.active_rows_cap, decision.num_experts, kernels),
-        decision=decision,
         adapter_dtype=ADAPTER_DTYPES[plan.request.adapter_dtype],
         router_weights=routers,
         cache=cache,
