@@ -34,6 +34,8 @@ class Candidates:
     hot_rows: Ints = 0
     own_rows: Flags = False
     """A token's output uses its own best K rows alone."""
+    token_chunks: int = 1
+    """One number for all."""
 
     @property
     def refetched(self) -> Flags:
@@ -58,6 +60,7 @@ class Candidates:
             bf16_copy=decision.bf16_copy,
             hot_rows=decision.hot_rows,
             own_rows=decision.tokens_see == "own",
+            token_chunks=decision.token_chunks,
         )
 
 

@@ -255,15 +255,17 @@ class Timing(Record):
 
 
 class Sparsity(Record):
-    """Predicted active rows, per layer."""
+    """Predicted active rows, per layer; with token chunks, sums over a micro-batch's chunks."""
 
     active_rows_per_layer: tuple[Index, ...]
     window_active_rows_per_layer: tuple[Index, ...]
     """Rows touched in one accumulation window: what the optimizer updates."""
     missing_rows_per_layer: tuple[Index, ...] = ()
-    """With cached rows: those of a micro-batch that have to travel, the mean over the window. Empty: all of them."""
+    """With cached rows: those of a micro-batch that have to travel, the mean over the window; with token chunks: those
+    that the chunk before does not have. Empty: all of them."""
     overflow_rows_per_layer: tuple[Index, ...] = ()
-    """With cached rows: missing ones that there is no room to keep."""
+    """With cached rows: missing ones that there is no room to keep; with token chunks: those that travel again in
+    backward."""
     kept_rows_per_layer: tuple[Index, ...] = ()
     """With cached rows: how many are on the device at the window's end."""
     hot_rows_per_layer: tuple[Index, ...] = ()

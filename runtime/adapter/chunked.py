@@ -38,17 +38,22 @@ def _fill(
 ) -> None:
     """Write the output, chunk by chunk."""
     for tokens in exchange.chunks_of(layer):
-        rows = exchange.rows(layer)
-        keys, values = rows.tensor_split(2, dim=1)
-        activations, _, gate_of_row = activate(exchange, layer, hidden[tokens].to(rows.dtype), keys, weight)
-        if gate_of_row is not None:
-            activations.mul_(gate_of_row)
-            del gate_of_row
-        if output.dtype == rows.dtype:
-            torch.mm(activations, values, out=output[tokens])
-        else:
-            output[tokens].copy_(activations @ values)
-        del activations
+        _fill_chunk(output[tokens], hidden[tokens], weight, exchange, layer)
+
+
+def _fill_chunk(
+    output: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, exchange: ChunkedExchange, layer: int
+) -> None:
+    rows = exchange.rows(layer)
+    keys, values = rows.tensor_split(2, dim=1)
+    activations, _, gate_of_row = activate(exchange, layer, hidden.to(rows.dtype), keys, weight)
+    if gate_of_row is not None:
+        activations.mul_(gate_of_row)
+        del gate_of_row
+    if output.dtype == rows.dtype:
+        torch.mm(activations, values, out=output)
+    else:
+        output.copy_(activations @ values)
 
 
 class ChunkedAdapterFunction(torch.autograd.Function):

@@ -30,7 +30,7 @@ def plan_dtypes(device: torch.device) -> Iterator[None]:
 
 
 class Activated(NamedTuple):
-    """``ReLU(h K^T)`` of the active rows ``[T, A]``; with Key-Experts the gates ``[T, N]`` and each row's ``[T, A]``."""
+    """``ReLU(h K^T)`` of the active rows ``[T, A]``; with Key-Experts gates ``[T, N]``, and each row's ``[T, A]``."""
 
     activations: torch.Tensor
     gate: torch.Tensor | None
