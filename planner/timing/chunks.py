@@ -32,6 +32,7 @@ class ChunkedProgram(Program):
         num_layers: int,
         prefetch_depth: int,
         checkpointing: Flags,
+        refetched: Flags,
         overlapped: bool,
     ) -> None:
         super().__init__(
@@ -40,14 +41,16 @@ class ChunkedProgram(Program):
             num_layers=num_layers,
             prefetch_depth=prefetch_depth,
             checkpointing=checkpointing,
-            refetched=True,
+            refetched=refetched,
             overlapped=overlapped,
         )
+        self.activate_again = self._by_layer(costs.gpu.activate_again)
         self.chunks = costs.token_chunks
         self.units_there: list[Floats] = [0.0] * (num_layers * self.chunks)
         """When each unit's rows are on the device."""
         self.ring = int(chunk_ring_slots(prefetch_depth=self.depth, num_layers=num_layers))
-        self.routed: Floats = 0.0
+        self.routed_up_to = 0
+        """Chunks of the layer at hand whose rows are chosen."""
 
     def forward(self, layer: int) -> None:
         """One layer: its chunks' rows come from its own hidden state."""
@@ -93,7 +96,7 @@ class ChunkedProgram(Program):
             if self.depth:
                 self.bring_again(unit - self.depth, done)
             emptied = (left if self.overlapped else added).get(unit + slots, 0.0)
-            seconds = self.adapter_backward[layer] + self.assemble[layer]
+            seconds = self.adapter_backward[layer] + self.activate_again[layer] + self.assemble[layer]
             done = self.run("gpu", f"adapter backward {layer}", seconds, self.units_there[unit], emptied)
             if self.overlapped and unit + 1 in left:
                 added[unit + 1] = self.add_up((unit + 1) // self.chunks, left[unit + 1])
