@@ -201,6 +201,11 @@ class ChunkedExchange(RowExchange):
 
     # --- what is asked beside the steps --------------------------------------------------------------------------
 
+    def unit_rows(self) -> list[torch.Tensor]:
+        """Active rows of every unit of the micro-batch, int64 ``[A]``, in the order of forward."""
+        units = range(len(self.layers) * self.token_chunks)
+        return [self._chunk_fetcher.placed(unit).result().rows for unit in units]
+
     def look_ahead_recall(self, layer: int, hidden: torch.Tensor) -> float:
         """All of it: a chunk's rows are chosen from its own hidden states, however early they travel."""
         del layer, hidden
@@ -210,7 +215,8 @@ class ChunkedExchange(RowExchange):
         return range(layer * self.token_chunks, (layer + 1) * self.token_chunks)
 
 
-def exchange_of(decision: Decision, **parts: Any) -> RowExchange:
-    """The exchange that a decision asks for; ``parts`` as :class:`RowExchange` has them."""
-    kind = ChunkedExchange if decision.token_chunks > 1 else RowExchange
-    return kind(decision=decision, **parts)
+def exchange_of(decision: Decision, *, placer: ChunkPlacer | None = None, **parts: Any) -> RowExchange:
+    """The exchange that a decision asks for; ``parts`` as :class:`RowExchange` has them, ``placer`` for chunks."""
+    if decision.token_chunks == 1:
+        return RowExchange(decision=decision, **parts)
+    return ChunkedExchange(decision=decision, placer=placer or NeighbourPlacer(), **parts)
