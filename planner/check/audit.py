@@ -347,7 +347,7 @@ def _estimated_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
         )
     ]
     highest = [layer.p99 for layer in observed.active_rows if layer.p99 is not None]
-    if highest and sparsity.quantile_rows_per_layer:
+    if highest and sparsity.quantile_rows_per_layer and plan.decision.token_chunks == 1:  # planned is a chunk's
         rows.append(
             _row(
                 "active_rows_p99",

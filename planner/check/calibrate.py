@@ -83,8 +83,8 @@ class Calibration:
 def calibrate(runs: Sequence[Run], profiles: ProfileSet) -> Calibration:
     """Correct ``profiles``, on which every plan rests, by the runs.
 
-    Raises :class:`UsageError` for a report of another plan, a rehearsal, a plan with hot rows, plans of different
-    models or profiles, and reports of different devices.
+    Raises :class:`UsageError` for a report of another plan, a rehearsal, a plan with hot rows or token chunks, plans of
+    different models or profiles, and reports of different devices.
     """
     _check(runs)
     corrected, notes = _correct(runs, profiles)
@@ -103,6 +103,11 @@ def _check(runs: Sequence[Run]) -> None:
             raise UsageError(
                 f"plan {number}: hot_rows {run.plan.decision.hot_rows}: what such rows carry is not told from a report "
                 f"yet; calibrate runs with --hot-rows 0"
+            )
+        if run.plan.decision.token_chunks > 1:
+            raise UsageError(
+                f"plan {number}: token_chunks {run.plan.decision.token_chunks}: its report has sums over chunks, which "
+                f"do not tell what one activates; calibrate runs with --token-chunks 1"
             )
         if run.plan.request.model != first.plan.request.model:
             raise UsageError(

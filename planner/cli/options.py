@@ -217,6 +217,12 @@ def decision_options(command: Command) -> Command:
             "[default: union]",
         ),
         click.option(
+            "--token-chunks",
+            type=click.IntRange(min=1),
+            help="Parts of a batch's tokens, each with active rows and a cap of its own: a long sequence in the memory "
+            "of a short one. [default: 1, more where nothing else fits]",
+        ),
+        click.option(
             "--hot-rows",
             type=click.IntRange(0, MAX_WIDTH),
             help="Rows per layer that live on the device with their optimizer state: the most often active ones.",

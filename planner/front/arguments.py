@@ -62,6 +62,7 @@ class PlanArguments(TypedDict, total=False):
     routing: Routing | None
     rows_in_backward: RowsInBackward | None
     tokens_see: TokensSee | None
+    token_chunks: int | None
     hot_rows: int | None
     bf16_copy: bool | None
     context_overhead: Size | None
@@ -95,6 +96,7 @@ class EstimateArguments(TypedDict, total=False):
     routing: Routing | None
     rows_in_backward: RowsInBackward | None
     tokens_see: TokensSee | None
+    token_chunks: int | None
     hot_rows: int | None
     bf16_copy: bool | None
     weights_dtype: WeightsDtype | None

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.errors import UsageError
 from meft.planner.base.schema import Record
-from meft.planner.front.options import MAX_RANK, BatchSize, Depth, GradAccum, Rows, SeqLen, Width
+from meft.planner.front.options import MAX_RANK, BatchSize, Chunks, Depth, GradAccum, Rows, SeqLen, Width
 from meft.planner.records.peft_methods import split_method
 from meft.planner.records.plan import Attention, Routing, RowsInBackward, TokensSee
 from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, MethodName, OptimizerName, optimizer_name
@@ -37,6 +37,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "routing": ("meft",),
     "rows_in_backward": ("meft",),
     "tokens_see": ("meft",),
+    "token_chunks": ("meft",),
     "hot_rows": ("meft",),
     "bf16_copy": ("meft",),
     "autocast": _DENSE,
@@ -101,6 +102,7 @@ class EstimateRequest(Record):
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
     tokens_see: TokensSee | None = None
+    token_chunks: Chunks | None = None
     hot_rows: Rows | None = None
     bf16_copy: bool | None = None
     weights_dtype: WeightsDtype | None = None

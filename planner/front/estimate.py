@@ -351,6 +351,7 @@ def _options(asked: EstimateRequest) -> RequestOptions:
         routing=asked.routing,
         rows_in_backward=asked.rows_in_backward,
         tokens_see=asked.tokens_see,
+        token_chunks=asked.token_chunks,
         hot_rows=asked.hot_rows,
         bf16_copy=asked.bf16_copy,
     )

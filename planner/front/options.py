@@ -26,6 +26,7 @@ GradAccum = Annotated[int, Field(ge=1, le=MAX_GRAD_ACCUM, strict=True)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH, strict=True)]
 Rows = Annotated[int, Field(ge=0, le=MAX_WIDTH, strict=True)]
 Depth = Annotated[int, Field(ge=0, strict=True)]
+Chunks = Annotated[int, Field(ge=1, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class RequestOptions:
     routing: Routing | None = None
     rows_in_backward: RowsInBackward | None = None
     tokens_see: TokensSee | None = None
+    token_chunks: Chunks | None = None
     hot_rows: Rows | None = None
     bf16_copy: bool | None = None
     context_overhead: int | None = None

@@ -255,6 +255,7 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "routing": options.routing,
         "rows_in_backward": options.rows_in_backward,
         "tokens_see": options.tokens_see,
+        "token_chunks": options.token_chunks,
         "hot_rows": options.hot_rows,
         "bf16_copy": options.bf16_copy,
         "active_rows_quantile": options.active_rows_quantile,

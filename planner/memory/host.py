@@ -129,7 +129,8 @@ def host_bytes_by_category(*, request: Request, candidates: Candidates) -> dict[
     )
     probes = request.tokens_per_step * candidates.num_probes * INDEX_BYTES
     slots = ring_slots(prefetch_depth=prefetch_depth, num_layers=num_layers)
-    queried = layers_queried(num_layers=num_layers, prefetch_depth=prefetch_depth)
+    chunked = candidates.token_chunks > 1
+    queried = layers_queried(num_layers=num_layers, prefetch_depth=prefetch_depth, token_chunks=candidates.token_chunks)
     indices = active_rows_cap * INDEX_BYTES
     copied = candidates.bf16_copy if request.adapter_dtype == "bf16" else 0
     sizes: dict[str, Ints] = {
@@ -146,7 +147,7 @@ def host_bytes_by_category(*, request: Request, candidates: Candidates) -> dict[
         "query_landing": _smaller(slots, queried) * query_buffer,
         "probes_landing": key_experts * slots * probes,
         "row_experts_landing": key_experts * slots * indices,
-        "row_positions_landing": (cached_rows + hot_rows > 0) * slots * indices,
+        "row_positions_landing": ((cached_rows + hot_rows > 0) | chunked) * slots * indices,
     }
     return sizes if request.gpus == 1 else _of_ranks(request, candidates, sizes)
 

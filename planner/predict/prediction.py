@@ -28,6 +28,7 @@ from meft.planner.records.plan import (
 from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
 from meft.planner.timing.chrome import Event
 from meft.planner.timing.step import step_timing
+from meft.planner.traffic.chunks import predict_chunked_sparsity
 from meft.planner.traffic.hot_rows import HotRows
 from meft.planner.traffic.sparsity import hot_rows_among, predict_sparsity
 from meft.planner.traffic.transfer import step_transfer
@@ -169,14 +170,18 @@ def _sparsity(request: Request, decision: Decision, profile: SparsityProfile, gi
 
     The window's rows are then those expected, but no fewer than a micro-batch's and no more than all of its sum.
     """
-    expected = predict_sparsity(profile, request=request, decision=decision)
+    if decision.token_chunks > 1:
+        expected = predict_chunked_sparsity(profile, request=request, decision=decision)
+    else:
+        expected = predict_sparsity(profile, request=request, decision=decision)
     if given is None:
         return expected
     rows = np.array(given, dtype=np.int64)
     if len(rows) != request.model.num_layers:
         raise ValueError(f"active rows are given for {len(rows)} layers, the model has {request.model.num_layers}")
-    if rows.min() < 0 or rows.max() > decision.active_rows_cap:
-        raise ValueError(f"active rows {list(given)} are not all between 0 and the cap {decision.active_rows_cap}")
+    most = decision.active_rows_cap * decision.token_chunks
+    if rows.min() < 0 or rows.max() > most:
+        raise ValueError(f"active rows {list(given)} are not all between 0 and the cap {most}")
     window = np.clip(expected.window_active_rows_per_layer, rows, rows * request.grad_accum)
     update = {
         "active_rows_per_layer": tuple(rows.tolist()),
@@ -193,7 +198,7 @@ def _sparsity(request: Request, decision: Decision, profile: SparsityProfile, gi
     if hot is not None:
         update |= {"hot_rows_per_layer": tuple(hot.active.tolist())}
         rows = rows - hot.active
-    if decision.cached_rows:
+    if decision.cached_rows or decision.token_chunks > 1:
         missing = np.minimum(expected.missing_rows_per_layer, rows)
         overflow = np.minimum(expected.overflow_rows_per_layer, missing)
         update |= {

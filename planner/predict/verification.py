@@ -73,8 +73,12 @@ def _at_cap(plan: Plan, config: Mapping[str, Any], workspace_bytes: int) -> tupl
 
 
 def _with_rows_at_cap(plan: Plan) -> Plan:
-    rows = (plan.decision.active_rows_cap,) * plan.request.model.num_layers
-    sparsity = plan.prediction.sparsity.model_copy(update={"active_rows_per_layer": rows})
+    decision = plan.decision
+    rows = (decision.active_rows_cap * decision.token_chunks,) * plan.request.model.num_layers
+    update = {"active_rows_per_layer": rows}
+    if decision.token_chunks > 1:
+        update |= {"missing_rows_per_layer": rows}  # no chunk has a row in common with the one before
+    sparsity = plan.prediction.sparsity.model_copy(update=update)
     return plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"sparsity": sparsity})})
 
 

@@ -35,6 +35,8 @@ class Candidates:
     own_rows: Flags = False
     """A token's output uses its own best K rows alone."""
     gather_chunks: Ints = 1
+    token_chunks: int = 1
+    """One number for all."""
 
     @property
     def refetched(self) -> Flags:
@@ -60,6 +62,7 @@ class Candidates:
             hot_rows=decision.hot_rows,
             own_rows=decision.tokens_see == "own",
             gather_chunks=decision.gather_chunks,
+            token_chunks=decision.token_chunks,
         )
 
 

@@ -7,6 +7,7 @@ A *step* is one micro-batch forward and backward unless a name says ``optimizer_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -28,12 +29,13 @@ Lane = Literal["gpu", "h2d", "d2h", "cpu"]
 LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 
 
-_USUAL = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1, "gather_chunks": 1}
+_USUAL_REQUEST = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1, "token_chunks": None}
+_USUAL_DECISION = {"tokens_see": "union", "token_chunks": 1, "gather_chunks": 1}
 
 
-def _without_usual(content: dict[str, Any]) -> dict[str, Any]:
+def _without_usual(content: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     """Written only where they say something, so that other plans stay as they were, byte for byte."""
-    return {name: value for name, value in content.items() if name not in _USUAL or value != _USUAL[name]}
+    return {name: value for name, value in content.items() if name not in usual or value != usual[name]}
 
 
 class Request(Record):
@@ -72,6 +74,8 @@ class Request(Record):
     hot_rows: Index | None = None
     bf16_copy: bool | None = None
     tokens_see: TokensSee = "union"
+    token_chunks: Count | None = None
+    """Parts of a micro-batch's tokens whose rows come one after the other; ``None``: one, unless only more fit."""
     gpus: Count = 1
     """Ranks on one machine, each with such a card, that share the host's rows and divide ``grad_accum``."""
     gpus_per_link: Count = 1
@@ -79,7 +83,7 @@ class Request(Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_usual(handler(self))
+        return _without_usual(handler(self), _USUAL_REQUEST)
 
     @model_validator(mode="after")
     def _divides(self) -> Request:
@@ -124,10 +128,12 @@ class Decision(Record):
     gather_chunks: Count = 1
     """Without look-ahead: in forward a layer's rows are gathered and sent in so many parts, one travels while the next
     is gathered."""
+    token_chunks: Count = 1
+    """Parts of a micro-batch's tokens, each with a union of rows and a cap of its own, in every layer."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_usual(handler(self))
+        return _without_usual(handler(self), _USUAL_DECISION)
 
     @model_validator(mode="after")
     def _consistent(self) -> Decision:
@@ -154,7 +160,21 @@ class Decision(Record):
         if self.hot_rows + self.cached_rows > self.adapter_width:
             both = f"hot_rows {self.hot_rows} and cached_rows {self.cached_rows}"
             raise ValueError(f"{both} are more than adapter_width {self.adapter_width}: a hot row is never cached")
+        if self.token_chunks > 1:
+            self._chunks_consistent()
         return self
+
+    def _chunks_consistent(self) -> None:
+        """A chunk's rows leave the device with it: but for the ring and its neighbour nothing of them is there."""
+        kept = {"cached_rows": self.cached_rows, "hot_rows": self.hot_rows}
+        for name, rows in kept.items():
+            if rows:
+                raise ValueError(f"{name} {rows} beside token_chunks {self.token_chunks}: give one of them")
+        if self.rows_in_backward == "retained":
+            raise ValueError(
+                f"token_chunks {self.token_chunks} bound the rows on the device, which rows_in_backward retained would "
+                f"all keep: give refetched"
+            )
 
 
 class MemoryEntry(Record):
@@ -262,15 +282,17 @@ class Timing(Record):
 
 
 class Sparsity(Record):
-    """Predicted active rows, per layer."""
+    """Predicted active rows, per layer; with token chunks, sums over a micro-batch's chunks."""
 
     active_rows_per_layer: tuple[Index, ...]
     window_active_rows_per_layer: tuple[Index, ...]
     """Rows touched in one accumulation window: what the optimizer updates."""
     missing_rows_per_layer: tuple[Index, ...] = ()
-    """With cached rows: those of a micro-batch that have to travel, the mean over the window. Empty: all of them."""
+    """With cached rows: those of a micro-batch that have to travel, the mean over the window; with token chunks: those
+    that the chunk before does not have. Empty: all of them."""
     overflow_rows_per_layer: tuple[Index, ...] = ()
-    """With cached rows: missing ones that there is no room to keep."""
+    """With cached rows: missing ones that there is no room to keep; with token chunks: those that travel again in
+    backward."""
     kept_rows_per_layer: tuple[Index, ...] = ()
     """With cached rows: how many are on the device at the window's end."""
     hot_rows_per_layer: tuple[Index, ...] = ()

@@ -71,9 +71,10 @@ class ActiveRows(Record):
     total: Index
     """Sum over steps: with it the transfer model gives the counted bytes exactly (see ``meft-plan audit``)."""
     missing_total: Index | None = None
-    """With rows cached on the device: those that travelled, summed over steps."""
+    """With rows cached on the device: those that travelled, summed over steps; with token chunks: those that the chunk
+    before did not have."""
     overflow_total: Index | None = None
-    """Those that were not kept."""
+    """Those that were not kept; with token chunks: those that travelled again in backward."""
     kept_total: Index | None = None
     """Rows kept at the end of each window, summed over windows."""
     hot_total: Index | None = None

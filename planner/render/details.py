@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from meft.planner.base.quantities import chunk_tokens
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.records.plan import (
     LANES,
@@ -138,6 +139,7 @@ def _decision(plan: Plan) -> View:
         ("adapter width", f"{decision.adapter_width:,}", _why_width(plan)),
         ("top K", f"{decision.top_k:,}", _given(plan.request.top_k, "rows that each token chooses")),
         *_tokens_see(plan),
+        *_token_chunks(plan),
         ("active rows cap", f"{decision.active_rows_cap:,}", _why_cap(plan)),
         ("prefetch depth", str(decision.prefetch_depth), _why_prefetch(plan)),
         ("routing", decision.routing, _given(plan.request.routing, _why_routing(plan))),
@@ -157,6 +159,17 @@ def _tokens_see(plan: Plan) -> list[tuple[str, str, str]]:
     return [("tokens see", "own rows", "of those that travel a token's output uses its own best K alone (as asked)")]
 
 
+def _token_chunks(plan: Plan) -> list[tuple[str, str, str]]:
+    """Where there are several."""
+    chunks, sparsity = plan.decision.token_chunks, plan.prediction.sparsity
+    if chunks == 1:
+        return []
+    size = chunk_tokens(plan.request.tokens_per_step, chunks)
+    share = 1 - sum(sparsity.missing_rows_per_layer) / max(1, sum(sparsity.active_rows_per_layer))
+    why = f"of {size:,} tokens, each with rows of its own; {percent(share)} of them are there from the one before"
+    return [("token chunks", f"{chunks:,}", _given(plan.request.token_chunks, why))]
+
+
 def _given(asked: object, why: str) -> str:
     return why if asked is None else f"{why} (as asked)"
 
@@ -172,7 +185,9 @@ def _why_width(plan: Plan) -> str:
 
 def _why_cap(plan: Plan) -> str:
     sparsity = plan.prediction.sparsity
-    rows, most = sparsity.active_rows_per_layer, max(sparsity.active_rows_per_layer)
+    chunks = plan.decision.token_chunks
+    rows = [rows_of_layer // chunks for rows_of_layer in sparsity.active_rows_per_layer]
+    most = max(rows)
     spare = plan.decision.active_rows_cap / most - 1 if most else 0.0
     why = f"{most:,} expected{' in the busiest layer' if min(rows) != most else ''}, {percent(spare)} room above"
     if sparsity.quantile is not None and sparsity.quantile_rows_per_layer:
@@ -185,6 +200,8 @@ def _why_prefetch(plan: Plan) -> str:
     if depth == 0:
         chunks = plan.decision.gather_chunks
         why = "rows are chosen exactly, and waited for" + f", in {chunks} parts" * (chunks > 1)
+    elif plan.decision.token_chunks > 1:
+        why = f"fetched {depth} chunk{'s' * (depth > 1)} ahead within a layer; rows are chosen exactly"
     else:
         why = f"fetched {depth} layer{'s' * (depth > 1)} ahead; finds {percent(recall)} of the exact choice"
     return _given(plan.request.prefetch_depth, why)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from meft.planner.base.quantities import chunk_tokens
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.memory.disk import disk
 from meft.planner.records.plan import Objective, Plan, host_budget_of
@@ -167,8 +168,10 @@ def _about_width(plan: Plan) -> str:
 
 
 def _about_top_k(plan: Plan) -> str:
-    most = max(plan.prediction.sparsity.active_rows_per_layer)
-    return f"rows that each token uses; a batch some {most:,} a layer, {plan.decision.active_rows_cap:,} at most"
+    chunks = plan.decision.token_chunks
+    most = max(plan.prediction.sparsity.active_rows_per_layer) // chunks
+    some = "batch" if chunks == 1 else f"chunk of {chunk_tokens(plan.request.tokens_per_step, chunks):,} tokens"
+    return f"rows that each token uses; a {some} some {most:,} a layer, {plan.decision.active_rows_cap:,} at most"
 
 
 def _about_routing(plan: Plan) -> str:
@@ -186,6 +189,8 @@ def _about_prefetch(plan: Plan) -> str:
     depth, recall = plan.decision.prefetch_depth, plan.prediction.sparsity.prefetch_recall
     if not depth:
         return "layers ahead; 0: rows are chosen exactly, and waited for"
+    if plan.decision.token_chunks > 1:
+        return f"of {plan.decision.token_chunks} token chunks that rows are fetched ahead, chosen exactly"
     return f"layers ahead that rows are fetched, which finds {percent(recall)} of the exact choice"
 
 

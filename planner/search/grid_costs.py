@@ -18,6 +18,7 @@ from meft.planner.memory.host import host_total_bytes
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Request
 from meft.planner.search.space import Space
+from meft.planner.traffic.chunks import chunk_rows, summed
 from meft.planner.traffic.hot_rows import HotRows
 from meft.planner.traffic.sparsity import WindowRows, at_seq_len, hot_rows_among, window_rows
 from meft.planner.traffic.transfer import StepRows, window_bytes
@@ -58,8 +59,11 @@ def grid_hot_rows(space: Space, request: Request, profiles: ProfileSet) -> HotRo
 def grid_window_rows(space: Space, request: Request, profiles: ProfileSet, cache_place: int) -> WindowRows | None:
     """What a window's rows do under a cache, of every routing; None where it caches none.
 
-    No cap is below the active rows, so the cap is not among what they depend on.
+    No cap is below the active rows, so the cap is not among what they depend on. With token chunks, for the only
+    prefetch depth of the grid, what of a micro-batch's rows travels.
     """
+    if space.token_chunks > 1:
+        return _grid_chunk_rows(space, request, profiles)
     if not space.cached_rows[cache_place].any():
         return None
     return window_rows(
@@ -69,6 +73,20 @@ def grid_window_rows(space: Space, request: Request, profiles: ProfileSet, cache
         grad_accum=request.rounds,
         candidates=replace(space.candidates_at(cache_place), active_rows_cap=space.adapter_width),
     )
+
+
+def _grid_chunk_rows(space: Space, request: Request, profiles: ProfileSet) -> WindowRows:
+    chosen = replace(space.candidates_at(0), active_rows_cap=space.adapter_width)
+    rows = chunk_rows(
+        at_seq_len(profiles.sparsity, request.seq_len),
+        request.model.num_layers,
+        tokens=request.tokens_per_step,
+        token_chunks=space.token_chunks,
+        candidates=chosen,
+    )
+    (depth,) = space.prefetch_depths
+    _, missing, again = summed(rows, token_chunks=space.token_chunks, prefetch_depth=depth)
+    return WindowRows(missing=missing, overflow=again, kept=np.zeros_like(missing))
 
 
 def grid_window_bytes(space: Space, request: Request, rows_of: RowsOfCache, hot: HotRows | None) -> NDArray[np.int64]:

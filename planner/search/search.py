@@ -25,7 +25,7 @@ look-ahead gathers its rows in parts where its step is the shorter for that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.memory.budget import host_budget_bytes
@@ -55,8 +55,13 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
     refuse, and for a sparsity profile of another number of layers.
     """
     check_request(request)
+    if (request.token_chunks or 1) > 1:
+        return _with_chunks(request, profiles, meft_version=meft_version)
     fitting = _fitting(request, profiles)
     if fitting.found is None:
+        chunked = _with_chunks(request, profiles, meft_version=meft_version, unasked=True)
+        if isinstance(chunked, Plan):
+            return chunked
         return _infeasible(request, profiles, short_bytes=fitting.short_bytes)
     sifted, winner = fitting.found
     decision = sifted.decision(winner)
@@ -80,6 +85,45 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
     )
 
 
+def _with_chunks(
+    request: Request, profiles: ProfileSet, *, meft_version: str, unasked: bool = False
+) -> Plan | Infeasible | None:
+    """The best plan with token chunks; ``unasked``, None where none may be tried or none fits."""
+    from meft.planner.search.chunked import fitting_chunked, may_chunk  # a plan does without these
+
+    if unasked and not may_chunk(request):
+        return None
+    fitting = fitting_chunked(request, profiles)
+    if fitting.found is None:
+        return None if unasked else _infeasible(request, profiles, short_bytes=fitting.short_bytes)
+    weighed, winner = fitting.found
+    decision = weighed.decision(winner)
+    prediction = predict(request, decision, profiles)
+    counted = counted_bytes(request=request, decision=decision, gpu=profiles.gpu)
+    _check_pairs(
+        {
+            "peak allocated at the cap": (weighed.at(weighed.allocated_bytes, winner), counted),
+            "host memory": (weighed.at(weighed.host_bytes, winner), prediction.host_memory.total_bytes),
+            "step seconds": (weighed.at(weighed.step_seconds, winner), prediction.timing.step_seconds),
+        }
+    )
+    memory = prediction.device_memory
+    unused_bytes = max(memory.peak_reserved_bytes - memory.peak_allocated_bytes, 0)
+    points = weighed.front(winner, request)
+    return Plan(
+        meft_version=meft_version,
+        request=request,
+        decision=decision,
+        prediction=prediction,
+        inputs=inputs_used(request, decision, profiles),
+        search=SearchSummary(
+            candidates=weighed.space.num_candidates,
+            feasible=int(weighed.feasible.sum()),
+            pareto=tuple(weighed.point(index, request, unused_bytes=unused_bytes) for index in points),
+        ),
+    )
+
+
 def _fitting(request: Request, profiles: ProfileSet) -> Fitting[tuple[Sifted, Index]]:
     """The best decision that the device holds, as a place in a grid."""
     sifted = Sifted(request, profiles)
@@ -98,6 +142,10 @@ def _fitting(request: Request, profiles: ProfileSet) -> Fitting[tuple[Sifted, In
 
 def check_request(request: Request) -> None:
     """Refuse what contradicts itself and what the runtime does not train; raises :class:`UsageError`."""
+    if (request.token_chunks or 1) > 1:
+        from meft.planner.search.chunked import check_chunks
+
+        check_chunks(request)
     shape, width, top_k = request.model, request.adapter_width, request.top_k
     as_stored = request.weights_dtype == "int8" and shape.stored is not None
     if request.weights_dtype in ("fp16", "int8") and not as_stored:
@@ -181,9 +229,10 @@ def with_gather_chunks(
 ) -> tuple[Decision, Prediction]:
     """The decision with its rows gathered and sent in as many parts as make its step shortest, if that pays.
 
-    Only time changes: the parts are of the same buffers. With look-ahead rows are there before they are wanted.
+    Only time changes: the parts are of the same buffers. With look-ahead rows are there before they are wanted, and
+    chunks of tokens pipeline by themselves.
     """
-    if decision.prefetch_depth:
+    if decision.prefetch_depth or decision.token_chunks > 1:
         return decision, prediction
     tried = [decision.model_copy(update={"gather_chunks": chunks}) for chunks in GATHER_CHUNKS]
     timings = [timing_of(request, each, profiles, prediction.sparsity) for each in tried]
@@ -208,6 +257,11 @@ def _infeasible(request: Request, profiles: ProfileSet, *, short_bytes: int | No
     from meft.planner.search.weighing import weigh
 
     def best_of(changed: Request) -> Decision | None:
+        if (changed.token_chunks or 1) > 1:
+            from meft.planner.search.chunked import fitting_chunked
+
+            chunked = fitting_chunked(changed, profiles).found
+            return None if chunked is None else chunked[0].decision(chunked[1])
         found = _fitting(changed, profiles).found
         return None if found is None else found[0].decision(found[1])
 
@@ -232,6 +286,10 @@ def _check_consistent(sifted: Sifted, winner: Index, prediction: Prediction) -> 
     moved = sifted.window_bytes_at(winner)
     if moved is not None:
         pairs["bytes per window"] = (moved, prediction.transfer.window_bytes(sifted.request.rounds))
+    _check_pairs(pairs)
+
+
+def _check_pairs(pairs: Mapping[str, tuple[float, float | None]]) -> None:
     for name, (searched, predicted) in pairs.items():
         if predicted is None or not math.isclose(searched, predicted, rel_tol=SAME_SECONDS):
             raise RuntimeError(f"the search found {name} {searched} where the prediction says {predicted}")

@@ -24,7 +24,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.base.quantities import Ints
+from meft.planner.base.quantities import Ints, chunk_tokens
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, Request, RowsInBackward, TokensSee
 from meft.planner.records.profiles import SparsityProfile
@@ -98,6 +98,8 @@ class Space:
     hot_rows: int = 0
     """As asked; where nobody asks, the search looks for them once it has a winner."""
     tokens_see: TokensSee = "union"
+    token_chunks: int = 1
+    """As asked; where it is more than one, ``active_rows`` are sums over chunks, and caps are a chunk's."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -127,6 +129,7 @@ class Space:
             gradients_on_device=np.array(self.gradients_on_device).reshape(-1, 1, 1, 1, 1, 1),
             hot_rows=self.hot_rows,
             own_rows=self.tokens_see == "own",
+            token_chunks=self.token_chunks,
         )
 
     def candidates_at(self, cache: int, backward: int = 0) -> Candidates:
@@ -159,6 +162,7 @@ class Space:
             cached_rows=int(self.cached_rows[cache, routing]),
             hot_rows=self.hot_rows,
             tokens_see=self.tokens_see,
+            token_chunks=self.token_chunks,
             gradients_on_device=self.gradients_on_device[cache],
             bf16_copy=self.bf16_copies[0] if bf16_copy is None else bf16_copy,
         )
@@ -172,12 +176,16 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
     sparsity = at_seq_len(sparsity, request.seq_len)
     experts = routings.key_experts
     union = partial(active_rows_per_layer, sparsity, num_layers, top_k=top_k, adapter_width=width, key_experts=experts)
-    step, window = union(tokens=tokens), union(tokens=tokens * request.grad_accum)
-    caps = active_rows_caps(request, sparsity, adapter_width=width, active_rows=step, window_active_rows=window)
+    chunks = request.token_chunks or 1
+    step, window = union(tokens=chunk_tokens(tokens, chunks)), union(tokens=tokens * request.grad_accum)
+    caps = active_rows_caps(
+        request, sparsity, adapter_width=width, active_rows=step, window_active_rows=window, parts=chunks
+    )
     checkpointing = request.activation_checkpointing
     depths = prefetch_depths(request, sparsity)
     caches = TRAFFIC_CACHES if request.objective == "traffic" else CACHES
-    caches = caches if request.rounds > 1 else CACHES[:1]  # in a window of one micro-batch nothing comes twice
+    # in a window of one micro-batch nothing comes twice, and chunks keep nothing from one micro-batch to the next
+    caches = caches if request.rounds > 1 and chunks == 1 else CACHES[:1]
     most_cached = width - (request.hot_rows or 0)
     cached = np.minimum(
         cached_rows(sparsity, adapter_width=width, window_active_rows=window, caches=caches), most_cached
@@ -188,9 +196,11 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
         cached_rows=cached,
         gradients_on_device=on_device,
         prefetch_depths=depths,
-        prefetch_recall=np.asarray(prefetch_recall(sparsity, prefetch_depth=np.array(depths))),
+        prefetch_recall=np.ones(len(depths))
+        if chunks > 1
+        else np.asarray(prefetch_recall(sparsity, prefetch_depth=np.array(depths))),
         activation_checkpointing=(False, True) if checkpointing is None else (checkpointing,),
-        rows_in_backward=ROWS_IN_BACKWARD if request.rows_in_backward is None else (request.rows_in_backward,),
+        rows_in_backward=_rows_in_backward(request),
         caps=caps,
         is_new=_is_new_cache(cached, on_device)[:, None, None, None, None, :] & _is_new(caps.T).T,
         adapter_width=width,
@@ -198,11 +208,18 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
         num_experts=routings.num_experts,
         num_probes=routings.num_probes,
         key_experts=experts,
-        active_rows=step,
+        active_rows=chunks * step,
         window_active_rows=window,
         hot_rows=request.hot_rows or 0,
         tokens_see=request.tokens_see,
+        token_chunks=chunks,
     )
+
+
+def _rows_in_backward(request: Request) -> tuple[RowsInBackward, ...]:
+    if request.rows_in_backward is not None:
+        return (request.rows_in_backward,)
+    return ROWS_IN_BACKWARD if (request.token_chunks or 1) == 1 else ("refetched",)
 
 
 def prefetch_depths(request: Request, sparsity: SparsityProfile) -> tuple[int, ...]:
@@ -243,11 +260,12 @@ def active_rows_caps(
     adapter_width: NDArray[np.int64],
     active_rows: NDArray[np.int64],
     window_active_rows: NDArray[np.int64],
+    parts: int = 1,
 ) -> NDArray[np.int64]:
     """Caps ``[caps, routings]``, ascending: multiples of the most rows that a batch is expected to activate, and ``R``.
 
     That most is the busiest layer's, with the profile's spread at the request's quantile of batches. Active rows are
-    ``[L, routings]``.
+    ``[L, routings]``; of a chunk where a micro-batch has several ``parts``.
     """
     busiest = active_rows.max(axis=0)
     highest = highest_active_rows(
@@ -255,7 +273,7 @@ def active_rows_caps(
         spread_fraction=spread_at(sparsity.spread_fraction, quantile=request.active_rows_quantile),
         adapter_width=adapter_width,
     )
-    per_step_of_window = -(-window_active_rows.max(axis=0) // request.grad_accum)
+    per_step_of_window = -(-window_active_rows.max(axis=0) // (request.grad_accum * parts))
     least = np.maximum(highest, per_step_of_window)
     multiples = [np.ceil(multiple * least).astype(np.int64) for multiple in CAP_MULTIPLES]
     caps: NDArray[np.int64] = np.minimum(np.stack([*multiples, adapter_width]), adapter_width)

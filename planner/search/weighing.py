@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from meft.planner.memory.budget import host_budget_bytes
 from meft.planner.predict.prediction import ProfileSet, adapter_parameters
 from meft.planner.records.plan import Decision, ParetoPoint, Request
-from meft.planner.search.choosing import Values, first_in_order, ranks
 from meft.planner.search.grid_costs import (
     grid_allocated_bytes,
     grid_host_bytes,
@@ -26,7 +25,15 @@ from meft.planner.search.grid_costs import (
 )
 from meft.planner.search.grid_timing import grid_step_seconds, with_copies_that_pay
 from meft.planner.search.infeasible import Limit
-from meft.planner.search.pareto import PARETO_NEAR, PARETO_POINTS, pareto_front, thinned
+from meft.planner.search.pareto import (
+    PARETO_NEAR,
+    PARETO_POINTS,
+    Values,
+    first_in_order,
+    pareto_front,
+    ranks,
+    thinned,
+)
 from meft.planner.search.space import CAP_AXIS, Space, enumerate_space
 
 

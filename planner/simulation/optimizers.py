@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES
+from meft.planner.records.plan import Decision, Request
 from meft.planner.records.setup import OptimizerName
 from meft.planner.simulation.autograd import Leaf, Tape, Tensor
-from meft.planner.simulation.formats import BF16, FP32
+from meft.planner.simulation.formats import BF16, BOOL, FP32
+from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
 
+FP64 = 8
 EIGHT_BIT_MIN_NUMEL = 4096
 """bitsandbytes keeps the moments of smaller tensors in fp32."""
 EIGHT_BIT_BLOCK = 256
@@ -276,3 +280,95 @@ class Optimizer:
             update = ortho
             del ortho
         del update
+
+
+# --- what the device updates of a sparse adapter ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SparseUpdate:
+    """The optimizer step of MEFT on the device: its routers ``[N, D]``, and its hot rows."""
+
+    tape: Tape
+    request: Request
+    decision: Decision
+    routers: Sequence[Tensor]
+
+    def run(self, *, hot: bool) -> None:
+        """Clip and update; ``hot`` rows where they have been chosen."""
+        gated = self.decision.routing == "key-experts"
+        if gated:
+            self._squared_router_norm()
+        if hot:
+            self._squared_hot_norm()
+        if gated:
+            self._update_routers()
+        if hot:
+            self._update_hot_rows()
+
+    def _squared_router_norm(self) -> None:
+        tape, sums = self.tape, []
+        for weight in self.routers:
+            square = tape.like(weight, "optimizer_temporary")
+            sums.append(tape.new(1, FP32, "optimizer_temporary"))
+            del square
+        self._stacked_sum(list(sums), FP32)  # here they have a name
+
+    def _stacked_sum(self, numbers: list[Tensor], itemsize: int) -> Tensor:
+        """The numbers go once they are stacked."""
+        stacked = self.tape.new(len(numbers), itemsize, "optimizer_temporary")
+        numbers.clear()
+        total = self.tape.new(1, itemsize, "optimizer_temporary")
+        del stacked
+        return total
+
+    def _squared_hot_norm(self) -> None:
+        tape, row, totals = self.tape, 2 * self.request.model.hidden_size, []
+        for _ in range(self.request.model.num_layers):
+            sums = []
+            for rows in self._hot_parts():
+                wide = tape.new(rows * row, FP64, "optimizer_temporary")
+                sums.append(tape.new(1, FP64, "optimizer_temporary"))
+                del wide
+            totals.append(self._stacked_sum(sums, FP64))
+        self._stacked_sum(totals, FP64)
+
+    def _hot_parts(self) -> list[int]:
+        hot = self.decision.hot_rows
+        return [min(HOT_CHUNK_ROWS, hot - first) for first in range(0, hot, HOT_CHUNK_ROWS)]
+
+    def _update_routers(self) -> None:
+        denominator = None
+        for weight in self.routers:
+            root = self.tape.like(weight, "optimizer_temporary")
+            divided = self.tape.like(weight, "optimizer_temporary")
+            denominator = divided  # the loop's name for the one before lasts until here
+            del root, divided
+        del denominator
+
+    def _update_hot_rows(self) -> None:
+        for _ in range(self.request.model.num_layers):
+            for rows in self._hot_parts():
+                self._update_hot_part(rows)
+
+    def _update_hot_part(self, rows: int) -> None:
+        """Copies of weights and moments, what the bias corrections are computed in, and the denominator."""
+        tape, numel = self.tape, rows * 2 * self.request.model.hidden_size
+        touched = tape.new(rows, BOOL, "optimizer_temporary")
+        copies = [tape.new(numel, MASTER_BYTES, "optimizer_temporary") for _ in range(3)]
+        counts = tape.new(rows, INDEX_BYTES, "optimizer_temporary")
+        exponent = tape.new(rows, FP64, "optimizer_temporary")
+        step_size = self._bias_correction(rows, quotients=2)
+        correction = self._bias_correction(rows, quotients=1)
+        denominator = tape.new(numel, MASTER_BYTES, "optimizer_temporary")
+        del touched, copies, counts, exponent, step_size, correction, denominator
+
+    def _bias_correction(self, rows: int, *, quotients: int) -> Tensor:
+        """A power, its difference to one, what is made of that, and the result in fp32."""
+        tape = self.tape
+        power = tape.new(rows, FP64, "optimizer_temporary")
+        made = [tape.new(rows, FP64, "optimizer_temporary")]
+        del power
+        made += [tape.new(rows, FP64, "optimizer_temporary") for _ in range(quotients)]
+        del made[:-1]
+        return tape.new(rows, FP32, "optimizer_temporary")

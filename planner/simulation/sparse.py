@@ -15,20 +15,20 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES
+from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES, chunk_tokens
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import GRADIENTS, TEMPORARIES, Gradients, Leaf, Tape, Tensor
 from meft.planner.simulation.decoder import BesideFfn, Decoder, ModelWeights
 from meft.planner.simulation.formats import BOOL, FP32, INT64, STORED
 from meft.planner.simulation.operators import Operators
+from meft.planner.simulation.optimizers import SparseUpdate
 from meft.planner.simulation.positions import positions_from_labels
 from meft.planner.simulation.run import Loader
 from meft.planner.simulation.stream import StreamEvent
 from meft.planner.terms.adapter import CAST_ROWS
-from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
+from meft.planner.traffic.chunks import chunk_ring_slots
 
-FP64 = 8
 MICRO_BATCHES_THAT_DIFFER = 2
 """Within an accumulation window all after the first are alike."""
 
@@ -129,16 +129,21 @@ class _Layer(BesideFfn):
     def _gated(self) -> bool:
         return self.decision.routing == "key-experts"
 
+    @property
+    def _tokens(self) -> int:
+        """``T``, or those of a chunk."""
+        return chunk_tokens(self.request.tokens_per_step, self.decision.token_chunks)
+
     def _of_rows(self, category: str) -> Tensor:
         """``[T, A]``."""
-        return self._tape.new(self.request.tokens_per_step * self.decision.active_rows_cap, self._e, category)
+        return self._tape.new(self._tokens * self.decision.active_rows_cap, self._e, category)
 
     def _of_experts(self, category: str) -> Tensor:
         """``[T, N]``."""
-        return self._tape.new(self.request.tokens_per_step * self.decision.num_experts, self._e, category)
+        return self._tape.new(self._tokens * self.decision.num_experts, self._e, category)
 
     def _probe_indices(self, category: str) -> Tensor:
-        return self._tape.new(self.request.tokens_per_step * self.decision.num_probes, INT64, category)
+        return self._tape.new(self._tokens * self.decision.num_probes, INT64, category)
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -157,10 +162,10 @@ class _Layer(BesideFfn):
         tape, tokens, probes = self._tape, self.request.tokens_per_step, self.decision.num_probes
         inputs = self._cast(x, self._e, "adapter")
         weight = self._cast(self.weights[target], self._e, "adapter")
-        scores = self._of_experts("adapter")
+        scores = tape.new(tokens * self.decision.num_experts, self._e, "adapter")
         del weight
         best = tape.new(tokens * probes, self._e, "adapter")
-        indices = self._probe_indices("adapter")
+        indices = tape.new(tokens * probes, INT64, "adapter")
         del best
         self.exchange.probes[target] = tape.new(tokens * probes, INDEX_BYTES, "routing")
         del scores, indices, inputs
@@ -209,7 +214,7 @@ class _Layer(BesideFfn):
 
     def _leave_own_rows(self) -> None:
         """The mask of the others, and each token's best products with their places."""
-        tokens, top_k, cap = self.request.tokens_per_step, self.decision.top_k, self.decision.active_rows_cap
+        tokens, top_k, cap = self._tokens, self.decision.top_k, self.decision.active_rows_cap
         if cap > top_k:
             mask = self._tape.new(tokens * cap, BOOL, "adapter")
             best = self._tape.new(tokens * top_k, self._e, "adapter")
@@ -223,21 +228,12 @@ class _Layer(BesideFfn):
     # --- backward ----------------------------------------------------------------------------------------------------
 
     def _backward(self, grad: Tensor, kept: tuple[Tensor | None, ...], *, outer: int, needs_grad: bool) -> Gradients:
-        tape, tokens = self._tape, self.request.tokens_per_step
+        tape = self._tape
         inputs = kept[0]
         assert inputs is not None
         grad = self._cast(grad, self._e, TEMPORARIES)
         self.ops.use_workspace(backward=True)
-        of_scores = gate_of_row = None
-        if not self._gated:
-            of_activations = self._of_rows(TEMPORARIES)
-        else:
-            gate_of_row = self._of_rows(TEMPORARIES)
-            product = self._of_rows(TEMPORARIES)
-            of_activations = self._of_rows(TEMPORARIES)
-            of_scores = self._of_scores()
-            del product
-        of_products = self._of_rows(TEMPORARIES)
+        of_products, of_scores, beside = self._of_products()
         self._send_gradients()
         of_hidden = of_weight = None
         if needs_grad:
@@ -250,8 +246,21 @@ class _Layer(BesideFfn):
             of_weight = tape.new(self.weight.numel, self._e, TEMPORARIES)
             of_weight = self._cast(of_weight, FP32, GRADIENTS)
         self.exchange.probes.pop(self.index, None)
-        del of_activations, of_products, gate_of_row, of_scores, tokens
+        del of_products, beside, of_scores
         return of_hidden, of_weight
+
+    def _of_products(self) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+        """Gradients ``[T, A]`` of the products with the keys and ``[T, N]`` of the scores, and what lies beside."""
+        of_scores = gate_of_row = None
+        if not self._gated:
+            of_activations = self._of_rows(TEMPORARIES)
+        else:
+            gate_of_row = self._of_rows(TEMPORARIES)
+            product = self._of_rows(TEMPORARIES)
+            of_activations = self._of_rows(TEMPORARIES)
+            of_scores = self._of_scores()
+            del product
+        return self._of_rows(TEMPORARIES), of_scores, (of_activations, gate_of_row)
 
     def _of_scores(self) -> Tensor:
         """Sum over each expert's rows, by the membership matrix ``[A, N]``."""
@@ -267,6 +276,83 @@ class _Layer(BesideFfn):
         if self.exchange.hot:
             once = self._tape.new(self.decision.active_rows_cap, INDEX_BYTES, TEMPORARIES)
             del once
+
+
+@dataclass
+class _ChunkedLayer(_Layer):
+    """The same where tokens come in chunks. Its node keeps the hidden state alone, and keeps it first, so that where
+    nothing behind keeps anything a recompute ends there; backward computes each chunk's activations again."""
+
+    def _adapter(self, x: Tensor) -> Tensor:
+        tape = self._tape
+        out = tape.like(x, "adapter")
+        kept = (tape.save(x), tape.save(self.weight))
+        needs_grad = x.requires_grad
+
+        def backward(grad: Tensor) -> Gradients:
+            del grad
+            return self._chunks_backward(kept[0], needs_grad=needs_grad)
+
+        tape.connect(out, (x, self.weight), backward)
+        self.exchange.held.pop(self.index, None)
+        for _ in range(self.decision.token_chunks):
+            self._chunk_output(x)
+        return out
+
+    def _cast_chunk(self, x: Tensor, category: str) -> Tensor:
+        """A chunk of ``[T, D]`` in the adapter's dtype: a view where that is the model's own."""
+        numel = self._tokens * self.request.model.hidden_size
+        return x.detached() if x.itemsize == self._e else self._tape.new(numel, self._e, category)
+
+    def _activated(self, category: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Activations, gate, and gate of each row."""
+        activations = self._of_rows(category)
+        gate = self._gate(self.weight) if self._gated else None
+        gate_of_row = None if gate is None else self._of_rows(category)
+        if self.decision.tokens_see == "own":
+            self._leave_own_rows()
+        return activations, gate, gate_of_row
+
+    def _chunk_output(self, x: Tensor) -> None:
+        inputs = self._cast_chunk(x, "adapter")
+        self.ops.use_workspace()
+        activations, gate, gate_of_row = self._activated("adapter")
+        del inputs, gate_of_row
+        product = self._cast_chunk(x, "adapter")
+        del activations, gate, product
+
+    def _chunks_backward(self, x: Tensor, *, needs_grad: bool) -> Gradients:
+        tape, chunks = self._tape, self.decision.token_chunks
+        of_hidden = tape.like(x, TEMPORARIES) if needs_grad else None
+        of_weight = tape.like(self.weight, GRADIENTS) if self._gated else None
+        num_layers = self.exchange.num_layers
+        slots = chunk_ring_slots(prefetch_depth=self.decision.prefetch_depth, num_layers=num_layers)
+        travelled = num_layers * chunks - int(slots)
+        for chunk in reversed(range(chunks)):
+            if self.index * chunks + chunk < travelled and chunk + 1 < chunks:
+                targets = tape.new(self.decision.active_rows_cap, INT64, TEMPORARIES)
+                del targets
+            self._chunk_backward(x, needs_grad=needs_grad)
+        self.exchange.probes.pop(self.index, None)
+        return of_hidden, of_weight
+
+    def _chunk_backward(self, x: Tensor, *, needs_grad: bool) -> None:
+        tape = self._tape
+        inputs = self._cast_chunk(x, TEMPORARIES)
+        self.ops.use_workspace(backward=True)
+        activations, gate, gate_of_row = self._activated(TEMPORARIES)
+        del gate_of_row
+        grad = self._cast_chunk(x, TEMPORARIES)
+        of_products, of_scores, beside = self._of_products()
+        del grad
+        part = self._cast_chunk(x, TEMPORARIES) if needs_grad else None
+        if of_scores is not None:
+            if needs_grad:
+                weight = self._cast(self.weight, self._e, TEMPORARIES)
+                del weight
+            of_weight = tape.new(self.weight.numel, self._e, TEMPORARIES)
+            del of_weight
+        del inputs, activations, gate, of_products, of_scores, beside, part
 
 
 class _SparseRun:
@@ -307,7 +393,11 @@ class _SparseRun:
         def make(count: int, numel: int, itemsize: int, category: str) -> None:
             made.extend(tape.new(numel, itemsize, category) for _ in range(count))
 
-        make(num_layers if decision.rows_in_backward == "retained" else depth + 1, cap * row, e, "row_staging")
+        chunks = decision.token_chunks
+        slots = num_layers if decision.rows_in_backward == "retained" else depth + 1
+        if chunks > 1:
+            slots = int(chunk_ring_slots(prefetch_depth=depth, num_layers=num_layers))
+        make(slots, cap * row, e, "row_staging")
         if decision.cached_rows:
             make(num_layers, decision.cached_rows * row, e, "kept_rows")
         if decision.gradients_on_device:
@@ -316,12 +406,12 @@ class _SparseRun:
             make(1, decision.hot_rows * row, e, "hot_rows")
             make(3 + (e != MASTER_BYTES), decision.hot_rows * row, MASTER_BYTES, "hot_states")
             make(2, decision.hot_rows, INDEX_BYTES, "hot_states")
-        if decision.cached_rows or decision.hot_rows:
-            make(num_layers, cap, INDEX_BYTES, "row_indices")
+        if decision.cached_rows or decision.hot_rows or chunks > 1:
+            make(num_layers * chunks, cap, INDEX_BYTES, "row_indices")
         if (decision.gradients_on_device or decision.hot_rows) and e != MASTER_BYTES:
             make(1, CAST_ROWS * row, MASTER_BYTES, "gradient_sums")
         if self._gated:
-            make(num_layers, cap, INDEX_BYTES, "row_indices")
+            make(num_layers * chunks, cap, INDEX_BYTES, "row_indices")
         make(min(depth, 1) + 1, cap * row, e, "row_gradients")
         return made
 
@@ -337,9 +427,11 @@ class _SparseRun:
 
     def _attach(self, weights: ModelWeights) -> None:
         num_layers = self.request.model.num_layers
-        self.exchange = _Exchange(min(self.decision.prefetch_depth, num_layers - 1), num_layers)
+        depth = self.decision.prefetch_depth if self.decision.token_chunks == 1 else 0  # chunks look at their own layer
+        self.exchange = _Exchange(min(depth, num_layers - 1), num_layers)
         for index, block in enumerate(weights.blocks):
-            block.beside_ffn = _Layer(self.ops, self.request, self.decision, index, self.routers, self.exchange)
+            kind = _Layer if self.decision.token_chunks == 1 else _ChunkedLayer
+            block.beside_ffn = kind(self.ops, self.request, self.decision, index, self.routers, self.exchange)
 
     # --- a window ----------------------------------------------------------------------------------------------------
 
@@ -349,7 +441,7 @@ class _SparseRun:
         for _ in range(min(self.request.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
             self._micro_batch()
         self.tape.phase = "optimizer_step"
-        self._optimizer_step()
+        SparseUpdate(self.tape, self.request, self.decision, self.routers).run(hot=hot)
         return len(self.tape.events)
 
     def _micro_batch(self) -> None:
@@ -378,82 +470,3 @@ class _SparseRun:
         loss = self.ops.cross_entropy(wide, targets)
         del padded, wide, hidden, logits, inputs, positions
         return loss
-
-    # --- the optimizer step ------------------------------------------------------------------------------------------
-
-    def _optimizer_step(self) -> None:
-        if self._gated:
-            self._squared_router_norm()
-        if self.exchange.hot:
-            self._squared_hot_norm()
-        if self._gated:
-            self._update_routers()
-        if self.exchange.hot:
-            self._update_hot_rows()
-
-    def _squared_router_norm(self) -> None:
-        tape, sums = self.tape, []
-        for weight in self.routers:
-            square = tape.like(weight, "optimizer_temporary")
-            sums.append(tape.new(1, FP32, "optimizer_temporary"))
-            del square
-        self._stacked_sum(list(sums), FP32)  # here they have a name
-
-    def _stacked_sum(self, numbers: list[Tensor], itemsize: int) -> Tensor:
-        """The numbers go once they are stacked."""
-        stacked = self.tape.new(len(numbers), itemsize, "optimizer_temporary")
-        numbers.clear()
-        total = self.tape.new(1, itemsize, "optimizer_temporary")
-        del stacked
-        return total
-
-    def _squared_hot_norm(self) -> None:
-        tape, row, totals = self.tape, 2 * self.request.model.hidden_size, []
-        for _ in range(self.request.model.num_layers):
-            sums = []
-            for rows in self._hot_parts():
-                wide = tape.new(rows * row, FP64, "optimizer_temporary")
-                sums.append(tape.new(1, FP64, "optimizer_temporary"))
-                del wide
-            totals.append(self._stacked_sum(sums, FP64))
-        self._stacked_sum(totals, FP64)
-
-    def _hot_parts(self) -> list[int]:
-        hot = self.decision.hot_rows
-        return [min(HOT_CHUNK_ROWS, hot - first) for first in range(0, hot, HOT_CHUNK_ROWS)]
-
-    def _update_routers(self) -> None:
-        denominator = None
-        for weight in self.routers:
-            root = self.tape.like(weight, "optimizer_temporary")
-            divided = self.tape.like(weight, "optimizer_temporary")
-            denominator = divided  # the loop's name for the one before lasts until here
-            del root, divided
-        del denominator
-
-    def _update_hot_rows(self) -> None:
-        for _ in range(self.request.model.num_layers):
-            for rows in self._hot_parts():
-                self._update_hot_part(rows)
-
-    def _update_hot_part(self, rows: int) -> None:
-        """Copies of weights and moments, what the bias corrections are computed in, and the denominator."""
-        tape, numel = self.tape, rows * 2 * self.request.model.hidden_size
-        touched = tape.new(rows, BOOL, "optimizer_temporary")
-        copies = [tape.new(numel, MASTER_BYTES, "optimizer_temporary") for _ in range(3)]
-        counts = tape.new(rows, INDEX_BYTES, "optimizer_temporary")
-        exponent = tape.new(rows, FP64, "optimizer_temporary")
-        step_size = self._bias_correction(rows, quotients=2)
-        correction = self._bias_correction(rows, quotients=1)
-        denominator = tape.new(numel, MASTER_BYTES, "optimizer_temporary")
-        del touched, copies, counts, exponent, step_size, correction, denominator
-
-    def _bias_correction(self, rows: int, *, quotients: int) -> Tensor:
-        """A power, its difference to one, what is made of that, and the result in fp32."""
-        tape = self.tape
-        power = tape.new(rows, FP64, "optimizer_temporary")
-        made = [tape.new(rows, FP64, "optimizer_temporary")]
-        del power
-        made += [tape.new(rows, FP64, "optimizer_temporary") for _ in range(quotients)]
-        del made[:-1]
-        return tape.new(rows, FP32, "optimizer_temporary")

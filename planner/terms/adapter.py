@@ -20,10 +20,21 @@ CAST_ROWS = 256
 
 
 def row_staging_bytes(
-    *, num_layers: int, hidden_size: int, active_rows_cap: Ints, prefetch_depth: Ints, retained: Flags, e: int
+    *,
+    num_layers: int,
+    hidden_size: int,
+    active_rows_cap: Ints,
+    prefetch_depth: Ints,
+    retained: Flags,
+    e: int,
+    token_chunks: int = 1,
 ) -> Ints:
-    """Buffers ``[cap, 2D]`` for rows: ``p + 1`` in a ring, or one per layer when rows are retained until backward."""
-    buffers = choose(retained, num_layers, smallest(prefetch_depth + 1, num_layers))
+    """Buffers ``[cap, 2D]`` for rows: ``p + 1`` in a ring, or one per layer when rows are retained until backward;
+    with token chunks ``max(p, 1) + 1``."""
+    if token_chunks > 1:
+        buffers: Ints = largest(smallest(prefetch_depth, num_layers - 1), 1) + 1
+    else:
+        buffers = choose(retained, num_layers, smallest(prefetch_depth + 1, num_layers))
     return buffers * active_rows_cap * 2 * hidden_size * e
 
 
@@ -51,11 +62,18 @@ def gradient_sums_bytes(
 
 
 def row_indices_bytes(
-    *, num_layers: int, active_rows_cap: Ints, cached_rows: Ints, key_experts: Flags, hot_rows: Ints = 0
+    *,
+    num_layers: int,
+    active_rows_cap: Ints,
+    cached_rows: Ints,
+    key_experts: Flags,
+    hot_rows: Ints = 0,
+    token_chunks: int = 1,
 ) -> Ints:
-    """Per layer int32 ``[cap]``: the expert of each active row (Key-Experts), and the place of each that is there."""
-    one = num_layers * active_rows_cap * INDEX_BYTES
-    return choose(key_experts, one, 0) + choose(cached_rows + hot_rows > 0, one, 0)
+    """Per layer, and chunk of tokens, int32 ``[cap]``: the expert of each active row (Key-Experts), and the place of
+    each that is there."""
+    one = num_layers * token_chunks * active_rows_cap * INDEX_BYTES
+    return choose(key_experts, one, 0) + choose((cached_rows + hot_rows > 0) | (token_chunks > 1), one, 0)
 
 
 def router_weights_bytes(*, num_layers: int, hidden_size: int, num_experts: Ints, key_experts: Flags) -> Ints:
@@ -140,3 +158,60 @@ def adapter_backward_bytes(
     of_input = tokens * num_experts * e + tokens * hidden_size * e
     gated = 3 * tokens * active_rows * e + largest(of_gate, of_input)
     return casts + choose(key_experts, gated, exact)
+
+
+# --- MEFT in chunks of tokens ---------------------------------------------------------------------------------------
+
+
+def chunk_forward_bytes(
+    *,
+    tokens: Ints,
+    chunk_tokens: int,
+    hidden_size: int,
+    active_rows: Ints,
+    num_experts: Ints,
+    key_experts: Flags,
+    e: int,
+    q: int,
+    top_k: Ints = 0,
+    own_rows: Flags = False,
+) -> Ints:
+    """The output ``[T, D]`` of all tokens; and of one chunk its activations ``[T/C, A]``, gates and gates per row, and
+    where the adapter has a dtype of its own its input and output. Or, where that is more, what it takes to leave each
+    token its own rows."""
+    cast = chunk_tokens * hidden_size * e if e != q else 0
+    of_rows = chunk_tokens * active_rows * e
+    activations = of_rows + choose(key_experts, of_rows + chunk_tokens * num_experts * e, 0)
+    own = choose(own_rows, own_rows_bytes(tokens=chunk_tokens, active_rows=active_rows, top_k=top_k, e=e), 0)
+    return tokens * hidden_size * q + cast + activations + largest(cast, own)
+
+
+def chunk_backward_bytes(
+    *,
+    tokens: Ints,
+    chunk_tokens: int,
+    hidden_size: int,
+    active_rows: Ints,
+    num_experts: Ints,
+    num_probes: Ints,
+    key_experts: Flags,
+    e: int,
+    q: int,
+) -> Ints:
+    """The input's gradient ``[T, D]`` of all tokens, and with Key-Experts the router's, fp32; and of one chunk what its
+    adapter computes again, activations ``[T/C, A]`` and gates, with what a whole adapter adds in backward."""
+    whole = adapter_backward_bytes(
+        tokens=chunk_tokens,
+        hidden_size=hidden_size,
+        active_rows=active_rows,
+        num_experts=num_experts,
+        num_probes=num_probes,
+        key_experts=key_experts,
+        e=e,
+        q=e,
+    )
+    of_input = chunk_tokens * hidden_size * e
+    again = chunk_tokens * active_rows * e + choose(key_experts, chunk_tokens * num_experts * e, 0)
+    casts = 2 * of_input if e != q else -of_input  # input and gradient; or the input's gradient, written in its place
+    router = choose(key_experts, num_experts * hidden_size * MASTER_BYTES, 0)
+    return tokens * hidden_size * q + router + again + whole + casts

@@ -7,12 +7,13 @@ Letters: ``T`` tokens, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.base.dtypes import WeightsDtype
-from meft.planner.base.quantities import COMPUTE_DTYPE_BYTES, Flags, Ints
+from meft.planner.base.quantities import COMPUTE_DTYPE_BYTES, Flags, Ints, chunk_tokens
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Attention
@@ -80,6 +81,8 @@ class Trained:
 
 def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> Trained:
     """What ``method`` adds to a step of ``workload`` on a model of ``shape``."""
+    if method.candidates.token_chunks > 1:
+        return _trained_by_chunks(shape, workload, method)
     tokens, e, chosen = workload.tokens, method.adapter_bytes, method.candidates
     per_layer = ada.adapter_inputs_bytes(tokens=tokens, hidden_size=shape.hidden_size, e=e) + ada.gates_bytes(
         tokens=tokens, num_experts=chosen.num_experts, key_experts=chosen.key_experts, e=e
@@ -127,6 +130,36 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
     )
 
 
+def _trained_by_chunks(shape: ModelShape, workload: Workload, method: SparseAdapter) -> Trained:
+    """The same where tokens come in chunks: a layer keeps its input alone, and what is as large as tokens times rows is
+    there for one chunk at a time."""
+    tokens, q, e, chosen = workload.tokens, workload.compute_bytes, method.adapter_bytes, method.candidates
+    kept = ada.adapter_inputs_bytes(tokens=tokens, hidden_size=shape.hidden_size, e=q)
+    sizes: dict[str, Any] = {
+        "tokens": tokens,
+        "chunk_tokens": chunk_tokens(int(tokens), chosen.token_chunks),
+        "hidden_size": shape.hidden_size,
+        "active_rows": _plain(method.active_rows.max(axis=0)),
+        "num_experts": chosen.num_experts,
+        "key_experts": chosen.key_experts,
+        "e": e,
+        "q": q,
+    }
+    return Trained(
+        resident=_sparse_adapter_resident(shape, method),
+        kept_all=shape.num_layers * kept,
+        kept_last=kept,
+        kept_most=kept,
+        free_last=kept,
+        free_most=kept,
+        beside_ffn=tokens * shape.hidden_size * q,
+        held=_routing_bytes(shape, workload, method),
+        forward=ada.chunk_forward_bytes(**sizes, top_k=chosen.top_k, own_rows=chosen.own_rows),
+        backward=ada.chunk_backward_bytes(**sizes, num_probes=chosen.num_probes),
+        optimizer_temporary=_router_bytes(shape, method),
+    )
+
+
 def _routing_bytes(shape: ModelShape, workload: Workload, method: SparseAdapter) -> Ints:
     return shape.num_layers * ada.probes_bytes(
         tokens=workload.tokens, num_probes=method.candidates.num_probes, key_experts=method.candidates.key_experts
@@ -150,6 +183,7 @@ def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[
         active_rows_cap=chosen.active_rows_cap,
         prefetch_depth=chosen.prefetch_depth,
         retained=chosen.retained,
+        token_chunks=chosen.token_chunks,
         e=method.adapter_bytes,
     )
     gradients = ada.row_gradients_bytes(
@@ -180,6 +214,7 @@ def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[
         cached_rows=chosen.cached_rows,
         key_experts=chosen.key_experts,
         hot_rows=chosen.hot_rows,
+        token_chunks=chosen.token_chunks,
     )
     return (
         *_hot_resident(shape, method),

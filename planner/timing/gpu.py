@@ -272,6 +272,20 @@ def adapter_forward_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows
     )
 
 
+def activate_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows: Ints) -> Floats:
+    """``ReLU(h K^T)`` alone, ``2*T*A*D`` flops, as backward of a chunk computes it once more: half of
+    :func:`adapter_forward_seconds`, and with Key-Experts the gate's scores and each row's gate again."""
+    tokens, hidden, gated = sizes.tokens, sizes.hidden_size, sizes.key_experts
+    return rates.adapter_seconds(
+        flops=2 * tokens * active_rows * hidden + 2 * tokens * sizes.num_experts * hidden * gated,
+        num_bytes=(hidden * (active_rows + tokens) + tokens * active_rows) * sizes.element_bytes,
+        launches=ADAPTER_FORWARD_LAUNCHES // 2
+        + (GATE_FORWARD_LAUNCHES - 1) * gated
+        + sizes.own_rows * (OWN_ROWS_LAUNCHES + OWN_GATED_LAUNCHES * gated),
+        elementwise_bytes=(2 + 2 * gated) * tokens * active_rows * sizes.element_bytes,
+    )
+
+
 def adapter_backward_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows: Ints) -> Floats:
     """Gradients of values, activations, keys and input: ``8*T*A*D`` flops; a gate adds its sum over each expert's rows
     (``2*T*A*N``) and the router's two products.

@@ -129,7 +129,9 @@ def _nothing() -> NDArray[np.float64]:
 class GpuSeconds(_Seconds):
     """Tasks of the gpu lane. One layer's, but for the embedding, the head with the loss, and the optimizer's share."""
 
-    PER_LAYER: ClassVar = frozenset(("adapter_forward", "adapter_backward", "assemble", "sum_gradients"))
+    PER_LAYER: ClassVar = frozenset(
+        ("adapter_forward", "adapter_backward", "assemble", "sum_gradients", "activate_again")
+    )
 
     embedding: Floats
     attention: Floats
@@ -144,6 +146,8 @@ class GpuSeconds(_Seconds):
     """Cached rows: bringing those on the device and those that travelled together."""
     sum_gradients: NDArray[np.float64] = field(default_factory=_nothing)
     """Adding row gradients to their sums on the device."""
+    activate_again: NDArray[np.float64] = field(default_factory=_nothing)
+    """Token chunks: a chunk's activations once more in backward."""
     hot_adamw: Floats | None = None
     """A step's share; None where no rows are hot."""
 
@@ -190,10 +194,13 @@ class StepCosts:
     gpu: GpuSeconds
     link: LinkSeconds
     host: HostSeconds
+    token_chunks: int = 1
+    """Parts of the tokens that rows come for one after the other: tasks of rows and of the adapter are one part's."""
 
     def take(self, candidates: NDArray[np.int64]) -> StepCosts:
         """The costs of these candidates alone."""
-        return StepCosts(self.gpu.take(candidates), self.link.take(candidates), self.host.take(candidates))
+        lanes = (self.gpu.take(candidates), self.link.take(candidates), self.host.take(candidates))
+        return StepCosts(*lanes, token_chunks=self.token_chunks)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -204,7 +211,7 @@ class StepTime:
     busy_seconds: dict[Lane, Floats]
 
 
-class _Program:
+class Program:
     """Issues a micro-batch's tasks in the runtime's order."""
 
     def __init__(
@@ -372,7 +379,12 @@ def simulate(
     every task wait for the one before. ``events`` collects the tasks of a single decision.
     """
     lanes = Lanes(serial=serial, host_launches=host_launches and not overlapped, events=events)
-    program = _Program(
+    kind = Program
+    if costs.token_chunks > 1:
+        from meft.planner.timing.chunks import ChunkedProgram  # which stands on this module
+
+        kind = ChunkedProgram
+    program = kind(
         costs,
         lanes,
         num_layers=num_layers,
@@ -416,7 +428,7 @@ def _one_if_alike(flags: NDArray[np.bool_]) -> Flags:
 def baseline_seconds(costs: StepCosts, *, num_layers: int) -> Floats:
     """The same adapter all on the GPU with unlimited memory: the gpu lane's work, without recompute, and no more."""
     gpu = costs.gpu
-    adapter = _sum_layers(gpu.adapter_forward + gpu.adapter_backward, num_layers)
+    adapter = costs.token_chunks * _sum_layers(gpu.adapter_forward + gpu.adapter_backward, num_layers)
     frozen = num_layers * (gpu.attention + gpu.router + gpu.ffn) + (num_layers - 1) * gpu.frozen_backward
     return gpu.embedding + frozen + adapter + gpu.loss_head + gpu.router_adamw
 

@@ -11,7 +11,7 @@ rows, ``N`` experts, ``P`` probes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +25,7 @@ from meft.planner.base.quantities import (
     Flags,
     Floats,
     Ints,
+    chunk_tokens,
 )
 from meft.planner.records.candidates import Candidates, same_for_all
 from meft.planner.records.plan import Decision, Request, Timing
@@ -35,6 +36,7 @@ from meft.planner.timing.gpu import (
     INPUT_COPIES,
     AdapterSizes,
     GpuRates,
+    activate_seconds,
     adapter_backward_seconds,
     adapter_forward_seconds,
     assemble_seconds,
@@ -50,8 +52,9 @@ from meft.planner.timing.gpu import (
     sum_gradients_seconds,
 )
 from meft.planner.timing.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
+from meft.planner.timing.moved_rows import MovedRows, moved_in_chunks, moved_rows
 from meft.planner.traffic.hot_rows import HOT_NORM_BYTES, HotRows, hot_key_bytes
-from meft.planner.traffic.sparsity import WindowRows, distinct_layers
+from meft.planner.traffic.sparsity import WindowRows
 from meft.planner.traffic.transfer import (
     LOSS_BYTES,
     NORM_BYTES,
@@ -226,7 +229,11 @@ def step_costs_of_choices(
     first is the host's affair and the second the link's: each lane's costs are the same objects for all of the rest."""
     gpu, link, host = shared_rates(request, gpu, link, host)
     on_device = same_for_all(candidates.gradients_on_device)
-    moved = _moved_rows(active_rows, cached, on_device, request.rounds, hot)
+    if candidates.token_chunks > 1:
+        assert cached is not None
+        moved = moved_in_chunks(active_rows, cached, candidates.token_chunks)
+    else:
+        moved = moved_rows(active_rows, cached, on_device, request.rounds, hot)
     window_rows: Ints = (window_active_rows if hot is None else window_active_rows - hot.in_window).sum(axis=0)
     of_gpu = _gpu_costs(request, gpu_rates(gpu, request), candidates, moved)
     of_link = [_link_costs(request, link, replace(candidates, retained=choice), moved) for choice in retained]
@@ -238,7 +245,8 @@ def step_costs_of_choices(
         of_gpu = replace(of_gpu, hot_adamw=update.adamw)
         of_link = [replace(costs, hot_keys=update.sent) for costs in of_link]
         of_host = [replace(costs, hot_keys=update.written) for costs in of_host]
-    return [[StepCosts(of_gpu, link_costs, host_costs) for link_costs in of_link] for host_costs in of_host]
+    chunks = candidates.token_chunks
+    return [[StepCosts(of_gpu, link_costs, host_costs, chunks) for link_costs in of_link] for host_costs in of_host]
 
 
 class _HotUpdate(NamedTuple):
@@ -264,66 +272,8 @@ def _hot_update(request: Request, gpu: GpuProfile, link: LinkProfile, host: Host
     return _HotUpdate(adamw / request.rounds, sent / request.rounds, written / request.rounds)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class _MovedRows:
-    """Rows of a micro-batch ``[L, ...]``, or ``[1, ...]`` where all layers are alike, by what becomes of them."""
-
-    active: NDArray[np.int64]
-    missing: NDArray[np.int64]
-    overflow: NDArray[np.int64]
-    gradients: NDArray[np.int64]
-    """Whose gradients travel in the step."""
-    summed: NDArray[np.int64]
-    """Whose gradient sums travel at the window's end: a step's share."""
-    hot: NDArray[np.int64]
-    is_cached: bool
-    gradients_on_device: bool
-
-    @property
-    def assembled(self) -> NDArray[np.int64]:
-        """Copied on the device: all where rows are cached, else the hot ones."""
-        return self.active if self.is_cached else self.hot
-
-    @property
-    def added(self) -> NDArray[np.int64]:
-        """Whose gradients are summed on the device."""
-        return self.active if self.gradients_on_device else self.hot
-
-    @property
-    def has_places(self) -> bool:
-        """Whether some rows are on the device before they are needed."""
-        return self.is_cached or bool(self.hot.any())
-
-
-def _moved_rows(
-    active_rows: NDArray[np.int64],
-    cached: WindowRows | None,
-    gradients_on_device: bool,
-    grad_accum: int,
-    hot_rows: HotRows | None,
-) -> _MovedRows:
-    active = distinct_layers(active_rows)
-    hot = np.zeros_like(active) if hot_rows is None else distinct_layers(hot_rows.active)
-    cold = active - hot
-    if cached is None:
-        nothing = np.zeros_like(active)
-        return _MovedRows(active, cold, cold, cold, nothing, hot, is_cached=False, gradients_on_device=False)
-    missing, overflow = np.minimum(distinct_layers(cached.missing), cold), distinct_layers(cached.overflow)
-    kept = np.rint(distinct_layers(cached.kept) / grad_accum).astype(np.int64)
-    return _MovedRows(
-        active=active,
-        missing=missing,
-        overflow=overflow,
-        gradients=overflow if gradients_on_device else cold,
-        summed=kept if gradients_on_device else np.zeros_like(kept),
-        hot=hot,
-        is_cached=True,
-        gradients_on_device=gradients_on_device,
-    )
-
-
-def _gpu_costs(request: Request, rates: GpuRates, candidates: Candidates, moved: _MovedRows) -> GpuSeconds:
-    rows = moved.active
+def _gpu_costs(request: Request, rates: GpuRates, candidates: Candidates, moved: MovedRows) -> GpuSeconds:
+    rows, chunks = moved.active, candidates.token_chunks
     routed = AdapterSizes(
         tokens=request.tokens_per_step,
         hidden_size=request.model.hidden_size,
@@ -332,24 +282,26 @@ def _gpu_costs(request: Request, rates: GpuRates, candidates: Candidates, moved:
         key_experts=candidates.key_experts,
         own_rows=candidates.own_rows,
     )
+    chunk = replace(routed, tokens=chunk_tokens(routed.tokens, chunks))
     return GpuSeconds(
         embedding=embedding_seconds(request, rates),
         attention=attention_seconds(request, rates),
         router=router_seconds(rates, routed),
         ffn=ffn_seconds(request, rates),
-        adapter_forward=np.asarray(adapter_forward_seconds(rates, routed, active_rows=rows)),
+        adapter_forward=np.asarray(adapter_forward_seconds(rates, chunk, active_rows=rows)),
         loss_head=loss_head_seconds(request, rates),
-        adapter_backward=np.asarray(adapter_backward_seconds(rates, routed, active_rows=rows)),
+        adapter_backward=np.asarray(adapter_backward_seconds(rates, chunk, active_rows=rows)),
         frozen_backward=frozen_backward_seconds(request, rates),
         router_adamw=router_adamw_seconds(rates, routed, num_layers=request.model.num_layers) / request.rounds,
         assemble=np.asarray(assemble_seconds(rates, routed, active_rows=moved.assembled) * moved.has_places),
         sum_gradients=np.asarray(
             sum_gradients_seconds(rates, routed, rows=moved.added) * (moved.gradients_on_device or moved.hot.any())
         ),
+        activate_again=np.asarray(activate_seconds(rates, chunk, active_rows=rows) * (chunks > 1)),
     )
 
 
-def _link_costs(request: Request, link: LinkProfile, candidates: Candidates, moved: _MovedRows) -> LinkSeconds:
+def _link_costs(request: Request, link: LinkProfile, candidates: Candidates, moved: MovedRows) -> LinkSeconds:
     tokens, hidden_size = request.tokens_per_step, request.model.hidden_size
     key_experts, refetched = candidates.key_experts, candidates.refetched
     h2d, d2h, latency = link.h2d_bytes_per_second.value, link.d2h_bytes_per_second.value, link.latency_seconds.value
@@ -389,11 +341,12 @@ def _host_costs(
     request: Request,
     host: HostProfile,
     candidates: Candidates,
-    moved: _MovedRows,
+    moved: MovedRows,
     window_rows: Ints,
 ) -> HostSeconds:
     hidden_size, element_bytes = request.model.hidden_size, ADAPTER_DTYPE_BYTES[request.adapter_dtype]
-    tokens, probes, experts = request.tokens_per_step, candidates.num_probes, candidates.num_experts
+    tokens = chunk_tokens(request.tokens_per_step, candidates.token_chunks)
+    probes, experts = candidates.num_probes, candidates.num_experts
     copied = same_for_all(candidates.bf16_copy) and request.adapter_dtype == "bf16"
     of_owner = window_rows if request.gpus == 1 else window_rows / request.gpus
 
@@ -447,8 +400,9 @@ def step_timing(
     ``overlapped=False``: under the sequential schedule.
     """
     cached = None
-    if decision.cached_rows:
-        by_kind = (missing_rows_per_layer, overflow_rows_per_layer, kept_rows_per_layer)
+    if decision.cached_rows or decision.token_chunks > 1:
+        kept = kept_rows_per_layer or (0,) * request.model.num_layers
+        by_kind = (missing_rows_per_layer, overflow_rows_per_layer, kept)
         cached = WindowRows(*(np.array(rows, dtype=np.int64) for rows in by_kind))
     num_layers = request.model.num_layers
     costs = step_costs(

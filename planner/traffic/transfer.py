@@ -23,6 +23,10 @@ Hot rows are on the device for good: they are never missing, and neither they no
 their places go with the others. Once per optimizer step the host is told all their keys, by which it chooses rows
 (``hot_keys``, ``4*D`` each of the ``H`` per layer), and the squared norm of their gradients (``hot_norm``, 8 bytes).
 
+With token chunks (:mod:`meft.planner.traffic.chunks`) every layer's hidden state goes, ``A_l`` are sums over a layer's
+chunks, and of a chunk only rows travel that the chunk before (in backward, the next) does not have; the places of the
+others go with them.
+
 Where several ranks train together all of this is over the link of each, and with Key-Experts the routers' gradients go
 to the host in every step and their sums come back once per optimizer step: ``router_gradients``, ``L * N*D*4`` either
 way. They are summed there, in the order of ranks.
@@ -88,9 +92,10 @@ def query_bytes(*, tokens: Ints, hidden_size: Ints, compute_dtype_bytes: Ints) -
     return tokens * hidden_size * compute_dtype_bytes
 
 
-def layers_queried(*, num_layers: Ints, prefetch_depth: Ints) -> Ints:
-    """Layers whose hidden state goes to the host: ``L - p``, and never less than layer 0."""
-    queried = np.maximum(num_layers - prefetch_depth, 1)
+def layers_queried(*, num_layers: Ints, prefetch_depth: Ints, token_chunks: int = 1) -> Ints:
+    """Layers whose hidden state goes to the host: ``L - p``, and never less than layer 0; all where tokens come in
+    chunks, which look ahead within their layer."""
+    queried = np.maximum(num_layers - prefetch_depth, 1) if token_chunks == 1 else num_layers
     return int(queried) if np.ndim(queried) == 0 else queried
 
 
@@ -177,17 +182,20 @@ def step_bytes_by_category(*, request: Request, candidates: Candidates, rows: St
     active: Ints = rows.active.sum(axis=0)
     missing: Ints = missing_rows.sum(axis=0)
     overflow: Ints = overflow_rows.sum(axis=0)
-    again = refetched_rows(active_rows=overflow_rows, prefetch_depth=prefetch_depth, refetched=candidates.refetched)
+    again = overflow  # of chunks, counted where the ring is known
+    if candidates.token_chunks == 1:
+        again = refetched_rows(active_rows=overflow_rows, prefetch_depth=prefetch_depth, refetched=candidates.refetched)
     cold: Ints = cold_rows.sum(axis=0)
     gradients: Ints = cold + (overflow - cold) * candidates.gradients_on_device
     query = query_bytes(tokens=tokens, hidden_size=hidden_size, compute_dtype_bytes=query_dtype)
+    queried = layers_queried(num_layers=num_layers, prefetch_depth=prefetch_depth, token_chunks=candidates.token_chunks)
     return {
         ("h2d", "inputs"): input_bytes(tokens=tokens),
         ("h2d", "rows"): row_bytes(active_rows=missing, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype),
         ("h2d", "row_positions"): (active - missing) * INDEX_BYTES,
         ("h2d", "row_experts"): row_expert_bytes(active_rows=active) * key_experts,
         ("h2d", "rows_refetched"): row_bytes(active_rows=again, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype),
-        ("d2h", "queries"): layers_queried(num_layers=num_layers, prefetch_depth=prefetch_depth) * query,
+        ("d2h", "queries"): queried * query,
         ("d2h", "probes"): num_layers * probe_bytes(tokens=tokens, num_probes=candidates.num_probes) * key_experts,
         ("d2h", "row_gradients"): row_bytes(
             active_rows=gradients, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype

@@ -8,18 +8,14 @@ softmax), zero where the token does not probe that expert; this is what trains t
 ``S`` serves every token of the micro-batch (``tokens_see = union``), or each token uses its own best ``K`` of it
 (``own``): the activations of the others are zero, and so is what goes backward through them.
 
-Whatever is as large as the active rows lies in memory for as many rows as there may ever be (the cap), so that every
-step asks the device's allocator for the same sizes: memory that is cut into pieces of ever other sizes could not be
-foreseen.
+With token chunks all of it holds of each chunk by itself (:mod:`meft.runtime.adapter.chunked`).
 
 Letters: ``T`` tokens, ``D`` hidden size, ``A`` active rows, ``N`` experts.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,17 +25,10 @@ from torch.autograd.function import once_differentiable
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.adapter.blocks import decoder, ffn_modules
+from meft.runtime.adapter.chunked import adapted_by_chunks
+from meft.runtime.adapter.products import activate, like_rows, plan_dtypes, row_gradients
+from meft.runtime.chunks.exchange import ChunkedExchange
 from meft.runtime.exchange.exchange import RowExchange
-
-
-@contextmanager
-def plan_dtypes(device: torch.device) -> Iterator[None]:
-    """Without autocast, on the device and on the host: the adapter's dtypes are the plan's."""
-    if not (torch.is_autocast_enabled(device.type) or torch.is_autocast_enabled("cpu")):
-        yield
-        return
-    with torch.autocast(device.type, enabled=False), torch.autocast("cpu", enabled=False):
-        yield
 
 
 class SparseAdapterFunction(torch.autograd.Function):
@@ -64,17 +53,12 @@ class SparseAdapterFunction(torch.autograd.Function):
         rows = exchange.rows(layer)
         keys, values = rows.tensor_split(2, dim=1)
         inputs = hidden.to(rows.dtype)
-        products = _product(exchange, inputs, keys.T)
-        gate = exchange.gate(layer, inputs, weight) if weight.dim() == 2 else None
-        gate_of_row = None if gate is None else _gate_of_row(exchange, layer, gate)
-        if exchange.decision.tokens_see == "own":
-            _leave_own_rows(exchange, products, gate_of_row)
-        activations = products.relu_()
+        activations, gate, gate_of_row = activate(exchange, layer, inputs, keys, weight)
         ctx.exchange, ctx.layer, ctx.hidden_dtype = exchange, layer, hidden.dtype
         ctx.save_for_backward(inputs, activations, weight, gate)
         gated = activations
         if gate_of_row is not None:
-            gated = torch.mul(activations, gate_of_row, out=_like_rows(exchange, activations))
+            gated = torch.mul(activations, gate_of_row, out=like_rows(exchange, activations))
             del gate_of_row
         return (gated @ values).to(hidden.dtype)
 
@@ -90,79 +74,22 @@ class SparseAdapterFunction(torch.autograd.Function):
         exchange, layer = ctx.exchange, ctx.layer
         inputs, activations, weight, gate = ctx.saved_tensors
         exchange.before_backward(layer)
-        keys, values = exchange.rows(layer).tensor_split(2, dim=1)
-        grad_keys, grad_values = exchange.gradient_buffer(layer).tensor_split(2, dim=1)
+        rows = exchange.rows(layer)
         grad_output = grad_output.to(inputs.dtype)
-        grad_scores = None
-        if gate is None:
-            torch.mm(activations.T, grad_output, out=grad_values)
-            grad_activations = _product(exchange, grad_output, values.T)
-        else:
-            gate_of_row = _gate_of_row(exchange, layer, gate)
-            product = torch.mul(activations, gate_of_row, out=_like_rows(exchange, activations))
-            torch.mm(product.T, grad_output, out=grad_values)
-            grad_activations = _product(exchange, grad_output, values.T)
-            torch.mul(grad_activations, activations, out=product)
-            grad_scores = _gradient_of_scores(product, exchange, layer, gate)
-            del product
-            grad_activations.mul_(gate_of_row)
-        grad_products = _like_rows(exchange, activations)
-        torch.ops.aten.threshold_backward.grad_input(grad_activations, activations, 0, grad_input=grad_products)
-        torch.mm(grad_products.T, inputs, out=grad_keys)
+        grads = row_gradients(
+            exchange, layer, rows=rows, inputs=inputs, activations=activations, gate=gate, grad_output=grad_output
+        )
         exchange.send_gradients(layer)
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = grad_products @ keys
-            if grad_scores is not None:
-                grad_hidden.addmm_(grad_scores, weight.to(inputs.dtype))
+            grad_hidden = grads.products @ rows.tensor_split(2, dim=1)[0]
+            if grads.scores is not None:
+                grad_hidden.addmm_(grads.scores, weight.to(inputs.dtype))
             grad_hidden = grad_hidden.to(ctx.hidden_dtype)
-        if grad_scores is not None and ctx.needs_input_grad[1]:
-            grad_weight = (grad_scores.T @ inputs).to(weight.dtype)
+        if grads.scores is not None and ctx.needs_input_grad[1]:
+            grad_weight = (grads.scores.T @ inputs).to(weight.dtype)
         exchange.after_backward(layer)
         return grad_hidden, grad_weight, None, None
-
-
-def _gradient_of_scores(
-    grad_gate_of_row: torch.Tensor, exchange: RowExchange, layer: int, gate: torch.Tensor
-) -> torch.Tensor:
-    """Sum ``[T, A]`` over each expert's rows, as a product with the membership matrix: deterministic on a GPU."""
-    rows, num_experts = exchange.row_experts(layer), gate.shape[1]
-    experts = exchange.for_rows((rows.shape[0],), axis=0, dtype=torch.int64).copy_(rows)
-    membership = exchange.for_rows((rows.shape[0], num_experts), axis=0, dtype=gate.dtype).zero_()
-    membership.scatter_(1, experts.unsqueeze(1), 1.0)
-    return (grad_gate_of_row @ membership).mul_(exchange.probed(layer, gate))
-
-
-def _product(exchange: RowExchange, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a [T, D]`` times ``b [D, A]``."""
-    return torch.mm(a, b, out=exchange.for_rows((a.shape[0], b.shape[1]), axis=1, dtype=a.dtype))
-
-
-def _like_rows(exchange: RowExchange, like: torch.Tensor) -> torch.Tensor:
-    """Memory for one more ``[T, A]``."""
-    return exchange.for_rows(tuple(like.shape), axis=1, dtype=like.dtype)
-
-
-def _gate_of_row(exchange: RowExchange, layer: int, gate: torch.Tensor) -> torch.Tensor:
-    """The gate ``[T, A]`` of each row's expert, from ``gate [T, N]``."""
-    experts = exchange.row_experts(layer)
-    out = exchange.for_rows((gate.shape[0], experts.shape[0]), axis=1, dtype=gate.dtype)
-    return torch.index_select(gate, 1, experts, out=out)
-
-
-def _leave_own_rows(exchange: RowExchange, products: torch.Tensor, gate_of_row: torch.Tensor | None) -> None:
-    """Leave of ``products [T, A]`` each token's own best ``K``, and make zero of the others.
-
-    With Key-Experts a token chooses among rows of the experts that it probes: those whose gate is not zero.
-    """
-    top_k = exchange.decision.top_k
-    if products.shape[1] <= top_k:
-        return
-    others = exchange.for_rows(tuple(products.shape), axis=1, dtype=torch.bool)
-    if gate_of_row is not None:
-        products.masked_fill_(torch.eq(gate_of_row, 0, out=others), -math.inf)
-    least = products.topk(top_k, dim=1).values[:, -1:]
-    products.masked_fill_(torch.lt(products, least, out=others), 0)
 
 
 @dataclass
@@ -235,7 +162,10 @@ def _exit_hook(attached: AttachedAdapter, layer: int, weight: nn.Parameter) -> C
             if attached.serving is not None:
                 return add_to(output, attached.serving(layer, hidden))
             exchange.before_adapter(layer)
-            adapted = SparseAdapterFunction.apply(hidden, weight, exchange, layer)
+            if isinstance(exchange, ChunkedExchange):
+                adapted = adapted_by_chunks(hidden, weight, exchange, layer)
+            else:
+                adapted = SparseAdapterFunction.apply(hidden, weight, exchange, layer)
             exchange.after_adapter(layer)
             return add_to(output, adapted)
 

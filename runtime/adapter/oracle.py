@@ -7,6 +7,8 @@ Letters: ``T`` tokens, ``D`` hidden size, ``R`` adapter rows, ``N`` experts, ``P
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -46,6 +48,25 @@ class DenseAdapter(nn.Module):
         if top_k is not None:
             activations = activations * self._own(hidden, rows, probes, top_k)
         return activations @ self.values
+
+    def by_chunks(
+        self,
+        hidden: torch.Tensor,
+        rows: Sequence[torch.Tensor],
+        probes: torch.Tensor | None = None,
+        top_k: int | None = None,
+    ) -> torch.Tensor:
+        """The same where tokens come in as many chunks as there are ``rows``: a token's output uses its chunk's alone.
+
+        A chunk has ``T / C`` tokens, rounded up; the last has the rest. With ``top_k`` and rows that are the unions of
+        their tokens' own best, it is what one chunk of all tokens would be: a token's own best are in its chunk.
+        """
+        size = -(-hidden.shape[0] // len(rows))
+        outputs = []
+        for chunk, own_rows in enumerate(rows):
+            tokens = slice(chunk * size, (chunk + 1) * size)
+            outputs.append(self(hidden[tokens], own_rows, None if probes is None else probes[tokens], top_k))
+        return torch.cat(outputs)
 
     def _own(
         self, hidden: torch.Tensor, rows: torch.Tensor | None, probes: torch.Tensor | None, top_k: int

@@ -55,7 +55,11 @@ class GradientSlot:
 
 @dataclass
 class DeviceRows:
-    """Buffers of one exchange. Lists by layer are empty where the decision has no use for them."""
+    """Buffers of one exchange. Lists by layer are empty where the decision has no use for them.
+
+    With token chunks the rows of a layer come chunk by chunk: slots, ``places``, ``experts`` and ``used`` are then by
+    chunk, in the order of forward (:mod:`meft.runtime.chunks.exchange`).
+    """
 
     device: Device
     cap: int
@@ -88,22 +92,24 @@ class DeviceRows:
     ) -> DeviceRows:
         """Allocate what the decision needs."""
         made = cls(device, decision.active_rows_cap, hidden_size, dtype)
-        depth = min(decision.prefetch_depth, num_layers - 1)
+        depth, units = min(decision.prefetch_depth, num_layers - 1), num_layers * decision.token_chunks
         slots = num_layers if decision.rows_in_backward == "retained" else depth + 1
+        if decision.token_chunks > 1:
+            slots = max(depth, 1) + 1
         made.ring = [RingSlot(made.new_rows("row_staging")) for _ in range(slots)]
-        made.used = [COPY_DONE] * num_layers
+        made.used = [COPY_DONE] * units
         if decision.cached_rows:
             made.kept = [made.new_rows("kept_rows", decision.cached_rows) for _ in range(num_layers)]
         if decision.gradients_on_device:
             made.sums = [made.new_rows("gradient_sums", decision.cached_rows, sums_dtype) for _ in range(num_layers)]
         if decision.hot_rows:
             made.hot = [made._new_hot(decision.hot_rows, sums_dtype) for _ in range(num_layers)]
-        if decision.cached_rows or decision.hot_rows:
-            made.places = [made._new_indices("row_indices") for _ in range(num_layers)]
+        if decision.cached_rows or decision.hot_rows or decision.token_chunks > 1:
+            made.places = [made._new_indices("row_indices") for _ in range(units)]
         if (made.sums or made.hot) and dtype != sums_dtype:
             made.cast = made.new_rows("gradient_sums", CAST_ROWS, sums_dtype)
         if decision.routing == "key-experts":
-            made.experts = [made._new_indices("row_indices") for _ in range(num_layers)]
+            made.experts = [made._new_indices("row_indices") for _ in range(units)]
         return made
 
     def new_rows(self, category: str, count: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -104,20 +104,23 @@ class RowExchange:
         self._next_token_mask: torch.Tensor | None = None
 
     def _make_fetcher(self, cache: RowCache) -> RowFetcher:
-        return RowFetcher(
-            engine=self.engine,
-            store=self.store,
-            router=self.router,
-            decision=self.decision,
-            adapter_dtype=self.adapter_dtype,
-            router_weights=self.router_weights,
-            cache=cache,
-            on_device=self._on_device,
-            host=self._host,
-            state=self._state,
-            staging=[Landing(self._host_rows()) for _ in range(self.depth + 1)],
-            clock=self.clock,
-        )
+        return RowFetcher(**self._fetcher_parts(cache))
+
+    def _fetcher_parts(self, cache: RowCache) -> dict[str, Any]:
+        return {
+            "engine": self.engine,
+            "store": self.store,
+            "router": self.router,
+            "decision": self.decision,
+            "adapter_dtype": self.adapter_dtype,
+            "router_weights": self.router_weights,
+            "cache": cache,
+            "on_device": self._on_device,
+            "host": self._host,
+            "state": self._state,
+            "staging": [Landing(self._host_rows()) for _ in range(self.depth + 1)],
+            "clock": self.clock,
+        }
 
     def _make_window(self, cache: RowCache) -> GradientWindow:
         count, peers = min(self.depth, 1) + 1, self.peers
@@ -312,7 +315,8 @@ class RowExchange:
     def sit_out(self) -> None:
         """Ranks: this one has no micro-batch while others have the window's last; it adds theirs to its own rows."""
         for layer in reversed(range(len(self.layers))):
-            self._window.send_nothing(layer)
+            for _ in range(self.decision.token_chunks):
+                self._window.send_nothing(layer)
             if self.closes_window:
                 self._window.send_sums(layer)
         if self._router_sums is not None:

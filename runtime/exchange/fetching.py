@@ -117,27 +117,30 @@ class RowFetcher:
 
         In forward as many parts as decided, one of which travels while the next is gathered.
         """
-        slot, staging = self.on_device.slot(layer), self.staging[self._landing_of(layer)]
         route = self.state.layers[layer].route
         assert route is not None
+        self._bring(layer, layer, route, again=again)
+
+    def _bring(self, layer: int, unit: int, route: Job, *, again: bool) -> None:
+        """The same for ``unit``, which says whose slot it is: the layer, or one of its chunks of tokens."""
+        slot, staging = self.on_device.slot(unit), self.staging[self._landing_of(unit)]
         before, suffix = staging.copy, " again" if again else ""
         chunks = 1 if again else self.decision.gather_chunks
 
         def gather(chunk: int) -> slice:
             placement: Placement = route.result()
             before.wait_on_host()
-            rows = placement.overflow if again else placement.missing
+            rows = placement.rows[placement.travelling(again=again)]
             part = _part(rows.shape[0], chunk, chunks)
             self.store.gather(layer, rows[part], staging.buffer[part])
             return part
 
         def views(gathered: Job) -> tuple[torch.Tensor, torch.Tensor]:
             part: slice = gathered.result()
-            first = route.result().num_admitted if again else 0
-            return staging.buffer[part], slot.buffer[first:][part]
+            return staging.buffer[part], slot.buffer[route.result().travelling(again=again)][part]
 
         if not again:
-            self._send_indices(layer, route)
+            self._send_indices(unit, route)
         jobs = (route, before.job, self.state.updated[layer])
         category = "rows_refetched" if again else "rows"
         for chunk in range(chunks):
@@ -151,17 +154,17 @@ class RowFetcher:
                 after=(gathered,),
             )
         staging.copy = slot.filled  # the lane's last: with it all are over
-        slot.layer, slot.filled_again, slot.assembled = layer, again, False
+        slot.layer, slot.filled_again, slot.assembled = unit, again, False
 
-    def _choice(self, target: int, layer: int) -> Job:
-        """A job that lets the router choose ``target``'s rows from the queries of ``layer``."""
+    def _choice(self, target: int, layer: int, tokens: slice = slice(None)) -> Job:
+        """A job that lets the router choose ``target``'s rows from the queries of ``layer``, or of some ``tokens``."""
         queries, mask = self.host.existing("query_landing", self._landing_of(layer)), self.token_mask
         probes = self.host.existing("probes_landing", self._landing_of(target))
         assert queries is not None
 
         def arrived(landing: Landing, copy: Copy) -> torch.Tensor:
             copy.wait_on_host()
-            return landing.buffer if mask is None else landing.buffer[mask]
+            return landing.buffer[tokens] if mask is None else landing.buffer[tokens][mask[tokens]]
 
         copies = (queries.copy, None if probes is None else probes.copy)
 

@@ -71,14 +71,13 @@ class Placement:
         return torch.cat([self.hits, self.hot])
 
     @property
-    def missing(self) -> torch.Tensor:
-        """Rows that travel in forward."""
-        return self.rows[: self.num_missing]
-
-    @property
     def overflow(self) -> torch.Tensor:
         """Rows that travel again in backward, where rows are fetched again."""
         return self.rows[self.num_admitted : self.num_missing]
+
+    def travelling(self, *, again: bool) -> slice:
+        """Which rows travel: in forward those missing, and again in backward, where they do at all, the overflow."""
+        return slice(self.num_admitted if again else 0, self.num_missing)
 
 
 class RowCache(Protocol):

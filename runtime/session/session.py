@@ -12,6 +12,8 @@ from torch import nn
 from meft.planner.records.plan import Decision, Plan
 from meft.runtime.adapter.adapter import AttachedAdapter, attach
 from meft.runtime.adapter.initialise import KeyInit, keys_from_ffn
+from meft.runtime.chunks.exchange import exchange_of
+from meft.runtime.chunks.placement import ChunkPlacer
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import Copy, TransferEngine
@@ -308,6 +310,7 @@ def open_session(
     settings: AdamWSettings | None = None,
     router: Router | None = None,
     cache: RowCache | None = None,
+    placer: ChunkPlacer | None = None,
     compiled: bool = True,
     schedule: Schedule | None = None,
     link_gbps: float | None = None,
@@ -317,10 +320,11 @@ def open_session(
 ) -> Session:
     """Put ``model`` on the device with a fresh adapter beside it, as the plan decides.
 
-    ``router`` and ``cache`` replace the plan's own (a rehearsal passes some that need no data). ``compiled=False`` does
-    the host's work with the readable code. ``schedule`` says who does what when, by default one thing after the other;
-    the session's :meth:`~Session.close` closes it. ``clock`` is told of every task. ``key_init`` says where keys begin:
-    see :mod:`meft.runtime.adapter.initialise`. ``peers`` share the store, all of which open their session at once.
+    ``router``, ``cache`` and ``placer`` replace the plan's own (a rehearsal passes some that need no data).
+    ``compiled=False`` does the host's work with the readable code. ``schedule`` says who does what when, by default one
+    thing after the other; the session's :meth:`~Session.close` closes it. ``clock`` is told of every task. ``key_init``
+    says where keys begin: see :mod:`meft.runtime.adapter.initialise`. ``peers`` share the store, all of which open
+    their session at once.
     """
     decision, shape = plan.decision, plan.request.model
     settings = settings or AdamWSettings()
@@ -340,15 +344,16 @@ def open_session(
             keys_from_ffn(store, model, seed=seed)
     weights = _graph_weights(decision, shape.num_layers, shape.hidden_size, device, seed)
     routers = weights if decision.routing == "key-experts" else []
-    exchange = RowExchange(
+    exchange = exchange_of(
+        decision,
         device=device,
         engine=engine,
         store=store,
         router=router or TopKRouter(decision.top_k, decision.active_rows_cap, decision.num_experts, kernels),
-        decision=decision,
         adapter_dtype=ADAPTER_DTYPES[plan.request.adapter_dtype],
         router_weights=routers,
         cache=cache,
+        placer=placer,
         clock=clock,
         peers=peers,
     )

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meft.planner.records.plan import Plan, Sparsity
 from meft.planner.records.report import ActiveRows, Observed, Report, Training
+from meft.runtime.chunks.placement import PlannedPlacer
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.device.nvml import MemoryReading, PcieReading
@@ -39,8 +40,18 @@ def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_vers
 
 def rehearsal_session(plan: Plan, model: nn.Module, device: EmulatedDevice) -> Session:
     """A session that needs no data: its active rows, and those that stay cached, are the plan's own."""
-    router = PlannedRouter(plan.prediction.sparsity.active_rows_per_layer)
-    session = open_session(plan, model, device, seed=0, router=router, cache=_planned_cache(plan), compiled=False)
+    chunks = plan.decision.token_chunks
+    router = PlannedRouter(tuple(rows // chunks for rows in plan.prediction.sparsity.active_rows_per_layer))
+    session = open_session(
+        plan,
+        model,
+        device,
+        seed=0,
+        router=router,
+        cache=_planned_cache(plan),
+        placer=_planned_placer(plan) if chunks > 1 else None,
+        compiled=False,
+    )
     if session.exchange.hot is not None:
         hot_rows = torch.arange(plan.decision.hot_rows)
         session.exchange.hot.rehearse([hot_rows] * session.store.num_layers)
@@ -64,6 +75,15 @@ def _planned_cache(plan: Plan) -> PlannedCache | None:
         kept=sparsity.kept_rows_per_layer or nothing,
         hot=hot,
     )
+
+
+def _planned_placer(plan: Plan) -> PlannedPlacer:
+    """As many rows in common with a neighbour as the plan expects of a chunk; all of them where it does not say."""
+    chunks, sparsity = plan.decision.token_chunks, plan.prediction.sparsity
+    active = sparsity.active_rows_per_layer
+    missing = sparsity.missing_rows_per_layer or tuple(rows // chunks for rows in active)
+    shared = ((rows - there) // (chunks - 1) for rows, there in zip(active, missing, strict=True))
+    return PlannedPlacer(shared=tuple(shared))
 
 
 def rehearse_step(session: Session) -> None:

@@ -218,15 +218,14 @@ def _in_order(seen: Mapping[int, int], place: int) -> int:
 
 
 def rows_seen(measured: Measurements, decision: Decision) -> tuple[ActiveRows, ...]:
-    """Active rows by layer, with what travelled and what was kept if rows were cached, and how many were hot."""
+    """Active rows by layer, with what travelled if some did not (rows were cached, or came in chunks), what was kept, and
+    how many were hot."""
     layers = active_rows(measured.active_rows.layers)
     kinds: dict[str, Totals] = {}
+    if decision.cached_rows or decision.token_chunks > 1:
+        kinds |= {"missing_total": measured.missing_rows, "overflow_total": measured.overflow_rows}
     if decision.cached_rows:
-        kinds |= {
-            "missing_total": measured.missing_rows,
-            "overflow_total": measured.overflow_rows,
-            "kept_total": measured.kept_rows,
-        }
+        kinds |= {"kept_total": measured.kept_rows}
     if decision.hot_rows:
         kinds |= {"hot_total": measured.hot_rows}
     return tuple(

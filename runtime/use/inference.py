@@ -27,8 +27,9 @@ from torch import nn
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import TokensSee
-from meft.runtime.adapter.adapter import add_to, ffn_input, plan_dtypes
+from meft.runtime.adapter.adapter import add_to, ffn_input
 from meft.runtime.adapter.blocks import ffn_modules
+from meft.runtime.adapter.products import plan_dtypes
 from meft.runtime.session.session import Session
 
 

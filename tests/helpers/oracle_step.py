@@ -28,13 +28,15 @@ class DenseTower(nn.Module):
         super().__init__()
         self.tower, self.adapters = tower, nn.ModuleList(adapters)
         self.top_k: int | None = None
-        self.rows: list[torch.Tensor | None] = [None] * len(adapters)
+        self.rows: list[torch.Tensor | list[torch.Tensor] | None] = [None] * len(adapters)
+        """By layer; where tokens come in chunks, by chunk too."""
         self.probes: list[torch.Tensor | None] = [None] * len(adapters)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         for block, adapter, rows, probes in zip(self.tower.layers, self.adapters, self.rows, self.probes, strict=True):
             hidden = hidden + torch.tanh(block.mix(hidden))
-            hidden = hidden + block.mlp(hidden) + adapter(hidden, rows, probes, self.top_k)
+            adapted = adapter.by_chunks if isinstance(rows, list) else adapter
+            hidden = hidden + block.mlp(hidden) + adapted(hidden, rows, probes, self.top_k)
         return hidden
 
 
@@ -67,11 +69,20 @@ def assert_same_gradients(setup, dense: DenseTower) -> None:
             torch.testing.assert_close(weight.grad.cpu(), adapter.router.grad, **EXACT)
 
 
-def assert_step_equals_the_oracle(setup) -> None:
+def rows_chosen(setup) -> list[torch.Tensor | list[torch.Tensor] | None]:
+    """Each layer's active rows in the last micro-batch, or of each of its chunks."""
+    chunks = setup.exchange.decision.token_chunks
+    if chunks == 1:
+        return [state.selection.rows for state in setup.exchange.layers]
+    placed = setup.exchange.unit_rows()
+    return [placed[first : first + chunks] for first in range(0, len(placed), chunks)]
+
+
+def assert_step_equals_the_oracle(setup, *, num_tokens: int = 5) -> None:
     """One step of the adapter and of the oracle, which is told the rows and probes that the adapter chose."""
     dense = dense_twin(setup)
-    hidden = torch.randn(5, 8, dtype=torch.float64).requires_grad_()
-    grad = torch.randn(5, 8, dtype=torch.float64)
+    hidden = torch.randn(num_tokens, 8, dtype=torch.float64).requires_grad_()
+    grad = torch.randn(num_tokens, 8, dtype=torch.float64)
     noted_probes: dict[int, torch.Tensor] = {}
     original = setup.exchange.after_backward
 
@@ -81,7 +92,7 @@ def assert_step_equals_the_oracle(setup) -> None:
 
     setup.exchange.after_backward = note_probes
     output, input_grad = run_step(setup, hidden, grad)
-    dense.rows = [state.selection.rows for state in setup.exchange.layers]
+    dense.rows = rows_chosen(setup)
     if setup.exchange.router_weights:
         dense.probes = [noted_probes[layer].cpu().long() for layer in range(setup.store.num_layers)]
     expected, expected_grad = dense_step(dense, hidden, grad)

@@ -9,6 +9,7 @@ from torch import nn
 
 from meft.planner.records.plan import Decision
 from meft.runtime.adapter.adapter import AttachedAdapter, attach
+from meft.runtime.chunks.exchange import exchange_of
 from meft.runtime.device.device import CudaDevice, EmulatedDevice
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.exchange.exchange import RowExchange
@@ -107,7 +108,15 @@ def sparse_setup(
         random = [0.3 * torch.randn(shape, dtype=dtype) for _ in range(num_layers)]
         weights = [nn.Parameter(weight.to(device.torch_device)) for weight in random]
     router = TopKRouter(chosen.top_k, chosen.active_rows_cap, chosen.num_experts)
-    exchange = RowExchange(device, engine, store, router, chosen, dtype, weights if gated else [])
+    exchange = exchange_of(
+        chosen,
+        device=device,
+        engine=engine,
+        store=store,
+        router=router,
+        adapter_dtype=dtype,
+        router_weights=weights if gated else [],
+    )
     return Setup(device, engine, store, exchange, model, attach(model, exchange, weights), weights)
 
 

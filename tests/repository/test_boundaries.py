@@ -134,7 +134,7 @@ MODELS_OF_THE_DESIGN = {
     "meft.planner.search.space",
     "meft.planner.search.grid_costs",
     "meft.planner.search.grid_timing",
-    "meft.planner.search.choosing",
+    "meft.planner.search.chunked",
     "meft.planner.search.weighing",
     "meft.planner.search.search",
     "meft.planner.allocator.caching",

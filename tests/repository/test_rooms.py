@@ -22,6 +22,7 @@ RUNTIME = (
         "ranks",
         "data",
         "exchange",
+        "chunks",
         "adapter",
         "session",
         "use",

@@ -88,7 +88,7 @@ ROWS, WINDOW, FETCH, HOTSET = "RowExchange", "GradientWindow", "RowFetcher", "Ho
 # out: without them nothing is wrong.
 MUTANTS = {
     "staging is refilled while its copy runs": (
-        (fetching, f"{FETCH}.fetch", "before.wait_on_host()", "pass"),
+        (fetching, f"{FETCH}._bring", "before.wait_on_host()", "pass"),
         ("p0", {}),
     ),
     "a part of the rows leaves before it is gathered": (

@@ -34,6 +34,7 @@ from meft.runtime.trace.run import trace_plan  # noqa: E402
 NARROW = {"adapter_width": 64, "top_k": 4, "active_rows_cap": 48, "rows_in_backward": "refetched"}
 BF16 = {"weights_dtype": "bf16", "adapter_dtype": "bf16"}
 MIXED = {"weights_dtype": "bf16", "adapter_dtype": "fp32"}
+CHUNKED = {"token_chunks": 4}
 CASES = [
     ("llama", {}, {}),
     ("llama", {}, {"batch_size": 1}),
@@ -48,6 +49,10 @@ CASES = [
     ("llama", {"tokens_see": "own"}, {}),
     ("llama", {"tokens_see": "own", "activation_checkpointing": True}, MIXED),
     ("llama", EXPERTS | {"tokens_see": "own", "prefetch_depth": 1}, BF16),
+    ("llama", CHUNKED, {}),
+    ("llama", CHUNKED | {"prefetch_depth": 1, "activation_checkpointing": True}, BF16),
+    ("llama", CHUNKED | EXPERTS | {"prefetch_depth": 2}, MIXED),
+    ("llama", CHUNKED | EXPERTS | {"tokens_see": "own", "activation_checkpointing": True}, BF16 | {"batch_size": 1}),
     ("qwen2", {}, {}),
     ("qwen3", {"activation_checkpointing": True}, MIXED),
     ("mistral", {}, {}),
