@@ -23,6 +23,14 @@ _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**
 _COUNT = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?P<unit>[kKmMbBgGtT]?)", re.ASCII)
 MAX_COUNT = 10**15
 
+_PREFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": KIB, "Mi": MIB, "Gi": GIB}
+_RATE = re.compile(
+    r"(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?P<prefix>k|Ki|[MGT]|Mi|Gi)(?P<unit>bits?/s|bps|b/s|bE|B/s)", re.ASCII
+)
+_ACCEPTED_RATES = "bits as 25Gbit/s, 25Gbps or 25GbE, or bytes as 3.1GB/s; G is 10^9, Gi 2^30"
+MIN_RATE, MAX_RATE = 1e6 / 8, 1e14 / 8
+"""Outside of these a rate is a typing slip."""
+
 MAX_BYTES = 1 << 50  # one PiB: above this a size is a typing slip, not a machine
 
 
@@ -45,6 +53,34 @@ def parse_bytes(text: str, *, field: str = "size") -> int:
     if num_bytes > MAX_BYTES:
         raise UsageError(f"{field}: {text!r} is more than 1 PiB, which no machine has; give {_ACCEPTED}")
     return num_bytes
+
+
+def parse_rate(text: str, *, field: str = "rate") -> float:
+    """Read what a network carries, in bytes per second.
+
+    Bits as networks are sold (``25Gbit/s``, ``25Gbps``, ``25Gb/s``, ``25GbE``), or bytes as they are measured
+    (``3.1GB/s``); here k, M and G are powers of 1000, Ki, Mi and Gi of 1024.
+
+    Raises :class:`UsageError` naming ``field``, the value and what is accepted.
+
+    >>> parse_rate("25Gbit/s") == parse_rate("3.125 GB/s") == 3.125e9
+    True
+    """
+    match = _RATE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{field}: {text!r} is not a rate; give {_ACCEPTED_RATES}")
+    per_unit = 1 if match["unit"].startswith("B") else 1 / 8
+    rate = float(match["number"]) * _PREFIXES[match["prefix"]] * per_unit
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise UsageError(f"{field}: {text!r} is not between 1 Mbit/s and 100 Tbit/s; give {_ACCEPTED_RATES}")
+    return rate
+
+
+def format_rate(rate: float) -> str:
+    """Render bytes per second as networks are sold: ``25 Gbit/s``, ``2.4 Gbit/s``, ``800 Mbit/s``."""
+    bits = 8 * rate
+    unit, name = (1e9, "Gbit/s") if bits >= 1e9 else (1e6, "Mbit/s")
+    return f"{bits / unit:.4g} {name}"
 
 
 def format_bytes(num_bytes: float) -> str:

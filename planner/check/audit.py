@@ -21,6 +21,7 @@ from meft.planner.check.counted_bytes import (
     CategoryCheck,
     as_run,
     by_direction,
+    bytes_between_machines,
     bytes_of_optimizer_steps,
     bytes_of_report,
     category_checks,
@@ -39,6 +40,7 @@ DEFAULT_TOLERANCE_FRACTION = 0.03
 Rule = Literal["exact", "within", "at most", "shown"]
 
 _GIVEN_ROWS = ("h2d_bytes_given_rows", "d2h_bytes_given_rows")
+_EXACT = (*_GIVEN_ROWS, "network_bytes_given_rows")
 
 
 class AuditRow(Record):
@@ -121,6 +123,7 @@ def audit(
         *_device_rows(plan, report, gpu, tolerance_fraction),
         *_host_rows(plan, report),
         *_exact_transfer_rows(plan, report, steps),
+        *_network_rows(plan, report),
         *_planned_transfer_rows(plan, report),
         *_estimated_rows(plan, report),
     )
@@ -135,7 +138,7 @@ def audit(
         steps=steps,
         rows=rows,
         transfer=checks,
-        transfer_exact=all(row.predicted == row.observed for row in rows if row.quantity in _GIVEN_ROWS),
+        transfer_exact=all(row.predicted == row.observed for row in rows if row.quantity in _EXACT),
         notes=(*_packed_notes(planned, report), *_notes(plan, report, gpu)),
         passed=all(row.holds is not False for row in rows),
     )
@@ -277,7 +280,7 @@ def _host_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
 
 def _host_bytes(plan: Plan, report: Report) -> int:
     """As planned, or of another number of ranks what the plan would have said for it."""
-    if report.gpus == plan.request.gpus:
+    if (report.gpus, report.nodes) == (plan.request.gpus, plan.request.nodes):
         return plan.prediction.host_memory.total_bytes
     return host_memory(request=as_run(plan, report).request, decision=plan.decision).total_bytes
 
@@ -314,6 +317,30 @@ def _exact_transfer_rows(plan: Plan, report: Report, steps: int) -> tuple[AuditR
             for way, (expected, seen) in zip(DIRECTIONS, per_optimizer_step, strict=True)
             if expected or seen
         ),
+    )
+
+
+def _network_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
+    """Between machines, if there were several."""
+    observed, totals = report.observed.transfer, {"step": 0, "optimizer_step": 0}
+    for (_, per), size in bytes_between_machines(plan, report).items():
+        totals[per] += size
+    once = round(totals["optimizer_step"] / windows_of(plan, report))
+    pairs = (
+        ("network_bytes_given_rows", totals["step"], observed.network_bytes_total, "of all machines"),
+        ("network_bytes_per_optimizer_step", once, observed.network_bytes_per_optimizer_step, "once per window"),
+    )
+    return tuple(
+        _row(
+            name,
+            expected,
+            seen,
+            bases=("counted", "counted"),
+            because=f"between machines, {of_what}, with the rows that crossed",
+            rule="exact",
+        )
+        for name, expected, seen, of_what in pairs
+        if expected or seen
     )
 
 

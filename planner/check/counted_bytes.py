@@ -1,4 +1,4 @@
-"""Bytes over the link that a plan means, given the rows that a run saw active, beside those that the run counted.
+"""Bytes over the link, and between machines: what a plan means for the rows that a run saw, and what the run counted.
 
 Letters: ``L`` layers.
 """
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from meft.planner.base.schema import Bytes, Record
 from meft.planner.records.candidates import Candidates
-from meft.planner.records.plan import Direction, Plan
+from meft.planner.records.plan import Direction, Plan, Way
 from meft.planner.records.report import Report
+from meft.planner.traffic.network import NetworkCategories, NetworkUse, network_bytes
 from meft.planner.traffic.transfer import (
     Categories,
     StepRows,
@@ -29,7 +30,7 @@ DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
 class CategoryCheck(Record):
     """Bytes of one category over the link: predicted from the observed active rows, and counted; means per ``per``."""
 
-    direction: Direction
+    direction: Way
     category: str
     per: Literal["step", "optimizer_step"]
     predicted_bytes: Bytes
@@ -81,7 +82,8 @@ def bytes_of_report(plan: Plan, report: Report, steps: int) -> dict[tuple[Direct
 
 def as_run(plan: Plan, report: Report) -> Plan:
     """The plan for as many ranks as ran it: what is predicted of a step and of host memory depends on that."""
-    return plan.model_copy(update={"request": plan.request.model_copy(update={"gpus": report.gpus})})
+    ranks = {"gpus": report.gpus, "nodes": report.nodes}
+    return plan.model_copy(update={"request": plan.request.model_copy(update=ranks)})
 
 
 def windows_of(plan: Plan, report: Report) -> int:
@@ -89,21 +91,36 @@ def windows_of(plan: Plan, report: Report) -> int:
     return -(-report.observed.steps // plan.request.grad_accum)
 
 
-def bytes_of_optimizer_steps(plan: Plan, report: Report) -> dict[tuple[Direction, str], int]:
+def bytes_between_machines(plan: Plan, report: Report) -> NetworkCategories:
+    """Over the network, of all that the report measured, for the rows that it saw cross."""
+    steps, windows, grad_accum = report.observed.steps, windows_of(plan, report), plan.request.grad_accum
+    rest = steps - (windows - 1) * grad_accum
+    rounds = (windows - 1) * (grad_accum // report.num_ranks) - (-rest // report.num_ranks)
+    layers, run = report.observed.active_rows, as_run(plan, report)
+    use = NetworkUse(
+        rounds=rounds,
+        windows=windows,
+        foreign_rows=sum(layer.foreign_total or 0 for layer in layers),
+        summed_rows=sum(layer.summed_total or 0 for layer in layers),
+    )
+    return network_bytes(run.request, plan.decision, use)
+
+
+def bytes_of_optimizer_steps(plan: Plan, report: Report) -> dict[tuple[Way, str], int]:
     """Bytes by category over all optimizer steps: as predicted for each, but the gradient sums of the rows that were
     kept, and what hot rows cost from when they were chosen; of all ranks together."""
     windows = windows_of(plan, report)
     with_hot = windows if report.rehearsal else report.observed.hot_windows
     entries = [entry for entry in plan.prediction.transfer.entries if entry.per == "optimizer_step"]
-    found = {
+    found: dict[tuple[Way, str], int] = {
         (entry.direction, entry.category): entry.num_bytes
-        * (with_hot if entry.category.startswith("hot_") else windows * report.gpus)
+        * (with_hot if entry.category.startswith("hot_") else windows * report.num_ranks)
         for entry in entries
-        if entry.category != "router_gradients"
+        if entry.category != "router_gradients" and entry.direction != "network"
     }
     routers = router_gradients_of(as_run(plan, report).request, plan.decision)
     if routers:
-        found["h2d", "router_gradients"] = routers * windows * report.gpus
+        found["h2d", "router_gradients"] = routers * windows * report.num_ranks
     kept = [layer.kept_total for layer in report.observed.active_rows if layer.kept_total is not None]
     if kept and plan.decision.gradients_on_device:
         total = window_gradient_bytes(request=plan.request, decision=plan.decision, kept_rows_per_layer=kept)
@@ -114,11 +131,14 @@ def bytes_of_optimizer_steps(plan: Plan, report: Report) -> dict[tuple[Direction
 def category_checks(plan: Plan, report: Report, steps: int) -> tuple[CategoryCheck, ...]:
     """Every category that was predicted or counted, per step and per optimizer step."""
     totals = bytes_of_report(plan, report, steps)
-    predicted: dict[tuple[Direction, str, Literal["step", "optimizer_step"]], int] = {
+    predicted: dict[tuple[Way, str, Literal["step", "optimizer_step"]], int] = {
         (way, name, "step"): round(size / steps) for (way, name), size in totals.items()
     }
     for (way, name), size in bytes_of_optimizer_steps(plan, report).items():
         predicted[way, name, "optimizer_step"] = round(size / windows_of(plan, report))
+    divisors = {"step": steps, "optimizer_step": windows_of(plan, report)}
+    for (name, per), size in bytes_between_machines(plan, report).items():
+        predicted["network", name, per] = round(size / divisors[per])
     counted = {
         (entry.direction, entry.category, entry.per): entry.num_bytes
         for entry in report.observed.transfer.entries
@@ -138,7 +158,7 @@ def category_checks(plan: Plan, report: Report, steps: int) -> tuple[CategoryChe
     )
 
 
-def by_direction(totals: Mapping[tuple[Direction, str], int]) -> list[int]:
+def by_direction(totals: Mapping[tuple[Way, str], int] | Mapping[tuple[Direction, str], int]) -> list[int]:
     """Sums of each of :data:`DIRECTIONS`."""
     return [sum(size for (way, _), size in totals.items() if way == direction) for direction in DIRECTIONS]
 

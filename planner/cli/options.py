@@ -20,6 +20,7 @@ from meft.planner.front.options import (
     MAX_BATCH_SIZE,
     MAX_GPUS,
     MAX_GRAD_ACCUM,
+    MAX_NODES,
     MAX_SEQ_LEN,
     MAX_SLOWDOWN,
     MAX_WIDTH,
@@ -151,7 +152,7 @@ def workload_options(command: Command) -> Command:
 
 
 def rank_options(command: Command) -> Command:
-    """Several cards in one machine."""
+    """Several cards in one machine, and several machines."""
     return apply_options(
         command,
         click.option(
@@ -167,6 +168,18 @@ def rank_options(command: Command) -> Command:
             default=1,
             show_default=True,
             help="Of them, those that share one link's bandwidth (behind a switch, or on one slot's lanes).",
+        ),
+        click.option(
+            "--nodes",
+            type=click.IntRange(1, MAX_NODES),
+            default=1,
+            show_default=True,
+            help="Such machines: each has all rows, and they exchange gradients and sums.",
+        ),
+        click.option(
+            "--interconnect",
+            metavar="RATE",
+            help="What a machine sends to others, and at once receives: 25Gbit/s, 25GbE or 3.1GB/s.",
         ),
     )
 

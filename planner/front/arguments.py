@@ -69,6 +69,8 @@ class PlanArguments(TypedDict, total=False):
     active_rows_quantile: float | None
     gpus: int
     gpus_per_link: int
+    nodes: int
+    interconnect: str | None
 
 
 class EstimateArguments(TypedDict, total=False):

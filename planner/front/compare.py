@@ -22,10 +22,9 @@ from meft.planner.search.search import make_plan
 def compare_methods(planned: Planning) -> MethodComparison:
     """MEFT as it would be planned, and the dense methods."""
     request, profiles = planned.request, planned.profiles
-    if request.gpus > 1:
-        raise UsageError(
-            f"--gpus {request.gpus}: compare is about one card; meft-plan --gpus {request.gpus} says how a plan scales"
-        )
+    if request.ranks > 1:
+        given = f"--gpus {request.gpus}" if request.nodes == 1 else f"--nodes {request.nodes}"
+        raise UsageError(f"{given}: compare is about one card; meft-plan {given} says how a plan scales")
     if request.model.measured is not None:
         raise UsageError(
             f"compare: it weighs hundreds of simulated runs, and {request.model.model_type} has no closed form to "

@@ -14,6 +14,7 @@ MAX_BATCH_SIZE = 1 << 14
 MAX_SEQ_LEN = 1 << 20
 MAX_GRAD_ACCUM = 1 << 16
 MAX_GPUS = 64
+MAX_NODES = 1024
 MAX_WIDTH = 1 << 20
 MAX_RANK = 1 << 16
 MAX_SLOWDOWN = 1000.0
@@ -69,6 +70,8 @@ class RequestOptions:
     active_rows_quantile: Annotated[float, Field(gt=0.5, lt=1.0)] | None = None
     gpus: Annotated[int, Field(ge=1, le=MAX_GPUS, strict=True)] = 1
     gpus_per_link: Annotated[int, Field(ge=1, le=MAX_GPUS, strict=True)] = 1
+    nodes: Annotated[int, Field(ge=1, le=MAX_NODES, strict=True)] = 1
+    interconnect: str | None = None
 
     @classmethod
     def taken_from(cls, given: dict[str, Any]) -> RequestOptions:

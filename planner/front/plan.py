@@ -68,7 +68,7 @@ def scaling_of(found: Planned) -> tuple[Scaling, ...]:
     from meft.planner.predict.scaling import scaling  # for people's eyes, as above
 
     plan = found.plan
-    return scaling(plan.request, plan.decision, found.planning.profiles) if plan.request.gpus > 1 else ()
+    return scaling(plan.request, plan.decision, found.planning.profiles) if plan.request.ranks > 1 else ()
 
 
 def simulated_step(found: Planned) -> list[Event]:

@@ -9,7 +9,7 @@ from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.errors import UsageError
 from meft.planner.base.names import looks_like_path
 from meft.planner.base.schema import validated
-from meft.planner.base.units import format_bytes
+from meft.planner.base.units import format_bytes, parse_rate
 from meft.planner.front.options import RequestOptions
 from meft.planner.memory.budget import reserve_bytes
 from meft.planner.memory.machine import machine_memory_bytes
@@ -261,6 +261,8 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "active_rows_quantile": options.active_rows_quantile,
         "gpus": options.gpus,
         "gpus_per_link": options.gpus_per_link,
+        "nodes": options.nodes,
+        "interconnect_bytes_per_second": _interconnect(options),
     }
     return {name: value for name, value in names.items() if value is not None}
 
@@ -295,15 +297,26 @@ def _check_model(options: RequestOptions, shape: ModelShape) -> None:
 
 
 def _check_ranks(options: RequestOptions) -> None:
-    gpus, grad_accum = options.gpus, options.grad_accum
-    if grad_accum % gpus:
-        fitting = -(-grad_accum // gpus) * gpus
+    ranks, grad_accum = options.gpus * options.nodes, options.grad_accum
+    if grad_accum % ranks:
+        given = f"--gpus {options.gpus}" if options.nodes == 1 else f"--nodes {options.nodes} --gpus {options.gpus}"
+        fitting = -(-grad_accum // ranks) * ranks
         raise UsageError(
-            f"--gpus {gpus}: the {grad_accum} micro-batches of an optimizer step (--grad-accum) do not divide among "
+            f"{given}: the {grad_accum} micro-batches of an optimizer step (--grad-accum) do not divide among "
             f"them; give --grad-accum {fitting}"
         )
-    if gpus > 1 and options.hot_rows:
+    if ranks > 1 and options.hot_rows:
         raise UsageError(f"--hot-rows {options.hot_rows}: several devices have none; it goes with --gpus 1")
+
+
+def _interconnect(options: RequestOptions) -> float | None:
+    if options.nodes == 1:
+        if options.interconnect is not None:
+            raise UsageError(f"--interconnect {options.interconnect}: between which machines? It goes with --nodes")
+        return None
+    if options.interconnect is None:
+        raise UsageError(f"--nodes {options.nodes}: what is between them? Give --interconnect, as 25Gbit/s or 3.1GB/s")
+    return parse_rate(options.interconnect, field="--interconnect")
 
 
 def _check_copy(options: RequestOptions, adapter: AdapterDtype) -> None:

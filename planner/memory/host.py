@@ -5,7 +5,7 @@ an int32 step count and a bool that says whether the window touched it. Buffers 
 of their own that is registered, where torch's pinned allocator would round each up to a power of two.
 
 Of several ranks each has its buffers, while the tables are there once; those that gradients land in are shared too, so
-that whoever owns a row adds it up.
+that whoever owns a row adds it up. Of several machines this is each one's memory.
 
 The frozen model is on the device and has no copy here.
 
@@ -27,6 +27,7 @@ from meft.planner.base.quantities import (
 )
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, HostMemory, MemoryEntry, Request
+from meft.planner.traffic.network import buffer_bytes_per_rank
 from meft.planner.traffic.transfer import layers_queried, router_gradient_bytes
 
 _FLAG_BYTES = 1
@@ -52,6 +53,7 @@ _BECAUSE = {
     "row_squares": "several ranks: fp64 per row, its gradient's sum of squares, for clipping",
     "router_landing": "several ranks: where the routers' gradients of each arrive, fp32 L * [N, D]",
     "router_sums": "several ranks: sums of the routers' gradients, fp32 L * [N, D]",
+    "network_buffers": "several machines: what each rank sends rows, sums and routers' numbers from, and receives in",
     "row_positions_landing": "p+1 buffers [cap] int32 that the places of rows on the device leave from",
 }
 _STAGING = (
@@ -149,12 +151,13 @@ def host_bytes_by_category(*, request: Request, candidates: Candidates) -> dict[
         "row_experts_landing": key_experts * slots * indices,
         "row_positions_landing": ((cached_rows + hot_rows > 0) | chunked) * slots * indices,
     }
-    return sizes if request.gpus == 1 else _of_ranks(request, candidates, sizes)
+    return sizes if request.ranks == 1 else _of_ranks(request, candidates, sizes)
 
 
 def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) -> dict[str, Ints]:
     """The same of several ranks: buffers of each, tables once, and what they share to add gradients up."""
     ranks, num_layers, hidden_size = request.gpus, request.model.num_layers, request.model.hidden_size
+    machines = request.nodes
     slots = gradient_slots(prefetch_depth=candidates.prefetch_depth, num_layers=num_layers)
     cap, row_dtype = candidates.active_rows_cap, ADAPTER_DTYPE_BYTES[request.adapter_dtype]
     landing = row_buffer_bytes(active_rows_cap=cap, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype)
@@ -163,8 +166,20 @@ def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) 
         num_experts=candidates.num_experts,
         hidden_size=hidden_size,
         key_experts=candidates.key_experts,
-        gpus=ranks,
+        ranks=request.ranks,
     )
+    network: Ints = 0
+    if machines > 1:
+        network = buffer_bytes_per_rank(
+            machines=machines,
+            ranks=ranks,
+            slots=slots,
+            active_rows_cap=cap,
+            adapter_width=candidates.adapter_width,
+            hidden_size=hidden_size,
+            adapter_dtype_bytes=row_dtype,
+            router_numbers=routers // MASTER_BYTES,
+        )
     own = {name: ranks * sizes[name] for name in (*_STAGING, "cache_index")}
     return (
         sizes
@@ -175,6 +190,7 @@ def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) 
             "row_squares": num_layers * candidates.adapter_width * _SQUARE_BYTES,
             "router_landing": ranks * routers,
             "router_sums": routers,
+            "network_buffers": ranks * network,
         }
     )
 

@@ -118,6 +118,7 @@ def predict(
             overflow_rows_per_layer=sparsity.overflow_rows_per_layer,
             kept_rows_per_layer=sparsity.kept_rows_per_layer,
             hot_rows_per_layer=sparsity.hot_rows_per_layer,
+            window_rows_per_layer=sparsity.window_active_rows_per_layer,
         ),
         timing=timing_of(request, decision, profiles, sparsity),
         sparsity=sparsity,

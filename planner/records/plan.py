@@ -7,7 +7,6 @@ A *step* is one micro-batch forward and backward unless a name says ``optimizer_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -25,16 +24,21 @@ TokensSee = Literal["union", "own"]
 Place = Literal["device", "host"]
 Phase = Literal["resident", "forward", "loss", "backward", "optimizer_step"]
 Direction = Literal["h2d", "d2h"]
-Lane = Literal["gpu", "h2d", "d2h", "cpu"]
+Lane = Literal["gpu", "h2d", "d2h", "cpu", "network"]
 LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
+"""Of one machine; several have ``network`` too."""
+Way = Direction | Literal["network"]
+"""Where bytes go: over a card's link, or between machines."""
 
 
-_USUAL_REQUEST = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1, "token_chunks": None}
-_USUAL_DECISION = {"tokens_see": "union", "token_chunks": 1, "gather_chunks": 1}
+_USUAL: dict[str, Any] = {"tokens_see": "union", "packed": False, "gpus_per_link": 1}
+_USUAL |= {"nodes": 1, "interconnect_bytes_per_second": None, "foreign_total": None, "summed_total": None}
+_USUAL |= dict.fromkeys(("network_bytes_per_step", "network_bytes_per_optimizer_step", "network_bytes_total"), 0)
 
 
-def _without_usual(content: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+def without_usual(content: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Written only where they say something, so that other plans stay as they were, byte for byte."""
+    usual = _USUAL | more
     return {name: value for name, value in content.items() if name not in usual or value != usual[name]}
 
 
@@ -80,21 +84,33 @@ class Request(Record):
     """Ranks on one machine, each with such a card, that share the host's rows and divide ``grad_accum``."""
     gpus_per_link: Count = 1
     """How many of the cards share one link's bandwidth: those behind one switch, or on one root port's lanes."""
+    nodes: Count = 1
+    """Machines with ``gpus`` each, and all rows on each."""
+    interconnect_bytes_per_second: Rate | None = None
+    """What a machine sends to others, and at once receives; where there are several."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_usual(handler(self), _USUAL_REQUEST)
+        return without_usual(handler(self), gpus=1, token_chunks=None)
 
     @model_validator(mode="after")
     def _divides(self) -> Request:
-        if self.grad_accum % self.gpus:
-            raise ValueError(f"grad_accum {self.grad_accum} does not divide among gpus {self.gpus}")
+        if self.grad_accum % self.ranks:
+            among = f"gpus {self.gpus}" + (f" x nodes {self.nodes}" if self.nodes > 1 else "")
+            raise ValueError(f"grad_accum {self.grad_accum} does not divide among {among}")
+        if self.nodes > 1 and self.interconnect_bytes_per_second is None:
+            raise ValueError(f"nodes {self.nodes} need interconnect_bytes_per_second")
         return self
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train together, each with a card."""
+        return self.gpus * self.nodes
 
     @property
     def rounds(self) -> int:
         """Micro-batches of an optimizer step that each rank has."""
-        return self.grad_accum // self.gpus
+        return self.grad_accum // self.ranks
 
     @property
     def tokens_per_step(self) -> int:
@@ -133,7 +149,7 @@ class Decision(Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_usual(handler(self), _USUAL_DECISION)
+        return without_usual(handler(self), token_chunks=1, gather_chunks=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Decision:
@@ -246,7 +262,7 @@ class HostMemory(Record):
 class TransferEntry(Record):
     """Bytes of one category in one direction, per step or per optimizer step."""
 
-    direction: Direction
+    direction: Way
     category: str
     per: Literal["step", "optimizer_step", "run"]
     """``run``: over the whole run, when there was need; never predicted."""
@@ -255,7 +271,7 @@ class TransferEntry(Record):
 
 
 class Transfer(Record):
-    """Predicted traffic over the link."""
+    """Predicted traffic over the link, and between machines."""
 
     entries: tuple[TransferEntry, ...]
     h2d_bytes_per_step: Bytes
@@ -264,6 +280,14 @@ class Transfer(Record):
     d2h_bytes_per_optimizer_step: Bytes
     whole_adapter_offload_ratio: Rate
     """Bytes that moving the whole adapter both ways would cost, over the bytes of this plan."""
+    network_bytes_per_step: Bytes = 0
+    """Between machines, for one micro-batch."""
+    network_bytes_per_optimizer_step: Bytes = 0
+    """Between all machines, once per window."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_usual(handler(self))
 
     def window_bytes(self, grad_accum: int) -> int:
         """Over the link in an accumulation window, both ways, its optimizer step included."""
@@ -423,6 +447,12 @@ def host_budget_of(plan: Plan) -> int:
     """What the plan may use of the host's memory."""
     machine = plan.prediction.host_memory.machine
     return plan.request.host_mem_bytes if machine is None else machine.budget_bytes
+
+
+def torchrun_words(*, nodes: int, gpus: int) -> list[str]:
+    """How ranks of several machines are begun, on each of them; what ``meft-run`` is given follows."""
+    numbers = ["--nnodes", str(nodes), "--nproc-per-node", str(gpus)]
+    return ["torchrun", *numbers, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29400", "-m", "meft.run"]
 
 
 def plain_decision(*, adapter_width: int, active_rows: int, top_k: int = 1, activation_checkpointing: bool) -> Decision:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from meft.planner.base.schema import Bytes, Count, File, Fraction, Index, Record, Seconds
-from meft.planner.records.plan import Lane, MemoryEntry, TransferEntry
+from meft.planner.records.plan import Lane, MemoryEntry, TransferEntry, without_usual
 
 
 def without_plain_loss(content: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +57,14 @@ class ObservedTransfer(Record):
     nvml_rx_bytes: Bytes | None
     nvml_tx_bytes: Bytes | None
     nvml_source: str
+    network_bytes_per_step: Bytes = 0
+    network_bytes_per_optimizer_step: Bytes = 0
+    network_bytes_total: Bytes = 0
+    """Between machines, as counted where it was sent: as the others, of all ranks together."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_usual(handler(self))
 
 
 class ActiveRows(Record):
@@ -79,6 +87,14 @@ class ActiveRows(Record):
     """Rows kept at the end of each window, summed over windows."""
     hot_total: Index | None = None
     """With hot rows: active ones that were on the device for good, summed over steps."""
+    foreign_total: Index | None = None
+    """On several machines: rows whose gradients went to another one, to be added up there."""
+    summed_total: Index | None = None
+    """On several machines: rows touched in a window, summed over windows; their sums went to all."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_usual(handler(self))
 
 
 class Observed(Record):
@@ -188,7 +204,19 @@ class Report(File):
     expert_load: tuple[ExpertLoad, ...] = ()
     """Per layer; empty for a rehearsal."""
     gpus: Count = 1
-    """Ranks that trained together."""
+    """Ranks that trained together, on each machine."""
     ranks: tuple[Observed, ...] = ()
     """What each of several ranks observed; ``observed`` is then all of it together: bytes, rows and host memory summed,
-    the tables that all share counted once (in the first), device memory that of the fullest."""
+    the tables that all share counted once (in the first), device memory that of the fullest; host memory of one
+    machine."""
+    nodes: Count = 1
+    """Machines that trained together."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_usual(handler(self))
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all machines."""
+        return self.gpus * self.nodes

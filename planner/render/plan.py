@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from meft.planner.base.quantities import chunk_tokens
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.memory.disk import disk
-from meft.planner.records.plan import Objective, Plan, host_budget_of
+from meft.planner.records.plan import Objective, Plan, host_budget_of, torchrun_words
 from meft.planner.render.details import detail_sections, grouped_bytes, limits_used
 from meft.planner.render.tables import Columns, Command, Paragraph, View, count, grid, lines, percent, section, stacked
 from meft.planner.search.levers import Lever, reserved_at_most
@@ -28,7 +28,7 @@ _WANTED: dict[Objective, str] = {
     "traffic": "the widest adapter, moved with the fewest bytes,",
 }
 _LIMITS = {"device memory": "GPU memory", "host memory": "CPU memory", "slowdown": "--max-slowdown"}
-_BUSIEST = {"gpu": "the GPU", "h2d": "the link", "d2h": "the link", "cpu": "the host"}
+_BUSIEST = {"gpu": "the GPU", "h2d": "the link", "d2h": "the link", "cpu": "the host", "network": "the network"}
 _SHORT = {
     "frozen model": "model",
     "active rows and their gradients": "adapter rows",
@@ -73,7 +73,9 @@ def plan_view(
 
 def next_command(plan: Plan, path: str) -> list[str]:
     """What to type now, in words."""
-    words = ["meft-run", path, "--model", plan.request.model_path or "DIR", "--data", "FILE.jsonl"]
+    request = plan.request
+    program = ["meft-run"] if request.nodes == 1 else torchrun_words(nodes=request.nodes, gpus=request.gpus)
+    words = [*program, path, "--model", request.model_path or "DIR", "--data", "FILE.jsonl"]
     if plan.request.gpu == "emulated":
         words += ["--device", "emulated"]
     return words
@@ -91,7 +93,7 @@ def _verdict(plan: Plan, tokens: int | None) -> list[View]:
     speed = f"{timing.tokens_per_second:,.0f} tokens/s"
     if tokens is not None:
         speed += f", {_hours(tokens, timing.tokens_per_second)}"
-    where = "" if request.gpus == 1 else f" on each of {request.gpus} cards"
+    where = "" if request.ranks == 1 else f" on each of {request.ranks} cards"
     step = f"a step of {request.batch_size} x {request.seq_len:,}{where} takes {format_seconds(timing.step_seconds)}"
     return [
         Paragraph(f"{fits}, with {format_bytes(spare)} to spare.", style="bold"),
@@ -296,7 +298,7 @@ def _speed(ratio: float) -> str:
 def _scaling(scaling: Sequence[Scaling]) -> Columns:
     rows = [
         (
-            f"  {each.gpus}",
+            f"  {each.gpus}" if each.nodes == 1 else f"  {each.nodes} x {each.gpus}",
             f"{each.tokens_per_second:,.0f}",
             percent(each.efficiency),
             format_bytes(each.host_bytes),
@@ -304,7 +306,8 @@ def _scaling(scaling: Sequence[Scaling]) -> Columns:
         )
         for each in scaling
     ]
-    return grid(("Cards", "tokens/s", "efficiency", "CPU memory", "works longest"), rows, right=(1, 2, 3))
+    memory = "CPU memory" if all(each.nodes == 1 for each in scaling) else "CPU memory of each"
+    return grid(("Cards", "tokens/s", "efficiency", memory, "works longest"), rows, right=(1, 2, 3))
 
 
 # --- what it rests on -----------------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def with_hot_rows(
     As it is where the request says how many, for several ranks, which have none, or where the profile does not know
     how popular rows are. Rows that are hot need not be cached: the two together are no more than the width.
     """
-    if request.hot_rows is not None or request.gpus > 1 or not profiles.sparsity.popularity:
+    if request.hot_rows is not None or request.ranks > 1 or not profiles.sparsity.popularity:
         return decision, prediction
     for tried in _cheapest_first(request, profiles, decision, _cost(request, prediction)):
         predicted = predict(request, tried, profiles)

@@ -124,6 +124,9 @@ class Backward(_Tasks):
     """``[L, n]``."""
     idle_before: Seconds
     """Least time from the host's last gather to the end of the head, ``[n]``."""
+    exchange: Seconds | None
+    """``[L, n]``, between machines; None for one."""
+    sums: Floats
     router_norm: Floats
     adamw: Floats
     router_adamw: Floats
@@ -172,6 +175,8 @@ def backward_tasks(costs: StepCosts, *, refetched: bool) -> Backward:
         gather_again=host.gather if host.gather_again is None else host.gather_again,
         rows_again=link.rows_refetched,
         idle_before=link.rows[-1] + gpu.adapter_forward[-1] + head,
+        exchange=link.exchange,
+        sums=link.sums,
         router_norm=link.router_norm,
         adamw=host.adamw,
         router_adamw=gpu.router_adamw,
@@ -299,9 +304,9 @@ def _forward_layer(tasks: Forward, state: State, layer: int, *, depth: int) -> S
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _BackwardProgram:
-    """The discrete choices of backward. The state: gpu, host, when the last ``slots`` row gradients left (the latest
-    first), when those before the last were added up (if there are two slots), and when the rows of the next
-    ``depth + 1`` layers arrive (if they are fetched again)."""
+    """The discrete choices of backward. The state: gpu, host, the network, when the last ``slots`` row gradients left
+    (the latest first), when those before the last were added up (if there are two slots), and when the rows of the next
+    ``depth + 1`` layers arrive (if they are fetched again). Of one machine the network is where the host is."""
 
     depth: int
     checkpointing: bool
@@ -318,17 +323,23 @@ class _BackwardProgram:
 
     def layer(self, tasks: Backward, state: State, layer: int, *, fetches: bool = True) -> State:
         """Any but the last of the model, which comes first."""
-        gpu, host, *times = state
+        gpu, host, network, *times = state
         left, added, rows = times[: self.slots], times[self.slots : 2 * self.slots - 1], times[2 * self.slots - 1 :]
         gpu = self.recomputed(tasks, gpu, rows, layer)
         gpu = np.maximum(gpu, left[-1]) + _of(tasks.adapter_backward, layer)
-        host = np.maximum(host, left[0]) + _of(tasks.accumulate, layer + 1)
+        there = network = self.crossed(tasks, network, left[0], layer + 1)
+        host = np.maximum(host, there) + _of(tasks.accumulate, layer + 1)
         landing_free = added[0] if added else host
         leaves = np.maximum(np.maximum(left[0], gpu), landing_free) + _of(tasks.row_gradients, layer)
         added = [host] if added else []
         if self.refetched:
             host, rows = self.fetched_again(tasks, host, rows, layer, gpu, fetches=fetches)
-        return [gpu + (tasks.frozen_backward if layer else 0.0), host, leaves, *left[:-1], *added, *rows]
+        network = host if tasks.exchange is None else network
+        return [gpu + (tasks.frozen_backward if layer else 0.0), host, network, leaves, *left[:-1], *added, *rows]
+
+    def crossed(self, tasks: Backward, network: Seconds, left: Seconds, layer: int) -> Seconds:
+        """When the layer's row gradients are with those that add them up; they ``left`` the device."""
+        return left if tasks.exchange is None else np.maximum(network, left) + _of(tasks.exchange, layer)
 
     def first_layer(self, tasks: Backward, layer: int) -> State:
         """The last of the model: no row gradients are on their way yet, and its rows are there."""
@@ -340,7 +351,8 @@ class _BackwardProgram:
         if self.refetched:
             host, rows = self.fetched_again(tasks, host, rows, layer, gpu, fetches=layer > self.depth)
         none = [start] * (self.slots - 1)
-        return [gpu + (tasks.frozen_backward if layer else 0.0), host, leaves, *none, *none, *rows]
+        network = host if tasks.exchange is None else start
+        return [gpu + (tasks.frozen_backward if layer else 0.0), host, network, leaves, *none, *none, *rows]
 
     def recomputed(self, tasks: Backward, gpu: Seconds, rows: State, layer: int) -> Seconds:
         """When the layer is ready to go backward: its forward done again, and its rows there."""
@@ -367,12 +379,15 @@ class _BackwardProgram:
         state = _repeated(self.layer, tasks, state, fetching, period=self.period)
         for layer in range(num_layers - 2 - len(fetching), -1, -1):
             state = self.layer(tasks, state, layer, fetches=False)
-        gpu, host, leaves, *_ = state
-        return tasks.head + _optimizer(tasks, gpu, np.maximum(host, leaves) + _of(tasks.accumulate, 0), leaves)
+        gpu, host, network, leaves, *_ = state
+        there = self.crossed(tasks, network, leaves, 0)
+        host = np.maximum(host, there) + _of(tasks.accumulate, 0)
+        return tasks.head + _optimizer(tasks, gpu, host, leaves)
 
 
 def _optimizer(tasks: Backward, gpu: Seconds, host: Seconds, leaves: Seconds) -> Seconds:
     """When the step's share of the optimizer is done."""
+    host = host + tasks.sums
     leaves = np.maximum(leaves, gpu) + tasks.router_norm
     host = np.maximum(host, leaves) + tasks.adamw
     gpu = gpu + tasks.router_adamw

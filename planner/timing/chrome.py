@@ -25,15 +25,16 @@ def task_kind(name: str) -> str:
 
 def chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
     """The events as a Chrome trace (chrome://tracing, Perfetto): one row per lane; tasks that take no time left out."""
+    lanes = [*LANES, *sorted({event.lane for event in events} - {*LANES})]
     names = [
-        {"name": "thread_name", "ph": "M", "pid": 0, "tid": LANES.index(lane), "args": {"name": lane}} for lane in LANES
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": lanes.index(lane), "args": {"name": lane}} for lane in lanes
     ]
     tasks = [
         {
             "name": event.name,
             "ph": "X",
             "pid": 0,
-            "tid": LANES.index(event.lane),
+            "tid": lanes.index(event.lane),
             "ts": event.start_seconds * 1e6,
             "dur": (event.end_seconds - event.start_seconds) * 1e6,
         }

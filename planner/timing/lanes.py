@@ -1,12 +1,12 @@
-"""The runtime's program of one step on four lanes, simulated. What each task costs:
+"""The runtime's program of one step on its lanes, simulated. What each task costs:
 :mod:`meft.planner.timing.step`.
 
-Lanes are ``gpu``, ``h2d``, ``d2h`` and ``cpu``. Each does its tasks in the order in which the runtime issues them; a
-task starts when its lane is free and what it needs is done, so nothing is left to chance. *Overlapped*, the host's work
-has a thread of its own; in *sequence* one thread works and launches: a gpu task issued after host work starts after it.
-In sequence on the emulated device, every task waits for the one before. Overlapped there, the lanes are threads that
-share cores: they run at once, each the slower for it; once :mod:`meft.planner.check.calibrate` has seen runs, that is
-in the rates.
+Lanes are ``gpu``, ``h2d``, ``d2h`` and ``cpu``, on several machines ``network`` too. Each does its tasks in the order
+in which the runtime issues them; a task starts when its lane is free and what it needs is done, so nothing is left to
+chance. *Overlapped*, the host's work has a thread of its own; in *sequence* one thread works and launches: a gpu task
+issued after host work starts after it. In sequence on the emulated device, every task waits for the one before.
+Overlapped there, the lanes are threads that share cores: they run at once, each the slower for it; once
+:mod:`meft.planner.check.calibrate` has seen runs, that is in the rates.
 
 Forward, layer ``l`` (``p`` is the prefetch depth): attention; its result, the hidden state at the FFN's entry, leaves
 for the host (with the best experts for Key-Experts); the FFN; the adapter, once its rows are there. Layer 0's hidden
@@ -25,6 +25,9 @@ are refetched both directions run at the link's duplex rates; every other copy h
 After the last micro-batch of an accumulation window the optimizer runs; a step carries its ``1 / grad_accum`` share,
 after backward, since clipping needs the whole gradient's norm first. Hot rows are updated on the device, and then
 their keys go to the host.
+
+On several machines row gradients go to those that add them up before any are added, and at a window's end the sums go
+to all, before the optimizer: a step carries its share of that too.
 
 Times are plain numbers or arrays over candidates: one program serves the search and the final word on its winner.
 """
@@ -49,7 +52,7 @@ CHUNK_CANDIDATES = 8192
 
 
 class Lanes:
-    """Four FIFO lanes. Times are numbers, or arrays with one time per candidate.
+    """FIFO lanes. Times are numbers, or arrays with one time per candidate.
 
     ``serial``: one lane for all. ``host_launches``: gpu tasks wait for the host work issued before them.
     """
@@ -65,7 +68,7 @@ class Lanes:
     def run(self, lane: Lane, name: str, seconds: Floats, *after: Floats) -> Floats:
         """Do a task on ``lane`` once the lane is free and every time in ``after`` has passed; returns when it ends."""
         queue: Lane = "cpu" if self._serial else lane
-        start = self._free[queue]
+        start = self._free.get(queue, 0.0)
         if lane == "gpu" and self._host_launches and self._host_worked:
             after = (*after, self._free["cpu"])
             self._host_worked = False
@@ -73,7 +76,7 @@ class Lanes:
             start = np.maximum(start, time)
         end = start + seconds
         self._free[queue] = end
-        self.busy[lane] = self.busy[lane] + seconds
+        self.busy[lane] = self.busy.get(lane, 0.0) + seconds
         self._host_worked |= lane == "cpu"
         if self._events is not None:
             self._events.append(Event(lane, name, float(start), float(end)))
@@ -154,9 +157,10 @@ class GpuSeconds(_Seconds):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LinkSeconds(_Seconds):
-    """Copies, of both directions; ``router_norm``, ``hot_keys`` and sums of row gradients are a step's share."""
+    """Copies, of both directions, and between machines; ``router_norm``, ``hot_keys`` and sums of row gradients are a
+    step's share."""
 
-    PER_LAYER: ClassVar = frozenset(("rows", "rows_refetched", "row_gradients"))
+    PER_LAYER: ClassVar = frozenset(("rows", "rows_refetched", "row_gradients", "exchange"))
 
     inputs: Floats
     queries: Floats
@@ -170,6 +174,10 @@ class LinkSeconds(_Seconds):
     hot_keys: Floats = 0.0
     chunks: Ints = 1
     """Copies that :attr:`rows` are."""
+    exchange: NDArray[np.float64] | None = None
+    """Row gradients to the machines that add them up; None for one machine."""
+    sums: Floats = 0.0
+    """Between machines, a step's share of what a window's end costs."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -244,6 +252,9 @@ class Program:
         self.gather_again = self._by_layer(again)
         self.assemble = self._by_layer(costs.gpu.assemble)
         self.sum_gradients = self._by_layer(costs.gpu.sum_gradients)
+        self.exchange = None if costs.link.exchange is None else self._by_layer(costs.link.exchange)
+        self.all_added: Floats = 0.0
+        """When backward's last gradients are added up."""
         self.rows_there: list[Floats] = [0.0] * num_layers
         """When each layer's rows are on the device."""
 
@@ -324,7 +335,7 @@ class Program:
             if layer:
                 self.run("gpu", f"backward {layer}", self.gpu.frozen_backward)
         for layer in sorted(arrived, reverse=True):
-            self.accumulate_gradients(layer, arrived)
+            self.all_added = self.accumulate_gradients(layer, arrived)
         return done
 
     def recompute(self, layer: int) -> None:
@@ -339,7 +350,10 @@ class Program:
         """Add the layer's row gradients to the window's sum on the host, if there are any; returns when it is done."""
         if layer not in arrived:
             return 0.0
-        return self.run("cpu", f"accumulate {layer}", self.accumulate[layer], arrived.pop(layer))
+        there = arrived.pop(layer)
+        if self.exchange is not None:
+            there = self.run("network", f"exchange gradients {layer}", self.exchange[layer], there)
+        return self.run("cpu", f"accumulate {layer}", self.accumulate[layer], there)
 
     def refetch(self, layer: int, slot_free: Floats) -> None:
         """Send the rows of a layer that left the ring once more."""
@@ -352,7 +366,10 @@ class Program:
     def optimizer_share(self, backward_done: Floats) -> None:
         """This step's share of the window's optimizer step."""
         norm = self.run("d2h", "router norm", self.link.router_norm, backward_done)
-        self.run("cpu", "adamw", self.host.adamw, norm)
+        shared: Floats = 0.0
+        if self.exchange is not None:
+            shared = self.run("network", "exchange sums", self.link.sums, self.all_added)
+        self.run("cpu", "adamw", self.host.adamw, norm, shared)
         self.run("gpu", "router adamw", self.gpu.router_adamw)
         if self.gpu.hot_adamw is not None:
             updated = self.run("gpu", "hot adamw", self.gpu.hot_adamw)

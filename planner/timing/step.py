@@ -51,6 +51,7 @@ from meft.planner.timing.gpu import (
     router_seconds,
     sum_gradients_seconds,
 )
+from meft.planner.timing.interconnect import exchange_between, sums_between
 from meft.planner.timing.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
 from meft.planner.timing.moved_rows import MovedRows, moved_in_chunks, moved_rows
 from meft.planner.traffic.hot_rows import HOT_NORM_BYTES, HotRows, hot_key_bytes
@@ -165,7 +166,7 @@ def exchange_seconds(request: Request, link: LinkProfile, candidates: Candidates
         num_experts=candidates.num_experts,
         hidden_size=request.model.hidden_size,
         key_experts=candidates.key_experts,
-        gpus=request.gpus,
+        ranks=request.ranks,
     )
     some = one_way > 0
     sent = copy_seconds(one_way, rate=link.d2h_bytes_per_second.value, latency=layers * latency)
@@ -236,7 +237,9 @@ def step_costs_of_choices(
         moved = moved_rows(active_rows, cached, on_device, request.rounds, hot)
     window_rows: Ints = (window_active_rows if hot is None else window_active_rows - hot.in_window).sum(axis=0)
     of_gpu = _gpu_costs(request, gpu_rates(gpu, request), candidates, moved)
-    of_link = [_link_costs(request, link, replace(candidates, retained=choice), moved) for choice in retained]
+    of_link = [
+        _link_costs(request, link, replace(candidates, retained=choice), moved, window_rows) for choice in retained
+    ]
     of_host = [
         _host_costs(request, host, replace(candidates, bf16_copy=choice), moved, window_rows) for choice in copied
     ]
@@ -301,7 +304,9 @@ def _gpu_costs(request: Request, rates: GpuRates, candidates: Candidates, moved:
     )
 
 
-def _link_costs(request: Request, link: LinkProfile, candidates: Candidates, moved: MovedRows) -> LinkSeconds:
+def _link_costs(
+    request: Request, link: LinkProfile, candidates: Candidates, moved: MovedRows, window_rows: Ints
+) -> LinkSeconds:
     tokens, hidden_size = request.tokens_per_step, request.model.hidden_size
     key_experts, refetched = candidates.key_experts, candidates.refetched
     h2d, d2h, latency = link.h2d_bytes_per_second.value, link.d2h_bytes_per_second.value, link.latency_seconds.value
@@ -334,6 +339,8 @@ def _link_costs(request: Request, link: LinkProfile, candidates: Candidates, mov
         router_norm=key_experts * copy_seconds(NORM_BYTES, rate=d2h, latency=latency) / request.rounds
         + exchange_seconds(request, link, candidates),
         chunks=chunks,
+        exchange=exchange_between(request, rows=moved.gradients + moved.summed),
+        sums=sums_between(request, candidates, window_rows=window_rows),
     )
 
 
@@ -432,5 +439,5 @@ def step_timing(
         baseline_step_seconds=baseline,
         slowdown=seconds / baseline,
         busy_seconds={lane: float(busy) for lane, busy in step.busy_seconds.items()},
-        tokens_per_second=request.gpus * request.tokens_per_step / seconds,
+        tokens_per_second=request.ranks * request.tokens_per_step / seconds,
     )

@@ -29,7 +29,7 @@ others go with them.
 
 Where several ranks train together all of this is over the link of each, and with Key-Experts the routers' gradients go
 to the host in every step and their sums come back once per optimizer step: ``router_gradients``, ``L * N*D*4`` either
-way. They are summed there, in the order of ranks.
+way. They are summed there, in the order of ranks. What goes between machines: :mod:`meft.planner.traffic.network`.
 
 Letters: ``T`` tokens, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per layer, ``A_l`` active rows of layer
 ``l``, ``P`` probes, ``p`` prefetch depth. Active rows are ``[L]`` for one decision, ``[L, candidates]`` for many.
@@ -55,6 +55,7 @@ from meft.planner.base.quantities import (
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, Direction, Request, Transfer, TransferEntry
 from meft.planner.traffic.hot_rows import HOT_NORM_BYTES, hot_key_bytes
+from meft.planner.traffic.network import BECAUSE, expected_use, network_bytes
 
 Categories: TypeAlias = dict[tuple[Direction, str], Ints]
 """Bytes by direction and category."""
@@ -127,10 +128,10 @@ def refetched_rows(*, active_rows: NDArray[np.int64], prefetch_depth: Ints, refe
 
 
 def router_gradient_bytes(
-    *, num_layers: Ints, num_experts: Ints, hidden_size: Ints, key_experts: Flags, gpus: int
+    *, num_layers: Ints, num_experts: Ints, hidden_size: Ints, key_experts: Flags, ranks: int
 ) -> Ints:
     """The routers' gradients, fp32 ``[N, D]`` per layer, one way; none for one rank, whose device keeps them."""
-    return (gpus > 1) * key_experts * num_layers * num_experts * hidden_size * MASTER_BYTES
+    return (ranks > 1) * key_experts * num_layers * num_experts * hidden_size * MASTER_BYTES
 
 
 def router_gradients_of(request: Request, decision: Decision) -> int:
@@ -145,7 +146,7 @@ def _router_gradients(request: Request, candidates: Candidates) -> Ints:
         num_experts=candidates.num_experts,
         hidden_size=shape.hidden_size,
         key_experts=candidates.key_experts,
-        gpus=request.gpus,
+        ranks=request.ranks,
     )
 
 
@@ -297,8 +298,12 @@ def step_transfer(
     overflow_rows_per_layer: Sequence[int] = (),
     kept_rows_per_layer: Sequence[int] = (),
     hot_rows_per_layer: Sequence[int] = (),
+    window_rows_per_layer: Sequence[int] = (),
 ) -> Transfer:
-    """The ledger of a decision, without the categories that carry nothing; rows as :func:`expected_step_bytes`."""
+    """The ledger of a decision, without the categories that carry nothing; rows as :func:`expected_step_bytes`.
+
+    ``window_rows_per_layer`` are those that a window touches; several machines need them.
+    """
     rows = (active_rows_per_layer, missing_rows_per_layer, overflow_rows_per_layer, hot_rows_per_layer)
     categories = _decided(request, decision, *rows)
     h2d, d2h = step_bytes(categories)
@@ -317,13 +322,42 @@ def step_transfer(
         hidden_size=request.model.hidden_size,
         adapter_dtype_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
     )
+    network = _network(
+        request,
+        decision,
+        gradient_rows=int(categories["d2h", "row_gradients"]) // _bytes_of_a_row(request),
+        kept_rows=sum(kept_rows_per_layer),
+        window_rows=sum(window_rows_per_layer),
+    )
     return Transfer(
-        entries=(*_entries(categories, "step"), *_entries(once, "optimizer_step")),
+        entries=(*_entries(categories, "step"), *_entries(once, "optimizer_step"), *network),
+        network_bytes_per_step=sum(entry.num_bytes for entry in network if entry.per == "step"),
+        network_bytes_per_optimizer_step=sum(entry.num_bytes for entry in network if entry.per == "optimizer_step"),
         h2d_bytes_per_step=int(h2d),
         d2h_bytes_per_step=int(d2h),
         h2d_bytes_per_optimizer_step=int(optimizer_h2d),
         d2h_bytes_per_optimizer_step=int(optimizer_d2h),
         whole_adapter_offload_ratio=float(whole / (h2d + d2h + (optimizer_h2d + optimizer_d2h) / request.rounds)),
+    )
+
+
+def _bytes_of_a_row(request: Request) -> int:
+    e = ADAPTER_DTYPE_BYTES[request.adapter_dtype]
+    return int(row_bytes(active_rows=1, hidden_size=request.model.hidden_size, adapter_dtype_bytes=e))
+
+
+def _network(
+    request: Request, decision: Decision, *, gradient_rows: int, kept_rows: int, window_rows: int
+) -> tuple[TransferEntry, ...]:
+    """Between machines: a micro-batch's share of a window's steps, and what the window's end costs."""
+    use = expected_use(request, decision, gradient_rows=gradient_rows, kept_rows=kept_rows, window_rows=window_rows)
+    divisors = {"step": request.grad_accum, "optimizer_step": 1}
+    return tuple(
+        TransferEntry(
+            direction="network", category=name, per=per, num_bytes=round(size / divisors[per]), because=BECAUSE[name]
+        )
+        for (name, per), size in network_bytes(request, decision, use).items()
+        if size
     )
 
 

@@ -28,7 +28,7 @@ from meft.runtime.cli.export import export_command
 from meft.runtime.cli.prune import prune_command
 from meft.runtime.cli.use import adapter_folder, evaluate_command, evaluation_options, generate_command
 from meft.runtime.data.metrics import evaluation_line
-from meft.runtime.ranks.launch import launch, ranks_here, wait_for_first_rank
+from meft.runtime.ranks.launch import end, launch, ranks_to_launch, wait_for_first_rank
 from meft.runtime.training.interrupts import Interrupts, no_interrupt_ignored
 
 if TYPE_CHECKING:  # torch is loaded only once there is a plan to run
@@ -102,6 +102,11 @@ class RunGroup(click.Group):
     "--gpus",
     type=click.IntRange(min=1),
     help="Ranks on this machine, each with a device, that share one host store.  [default: the plan's]",
+)
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    help="Machines with as many ranks each; torchrun begins them.  [default: the plan's]",
 )
 @click.option("--gpu-mem", help="Another device budget than the plan's, e.g. 20GiB.")
 @click.option("--rehearse", is_flag=True, help="One step under fake tensors: books without weights, data or GPU.")
@@ -178,7 +183,7 @@ def train_command(noted: Interrupts | None, /, plan: Path, as_json: bool, rehear
     with (noted or Interrupts()).installed() as interrupts:
         interrupts.check()
         loaded = Plan.load(plan)
-        gpus = _ranks_to_launch(given.pop("gpus"), loaded, rehearse=rehearse)
+        gpus = ranks_to_launch(given.pop("gpus"), given.pop("nodes"), loaded, rehearse=rehearse)
         if given["adapter"] is not None:
             given["adapter"] = adapter_folder(given["adapter"])
         options = _options(given)
@@ -198,16 +203,6 @@ def train_command(noted: Interrupts | None, /, plan: Path, as_json: bool, rehear
         else:
             print_report(report, options.output_dir / "report.json")
         interrupts.check_trained()
-
-
-def _ranks_to_launch(given: int | None, plan: Plan, *, rehearse: bool) -> int:
-    """How many ranks this process begins; 1 where it is one of several already, or rehearses a rank's step."""
-    present = ranks_here()
-    if rehearse or present > 1:
-        if present > 1 and given not in (None, present):
-            raise UsageError(f"--gpus {given}: torchrun began {present} ranks; leave --gpus out, or give {present}")
-        return 1
-    return given or plan.request.gpus
 
 
 COMMANDS = [
@@ -380,4 +375,4 @@ def _evaluation(given: dict[str, Any]) -> EvaluationOptions | None:
 
 def _fail(program: str, message: str, exit_code: int) -> NoReturn:
     click.echo(f"{program}: {message}", err=True)
-    sys.exit(exit_code)
+    end(exit_code)

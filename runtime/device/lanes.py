@@ -9,7 +9,8 @@ the most urgent, and of those the first issued: the rows of the next layer do no
 for the optimizer. A job only ever depends on jobs issued before it, so some job can always run.
 
 Where several ranks train together a fourth lane, ``peers``, waits for the others (:mod:`meft.runtime.ranks`), in the
-order of issue, so that the cpu lane never does.
+order of issue, so that the cpu lane never does; where they are on several machines a fifth, ``network``, exchanges with
+the others, in the order of issue too, which is the same in all.
 
 An exception in a job ends the schedule: whoever waits for any job, or issues one, gets it.
 """
@@ -33,6 +34,7 @@ URGENT, SOON, LATER = range(3)
 """Of cpu jobs: what a layer waits for; what frees a buffer; what only the next window needs."""
 WORKERS: tuple[Worker, ...] = ("h2d", "d2h", "cpu")
 WORKERS_OF_RANKS: tuple[Worker, ...] = (*WORKERS, "peers")
+WORKERS_OF_MACHINES: tuple[Worker, ...] = (*WORKERS_OF_RANKS, "network")
 
 
 class Job:
@@ -52,7 +54,7 @@ class Job:
         started = time.perf_counter()
         self._result = self._work()
         self._work = _nothing
-        if on_job is not None and self.lane != "peers":
+        if on_job is not None and self.lane != "peers" and self.lane != "network":
             on_job(self.lane, self.name, started, time.perf_counter())
 
     def result(self) -> Any:

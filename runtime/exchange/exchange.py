@@ -44,6 +44,7 @@ from meft.runtime.exchange.fetching import RowFetcher
 from meft.runtime.exchange.gradient_window import GradientWindow
 from meft.runtime.exchange.host_side import HostSide
 from meft.runtime.exchange.hot_rows import HotSet
+from meft.runtime.exchange.machines_window import MachinesRouterSums, MachinesWindow
 from meft.runtime.exchange.router_sums import RouterSums
 from meft.runtime.exchange.row_cache import BesideHotRows, NoCache, RowCache, WindowCache
 from meft.runtime.exchange.shared_window import SharedLandings, SharedWindow
@@ -99,7 +100,7 @@ class RowExchange:
         self._window = self._make_window(self.cache)
         self._router_sums: RouterSums | None = None
         if self.peers is not None and self.router_weights:
-            self._router_sums = RouterSums(self.peers, self.engine, self._host, self.router_weights)
+            self._router_sums = self._make_router_sums(self.peers)
         self.hot = self._make_hot() if decision.hot_rows else None
         self._next_token_mask: torch.Tensor | None = None
 
@@ -129,7 +130,7 @@ class RowExchange:
         else:
             shape = (self.decision.active_rows_cap, 2 * self.store.hidden_size)
             shared = SharedLandings.make(peers, self.engine, slots=count, shape=shape, dtype=self.adapter_dtype)
-            landings = shared.gradients[peers.rank]
+            landings = shared.gradients[peers.local]
         parts: dict[str, Any] = {
             "device": self.device,
             "engine": self.engine,
@@ -141,7 +142,15 @@ class RowExchange:
             "state": self._state,
             "slots": [GradientSlot(self._on_device.new_rows("row_gradients"), Landing(each)) for each in landings],
         }
-        return GradientWindow(**parts) if peers is None else SharedWindow(**parts, peers=peers, landings=shared)
+        if peers is None:
+            return GradientWindow(**parts)
+        if peers.network is None:
+            return SharedWindow(**parts, peers=peers, landings=shared)
+        return MachinesWindow(**parts, peers=peers, landings=shared, network=peers.network)
+
+    def _make_router_sums(self, peers: Peers) -> RouterSums:
+        parts = (peers, self.engine, self._host, self.router_weights)
+        return RouterSums(*parts) if peers.network is None else MachinesRouterSums(peers.network, *parts)
 
     def _make_hot(self) -> HotSet:
         return HotSet(
@@ -394,6 +403,13 @@ class RowExchange:
         if self._router_sums is not None:
             _add_sizes(sizes, self._router_sums.named_tables())
         return sizes
+
+    def network_rows(self) -> dict[str, list[int]]:
+        """Rows that crossed the network so far, by kind and layer; none on one machine."""
+        window = self._window
+        if not isinstance(window, MachinesWindow):
+            return {}
+        return {"foreign_total": window.foreign_rows, "summed_total": window.summed_rows}
 
     def look_ahead_recall(self, layer: int, hidden: torch.Tensor) -> float:
         """Share of the exact choice for ``hidden [T, D]`` that the rows fetched for ``layer`` contain."""

@@ -1,10 +1,10 @@
-"""The host's part of the exchange: jobs of the cpu lane, and the buffers that copies leave from and arrive at."""
+"""The host's part of the exchange: its jobs, and the buffers that copies leave from and arrive at."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,8 +22,16 @@ class HostSide:
     engine: TransferEngine
     _buffers: dict[tuple[str, int], Landing] = field(default_factory=dict)
 
-    def job(self, name: str, work: Callable[[], Any], *, after: tuple[Job | None, ...], urgency: int = 0) -> Job:
-        """A job of the cpu lane: outside the emulated device's books, without gradients."""
+    def job(
+        self,
+        name: str,
+        work: Callable[[], Any],
+        *,
+        after: tuple[Job | None, ...],
+        urgency: int = 0,
+        lane: Literal["cpu", "network"] = "cpu",
+    ) -> Job:
+        """A job of the host: outside the emulated device's books, without gradients."""
         schedule = self.engine.schedule
 
         def in_lane() -> Any:
@@ -35,7 +43,7 @@ class HostSide:
                 return in_lane()
 
         jobs = [job for job in after if job is not None]
-        return schedule.submit("cpu", name, in_lane if schedule.overlapped else in_place, after=jobs, urgency=urgency)
+        return schedule.submit(lane, name, in_lane if schedule.overlapped else in_place, after=jobs, urgency=urgency)
 
     def buffer(self, name: str, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Landing:
         """A reused buffer; made anew when the shape or type changes."""

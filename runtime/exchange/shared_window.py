@@ -13,7 +13,10 @@ The norm for clipping is a sum over rows, exact before it is rounded (``math.fsu
 write their rows' squares, and layer ``l`` is summed up by rank ``l mod N``. Rows are updated by their owner, and
 whoever gathers from a layer next waits for all owners.
 
-Letters: ``N`` ranks, ``L`` layers, ``R`` adapter rows per layer, ``D`` hidden size.
+On several machines each has all of that, and what lies between them is in
+:mod:`meft.runtime.exchange.machines_window`.
+
+Letters: ``N`` ranks of a machine, ``L`` layers, ``R`` adapter rows per layer, ``D`` hidden size.
 """
 
 from __future__ import annotations
@@ -52,12 +55,12 @@ class SharedLandings:
         cls, peers: Peers, engine: TransferEngine, *, slots: int, shape: tuple[int, int], dtype: torch.dtype
     ) -> SharedLandings:
         """Buffers for ``shape = (cap, 2D)``; in every rank in the same order."""
-        ranks = range(peers.size)
+        ranks = range(peers.here)
         gradients = [[peers.zeros(shape, dtype) for _ in range(slots)] for _ in ranks]
         rows = [[peers.zeros(shape[:1], torch.int64) for _ in range(slots)] for _ in ranks]
-        for buffer in gradients[peers.rank]:
+        for buffer in gradients[peers.local]:
             engine.pin(buffer)
-        lengths = peers.zeros((peers.size, slots), torch.int64)
+        lengths = peers.zeros((peers.here, slots), torch.int64)
         return cls(gradients, rows, lengths, peers.counts(), peers.counts())
 
 
@@ -86,11 +89,14 @@ class SharedWindow(GradientWindow):
     """Per layer fp64 ``[R]``: of each row's gradient in this window the sum of squares."""
     _totals: torch.Tensor = field(init=False)
     """fp64 ``[L]``: their sums."""
+    adds: range = field(init=False)
+    """Rows whose gradients this rank adds up."""
     _last_added: Job | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         peers, num_layers = self.peers, len(self.state.layers)
+        self.adds = self.store.own_rows
         self._waits = Waits(peers, self.engine.schedule)
         self._squares = [peers.zeros((self.store.adapter_width,), torch.float64) for _ in range(num_layers)]
         self._totals = peers.zeros((num_layers,), torch.float64)
@@ -134,7 +140,7 @@ class SharedWindow(GradientWindow):
         self, layer: int, rows: torch.Tensor, number: int, place: int, copy: Copy, *, after: Job | None
     ) -> None:
         """Tell the others of a message that has landed, and add everyone's to the rows that are this rank's own."""
-        landings, rank, count = self.landings, self.peers.rank, rows.shape[0]
+        landings, rank, count = self.landings, self.peers.local, rows.shape[0]
 
         def publish() -> None:
             copy.wait_on_host()
@@ -143,23 +149,37 @@ class SharedWindow(GradientWindow):
             landings.landed.publish(number + 1)
 
         def accumulate() -> None:
-            for other in range(self.peers.size):
-                self._add(layer, other, place)
+            self._add_all(layer, place)
             landings.added.publish(number + 1)
 
         self.host.job(f"publish {layer}", publish, after=(after,), urgency=SOON)
         arrived = self._waits.until(f"gradients {layer}", lambda: landings.landed.reached(number + 1))
-        jobs = (arrived, self._last_added, self._accumulated[layer], self.state.updated[layer])
+        brought = self._bring(layer, place, arrived)
+        jobs = (brought, self._last_added, self._accumulated[layer], self.state.updated[layer])
         job = self.host.job(f"accumulate {layer}", accumulate, after=jobs, urgency=SOON)
         self._last_added = self._accumulated[layer] = job
 
+    def _bring(self, layer: int, place: int, arrived: Job) -> Job:
+        """What must be over before all ranks' messages can be added: the machine's have ``arrived``."""
+        del layer, place
+        return arrived
+
+    def _add_all(self, layer: int, place: int) -> None:
+        """Add every rank's message, in their order."""
+        for rank in range(self.peers.here):
+            self._add(layer, rank, place)
+
     def _add(self, layer: int, rank: int, place: int) -> None:
-        """Add what a rank's message holds of own rows."""
-        landings, own = self.landings, self.store.own_rows
-        count = int(landings.lengths[rank, place])
-        rows, gradients = landings.rows[rank][place][:count], landings.gradients[rank][place][:count]
-        for part in parts_within(rows, own):
+        """Add what the message of one of the machine's ranks holds of own rows."""
+        rows, gradients = self._message(rank, place)
+        for part in parts_within(rows, self.adds):
             self.store.accumulate(layer, rows[part], gradients[part])
+
+    def _message(self, rank: int, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of a message and their gradients, where they landed."""
+        landings = self.landings
+        count = int(landings.lengths[rank, place])
+        return landings.rows[rank][place][:count], landings.gradients[rank][place][:count]
 
     # --- the end of a window --------------------------------------------------------------------------------------
 
@@ -167,7 +187,7 @@ class SharedWindow(GradientWindow):
         """See :class:`GradientWindow`: over all ranks' rows."""
         self._norms[layer] += 1
         number, peers, squares, own = self._norms[layer], self.peers, self._squares[layer], self.store.own_rows
-        sums_up = layer % peers.size
+        sums_up = layer % peers.here
 
         def square() -> None:
             squares[own.start : own.stop] = 0.0
@@ -176,7 +196,7 @@ class SharedWindow(GradientWindow):
             self._normed.publish(number, layer)
 
         def sum_up() -> None:
-            if peers.rank == sums_up:
+            if peers.local == sums_up:
                 self._totals[layer] = math.fsum(squares.numpy())
             self._totalled.publish(number, layer)
 
@@ -210,11 +230,11 @@ class SharedWindow(GradientWindow):
 
     def own_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's buffers beside those of the slots, with their category."""
-        for rows in self.landings.rows[self.peers.rank]:
+        for rows in self.landings.rows[self.peers.local]:
             yield "gradient_rows", rows
 
     def named_tables(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What all ranks share beside the store, with its categories."""
+        """What the machine's ranks share beside the store, with its categories."""
         for squares in self._squares:
             yield "row_squares", squares
 

@@ -203,6 +203,10 @@ class HostStore:
             tables.gradients.index_fill_(0, self.touched_rows(layer), 0.0)
             self.own_touched(layer).zero_()
 
+    def checksum(self) -> tuple[int, ...]:
+        """Of each layer's weights the sum of their bits, read as whole numbers: equal rows have equal ones."""
+        return tuple(int(tables.weights.view(torch.int32).sum(dtype=torch.int64)) for tables in self.layers)
+
     def bytes_by_category(self) -> dict[str, int]:
         """Bytes of the tables over all layers, under the names of the host ledger."""
         totals = dict.fromkeys(_CATEGORIES.values(), 0)

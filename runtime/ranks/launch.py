@@ -13,8 +13,10 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from typing import NoReturn
 
-from meft.planner.base.errors import EXIT_MACHINE, EXIT_UNEXPECTED, MeftError
+from meft.planner.base.errors import EXIT_MACHINE, EXIT_UNEXPECTED, MeftError, UsageError
+from meft.planner.records.plan import Plan, torchrun_words
 
 TO_END_SECONDS = 24 * 3600
 """For the window and the checkpoint after a signal; a second signal ends the run at once."""
@@ -31,15 +33,45 @@ class RankFailed(MeftError):
         self.exit_code = exit_code
 
 
-def ranks_here() -> int:
-    """How many ranks ``torchrun`` says that there are; 1 where it says nothing."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def ranks_begun() -> tuple[int, int]:
+    """On how many machines, and how many on each, ``torchrun`` says that there are ranks; 1 where it says nothing."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return size // here, here
+
+
+def ranks_to_launch(gpus: int | None, nodes: int | None, plan: Plan, *, rehearse: bool) -> int:
+    """How many ranks this process begins; 1 where it is one of several already, or rehearses a rank's step.
+
+    Raises :class:`UsageError` for several machines, on each of which torchrun begins them, and for numbers that are not
+    those that it has begun.
+    """
+    machines, here = ranks_begun()
+    if rehearse or machines * here > 1:
+        for option, given, present in (("--gpus", gpus, here), ("--nodes", nodes, machines)):
+            if not rehearse and given not in (None, present):
+                raise UsageError(f"{option} {given}: torchrun began {present}; leave {option} out, or give {present}")
+        return 1
+    gpus, nodes = gpus or plan.request.gpus, nodes or plan.request.nodes
+    if nodes > 1:
+        words = " ".join(torchrun_words(nodes=nodes, gpus=gpus))
+        raise UsageError(f"--nodes {nodes}: start it on each machine, where HOST is one of them: {words} plan.json ...")
+    return gpus
 
 
 def wait_for_first_rank() -> None:
     """Before a rank that is not the first says what went wrong: mostly all fail alike, and the first has said it."""
-    if ranks_here() > 1 and os.environ["RANK"] != "0":
+    if ranks_begun() != (1, 1) and os.environ["RANK"] != "0":
         time.sleep(TO_SPEAK_SECONDS)
+
+
+def end(exit_code: int) -> NoReturn:
+    """Exit after an error: a rank of several machines at once, as what another one never sends would keep it alive."""
+    if ranks_begun()[0] > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def launch(arguments: Sequence[str], *, ranks: int) -> int:

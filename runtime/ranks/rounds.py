@@ -17,7 +17,7 @@ class Rounds:
         self._peers = peers
         self._losses = peers.zeros((2, peers.size), torch.float64)
         self._stops = peers.zeros((2, peers.size), torch.int64)
-        self._done = peers.counts()
+        self._done, self._told = peers.counts(), peers.counts()
         self._round = 0
 
     def tell(self, loss: float, *, stop: bool, taking_part: int) -> tuple[list[float], bool]:
@@ -30,5 +30,19 @@ class Rounds:
         self._losses[place, peers.rank] = loss
         self._stops[place, peers.rank] = int(stop)
         self._done.publish(self._round)
-        peers.wait(lambda: self._done.reached(self._round))
+        if peers.machines == 1 or peers.leaders is not None:
+            peers.wait(lambda: self._done.reached(self._round))
+        if peers.machines > 1:
+            self._tell_machines(place)
         return self._losses[place, :taking_part].tolist(), bool(self._stops[place].any())
+
+    def _tell_machines(self, place: int) -> None:
+        """The leader brings what the other machines' ranks have said; the others wait for it."""
+        peers = self._peers
+        if peers.leaders is not None:
+            here = slice(peers.rank, peers.rank + peers.here)
+            said = torch.stack([self._losses[place, here], self._stops[place, here].double()])
+            told = peers.leaders.gather(said)
+            self._losses[place], self._stops[place] = told[:, 0].flatten(), told[:, 1].flatten().long()
+            self._told.publish(self._round)
+        peers.wait(lambda: self._told.of(0) >= self._round)

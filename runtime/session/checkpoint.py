@@ -131,15 +131,14 @@ class TrainingState(File):
 
 
 class RunObserved(File):
-    """What the process that wrote a checkpoint had measured by then: with it a run that was killed after its last step
-    still gets its report."""
+    """What a checkpoint's process had measured: with it a run that was killed after its last step gets its report."""
 
     kind: ClassVar[str] = "observation of a run"
 
     observed: Observed
     tokens: Index
-    gpus: Count = 1
-    """How many ranks observed it."""
+    gpus: Count = 1  # ranks that observed it
+    nodes: Count = 1
     ranks: tuple[Observed, ...] = ()
     """Of each rank, where there were several."""
 
@@ -265,8 +264,7 @@ def load_checkpoint(session: Session, folder: Path) -> TrainingState:
     tensors = load_tensors(folder / OPTIMIZER_STATE, wanted=lambda name: is_own(session, name))
     restore_optimizer(session, tensors, folder / OPTIMIZER_STATE)
     _restore_random_states(session, tensors, folder / OPTIMIZER_STATE)
-    if session.peers is not None:
-        session.peers.barrier()
+    session.wait_for_peers()
     return state
 
 
@@ -307,8 +305,7 @@ def load_adapter(session: Session, folder: Path) -> None:
             raise UsageError(f"{folder}: {name} does not fit this plan: {given} instead of {wanted}")
     path = weights_path(folder)
     restore_adapter(session, load_tensors(path, wanted=lambda name: is_own(session, name)), path)
-    if session.peers is not None:
-        session.peers.barrier()
+    session.wait_for_peers()
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -457,8 +454,12 @@ def restore_optimizer(session: Session, tensors: Mapping[str, torch.Tensor], pat
 
 
 def is_own(session: Session, name: str) -> bool:
-    """Whether this process reads a tensor: of several ranks the first reads the tables that all share."""
-    return session.peers is None or session.peers.rank == 0 or ".router" in name or name.endswith("rng_state")
+    """Whether this process reads a tensor: of a machine's ranks the first reads the tables that all share."""
+    peers = session.peers
+    if peers is None or ".router" in name or name.endswith("rng_state"):
+        return True
+    counted = name == MICRO_BATCHES or name.endswith(ACTIVE_COUNTS)  # added up over all ranks when they are saved
+    return peers.rank == 0 if counted else peers.local == 0
 
 
 def _restore(target: torch.Tensor, tensors: Mapping[str, torch.Tensor], name: str, path: Path) -> None:

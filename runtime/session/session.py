@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from meft.planner.base.errors import MeftError
 from meft.planner.records.plan import Decision, Plan
 from meft.runtime.adapter.adapter import AttachedAdapter, attach
 from meft.runtime.adapter.initialise import KeyInit, keys_from_ffn
@@ -167,6 +168,27 @@ class Session:
             for counts in (*self.store.use.counts, self.store.use.micro_batches):
                 self.peers.sum_at_first(counts)
 
+    def wait_for_peers(self) -> None:
+        """Wait until every rank has come here."""
+        if self.peers is not None:
+            self.peers.barrier()
+
+    def require_replicas(self) -> None:
+        """Raise :class:`MeftError` unless all machines have the same rows; lanes are idle, and every rank calls it.
+
+        Each updates its own, from the same sums: other processors, or another build of a library, may round otherwise.
+        """
+        if self.peers is None or self.peers.machines == 1:
+            return
+        own = self.store.checksum() if self.peers.local == 0 else None
+        sums = self.peers.of_all(own)[:: self.peers.here]
+        for machine, found in enumerate(sums):
+            if found != sums[0]:
+                raise MeftError(
+                    f"machine {machine} no longer has the rows of machine 0, though both had the same gradients: "
+                    f"give all the same processors and packages; the last checkpoint is of before"
+                )
+
     def bring_home(self) -> None:
         """Make the host's tables current, also those of rows that live on the device; lanes are idle then."""
         self.drain()
@@ -181,7 +203,7 @@ class Session:
         """
         with self.device.scope():
             self.exchange.forget_rows()
-        if self.peers is None or self.peers.rank == 0:  # who wrote them
+        if self.peers is None or self.peers.local == 0:  # who wrote them
             self.store.refresh_copies()
         self.optimizer_state_was_written()
 
@@ -338,7 +360,7 @@ def open_session(
     engine = TransferEngine(device, schedule, link_gbps=link_gbps)
     kernels = HostKernels() if compiled else None
     store = _new_store(plan, kernels, peers)
-    if peers is None or peers.rank == 0:
+    if peers is None or peers.local == 0:
         store.initialise(seed=seed)
         if key_init == "ffn":
             keys_from_ffn(store, model, seed=seed)
@@ -359,10 +381,10 @@ def open_session(
     )
     optimizer = _router_optimizer(routers, settings, device) if routers else None
     adapter = attach(model, exchange, weights)
-    if peers is not None:
-        peers.barrier()  # the rows are there
     parts = (plan, device, engine, store, exchange, model, adapter, routers, settings, optimizer, clock, key_init)
-    return Session(*parts, peers=peers)
+    session = Session(*parts, peers=peers)
+    session.wait_for_peers()  # the rows are there
+    return session
 
 
 def _new_store(plan: Plan, kernels: HostKernels | None, peers: Peers | None) -> HostStore:

@@ -17,7 +17,7 @@ from meft.planner.timing.chrome import chrome_trace
 from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.data.loading import DataOptions, Dataset
 from meft.runtime.device.device import Device
-from meft.runtime.device.lanes import WORKERS, WORKERS_OF_RANKS, Overlapped, Schedule, Sequential
+from meft.runtime.device.lanes import WORKERS_OF_MACHINES, WORKERS_OF_RANKS, Overlapped, Schedule, Sequential
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.ranks.peers import Peers
@@ -124,7 +124,9 @@ def open_run(
 def _schedule(options: RunOptions, peers: Peers | None) -> Schedule:
     if options.schedule == "sequential":
         return Sequential()
-    return Overlapped(workers=WORKERS if peers is None else WORKERS_OF_RANKS)
+    if peers is None:
+        return Overlapped()
+    return Overlapped(workers=WORKERS_OF_RANKS if peers.machines == 1 else WORKERS_OF_MACHINES)
 
 
 def write_trace(session: Session, path: Path) -> None:

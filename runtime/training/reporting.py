@@ -7,11 +7,11 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
-from meft.planner.records.plan import Decision, Direction, MemoryEntry, Plan, TransferEntry
+from meft.planner.records.plan import Decision, Direction, MemoryEntry, Plan, TransferEntry, Way
 from meft.planner.records.report import (
     ActiveRows,
     Comparison,
@@ -26,6 +26,7 @@ from meft.planner.records.report import (
 from meft.runtime.device.device import MemoryPeaks
 from meft.runtime.device.engine import Per
 from meft.runtime.device.nvml import MemoryReading, PcieReading
+from meft.runtime.ranks.machines import Per as NetworkPer
 from meft.runtime.session.checkpoint import RunObserved
 from meft.runtime.session.expert_load import expert_load
 from meft.runtime.session.session import Session
@@ -51,6 +52,13 @@ _WHY = {
     "loss": "the loss, for the report",
     "router_gradients": "several ranks: the routers' gradients to the host, and their sums to every device",
     "router_norm": "squared norm of the routers' gradients, for clipping",
+}
+_WHY_NETWORK = {
+    "row_gradients": "gradients of rows that another machine adds up",
+    "row_sums": "sums of the window's touched rows, to every machine",
+    "router_gradients": "the routers' gradients, to the machine that adds them up",
+    "router_sums": "sums of the routers' gradients, to every machine",
+    "rounds": "losses, and whether a rank was asked to stop",
 }
 
 
@@ -92,7 +100,9 @@ def build_report(trainer: Trainer, seen: RunObserved, *, recall: float | None, m
     )
     observed = seen.observed.model_copy(update={"prefetch_recall": recall})
     report = assemble(session, observed, training, meft_version=meft_version, rehearsal=False)
-    return report.model_copy(update={"expert_load": expert_load(session), "gpus": seen.gpus, "ranks": seen.ranks})
+    return report.model_copy(
+        update={"expert_load": expert_load(session), "gpus": seen.gpus, "nodes": seen.nodes, "ranks": seen.ranks}
+    )
 
 
 def assemble(session: Session, observed: Observed, training: Training, *, meft_version: str, rehearsal: bool) -> Report:
@@ -138,7 +148,7 @@ def compare(plan: Plan, observed: Observed) -> tuple[Comparison, ...]:
 def host_memory(session: Session) -> ObservedHostMemory:
     """Bytes of the tables and staging buffers, as allocated; tables that ranks share are the first one's."""
     sizes = session.exchange.host_buffer_bytes()
-    if session.peers is None or session.peers.rank == 0:
+    if session.peers is None or session.peers.local == 0:
         sizes = session.store.bytes_by_category() | sizes | session.exchange.shared_table_bytes()
     entries = tuple(
         MemoryEntry(
@@ -157,24 +167,31 @@ def transfer(session: Session, *, steps: int, windows: int, pcie: PcieReading) -
 
 
 def transfer_of(
-    counted: Mapping[tuple[Direction, str, Per], int], *, steps: int, windows: int, pcie: PcieReading
+    counted: Mapping[tuple[Direction, str, Per], int],
+    *,
+    network: Mapping[tuple[str, NetworkPer], int] | None = None,
+    steps: int,
+    windows: int,
+    pcie: PcieReading,
 ) -> ObservedTransfer:
-    """The same, of counted bytes."""
+    """The same, of counted bytes; ``network`` are those between machines."""
     divisors: dict[Per, int] = {"step": max(1, steps), "optimizer_step": max(1, windows), "run": 1}
+    crossed = {("network", name, per): size for (name, per), size in (network or {}).items()}
+    all_counted: dict[tuple[Any, str, Any], int] = {**counted, **crossed}
     entries = tuple(
         TransferEntry(
-            direction=direction,
+            direction=way,
             category=category,
             per=per,
             num_bytes=round(size / divisors[per]),
-            because=_WHY[category],
+            because=(_WHY_NETWORK if way == "network" else _WHY)[category],
         )
-        for (direction, category, per), size in sorted(counted.items())
+        for (way, category, per), size in sorted(all_counted.items())
         if per != "probe"
     )
 
-    def total(way: Direction, per: Per) -> int:
-        return sum(size for (direction, _, kind), size in counted.items() if (direction, kind) == (way, per))
+    def total(way: Way, per: Per) -> int:
+        return sum(size for (direction, _, kind), size in all_counted.items() if (direction, kind) == (way, per))
 
     return ObservedTransfer(
         entries=entries,
@@ -187,6 +204,9 @@ def transfer_of(
         nvml_rx_bytes=pcie.rx_bytes,
         nvml_tx_bytes=pcie.tx_bytes,
         nvml_source=pcie.source,
+        network_bytes_per_step=round(total("network", "step") / divisors["step"]),
+        network_bytes_per_optimizer_step=round(total("network", "optimizer_step") / divisors["optimizer_step"]),
+        network_bytes_total=total("network", "step"),
     )
 
 

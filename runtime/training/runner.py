@@ -41,7 +41,7 @@ from meft.runtime.training.options import DeviceKind, Display, RunOptions, open_
 from meft.runtime.training.rehearse import rehearse
 from meft.runtime.training.replay import num_replayed, with_replay
 from meft.runtime.training.reporting import build_report
-from meft.runtime.training.training import Trainer
+from meft.runtime.training.training import Trainer, digest_of
 from meft.runtime.use.evaluation import EvaluationSchedule, make_evaluator
 
 DEFAULT_REPLAY_SHARE = 0.1
@@ -143,10 +143,10 @@ def _run(
     kind, check = _device_kind(plan, options), display.interrupts.check
     with closing(_open_nvml(kind)) as nvml:
         machine = preflight.Machine.here()
-        size, budget = 1 if peers is None else peers.size, _budget(plan, options)
+        here, budget = 1 if peers is None else peers.here, _budget(plan, options)
         converted = model_loading.converted_bytes(plan, folder) if kind == "cuda" else 0
         notes = preflight.check(
-            plan, machine, device_kind=kind, budget_bytes=budget, ranks=size, converted_bytes=converted
+            plan, machine, device_kind=kind, budget_bytes=budget, ranks=here, converted_bytes=converted
         )
         for note in notes:
             display.say(f"note: {note}")
@@ -164,6 +164,7 @@ def _run(
         _check_tokens(plan, dataset, pad_token_id(tokenizer), options)
         check()
         options = _with_length(plan, options, dataset, checkpoint)
+        together.require_same(peers, _told(plan, options, dataset))
         if together.is_first(peers):
             _require_room(plan, options, resumed=checkpoint is not None)
         evaluation = _evaluation(options, tokenizer, display)
@@ -187,6 +188,15 @@ def _run(
 
 def _names(options: RunOptions) -> str:
     return ", ".join(map(str, options.data))
+
+
+def _told(plan: Plan, options: RunOptions, dataset: Dataset) -> dict[str, str]:
+    """What several machines must have been given alike."""
+    return {
+        "plan.json": plan.content_digest(),
+        "--data": digest_of(dataset.examples),
+        "the options of training": repr((options.training, options.settings, options.key_init)),
+    }
 
 
 def _with_replay(plan: Plan, options: RunOptions, dataset: Dataset, tokenizer: Any, display: Display) -> Dataset:

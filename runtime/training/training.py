@@ -198,6 +198,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the present state, if there is somewhere to write it."""
         self.session.meet()
+        self.session.require_replicas()
         if self.output is None or not self.history.losses:
             return
         observe = self.observe

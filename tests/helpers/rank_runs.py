@@ -17,8 +17,19 @@ SECONDS = 120
 """No test waits as long: a rank that hangs is ended, and its test fails."""
 
 
-def start_ranks(size: int, words: Sequence[object], folder: Path) -> list[ForkServerProcess]:
-    """Begin ``meft-run`` with these arguments in ``size`` ranks; what they say goes to ``folder/said-RANK.txt``."""
+def start_ranks(
+    size: int,
+    words: Sequence[object],
+    folder: Path,
+    *,
+    machines: int = 1,
+    elsewhere: Sequence[object] | None = None,
+) -> list[ForkServerProcess]:
+    """Begin ``meft-run`` with these arguments in ``size`` ranks; what they say goes to ``folder/said-RANK.txt``.
+
+    Of several ``machines`` the ranks share memory, and watch each other's processes, only with those of their own;
+    all but the first are given ``elsewhere`` instead.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rank_preload"])
@@ -26,16 +37,20 @@ def start_ranks(size: int, words: Sequence[object], folder: Path) -> list[ForkSe
         forkserver.ensure_running()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    arguments = [str(word) for word in words]
-    ranks = [context.Process(target=_rank, args=(rank, size, port, arguments, folder)) for rank in range(size)]
+    here = size // machines
+    ranks = []
+    for rank in range(size):
+        given = words if rank < here or elsewhere is None else elsewhere
+        arguments = [str(word) for word in given]
+        ranks.append(context.Process(target=_rank, args=(rank, size, here, port, arguments, folder)))
     for rank in ranks:
         rank.start()
     return ranks
 
 
-def run_ranks(size: int, words: Sequence[object], folder: Path) -> list[int | None]:
+def run_ranks(size: int, words: Sequence[object], folder: Path, *, machines: int = 1) -> list[int | None]:
     """The same, to their end: their exit codes."""
-    return ended(start_ranks(size, words, folder))
+    return ended(start_ranks(size, words, folder, machines=machines))
 
 
 def ended(ranks: Sequence[ForkServerProcess], seconds: float = SECONDS) -> list[int | None]:
@@ -68,8 +83,9 @@ def _path_for_server() -> Iterator[None]:
             os.environ["PYTHONPATH"] = before
 
 
-def _rank(rank: int, size: int, port: int, arguments: list[str], folder: Path) -> None:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+def _rank(rank: int, size: int, here: int, port: int, arguments: list[str], folder: Path) -> None:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank % here, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": here}
+    numbers["MASTER_PORT"] = port
     os.environ |= {name: str(number) for name, number in numbers.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     with (folder / f"said-{rank}.txt").open("w") as file:

@@ -28,7 +28,7 @@ from meft.planner.records.plan import Decision, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity, sparsity_names
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.timing.lanes import GpuSeconds, HostSeconds, LinkSeconds
-from meft.planner.traffic import transfer
+from meft.planner.traffic import network, transfer
 
 TEXT = (ROOT / "docs" / "formulas.md").read_text(encoding="utf-8")
 SECTIONS = {
@@ -75,7 +75,15 @@ PRICED = (
         "memory/host",
         "memory/disk",
     ),
-    *("traffic/transfer", "traffic/hot_rows", "timing/step", "timing/gpu", "timing/dense", "timing/lanes"),
+    *(
+        "traffic/transfer",
+        "traffic/network",
+        "traffic/hot_rows",
+        "timing/step",
+        "timing/gpu",
+        "timing/dense",
+        "timing/lanes",
+    ),
 )
 """Modules whose public functions of bytes, seconds and slots are the terms."""
 MADE_OF_THEM = {
@@ -118,6 +126,7 @@ def requests() -> Iterator[Request]:
         ("llama-7b", {}),
         ("llama-7b", {"weights_dtype": "nf4", "double_quant": True, "attention": "eager"}),
         ("gpt2", {"adapter_dtype": "fp32", "gpus": 2}),
+        ("gpt2", {"nodes": 2, "interconnect_bytes_per_second": 1e9}),
         ("gemma-2-2b", {"attention": "eager", "weights_dtype": "fp32", "adapter_dtype": "fp32"}),
     ):
         yield request_of(model=load_model(name)[0], gpu="rtx-3090", link="pcie-4.0-x16", sparsity="smollm2", **changes)
@@ -159,7 +168,7 @@ def test_every_line_of_the_host_ledger_is_there() -> None:
 
 def test_every_category_of_the_link_is_there() -> None:
     seen = {entry.category for each in predictions() for entry in each.transfer.entries}
-    assert seen == transfer._BECAUSE.keys()
+    assert seen == transfer._BECAUSE.keys() | network.BECAUSE.keys()
     assert seen - named("Bytes over the link") == set()
 
 

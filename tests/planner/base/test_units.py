@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meft.planner.base.errors import UsageError
-from meft.planner.base.units import GIB, KIB, MIB, format_bytes, format_seconds, parse_count
+from meft.planner.base.units import GIB, KIB, MIB, format_bytes, format_seconds, parse_count, parse_rate
 
 
 @pytest.mark.parametrize(
@@ -84,3 +84,26 @@ def test_counts_as_people_write_them(text: str, number: int) -> None:
 def test_what_is_no_count_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"--tokens: .* such as 10M, 1.5B or 2500000"):
         parse_count(text, field="--tokens")
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("25Gbit/s", 3.125e9),
+        ("25 Gbps", 3.125e9),
+        ("25Gb/s", 3.125e9),
+        ("25GbE", 3.125e9),
+        ("3.1GB/s", 3.1e9),
+        ("100 MB/s", 1e8),
+        ("1GiB/s", 2**30),
+        ("8000kbit/s", 1e6),
+    ],
+)
+def test_rates_as_networks_are_sold_and_measured(text: str, rate: float) -> None:
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["25", "25G", "25GB", "fast", "-1Gbit/s", "25gbit/s", "1kbit/s", "999TB/s", ""])
+def test_what_is_no_rate_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--interconnect: .* as 25Gbit/s, 25Gbps or 25GbE"):
+        parse_rate(text, field="--interconnect")

@@ -1,4 +1,4 @@
-"""Several cards in one machine: what each has of host and link, what they share, and how a plan scales."""
+"""Several cards in one machine, several machines: what each has of host and link, what is shared, how a plan scales."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from meft.planner.front.calls import compare, plan
 from meft.planner.memory.host import host_memory
 from meft.planner.predict.scaling import scaling
 from meft.planner.records.plan import Plan
+from meft.planner.render.plan import next_command
 from meft.planner.timing.step import shared_rates, step_timing
 from meft.planner.traffic.transfer import step_transfer
 
@@ -105,6 +106,10 @@ def test_plans_of_one_card_say_nothing_of_it_and_others_round_trip():
     [
         ({"gpus": 3}, "gpus 3: the 32 micro-batches"),
         ({"gpus": 2, "hot_rows": 8}, "hot_rows 8: several devices have none"),
+        ({"nodes": 2, "gpus": 3, "interconnect": "1GB/s"}, "nodes 2 .*gpus 3: the 32 micro-batches"),
+        ({"nodes": 2}, "nodes 2: what is between them"),
+        ({"nodes": 2, "interconnect": "25"}, "interconnect: '25' is not a rate"),
+        ({"interconnect": "25GbE"}, "interconnect 25GbE: between which machines"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(options, message):
@@ -115,3 +120,35 @@ def test_what_cannot_be_planned_is_refused(options, message):
 def test_compare_is_about_one_card():
     with pytest.raises(UsageError, match="compare is about one card"):
         compare(gpu_mem="24GB", host_mem="64GB", gpus=2)
+    with pytest.raises(UsageError, match="nodes 2: compare is about one card"):
+        compare(gpu_mem="24GB", host_mem="64GB", nodes=2, interconnect="25GbE")
+
+
+def test_a_faster_interconnect_lets_more_machines_do_more():
+    """The same decision: over a network that nothing waits for, machines are as good as cards that share no host."""
+    request, profiles, decision = sample_request(grad_accum=32), sample_profiles(), sample_plan().decision
+    found = []
+    for rate in (1e4, 1e9, 1e13):
+        several = request.model_copy(update={"nodes": 4, "interconnect_bytes_per_second": rate})
+        found.append(scaling(several, decision, profiles))
+    assert [(each.nodes, each.gpus) for each in found[0]] == [(1, 1), (2, 1), (4, 1)]
+    slow, middle, fast = ([each.efficiency for each in of_rate] for of_rate in found)
+    assert slow[0] == middle[0] == fast[0] == 1
+    assert slow[2] < middle[2] < fast[2] <= 1
+    assert slow[2] < slow[1]
+    assert found[0][2].busiest == "network"
+    assert found[0][1].host_bytes > found[0][0].host_bytes
+
+
+def test_a_plan_for_machines_is_searched_for_and_says_how_to_begin():
+    """The search's seconds and the prediction's must agree, or it refuses."""
+    made = plan(gpu="rtx-3090", model="llama-7b", host_mem="256GB", nodes=2, gpus=2, interconnect="25Gbit/s")
+    assert made.request.interconnect_bytes_per_second == 25e9 / 8
+    timing, transfer = made.prediction.timing, made.prediction.transfer
+    assert timing.busy_seconds["network"] > 0
+    assert timing.tokens_per_second == 4 * made.request.tokens_per_step / timing.step_seconds
+    assert transfer.network_bytes_per_step > 0
+    assert Plan.from_json(made.to_json(), source="plan") == made
+    words = next_command(made, "plan.json")
+    assert words[:5] == ["torchrun", "--nnodes", "2", "--nproc-per-node", "2"]
+    assert not any("node" in name or "network" in name for name in json.loads(sample_plan().to_json())["request"])

@@ -46,7 +46,7 @@ COUNT = 24
 # --- step seconds ----------------------------------------------------------------------------------------------------
 
 
-def random_costs(seed: int, *, layers: int, spread: float, hot: bool) -> StepCosts:
+def random_costs(seed: int, *, layers: int, spread: float, hot: bool, machines: bool = False) -> StepCosts:
     """Costs of some candidates, each task up to ``spread`` powers of ten from the others; of odd seeds few
     values, so that lanes often tie."""
     random = np.random.default_rng(seed)
@@ -88,6 +88,8 @@ def random_costs(seed: int, *, layers: int, spread: float, hot: bool) -> StepCos
             row_gradients=by_layer(),
             router_norm=each(),
             hot_keys=number() if hot else 0.0,
+            exchange=by_layer() if machines else None,
+            sums=each() if machines else 0.0,
         ),
         host=HostSeconds(
             route=each(),
@@ -109,15 +111,16 @@ COSTS = {
     "checkpointing": st.booleans(),
     "refetched": st.booleans(),
     "hot": st.booleans(),
+    "machines": st.booleans(),
 }
 
 
 @settings(max_examples=300)
 @given(**COSTS)
 def test_forward_and_backward_apart_take_as_long_as_the_program(
-    seed, num_layers, alike, spread, depth, checkpointing, refetched, hot
+    seed, num_layers, alike, spread, depth, checkpointing, refetched, hot, machines
 ):
-    costs = random_costs(seed, layers=1 if alike else num_layers, spread=spread, hot=hot)
+    costs = random_costs(seed, layers=1 if alike else num_layers, spread=spread, hot=hot, machines=machines)
     program = simulate(
         costs, num_layers=num_layers, prefetch_depth=depth, checkpointing=checkpointing, refetched=refetched
     ).step_seconds
@@ -161,9 +164,14 @@ def test_layers_that_repeat_each_other_are_skipped(monkeypatch):
 
 
 @settings(max_examples=50)
-@given(seed=st.integers(0, 10**6), num_layers=st.sampled_from([1, 2, 3, 5]), hot=st.booleans())
-def test_candidates_of_all_choices_are_simulated_together_to_the_bit(seed, num_layers, hot):
-    costs = random_costs(seed, layers=num_layers, spread=0.5, hot=hot)
+@given(
+    seed=st.integers(0, 10**6),
+    num_layers=st.sampled_from([1, 2, 3, 5]),
+    hot=st.booleans(),
+    machines=st.booleans(),
+)
+def test_candidates_of_all_choices_are_simulated_together_to_the_bit(seed, num_layers, hot, machines):
+    costs = random_costs(seed, layers=num_layers, spread=0.5, hot=hot, machines=machines)
     random = np.random.default_rng(seed)
     depth, again, refetched = random.integers(0, 3, COUNT), random.random(COUNT) < 0.5, random.random(COUNT) < 0.5
     together = simulate_candidates(

@@ -49,6 +49,7 @@ def costs_of(**seconds: float) -> StepCosts:
     """Costs with every layer alike; what is not named takes no time."""
     given_seconds: dict[str, Any] = dict.fromkeys(FIELDS, 0.0) | {"gather_again": seconds.get("gather", 0.0)} | seconds
     values = {name: np.array([value]) if name in PER_LAYER else value for name, value in given_seconds.items()}
+    values["exchange"] = values["exchange"] if "exchange" in seconds else None
     return StepCosts(
         GpuSeconds(**{name: values[name] for name in GPU_FIELDS}),
         LinkSeconds(**{name: values[name] for name in LINK_FIELDS}),

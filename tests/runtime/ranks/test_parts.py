@@ -59,7 +59,9 @@ def test_a_process_is_a_rank_where_the_launcher_says_so(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert Place.here() == Place(1, 4)
+    assert Place.here() == Place(1, 4, 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="--nnodes: 4 ranks on several machines, 2 of them here"):
+    assert Place.here() == Place(1, 4, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="--nproc-per-node 3: there are 4 ranks in all"):
         Place.here()
