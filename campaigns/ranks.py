@@ -1,9 +1,11 @@
 """Kill one of several ranks at a random moment, go on with another number of them, and compare with one rank.
 
     python campaigns/ranks.py --count 20 --seed 1 --json campaigns/results/ranks.json
+    python campaigns/ranks.py --machines 2 --count 20 --seed 2 --json campaigns/results/machines.json
 
 A trial runs a tiny model on two or four ranks under either schedule and kills one (SIGKILL) at a random moment, once or
-twice, each time going on with one, two or four. It passes when
+twice, each time going on with one, two or four. With ``--machines 2`` those hit are in two groups that share no memory
+and do not watch each other's processes, over loopback; those that go on are in one or two. It passes when
 
 - all other ranks end within 30 seconds, with exit code 1 (or 0, where the hit came after the run);
 - no process holds the ranks' shared memory any more;
@@ -58,6 +60,7 @@ class Campaign:
 
     work: Path
     record: Record
+    machines: int = 1
     seconds: float = 0.0
     """What a run of one rank takes."""
 
@@ -79,13 +82,14 @@ class Campaign:
         if codes != [0]:
             raise RuntimeError((self.work / "said-0").read_text())
 
-    def start(self, size: int, name: str, *options: str) -> list[int]:
-        """Begin ranks; their process ids."""
+    def start(self, size: int, name: str, *options: str, machines: int = 1) -> list[int]:
+        """Begin ranks, in equal parts on so many machines; their process ids."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         words = [self.work / "plan.json", "--model", self.work / "model", "--data", self.work / "facts.jsonl"]
         words += ["--output-dir", self.work / name, "--save-every", 1, "--device", "emulated", *options]
-        return [self._fork(rank, size, port, [str(word) for word in words]) for rank in range(size)]
+        here = size // machines
+        return [self._fork(rank, size, here, port, [str(word) for word in words]) for rank in range(size)]
 
     def trial(self, number: int) -> None:
         """Kill a rank once or twice, go on to the end, and compare."""
@@ -111,7 +115,7 @@ class Campaign:
     def _hit(self, chance: random.Random) -> tuple[bool, list[str]]:
         size, schedule = chance.choice(SIZES[1:]), chance.choice(("overlapped", "sequential"))
         victim, delay = chance.randrange(size), chance.uniform(0, size * self.seconds / 2)
-        ranks = self.start(size, "trial", *self._how(), "--schedule", schedule)
+        ranks = self.start(size, "trial", *self._how(), "--schedule", schedule, machines=self.machines)
         time.sleep(delay)
         os.kill(ranks[victim], signal.SIGKILL)  # not waited for yet, so its number is its own
         killed = time.monotonic()
@@ -120,14 +124,17 @@ class Campaign:
         self.record.note_largest("seconds to the end of all", seconds)
         hit = codes[victim] == -signal.SIGKILL and any(codes[:victim] + codes[victim + 1 :])
         if hit:
-            self.record.counts[f"hit: {size} ranks, {schedule}"] += 1
+            where = "" if self.machines == 1 else f" on {self.machines} machines"
+            self.record.counts[f"hit: {size} ranks{where}, {schedule}"] += 1
         wrong = [f"{seconds:.1f} s until all had ended"] * (seconds > MOST_SECONDS)
         wrong += [f"ranks ended with {codes}"] * (not set(codes) <= {0, 1, -signal.SIGKILL})
-        return hit, wrong + [f"{maps} holds shared memory" for maps in holders(ranks[0])]
+        firsts = ranks[:: size // self.machines]
+        return hit, wrong + [f"{maps} holds shared memory" for first in firsts for maps in holders(first)]
 
     def _go_on(self, chance: random.Random) -> list[str]:
         size = chance.choice(SIZES)
-        codes = ended(self.start(size, "trial", *self._how()))
+        machines = chance.choice((1, 2)) if self.machines > 1 and size > 1 else 1
+        codes = ended(self.start(size, "trial", *self._how(), machines=machines))
         if codes != [0] * size:
             said = (self.work / "said-0").read_text()
             return [] if codes[0] == 2 and "the run is complete" in said else [f"going on: {codes}: {said}"]
@@ -139,7 +146,7 @@ class Campaign:
             return ("--resume",)
         return ("--steps", str(STEPS), "--overwrite")
 
-    def _fork(self, rank: int, size: int, port: int, words: list[str]) -> int:
+    def _fork(self, rank: int, size: int, here: int, port: int, words: list[str]) -> int:
         child = os.fork()
         if child:
             return child
@@ -148,7 +155,7 @@ class Campaign:
             said = os.open(self.work / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(said, 2)
-            numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+            numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": here, "MASTER_PORT": port}
             os.environ |= {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
             sys.argv = ["meft-run", *words]
             for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
@@ -206,12 +213,13 @@ def learnt(output: Path) -> dict[str, torch.Tensor]:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--seconds", type=float, help="Begin no trial after so long; the same command goes on.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Where results add up.")
+@click.option("--machines", type=click.Choice(["1", "2"]), default="1", show_default=True, help="Groups of ranks.")
 @click.option("--only", type=click.IntRange(0), help="This trial alone, noted nowhere.")
-def main(count: int, seed: int, seconds: float | None, path: Path | None, only: int | None) -> None:
+def main(count: int, seed: int, seconds: float | None, path: Path | None, machines: str, only: int | None) -> None:
     """Kill ranks, let others go on, and compare."""
-    record = Record("ranks", seed, path if only is None else None)
+    record = Record("ranks" if machines == "1" else "machines", seed, path if only is None else None)
     with tempfile.TemporaryDirectory(prefix="meft-ranks-") as work:
-        campaign = Campaign(Path(work), record)
+        campaign = Campaign(Path(work), record, int(machines))
         campaign.prepare()
         for number in record.numbers(count, seconds=seconds) if only is None else [only]:
             campaign.trial(number)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ import torch.distributed as dist
 from meft.planner.base.errors import EXIT_UNEXPECTED, MeftError
 
 Per = Literal["step", "optimizer_step"]
+WORD_BYTES, TO_SAY_IT_SECONDS = 16, 10.0
+"""By which the first machine knows the others."""
 FAREWELL = b"."
 """What a leader sends before it ends in good order."""
 IDLE_SECONDS, INTERVAL_SECONDS, PROBES = 5, 5, 3
@@ -136,16 +139,18 @@ class Leaders:
     @classmethod
     def meet(cls, group: Any, *, machine: int, machines: int) -> Leaders:
         """Connect the first with each of the others, to learn of their end."""
-        address = os.environ["MASTER_ADDR"]
-        with connected():
-            if machine == 0:
-                with socket.create_server(("", 0), family=_family(address), backlog=machines) as server:
-                    dist.broadcast_object_list([server.getsockname()[1]], src=0, group=group)
-                    connections = [server.accept()[0] for _ in range(1, machines)]
-            else:
-                told: list[Any] = [None]
+        address, told = os.environ["MASTER_ADDR"], list[Any]((None, None))
+        if machine == 0:
+            with socket.create_server(("", 0), family=_family(address), backlog=machines) as server:
+                told = [server.getsockname()[1], secrets.token_bytes(WORD_BYTES)]
+                with connected():
+                    dist.broadcast_object_list(told, src=0, group=group)
+                connections = accept(server, word=told[1], count=machines - 1)
+        else:
+            with connected():
                 dist.broadcast_object_list(told, src=0, group=group)
-                connections = [socket.create_connection((address, told[0]))]
+            connections = [socket.create_connection((address, told[0]))]
+            connections[0].sendall(told[1])
         for connection in connections:
             _keep_alive(connection)
         return cls(group, connections)
@@ -175,6 +180,24 @@ def groups(*, machines: int, ranks: int) -> tuple[list[Any], Any]:
     mates = [[machine * ranks + place for machine in range(machines)] for place in range(ranks)]
     with connected():
         return [dist.new_group(each) for each in mates], dist.new_group(mates[0])
+
+
+def accept(server: socket.socket, *, word: bytes, count: int) -> list[socket.socket]:
+    """The first connections that begin with the word; whoever says something else, or nothing, is no rank of ours."""
+    found: list[socket.socket] = []
+    while len(found) < count:
+        connection, _ = server.accept()
+        connection.settimeout(TO_SAY_IT_SECONDS)
+        try:
+            said = connection.recv(len(word), socket.MSG_WAITALL)
+        except OSError:
+            said = b""
+        connection.settimeout(None)
+        if secrets.compare_digest(said, word):
+            found.append(connection)
+        else:
+            connection.close()
+    return found
 
 
 def left_in_good_order(connection: socket.socket) -> bool:

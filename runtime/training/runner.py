@@ -30,6 +30,7 @@ from meft.runtime.session.checkpoint import (
     TRAINING_STATE,
     RunObserved,
     TrainingState,
+    base_digest,
     load_adapter,
     load_observed,
     save_adapter,
@@ -174,6 +175,7 @@ def _run(
         check()
         device = _device(plan, options, kind)
         with closing(open_run(plan, options, folder, device, dataset, display.say, peers)) as session:
+            together.require_same(peers, {"--model": base_digest(session.model)})
             check()
             display.say(f"device: {session.device.name}, budget {format_bytes(session.device.budget_bytes)}")
             trainer = _trainer(session, dataset, options, pad_token_id(tokenizer), display)

@@ -30,12 +30,15 @@ from meft.planner.base.errors import MeftError, UsageError
 from meft.planner.records.report import Report
 from meft.runtime.cli.run import command
 from meft.runtime.host.store import HostStore
+from meft.runtime.ranks.machines import FAREWELL, accept, left_in_good_order
+from meft.runtime.ranks.peers import Peers, Place
 from meft.runtime.session.session import Session
 
-CHOICES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
-    "experts": ({**EXPERTS, "top_k": 16}, {}),
-    "ahead": ({"top_k": 16, "prefetch_depth": 1, "bf16_copy": True}, {"adapter_dtype": "bf16"}),
+CHOICES: dict[str, dict[str, object]] = {
+    "experts": {**EXPERTS, "top_k": 16},
+    "ahead": {"top_k": 16, "prefetch_depth": 1},
 }
+"""In fp32: sums of a few bf16 numbers are exact, whatever their order."""
 LAYOUTS = {"experts": ((2, 1, "sequential"), (2, 2, "overlapped")), "ahead": ((4, 1, "overlapped"),)}
 """Machines, ranks on each, schedule."""
 
@@ -47,8 +50,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_machines_learn_what_one_rank_does_bit_for_bit(tmp_path, glass_folder, facts, name):
-    choice, request = CHOICES[name]
-    runs = Runs(tmp_path, glass_folder, facts, choice, **request)
+    runs = Runs(tmp_path, glass_folder, facts, CHOICES[name])
     one = learnt(runs.ranks(1, "one"))
     for machines, gpus, schedule in LAYOUTS[name]:
         output = runs.ranks(machines * gpus, f"{machines}x{gpus}", "--schedule", schedule, machines=machines)
@@ -63,15 +65,15 @@ def test_machines_learn_what_one_rank_does_bit_for_bit(tmp_path, glass_folder, f
 
 def test_sums_made_on_the_device_cross_too(tmp_path, glass_folder, facts):
     """What is cached differs from one rank alone, and with it the order of rows in a product."""
-    choice = {"top_k": 16, "cached_rows": 24, "active_rows_cap": 96, "gradients_on_device": True}
-    runs = Runs(tmp_path, glass_folder, facts, choice)
+    choice = {"top_k": 16, "cached_rows": 24, "active_rows_cap": 96, "gradients_on_device": True, "bf16_copy": True}
+    runs = Runs(tmp_path, glass_folder, facts, choice, adapter_dtype="bf16")
     here, machines = runs.ranks(2, "here"), runs.ranks(2, "machines", machines=2)
     require_equal(learnt(here), learnt(machines))
     require_counted(runs.plan, Report.load(machines / "report.json"))
 
 
 def test_a_rank_that_dies_ends_those_of_all_machines_and_others_go_on(tmp_path, glass_folder, facts):
-    runs, long = Runs(tmp_path, glass_folder, facts, CHOICES["experts"][0]), 80
+    runs, long = Runs(tmp_path, glass_folder, facts, CHOICES["experts"]), 80
     ranks = kill_when_saved(runs, "out", 4, 3, "--steps", long, machines=2)
     assert ended(ranks, seconds=30) == [1, 1, 1, -signal.SIGKILL]
     assert [shared_memory(ranks[first].pid) for first in (0, 2)] == [[], []]
@@ -80,7 +82,7 @@ def test_a_rank_that_dies_ends_those_of_all_machines_and_others_go_on(tmp_path, 
 
 
 def test_two_launchers_of_torchrun_train_together(tmp_path, glass_folder, facts):
-    runs = Runs(tmp_path, glass_folder, facts, CHOICES["experts"][0])
+    runs = Runs(tmp_path, glass_folder, facts, CHOICES["experts"])
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     words = [str(word) for word in runs.words("out", "--steps", 4)]
@@ -138,9 +140,23 @@ def test_machines_whose_rows_differ_are_told():
         Session.require_replicas(session([same, None]))
 
 
-def test_parts_of_machines_divide_every_range():
-    from meft.runtime.ranks.peers import Peers, Place
+def test_a_stranger_is_not_taken_for_another_machine():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        stranger, gone, other = (socket.create_connection(server.getsockname()) for _ in range(3))
+        stranger.sendall(b"GET / HTTP/1.1\r\n")
+        gone.close()
+        other.sendall(b"the word of 16 b")
+        (found,) = accept(server, word=b"the word of 16 b", count=1)
+        assert found.getpeername() == other.getsockname()
+        other.sendall(FAREWELL)
+        assert left_in_good_order(found)
+        other.close()
+        assert not left_in_good_order(found)
+        found.close()
+        stranger.close()
 
+
+def test_parts_of_machines_divide_every_range():
     for width, machines, ranks in ((7, 2, 3), (128, 4, 2), (2, 3, 2)):
         found = []
         for rank in range(ranks):
