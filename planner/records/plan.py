@@ -29,6 +29,7 @@ LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 
 
 _USUAL = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1}
+_USUAL |= {"batch_size_basis": "given"}
 
 
 def _without_usual(content: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +53,8 @@ class Request(Record):
     batch_size: Count = 2
     seq_len: Count = 256
     grad_accum: Count = 32
+    batch_size_basis: Literal["given", "planned"] = "given"
+    """``planned``: only the product of ``batch_size`` and ``grad_accum`` was given, the planner split it."""
     weights_dtype: WeightsDtype = "bf16"
     double_quant: bool = False
     adapter_dtype: AdapterDtype = "bf16"

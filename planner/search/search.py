@@ -24,7 +24,9 @@ to hot rows, where the sparsity profile knows how much they carry and a step is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.memory.budget import host_budget_bytes
@@ -40,6 +42,8 @@ WITHOUT_MLP_MODULE = ("opt",)
 """Model types whose FFN is linear layers among the block's others."""
 HOT_PARTS = 16
 """Hot rows are tried as so many parts of the width."""
+AS_CAPABLE = 0.95
+"""Share of the most trainable parameters that counts as the same: buffers of a larger micro-batch cost a few rows."""
 SAME_SECONDS = 1e-9
 """Relative difference that summing in another order may make."""
 
@@ -51,33 +55,112 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
     refuse, and for a sparsity profile of another number of layers.
     """
     check_request(request)
-    fitting = _fitting(request, profiles)
+    sifted = Sifted(request, profiles)
+    fitting = _fitting(sifted)
     if fitting.found is None:
         return _infeasible(request, profiles, short_bytes=fitting.short_bytes)
-    sifted, winner = fitting.found
-    decision = sifted.decision(winner)
-    prediction = predict(request, decision, profiles)
-    _check_consistent(sifted, winner, prediction)
-    decision, prediction = with_hot_rows(request, profiles, decision, prediction)
-    memory = prediction.device_memory
-    unused_bytes = max(memory.peak_reserved_bytes - memory.peak_allocated_bytes, 0)
-    return Plan(
-        meft_version=meft_version,
-        request=request,
-        decision=decision,
-        prediction=prediction,
-        inputs=inputs_used(request, decision, profiles),
-        search=SearchSummary(
-            candidates=sifted.space.num_candidates,
-            feasible=sifted.num_feasible,
-            pareto=tuple(sifted.point(index, unused_bytes=unused_bytes) for index in front(sifted, winner)),
-        ),
-    )
+    return _Winner.of(*fitting.found).plan(meft_version)
 
 
-def _fitting(request: Request, profiles: ProfileSet) -> Fitting[tuple[Sifted, Index]]:
+def make_plan_of_splits(
+    splits: Sequence[Request], profiles: ProfileSet, *, meft_version: str
+) -> tuple[Plan, tuple[Request, ...]] | Infeasible:
+    """The best plan of requests that split the same sequences of an optimizer step into micro-batches, the smallest
+    first; and the splits that fit.
+
+    Of those that train as much as any, up to :data:`AS_CAPABLE`, the one whose token takes least: time, or for the
+    objective ``traffic`` bytes over the link. ``speed`` asks for time alone. Where none fits, why the first does not.
+    """
+    winners = list(_winners(splits, profiles))
+    if not winners:
+        return _infeasible(splits[0], profiles, short_bytes=_fitting(Sifted(splits[0], profiles)).short_bytes)
+    best = min(as_capable(winners), key=lambda winner: cost_of_a_token(winner.request, winner.prediction))
+    return best.plan(meft_version), tuple(winner.request for winner in winners)
+
+
+@dataclass(frozen=True)
+class _Winner:
+    """The best decision of one request, and what is predicted of it."""
+
+    sifted: Sifted
+    place: Index
+    decision: Decision
+    prediction: Prediction
+
+    @classmethod
+    def of(cls, sifted: Sifted, place: Index) -> _Winner:
+        """What the search found, predicted by the functions of a single decision."""
+        request, profiles = sifted.request, sifted.profiles
+        decision = sifted.decision(place)
+        prediction = predict(request, decision, profiles)
+        _check_consistent(sifted, place, prediction)
+        return cls(sifted, place, *with_hot_rows(request, profiles, decision, prediction))
+
+    @property
+    def request(self) -> Request:
+        """What was asked."""
+        return self.sifted.request
+
+    def plan(self, meft_version: str) -> Plan:
+        """With the trade-offs that nothing beats, and where its numbers come from."""
+        memory, sifted = self.prediction.device_memory, self.sifted
+        unused_bytes = max(memory.peak_reserved_bytes - memory.peak_allocated_bytes, 0)
+        return Plan(
+            meft_version=meft_version,
+            request=self.request,
+            decision=self.decision,
+            prediction=self.prediction,
+            inputs=inputs_used(self.request, self.decision, sifted.profiles),
+            search=SearchSummary(
+                candidates=sifted.space.num_candidates,
+                feasible=sifted.num_feasible,
+                pareto=tuple(sifted.point(index, unused_bytes=unused_bytes) for index in front(sifted, self.place)),
+            ),
+        )
+
+
+def _winners(splits: Sequence[Request], profiles: ProfileSet) -> Iterator[_Winner]:
+    """Of each split that fits; none is looked at once memory holds no decision at all: more tokens take more."""
+    for request in splits:
+        check_request(request)
+        sifted = Sifted(request, profiles)
+        if not sifted.fits_at_all.any():
+            return
+        found = _fitting(sifted).found
+        if found is not None:
+            yield _Winner.of(*found)
+
+
+class _Predicted(Protocol):
+    @property
+    def request(self) -> Request: ...
+    @property
+    def prediction(self) -> Prediction: ...
+
+
+Each = TypeVar("Each", bound=_Predicted)
+
+
+def as_capable(each: Sequence[Each]) -> list[Each]:
+    """Those that train as many parameters as any of them, up to :data:`AS_CAPABLE`; for ``speed`` all."""
+    if each[0].request.objective == "speed":
+        return list(each)
+    most = max(one.prediction.trainable_parameters for one in each)
+    return [one for one in each if one.prediction.trainable_parameters >= AS_CAPABLE * most]
+
+
+def cost_of_a_token(request: Request, prediction: Prediction) -> float:
+    """Seconds, or for ``traffic`` bytes, of a token that meets the rows that exact routing would choose for it."""
+    if request.objective == "traffic":
+        cost = prediction.transfer.window_bytes(request.rounds) / (request.rounds * request.tokens_per_step)
+    else:
+        cost = 1 / prediction.timing.tokens_per_second
+    return cost if request.objective == "speed" else cost / prediction.sparsity.prefetch_recall
+
+
+def _fitting(sifted: Sifted) -> Fitting[tuple[Sifted, Index]]:
     """The best decision that the device holds, as a place in a grid."""
-    sifted = Sifted(request, profiles)
+    request, profiles = sifted.request, sifted.profiles
     context = profiles.gpu.context.high_bytes
 
     def best_within(budget_bytes: int) -> tuple[Sifted, Index] | None:
@@ -186,7 +269,7 @@ def _infeasible(request: Request, profiles: ProfileSet, *, short_bytes: int | No
     from meft.planner.search.weighing import weigh
 
     def best_of(changed: Request) -> Decision | None:
-        found = _fitting(changed, profiles).found
+        found = _fitting(Sifted(changed, profiles)).found
         return None if found is None else found[0].decision(found[1])
 
     if short_bytes is not None:
