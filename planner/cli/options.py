@@ -17,6 +17,7 @@ import click
 from meft.planner.base.dtypes import AdapterDtype
 from meft.planner.base.units import format_size_argument, parse_bytes, parse_count
 from meft.planner.front.options import (
+    AUTO,
     MAX_BATCH_SIZE,
     MAX_GPUS,
     MAX_GRAD_ACCUM,
@@ -25,6 +26,7 @@ from meft.planner.front.options import (
     MAX_SLOWDOWN,
     MAX_WIDTH,
     RUNNABLE_WEIGHTS,
+    USUAL_BATCH_SIZE,
 )
 from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
 
@@ -58,6 +60,16 @@ class Quantity(_IntType):
         if isinstance(value, int):
             return value
         return parse_count(value, field=param.opts[0] if param is not None else "count")
+
+
+class BatchSize(click.IntRange):
+    """So many sequences, or ``auto``."""
+
+    name = "integer range or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, ``auto``, or click's own usage error."""
+        return value if value == AUTO else super().convert(value, param, ctx)
 
 
 class FiniteRange(click.FloatRange):
@@ -115,7 +127,13 @@ def workload_options(command: Command) -> Command:
         click.option(
             "--model", metavar="NAME|DIR|FILE", help="Built-in name, model folder, or config.json. [default: llama-7b]"
         ),
-        click.option("--batch-size", type=click.IntRange(1, MAX_BATCH_SIZE), default=2, show_default=True),
+        click.option(
+            "--batch-size",
+            type=BatchSize(1, MAX_BATCH_SIZE),
+            default=USUAL_BATCH_SIZE,
+            show_default=True,
+            help="Sequences of a step; auto splits 2 x --grad-accum of them into the steps that take least a token.",
+        ),
         click.option("--seq-len", type=click.IntRange(1, MAX_SEQ_LEN), default=256, show_default=True),
         click.option(
             "--grad-accum",

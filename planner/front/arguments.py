@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from inspect import Parameter, Signature
-from typing import Any, ParamSpec, TypeAlias, TypedDict, TypeVar, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeAlias, TypedDict, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -44,7 +44,7 @@ class PlanArguments(TypedDict, total=False):
     host: Reference | None
     link: Reference | None
     sparsity: Reference | None
-    batch_size: int
+    batch_size: int | Literal["auto"]
     seq_len: int
     grad_accum: int
     weights_dtype: WeightsDtype | None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
 
 MAX_BATCH_SIZE = 1 << 14
+USUAL_BATCH_SIZE = 2
 MAX_SEQ_LEN = 1 << 20
 MAX_GRAD_ACCUM = 1 << 16
 MAX_GPUS = 64
@@ -21,7 +22,19 @@ MAX_SLOWDOWN = 1000.0
 RUNNABLE_WEIGHTS: tuple[WeightsDtype, ...] = ("fp32", "bf16", "nf4")
 """Weights that the runtime trains beside."""
 
+AUTO: Literal["auto"] = "auto"
+"""A batch size that is left to the planner."""
 BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE, strict=True)]
+
+
+def _auto_or(value: Any, number: ValidatorFunctionWrapHandler) -> Any:
+    return value if value == AUTO else number(value)
+
+
+if TYPE_CHECKING:
+    OpenBatchSize = int | Literal["auto"]
+else:  # pydantic would tell of both members of a union where a number is wrong
+    OpenBatchSize = Annotated[BatchSize, WrapValidator(_auto_or)]
 SeqLen = Annotated[int, Field(ge=1, le=MAX_SEQ_LEN, strict=True)]
 GradAccum = Annotated[int, Field(ge=1, le=MAX_GRAD_ACCUM, strict=True)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH, strict=True)]
@@ -45,7 +58,8 @@ class RequestOptions:
     host: str | None = None
     link: str | None = None
     sparsity: str | None = None
-    batch_size: BatchSize = 2
+    batch_size: OpenBatchSize = USUAL_BATCH_SIZE
+    """``auto``: the planner splits the sequences of an optimizer step, as many as usual times ``grad_accum``."""
     seq_len: SeqLen = 256
     grad_accum: GradAccum = 32
     weights_dtype: WeightsDtype | None = None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from meft.planner.base.errors import Infeasible
+from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.base.version import VERSION
-from meft.planner.front.options import RequestOptions
+from meft.planner.front.options import AUTO, MAX_BATCH_SIZE, USUAL_BATCH_SIZE, RequestOptions
 from meft.planner.front.request import Planning, planning
 from meft.planner.models.catalogue import load_model
 from meft.planner.predict.prediction import simulated_tasks
-from meft.planner.records.plan import Plan
-from meft.planner.search.search import make_plan
+from meft.planner.records.plan import Plan, Request
+from meft.planner.search.search import make_plan, make_plan_of_splits
 from meft.planner.timing.chrome import Event
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def find_plan(options: RequestOptions, *, verify: bool = False) -> Planned | Inf
     Raises :class:`~meft.planner.base.errors.UsageError` for options that cannot be used, and with ``verify``
     :class:`~meft.planner.base.errors.InfeasibleError` if the trace does not fit.
     """
+    if options.batch_size == AUTO:
+        return _of_open_batch(options, verify=verify)
     planned = planning(options)
     if planned.request.model.measured is not None:
         return _traced(planned, verify=verify)
@@ -41,6 +43,35 @@ def find_plan(options: RequestOptions, *, verify: bool = False) -> Planned | Inf
     if not isinstance(found, Plan):
         return found
     return Planned(_verified(found, planned) if verify else found, planned)
+
+
+def _of_open_batch(options: RequestOptions, *, verify: bool) -> Planned | Infeasible:
+    """With the sequences of an optimizer step split as the objective likes best."""
+    sequences = USUAL_BATCH_SIZE * options.grad_accum
+    planned = planning(replace(options, batch_size=1, grad_accum=sequences))
+    if planned.request.model.measured is not None:
+        raise UsageError(
+            f"--batch-size auto: the memory of {planned.request.model.name} is known from traces of one batch size; "
+            f"give a number"
+        )
+    found = make_plan_of_splits(_splits(planned.request, sequences), planned.profiles, meft_version=VERSION)
+    if isinstance(found, Infeasible):
+        return found
+    plan, fitting = found
+    request = plan.request
+    sizes = ", ".join(f"{each.batch_size:,}" for each in fitting)
+    note = f"batch size: {request.batch_size:,} x {request.grad_accum:,} of {sequences:,} sequences (fit: {sizes})"
+    planned = replace(planned, request=request, notes=(*planned.notes, note))
+    return Planned(_verified(plan, planned) if verify else plan, planned)
+
+
+def _splits(request: Request, sequences: int) -> list[Request]:
+    """Every micro-batch that divides an optimizer step's sequences evenly, among all ranks, the smallest first."""
+    return [
+        request.model_copy(update={"batch_size": size, "grad_accum": sequences // size, "batch_size_basis": "planned"})
+        for size in range(1, min(sequences, MAX_BATCH_SIZE) + 1)
+        if sequences % (size * request.gpus) == 0
+    ]
 
 
 def _traced(planned: Planning, *, verify: bool) -> Planned | Infeasible:

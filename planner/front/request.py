@@ -10,7 +10,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.base.names import looks_like_path
 from meft.planner.base.schema import validated
 from meft.planner.base.units import format_bytes, parse_rate
-from meft.planner.front.options import RequestOptions
+from meft.planner.front.options import AUTO, RequestOptions
 from meft.planner.memory.budget import reserve_bytes
 from meft.planner.memory.machine import machine_memory_bytes
 from meft.planner.models.architecture import ModelShape
@@ -60,6 +60,10 @@ def planning(options: RequestOptions) -> Planning:
 
     Raises :class:`UsageError`.
     """
+    if options.batch_size == AUTO:
+        raise UsageError(
+            "--batch-size auto: it goes with a plan; give a number, which is the same for all that is compared"
+        )
     defaults = load_defaults()
     shape, _, model_path = load_model(options.model if options.model is not None else defaults.model)
     budget = _with_context(gpu_budget(options), options.context_overhead)

@@ -17,7 +17,7 @@ from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES
 from meft.planner.base.schema import Basis, Bytes, Count, Record
 from meft.planner.base.units import GIB
 from meft.planner.front.arguments import Reference, as_arguments, request_options
-from meft.planner.front.options import RequestOptions
+from meft.planner.front.options import USUAL_BATCH_SIZE, RequestOptions
 from meft.planner.front.request import planning
 from meft.planner.predict.comparison import USUAL_SIZES
 from meft.planner.records.candidates import Candidates
@@ -103,7 +103,7 @@ def transfer_volume(
     model: Reference = "llama-7b",
     adapter_width: int | None = None,
     top_k: int | Iterable[int] | None = None,
-    batch_size: int = RequestOptions.batch_size,
+    batch_size: int = USUAL_BATCH_SIZE,
     seq_len: int = RequestOptions.seq_len,
     sparsity: Reference | None = None,
     adapter_dtype: AdapterDtype | None = None,

@@ -55,6 +55,12 @@ def replayed_peaks(request: Request, decision: Decision, gpu: GpuProfile) -> Rep
     return ReplayedPeaks(peaks.allocated_bytes, peaks.reserved_bytes + MARGIN_BYTES, "assumed")
 
 
+def emulated_reserved_bytes(request: Request, decision: Decision) -> int:
+    """What the same step reserves on the emulated device, whichever card it is for: it has no cuBLAS workspaces, and
+    what else finds room beside them lies elsewhere there."""
+    return _peaks(_without_what_is_no_matter(request), _that_matters(decision), 0, True).reserved_bytes
+
+
 def _as_traced(request: Request, decision: Decision) -> ReplayedPeaks:
     """By the traced terms, with what the traced run reserved above them, and the margin."""
     terms = request.model.traced
@@ -67,10 +73,15 @@ def _as_traced(request: Request, decision: Decision) -> ReplayedPeaks:
 def _replayed(request: Request, decision: Decision, gpu: GpuProfile) -> ReplayedPeaks:
     return _peaks(
         _without_what_is_no_matter(request),
-        decision.model_copy(update={"top_k": 1, "bf16_copy": False, "hot_after_steps": 1, "gather_chunks": 1}),
+        _that_matters(decision),
         int(gpu.workspace_bytes.value),
         gpu.shares_host_cores,
     )
+
+
+def _that_matters(decision: Decision) -> Decision:
+    """The decision with choices that move no device memory made equal."""
+    return decision.model_copy(update={"top_k": 1, "bf16_copy": False, "hot_after_steps": 1, "gather_chunks": 1})
 
 
 def _without_what_is_no_matter(request: Request) -> Request:

@@ -12,6 +12,7 @@ from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTE
 from meft.planner.memory.budget import host_budget
 from meft.planner.memory.device import predict_device_memory
 from meft.planner.memory.host import host_memory
+from meft.planner.memory.replayed import emulated_reserved_bytes
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import (
     Decision,
@@ -150,11 +151,14 @@ def repriced(plan: Plan, gpu: GpuProfile, *, packed: bool) -> Plan:
 
 
 def without_workspaces(plan: Plan) -> Plan:
-    """The plan without cuBLAS workspaces, which a rehearsal of a plan for a card has none of."""
+    """The plan without cuBLAS workspaces, which a rehearsal of a plan for a card has none of; reserved is then what the
+    emulated device's step reserves, where the plan's own was counted."""
     memory = plan.prediction.device_memory
     size = sum(entry.num_bytes for entry in memory.entries if entry.category == "cublas_workspaces")
     peaks = ("peak_allocated_bytes", "peak_reserved_bytes")
     less: dict[str, Any] = {name: getattr(memory, name) - size for name in peaks}
+    if size and memory.reserved_basis == "counted":
+        less["peak_reserved_bytes"] = emulated_reserved_bytes(plan.request, plan.decision)
     less["entries"] = tuple(entry for entry in memory.entries if entry.category != "cublas_workspaces")
     prediction = plan.prediction.model_copy(update={"device_memory": memory.model_copy(update=less)})
     return plan.model_copy(update={"prediction": prediction})

@@ -34,6 +34,7 @@ Way = Direction | Literal["network"]
 _USUAL: dict[str, Any] = {"tokens_see": "union", "packed": False, "gpus_per_link": 1}
 _USUAL |= {"nodes": 1, "interconnect_bytes_per_second": None, "foreign_total": None, "summed_total": None}
 _USUAL |= dict.fromkeys(("network_bytes_per_step", "network_bytes_per_optimizer_step", "network_bytes_total"), 0)
+_USUAL |= {"batch_size_basis": "given"}
 
 
 def without_usual(content: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -58,6 +59,8 @@ class Request(Record):
     batch_size: Count = 2
     seq_len: Count = 256
     grad_accum: Count = 32
+    batch_size_basis: Literal["given", "planned"] = "given"
+    """``planned``: only the product of ``batch_size`` and ``grad_accum`` was given, the planner split it."""
     weights_dtype: WeightsDtype = "bf16"
     double_quant: bool = False
     adapter_dtype: AdapterDtype = "bf16"

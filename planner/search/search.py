@@ -25,7 +25,9 @@ look-ahead gathers its rows in parts where its step is the shorter for that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.memory.budget import host_budget_bytes
@@ -44,6 +46,8 @@ HOT_PARTS = 16
 GATHER_CHUNKS = (2, 4, 8)
 CHUNKS_PAY = 0.01
 """Least share of the step's time that gathering in parts must save: rates are not known as well as that."""
+AS_CAPABLE = 0.95
+"""Share of the most trainable parameters that counts as the same: buffers of a larger micro-batch cost a few rows."""
 SAME_SECONDS = 1e-9
 """Relative difference that summing in another order may make."""
 
@@ -57,32 +61,14 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
     check_request(request)
     if (request.token_chunks or 1) > 1:
         return _with_chunks(request, profiles, meft_version=meft_version)
-    fitting = _fitting(request, profiles)
+    sifted = Sifted(request, profiles)
+    fitting = _fitting(sifted)
     if fitting.found is None:
         chunked = _with_chunks(request, profiles, meft_version=meft_version, unasked=True)
         if isinstance(chunked, Plan):
             return chunked
         return _infeasible(request, profiles, short_bytes=fitting.short_bytes)
-    sifted, winner = fitting.found
-    decision = sifted.decision(winner)
-    prediction = predict(request, decision, profiles)
-    _check_consistent(sifted, winner, prediction)
-    decision, prediction = with_hot_rows(request, profiles, decision, prediction)
-    decision, prediction = with_gather_chunks(request, profiles, decision, prediction)
-    memory = prediction.device_memory
-    unused_bytes = max(memory.peak_reserved_bytes - memory.peak_allocated_bytes, 0)
-    return Plan(
-        meft_version=meft_version,
-        request=request,
-        decision=decision,
-        prediction=prediction,
-        inputs=inputs_used(request, decision, profiles),
-        search=SearchSummary(
-            candidates=sifted.space.num_candidates,
-            feasible=sifted.num_feasible,
-            pareto=tuple(sifted.point(index, unused_bytes=unused_bytes) for index in front(sifted, winner)),
-        ),
-    )
+    return _Winner.of(*fitting.found).plan(meft_version)
 
 
 def _with_chunks(
@@ -107,26 +93,151 @@ def _with_chunks(
             "step seconds": (weighed.at(weighed.step_seconds, winner), prediction.timing.step_seconds),
         }
     )
+    return _plan(
+        request,
+        profiles,
+        decision,
+        prediction,
+        lambda unused_bytes: SearchSummary(
+            candidates=weighed.space.num_candidates,
+            feasible=int(weighed.feasible.sum()),
+            pareto=tuple(
+                weighed.point(index, request, unused_bytes=unused_bytes) for index in weighed.front(winner, request)
+            ),
+        ),
+        meft_version=meft_version,
+    )
+
+
+def _plan(
+    request: Request,
+    profiles: ProfileSet,
+    decision: Decision,
+    prediction: Prediction,
+    summary: Callable[[int], SearchSummary],
+    *,
+    meft_version: str,
+) -> Plan:
+    """The plan, with the trade-offs that nothing beats and where its numbers come from; ``summary`` is given what the
+    allocator is taken to hold beyond what is allocated."""
     memory = prediction.device_memory
-    unused_bytes = max(memory.peak_reserved_bytes - memory.peak_allocated_bytes, 0)
-    points = weighed.front(winner, request)
     return Plan(
         meft_version=meft_version,
         request=request,
         decision=decision,
         prediction=prediction,
         inputs=inputs_used(request, decision, profiles),
-        search=SearchSummary(
-            candidates=weighed.space.num_candidates,
-            feasible=int(weighed.feasible.sum()),
-            pareto=tuple(weighed.point(index, request, unused_bytes=unused_bytes) for index in points),
-        ),
+        search=summary(max(memory.peak_reserved_bytes - memory.peak_allocated_bytes, 0)),
     )
 
 
-def _fitting(request: Request, profiles: ProfileSet) -> Fitting[tuple[Sifted, Index]]:
+def make_plan_of_splits(
+    splits: tuple[Request, ...], profiles: ProfileSet, *, meft_version: str
+) -> tuple[Plan, tuple[Request, ...]] | Infeasible:
+    """The best plan of requests that split the same sequences of an optimizer step into micro-batches, the smallest
+    first; and the splits that fit.
+
+    Of those that train as much as any, up to :data:`AS_CAPABLE`, the one whose token takes least: time, or for the
+    objective ``traffic`` bytes over the link. ``speed`` asks for time alone. Where none fits, why the first does not.
+    """
+    if (splits[0].token_chunks or 1) > 1:
+        raise UsageError(
+            f"batch_size auto beside token_chunks {splits[0].token_chunks}: the planner splits one of the two; give a "
+            f"--batch-size"
+        )
+    winners = list(_winners(splits, profiles))
+    if not winners:
+        chunked = _with_chunks(splits[0], profiles, meft_version=meft_version, unasked=True)
+        if isinstance(chunked, Plan):
+            return chunked, splits[:1]
+        return _infeasible(splits[0], profiles, short_bytes=_fitting(Sifted(splits[0], profiles)).short_bytes)
+    best = min(as_capable(winners), key=lambda winner: cost_of_a_token(winner.request, winner.prediction))
+    return best.plan(meft_version), tuple(winner.request for winner in winners)
+
+
+@dataclass(frozen=True)
+class _Winner:
+    """The best decision of one request, and what is predicted of it."""
+
+    sifted: Sifted
+    place: Index
+    decision: Decision
+    prediction: Prediction
+
+    @classmethod
+    def of(cls, sifted: Sifted, place: Index) -> _Winner:
+        """What the search found, predicted by the functions of a single decision."""
+        request, profiles = sifted.request, sifted.profiles
+        decision = sifted.decision(place)
+        prediction = predict(request, decision, profiles)
+        _check_consistent(sifted, place, prediction)
+        decision, prediction = with_hot_rows(request, profiles, decision, prediction)
+        return cls(sifted, place, *with_gather_chunks(request, profiles, decision, prediction))
+
+    @property
+    def request(self) -> Request:
+        """What was asked."""
+        return self.sifted.request
+
+    def plan(self, meft_version: str) -> Plan:
+        """Of what was found."""
+        sifted = self.sifted
+        return _plan(
+            self.request,
+            sifted.profiles,
+            self.decision,
+            self.prediction,
+            lambda unused_bytes: SearchSummary(
+                candidates=sifted.space.num_candidates,
+                feasible=sifted.num_feasible,
+                pareto=tuple(sifted.point(index, unused_bytes=unused_bytes) for index in front(sifted, self.place)),
+            ),
+            meft_version=meft_version,
+        )
+
+
+def _winners(splits: Sequence[Request], profiles: ProfileSet) -> Iterator[_Winner]:
+    """Of each split that fits; none is looked at once memory holds no decision at all: more tokens take more."""
+    for request in splits:
+        check_request(request)
+        sifted = Sifted(request, profiles)
+        if not sifted.fits_at_all.any():
+            return
+        found = _fitting(sifted).found
+        if found is not None:
+            yield _Winner.of(*found)
+
+
+class _Predicted(Protocol):
+    @property
+    def request(self) -> Request: ...
+    @property
+    def prediction(self) -> Prediction: ...
+
+
+Each = TypeVar("Each", bound=_Predicted)
+
+
+def as_capable(each: Sequence[Each]) -> list[Each]:
+    """Those that train as many parameters as any of them, up to :data:`AS_CAPABLE`; for ``speed`` all."""
+    if each[0].request.objective == "speed":
+        return list(each)
+    most = max(one.prediction.trainable_parameters for one in each)
+    return [one for one in each if one.prediction.trainable_parameters >= AS_CAPABLE * most]
+
+
+def cost_of_a_token(request: Request, prediction: Prediction) -> float:
+    """Seconds, or for ``traffic`` bytes, of a token that meets the rows that exact routing would choose for it."""
+    if request.objective == "traffic":
+        cost = prediction.transfer.window_bytes(request.rounds) / (request.rounds * request.tokens_per_step)
+    else:
+        cost = 1 / prediction.timing.tokens_per_second
+    return cost if request.objective == "speed" else cost / prediction.sparsity.prefetch_recall
+
+
+def _fitting(sifted: Sifted) -> Fitting[tuple[Sifted, Index]]:
     """The best decision that the device holds, as a place in a grid."""
-    sifted = Sifted(request, profiles)
+    request, profiles = sifted.request, sifted.profiles
     context = profiles.gpu.context.high_bytes
 
     def best_within(budget_bytes: int) -> tuple[Sifted, Index] | None:
@@ -262,7 +373,7 @@ def _infeasible(request: Request, profiles: ProfileSet, *, short_bytes: int | No
 
             chunked = fitting_chunked(changed, profiles).found
             return None if chunked is None else chunked[0].decision(chunked[1])
-        found = _fitting(changed, profiles).found
+        found = _fitting(Sifted(changed, profiles)).found
         return None if found is None else found[0].decision(found[1])
 
     if short_bytes is not None:

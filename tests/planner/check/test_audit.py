@@ -13,7 +13,7 @@ from meft.planner.check.counted_bytes import bytes_given_rows
 from meft.planner.cli.audit import parse_tolerances
 from meft.planner.front.audit import gpu_of
 from meft.planner.memory.device import predict_device_memory
-from meft.planner.predict.prediction import repriced
+from meft.planner.predict.prediction import repriced, without_workspaces
 from meft.planner.records.plan import Plan
 from meft.planner.records.profile_catalogue import load_gpu
 from meft.planner.records.profiles import GpuProfile
@@ -253,6 +253,19 @@ def test_the_emulated_device_has_no_cublas_workspaces() -> None:
     )
     assert row(emulated, "device_bytes_given_rows").predicted == peak
     assert not row(cuda, "device_bytes_given_rows").holds
+
+
+def test_without_workspaces_a_rehearsal_reserves_what_the_emulated_devices_step_does() -> None:
+    """Not the plan's less the workspaces: other blocks lie in the room that their segments leave."""
+    card, emulated = load_gpu("rtx-3090"), load_gpu("emulated")
+    plan = sample_plan(gpu="rtx-3090", gpu_mem_bytes=4 << 30)
+    on_card, here = (
+        predict_device_memory(request=plan.request, decision=plan.decision, gpu=gpu) for gpu in (card, emulated)
+    )
+    plan = plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"device_memory": on_card})})
+    found = without_workspaces(plan).prediction.device_memory.peak_reserved_bytes
+    assert found == here.peak_reserved_bytes
+    assert found != on_card.peak_reserved_bytes - 2 * 8_519_680
 
 
 # --- --tolerance ----------------------------------------------------------------------------------------------------

@@ -176,6 +176,26 @@ def test_a_local_config_is_a_model() -> None:
     assert f"--model {request.model_path}" in result.stdout
 
 
+def test_a_batch_size_that_is_left_open_is_planned() -> None:
+    result = run("--gpu-mem", "2GB", *SMALL, "--batch-size", "auto", "--grad-accum", "4", "--adapter-width", "256")
+    assert result.exit_code == EXIT_DONE, result.output
+    request = Plan.load("plan.json").request
+    assert (request.batch_size * request.grad_accum, request.batch_size_basis) == (8, "planned")
+    assert f"batch size: {request.batch_size} x {request.grad_accum} of 8 sequences (fit: 1, 2, 4, 8)" in result.stdout
+    given = ["--batch-size", str(request.batch_size), "--grad-accum", str(request.grad_accum)]
+    assert run("--gpu-mem", "2GB", *SMALL, *given, "--adapter-width", "256", "-o", "given.json").exit_code == EXIT_DONE
+    by_hand, open_ = Plan.load("given.json"), Plan.load("plan.json")
+    assert (by_hand.decision, by_hand.prediction) == (open_.decision, open_.prediction)
+    assert "batch_size_basis" not in Path("given.json").read_text()
+
+
+def test_only_a_plan_may_leave_the_batch_size_open() -> None:
+    small = ["--model", "gpt2", "--gpu-mem", "8GB", "--batch-size", "auto"]
+    assert "--batch-size auto: it goes with a plan" in refused("compare", *small)
+    assert "'auto' is not a valid integer range" in refused("estimate", "--method", "lora", *small)
+    assert "'many' is not a valid integer range or auto" in refused(*small[:-1], "many")
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +290,11 @@ def test_infeasible_as_json() -> None:
     result = run("--gpu-mem", "24GB", "--host-mem", "100MB", "--json", "-o", "my plan.json")
     assert result.exit_code == EXIT_INFEASIBLE
     verdict = json.loads(result.stdout)
-    assert (verdict["feasible"], verdict["binding"], verdict["limit"]) == (False, "host memory", 100 << 20)
+    assert (verdict["feasible"], verdict["binding"], verdict["limit"]) == (
+        False,
+        "host memory",
+        50 << 20,
+    )  # half of so little is left to all else
     assert verdict["needed"] > verdict["limit"]
     assert shlex.split(verdict["command"])[-2] == "--host-mem"
     assert "-o 'my plan.json'" in verdict["command"]

@@ -70,6 +70,7 @@ def test_the_commonest_questions_are_answered(found: dict[str, Lever]) -> None:
         "--adapter-width 2048",
         "--weights-dtype nf4",
         "--batch-size 1",
+        "--batch-size 4",
         "--rows-in-backward refetched",
         "--no-bf16-copy",
     }
@@ -111,7 +112,9 @@ def test_the_largest_saving_comes_first_and_what_does_not_fit_last(request_: Req
     decision = DECISION.model_copy(update={"activation_checkpointing": True, "rows_in_backward": "refetched"})
     several = levers(tight, decision, predict(tight, decision, profiles), profiles)
     fitting = [lever.device_bytes for lever in several if lever.fits]
-    assert fitting == sorted(fitting)
+    faster = [size for size in fitting if size > 0]  # these train faster in memory that is left over
+    assert faster == sorted(faster)
+    assert fitting == [*faster, *sorted(size for size in fitting if size <= 0)]
     assert [lever.fits for lever in several] == sorted((lever.fits for lever in several), reverse=True)
     plain = next(lever for lever in several if lever.option == "--no-activation-checkpointing")
     assert plain.device_bytes > 0
@@ -122,7 +125,7 @@ def test_one_sequence_is_halved_instead_of_the_batch(request_: Request, profiles
     one = request_.model_copy(update={"batch_size": 1})
     options = [lever.option for lever in levers(one, DECISION, predict(one, DECISION, profiles), profiles)]
     assert "--seq-len 128" in options
-    assert not any("--batch-size" in option for option in options)
+    assert "--batch-size 0" not in options
 
 
 def test_a_tiny_plan_on_the_emulated_device_has_levers_without_nf4() -> None:
