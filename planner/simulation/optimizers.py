@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from meft.planner.records.setup import OptimizerName
 from meft.planner.simulation.autograd import Leaf, Tape, Tensor
-from meft.planner.simulation.formats import BF16, FP32
+from meft.planner.terms.formats import BF16, FP32
 
 EIGHT_BIT_MIN_NUMEL = 4096
 """bitsandbytes keeps the moments of smaller tensors in fp32."""
