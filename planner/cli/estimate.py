@@ -131,9 +131,10 @@ def _workload_options(command: Command) -> Command:
         option(
             "--lengths",
             metavar="FILE|MEAN,STD",
-            help="Sequences' lengths vary: as in a file (a length a line, or JSON lines with input_ids), or so "
-            "distributed. --seq-len cuts them.",
+            help="Sequences' lengths vary: as in a file (a length a line, JSON lines with input_ids, or texts for "
+            "--tokenizer), or so distributed. --seq-len cuts them.",
         ),
+        option("--tokenizer", metavar="DIR", help="Of the texts in --lengths FILE. [default: the model's folder]"),
         option("--batching", type=click.Choice(BATCHINGS), help="How batches are made of them. [default: padded]"),
         option("--padding/--no-padding", default=None, help="Batches are padded, so masks exist. [default: no]"),
         option(

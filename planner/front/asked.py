@@ -57,6 +57,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "keep_outputs": _DENSE,
     "padding": _DENSE,
     "lengths": _DENSE,
+    "tokenizer": _DENSE,
     "batching": _DENSE,
 }
 SAYS_NOTHING: dict[str, tuple[object, ...]] = {
@@ -135,6 +136,7 @@ class EstimateRequest(Record):
     loss: LossName | None = None
     padding: bool | None = None
     lengths: str | None = None
+    tokenizer: str | None = None
     batching: Batching | None = None
     keep_outputs: bool | None = None
 

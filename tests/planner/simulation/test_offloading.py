@@ -199,8 +199,8 @@ def test_a_chain_by_hand(offload: str, on_device: int, to_host: int, back: int, 
 
 
 def test_what_comes_back_for_one_node_stays_until_the_next_has_run() -> None:
-    """In backward there are the weight, the output and its gradient, which the test holds, the incoming gradient and the
-    one that is made, of 4000 bytes each; and one node's input with ``save_on_cpu``, two nodes' with TRL's."""
+    """In backward there are the weight, the output and its gradient, which the test holds, the incoming gradient and
+    the one that is made, of 4000 bytes each; and one node's input with ``save_on_cpu``, two nodes' with TRL's."""
     peaks = {}
     for offload in ("save-on-cpu", "trl"):
         tape, _ = chain(offload, 12)
