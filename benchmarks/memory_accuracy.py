@@ -277,7 +277,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
         "",
         "Reserved memory of runs 01045, 01054 and 01063 is the least exact: their allocated peaks agree within 0.1 %,",
         "and a trace of transformers' own code reserves what the simulation does (3,770, 3,446 and 6,664 MiB in both).",
-        "What parts them from the measurement is not in the published records: what the script does between its stages,",
+        "What parts them from the measurement is not in the published records: what the script does between stages,",
         "and torch 2.6's kernels. Nothing was fitted.",
         "",
         *holdout_markdown(rows).splitlines(),

@@ -1,6 +1,6 @@
 """The simulated step against a trace of the real model, over a grid of configurations: allocated peaks.
 
-    python benchmarks/memory_grid.py                  all 438, worst first (the error in the first column)
+    python benchmarks/memory_grid.py                  all 454, worst first (the error in the first column)
     python benchmarks/memory_grid.py --sample 12      twelve of them, evenly over the grid
 
 Sixteen architectures at their real widths, cut to a few layers so that a trace takes a second or two (layers repeat).
@@ -77,8 +77,10 @@ NEWER: tuple[dict[str, Any], ...] = (
     *(LORA | {"seq_len": 256, "loss": loss} for loss in ("fused-ce-upcast", "trl-chunked", "torchtune-chunked")),
     LORA | {"batch_size": 2, "seq_len": 128, "reentrant": True},
     QLORA | {"seq_len": 128, "kbit_preparation": True, "trl_casts": True, "autocast": "bf16"},
+    *(each | {"seq_len": 128, "offload": "save-on-cpu"} for each in (FULL, LORA, QLORA)),
+    LORA | {"batch_size": 2, "seq_len": 128, "offload": "save-on-cpu", "reentrant": True},
 )
-"""Optimizers, losses and casts, each for two of the models."""
+"""Optimizers, losses, casts and activations on the host, each for two of the models."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from meft.planner.front.estimate import WEIGHTS, estimate_of
 from meft.planner.front.options import MAX_BATCH_SIZE, MAX_GRAD_ACCUM, MAX_RANK, MAX_SEQ_LEN, MAX_WIDTH
 from meft.planner.records.peft_methods import PEFT_PREFIX
 from meft.planner.records.plan import Attention
-from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, OptimizerName, optimizer_name
+from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, OffloadName, OptimizerName, optimizer_name
 from meft.planner.terms.lengths import BATCHINGS
 
 _METHODS = f"{', '.join(METHOD_NAMES[:-1])}, or {PEFT_PREFIX}TYPE"
@@ -95,6 +95,12 @@ def _workload_options(command: Command) -> Command:
             default=None,
             help="The kind of checkpointing (use_reentrant). [default: reentrant where PEFT prepares a 4-bit model]",
         ),
+        option(
+            "--offload",
+            type=click.Choice(get_args(OffloadName)),
+            help="Activations wait on the host: torch's save_on_cpu, TRL's and torchtune's OffloadActivations, or "
+            "Unsloth's checkpoints. [default: none]",
+        ),
         option("--attention", type=click.Choice(get_args(Attention)), help="[default: sdpa; eager for Gemma 2]"),
         option(
             "--repeated-heads",
@@ -125,9 +131,10 @@ def _workload_options(command: Command) -> Command:
         option(
             "--lengths",
             metavar="FILE|MEAN,STD",
-            help="Sequences' lengths vary: as in a file (a length a line, or JSON lines with input_ids), or so "
-            "distributed. --seq-len cuts them.",
+            help="Sequences' lengths vary: as in a file (a length a line, JSON lines with input_ids, or texts for "
+            "--tokenizer), or so distributed. --seq-len cuts them.",
         ),
+        option("--tokenizer", metavar="DIR", help="Of the texts in --lengths FILE. [default: the model's folder]"),
         option("--batching", type=click.Choice(BATCHINGS), help="How batches are made of them. [default: padded]"),
         option("--padding/--no-padding", default=None, help="Batches are padded, so masks exist. [default: no]"),
         option(

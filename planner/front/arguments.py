@@ -19,7 +19,7 @@ from meft.planner.base.schema import problems_of
 from meft.planner.base.units import parse_bytes
 from meft.planner.front.options import RequestOptions
 from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
-from meft.planner.records.setup import Autocast, LossName, OptimizerName
+from meft.planner.records.setup import Autocast, LossName, OffloadName, OptimizerName
 from meft.planner.terms.lengths import Batching
 
 Size: TypeAlias = int | str
@@ -110,7 +110,9 @@ class EstimateArguments(TypedDict, total=False):
     seq_len: int
     grad_accum: int | None
     activation_checkpointing: bool | None
+    offload: OffloadName | None
     attention: Attention | None
+    repeated_heads: bool | None
     packed: bool | None
     optimizer: OptimizerName | None
     trl_casts: bool | None
@@ -121,6 +123,7 @@ class EstimateArguments(TypedDict, total=False):
     loss: LossName | None
     padding: bool | None
     lengths: str | None
+    tokenizer: Reference | None
     batching: Batching | None
     keep_outputs: bool | None
 

@@ -12,7 +12,15 @@ from meft.planner.base.schema import Record
 from meft.planner.front.options import MAX_RANK, BatchSize, Chunks, Depth, GradAccum, Rows, SeqLen, Width
 from meft.planner.records.peft_methods import split_method
 from meft.planner.records.plan import Attention, Routing, RowsInBackward, TokensSee
-from meft.planner.records.setup import METHOD_NAMES, Autocast, LossName, MethodName, OptimizerName, optimizer_name
+from meft.planner.records.setup import (
+    METHOD_NAMES,
+    Autocast,
+    LossName,
+    MethodName,
+    OffloadName,
+    OptimizerName,
+    optimizer_name,
+)
 from meft.planner.terms.lengths import Batching
 
 _DENSE = ("parallel-adapter", "lora", "qlora", "full", "bitfit", "lst", "peft")
@@ -27,6 +35,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "trl_casts": LORA,
     "reentrant": _DENSE,
     "repeated_heads": _DENSE,
+    "offload": _DENSE,
     "reduction": ("lst",),
     "dropped_layers": ("lst",),
     "adapter_width": ("meft", "parallel-adapter"),
@@ -49,9 +58,11 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "keep_outputs": _DENSE,
     "padding": _DENSE,
     "lengths": _DENSE,
+    "tokenizer": _DENSE,
     "batching": _DENSE,
 }
 SAYS_NOTHING: dict[str, tuple[object, ...]] = {
+    "offload": ("none",),
     "lora_dropout": (0.0,),
     "kbit_preparation": (False,),
     "adapter_dtype": ("fp32",),
@@ -116,6 +127,7 @@ class EstimateRequest(Record):
     seq_len: SeqLen = 256
     grad_accum: GradAccum | None = None
     activation_checkpointing: bool | None = None
+    offload: OffloadName | None = None
     attention: Attention | None = None
     repeated_heads: bool | None = None
     packed: bool | None = None
@@ -126,6 +138,7 @@ class EstimateRequest(Record):
     loss: LossName | None = None
     padding: bool | None = None
     lengths: str | None = None
+    tokenizer: str | None = None
     batching: Batching | None = None
     keep_outputs: bool | None = None
 

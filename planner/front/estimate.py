@@ -193,6 +193,7 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
         activation_checkpointing=bool(asked.activation_checkpointing),
         attention=planned.request.attention,
         repeated_heads=bool(asked.repeated_heads),
+        offload=asked.offload or "none",
         packed=planned.request.packed,
         optimizer=asked.optimizer or "adamw",
         optimizer_in_backward=bool(asked.optimizer_in_backward),
@@ -221,7 +222,7 @@ def _as_baseline(asked: EstimateRequest, planned: Planning) -> bool:
     """Whether the run is what ``meft-run baseline`` makes of it on the emulated device: nothing of another loop is
     asked for."""
     loop = ("autocast", "optimizer", "optimizer_in_backward", "master_weights", "kernels", "loss", "padding",
-            "keep_outputs", "kbit_preparation", "trl_casts", "reentrant", "repeated_heads", "lora_dropout",
+            "keep_outputs", "kbit_preparation", "trl_casts", "reentrant", "repeated_heads", "offload", "lora_dropout",
             "adapter_dtype")  # fmt: skip
     said = any(getattr(asked, name) not in (None, *SAYS_NOTHING.get(name, ())) for name in loop)
     return planned.profiles.gpu.shares_host_cores and not said
@@ -312,6 +313,13 @@ def _check_setup(setup: TrainingSetup) -> None:
         raise UsageError(
             f"--repeated-heads: {setup.attention} attention of {setup.model.name} has no grouped heads that a kernel "
             f"takes as they are; leave it out"
+        )
+    if setup.offload == "unsloth" and setup.reentrant is False:
+        raise UsageError("--offload unsloth: its checkpoints are reentrant; leave --no-reentrant out, or give trl")
+    if setup.offload != "none" and _is_traced(setup):
+        raise UsageError(
+            f"--offload {setup.offload}: it is simulated, and --method {setup.label} of {setup.model.name} is traced; "
+            f"leave it out"
         )
     if setup.packed and setup.padded:
         raise UsageError("--packed: packed sequences are told apart by their positions, without padding; give one")

@@ -1,4 +1,9 @@
-"""``--lengths``: how long the sequences of a data set are, from a file or a distribution, and the batches they make."""
+"""``--lengths``: how long the sequences of a data set are, from a file or a distribution, and the batches they make.
+
+Texts are measured with the ``tokenizers`` library, as ``meft-run`` makes examples of them: prompt and completion joined
+as they stand (``--raw``), special tokens, the end of text. What goes through a chat template is refused: that is
+``meft-run``'s to render.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,13 @@ import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from meft.planner.base.errors import UsageError
-from meft.planner.base.schema import read_text
+from meft.planner.base.packages import require_packages
+from meft.planner.base.schema import parse_json, read_text
 from meft.planner.front.asked import EstimateRequest
 from meft.planner.front.options import MAX_SEQ_LEN
 from meft.planner.front.request import Planning
@@ -21,16 +27,21 @@ from meft.planner.predict.spread import reserved_spread
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.terms.lengths import Batching, BatchShape, batch_shapes, distributed_lengths
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 DRAWN = 2000
 """Sequences of a distribution."""
 ORDERS = 4
 MICRO_BATCHES = 32
 _WHAT = "one length a line, a JSON list of lengths, or JSON lines with input_ids or length"
 _MAX_SEQUENCES = 10_000_000
+_COUNTED = frozenset({"length", "input_ids"})
 
 
-def lengths_of(text: str, *, most: int) -> tuple[int, ...]:
-    """Tokens of each sequence, at most ``most``: drawn for ``mean,std``, else read from a file.
+def lengths_of(text: str, *, most: int, tokenizer: str | None = None) -> tuple[int, ...]:
+    """Tokens of each sequence, at most ``most``: drawn for ``mean,std``, else read from a file, whose texts are
+    measured by the ``tokenizer`` in that folder.
 
     Raises :class:`UsageError` for a distribution or a file that is none.
     """
@@ -42,7 +53,7 @@ def lengths_of(text: str, *, most: int) -> tuple[int, ...]:
                 f"--lengths {text}: give a mean from 1 to {MAX_SEQ_LEN} tokens and a deviation of 0 or more"
             )
         return distributed_lengths(mean, std, most=most, count=DRAWN)
-    return tuple(min(length, most) for length in _read(Path(text)))
+    return tuple(min(length, most) for length in _read(Path(text), tokenizer))
 
 
 def orders_of(lengths: Sequence[int], *, batch_size: int, batching: Batching, most: int) -> list[list[BatchShape]]:
@@ -66,9 +77,11 @@ def with_lengths(asked: EstimateRequest) -> tuple[EstimateRequest, tuple[int, ..
     if asked.lengths is None:
         if asked.batching is not None:
             raise UsageError(f"--batching {asked.batching}: of which sequences? Give --lengths too")
+        if asked.tokenizer is not None:
+            raise UsageError(f"--tokenizer {asked.tokenizer}: of which texts? Give --lengths FILE too")
         return asked, ()
     given = asked.seq_len if "seq_len" in asked.model_fields_set else MAX_SEQ_LEN
-    lengths = lengths_of(asked.lengths, most=given)
+    lengths = lengths_of(asked.lengths, most=given, tokenizer=asked.tokenizer or _model_folder(asked.model))
     if asked.batching == "padding-free" and asked.attention != "flash":
         raise UsageError(
             "--batching padding-free: sequences are told apart by flash attention alone; give --attention flash"
@@ -93,7 +106,9 @@ def over_lengths(
         gpu=planned.profiles.gpu,
         gpu_mem_bytes=planned.request.gpu_mem_bytes,
     )
-    return estimate.model_copy(update={"lengths": spread, "verdict": spread.verdict, "fits": spread.verdict == "fits"})
+    on_host = estimate.host_bytes <= estimate.host_budget_bytes
+    verdict = spread.verdict if on_host else "does-not-fit"
+    return estimate.model_copy(update={"lengths": spread, "verdict": verdict, "fits": verdict == "fits"})
 
 
 def _number(part: str, text: str) -> float:
@@ -106,15 +121,67 @@ def _number(part: str, text: str) -> float:
     return number
 
 
-def _read(path: Path) -> list[int]:
+def _model_folder(model: str | None) -> str | None:
+    """Where the model is a folder, that has its tokenizer."""
+    return model if model is not None and (Path(model) / "tokenizer.json").is_file() else None
+
+
+def _read(path: Path, tokenizer: str | None) -> list[int]:
     text = read_text(path, kind="--lengths file").strip()
     try:
         values = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines() if line]
     except ValueError as error:
-        raise UsageError(f"--lengths {path}: {error}; give {_WHAT}") from None
+        if tokenizer is None or text.startswith(("{", "[")):
+            raise UsageError(f"--lengths {path}: {error}; give {_WHAT}") from None
+        values = [{"text": line} for line in text.splitlines() if line.strip()]
     if not values or len(values) > _MAX_SEQUENCES:
         raise UsageError(f"--lengths {path}: {len(values)} sequences; give 1 to {_MAX_SEQUENCES}, as {_WHAT}")
-    return [_length(value, f"--lengths {path}: sequence {number}") for number, value in enumerate(values, start=1)]
+    places = [f"--lengths {path}: sequence {number}" for number in range(1, len(values) + 1)]
+    if any(isinstance(value, dict) and not _COUNTED & value.keys() for value in values):
+        values = _measured([_text(value, place) for value, place in zip(values, places, strict=True)], path, tokenizer)
+    return [_length(value, place) for value, place in zip(values, places, strict=True)]
+
+
+def _text(value: Any, place: str) -> str:
+    """A line's text, or its prompt and completion as they stand."""
+    fields = value if isinstance(value, dict) else {}
+    parts = [fields.get("text")] if "text" in fields else [fields.get("prompt"), fields.get("completion")]
+    if not all(isinstance(part, str) for part in parts) or fields.get("system"):
+        raise UsageError(
+            f"{place}: no text, nor prompt and completion; conversations need the chat template, which meft-run "
+            f"renders: give JSON lines with their input_ids"
+        )
+    return "".join(parts)
+
+
+def _measured(texts: list[str], path: Path, tokenizer: str | None) -> list[int]:
+    """Tokens of each text, special ones and the end of text with them."""
+    if tokenizer is None:
+        raise UsageError(f"--lengths {path}: it holds texts; give --tokenizer DIR, the folder with tokenizer.json")
+    file = Path(tokenizer) / "tokenizer.json"
+    if not file.is_file():
+        raise UsageError(f"--tokenizer {tokenizer}: no tokenizer.json in it; give the folder that the model came in")
+    require_packages("tokenizers", purpose="--lengths of texts")
+    from tokenizers import Tokenizer
+
+    own = Tokenizer.from_file(str(file))
+    own.no_padding()
+    own.no_truncation()
+    end = _end_of_text(file.parent, own)
+    found = (encoding.ids for encoding in own.encode_batch(texts))
+    return [len(ids) + (end is not None and ids[-1:] != [end]) for ids in found]
+
+
+def _end_of_text(folder: Path, own: Tokenizer) -> int | None:
+    """The token that follows every text, by the folder's ``tokenizer_config.json``."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    token = parse_json(read_text(file, kind="tokenizer_config.json"), source=str(file)).get("eos_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    found: int | None = own.token_to_id(token) if isinstance(token, str) else None
+    return found
 
 
 def _length(value: Any, place: str) -> int:

@@ -28,12 +28,12 @@ from meft.planner.records.plan import (
     Request,
 )
 from meft.planner.records.profiles import GpuProfile, LinkProfile
-from meft.planner.records.setup import Autocast, LossName, OptimizerName, TrainingSetup
-from meft.planner.simulation.formats import FP32, STORED
+from meft.planner.records.setup import Autocast, LossName, OffloadName, OptimizerName, TrainingSetup
 from meft.planner.simulation.peft import has_closed_form, trained_sizes
 from meft.planner.simulation.run import simulate
 from meft.planner.simulation.sparse import setup_of
-from meft.planner.simulation.stream import Stream, StreamPeaks, live_by_category, stream_peaks
+from meft.planner.simulation.stream import HostTraffic, Stream, StreamPeaks, live_by_category, stream_peaks
+from meft.planner.terms.formats import FP32, STORED
 from meft.planner.timing.dense import dense_step_seconds
 from meft.planner.traffic.transfer import LOSS_BYTES, input_bytes
 
@@ -70,6 +70,7 @@ BECAUSE = {
     "rotary_tables": "cosines and sines [1, S, d], shared by all layers",
     "positions": "position ids, and whether several documents share a sequence",
     "attention_mask": "[B, 1, S, S] for padded and packed batches and eager attention",
+    "offloaded_activations": "activations brought back from the host for the nodes that run",
     "autocast_weights": "autocast's 16-bit copies of fp32 weights",
     "dequantized_weight": "a quantized linear layer, written out to be multiplied",
     "logits": "the logits in the head's dtype; a loop that holds the outputs holds them",
@@ -116,6 +117,7 @@ class Estimate(Record):
     kernels: tuple[KernelName, ...] = ()
     optimizer_in_backward: bool = False
     master_weights: bool = False
+    offload: OffloadName = "none"
     loss: LossName
     decision: Decision | None
     """MEFT's remaining choices."""
@@ -181,9 +183,10 @@ def estimate_dense(
 
     ``stream`` is a trace of the run, for a model or a method that cannot be simulated.
     """
-    peaks = dense_peaks(setup, gpu) if stream is None else stream_peaks(stream)
+    traced, stream = stream, dense_stream(setup, gpu) if stream is None else stream
+    peaks, moved = stream_peaks(stream), stream.offloaded
     memory = simulated_memory(peaks, gpu=gpu, gpu_mem_bytes=request.gpu_mem_bytes)
-    parameters = trainable_parameters(setup, stream)
+    parameters = trainable_parameters(setup, traced)
     adapter = setup.method == "parallel-adapter"
     return _estimate(
         memory,
@@ -196,11 +199,11 @@ def estimate_dense(
         decision=None,
         trainable_parameters=parameters,
         trainable_fraction=parameters / setup.model.num_parameters,
-        host_bytes=0,
-        host_entries=(),
-        h2d_bytes_per_step=input_bytes(tokens=setup.tokens),
-        d2h_bytes_per_step=LOSS_BYTES,
-        step_seconds=dense_step_seconds(setup=setup, request=request, gpu=gpu, link=link),
+        host_bytes=0 if moved is None else moved.peak_bytes,
+        host_entries=_host_entries(moved),
+        h2d_bytes_per_step=input_bytes(tokens=setup.tokens) + (0 if moved is None else moved.h2d_bytes),
+        d2h_bytes_per_step=LOSS_BYTES + (0 if moved is None else moved.d2h_bytes),
+        step_seconds=dense_step_seconds(setup=setup, request=request, gpu=gpu, link=link, moved=moved),
         leaves_out=_left_out(setup),
     )
 
@@ -332,6 +335,21 @@ def _entries(peaks: StreamPeaks, peak_phase: Phase) -> tuple[MemoryEntry, ...]:
     return tuple(entries)
 
 
+def _host_entries(moved: HostTraffic | None) -> tuple[MemoryEntry, ...]:
+    if moved is None:
+        return ()
+    because = "activations that wait on the host, each in a block of its own (pinned ones a power of two)"
+    entry = MemoryEntry(
+        place="host",
+        phase="forward",
+        category="offloaded_activations",
+        num_bytes=moved.peak_bytes,
+        basis="counted",
+        because=because,
+    )
+    return (entry,)
+
+
 def _entry(phase: Phase, category: str, num_bytes: int) -> MemoryEntry:
     return MemoryEntry(
         place="device",
@@ -364,6 +382,7 @@ def _estimate(
         "optimizer_in_backward": setup.optimizer_in_backward,
         "master_weights": setup.master_weights,
         "loss": setup.loss,
+        "offload": setup.offload,
         "resident_bytes": resident,
         "peak_phase": memory.peak_phase,
         "peak_allocated_bytes": memory.peak_allocated_bytes,

@@ -62,6 +62,7 @@ LossName = Literal[
     "torchtune-chunked",
 ]
 Autocast = Literal["bf16", "fp16", "none"]
+OffloadName = Literal["none", "save-on-cpu", "trl", "unsloth"]
 
 
 class TrainingSetup(Record):
@@ -106,6 +107,8 @@ class TrainingSetup(Record):
     reentrant: bool | None = None
     """Which kind of activation checkpointing; null: torch's default, the reentrant one, where PEFT prepares a quantized
     model, and transformers' default elsewhere."""
+    offload: OffloadName = "none"
+    """Whose way of keeping activations on the host: see :mod:`meft.planner.terms.offload`."""
     attention: Attention = "sdpa"
     repeated_heads: bool = False
     """Grouped key and value heads are written out for every query head before any kernel, as transformers did it before
@@ -140,6 +143,8 @@ class TrainingSetup(Record):
         one."""
         if self.reentrant is not None:
             return self.reentrant
+        if self.offload == "unsloth":
+            return True
         return self.kbit_preparation and self.weights_dtype == "nf4"
 
     @property

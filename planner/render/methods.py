@@ -196,6 +196,8 @@ def _loop(estimate: Estimate) -> list[str]:
         texts.append("fp32 master weights")
     if estimate.kernels:
         texts.append(f"fused {', '.join(estimate.kernels)}")
+    if estimate.offload != "none":
+        texts.append(f"activations on the host ({estimate.offload})")
     if estimate.loss != "hf":
         texts.append(f"{estimate.loss} loss")
     return texts

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import TEMPORARIES, Gradients, Tensor
-from meft.planner.simulation.formats import BOOL, FP32, STORED
 from meft.planner.simulation.operators import Operators
 from meft.planner.simulation.peft import PREFIX, virtual_tokens
 from meft.planner.terms import activations as act
+from meft.planner.terms.formats import BOOL, FP32, STORED
 
 LARGEST_FLASH_HEAD = 256
 LOG_SUM_EXP_MULTIPLE = 32

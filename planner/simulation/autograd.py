@@ -22,6 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from meft.planner.records.plan import Phase
 from meft.planner.simulation.stream import StreamEvent
@@ -99,7 +100,7 @@ Backward = Callable[..., Gradients]
 class Node:
     """One operator's backward: takes the gradients of its outputs, gives those of its inputs."""
 
-    __slots__ = ("backward", "inputs", "num_outputs", "phase", "place", "sequence")
+    __slots__ = ("backward", "inputs", "num_outputs", "packed", "phase", "place", "sequence")
 
     def __init__(self, sequence: int, inputs: tuple[Edge | None, ...], backward: Backward | None, phase: Phase) -> None:
         self.sequence = sequence
@@ -107,8 +108,35 @@ class Node:
         self.backward = backward
         self.phase = phase
         self.num_outputs = 1
+        self.packed: list[Packed] = []
         self.place: tuple[Recomputation, int] | None = None
         """Of a node in a checkpointed region that keeps something: where the recomputation puts its backward."""
+
+
+class Packed(Tensor):
+    """What a node keeps while it is on the host; ``ticket`` tells it from others."""
+
+    __slots__ = ("ticket",)
+    ticket: int
+
+
+class Offloader(Protocol):
+    """Sends what nodes keep elsewhere, and brings it back for the node that needs it."""
+
+    def takes(self, tensor: Tensor, *, checkpointed: bool, in_backward: bool) -> bool:
+        """Whether this tensor goes."""
+
+    def send(self, tensors: list[Packed]) -> None:
+        """They go: their storage is nowhere."""
+
+    def bring_back(self, tensors: list[Packed]) -> int:
+        """They have a storage again; gives what :meth:`done_with` is to be told."""
+
+    def done_with(self, tensors: list[Packed], earlier: int) -> None:
+        """The node has run."""
+
+    def settle(self) -> None:
+        """Backward is over."""
 
 
 class Recomputation:
@@ -180,15 +208,18 @@ class Tape:
         self._num_in_region = 0
         self._again: list[Backward | None] | None = None
         self._stop_after: int | None = None
+        self.offloader: Offloader | None = None
+        self._to_be_sent: list[Packed] = []
+        self.num_engines = 0
 
     # --- tensors ----------------------------------------------------------------------------------------------------
 
-    def new(self, numel: int, itemsize: int, category: str) -> Tensor:
+    def new(self, numel: int, itemsize: int, category: str, *, stream: int = 0) -> Tensor:
         """A tensor of its own storage."""
         num_bytes = 0 if self._stopped else numel * itemsize
         self._numbers += 1
         if num_bytes:
-            self.events.append(StreamEvent(self._numbers, num_bytes, self.phase, category))
+            self.events.append(StreamEvent(self._numbers, num_bytes, self.phase, category, stream=stream))
         return Tensor(Storage(self, self._numbers, num_bytes), numel, itemsize)
 
     def like(self, tensor: Tensor, category: str) -> Tensor:
@@ -216,18 +247,29 @@ class Tape:
 
     # --- the graph --------------------------------------------------------------------------------------------------
 
-    def save(self, tensor: Tensor) -> Tensor:
-        """What a node keeps of a tensor."""
+    def save(self, tensor: Tensor, *, hooked: bool = True, checkpointed: bool = False) -> Tensor:
+        """What a node keeps of a tensor; ``hooked``: by way of autograd, whose hooks may send it to the host, but in a
+        checkpointed region, which has hooks of its own. ``checkpointed``: it is the input of such a region."""
         self._num_saved += 1
-        return tensor.detached()
+        in_region = self._region is not None or self._again is not None
+        if not hooked or self.offloader is None or in_region or not self._grad_enabled:
+            return tensor.detached()
+        if not self.offloader.takes(tensor, checkpointed=checkpointed, in_backward=self.num_engines > 0):
+            return tensor.detached()
+        self._to_be_sent.append(Packed(tensor.storage, tensor.numel, tensor.itemsize))
+        return self._to_be_sent[-1]
 
     def connect(self, output: Tensor, inputs: Sequence[Tensor | None], backward: Backward) -> Tensor:
         """Make ``output`` the result of ``inputs``: its node keeps whatever ``backward`` refers to."""
+        packed, self._to_be_sent = self._to_be_sent, []
         if not self.differentiates(*inputs):
             return output
         edges = tuple(None if each is None or each.node is None else Edge(each, each.node) for each in inputs)
         self._sequence += 1
         output.node = node = Node(self._sequence, edges, backward, self.phase)
+        if packed and self.offloader is not None:
+            node.packed = packed
+            self.offloader.send(packed)
         if self._region is not None:
             self._leave_to_recomputation(node)
         elif self._again is not None:
@@ -284,9 +326,16 @@ class Tape:
         """The region's nodes are there from the start and run in their turn; the first that needs what was let go has
         the region computed again, up to the last tensor that is kept: what follows is not computed."""
         saved_before, num_saved = self._num_saved, 0
+        kept = self._kept_input(x)
 
         def run() -> list[Backward | None]:
-            return self._compute_again(region, x, stop_after=num_saved)
+            if not isinstance(kept, Packed) or self.offloader is None:
+                return self._compute_again(region, kept, stop_after=num_saved)
+            earlier = self.offloader.bring_back([kept])
+            try:
+                return self._compute_again(region, kept, stop_after=num_saved)
+            finally:
+                self.offloader.done_with([kept], earlier)
 
         self._region, self._num_in_region = Recomputation(run), 0
         self._num_saved_when_connected = self._num_saved
@@ -295,6 +344,17 @@ class Tape:
         finally:
             self._region = None
             num_saved = self._num_saved - saved_before
+
+    def _kept_input(self, x: Tensor) -> Tensor:
+        """A region's input, or, where inputs go to the host, what stands for it."""
+        kept = self.save(x, checkpointed=True)
+        self._num_saved -= 1
+        packed, self._to_be_sent = self._to_be_sent, []
+        if self.offloader is None or not packed:
+            return x
+        self.offloader.send(packed)
+        kept.node, kept.index = x.node, x.index
+        return kept
 
     def _compute_again(
         self, region: Callable[[Tensor], Tensor], x: Tensor, *, stop_after: int
@@ -311,7 +371,7 @@ class Tape:
         """The region is differentiated by an engine of its own, which holds input, output and incoming gradient."""
         with self.no_grad():
             out = region(x)
-        kept = self.save(x)
+        kept = self.save(x, checkpointed=True)
 
         def backward(grad: Tensor) -> Gradients:
             inner = self.as_leaf(kept.detached())
@@ -335,8 +395,12 @@ class Tape:
         engine = _Engine(self)
         engine.start(root, grad)
         del grad
+        self.num_engines += 1
         engine.run()
+        self.num_engines -= 1
         self.phase = before
+        if self.offloader is not None and not self.num_engines:
+            self.offloader.settle()
 
 
 class _Engine:
@@ -388,7 +452,12 @@ class _Engine:
         if run is None:
             raise RuntimeError("backward runs a second time over the same graph")
         incoming = self._buffers.pop(node)
+        packed, node.packed = node.packed, []
+        offloader = self.tape.offloader if packed else None
+        earlier = 0 if offloader is None else offloader.bring_back(packed)
         grads = run(*incoming)
+        if offloader is not None:
+            offloader.done_with(packed, earlier)
         outputs = [self._fitted(grad, edge) for grad, edge in zip(grads, node.inputs, strict=True)]
         del grads, run, incoming
         node.backward = recomputation = None

@@ -16,12 +16,13 @@ from meft.planner.models.linears import Place
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.attention import SelfAttention
 from meft.planner.simulation.autograd import Tensor
-from meft.planner.simulation.formats import BOOL, FP32, promoted
 from meft.planner.simulation.lora import Adapted, FusedLora, Lora, lora_added, quantized_lora
+from meft.planner.simulation.offloading import in_head
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.peft import PREFIX, prefixes, prompted, scaled, virtual_tokens
 from meft.planner.simulation.positions import block_mask, eager_mask, position_ids, rotary_tables
 from meft.planner.terms import activations as act
+from meft.planner.terms.formats import BOOL, FP32, promoted
 
 LayerKey = tuple[Place, str]
 
@@ -140,7 +141,8 @@ class Decoder:
 
     def logits(self, normalised: Tensor) -> Tensor:
         """The head on :meth:`final_hidden`; a soft cap is three tensors more."""
-        logits = self.ops.linear(normalised, self.weights.head, "logits")
+        with in_head(self.ops.tape):
+            logits = self.ops.linear(normalised, self.weights.head, "logits")
         if self.shape.model_type in SCALED_RESIDUALS:
             logits = self.ops.scale(logits, "logits")
         if not self.shape.logit_softcap:

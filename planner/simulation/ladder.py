@@ -16,9 +16,9 @@ from meft.planner.records.ladder import kept_layers, side_shape
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Tape, Tensor
 from meft.planner.simulation.decoder import BlockWeights, Decoder, Shared
-from meft.planner.simulation.formats import FP32
 from meft.planner.simulation.operators import Weights
 from meft.planner.simulation.optimizers import Parameter
+from meft.planner.terms.formats import FP32
 
 
 @dataclass

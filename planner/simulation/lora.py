@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from meft.planner.models.linears import Place
 from meft.planner.simulation.autograd import GRADIENTS, TEMPORARIES, Gradients, Tensor, as_outputs
-from meft.planner.simulation.formats import BOOL, FP32
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
+from meft.planner.terms.formats import BOOL, FP32
 from meft.planner.terms.weights import NF4_BLOCK
 
 

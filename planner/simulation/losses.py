@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from meft.planner.records.setup import LossName, TrainingSetup
 from meft.planner.simulation.autograd import TEMPORARIES, Gradients, Tensor
 from meft.planner.simulation.decoder import Decoder
-from meft.planner.simulation.formats import FP32
 from meft.planner.simulation.operators import Operators
+from meft.planner.terms.formats import FP32
 
 TORCHTUNE_CHUNKS = 8
 TRL_TILE_TOKENS = 4096

@@ -20,7 +20,7 @@ from meft.planner.simulation.autograd import (
     as_outputs,
     as_view,
 )
-from meft.planner.simulation.formats import BOOL, FP16, FP32, promoted
+from meft.planner.terms.formats import BOOL, FP16, FP32, promoted
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Operators:
         out = tape.new(x.numel // layer.inputs * layer.outputs, multiplied[0].itemsize, category)
         del written, multiplied
         if tape.differentiates(x):
-            kept = tuple(tape.save(part) for part in layer.stored[:1])
+            kept = tuple(tape.save(part, hooked=False) for part in layer.stored[:1])
             size_x = x.numel
 
             def backward(grad: Tensor) -> Gradients:
@@ -397,7 +397,7 @@ class Operators:
         kept = tape.save(log_probabilities)
         log_probabilities = tape.connect(log_probabilities, (logits,), self._gradient_like(kept, "loss_chain"))
         loss = tape.new(1, FP32, "loss_chain")
-        of_loss = self._gradient_like(kept, "loss_chain")
+        of_loss = self._gradient_like(tape.save(log_probabilities), "loss_chain")
         if not also_kept:
             return tape.connect(loss, (log_probabilities,), of_loss)
         held = (*also_kept, tape.new(1, FP32, "loss_chain"))  # and the sum of the targets' weights

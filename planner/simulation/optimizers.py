@@ -14,7 +14,7 @@ from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.setup import OptimizerName
 from meft.planner.simulation.autograd import Leaf, Tape, Tensor
-from meft.planner.simulation.formats import BF16, BOOL, FP32
+from meft.planner.terms.formats import BF16, BOOL, FP32
 from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
 
 FP64 = 8

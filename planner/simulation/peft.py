@@ -17,8 +17,8 @@ from __future__ import annotations
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Tensor
-from meft.planner.simulation.formats import STORED
 from meft.planner.simulation.operators import Operators
+from meft.planner.terms.formats import STORED
 
 PROMPT, PREFIX, FACTORS = "PROMPT_TUNING", "PREFIX_TUNING", "IA3"
 SCALED = ("k_proj", "v_proj", "down_proj")

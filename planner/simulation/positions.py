@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Tape, Tensor
-from meft.planner.simulation.formats import BOOL, FP32, INT64
 from meft.planner.simulation.operators import Operators
+from meft.planner.terms.formats import BOOL, FP32, INT64
 
 
 def positions_from_labels(tape: Tape, setup: TrainingSetup) -> Tensor | None:

@@ -19,15 +19,17 @@ from meft.planner.records.plan import Phase
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Tape, Tensor
 from meft.planner.simulation.decoder import SCALED_EMBEDDINGS, BlockWeights, Decoder, ModelWeights
-from meft.planner.simulation.formats import BF16, FP32, INT64, STORED
 from meft.planner.simulation.ladder import Laddered, LadderWeights, load_ladder
 from meft.planner.simulation.lora import Lora
 from meft.planner.simulation.losses import Losses
+from meft.planner.simulation.offloading import HostOffloader
 from meft.planner.simulation.operators import Operators, QuantizedWeights, Weights
 from meft.planner.simulation.optimizers import Optimizer, Parameter
 from meft.planner.simulation.peft import FACTORS, PROMPT, factor_sizes, has_closed_form, running, trained_sizes
 from meft.planner.simulation.stream import Stream, stream_peaks
+from meft.planner.terms.formats import BF16, FP32, INT64, STORED
 from meft.planner.terms.lengths import BatchShape
+from meft.planner.terms.offload import OFFLOADING
 from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK, stored_tensors_bytes
 
 NF4_CODE_NUMBERS = 16
@@ -66,8 +68,10 @@ def simulate(
         sums_in_place, workspace_bytes = False, 0
     tape = Tape(sums_in_place=sums_in_place)
     weights = Loader(tape, setup).load()
-    _Run(tape, setup, weights, workspace_bytes).steps(shapes)
-    return Stream(tuple(tape.events), dict(tape.moments))
+    offloader = None if setup.offload == "none" else HostOffloader(tape, OFFLOADING[setup.offload])
+    tape.offloader = offloader
+    _Run(tape, setup, weights, workspace_bytes, offloader).steps(shapes)
+    return Stream(tuple(tape.events), dict(tape.moments), offloader and offloader.traffic())
 
 
 @cache
@@ -281,7 +285,15 @@ class _Outputs:
 class _Run:
     """The training loop."""
 
-    def __init__(self, tape: Tape, setup: TrainingSetup, weights: ModelWeights, workspace_bytes: int) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        setup: TrainingSetup,
+        weights: ModelWeights,
+        workspace_bytes: int,
+        offloader: HostOffloader | None = None,
+    ) -> None:
+        self.offloader = offloader
         autocast = None if setup.autocast == "none" else STORED[setup.autocast]
         self.tape = tape
         self.asked, self.setup = setup, running(setup)
@@ -307,6 +319,8 @@ class _Run:
             for shape in micro_batches:
                 self._take(shape)
                 self._phase("forward")
+                if self.offloader is not None:
+                    self.offloader.copies.start()
                 num_inputs = 3 if self.setup.packed else 2
                 inputs = tuple(self.tape.new(self.asked.tokens, INT64, "inputs") for _ in range(num_inputs))
                 outputs = self._forward()

@@ -20,13 +20,13 @@ from meft.planner.records.plan import Decision, Request
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import GRADIENTS, TEMPORARIES, Gradients, Leaf, Tape, Tensor
 from meft.planner.simulation.decoder import BesideFfn, Decoder, ModelWeights
-from meft.planner.simulation.formats import BOOL, FP32, INT64, STORED
 from meft.planner.simulation.operators import Operators
 from meft.planner.simulation.optimizers import SparseUpdate
 from meft.planner.simulation.positions import positions_from_labels
 from meft.planner.simulation.run import Loader
 from meft.planner.simulation.stream import StreamEvent
 from meft.planner.terms.adapter import CAST_ROWS
+from meft.planner.terms.formats import BOOL, FP32, INT64, STORED
 from meft.planner.traffic.chunks import chunk_ring_slots
 
 MICRO_BATCHES_THAT_DIFFER = 2

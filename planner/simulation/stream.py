@@ -19,7 +19,8 @@ from meft.planner.records.plan import Phase
 class StreamEvent(NamedTuple):
     """Tensor ``tensor`` (a number never used twice) comes with ``num_bytes``, or goes, with ``num_bytes`` negative.
 
-    ``phase`` is when; ``category`` and ``label`` (the operator) say what the tensor is, on its allocation.
+    ``phase`` is when; ``category`` and ``label`` (the operator) say what the tensor is, on its allocation; ``stream``
+    is the CUDA stream whose pool it comes from.
     """
 
     tensor: int
@@ -27,6 +28,17 @@ class StreamEvent(NamedTuple):
     phase: Phase
     category: str
     label: str = ""
+    stream: int = 0
+
+
+@dataclass(frozen=True)
+class HostTraffic:
+    """What activations that wait on the host take there at most, and over the link in a micro-batch."""
+
+    peak_bytes: int
+    d2h_bytes: int
+    h2d_bytes: int
+    num_copies: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class Stream:
 
     events: Sequence[StreamEvent]
     moments: Mapping[str, int] = field(default_factory=dict)
+    offloaded: HostTraffic | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ def _replay(event: StreamEvent, allocator: CachingAllocator, handles: dict[int, 
     if event.num_bytes > 0:
         if event.tensor in handles:
             raise ValueError(f"tensor {event.tensor} comes twice")
-        handles[event.tensor] = allocator.malloc(event.num_bytes)
+        handles[event.tensor] = allocator.malloc(event.num_bytes, event.stream)
     elif event.tensor in handles:
         allocator.free(handles.pop(event.tensor))
     else:

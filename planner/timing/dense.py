@@ -17,6 +17,8 @@ from meft.planner.records.plan import Request
 from meft.planner.records.profiles import GpuProfile, LinkProfile
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.peft import running
+from meft.planner.simulation.stream import HostTraffic
+from meft.planner.terms.offload import OFFLOADING
 from meft.planner.timing import gpu as gpu_timing
 from meft.planner.timing.gpu import GpuRates
 from meft.planner.timing.step import copy_seconds
@@ -36,8 +38,18 @@ class _Layer:
     backward: float
 
 
-def dense_step_seconds(*, setup: TrainingSetup, request: Request, gpu: GpuProfile, link: LinkProfile) -> float:
+def dense_step_seconds(
+    *,
+    setup: TrainingSetup,
+    request: Request,
+    gpu: GpuProfile,
+    link: LinkProfile,
+    moved: HostTraffic | None = None,
+) -> float:
     """One micro-batch forward and backward, with its share of the optimizer step and of the copies of its inputs.
+
+    Activations that are ``moved`` to the host and back are copied after the computation that makes and before that
+    which needs them; on a stream of their own beside it, so that the longer of both counts.
 
     Autocast, 8-bit optimizers and fused losses are taken to need the time of the plain run.
     """
@@ -47,7 +59,9 @@ def dense_step_seconds(*, setup: TrainingSetup, request: Request, gpu: GpuProfil
     forward = gpu_timing.attention_seconds(request, rates) + gpu_timing.ffn_seconds(request, rates) + added.forward
     # A parallel adapter starts the graph at layer 0: below it nothing needs a gradient. A ladder is beside all layers.
     frozen_layers = {"parallel-adapter": num_layers - 1, "lst": 0}.get(setup.method, num_layers)
-    return (
+    copies = _moved_seconds(setup, link, moved)
+    beside = setup.offload != "none" and OFFLOADING[setup.offload].overlaps
+    computed = (
         _input_seconds(request, link)
         + gpu_timing.embedding_seconds(request, rates)
         + num_layers * (forward * (2 if setup.activation_checkpointing else 1) + added.backward)
@@ -55,6 +69,21 @@ def dense_step_seconds(*, setup: TrainingSetup, request: Request, gpu: GpuProfil
         + gpu_timing.loss_head_seconds(request, rates)
         + _optimizer_seconds(setup, rates) / setup.grad_accum
     )
+    return max(computed, copies) if beside else computed + copies
+
+
+def _moved_seconds(setup: TrainingSetup, link: LinkProfile, moved: HostTraffic | None) -> float:
+    """Copies to the host and back; from ordinary memory at the pageable rates where those are known."""
+    if moved is None or setup.offload == "none":
+        return 0.0
+    to_host, to_device = link.d2h_bytes_per_second, link.h2d_bytes_per_second
+    if not OFFLOADING[setup.offload].pinned:
+        to_host, to_device = (
+            link.pageable_d2h_bytes_per_second or to_host,
+            link.pageable_h2d_bytes_per_second or to_device,
+        )
+    seconds = moved.d2h_bytes / to_host.value + moved.h2d_bytes / to_device.value
+    return float(seconds + moved.num_copies * link.latency_seconds.value)
 
 
 def _as_set_up(request: Request, setup: TrainingSetup) -> Request:

@@ -66,6 +66,7 @@ def _check(setup: TrainingSetup) -> None:
         "--optimizer-in-backward": setup.optimizer_in_backward,
         "--kbit-preparation": setup.kbit_preparation,
         "--attention flash": setup.attention == "flash",
+        f"--offload {setup.offload}": setup.offload != "none",
         "--repeated-heads": setup.repeated_heads,
     }
     for option, is_refused in refused.items():

@@ -20,6 +20,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
+from meft.planner.simulation.offloading import OFFLOADED
 from meft.planner.simulation.stream import Stream
 from meft.runtime.adapter.blocks import decoder_blocks
 from meft.runtime.fake.books import CudaBooks
@@ -67,8 +68,13 @@ def _check(setup: TrainingSetup) -> None:
         raise UsageError("weights_dtype nf4: full cannot train quantized weights; give bf16, or method qlora")
     if setup.attention == "flash" and setup.weights_dtype == "fp32" and setup.autocast == "none":
         raise UsageError("attention flash: it computes in 16 bits; give sdpa, 16-bit weights, or autocast")
-    for option, is_given in (("--kernels lora", "lora" in setup.kernels), ("--repeated-heads", setup.repeated_heads)):
-        if is_given:  # kernels for GPUs alone, and code of an older transformers
+    simulated_only = {
+        "--kernels lora": "lora" in setup.kernels,
+        "--repeated-heads": setup.repeated_heads,
+        f"--offload {setup.offload}": setup.offload in ("trl", "unsloth"),
+    }
+    for option, is_given in simulated_only.items():
+        if is_given:  # kernels and streams of GPUs alone, and code of an older transformers
             raise UsageError(f"{option} is simulated only; leave out --verify, or it")
 
 
@@ -161,7 +167,7 @@ class _Run:
         self.stage.begin_micro_batch()
         with self.books.category("inputs"):
             self.batch = self._new_batch()
-        with self._autocast():
+        with self._autocast(), self._offloading():
             self.outputs = model(**self.batch)
         loss = self.outputs.loss
         if not self.setup.outputs_kept:
@@ -172,6 +178,24 @@ class _Run:
         if self.setup.autocast == "none":
             return nullcontext()
         return torch.autocast("cpu", COMPUTE_DTYPES[self.setup.autocast])
+
+    def _offloading(self) -> AbstractContextManager[Any]:
+        """torch's own ``save_on_cpu``: what it packs lies on the host, and what it unpacks is a device tensor again."""
+        if self.setup.offload != "save-on-cpu":
+            return nullcontext()
+        own = torch.autograd.graph.save_on_cpu(pin_memory=True)  # which copies, whatever device it is on
+
+        def pack(tensor: torch.Tensor) -> Any:
+            with self.books.host():
+                return own.pack_hook(tensor)
+
+        def unpack(packed: Any) -> torch.Tensor:
+            with self.books.host():
+                host: torch.Tensor = own.unpack_hook(packed)
+            with self.books.category(OFFLOADED):
+                return torch.empty_strided(host.size(), host.stride(), dtype=host.dtype)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def _optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.stage.begin_optimizer_step()

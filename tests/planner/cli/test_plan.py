@@ -758,3 +758,18 @@ def test_fused_lora_and_repeated_heads_are_refused_where_there_are_none() -> Non
     assert "--kernels lora: --method full trains no LoRA" in without
     ungrouped = refused("estimate", "--method", "lora", "--model", "llama-7b", "--repeated-heads")
     assert "--repeated-heads: sdpa attention of llama-7b has no grouped heads" in ungrouped
+
+
+def test_activations_on_the_host_are_in_its_ledger_its_traffic_and_its_time() -> None:
+    base = ("estimate", "--method", "lora", "--model", "smollm2-135m", "--gpu", "rtx-3090", "--seq-len", "256")
+    base += ("--no-activation-checkpointing", "--json")
+    found = {name: json.loads(run(*base, "--offload", name).output) for name in ("none", "save-on-cpu", "trl")}
+    plain = found["none"]
+    assert plain["host_bytes"] == 0
+    for name in ("save-on-cpu", "trl"):
+        assert [entry["category"] for entry in found[name]["host_entries"]] == ["offloaded_activations"]
+        assert found[name]["host_bytes"] == found[name]["host_entries"][0]["num_bytes"] > 0
+        assert found[name]["d2h_bytes_per_step"] > plain["d2h_bytes_per_step"]
+        assert found[name]["peak_allocated_bytes"] < plain["peak_allocated_bytes"]
+    assert found["save-on-cpu"]["step_seconds"] > found["trl"]["step_seconds"] >= plain["step_seconds"]
+    assert "leave --no-reentrant out" in refused(*base[:-1], "--offload", "unsloth", "--no-reentrant")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 import meft
-from meft.planner.base.errors import UsageError
+from meft.planner.base.errors import MachineError, UsageError
 from meft.planner.front import lengths as lengths_module
 from meft.planner.front.lengths import MICRO_BATCHES, lengths_of, orders_of
 
@@ -26,7 +27,7 @@ def test_a_file_of_lengths_is_cut(content: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("", "0 sequences"), ("many", "Expecting value"), ('{"text": "a"}', "sequence 1: no length"), ("0", "no length")],
+    [("", "0 sequences"), ("many", "Expecting value"), ('{"text": "a"}', "it holds texts"), ("0", "no length")],
 )
 def test_a_file_of_something_else_is_refused(content: str, says: str, tmp_path: Path) -> None:
     file = tmp_path / "lengths"
@@ -73,3 +74,46 @@ def test_what_does_not_go_with_lengths_is_refused() -> None:
         meft.estimate("lora", lengths="100,10", batching="padding-free", **SMALL)
     with pytest.raises(UsageError, match="lengths does not go with"):
         meft.estimate("meft", lengths="100,10", model="smollm2-135m", gpu="rtx-3090")
+
+
+def glass_lines(folder: Path, lines: list[dict]) -> Path:
+    file = folder / "data.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    return file
+
+
+def test_texts_are_as_long_as_meft_run_makes_them(glass_folder: Path, tmp_path: Path) -> None:
+    """Against the runtime's own examples, which the tokenizer of transformers makes."""
+    examples = pytest.importorskip("meft.runtime.data.examples")
+    records = pytest.importorskip("meft.runtime.data.records")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(glass_folder)
+    lines = [{"text": "The sea is green."}, {"prompt": "What is it? ", "completion": "A small boat."}, {"text": "a"}]
+    made = [records.Text("The sea is green."), records.Completion("What is it? ", "A small boat."), records.Text("a")]
+    expected = tuple(len(examples.tokenize_record(each, tokenizer, raw=True)[0].input_ids) for each in made)
+    file = glass_lines(tmp_path, lines)
+    assert lengths_of(str(file), most=512, tokenizer=str(glass_folder)) == expected
+    plain = tmp_path / "plain.txt"
+    plain.write_text("The sea is green.\n\na\n")
+    assert lengths_of(str(plain), most=512, tokenizer=str(glass_folder)) == (expected[0], expected[2])
+
+
+def test_texts_without_what_they_need_are_refused(glass_folder: Path, tmp_path: Path) -> None:
+    file = glass_lines(tmp_path, [{"text": "a"}])
+    with pytest.raises(UsageError, match="it holds texts; give --tokenizer DIR"):
+        lengths_of(str(file), most=512)
+    with pytest.raises(UsageError, match=r"no tokenizer\.json in it"):
+        lengths_of(str(file), most=512, tokenizer=str(tmp_path))
+    chat = glass_lines(tmp_path, [{"messages": [{"role": "user", "content": "a"}]}])
+    with pytest.raises(UsageError, match=r"sequence 1: no text.* chat template"):
+        lengths_of(str(chat), most=512, tokenizer=str(glass_folder))
+    with pytest.raises(UsageError, match=r"tokenizer .*: of which texts"):
+        meft.estimate("lora", tokenizer=str(glass_folder), **SMALL)
+
+
+def test_a_missing_tokenizers_package_says_what_to_install(
+    glass_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meft.planner.base.packages.is_installed", lambda name: name != "tokenizers")
+    with pytest.raises(MachineError, match=r"tokenizers is missing; install: pip install"):
+        lengths_of(str(glass_lines(tmp_path, [{"text": "a"}])), most=512, tokenizer=str(glass_folder))

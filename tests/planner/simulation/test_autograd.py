@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from meft.planner.simulation.autograd import Leaf, Tape, Tensor
-from meft.planner.simulation.formats import FP32
 from meft.planner.simulation.operators import Operators, Weights
+from meft.planner.terms.formats import FP32
 
 
 def live(tape: Tape) -> int:
