@@ -25,6 +25,7 @@ from meft.planner.base.quantities import (
     Flags,
     Floats,
     Ints,
+    aligned_rows,
 )
 from meft.planner.records.candidates import Candidates, same_for_all
 from meft.planner.records.plan import Decision, Request, Timing
@@ -323,7 +324,7 @@ def _moved_rows(
 
 
 def _gpu_costs(request: Request, rates: GpuRates, candidates: Candidates, moved: _MovedRows) -> GpuSeconds:
-    rows = moved.active
+    rows = aligned_rows(moved.active, most=candidates.adapter_width)
     routed = AdapterSizes(
         tokens=request.tokens_per_step,
         hidden_size=request.model.hidden_size,
