@@ -25,6 +25,7 @@ from meft.planner.base.quantities import (
     Flags,
     Floats,
     Ints,
+    aligned_rows,
     chunk_tokens,
 )
 from meft.planner.records.candidates import Candidates, same_for_all
@@ -276,7 +277,7 @@ def _hot_update(request: Request, gpu: GpuProfile, link: LinkProfile, host: Host
 
 
 def _gpu_costs(request: Request, rates: GpuRates, candidates: Candidates, moved: MovedRows) -> GpuSeconds:
-    rows, chunks = moved.active, candidates.token_chunks
+    rows, chunks = aligned_rows(moved.active, most=candidates.adapter_width), candidates.token_chunks
     routed = AdapterSizes(
         tokens=request.tokens_per_step,
         hidden_size=request.model.hidden_size,

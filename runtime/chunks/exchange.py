@@ -133,10 +133,11 @@ class ChunkedExchange(RowExchange):
         self._state.layers[layer].route = self._chunk_fetcher.placed(unit)
         if not slot.assembled:
             self._assemble(unit, placement, again=slot.filled_again)
+            self._on_device.end_with_zeros(slot, placement.num_rows)
             slot.assembled = True
         if self.depth:
             self._look_ahead(layer)
-        return slot.buffer[: placement.num_rows]
+        return slot.buffer[: self._on_device.aligned(placement.num_rows)]
 
     def _assemble(self, unit: int, placement: ChunkPlacement, *, again: bool) -> None:
         """Copy what the neighbour has too from its slot, which is free then."""
@@ -171,7 +172,7 @@ class ChunkedExchange(RowExchange):
 
     def row_experts(self, layer: int) -> torch.Tensor:
         """See :class:`RowExchange`."""
-        return self._on_device.experts[self._unit][: self._state.placement(layer).num_rows]
+        return self._on_device.experts[self._unit][: self._on_device.aligned(self._state.placement(layer).num_rows)]
 
     # --- backward ----------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from meft.planner.base.quantities import aligned_rows
 from meft.planner.records.plan import Decision
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import COPY_DONE, Copy
@@ -74,7 +75,7 @@ class DeviceRows:
     places: list[torch.Tensor] = field(default_factory=list)
     """int32 ``[cap]`` per layer: where the hits lie in ``kept``, and behind them the hot rows in ``hot``."""
     experts: list[torch.Tensor] = field(default_factory=list)
-    """int32 ``[cap]`` per layer: the expert of each active row."""
+    """int32 ``[cap]`` per layer: the expert of each active row; behind them whichever was there before."""
     used: list[Copy] = field(default_factory=list)
     """When each layer's ``places`` and ``experts`` were last used."""
     cast: torch.Tensor | None = None
@@ -109,7 +110,7 @@ class DeviceRows:
         if (made.sums or made.hot) and dtype != sums_dtype:
             made.cast = made.new_rows("gradient_sums", CAST_ROWS, sums_dtype)
         if decision.routing == "key-experts":
-            made.experts = [made._new_indices("row_indices") for _ in range(units)]
+            made.experts = [made._new_indices("row_indices").zero_() for _ in range(units)]
         return made
 
     def new_rows(self, category: str, count: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -122,6 +123,14 @@ class DeviceRows:
         """The ring slot of a layer."""
         return self.ring[layer % len(self.ring)]
 
+    def aligned(self, num_rows: int) -> int:
+        """How many rows products are made of."""
+        return int(aligned_rows(num_rows, most=self.cap))
+
+    def end_with_zeros(self, slot: RingSlot, num_rows: int) -> None:
+        """Put rows of zeros behind those of a slot (:meth:`aligned`): they add nothing to any product but zeros."""
+        slot.buffer[num_rows : self.aligned(num_rows)].zero_()
+
     def empty_ring(self) -> None:
         """No layer's rows are there."""
         for slot in self.ring:
@@ -130,9 +139,10 @@ class DeviceRows:
     def assemble(self, layer: int, placement: Placement) -> None:
         """Complete the layer's slot from the rows that are here, and keep the rows admitted; once per filling."""
         slot = self.slot(layer)
-        if slot.assembled or not self.places:
+        if slot.assembled:
             return
         slot.assembled = True
+        self.end_with_zeros(slot, placement.num_rows)
         if self.kept:
             self._assemble_kept(layer, slot, placement)
         if placement.num_hot:

@@ -238,7 +238,10 @@ class RowExchange:
         self._resume()
 
     def rows(self, layer: int) -> torch.Tensor:
-        """The layer's active rows ``[A, 2D]`` on the device, waiting for their copy."""
+        """The layer's active rows ``[A, 2D]`` on the device, waiting for their copy.
+
+        In all that is computed from them ``A`` counts the rows of zeros that make whole 64s of them.
+        """
         slot, placement = self._on_device.slot(layer), self._state.placement(layer)
         if slot.layer != layer:
             raise RuntimeError(f"rows of layer {layer} are not on the device: its slot holds layer {slot.layer}")
@@ -246,7 +249,7 @@ class RowExchange:
         slot.filled.wait_on_device()
         self._resume()
         self._on_device.assemble(layer, placement)
-        return slot.buffer[: placement.num_rows]
+        return slot.buffer[: self._on_device.aligned(placement.num_rows)]
 
     def gate(self, layer: int, inputs: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
         """Scores ``[T, N]`` of the experts for ``inputs [T, D]``, zero where a token does not probe the expert."""
@@ -261,7 +264,7 @@ class RowExchange:
 
     def row_experts(self, layer: int) -> torch.Tensor:
         """Expert of each active row, int32 ``[A]`` on the device; they came with the rows."""
-        return self._on_device.experts[layer][: self._state.placement(layer).num_rows]
+        return self._on_device.experts[layer][: self._on_device.aligned(self._state.placement(layer).num_rows)]
 
     def for_rows(self, shape: tuple[int, ...], *, axis: int, dtype: torch.dtype) -> torch.Tensor:
         """A new tensor on the device whose ``axis`` are active rows: not filled, and in memory for the cap."""

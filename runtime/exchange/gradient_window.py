@@ -57,7 +57,7 @@ class GradientWindow:
         """Where the layer's row gradients ``[A, 2D]`` go; waits until the buffer's last content has left."""
         slot = self._slot()
         slot.sent.wait_on_device()
-        return slot.buffer[: self.state.placement(layer).num_rows]
+        return slot.buffer[: self.on_device.aligned(self.state.placement(layer).num_rows)]
 
     def send(self, layer: int) -> None:
         """Send what :meth:`buffer` now holds to the host, less what is summed on the device."""

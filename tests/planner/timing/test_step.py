@@ -203,6 +203,21 @@ def test_parts_end_as_if_each_were_a_task(gather: float, copy: float, gap: float
     assert one.busy == pytest.approx(each.busy)
 
 
+def test_products_are_priced_in_whole_64s_of_rows_and_copies_are_not():
+    def of(rows: int, width: int = 256) -> StepCosts:
+        decision, active = decision_of(adapter_width=width, active_rows_cap=width), np.full(3, rows)
+        return step_costs(
+            request=request_of(), gpu=gpu_profile(), link=link_profile(), host=host_profile(),
+            candidates=Candidates.of(decision), active_rows=active, window_active_rows=active,
+        )  # fmt: skip
+
+    few, many = of(65), of(128)
+    assert few.gpu.adapter_forward[0] == many.gpu.adapter_forward[0] < of(129).gpu.adapter_forward[0]
+    assert few.gpu.adapter_backward[0] == many.gpu.adapter_backward[0] < of(129).gpu.adapter_backward[0]
+    assert few.link.rows[0] < many.link.rows[0]
+    assert of(200, width=200).gpu.adapter_forward[0] < of(200).gpu.adapter_forward[0]  # no more than there are
+
+
 def test_a_serial_device_does_one_thing_at_a_time():
     step = simulated(costs_of(**HAND), serial=True)
     assert step.step_seconds == 18 + 2 + 4 + 7
