@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
+from meft.planner.records.plan import Attention, Objective, RowsInBackward, TokensSee
+from meft.planner.records.routing import BalanceLoss, CapacityFactor, Jitter, Routing
 
 MAX_BATCH_SIZE = 1 << 14
 MAX_SEQ_LEN = 1 << 20
@@ -59,6 +60,9 @@ class RequestOptions:
     top_k: Width | None = None
     prefetch_depth: Depth | None = None
     routing: Routing | None = None
+    capacity_factor: CapacityFactor | None = None
+    router_jitter: Jitter | None = None
+    balance_loss: BalanceLoss | None = None
     rows_in_backward: RowsInBackward | None = None
     tokens_see: TokensSee | None = None
     hot_rows: Rows | None = None

@@ -10,7 +10,7 @@ that whoever owns a row adds it up, and are pinned as they are, without rounding
 The frozen model is on the device and has no copy here.
 
 Letters: ``L`` layers, ``R`` adapter rows per layer, ``D`` hidden size, ``T`` tokens, ``p`` prefetch depth,
-``P`` probes.
+``P`` probes, ``N`` experts.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from meft.planner.base.quantities import (
     COMPUTE_DTYPE_BYTES,
     INDEX_BYTES,
     MASTER_BYTES,
+    Flags,
     Ints,
 )
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, HostMemory, MemoryEntry, Request
+from meft.planner.terms.activations import choose
 from meft.planner.traffic.transfer import layers_queried, router_gradient_bytes
 
 _FLAG_BYTES = 1
@@ -53,6 +55,7 @@ _BECAUSE = {
     "row_squares": "several ranks: fp64 per row, its gradient's sum of squares, for clipping",
     "router_landing": "several ranks: where the routers' gradients of each arrive, fp32 L * [N, D]",
     "router_sums": "several ranks: sums of the routers' gradients, fp32 L * [N, D]",
+    "router_means": "centroids: the mean of each expert's keys, fp32 L * [N, D], in each process",
     "row_positions_landing": "p+1 buffers [cap] int32 that the places of rows on the device leave from",
 }
 _STAGING = (
@@ -88,6 +91,11 @@ def cache_index_bytes(*, num_layers: Ints, adapter_width: Ints, cached_rows: Int
 def hot_index_bytes(*, num_layers: Ints, adapter_width: Ints, hot_rows: Ints) -> Ints:
     """A count and a place per row, where rows are hot at all."""
     return (hot_rows > 0) * num_layers * adapter_width * 2 * INDEX_BYTES
+
+
+def router_means_bytes(*, num_layers: Ints, num_experts: Ints, hidden_size: Ints, means: Flags) -> Ints:
+    """Centroids: the mean of each expert's keys, fp32 ``[N, D]`` per layer."""
+    return choose(means, num_layers * num_experts * hidden_size * MASTER_BYTES, 0)
 
 
 def row_buffer_bytes(*, active_rows_cap: Ints, hidden_size: Ints, adapter_dtype_bytes: Ints, pinned: bool) -> Ints:
@@ -161,6 +169,9 @@ def host_bytes_by_category(*, request: Request, candidates: Candidates, pinned: 
         "probes_landing": key_experts * slots * buffer_bytes(probes, pinned=pinned),
         "row_experts_landing": key_experts * slots * indices,
         "row_positions_landing": (cached_rows + hot_rows > 0) * slots * indices,
+        "router_means": router_means_bytes(
+            num_layers=num_layers, num_experts=candidates.num_experts, hidden_size=hidden_size, means=candidates.means
+        ),
     }
     return sizes if request.gpus == 1 else _of_ranks(request, candidates, sizes)
 
@@ -180,7 +191,7 @@ def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) 
         key_experts=candidates.key_experts,
         gpus=ranks,
     )
-    own = {name: ranks * sizes[name] for name in (*_STAGING, "cache_index")}
+    own = {name: ranks * sizes[name] for name in (*_STAGING, "cache_index", "router_means")}
     return (
         sizes
         | own

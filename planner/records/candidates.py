@@ -25,6 +25,7 @@ class Candidates:
     num_experts: Ints
     num_probes: Ints
     key_experts: Flags
+    """A router on the device gates the rows."""
     retained: Flags
     """Rows stay on the device until backward; otherwise they are fetched again."""
     activation_checkpointing: Flags
@@ -34,6 +35,15 @@ class Candidates:
     hot_rows: Ints = 0
     own_rows: Flags = False
     """A token's output uses its own best K rows alone."""
+    means: Flags = False
+    """The host finds experts by the means of their keys."""
+    switch: Flags = False
+    """Of those with a router: the gate is a probability, in fp32, and an expert's tokens are limited."""
+
+    @property
+    def in_experts(self) -> Flags:
+        """Rows lie in experts, of which a token looks through some."""
+        return self.key_experts | self.means
 
     @property
     def refetched(self) -> Flags:
@@ -50,7 +60,7 @@ class Candidates:
             active_rows_cap=decision.active_rows_cap,
             num_experts=decision.num_experts,
             num_probes=decision.num_probes,
-            key_experts=decision.routing == "key-experts",
+            key_experts=decision.needs.gated,
             retained=decision.rows_in_backward == "retained",
             activation_checkpointing=decision.activation_checkpointing,
             cached_rows=decision.cached_rows,
@@ -58,6 +68,8 @@ class Candidates:
             bf16_copy=decision.bf16_copy,
             hot_rows=decision.hot_rows,
             own_rows=decision.tokens_see == "own",
+            means=decision.needs.means,
+            switch=decision.needs.one_expert,
         )
 
 

@@ -14,10 +14,10 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, File, Fraction, Index, Rate, Record, Seconds
 from meft.planner.models.architecture import ModelShape
+from meft.planner.records.routing import ROUTINGS, Routing, RoutingNeeds, SwitchOptions
 
 Attention = Literal["sdpa", "flash", "eager"]
 Objective = Literal["capacity", "speed", "traffic"]
-Routing = Literal["exact", "key-experts"]
 RowsInBackward = Literal["retained", "refetched"]
 TokensSee = Literal["union", "own"]
 """Of the rows that a micro-batch brings, each token's output uses all (as the MEFT paper has it), or its own best K."""
@@ -28,7 +28,7 @@ Lane = Literal["gpu", "h2d", "d2h", "cpu"]
 LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 
 
-_USUAL = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1}
+_USUAL = {"tokens_see": "union", "packed": False, "gpus": 1, "gpus_per_link": 1, "switch": None}
 
 
 def _without_usual(content: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +68,8 @@ class Request(Record):
     top_k: Count | None = None
     prefetch_depth: Index | None = None
     routing: Routing | None = None
+    switch: SwitchOptions | None = None
+    """Of ``routing`` switch; ``None`` for the usual ones."""
     rows_in_backward: RowsInBackward | None = None
     hot_rows: Index | None = None
     bf16_copy: bool | None = None
@@ -85,6 +87,8 @@ class Request(Record):
     def _divides(self) -> Request:
         if self.grad_accum % self.gpus:
             raise ValueError(f"grad_accum {self.grad_accum} does not divide among gpus {self.gpus}")
+        if self.switch is not None and self.routing != "switch":
+            raise ValueError(f"switch options do not go with routing {self.routing}")
         return self
 
     @property
@@ -121,6 +125,13 @@ class Decision(Record):
     hot_after_steps: Count = 32
     """Micro-batches that are counted before the hot rows are chosen, at the end of the window that completes them."""
     tokens_see: TokensSee = "union"
+    switch: SwitchOptions | None = None
+    """Of ``routing`` switch, which has them always."""
+
+    @property
+    def needs(self) -> RoutingNeeds:
+        """What the routing takes."""
+        return ROUTINGS[self.routing]
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -135,12 +146,6 @@ class Decision(Record):
             raise ValueError(f"active_rows_cap {self.active_rows_cap} is not between {limits}")
         if self.adapter_width % self.num_experts:
             raise ValueError(f"num_experts {self.num_experts} does not divide adapter_width {self.adapter_width}")
-        if self.num_probes > self.num_experts:
-            raise ValueError(f"num_probes {self.num_probes} is above num_experts {self.num_experts}")
-        if self.routing == "exact" and (self.num_experts, self.num_probes) != (1, 1):
-            raise ValueError("exact routing scores every row: num_experts and num_probes must be 1")
-        if self.num_probes * (self.adapter_width // self.num_experts) < self.top_k:
-            raise ValueError(f"the {self.num_probes} probed experts hold fewer rows than top_k {self.top_k}")
         if self.cached_rows > self.adapter_width:
             raise ValueError(f"cached_rows {self.cached_rows} is above adapter_width {self.adapter_width}")
         if self.gradients_on_device and not self.cached_rows:
@@ -148,6 +153,20 @@ class Decision(Record):
         if self.hot_rows + self.cached_rows > self.adapter_width:
             both = f"hot_rows {self.hot_rows} and cached_rows {self.cached_rows}"
             raise ValueError(f"{both} are more than adapter_width {self.adapter_width}: a hot row is never cached")
+        return self
+
+    @model_validator(mode="after")
+    def _routes(self) -> Decision:
+        if self.num_probes > self.num_experts:
+            raise ValueError(f"num_probes {self.num_probes} is above num_experts {self.num_experts}")
+        if not self.needs.in_experts and (self.num_experts, self.num_probes) != (1, 1):
+            raise ValueError(f"{self.routing} routing scores every row: num_experts and num_probes must be 1")
+        if self.needs.one_expert and self.num_probes != 1:
+            raise ValueError(f"{self.routing} routing sends a token to one expert: num_probes must be 1")
+        if (self.switch is not None) != (self.routing == "switch"):
+            raise ValueError(f"switch options are of routing switch, which has them always; routing is {self.routing}")
+        if self.num_probes * (self.adapter_width // self.num_experts) < self.top_k:
+            raise ValueError(f"the {self.num_probes} probed experts hold fewer rows than top_k {self.top_k}")
         return self
 
 

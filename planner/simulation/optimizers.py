@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES
 from meft.planner.records.setup import OptimizerName
 from meft.planner.simulation.autograd import Leaf, Tape, Tensor
-from meft.planner.simulation.formats import BF16, FP32
+from meft.planner.simulation.formats import BF16, BOOL, FP32
+from meft.planner.traffic.hot_rows import HOT_CHUNK_ROWS
 
+FP64 = 8
 EIGHT_BIT_MIN_NUMEL = 4096
 """bitsandbytes keeps the moments of smaller tensors in fp32."""
 EIGHT_BIT_BLOCK = 256
@@ -276,3 +279,89 @@ class Optimizer:
             update = ortho
             del ortho
         del update
+
+
+# --- MEFT's: routers, and rows that live on the device ---------------------------------------------------------------
+
+
+def squared_router_norm(tape: Tape, routers: Sequence[Tensor]) -> None:
+    """Squares of each router's gradient, and their sums."""
+    sums = []
+    for weight in routers:
+        square = tape.like(weight, "optimizer_temporary")
+        sums.append(tape.new(1, FP32, "optimizer_temporary"))
+        del square
+    _stacked_sum(tape, list(sums), FP32)  # here they have a name
+
+
+def update_routers(tape: Tape, routers: Sequence[Tensor]) -> None:
+    """torch's AdamW, one router at a time."""
+    denominator = None
+    for weight in routers:
+        root = tape.like(weight, "optimizer_temporary")
+        divided = tape.like(weight, "optimizer_temporary")
+        denominator = divided  # the loop's name for the one before lasts until here
+        del root, divided
+    del denominator
+
+
+def _stacked_sum(tape: Tape, numbers: list[Tensor], itemsize: int) -> Tensor:
+    """The numbers go once they are stacked."""
+    stacked = tape.new(len(numbers), itemsize, "optimizer_temporary")
+    numbers.clear()
+    total = tape.new(1, itemsize, "optimizer_temporary")
+    del stacked
+    return total
+
+
+@dataclass(frozen=True)
+class HotStep:
+    """Norm and AdamW of the hot rows, some at a time. ``row`` is the numbers of one."""
+
+    tape: Tape
+    num_layers: int
+    row: int
+    hot_rows: int
+
+    def squared_norm(self) -> None:
+        """In fp64, layer by layer."""
+        totals = []
+        for _ in range(self.num_layers):
+            sums = []
+            for rows in self._parts():
+                wide = self.tape.new(rows * self.row, FP64, "optimizer_temporary")
+                sums.append(self.tape.new(1, FP64, "optimizer_temporary"))
+                del wide
+            totals.append(_stacked_sum(self.tape, sums, FP64))
+        _stacked_sum(self.tape, totals, FP64)
+
+    def update(self) -> None:
+        """Of all layers."""
+        for _ in range(self.num_layers):
+            for rows in self._parts():
+                self._update_part(rows)
+
+    def _parts(self) -> list[int]:
+        return [min(HOT_CHUNK_ROWS, self.hot_rows - first) for first in range(0, self.hot_rows, HOT_CHUNK_ROWS)]
+
+    def _update_part(self, rows: int) -> None:
+        """Copies of weights and moments, what the bias corrections are computed in, and the denominator."""
+        tape, numel = self.tape, rows * self.row
+        touched = tape.new(rows, BOOL, "optimizer_temporary")
+        copies = [tape.new(numel, MASTER_BYTES, "optimizer_temporary") for _ in range(3)]
+        counts = tape.new(rows, INDEX_BYTES, "optimizer_temporary")
+        exponent = tape.new(rows, FP64, "optimizer_temporary")
+        step_size = self._bias_correction(rows, quotients=2)
+        correction = self._bias_correction(rows, quotients=1)
+        denominator = tape.new(numel, MASTER_BYTES, "optimizer_temporary")
+        del touched, copies, counts, exponent, step_size, correction, denominator
+
+    def _bias_correction(self, rows: int, *, quotients: int) -> Tensor:
+        """A power, its difference to one, what is made of that, and the result in fp32."""
+        tape = self.tape
+        power = tape.new(rows, FP64, "optimizer_temporary")
+        made = [tape.new(rows, FP64, "optimizer_temporary")]
+        del power
+        made += [tape.new(rows, FP64, "optimizer_temporary") for _ in range(quotients)]
+        del made[:-1]
+        return tape.new(rows, FP32, "optimizer_temporary")

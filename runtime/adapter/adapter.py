@@ -2,8 +2,8 @@
 
     y = FFN(h) + (gate * ReLU(h K_S^T)) V_S        S: the active rows, keys K_S and values V_S ``[A, D]``
 
-With exact routing there is no gate. With Key-Experts the gate of a row is its expert's score for the token (no
-softmax), zero where the token does not probe that expert; this is what trains the router.
+With exact routing there is no gate. Where a router is trained the gate of a row is what its expert is to the token
+(:mod:`meft.runtime.exchange.gating`), zero where the token does not probe that expert; this is what trains the router.
 
 ``S`` serves every token of the micro-batch (``tokens_see = union``), or each token uses its own best ``K`` of it
 (``own``): the activations of the others are zero, and so is what goes backward through them.
@@ -52,58 +52,68 @@ class SparseAdapterFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, exchange: RowExchange, layer: int
-    ) -> torch.Tensor:
-        """Compute the output ``[T, D]`` in the dtype of ``hidden``."""
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Compute the output ``[T, D]`` in the dtype of ``hidden``, and what the routing adds to the loss, if so."""
         with plan_dtypes(hidden.device):
             return SparseAdapterFunction._forward(ctx, hidden, weight, exchange, layer)
 
     @staticmethod
     def _forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, exchange: RowExchange, layer: int
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         rows = exchange.rows(layer)
         keys, values = rows.tensor_split(2, dim=1)
         inputs = hidden.to(rows.dtype)
         products = _product(exchange, inputs, keys.T)
-        gate = exchange.gate(layer, inputs, weight) if weight.dim() == 2 else None
-        gate_of_row = None if gate is None else _gate_of_row(exchange, layer, gate)
+        gating, scores, gate_of_row, balance = exchange.gating, None, None, None
+        if gating is not None:
+            probes = exchange.probes(layer)
+            scores = gating.scores(layer, inputs, weight, probes)
+            balance = gating.balance_loss(scores, probes)
+            gate_of_row = _gate_of_row(exchange, layer, gating.gate(scores, probes, inputs.dtype))
         if exchange.decision.tokens_see == "own":
             _leave_own_rows(exchange, products, gate_of_row)
         activations = products.relu_()
         ctx.exchange, ctx.layer, ctx.hidden_dtype = exchange, layer, hidden.dtype
-        ctx.save_for_backward(inputs, activations, weight, gate)
+        ctx.save_for_backward(inputs, activations, weight, scores)
         gated = activations
         if gate_of_row is not None:
             gated = torch.mul(activations, gate_of_row, out=_like_rows(exchange, activations))
             del gate_of_row
-        return (gated @ values).to(hidden.dtype)
+        output = (gated @ values).to(hidden.dtype)
+        return output if balance is None else (output, balance)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad_output: torch.Tensor, grad_balance: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         """Send the row gradients off; return the gradients of ``hidden`` and ``weight``."""
         with plan_dtypes(grad_output.device):
-            return SparseAdapterFunction._backward(ctx, grad_output)
+            return SparseAdapterFunction._backward(ctx, grad_output, grad_balance)
 
     @staticmethod
-    def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        exchange, layer = ctx.exchange, ctx.layer
-        inputs, activations, weight, gate = ctx.saved_tensors
+    def _backward(
+        ctx: Any, grad_output: torch.Tensor, grad_balance: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        exchange, layer, gating = ctx.exchange, ctx.layer, ctx.exchange.gating
+        inputs, activations, weight, scores = ctx.saved_tensors
         exchange.before_backward(layer)
         keys, values = exchange.rows(layer).tensor_split(2, dim=1)
         grad_keys, grad_values = exchange.gradient_buffer(layer).tensor_split(2, dim=1)
         grad_output = grad_output.to(inputs.dtype)
         grad_scores = None
-        if gate is None:
+        if gating is None:
             torch.mm(activations.T, grad_output, out=grad_values)
             grad_activations = _product(exchange, grad_output, values.T)
         else:
-            gate_of_row = _gate_of_row(exchange, layer, gate)
+            probes = exchange.probes(layer)
+            gate_of_row = _gate_of_row(exchange, layer, gating.gate(scores, probes, inputs.dtype))
             product = torch.mul(activations, gate_of_row, out=_like_rows(exchange, activations))
             torch.mm(product.T, grad_output, out=grad_values)
             grad_activations = _product(exchange, grad_output, values.T)
             torch.mul(grad_activations, activations, out=product)
-            grad_scores = _gradient_of_scores(product, exchange, layer, gate)
+            grad_scores = _gradient_of_scores(product, grad_balance, exchange, layer, scores)
             del product
             grad_activations.mul_(gate_of_row)
         grad_products = _like_rows(exchange, activations)
@@ -114,23 +124,30 @@ class SparseAdapterFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_hidden = grad_products @ keys
             if grad_scores is not None:
-                grad_hidden.addmm_(grad_scores, weight.to(inputs.dtype))
+                gating.add_input_gradient(layer, grad_scores, weight, grad_hidden)
             grad_hidden = grad_hidden.to(ctx.hidden_dtype)
         if grad_scores is not None and ctx.needs_input_grad[1]:
-            grad_weight = (grad_scores.T @ inputs).to(weight.dtype)
+            grad_weight = gating.weight_gradient(layer, grad_scores, inputs, weight)
         exchange.after_backward(layer)
         return grad_hidden, grad_weight, None, None
 
 
 def _gradient_of_scores(
-    grad_gate_of_row: torch.Tensor, exchange: RowExchange, layer: int, gate: torch.Tensor
+    grad_gate_of_row: torch.Tensor,
+    grad_balance: torch.Tensor | None,
+    exchange: RowExchange,
+    layer: int,
+    scores: torch.Tensor,
 ) -> torch.Tensor:
-    """Sum ``[T, A]`` over each expert's rows, as a product with the membership matrix: deterministic on a GPU."""
-    rows, num_experts = exchange.row_experts(layer), gate.shape[1]
+    """Sum ``[T, A]`` over each expert's rows, as a product with the membership matrix: deterministic on a GPU; and from
+    the gate's gradient the scores'."""
+    rows, gating = exchange.row_experts(layer), exchange.gating
+    assert gating is not None
     experts = exchange.for_rows((rows.shape[0],), axis=0, dtype=torch.int64).copy_(rows)
-    membership = exchange.for_rows((rows.shape[0], num_experts), axis=0, dtype=gate.dtype).zero_()
+    shape = (rows.shape[0], scores.shape[1])
+    membership = exchange.for_rows(shape, axis=0, dtype=grad_gate_of_row.dtype).zero_()
     membership.scatter_(1, experts.unsqueeze(1), 1.0)
-    return (grad_gate_of_row @ membership).mul_(exchange.probed(layer, gate))
+    return gating.backward(grad_gate_of_row @ membership, grad_balance, scores, exchange.probes(layer))
 
 
 def _product(exchange: RowExchange, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -236,6 +253,9 @@ def _exit_hook(attached: AttachedAdapter, layer: int, weight: nn.Parameter) -> C
                 return add_to(output, attached.serving(layer, hidden))
             exchange.before_adapter(layer)
             adapted = SparseAdapterFunction.apply(hidden, weight, exchange, layer)
+            if isinstance(adapted, tuple):
+                adapted, balance = adapted
+                exchange.note_balance(balance)
             exchange.after_adapter(layer)
             return add_to(output, adapted)
 

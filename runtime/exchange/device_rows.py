@@ -102,7 +102,7 @@ class DeviceRows:
             made.places = [made._new_indices("row_indices") for _ in range(num_layers)]
         if (made.sums or made.hot) and dtype != sums_dtype:
             made.cast = made.new_rows("gradient_sums", CAST_ROWS, sums_dtype)
-        if decision.routing == "key-experts":
+        if decision.needs.gated:
             made.experts = [made._new_indices("row_indices") for _ in range(num_layers)]
         return made
 

@@ -42,7 +42,9 @@ def rehearse(plan: Plan, config: dict[str, Any], *, budget_bytes: int, meft_vers
 def rehearsal_session(plan: Plan, model: nn.Module, device: EmulatedDevice) -> Session:
     """A session that needs no data: its active rows, and those that stay cached, are the plan's own."""
     router = PlannedRouter(plan.prediction.sparsity.active_rows_per_layer)
-    session = open_session(plan, model, device, seed=0, router=router, cache=_planned_cache(plan), compiled=False)
+    session = open_session(
+        plan, model, device, seed=0, around=lambda _: router, cache=_planned_cache(plan), compiled=False
+    )
     if session.exchange.hot is not None:
         hot_rows = torch.arange(plan.decision.hot_rows)
         session.exchange.hot.rehearse([hot_rows] * session.store.num_layers)
