@@ -139,7 +139,8 @@ class LayerRows:
 
     @cached_property
     def _means(self) -> torch.Tensor:
-        return self.keys.unflatten(0, (self.experts_by_means, -1)).mean(dim=1)
+        means: torch.Tensor = self.keys.unflatten(0, (self.experts_by_means, -1)).mean(dim=1)
+        return means
 
     def _active(
         self, products: torch.Tensor, shares: torch.Tensor | None, probed: torch.Tensor | None = None

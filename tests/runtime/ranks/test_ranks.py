@@ -15,7 +15,7 @@ import torch
 from processes import run
 from rank_runs import ended, run_ranks, said, start_ranks
 from safetensors.torch import load_file
-from sessions import EXPERTS, small_plan
+from sessions import CENTROIDS, EXPERTS, SWITCH, small_plan
 
 from meft.planner.base.errors import UsageError
 from meft.planner.check.audit import audit
@@ -32,6 +32,8 @@ STEPS = 10
 CHOICES: dict[str, dict[str, object]] = {
     "experts": {**EXPERTS, "top_k": 16},
     "ahead": {**EXPERTS, "top_k": 16, "prefetch_depth": 1},
+    "centroid": {**CENTROIDS, "top_k": 16},
+    "switch": {**SWITCH, "prefetch_depth": 1},
     "retained": {"top_k": 16, "rows_in_backward": "retained"},
     "bf16": {"top_k": 16, "bf16_copy": True},
 }
