@@ -1,4 +1,5 @@
-"""Ways to find a token's rows: exact, score-gated (Key-Experts) and the MEFT paper's centroids, on the tests' model.
+"""Ways to find a token's rows: exact, score-gated (Key-Experts), the MEFT paper's centroids and a switch, on the tests'
+model.
 
     python benchmarks/routers.py run --results benchmarks/routers_results.jsonl [--seeds 0,1,2] [--rates 1.6e-2]
     python benchmarks/routers.py report --results benchmarks/routers_results.jsonl
@@ -6,11 +7,9 @@
 Random facts are learnt by heart: four random tokens ask for two others. Every way trains at each rate with each seed
 (the committed results at one rate); the report shows its best by the mean over seeds. Recall is the share of each
 token's exact best K rows that are among the active ones, for the last batch of every epoch; host time is the CPU time
-of choosing rows, per micro-batch and layer, by the readable code; a dead expert has no row that was ever active. A run
-that was stopped goes on.
-
-Centroids are a router of the host (:class:`~meft.runtime.host.centroids.CentroidRouter`), in the place of exact
-routing: nothing of them is on the device.
+of choosing rows, per micro-batch and layer, by the readable code; a dead expert has no row that was ever active. The
+device's memory is what the router holds there for good, beside the host's means of centroids. A run that was stopped
+goes on.
 """
 
 from __future__ import annotations
@@ -30,18 +29,24 @@ import click
 import torch
 from knowledge import AMPLE_BYTES, Run, listed, plan_of, read_results, shape_of
 
+from meft.planner.records.plan import Decision
+from meft.planner.records.routing import SwitchOptions
 from meft.runtime.data.examples import IGNORE_INDEX, Example, collate
 from meft.runtime.device.device import EmulatedDevice
-from meft.runtime.host.centroids import CentroidRouter
-from meft.runtime.host.router import Router, Selection, TopKRouter
+from meft.runtime.host.router import Router, Selection
 from meft.runtime.session.model_loading import load_frozen_model
 from meft.runtime.session.session import Session, open_session
 from meft.runtime.training.training import Trainer, TrainingOptions
 from meft.runtime.use.inference import serving
 
-WAYS = ("exact", "score-gated", "centroid")
+WAYS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "score-gated": {"routing": "key-experts", "num_experts": 16, "num_probes": 4},
+    "centroid": {"routing": "centroid", "num_experts": 16, "num_probes": 4},
+    "switch": {"routing": "switch", "num_experts": 16, "num_probes": 1, "switch": SwitchOptions().model_dump()},
+}
 ASKED, ANSWERED, FACTS, EPOCHS, BATCH = 4, 2, 256, 8, 16
-WIDTH, TOP_K, EXPERTS, PROBES = 512, 16, 16, 4
+WIDTH, TOP_K, EXPERTS = 512, 16, 16
 ROUTER_CATEGORIES = ("router_weights", "router_states", "row_indices")
 
 
@@ -76,18 +81,15 @@ def perform(way: str, rate: float, seed: int, folder: Path) -> dict[str, Any]:
     """Train one way and say how it went."""
     torch.manual_seed(seed)
     shape = shape_of(folder)
-    gated = way == "score-gated"
-    experts = {"num_experts": EXPERTS, "num_probes": PROBES} if gated else {}
     sizes = {"facts": FACTS, "epochs": EPOCHS, "width": WIDTH, "top_k": TOP_K, "batch_size": BATCH, "seq_len": 6}
-    plan = plan_of(Run("meft", rate, seed, **sizes, **experts), shape)
-    decision = plan.decision
-    inner: Router = TopKRouter(TOP_K, decision.active_rows_cap, decision.num_experts)
-    if way == "centroid":
-        inner = CentroidRouter(TOP_K, decision.active_rows_cap, EXPERTS, PROBES)
-    router = Watched(inner)
+    plan = plan_of(Run("meft", rate, seed, **sizes), shape)
+    decision = Decision.model_validate(plan.decision.model_dump() | WAYS[way])
+    plan = plan.model_copy(update={"decision": decision})
     device = EmulatedDevice(AMPLE_BYTES)
     model = load_frozen_model(plan, folder)
-    with closing(open_session(plan, model, device, seed=seed, router=router, compiled=False)) as session:
+    with closing(open_session(plan, model, device, seed=seed, around=Watched, compiled=False)) as session:
+        router = session.exchange.router
+        assert isinstance(router, Watched)
         examples = facts_of(seed, shape.vocab_size)
         steps = EPOCHS * FACTS // BATCH
 

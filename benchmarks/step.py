@@ -4,8 +4,9 @@
 
 A LLaMA-shaped model of random weights learns random sequences. Measured, window by window and in turn so that a shared
 machine slows all alike: MEFT in sequence and overlapped, with and without what a window keeps on the device; the same
-adapter dense, its weights fetched and its gradients sent for every micro-batch (whole-adapter offload); and the same
-adapter dense, all on the device. ``--link-gbps`` throttles each direction of the link.
+adapter dense, its weights fetched and its gradients sent for every micro-batch (whole-adapter offload), or offloaded by
+torch's FSDP2 (``benchmarks/offloaders.py``, which says why torchao and DeepSpeed have no row); and the same adapter
+dense, all on the device. ``--link-gbps`` throttles each direction of the link.
 
 *lane* ratio: the step over the busiest lane's time in it; 1.0 would be perfect overlap. The device computes with one
 thread, so that the host's work has a core.
@@ -23,6 +24,7 @@ from typing import Any
 
 import click
 import torch
+from offloaders import Sharded, unable
 
 from meft.planner.models.architecture import ModelShape
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict
@@ -193,20 +195,31 @@ class Meft:
         self.session.close()
 
 
+def with_adapters(sizes: Sizes) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
+    """The frozen model with a dense adapter beside each FFN."""
+    model = model_of(sizes).requires_grad_(False)
+    adapters: list[torch.nn.Module] = []
+    for block in ffn_modules(model):
+        keys = torch.empty(sizes.width, sizes.hidden).uniform_(-1, 1) / sizes.hidden**0.5
+        adapter = DenseAdapter(keys, torch.zeros_like(keys))
+        adapters.append(adapter)
+        block.register_forward_hook(
+            lambda _, args, output, own=adapter: output + own(args[0].flatten(0, -2)).view_as(output)
+        )
+    return model, adapters
+
+
+def fsdp_of(sizes: Sizes) -> Sharded:
+    """The same adapters, offloaded by torch."""
+    return Sharded(*with_adapters(sizes), batches(sizes), learning_rate=LEARNING_RATE)
+
+
 class Dense:
     """The same adapter, dense. ``offloaded``: fetched whole, and its gradients sent, for every micro-batch."""
 
     def __init__(self, sizes: Sizes, *, offloaded: bool) -> None:
         self.offloaded, self.batches = offloaded, batches(sizes)
-        self.model = model_of(sizes).requires_grad_(False)
-        self.adapters = []
-        for block in ffn_modules(self.model):
-            keys = torch.empty(sizes.width, sizes.hidden).uniform_(-1, 1) / sizes.hidden**0.5
-            adapter = DenseAdapter(keys, torch.zeros_like(keys))
-            self.adapters.append(adapter)
-            block.register_forward_hook(
-                lambda _, args, output, own=adapter: output + own(args[0].flatten(0, -2)).view_as(output)
-            )
+        self.model, self.adapters = with_adapters(sizes)
         self.engine = TransferEngine(EmulatedDevice(AMPLE_BYTES), link_gbps=sizes.link_gbps)
         self.parameters = [p for adapter in self.adapters for p in adapter.parameters()]
         self.host = [p.detach().clone() for p in self.parameters] if offloaded else []
@@ -251,10 +264,10 @@ class Dense:
         """Nothing to end."""
 
 
-def competitors(sizes: Sizes, everything: bool) -> dict[str, Callable[[], Meft | Dense]]:
+def competitors(sizes: Sizes, everything: bool) -> dict[str, Callable[[], Meft | Dense | Sharded]]:
     """What is measured, made when its turn comes."""
     kept = {"cached_rows": sizes.width, "gradients_on_device": True}
-    chosen: dict[str, Callable[[], Meft | Dense]] = {
+    chosen: dict[str, Callable[[], Meft | Dense | Sharded]] = {
         "MEFT, sequential": lambda: Meft(sizes, overlapped=False),
         "MEFT, overlapped": lambda: Meft(sizes, overlapped=True),
     }
@@ -266,12 +279,13 @@ def competitors(sizes: Sizes, everything: bool) -> dict[str, Callable[[], Meft |
             "MEFT, overlapped, clipped": lambda: Meft(sizes, overlapped=True, max_norm=1.0),
             "MEFT, overlapped, kept for a window": lambda: Meft(sizes, overlapped=True, **kept),
             "dense adapter, offloaded whole": lambda: Dense(sizes, offloaded=True),
+            "dense adapter, FSDP2 CPU offload": lambda: fsdp_of(sizes),
             "dense adapter, on the device": lambda: Dense(sizes, offloaded=False),
         }
     return chosen
 
 
-def measure(made: dict[str, Meft | Dense], rounds: int) -> dict[str, dict[str, Any]]:
+def measure(made: dict[str, Meft | Dense | Sharded], rounds: int) -> dict[str, dict[str, Any]]:
     """Seconds per micro-batch and lane, medians over rounds in turn; bytes per micro-batch."""
     steps = len(next(iter(made.values())).batches)
     seconds: dict[str, list[float]] = {name: [] for name in made}
@@ -332,12 +346,18 @@ def main(path: Path | None, rounds: int, schedules_only: bool, **sizes: Any) -> 
     for name, figure in figures.items():
         lanes = ", ".join(f"{lane} {busy:.1f}" for lane, busy in figure["busy_ms"].items())
         step = f"{figure['step_ms']:8.1f} ms ({figure['over_overlapped']:.2f} x)"
+        if not figure["busy_ms"]:
+            click.echo(f"{name:38} {step}, no link: torch's CPU is host and device")
+            continue
         mib = figure["moved_bytes_per_step"] / (1 << 20)
         busiest = figure.get("step_over_busiest_lane")
         lane_ratio = "" if busiest is None else f"; {busiest:.2f} x the busiest lane"
         click.echo(f"{name:38} {step}, {mib:7.1f} MiB; busy ms: {lanes}{lane_ratio}")
+    missing = {} if schedules_only else unable()
+    for name, reason in missing.items():
+        click.echo(f"{name:38} not measured: {reason}")
     if path is not None:
-        path.write_text(json.dumps({**sizes, "rounds": rounds, **figures}, indent=1) + "\n")
+        path.write_text(json.dumps({**sizes, "rounds": rounds, **figures, "not measured": missing}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def run(plan: Plan, case: Case) -> MemoryPeaks:
         seed=0,
         compiled=False,
         schedule=Overlapped() if rng.random() < 0.5 else Sequential(),
-        router=router if rng.random() < 0.7 else None,
+        around=(lambda _: router) if rng.random() < 0.7 else None,
     )
     end = WindowEnd(1e-4, rng.choice((None, 1.0)))
     generator = torch.Generator().manual_seed(rng.randrange(1 << 30))

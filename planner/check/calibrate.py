@@ -166,7 +166,7 @@ def corrected_sparsity(runs: Sequence[Run], profile: SparsityProfile) -> tuple[S
     offsets = np.array([math.log(run.share / TYPICAL_SHARE) for run in runs])
     log_tokens = np.array([math.log(run.tokens / TYPICAL_TOKENS) for run in runs])
     residuals = np.stack([_log_residuals(run, profile) for run in runs], axis=1)
-    experts = np.array([float(run.plan.decision.routing == "key-experts") for run in runs])
+    experts = np.array([float(run.plan.decision.needs.in_experts) for run in runs])
     trend_spread = TREND_SPREAD[profile.basis]
     (slope, growth, of_experts), notes = _shared_trends(residuals, offsets, log_tokens, experts, trend_spread)
     level = (residuals - slope * offsets - growth * log_tokens - of_experts * experts).mean(axis=1)
@@ -203,7 +203,7 @@ def _unsettled(runs: Sequence[Run]) -> list[str]:
 
 def _log_residuals(run: Run, profile: SparsityProfile) -> NDArray[np.float64]:
     """Observed less predicted ``ln q`` per layer, for the tokens that were there."""
-    laws, experts = profile_laws(profile), run.plan.decision.routing == "key-experts"
+    laws, experts = profile_laws(profile), run.plan.decision.needs.in_experts
     expected = np.log(laws.effective_tokens(tokens=run.tokens, share=run.share, key_experts=experts))
     fraction = np.clip(run.mean_rows / run.plan.decision.adapter_width, run.share, _MOST_FRACTION)
     observed = np.log(np.maximum(np.log1p(-fraction) / math.log1p(-min(run.share, _MOST_FRACTION)), 1.0))

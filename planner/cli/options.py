@@ -28,7 +28,8 @@ from meft.planner.front.options import (
     RUNNABLE_WEIGHTS,
     USUAL_BATCH_SIZE,
 )
-from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
+from meft.planner.records.plan import Attention, Objective, RowsInBackward, TokensSee
+from meft.planner.records.routing import MAX_BALANCE_LOSS, MAX_CAPACITY_FACTOR, Routing
 
 if TYPE_CHECKING:
     _IntType = click.ParamType[int]
@@ -239,7 +240,29 @@ def decision_options(command: Command) -> Command:
         click.option("--adapter-width", type=click.IntRange(1, MAX_WIDTH), help="Rows per layer."),
         click.option("--top-k", type=click.IntRange(1, MAX_WIDTH), help="Rows per token."),
         click.option("--prefetch-depth", type=click.IntRange(min=0), help="Layers that rows are fetched ahead."),
-        click.option("--routing", type=click.Choice(get_args(Routing))),
+        click.option(
+            "--routing",
+            type=click.Choice(get_args(Routing)),
+            help="How a token finds its rows: among all; among those of experts that a trained router scores; that the "
+            "means of their keys score; or of the one expert that a trained router gives the highest probability. "
+            "[default: the planner chooses of the first two]",
+        ),
+        click.option(
+            "--capacity-factor",
+            type=FiniteRange(0.0, MAX_CAPACITY_FACTOR, min_open=True),
+            help="Of routing switch: an expert takes so many times its even share of a micro-batch's tokens; the "
+            "adapter adds nothing to those beyond. [default: 1.25]",
+        ),
+        click.option(
+            "--router-jitter",
+            type=FiniteRange(0.0, 1.0, max_open=True),
+            help="Of routing switch: what the router reads in training is multiplied by 1 +- so much. [default: 0.01]",
+        ),
+        click.option(
+            "--balance-loss",
+            type=FiniteRange(0.0, MAX_BALANCE_LOSS),
+            help="Of routing switch: weight of the loss that keeps its experts equally busy. [default: 0.01]",
+        ),
         click.option("--rows-in-backward", type=click.Choice(get_args(RowsInBackward))),
         click.option(
             "--tokens-see",

@@ -18,7 +18,8 @@ from meft.planner.base.errors import InfeasibleError, MeftError, UsageError, unk
 from meft.planner.base.schema import problems_of
 from meft.planner.base.units import parse_bytes
 from meft.planner.front.options import RequestOptions
-from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
+from meft.planner.records.plan import Attention, Objective, RowsInBackward, TokensSee
+from meft.planner.records.routing import Routing
 from meft.planner.records.setup import Autocast, LossName, OffloadName, OptimizerName
 from meft.planner.terms.lengths import Batching
 
@@ -60,6 +61,9 @@ class PlanArguments(TypedDict, total=False):
     top_k: int | None
     prefetch_depth: int | None
     routing: Routing | None
+    capacity_factor: float | None
+    router_jitter: float | None
+    balance_loss: float | None
     rows_in_backward: RowsInBackward | None
     tokens_see: TokensSee | None
     token_chunks: int | None
@@ -96,6 +100,9 @@ class EstimateArguments(TypedDict, total=False):
     active_rows: int | None
     prefetch_depth: int | None
     routing: Routing | None
+    capacity_factor: float | None
+    router_jitter: float | None
+    balance_loss: float | None
     rows_in_backward: RowsInBackward | None
     tokens_see: TokensSee | None
     token_chunks: int | None

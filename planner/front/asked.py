@@ -11,7 +11,8 @@ from meft.planner.base.errors import UsageError
 from meft.planner.base.schema import Record
 from meft.planner.front.options import MAX_RANK, BatchSize, Chunks, Depth, GradAccum, Rows, SeqLen, Width
 from meft.planner.records.peft_methods import split_method
-from meft.planner.records.plan import Attention, Routing, RowsInBackward, TokensSee
+from meft.planner.records.plan import Attention, RowsInBackward, TokensSee
+from meft.planner.records.routing import BalanceLoss, CapacityFactor, Jitter, Routing
 from meft.planner.records.setup import (
     METHOD_NAMES,
     Autocast,
@@ -44,6 +45,9 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "active_rows": ("meft",),
     "prefetch_depth": ("meft",),
     "routing": ("meft",),
+    "capacity_factor": ("meft",),
+    "router_jitter": ("meft",),
+    "balance_loss": ("meft",),
     "rows_in_backward": ("meft",),
     "tokens_see": ("meft",),
     "token_chunks": ("meft",),
@@ -111,6 +115,9 @@ class EstimateRequest(Record):
     active_rows: Width | None = None
     prefetch_depth: Depth | None = None
     routing: Routing | None = None
+    capacity_factor: CapacityFactor | None = None
+    router_jitter: Jitter | None = None
+    balance_loss: BalanceLoss | None = None
     rows_in_backward: RowsInBackward | None = None
     tokens_see: TokensSee | None = None
     token_chunks: Chunks | None = None

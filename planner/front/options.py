@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.records.plan import Attention, Objective, Routing, RowsInBackward, TokensSee
+from meft.planner.records.plan import Attention, Objective, RowsInBackward, TokensSee
+from meft.planner.records.routing import BalanceLoss, CapacityFactor, Jitter, Routing
 
 MAX_BATCH_SIZE = 1 << 14
 USUAL_BATCH_SIZE = 2
@@ -75,6 +76,9 @@ class RequestOptions:
     top_k: Width | None = None
     prefetch_depth: Depth | None = None
     routing: Routing | None = None
+    capacity_factor: CapacityFactor | None = None
+    router_jitter: Jitter | None = None
+    balance_loss: BalanceLoss | None = None
     rows_in_backward: RowsInBackward | None = None
     tokens_see: TokensSee | None = None
     token_chunks: Chunks | None = None

@@ -28,6 +28,7 @@ from meft.planner.records.profile_catalogue import (
     sections_in,
 )
 from meft.planner.records.profiles import GpuProfile, Section, SourcedRange
+from meft.planner.records.routing import SwitchOptions
 
 BOX_OVER_NVML = 1.1
 """A card's box may print up to a tenth more than NVML reports (48 GB: 45.0 GiB with ECC on an L40S)."""
@@ -257,6 +258,7 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "top_k": options.top_k,
         "prefetch_depth": options.prefetch_depth,
         "routing": options.routing,
+        "switch": _switch(options),
         "rows_in_backward": options.rows_in_backward,
         "tokens_see": options.tokens_see,
         "token_chunks": options.token_chunks,
@@ -269,6 +271,22 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "interconnect_bytes_per_second": _interconnect(options),
     }
     return {name: value for name, value in names.items() if value is not None}
+
+
+def _switch(options: RequestOptions) -> SwitchOptions | None:
+    """What was said of a switch router; None where nothing was."""
+    given = {
+        "capacity_factor": options.capacity_factor,
+        "jitter": options.router_jitter,
+        "balance_loss": options.balance_loss,
+    }
+    said = {name: value for name, value in given.items() if value is not None}
+    if not said:
+        return None
+    if options.routing != "switch":
+        option = {"jitter": "--router-jitter"}.get(next(iter(said)), f"--{next(iter(said)).replace('_', '-')}")
+        raise UsageError(f"{option}: is of routing switch alone; add --routing switch or leave it out")
+    return SwitchOptions(**said)
 
 
 def _usual_attention(shape: ModelShape) -> Attention:

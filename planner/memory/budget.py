@@ -77,7 +77,7 @@ def _checkpoint(request: Request, decision: Decision, total_bytes: int, *, on_ca
             num_layers=shape.num_layers,
             hidden_size=shape.hidden_size,
             num_experts=decision.num_experts,
-            key_experts=decision.routing == "key-experts",
+            key_experts=decision.needs.gated,
         )
     )
     because = "written from the tables as they lie" + ("; routers and their moments are brought here" if copies else "")

@@ -90,7 +90,7 @@ def disk(request: Request, decision: Decision) -> Disk:
         "adapter_width": decision.adapter_width,
         "num_experts": decision.num_experts,
     }
-    key_experts = decision.routing == "key-experts"
+    key_experts = decision.needs.gated
     adapter = int(adapter_file_bytes(**sizes, key_experts=key_experts))
     state = int(optimizer_file_bytes(**sizes, key_experts=key_experts, hot_rows=decision.hot_rows))
     return Disk(adapter_bytes=adapter, checkpoint_bytes=adapter + state)

@@ -10,7 +10,7 @@ that whoever owns a row adds it up. Of several machines this is each one's memor
 The frozen model is on the device and has no copy here.
 
 Letters: ``L`` layers, ``R`` adapter rows per layer, ``D`` hidden size, ``T`` tokens, ``p`` prefetch depth,
-``P`` probes.
+``P`` probes, ``N`` experts.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from meft.planner.base.quantities import (
     COMPUTE_DTYPE_BYTES,
     INDEX_BYTES,
     MASTER_BYTES,
+    Flags,
     Ints,
 )
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, HostMemory, MemoryEntry, Request
+from meft.planner.terms.activations import choose
 from meft.planner.traffic.network import buffer_bytes_per_rank
 from meft.planner.traffic.transfer import layers_queried, router_gradient_bytes
 
@@ -54,6 +56,7 @@ _BECAUSE = {
     "router_landing": "several ranks: where the routers' gradients of each arrive, fp32 L * [N, D]",
     "router_sums": "several ranks: sums of the routers' gradients, fp32 L * [N, D]",
     "network_buffers": "several machines: what each rank sends rows, sums and routers' numbers from, and receives in",
+    "router_means": "centroids: the mean of each expert's keys, fp32 L * [N, D], in each process",
     "row_positions_landing": "p+1 buffers [cap] int32 that the places of rows on the device leave from",
 }
 _STAGING = (
@@ -89,6 +92,11 @@ def cache_index_bytes(*, num_layers: Ints, adapter_width: Ints, cached_rows: Int
 def hot_index_bytes(*, num_layers: Ints, adapter_width: Ints, hot_rows: Ints) -> Ints:
     """A count and a place per row, where rows are hot at all."""
     return (hot_rows > 0) * num_layers * adapter_width * 2 * INDEX_BYTES
+
+
+def router_means_bytes(*, num_layers: Ints, num_experts: Ints, hidden_size: Ints, means: Flags) -> Ints:
+    """Centroids: the mean of each expert's keys, fp32 ``[N, D]`` per layer."""
+    return choose(means, num_layers * num_experts * hidden_size * MASTER_BYTES, 0)
 
 
 def row_buffer_bytes(*, active_rows_cap: Ints, hidden_size: Ints, adapter_dtype_bytes: Ints) -> Ints:
@@ -150,6 +158,9 @@ def host_bytes_by_category(*, request: Request, candidates: Candidates) -> dict[
         "probes_landing": key_experts * slots * probes,
         "row_experts_landing": key_experts * slots * indices,
         "row_positions_landing": ((cached_rows + hot_rows > 0) | chunked) * slots * indices,
+        "router_means": router_means_bytes(
+            num_layers=num_layers, num_experts=candidates.num_experts, hidden_size=hidden_size, means=candidates.means
+        ),
     }
     return sizes if request.ranks == 1 else _of_ranks(request, candidates, sizes)
 
@@ -180,7 +191,7 @@ def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) 
             adapter_dtype_bytes=row_dtype,
             router_numbers=routers // MASTER_BYTES,
         )
-    own = {name: ranks * sizes[name] for name in (*_STAGING, "cache_index")}
+    own = {name: ranks * sizes[name] for name in (*_STAGING, "cache_index", "router_means")}
     return (
         sizes
         | own

@@ -25,6 +25,7 @@ class Candidates:
     num_experts: Ints
     num_probes: Ints
     key_experts: Flags
+    """A router on the device gates the rows."""
     retained: Flags
     """Rows stay on the device until backward; otherwise they are fetched again."""
     activation_checkpointing: Flags
@@ -37,6 +38,15 @@ class Candidates:
     gather_chunks: Ints = 1
     token_chunks: int = 1
     """One number for all."""
+    means: Flags = False
+    """The host finds experts by the means of their keys."""
+    switch: Flags = False
+    """Of those with a router: the gate is a probability, in fp32, and an expert's tokens are limited."""
+
+    @property
+    def in_experts(self) -> Flags:
+        """Rows lie in experts, of which a token looks through some."""
+        return self.key_experts | self.means
 
     @property
     def refetched(self) -> Flags:
@@ -53,7 +63,7 @@ class Candidates:
             active_rows_cap=decision.active_rows_cap,
             num_experts=decision.num_experts,
             num_probes=decision.num_probes,
-            key_experts=decision.routing == "key-experts",
+            key_experts=decision.needs.gated,
             retained=decision.rows_in_backward == "retained",
             activation_checkpointing=decision.activation_checkpointing,
             cached_rows=decision.cached_rows,
@@ -63,6 +73,8 @@ class Candidates:
             own_rows=decision.tokens_see == "own",
             gather_chunks=decision.gather_chunks,
             token_chunks=decision.token_chunks,
+            means=decision.needs.means,
+            switch=decision.needs.one_expert,
         )
 
 

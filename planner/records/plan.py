@@ -14,10 +14,10 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, File, Fraction, Index, Rate, Record, Seconds
 from meft.planner.models.architecture import ModelShape
+from meft.planner.records.routing import ROUTINGS, Routing, RoutingNeeds, SwitchOptions
 
 Attention = Literal["sdpa", "flash", "eager"]
 Objective = Literal["capacity", "speed", "traffic"]
-Routing = Literal["exact", "key-experts"]
 RowsInBackward = Literal["retained", "refetched"]
 TokensSee = Literal["union", "own"]
 """Of the rows that a micro-batch brings, each token's output uses all (as the MEFT paper has it), or its own best K."""
@@ -34,7 +34,7 @@ Way = Direction | Literal["network"]
 _USUAL: dict[str, Any] = {"tokens_see": "union", "packed": False, "gpus_per_link": 1}
 _USUAL |= {"nodes": 1, "interconnect_bytes_per_second": None, "foreign_total": None, "summed_total": None}
 _USUAL |= dict.fromkeys(("network_bytes_per_step", "network_bytes_per_optimizer_step", "network_bytes_total"), 0)
-_USUAL |= {"batch_size_basis": "given"}
+_USUAL |= {"batch_size_basis": "given", "switch": None}
 
 
 def without_usual(content: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -77,6 +77,8 @@ class Request(Record):
     top_k: Count | None = None
     prefetch_depth: Index | None = None
     routing: Routing | None = None
+    switch: SwitchOptions | None = None
+    """Of ``routing`` switch; ``None`` for the usual ones."""
     rows_in_backward: RowsInBackward | None = None
     hot_rows: Index | None = None
     bf16_copy: bool | None = None
@@ -103,6 +105,8 @@ class Request(Record):
             raise ValueError(f"grad_accum {self.grad_accum} does not divide among {among}")
         if self.nodes > 1 and self.interconnect_bytes_per_second is None:
             raise ValueError(f"nodes {self.nodes} need interconnect_bytes_per_second")
+        if self.switch is not None and self.routing != "switch":
+            raise ValueError(f"switch options do not go with routing {self.routing}")
         return self
 
     @property
@@ -149,6 +153,13 @@ class Decision(Record):
     is gathered."""
     token_chunks: Count = 1
     """Parts of a micro-batch's tokens, each with a union of rows and a cap of its own, in every layer."""
+    switch: SwitchOptions | None = None
+    """Of ``routing`` switch, which has them always."""
+
+    @property
+    def needs(self) -> RoutingNeeds:
+        """What the routing takes."""
+        return ROUTINGS[self.routing]
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -163,12 +174,6 @@ class Decision(Record):
             raise ValueError(f"active_rows_cap {self.active_rows_cap} is not between {limits}")
         if self.adapter_width % self.num_experts:
             raise ValueError(f"num_experts {self.num_experts} does not divide adapter_width {self.adapter_width}")
-        if self.num_probes > self.num_experts:
-            raise ValueError(f"num_probes {self.num_probes} is above num_experts {self.num_experts}")
-        if self.routing == "exact" and (self.num_experts, self.num_probes) != (1, 1):
-            raise ValueError("exact routing scores every row: num_experts and num_probes must be 1")
-        if self.num_probes * (self.adapter_width // self.num_experts) < self.top_k:
-            raise ValueError(f"the {self.num_probes} probed experts hold fewer rows than top_k {self.top_k}")
         if self.cached_rows > self.adapter_width:
             raise ValueError(f"cached_rows {self.cached_rows} is above adapter_width {self.adapter_width}")
         if self.gather_chunks > 1 and self.prefetch_depth:
@@ -185,6 +190,11 @@ class Decision(Record):
 
     def _chunks_consistent(self) -> None:
         """A chunk's rows leave the device with it: but for the ring and its neighbour nothing of them is there."""
+        if self.needs.means or self.needs.one_expert:
+            raise ValueError(
+                f"routing {self.routing} chooses for whole micro-batches, beside token_chunks {self.token_chunks}: give "
+                f"exact or key-experts"
+            )
         kept = {"cached_rows": self.cached_rows, "hot_rows": self.hot_rows}
         for name, rows in kept.items():
             if rows:
@@ -194,6 +204,20 @@ class Decision(Record):
                 f"token_chunks {self.token_chunks} bound the rows on the device, which rows_in_backward retained would "
                 f"all keep: give refetched"
             )
+
+    @model_validator(mode="after")
+    def _routes(self) -> Decision:
+        if self.num_probes > self.num_experts:
+            raise ValueError(f"num_probes {self.num_probes} is above num_experts {self.num_experts}")
+        if not self.needs.in_experts and (self.num_experts, self.num_probes) != (1, 1):
+            raise ValueError(f"{self.routing} routing scores every row: num_experts and num_probes must be 1")
+        if self.needs.one_expert and self.num_probes != 1:
+            raise ValueError(f"{self.routing} routing sends a token to one expert: num_probes must be 1")
+        if (self.switch is not None) != (self.routing == "switch"):
+            raise ValueError(f"switch options are of routing switch, which has them always; routing is {self.routing}")
+        if self.num_probes * (self.adapter_width // self.num_experts) < self.top_k:
+            raise ValueError(f"the {self.num_probes} probed experts hold fewer rows than top_k {self.top_k}")
+        return self
 
 
 class MemoryEntry(Record):

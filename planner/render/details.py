@@ -209,12 +209,20 @@ def _why_prefetch(plan: Plan) -> str:
 
 def _why_routing(plan: Plan) -> str:
     decision = plan.decision
-    if decision.routing == "exact":
+    if not decision.needs.in_experts:
         return "every row is scored for every token"
     share = decision.num_probes / decision.num_experts
     rows = decision.adapter_width // decision.num_experts
+    probed = (
+        f"{decision.num_probes} probed{' by mean key' if decision.needs.means else ''}: {percent(share)} of rows scored"
+    )
+    why = f"{decision.num_experts} experts of {rows} rows, {probed}"
+    if decision.switch is None:
+        return why
+    options = decision.switch
     return (
-        f"{decision.num_experts} experts of {rows} rows, {decision.num_probes} probed: {percent(share)} of rows scored"
+        f"{why}; an expert takes {options.capacity_factor:g} of its even share of tokens, jitter {options.jitter:g}, "
+        f"balance loss {options.balance_loss:g}"
     )
 
 
@@ -392,7 +400,7 @@ def _pareto(plan: Plan) -> View:
             f"{point.decision.adapter_width:,}" + ("*" * (point.decision == plan.decision)),
             str(point.decision.top_k),
             str(point.decision.prefetch_depth),
-            f"{point.decision.num_experts} experts" if point.decision.routing == "key-experts" else "exact",
+            f"{point.decision.num_experts} experts" if point.decision.needs.in_experts else "exact",
             point.decision.rows_in_backward,
             "on" if point.decision.activation_checkpointing else "off",
             count(point.trainable_parameters)

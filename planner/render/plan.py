@@ -178,13 +178,12 @@ def _about_top_k(plan: Plan) -> str:
 
 def _about_routing(plan: Plan) -> str:
     decision = plan.decision
-    if decision.routing == "exact":
+    if not decision.needs.in_experts:
         return "every token looks through all rows"
     share = decision.num_probes / decision.num_experts
-    return (
-        f"{decision.num_experts} groups of rows, a token looks through its best {decision.num_probes} "
-        f"({percent(share)} of rows)"
-    )
+    its = "the one that takes it" if decision.needs.one_expert else f"its best {decision.num_probes}"
+    by = " by their mean keys" if decision.needs.means else ""
+    return f"{decision.num_experts} groups of rows, a token looks through {its}{by} ({percent(share)} of rows)"
 
 
 def _about_prefetch(plan: Plan) -> str:

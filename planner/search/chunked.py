@@ -13,6 +13,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.memory.replayed import replayed_peaks
 from meft.planner.predict.prediction import ProfileSet
 from meft.planner.records.plan import Decision, Request
+from meft.planner.records.routing import ROUTINGS
 from meft.planner.search.fitting import Fitting, best_fitting
 from meft.planner.search.weighing import Weighed, weigh
 from meft.planner.terms.activations import norms_after_ffn
@@ -34,6 +35,11 @@ def check_chunks(request: Request) -> None:
         raise UsageError(
             f"token_chunks {chunks}: the {tokens} tokens of a micro-batch (batch_size x seq_len) do not divide into as "
             f"many; give {near}, say"
+        )
+    if request.routing is not None and (ROUTINGS[request.routing].means or ROUTINGS[request.routing].one_expert):
+        raise UsageError(
+            f"routing {request.routing} beside token_chunks {chunks}: it chooses for whole micro-batches; give exact or "
+            f"key-experts"
         )
     if request.hot_rows:
         raise UsageError(f"hot_rows {request.hot_rows} beside token_chunks {chunks}: give one of them")

@@ -178,7 +178,8 @@ def _changes(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Iter
     for seq_len in _halvings(request.seq_len, SHORTEST_SEQUENCE):
         yield request.model_copy(update={"seq_len": seq_len})
     for name in _FREED:
-        if getattr(request, name) is not None:
+        said_more = name == "routing" and request.switch is not None  # options that go with no other routing
+        if getattr(request, name) is not None and not said_more:
             yield request.model_copy(update={name: None})
     yield from _combined(request, gpu)
     if raised and last:

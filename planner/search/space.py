@@ -28,6 +28,7 @@ from meft.planner.base.quantities import Ints, chunk_tokens
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, Request, RowsInBackward, TokensSee
 from meft.planner.records.profiles import SparsityProfile
+from meft.planner.records.routing import ROUTINGS, Routing, SwitchOptions
 from meft.planner.traffic.sparsity import (
     active_rows_per_layer,
     at_seq_len,
@@ -90,7 +91,7 @@ class Space:
     top_k: NDArray[np.int64]
     num_experts: NDArray[np.int64]
     num_probes: NDArray[np.int64]
-    key_experts: NDArray[np.bool_]
+    in_experts: NDArray[np.bool_]
     active_rows: NDArray[np.int64]
     """Expected in a micro-batch, ``[L, routings]``; no cap is below it, nor below ``window_active_rows`` over the
     window's micro-batches, so no cap changes either."""
@@ -100,6 +101,14 @@ class Space:
     tokens_see: TokensSee = "union"
     token_chunks: int = 1
     """As asked; where it is more than one, ``active_rows`` are sums over chunks, and caps are a chunk's."""
+    by_experts: Routing = "key-experts"
+    """What routing in experts is: as asked, and then all are so; else Key-Experts."""
+    switch: SwitchOptions | None = None
+
+    @property
+    def key_experts(self) -> NDArray[np.bool_]:
+        """Where a router on the device gates the rows."""
+        return self.in_experts & ROUTINGS[self.by_experts].gated
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -130,6 +139,8 @@ class Space:
             hot_rows=self.hot_rows,
             own_rows=self.tokens_see == "own",
             token_chunks=self.token_chunks,
+            means=ROUTINGS[self.by_experts].means,
+            switch=ROUTINGS[self.by_experts].one_expert,
         )
 
     def candidates_at(self, cache: int, backward: int = 0) -> Candidates:
@@ -156,13 +167,14 @@ class Space:
             active_rows_cap=int(self.caps[cap, routing]),
             num_experts=int(self.num_experts[routing]),
             num_probes=int(self.num_probes[routing]),
-            routing="key-experts" if self.key_experts[routing] else "exact",
+            routing=self.by_experts if self.in_experts[routing] else "exact",
             rows_in_backward=self.rows_in_backward[backward],
             activation_checkpointing=self.activation_checkpointing[checkpointing],
             cached_rows=int(self.cached_rows[cache, routing]),
             hot_rows=self.hot_rows,
             tokens_see=self.tokens_see,
             token_chunks=self.token_chunks,
+            switch=self.switch,
             gradients_on_device=self.gradients_on_device[cache],
             bf16_copy=self.bf16_copies[0] if bf16_copy is None else bf16_copy,
         )
@@ -174,7 +186,7 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
     width, top_k = routings.adapter_width, routings.top_k
     num_layers, tokens = request.model.num_layers, request.tokens_per_step
     sparsity = at_seq_len(sparsity, request.seq_len)
-    experts = routings.key_experts
+    experts, by_experts = routings.in_experts, _by_experts(request)
     union = partial(active_rows_per_layer, sparsity, num_layers, top_k=top_k, adapter_width=width, key_experts=experts)
     chunks = request.token_chunks or 1
     step, window = union(tokens=chunk_tokens(tokens, chunks)), union(tokens=tokens * request.grad_accum)
@@ -207,12 +219,14 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
         top_k=top_k,
         num_experts=routings.num_experts,
         num_probes=routings.num_probes,
-        key_experts=experts,
+        in_experts=experts,
         active_rows=chunks * step,
         window_active_rows=window,
         hot_rows=request.hot_rows or 0,
         tokens_see=request.tokens_see,
         token_chunks=chunks,
+        by_experts=by_experts,
+        switch=(request.switch or SwitchOptions()) if by_experts == "switch" else None,
     )
 
 
@@ -220,6 +234,11 @@ def _rows_in_backward(request: Request) -> tuple[RowsInBackward, ...]:
     if request.rows_in_backward is not None:
         return (request.rows_in_backward,)
     return ROWS_IN_BACKWARD if (request.token_chunks or 1) == 1 else ("refetched",)
+
+
+def _by_experts(request: Request) -> Routing:
+    asked = request.routing
+    return asked if asked is not None and ROUTINGS[asked].in_experts else "key-experts"
 
 
 def prefetch_depths(request: Request, sparsity: SparsityProfile) -> tuple[int, ...]:
@@ -308,6 +327,13 @@ def expert_counts(adapter_width: int) -> tuple[int, ...]:
     return tuple(_nearest(divisors, square=factor * factor * adapter_width) for factor in EXPERTS_PER_ROOT)
 
 
+def large_experts(adapter_width: int, top_k: int) -> tuple[int, ...]:
+    """The same where a token's rows are of one expert: none so many that an expert has fewer than ``2K`` rows."""
+    most = max(adapter_width // min(PROBED_ROWS_PER_TOP_K * top_k, adapter_width), 1)
+    largest = next(count for count in range(most, 0, -1) if adapter_width % count == 0)
+    return tuple(min(count, largest) for count in expert_counts(adapter_width))
+
+
 def _nearest(ascending: list[int], *, square: float) -> int:
     """The number nearest in ratio to the root of ``square``; of two as near, whose product it is, the smaller."""
     place = bisect.bisect_right(ascending, square, key=lambda number: number * number)
@@ -331,7 +357,7 @@ class _Routings:
     top_k: NDArray[np.int64]
     num_experts: NDArray[np.int64]
     num_probes: NDArray[np.int64]
-    key_experts: NDArray[np.bool_]
+    in_experts: NDArray[np.bool_]
 
 
 def _routings(request: Request) -> _Routings:
@@ -342,10 +368,17 @@ def _routings(request: Request) -> _Routings:
     widths = np.array(adapter_widths(request))
     top_k = np.minimum(TOP_KS if request.top_k is None else (request.top_k,), widths[:, None])
     new_top_k = _is_new(top_k)
-    experts = np.array([expert_counts(int(width)) for width in widths])[:, None, :]
-    probes = probe_counts(adapter_width=widths[:, None, None], num_experts=experts, top_k=top_k[:, :, None])
+    one_expert = ROUTINGS[_by_experts(request)].one_expert
+    if one_expert:
+        experts = np.array(
+            [[large_experts(int(width), int(k)) for k in of] for width, of in zip(widths, top_k, strict=True)]
+        )
+        probes = np.ones((*experts.shape, 1), np.int64)
+    else:
+        experts = np.array([expert_counts(int(width)) for width in widths])[:, None, :]
+        probes = probe_counts(adapter_width=widths[:, None, None], num_experts=experts, top_k=top_k[:, :, None])
     in_experts = new_top_k[:, :, None, None] & _is_new(experts)[..., None] & _is_new(probes)
-    exactly = np.flatnonzero(new_top_k) if request.routing != "key-experts" else np.empty(0, np.int64)
+    exactly = np.flatnonzero(new_top_k) if request.routing in (None, "exact") else np.empty(0, np.int64)
     by_experts = np.flatnonzero(in_experts) if request.routing != "exact" else np.empty(0, np.int64)
 
     def listed(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -359,7 +392,7 @@ def _routings(request: Request) -> _Routings:
         top_k=listed(top_k),
         num_experts=listed(experts),
         num_probes=listed(probes),
-        key_experts=np.repeat([False, True], [len(exactly), len(by_experts)]),
+        in_experts=np.repeat([False, True], [len(exactly), len(by_experts)]),
     )
 
 

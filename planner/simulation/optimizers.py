@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES
-from meft.planner.records.plan import Decision, Request
 from meft.planner.records.setup import OptimizerName
 from meft.planner.simulation.autograd import Leaf, Tape, Tensor
 from meft.planner.terms.formats import BF16, BOOL, FP32
@@ -282,78 +281,72 @@ class Optimizer:
         del update
 
 
-# --- what the device updates of a sparse adapter ----------------------------------------------------------------------
+# --- MEFT's: routers, and rows that live on the device ---------------------------------------------------------------
+
+
+def squared_router_norm(tape: Tape, routers: Sequence[Tensor]) -> None:
+    """Squares of each router's gradient, and their sums."""
+    sums = []
+    for weight in routers:
+        square = tape.like(weight, "optimizer_temporary")
+        sums.append(tape.new(1, FP32, "optimizer_temporary"))
+        del square
+    _stacked_sum(tape, list(sums), FP32)  # here they have a name
+
+
+def update_routers(tape: Tape, routers: Sequence[Tensor]) -> None:
+    """torch's AdamW, one router at a time."""
+    denominator = None
+    for weight in routers:
+        root = tape.like(weight, "optimizer_temporary")
+        divided = tape.like(weight, "optimizer_temporary")
+        denominator = divided  # the loop's name for the one before lasts until here
+        del root, divided
+    del denominator
+
+
+def _stacked_sum(tape: Tape, numbers: list[Tensor], itemsize: int) -> Tensor:
+    """The numbers go once they are stacked."""
+    stacked = tape.new(len(numbers), itemsize, "optimizer_temporary")
+    numbers.clear()
+    total = tape.new(1, itemsize, "optimizer_temporary")
+    del stacked
+    return total
 
 
 @dataclass(frozen=True)
-class SparseUpdate:
-    """The optimizer step of MEFT on the device: its routers ``[N, D]``, and its hot rows."""
+class HotStep:
+    """Norm and AdamW of the hot rows, some at a time. ``row`` is the numbers of one."""
 
     tape: Tape
-    request: Request
-    decision: Decision
-    routers: Sequence[Tensor]
+    num_layers: int
+    row: int
+    hot_rows: int
 
-    def run(self, *, hot: bool) -> None:
-        """Clip and update; ``hot`` rows where they have been chosen."""
-        gated = self.decision.routing == "key-experts"
-        if gated:
-            self._squared_router_norm()
-        if hot:
-            self._squared_hot_norm()
-        if gated:
-            self._update_routers()
-        if hot:
-            self._update_hot_rows()
-
-    def _squared_router_norm(self) -> None:
-        tape, sums = self.tape, []
-        for weight in self.routers:
-            square = tape.like(weight, "optimizer_temporary")
-            sums.append(tape.new(1, FP32, "optimizer_temporary"))
-            del square
-        self._stacked_sum(list(sums), FP32)  # here they have a name
-
-    def _stacked_sum(self, numbers: list[Tensor], itemsize: int) -> Tensor:
-        """The numbers go once they are stacked."""
-        stacked = self.tape.new(len(numbers), itemsize, "optimizer_temporary")
-        numbers.clear()
-        total = self.tape.new(1, itemsize, "optimizer_temporary")
-        del stacked
-        return total
-
-    def _squared_hot_norm(self) -> None:
-        tape, row, totals = self.tape, 2 * self.request.model.hidden_size, []
-        for _ in range(self.request.model.num_layers):
+    def squared_norm(self) -> None:
+        """In fp64, layer by layer."""
+        totals = []
+        for _ in range(self.num_layers):
             sums = []
-            for rows in self._hot_parts():
-                wide = tape.new(rows * row, FP64, "optimizer_temporary")
-                sums.append(tape.new(1, FP64, "optimizer_temporary"))
+            for rows in self._parts():
+                wide = self.tape.new(rows * self.row, FP64, "optimizer_temporary")
+                sums.append(self.tape.new(1, FP64, "optimizer_temporary"))
                 del wide
-            totals.append(self._stacked_sum(sums, FP64))
-        self._stacked_sum(totals, FP64)
+            totals.append(_stacked_sum(self.tape, sums, FP64))
+        _stacked_sum(self.tape, totals, FP64)
 
-    def _hot_parts(self) -> list[int]:
-        hot = self.decision.hot_rows
-        return [min(HOT_CHUNK_ROWS, hot - first) for first in range(0, hot, HOT_CHUNK_ROWS)]
+    def update(self) -> None:
+        """Of all layers."""
+        for _ in range(self.num_layers):
+            for rows in self._parts():
+                self._update_part(rows)
 
-    def _update_routers(self) -> None:
-        denominator = None
-        for weight in self.routers:
-            root = self.tape.like(weight, "optimizer_temporary")
-            divided = self.tape.like(weight, "optimizer_temporary")
-            denominator = divided  # the loop's name for the one before lasts until here
-            del root, divided
-        del denominator
+    def _parts(self) -> list[int]:
+        return [min(HOT_CHUNK_ROWS, self.hot_rows - first) for first in range(0, self.hot_rows, HOT_CHUNK_ROWS)]
 
-    def _update_hot_rows(self) -> None:
-        for _ in range(self.request.model.num_layers):
-            for rows in self._hot_parts():
-                self._update_hot_part(rows)
-
-    def _update_hot_part(self, rows: int) -> None:
+    def _update_part(self, rows: int) -> None:
         """Copies of weights and moments, what the bias corrections are computed in, and the denominator."""
-        tape, numel = self.tape, rows * 2 * self.request.model.hidden_size
+        tape, numel = self.tape, rows * self.row
         touched = tape.new(rows, BOOL, "optimizer_temporary")
         copies = [tape.new(numel, MASTER_BYTES, "optimizer_temporary") for _ in range(3)]
         counts = tape.new(rows, INDEX_BYTES, "optimizer_temporary")

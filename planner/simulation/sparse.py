@@ -21,7 +21,7 @@ from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import GRADIENTS, TEMPORARIES, Gradients, Leaf, Tape, Tensor
 from meft.planner.simulation.decoder import BesideFfn, Decoder, ModelWeights
 from meft.planner.simulation.operators import Operators
-from meft.planner.simulation.optimizers import SparseUpdate
+from meft.planner.simulation.optimizers import HotStep, squared_router_norm, update_routers
 from meft.planner.simulation.positions import positions_from_labels
 from meft.planner.simulation.run import Loader
 from meft.planner.simulation.stream import StreamEvent
@@ -127,7 +127,7 @@ class _Layer(BesideFfn):
 
     @property
     def _gated(self) -> bool:
-        return self.decision.routing == "key-experts"
+        return self.decision.needs.gated
 
     @property
     def _tokens(self) -> int:
@@ -155,7 +155,7 @@ class _Layer(BesideFfn):
         if targets:
             self.exchange.held[self.index] = x.detached()
         for target in targets if self._gated else ():
-            self._probe(x, target)
+            (self._probe if self.decision.switch is None else self._switch)(x, target)
 
     def _probe(self, x: Tensor, target: int) -> None:
         """The best experts of each token, for the layer ``target``."""
@@ -170,6 +170,32 @@ class _Layer(BesideFfn):
         self.exchange.probes[target] = tape.new(tokens * probes, INDEX_BYTES, "routing")
         del scores, indices, inputs
 
+    def _switch(self, x: Tensor, target: int) -> None:
+        """The one expert of each token, and which of them have no room for it."""
+        inputs = self._cast(x, self._e, "adapter")
+        read = self._read(inputs, "adapter")
+        scores = self._fp32_of_experts("adapter")
+        del read
+        best = self._of_tokens(INT64, "adapter")
+        counted = self._fp32_of_experts("adapter")  # int32, as large
+        places = self._of_tokens(INDEX_BYTES, "adapter")
+        del counted
+        chosen, is_full = self._of_tokens(INDEX_BYTES, "adapter"), self._of_tokens(BOOL, "adapter")
+        dropped = self._of_tokens(INDEX_BYTES, "adapter")
+        self.exchange.probes[target] = self._of_tokens(INDEX_BYTES, "routing")
+        del is_full, dropped, scores, best, places, chosen, inputs
+
+    def _read(self, inputs: Tensor, category: str) -> Tensor:
+        """What a switch router reads ``[T, D]``: random numbers that are multiplied by the inputs, or these in fp32."""
+        jitter = self.decision.switch is not None and self.decision.switch.jitter
+        return self._tape.new(inputs.numel, FP32, category) if jitter else self._cast(inputs, FP32, category)
+
+    def _of_tokens(self, itemsize: int, category: str) -> Tensor:
+        return self._tape.new(self.request.tokens_per_step, itemsize, category)
+
+    def _fp32_of_experts(self, category: str) -> Tensor:
+        return self._tape.new(self.request.tokens_per_step * self.decision.num_experts, FP32, category)
+
     def add_to(self, output: Tensor, x: Tensor) -> Tensor:
         """See :class:`BesideFfn`."""
         return self.ops.add(output, self._adapter(x), "ffn")
@@ -180,8 +206,8 @@ class _Layer(BesideFfn):
         inputs = self._cast(x, self._e, "adapter")
         self.ops.use_workspace()
         activations = self._of_rows("adapter")
-        gate = self._gate(self.weight) if self._gated else None
-        gate_of_row = None if gate is None else self._of_rows("adapter")
+        gate = self._gate(inputs) if self._gated else None
+        gate_of_row = None if gate is None else self._gate_of_row("adapter")
         if self.decision.tokens_see == "own":
             self._leave_own_rows()
         gated = activations if gate is None else self._of_rows("adapter")
@@ -197,14 +223,30 @@ class _Layer(BesideFfn):
 
         return tape.connect(out, (x, self.weight), backward)
 
-    def _gate(self, weight: Tensor) -> Tensor:
-        """Scores ``[T, N]``, multiplied by the mask of the probed experts."""
-        cast = self._cast(weight, self._e, "adapter")
+    def _gate(self, inputs: Tensor) -> Tensor:
+        """Scores ``[T, N]``, multiplied by the mask of the probed experts; of a switch router probabilities."""
+        if self.decision.switch is not None:
+            read = self._read(inputs, "adapter")
+            scores = self._fp32_of_experts("adapter")
+            del read
+            return self._fp32_of_experts("adapter")
+        cast = self._cast(self.weight, self._e, "adapter")
         scores = self._of_experts("adapter")
         del cast
         mask = self._mask("adapter")
         del mask
         return scores
+
+    def _gate_of_row(self, category: str) -> Tensor:
+        """The gate ``[T, A]``; a switch router's is made first, ``[T, N]``, and has the adapter's dtype in the end."""
+        if self.decision.switch is None:
+            return self._of_rows(category)
+        index, taken = self._of_tokens(INT64, category), self._of_tokens(BOOL, category)
+        gate, chosen = self._fp32_of_experts(category), self._of_tokens(FP32, category)
+        del chosen
+        gate = self._cast(gate, self._e, category)
+        del index, taken
+        return self._of_rows(category)
 
     def _mask(self, category: str) -> Tensor:
         mask = self._of_experts(category)
@@ -239,12 +281,10 @@ class _Layer(BesideFfn):
         if needs_grad:
             of_hidden = tape.new(inputs.numel, self._e, TEMPORARIES)
             if of_scores is not None:
-                weight = self._cast(self.weight, self._e, TEMPORARIES)
-                del weight
+                self._through_router(inputs)
             of_hidden = self._cast(of_hidden, outer, TEMPORARIES)
         if of_scores is not None:
-            of_weight = tape.new(self.weight.numel, self._e, TEMPORARIES)
-            of_weight = self._cast(of_weight, FP32, GRADIENTS)
+            of_weight = self._of_weight(inputs)
         self.exchange.probes.pop(self.index, None)
         del of_products, beside, of_scores
         return of_hidden, of_weight
@@ -255,12 +295,30 @@ class _Layer(BesideFfn):
         if not self._gated:
             of_activations = self._of_rows(TEMPORARIES)
         else:
-            gate_of_row = self._of_rows(TEMPORARIES)
+            gate_of_row = self._gate_of_row(TEMPORARIES)
             product = self._of_rows(TEMPORARIES)
             of_activations = self._of_rows(TEMPORARIES)
             of_scores = self._of_scores()
             del product
         return self._of_rows(TEMPORARIES), of_scores, (of_activations, gate_of_row)
+
+    def _through_router(self, inputs: Tensor) -> None:
+        """To the input's gradient comes that through the router: added as it is computed, or fp32 and by itself."""
+        if self.decision.switch is None:
+            through = self._cast(self.weight, self._e, TEMPORARIES)
+        else:
+            through = self._tape.new(inputs.numel, FP32, TEMPORARIES)
+            noise = self._tape.new(inputs.numel, FP32, TEMPORARIES) if self.decision.switch.jitter else None
+            del noise
+        del through
+
+    def _of_weight(self, inputs: Tensor) -> Tensor:
+        if self.decision.switch is None:
+            return self._cast(self._tape.new(self.weight.numel, self._e, TEMPORARIES), FP32, GRADIENTS)
+        read = self._read(inputs, TEMPORARIES)
+        of_weight = self._tape.new(self.weight.numel, FP32, GRADIENTS)
+        del read
+        return of_weight
 
     def _of_scores(self) -> Tensor:
         """Sum over each expert's rows, by the membership matrix ``[A, N]``."""
@@ -268,8 +326,20 @@ class _Layer(BesideFfn):
         experts = tape.new(rows, INT64, TEMPORARIES)
         membership = tape.new(rows * self.decision.num_experts, self._e, TEMPORARIES)
         scores = self._of_experts(TEMPORARIES)
-        mask = self._mask(TEMPORARIES)
-        del experts, membership, mask
+        if self.decision.switch is not None:
+            scores = self._of_probabilities(scores)
+        else:
+            mask = self._mask(TEMPORARIES)
+            del mask
+        del experts, membership
+        return scores
+
+    def _of_probabilities(self, of_gate: Tensor) -> Tensor:
+        index, taken = self._of_tokens(INT64, TEMPORARIES), self._of_tokens(BOOL, TEMPORARIES)
+        of_chosen = self._cast(self._of_tokens(self._e, TEMPORARIES), FP32, TEMPORARIES)
+        inner = self._of_tokens(FP32, TEMPORARIES)
+        scores = self._fp32_of_experts(TEMPORARIES)
+        del index, taken, of_chosen, inner, of_gate
         return scores
 
     def _send_gradients(self) -> None:
@@ -376,7 +446,7 @@ class _SparseRun:
 
     @property
     def _gated(self) -> bool:
-        return self.decision.routing == "key-experts"
+        return self.decision.needs.gated
 
     def _router_weights(self) -> list[Tensor]:
         shape = self.request.model
@@ -441,7 +511,7 @@ class _SparseRun:
         for _ in range(min(self.request.grad_accum, MICRO_BATCHES_THAT_DIFFER)):
             self._micro_batch()
         self.tape.phase = "optimizer_step"
-        SparseUpdate(self.tape, self.request, self.decision, self.routers).run(hot=hot)
+        self._optimizer_step()
         return len(self.tape.events)
 
     def _micro_batch(self) -> None:
@@ -470,3 +540,17 @@ class _SparseRun:
         loss = self.ops.cross_entropy(wide, targets)
         del padded, wide, hidden, logits, inputs, positions
         return loss
+
+    # --- the optimizer step ------------------------------------------------------------------------------------------
+
+    def _optimizer_step(self) -> None:
+        shape = self.request.model
+        hot = HotStep(self.tape, shape.num_layers, 2 * shape.hidden_size, self.decision.hot_rows)
+        if self._gated:
+            squared_router_norm(self.tape, self.routers)
+        if self.exchange.hot:
+            hot.squared_norm()
+        if self._gated:
+            update_routers(self.tape, self.routers)
+        if self.exchange.hot:
+            hot.update()

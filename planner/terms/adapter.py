@@ -99,9 +99,9 @@ def adapter_activations_bytes(*, tokens: Ints, active_rows: Ints, e: int) -> Int
     return tokens * active_rows * e
 
 
-def gates_bytes(*, tokens: Ints, num_experts: Ints, key_experts: Flags, e: int) -> Ints:
-    """Key-Experts: one layer's gate scores ``[T, N]``."""
-    return choose(key_experts, tokens * num_experts * e, 0)
+def gates_bytes(*, tokens: Ints, num_experts: Ints, key_experts: Flags, e: int, switch: Flags = False) -> Ints:
+    """Key-Experts: one layer's gate scores ``[T, N]``; switch: its probabilities, in the router's fp32."""
+    return choose(key_experts, tokens * num_experts * choose(switch, MASTER_BYTES, e), 0)
 
 
 # --- MEFT: for a while ----------------------------------------------------------------------------------------------
@@ -117,11 +117,17 @@ def adapter_forward_bytes(
     q: int,
     top_k: Ints = 0,
     own_rows: Flags = False,
+    num_experts: Ints = 1,
+    switch: Flags = False,
 ) -> Ints:
     """The output ``[T, D]`` (and its cast), and with Key-Experts the gates per row and the gated activations; or, where
-    that is more, what it takes to leave each token its own rows (with Key-Experts beside the gates per row)."""
+    that is more, what it takes to leave each token its own rows (with Key-Experts beside the gates per row), or what a
+    switch router reads, fp32 ``[T, D]``, with its scores and probabilities."""
     output = tokens * hidden_size * (e + (q if q != e else 0))
     usual = output + choose(key_experts, 2 * tokens * active_rows * e, 0)
+    if switch is not False:
+        read = choose(switch, tokens * (hidden_size + 2 * num_experts) * MASTER_BYTES, 0)
+        usual = largest(usual, read)
     if own_rows is False:
         return usual
     own = own_rows_bytes(tokens=tokens, active_rows=active_rows, top_k=top_k, e=e)
@@ -143,19 +149,26 @@ def adapter_backward_bytes(
     key_experts: Flags,
     e: int,
     q: int,
+    switch: Flags = False,
 ) -> Ints:
     """What one layer's adapter adds in backward.
 
     Exact routing: gradients ``[T, A]`` of activations and products, then the input's gradient ``[T, D]``. Key-Experts:
     the gate per row too, and the larger of what the gate's gradient needs (the membership matrix ``[A, N]``, a
     product, a mask and a gradient ``[T, N]``, int64 indices) and the input's gradient beside the gate's. In a dtype
-    of its own the adapter also casts the gradient that comes in, and the one that goes out.
+    of its own the adapter also casts the gradient that comes in, and the one that goes out. A switch router's scores
+    have fp32 gradients, and what goes to the input through it is fp32 ``[T, D]``, beside as many random numbers.
     """
     casts = tokens * hidden_size * (e + q) if e != q else 0
     exact = 2 * tokens * active_rows * e + tokens * hidden_size * e
     indices = INT64_BYTES * (active_rows + tokens * num_probes)
     of_gate = active_rows * num_experts * e + 2 * tokens * num_experts * e + indices
     of_input = tokens * num_experts * e + tokens * hidden_size * e
+    if switch is not False:
+        in_fp32 = active_rows * num_experts * e + tokens * num_experts * (e + MASTER_BYTES) + indices
+        of_gate = choose(switch, in_fp32, of_gate)
+        in_fp32 = tokens * num_experts * MASTER_BYTES + tokens * hidden_size * (e + 2 * MASTER_BYTES)
+        of_input = choose(switch, in_fp32, of_input)
     gated = 3 * tokens * active_rows * e + largest(of_gate, of_input)
     return casts + choose(key_experts, gated, exact)
 

@@ -85,7 +85,7 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
         return _trained_by_chunks(shape, workload, method)
     tokens, e, chosen = workload.tokens, method.adapter_bytes, method.candidates
     per_layer = ada.adapter_inputs_bytes(tokens=tokens, hidden_size=shape.hidden_size, e=e) + ada.gates_bytes(
-        tokens=tokens, num_experts=chosen.num_experts, key_experts=chosen.key_experts, e=e
+        tokens=tokens, num_experts=chosen.num_experts, key_experts=chosen.key_experts, e=e, switch=chosen.switch
     )
 
     def of_rows(active_rows: Ints) -> Ints:
@@ -113,6 +113,8 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
             q=workload.compute_bytes,
             top_k=chosen.top_k,
             own_rows=chosen.own_rows,
+            num_experts=chosen.num_experts,
+            switch=chosen.switch,
         ),
         backward=ada.adapter_backward_bytes(
             tokens=tokens,
@@ -123,6 +125,7 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
             key_experts=chosen.key_experts,
             e=e,
             q=workload.compute_bytes,
+            switch=chosen.switch,
         ),
         optimizer_temporary=largest(
             router, hot.hot_update_bytes(hidden_size=shape.hidden_size, hot_rows=chosen.hot_rows)

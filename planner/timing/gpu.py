@@ -41,6 +41,10 @@ OWN_ROWS_LAUNCHES = 4  # best K (2), comparison, filling
 OWN_GATED_LAUNCHES = 2  # rows of experts that are not probed: comparison, filling
 ASSEMBLE_LAUNCHES = 2  # the rows admitted, the rows kept
 ROUTER_LAUNCHES = 3  # scores, best P, int32
+SWITCH_READS = 4  # for the experts, for the gate, and through both products of backward
+SWITCH_LAUNCHES = (
+    4 * 2 + 6 + 9 + 17
+)  # random numbers and their product; counting; gate and balance loss; their gradients
 
 SCORE_BACKWARD_FACTOR: dict[Attention, float] = {"eager": 2.0, "sdpa": 2.5, "flash": 2.5}
 """Attention products backward over forward: 4 over 2, and 5 over 2 where the kernel computes the scores again."""
@@ -247,6 +251,7 @@ class AdapterSizes:
     num_experts: Ints
     key_experts: Flags
     own_rows: Flags = False
+    switch: Flags = False
 
 
 def adapter_forward_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows: Ints) -> Floats:
@@ -304,11 +309,19 @@ def adapter_backward_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_row
 
 
 def router_seconds(rates: GpuRates, sizes: AdapterSizes) -> Floats:
-    """Scoring the experts for one layer and choosing each token's best; 0 for exact routing."""
+    """Scoring the experts for one layer and choosing each token's best; 0 for exact routing.
+
+    A switch router draws random numbers ``[T, D]`` and multiplies by them, in fp32: here, for the gate in forward, and
+    twice in backward, all counted here. It counts each expert's tokens, and its gate is a softmax.
+    """
     tokens, hidden, num_experts = sizes.tokens, sizes.hidden_size, sizes.num_experts
     numbers = hidden * (num_experts + tokens) + 2 * tokens * num_experts
+    drawn = sizes.switch * SWITCH_READS * (3 * tokens * hidden + 4 * tokens * num_experts) * MASTER_BYTES
     return sizes.key_experts * rates.adapter_seconds(
-        flops=2 * tokens * num_experts * hidden, num_bytes=numbers * sizes.element_bytes, launches=ROUTER_LAUNCHES
+        flops=2 * tokens * num_experts * hidden,
+        num_bytes=numbers * sizes.element_bytes,
+        launches=ROUTER_LAUNCHES + sizes.switch * SWITCH_LAUNCHES,
+        elementwise_bytes=drawn,
     )
 
 

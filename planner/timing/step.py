@@ -82,18 +82,30 @@ def copy_seconds(num_bytes: Ints, *, rate: Floats, latency: Floats) -> Floats:
 
 
 def route_seconds(
-    host: HostProfile, *, tokens: int, hidden_size: int, scored_rows: Ints, visited_experts: Ints
+    host: HostProfile,
+    *,
+    tokens: int,
+    hidden_size: int,
+    scored_rows: Ints,
+    visited_experts: Ints,
+    scored_means: Ints = 0,
 ) -> Floats:
     """Choosing one layer's rows: ``2*T*D`` flops per scored row, top K over the scores, and Python around it.
 
     ``scored_rows`` is ``P * R/N`` per token; exact routing is one expert that everybody probes. ``visited_experts``
-    are those whose tokens are scored together, one after the other: 0 for exact routing.
+    are those whose tokens are scored together, one after the other: 0 for exact routing. ``scored_means`` are experts'
+    means, scored and chosen among as rows are.
     """
-    scores = tokens * scored_rows
+    scores = tokens * (scored_rows + scored_means)
     arithmetic = 2 * hidden_size * scores / host.gemm_flops_per_second.value
     selection = scores / host.select_scores_per_second.value
     python = host.overhead_seconds_per_layer.value + visited_experts * host.overhead_seconds_per_expert.value
     return arithmetic + selection + python
+
+
+def means_seconds(host: HostProfile, *, adapter_width: Ints, hidden_size: int) -> Floats:
+    """Taking the means of one layer's keys anew: ``R*D`` fp32 numbers read, at the rate at which rows are gathered."""
+    return adapter_width * hidden_size * MASTER_BYTES / host.gather_bytes_per_second.value
 
 
 def gather_seconds(
@@ -285,6 +297,7 @@ def _gpu_costs(request: Request, rates: GpuRates, candidates: Candidates, moved:
         num_experts=candidates.num_experts,
         key_experts=candidates.key_experts,
         own_rows=candidates.own_rows,
+        switch=candidates.switch,
     )
     chunk = replace(routed, tokens=chunk_tokens(routed.tokens, chunks))
     return GpuSeconds(
@@ -365,14 +378,17 @@ def _host_costs(
             )
         )
 
+    means = means_seconds(host, adapter_width=candidates.adapter_width, hidden_size=hidden_size) / request.rounds
+    route = route_seconds(
+        host,
+        tokens=tokens,
+        hidden_size=hidden_size,
+        scored_rows=probes * (candidates.adapter_width // experts),
+        visited_experts=np.where(candidates.in_experts, np.minimum(experts, tokens * probes), 0),
+        scored_means=experts * candidates.means,
+    )
     return HostSeconds(
-        route=route_seconds(
-            host,
-            tokens=tokens,
-            hidden_size=hidden_size,
-            scored_rows=probes * (candidates.adapter_width // experts),
-            visited_experts=np.where(candidates.key_experts, np.minimum(experts, tokens * probes), 0),
-        ),
+        route=route + means * candidates.means,
         gather=gather(moved.missing) + (candidates.gather_chunks - 1) * host.overhead_seconds_per_layer.value,
         gather_again=gather(moved.overflow),
         accumulate=np.asarray(

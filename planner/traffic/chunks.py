@@ -97,7 +97,7 @@ def predict_chunked_sparsity(profile: SparsityProfile, *, request: Request, deci
         tokens=chunk_tokens(request.tokens_per_step, chunks),
         top_k=decision.top_k,
         adapter_width=decision.adapter_width,
-        key_experts=decision.routing == "key-experts",
+        key_experts=decision.needs.gated,
     )
     quantile = request.active_rows_quantile
     spread = spread_at(profile.spread_fraction, quantile=quantile)

@@ -264,7 +264,7 @@ def _window_unions(
     """Rows that the first 1, 2, ... micro-batches of a window activate, without hot ones: ``[L, grad_accum, ...]``,
     layers that are one by construction once."""
     width, hot_rows = candidates.adapter_width, candidates.hot_rows
-    of_decisions = (candidates.top_k, width, candidates.key_experts, candidates.active_rows_cap, hot_rows)
+    of_decisions = (candidates.top_k, width, candidates.in_experts, candidates.active_rows_cap, hot_rows)
     axes = max(map(np.ndim, of_decisions))
     micro_batches = np.arange(1, grad_accum + 1).reshape(-1, *(1,) * axes)
     rows = active_rows_per_layer(
@@ -273,7 +273,7 @@ def _window_unions(
         tokens=tokens * micro_batches,
         top_k=candidates.top_k,
         adapter_width=width,
-        key_experts=candidates.key_experts,
+        key_experts=candidates.in_experts,
     )
     rows = np.minimum(distinct_layers(rows), candidates.active_rows_cap * micro_batches)
     return rows - hot_active_rows(
@@ -310,7 +310,7 @@ def expected_active_rows(
         tokens=request.tokens_per_step * micro_batches,
         top_k=decision.top_k,
         adapter_width=decision.adapter_width,
-        key_experts=decision.routing == "key-experts",
+        key_experts=decision.needs.in_experts,
     )
 
 

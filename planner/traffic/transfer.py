@@ -308,7 +308,7 @@ def step_transfer(
     categories = _decided(request, decision, *rows)
     h2d, d2h = step_bytes(categories)
     once = optimizer_step_bytes(
-        key_experts=decision.routing == "key-experts",
+        key_experts=decision.needs.gated,
         window_gradients=window_gradient_bytes(
             request=request, decision=decision, kept_rows_per_layer=kept_rows_per_layer
         ),

@@ -2,8 +2,8 @@
 
     y = FFN(h) + (gate * ReLU(h K_S^T)) V_S        S: the active rows, keys K_S and values V_S ``[A, D]``
 
-With exact routing there is no gate. With Key-Experts the gate of a row is its expert's score for the token (no
-softmax), zero where the token does not probe that expert; this is what trains the router.
+With exact routing there is no gate. Where a router is trained the gate of a row is what its expert is to the token
+(:mod:`meft.runtime.exchange.gating`), zero where the token does not probe that expert; this is what trains the router.
 
 ``S`` serves every token of the micro-batch (``tokens_see = union``), or each token uses its own best ``K`` of it
 (``own``): the activations of the others are zero, and so is what goes backward through them.
@@ -41,53 +41,65 @@ class SparseAdapterFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, exchange: RowExchange, layer: int
-    ) -> torch.Tensor:
-        """Compute the output ``[T, D]`` in the dtype of ``hidden``."""
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Compute the output ``[T, D]`` in the dtype of ``hidden``, and what the routing adds to the loss, if so."""
         with plan_dtypes(hidden.device):
             return SparseAdapterFunction._forward(ctx, hidden, weight, exchange, layer)
 
     @staticmethod
     def _forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, exchange: RowExchange, layer: int
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         rows = exchange.rows(layer)
         keys, values = rows.tensor_split(2, dim=1)
         inputs = hidden.to(rows.dtype)
-        activations, gate, gate_of_row = activate(exchange, layer, inputs, keys, weight)
+        activations, scores, gate_of_row, balance = activate(exchange, layer, inputs, keys, weight)
         ctx.exchange, ctx.layer, ctx.hidden_dtype = exchange, layer, hidden.dtype
-        ctx.save_for_backward(inputs, activations, weight, gate)
+        ctx.save_for_backward(inputs, activations, weight, scores)
         gated = activations
         if gate_of_row is not None:
             gated = torch.mul(activations, gate_of_row, out=like_rows(exchange, activations))
             del gate_of_row
-        return (gated @ values).to(hidden.dtype)
+        output = (gated @ values).to(hidden.dtype)
+        return output if balance is None else (output, balance)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad_output: torch.Tensor, grad_balance: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         """Send the row gradients off; return the gradients of ``hidden`` and ``weight``."""
         with plan_dtypes(grad_output.device):
-            return SparseAdapterFunction._backward(ctx, grad_output)
+            return SparseAdapterFunction._backward(ctx, grad_output, grad_balance)
 
     @staticmethod
-    def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        exchange, layer = ctx.exchange, ctx.layer
-        inputs, activations, weight, gate = ctx.saved_tensors
+    def _backward(
+        ctx: Any, grad_output: torch.Tensor, grad_balance: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        exchange, layer, gating = ctx.exchange, ctx.layer, ctx.exchange.gating
+        inputs, activations, weight, scores = ctx.saved_tensors
         exchange.before_backward(layer)
         rows = exchange.rows(layer)
         grad_output = grad_output.to(inputs.dtype)
         grads = row_gradients(
-            exchange, layer, rows=rows, inputs=inputs, activations=activations, gate=gate, grad_output=grad_output
+            exchange,
+            layer,
+            rows=rows,
+            inputs=inputs,
+            activations=activations,
+            scores=scores,
+            grad_output=grad_output,
+            grad_balance=grad_balance,
         )
         exchange.send_gradients(layer)
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_hidden = grads.products @ rows.tensor_split(2, dim=1)[0]
             if grads.scores is not None:
-                grad_hidden.addmm_(grads.scores, weight.to(inputs.dtype))
+                gating.add_input_gradient(layer, grads.scores, weight, grad_hidden)
             grad_hidden = grad_hidden.to(ctx.hidden_dtype)
         if grads.scores is not None and ctx.needs_input_grad[1]:
-            grad_weight = (grads.scores.T @ inputs).to(weight.dtype)
+            grad_weight = gating.weight_gradient(layer, grads.scores, inputs, weight)
         exchange.after_backward(layer)
         return grad_hidden, grad_weight, None, None
 
@@ -166,6 +178,9 @@ def _exit_hook(attached: AttachedAdapter, layer: int, weight: nn.Parameter) -> C
                 adapted = adapted_by_chunks(hidden, weight, exchange, layer)
             else:
                 adapted = SparseAdapterFunction.apply(hidden, weight, exchange, layer)
+            if isinstance(adapted, tuple):
+                adapted, balance = adapted
+                exchange.note_balance(balance)
             exchange.after_adapter(layer)
             return add_to(output, adapted)
 

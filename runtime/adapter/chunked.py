@@ -46,7 +46,7 @@ def _fill_chunk(
 ) -> None:
     rows = exchange.rows(layer)
     keys, values = rows.tensor_split(2, dim=1)
-    activations, _, gate_of_row = activate(exchange, layer, hidden.to(rows.dtype), keys, weight)
+    activations, _, gate_of_row, _ = activate(exchange, layer, hidden.to(rows.dtype), keys, weight)
     if gate_of_row is not None:
         activations.mul_(gate_of_row)
         del gate_of_row
@@ -105,7 +105,7 @@ def _chunk_backward(
     """Send a chunk's row gradients; write its part of the hidden state's gradient, and add to the router's."""
     rows = exchange.rows(layer)
     inputs, keys = hidden.to(rows.dtype), rows.tensor_split(2, dim=1)[0]
-    activations, gate, gate_of_row = activate(exchange, layer, inputs, keys, weight)
+    activations, scores, gate_of_row, _ = activate(exchange, layer, inputs, keys, weight)
     del gate_of_row
     grads = row_gradients(
         exchange,
@@ -113,7 +113,7 @@ def _chunk_backward(
         rows=rows,
         inputs=inputs,
         activations=activations,
-        gate=gate,
+        scores=scores,
         grad_output=grad_output.to(rows.dtype),
     )
     exchange.send_gradients(layer)

@@ -90,3 +90,50 @@ class DenseAdapter(nn.Module):
             scores = scores * probed.scatter(1, probes, 1.0)
         rows_per_expert = self.keys.shape[0] // self.router.shape[0]
         return scores.repeat_interleave(rows_per_expert, dim=1)
+
+
+class DenseSwitch(DenseAdapter):
+    """The same with a switch router: a token's one expert, its probability as the gate, and the loss of balance.
+
+    ``capacity`` is how many tokens an expert takes, ``balance_weight`` the loss's ``alpha``. ``noise [T, D]`` is what
+    the router's reading is multiplied by, where it is set; ``balance`` is the last forward's loss.
+    """
+
+    noise: torch.Tensor | None = None
+    balance: torch.Tensor
+
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, router: torch.Tensor, *, capacity: int, balance_weight: float
+    ) -> None:
+        super().__init__(keys, values, router)
+        self.capacity, self.balance_weight = capacity, balance_weight
+
+    def probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of each expert for each token, ``[T, N]``."""
+        assert self.router is not None
+        read = hidden if self.noise is None else hidden * self.noise
+        return torch.softmax(read @ self.router.T, dim=1)
+
+    def dispatch(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Each token's expert, int64 ``[T, 1]``, one token after the other; ``~n`` where expert ``n`` is full."""
+        probabilities = self.probabilities(hidden)
+        taken, found = [0] * probabilities.shape[1], []
+        for token in probabilities.tolist():
+            best = token.index(max(token))
+            found.append(best if taken[best] < self.capacity else ~best)
+            taken[best] += 1
+        return torch.tensor(found).unsqueeze(1)
+
+    def _gate(self, hidden: torch.Tensor, probes: torch.Tensor | None) -> torch.Tensor:
+        """Gate ``[T, R]``: the probability of each row's expert where that takes the token, else zero."""
+        probabilities = self.probabilities(hidden)
+        probes = self.dispatch(hidden) if probes is None else probes
+        chosen = [int(probe) if probe >= 0 else ~int(probe) for probe in probes]
+        counts = torch.bincount(torch.tensor(chosen), minlength=probabilities.shape[1])
+        shares = counts.to(probabilities.dtype) / len(chosen)
+        self.balance = self.balance_weight * probabilities.shape[1] * (shares * probabilities.mean(dim=0)).sum()
+        mask = torch.zeros_like(probabilities)
+        for token, expert in enumerate(probes.flatten().tolist()):
+            if expert >= 0:
+                mask[token, expert] = 1
+        return (probabilities * mask).repeat_interleave(self.keys.shape[0] // mask.shape[1], dim=1)

@@ -30,11 +30,13 @@ def plan_dtypes(device: torch.device) -> Iterator[None]:
 
 
 class Activated(NamedTuple):
-    """``ReLU(h K^T)`` of the active rows ``[T, A]``; with Key-Experts gates ``[T, N]``, and each row's ``[T, A]``."""
+    """``ReLU(h K^T)`` of the active rows ``[T, A]``; with a router scores ``[T, N]``, each row's gate ``[T, A]``, and
+    what the routing adds to the loss, if so."""
 
     activations: torch.Tensor
-    gate: torch.Tensor | None
+    scores: torch.Tensor | None
     gate_of_row: torch.Tensor | None
+    balance: torch.Tensor | None
 
 
 def activate(
@@ -42,11 +44,15 @@ def activate(
 ) -> Activated:
     """The activations of ``inputs [T, D]`` by ``keys [A, D]``; ``weight`` is the router ``[N, D]``, or a scalar."""
     products = rows_product(exchange, inputs, keys.T)
-    gate = exchange.gate(layer, inputs, weight) if weight.dim() == 2 else None
-    gate_of_row = None if gate is None else gates_of_rows(exchange, layer, gate)
+    gating, scores, gate_of_row, balance = exchange.gating, None, None, None
+    if gating is not None:
+        probes = exchange.probes(layer)
+        scores = gating.scores(layer, inputs, weight, probes)
+        balance = gating.balance_loss(scores, probes)
+        gate_of_row = gates_of_rows(exchange, layer, gating.gate(scores, probes, inputs.dtype))
     if exchange.decision.tokens_see == "own":
         leave_own_rows(exchange, products, gate_of_row)
-    return Activated(products.relu_(), gate, gate_of_row)
+    return Activated(products.relu_(), scores, gate_of_row, balance)
 
 
 class GradientsOfProducts(NamedTuple):
@@ -64,23 +70,25 @@ def row_gradients(
     rows: torch.Tensor,
     inputs: torch.Tensor,
     activations: torch.Tensor,
-    gate: torch.Tensor | None,
+    scores: torch.Tensor | None,
     grad_output: torch.Tensor,
+    grad_balance: torch.Tensor | None = None,
 ) -> GradientsOfProducts:
-    """Write the gradients of ``rows [A, 2D]`` to the exchange's buffer, from that of the output ``[T, D]``."""
+    """Write the gradients of ``rows [A, 2D]`` to the exchange's buffer, from that of the output ``[T, D]`` and of what
+    the routing adds to the loss."""
     values = rows.tensor_split(2, dim=1)[1]
     grad_keys, grad_values = exchange.gradient_buffer(layer).tensor_split(2, dim=1)
     grad_scores = gate_of_row = None
-    if gate is None:
+    if exchange.gating is None or scores is None:
         torch.mm(activations.T, grad_output, out=grad_values)
         grad_activations = rows_product(exchange, grad_output, values.T)
     else:
-        gate_of_row = gates_of_rows(exchange, layer, gate)
+        gate_of_row = gates_of_rows(exchange, layer, exchange.gating.gate(scores, exchange.probes(layer), inputs.dtype))
         product = torch.mul(activations, gate_of_row, out=like_rows(exchange, activations))
         torch.mm(product.T, grad_output, out=grad_values)
         grad_activations = rows_product(exchange, grad_output, values.T)
         torch.mul(grad_activations, activations, out=product)
-        grad_scores = gradient_of_scores(product, exchange, layer, gate)
+        grad_scores = gradient_of_scores(product, grad_balance, exchange, layer, scores)
         del product
         grad_activations.mul_(gate_of_row)
     grad_products = like_rows(exchange, activations)
@@ -90,14 +98,21 @@ def row_gradients(
 
 
 def gradient_of_scores(
-    grad_gate_of_row: torch.Tensor, exchange: RowExchange, layer: int, gate: torch.Tensor
+    grad_gate_of_row: torch.Tensor,
+    grad_balance: torch.Tensor | None,
+    exchange: RowExchange,
+    layer: int,
+    scores: torch.Tensor,
 ) -> torch.Tensor:
-    """Sum ``[T, A]`` over each expert's rows, as a product with the membership matrix: deterministic on a GPU."""
-    rows, num_experts = exchange.row_experts(layer), gate.shape[1]
+    """Sum ``[T, A]`` over each expert's rows, as a product with the membership matrix: deterministic on a GPU; and from
+    the gate's gradient the scores'."""
+    rows, gating = exchange.row_experts(layer), exchange.gating
+    assert gating is not None
     experts = exchange.for_rows((rows.shape[0],), axis=0, dtype=torch.int64).copy_(rows)
-    membership = exchange.for_rows((rows.shape[0], num_experts), axis=0, dtype=gate.dtype).zero_()
+    shape = (rows.shape[0], scores.shape[1])
+    membership = exchange.for_rows(shape, axis=0, dtype=grad_gate_of_row.dtype).zero_()
     membership.scatter_(1, experts.unsqueeze(1), 1.0)
-    return (grad_gate_of_row @ membership).mul_(exchange.probed(layer, gate))
+    return gating.backward(grad_gate_of_row @ membership, grad_balance, scores, exchange.probes(layer))
 
 
 def rows_product(exchange: RowExchange, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

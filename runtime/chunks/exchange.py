@@ -40,7 +40,7 @@ from meft.runtime.exchange.row_cache import RowCache
 class ChunkedExchange(RowExchange):
     """A :class:`RowExchange` for a decision with token chunks.
 
-    What it says of a layer's rows (:meth:`rows`, :meth:`row_experts`, :meth:`probed`, :meth:`gradient_buffer`,
+    What it says of a layer's rows (:meth:`rows`, :meth:`row_experts`, :meth:`probes`, :meth:`gradient_buffer`,
     :meth:`send_gradients`) is of the chunk at hand: see :meth:`chunks_of` and :meth:`chunks_again`.
     """
 
@@ -164,11 +164,9 @@ class ChunkedExchange(RowExchange):
         elif self._unit >= self.depth:
             self._chunk_fetcher.bring_chunk_again(self._unit - self.depth)
 
-    def probed(self, layer: int, like: torch.Tensor) -> torch.Tensor:
+    def probes(self, layer: int) -> torch.Tensor:
         """See :class:`RowExchange`; of the chunk's tokens."""
-        probes = self.layers[layer].probes
-        assert probes is not None
-        return torch.zeros_like(like).scatter_(1, probes[self._span].long(), 1.0)
+        return super().probes(layer)[self._span]
 
     def row_experts(self, layer: int) -> torch.Tensor:
         """See :class:`RowExchange`."""

@@ -109,7 +109,7 @@ class DeviceRows:
             made.places = [made._new_indices("row_indices") for _ in range(units)]
         if (made.sums or made.hot) and dtype != sums_dtype:
             made.cast = made.new_rows("gradient_sums", CAST_ROWS, sums_dtype)
-        if decision.routing == "key-experts":
+        if decision.needs.gated:
             made.experts = [made._new_indices("row_indices").zero_() for _ in range(units)]
         return made
 

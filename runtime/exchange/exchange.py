@@ -41,6 +41,7 @@ from meft.runtime.device.lanes import Job
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.exchange.device_rows import DeviceRows, GradientSlot, Landing
 from meft.runtime.exchange.fetching import RowFetcher
+from meft.runtime.exchange.gating import gating_of
 from meft.runtime.exchange.gradient_window import GradientWindow
 from meft.runtime.exchange.host_side import HostSide
 from meft.runtime.exchange.hot_rows import HotSet
@@ -74,6 +75,8 @@ class RowExchange:
     cache: RowCache | None = None
     clock: LaneClock | None = None
     peers: Peers | None = None
+    seed: int = 0
+    """Of what a routing draws at random."""
 
     def __post_init__(self) -> None:
         decision, num_layers = self.decision, self.store.num_layers
@@ -96,6 +99,9 @@ class RowExchange:
             dtype=self.adapter_dtype,
             sums_dtype=self.store.dtype,
         )
+        self.gating = gating_of(decision, seed=self.seed, micro_batch=self._number)
+        self._micro_batch: int | None = None
+        self._balance: torch.Tensor | None = None
         self._fetcher = self._make_fetcher(self.cache)
         self._window = self._make_window(self.cache)
         self._router_sums: RouterSums | None = None
@@ -103,6 +109,7 @@ class RowExchange:
             self._router_sums = self._make_router_sums(self.peers)
         self.hot = self._make_hot() if decision.hot_rows else None
         self._next_token_mask: torch.Tensor | None = None
+        self._next_micro_batch: int | None = None
 
     def _make_fetcher(self, cache: RowCache) -> RowFetcher:
         return RowFetcher(**self._fetcher_parts(cache))
@@ -115,6 +122,7 @@ class RowExchange:
             "decision": self.decision,
             "adapter_dtype": self.adapter_dtype,
             "router_weights": self.router_weights,
+            "gating": self.gating,
             "cache": cache,
             "on_device": self._on_device,
             "host": self._host,
@@ -185,14 +193,26 @@ class RowExchange:
 
     # --- forward -----------------------------------------------------------------------------------------------
 
-    def expect_tokens(self, token_mask: torch.Tensor) -> None:
-        """For the next forward only: a host bool ``[T]`` that leaves padding out of the choice of rows."""
-        self._next_token_mask = token_mask
+    def expect_tokens(self, token_mask: torch.Tensor, *, micro_batch: int | None = None) -> None:
+        """For the next forward only: a host bool ``[T]`` that leaves padding out of the choice of rows.
+
+        ``micro_batch`` is its number in the run, by default of those that went backward before.
+        """
+        self._next_token_mask, self._next_micro_batch = token_mask, micro_batch
+
+    def _number(self) -> int:
+        """The present micro-batch's in the run."""
+        if self._micro_batch is None:
+            with self.device.host():
+                self._micro_batch = int(self.store.use.micro_batches)
+        return self._micro_batch
 
     def begin_forward(self) -> None:
         """Open a micro-batch; the model's own forward calls this."""
         self.in_backward = False
         self._fetcher.token_mask, self._next_token_mask = self._next_token_mask, None
+        self._micro_batch, self._next_micro_batch = self._next_micro_batch, None
+        self._balance = None
         self._window.settle_without_backward()
         if self.hot is not None:
             self.hot.place()
@@ -251,16 +271,21 @@ class RowExchange:
         self._on_device.assemble(layer, placement)
         return slot.buffer[: self._on_device.aligned(placement.num_rows)]
 
-    def gate(self, layer: int, inputs: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
-        """Scores ``[T, N]`` of the experts for ``inputs [T, D]``, zero where a token does not probe the expert."""
-        scores = inputs @ router_weight.to(inputs.dtype).T
-        return scores.mul_(self.probed(layer, scores))
-
-    def probed(self, layer: int, like: torch.Tensor) -> torch.Tensor:
-        """One where a token probes an expert, zero elsewhere, shaped and typed like ``like [T, N]``."""
+    def probes(self, layer: int) -> torch.Tensor:
+        """The experts that the layer's tokens probe, int32 ``[T, P]`` on the device."""
         probes = self.layers[layer].probes
         assert probes is not None
-        return torch.zeros_like(like).scatter_(1, probes.long(), 1.0)
+        return probes
+
+    def note_balance(self, loss: torch.Tensor) -> None:
+        """A layer's part of the loss that keeps experts equally busy."""
+        if not self.in_backward:
+            self._balance = loss if self._balance is None else self._balance + loss
+
+    def take_balance(self) -> torch.Tensor | None:
+        """All layers' part of it, of the forward that was, once; None where the routing has none."""
+        balance, self._balance = self._balance, None
+        return balance
 
     def row_experts(self, layer: int) -> torch.Tensor:
         """Expert of each active row, int32 ``[A]`` on the device; they came with the rows."""
@@ -389,6 +414,8 @@ class RowExchange:
         buffers += self._host.named_buffers()
         assert self.cache is not None
         totals = {"cache_index": size} if (size := self.cache.host_bytes()) else {}
+        if self.store.means is not None:  # each rank has its own
+            totals["router_means"] = sum(table.numel() * table.element_size() for table in self.store.means.tables)
         if isinstance(self._window, SharedWindow):
             shared = [*landings, *self._window.own_buffers()]
             shared += self._router_sums.named_buffers() if self._router_sums is not None else ()

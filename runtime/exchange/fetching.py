@@ -17,6 +17,7 @@ from meft.runtime.device.engine import COPY_DONE, Copy, TransferEngine
 from meft.runtime.device.lanes import Job
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.exchange.device_rows import DeviceRows, Landing
+from meft.runtime.exchange.gating import Gating
 from meft.runtime.exchange.host_side import HostSide
 from meft.runtime.exchange.row_cache import Placement, RowCache
 from meft.runtime.exchange.state import ExchangeState
@@ -34,6 +35,8 @@ class RowFetcher:
     decision: Decision
     adapter_dtype: torch.dtype
     router_weights: list[torch.nn.Parameter]
+    gating: Gating | None
+    """None where the device has no part in the routing."""
     cache: RowCache
     on_device: DeviceRows
     host: HostSide
@@ -64,12 +67,10 @@ class RowFetcher:
 
     def send_probes(self, layer: int, hidden: torch.Tensor) -> None:
         """Score the experts on the device, keep the best ``P`` per token there, and send them to the host."""
-        if not self.router_weights:
+        if self.gating is None:
             return
-        inputs = hidden.to(self.adapter_dtype)
         with torch.no_grad():
-            scores = inputs @ self.router_weights[layer].to(inputs.dtype).T
-            probes = scores.topk(self.decision.num_probes, dim=1).indices.to(torch.int32)
+            probes = self.gating.probes(layer, hidden.to(self.adapter_dtype), self.router_weights[layer])
         self.state.layers[layer].probes = probes
         if self.clock is not None:
             self.clock.computed(f"router {layer}")

@@ -119,6 +119,7 @@ class GradientWindow:
         def write() -> None:
             copy.wait_on_host()
             self.store.layers[layer].keys[rows] = landing
+            self.store.keys_changed(layer)
 
         job = self.host.job(f"hot keys {layer}", write, after=(copy.job, self.state.updated[layer]))
         self.state.updated[layer] = job

@@ -1,61 +1,61 @@
 """The MEFT paper's way to find experts: a router whose rows are the means of the experts' keys.
 
-It trains nothing and gates nothing, lies on the host, and is current by construction: the means are taken anew of the
-keys as they are, ``R D`` additions where the exact choice takes ``T R D`` products. Experts are rows that lie together,
-as of Key-Experts.
+It trains nothing and gates nothing and lies on the host. It is kept current: what was updated is marked stale, and a
+stale layer's means are taken anew, of the keys as they are, when the layer is next routed: once an optimizer step, and
+the same bits whether or not a run was interrupted. Experts are rows that lie together, as of Key-Experts.
 
 Letters: ``T`` tokens, ``D`` hidden size, ``R`` adapter rows, ``N`` experts, ``P`` experts that a token probes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.host.kernels import HostKernels
-from meft.runtime.host.router import Selection, TopKRouter
+from meft.runtime.host.router import Router, Selection
+
+
+class KeyMeans:
+    """Each layer's mean key of every expert, fp32 ``[N, D]`` (or as wide as the masters)."""
+
+    def __init__(self, *, num_layers: int, num_experts: int, hidden_size: int, dtype: torch.dtype) -> None:
+        self.tables = tuple(torch.zeros(num_experts, hidden_size, dtype=dtype) for _ in range(num_layers))
+        self._stale = [True] * num_layers
+
+    def keys_changed(self, layer: int) -> None:
+        """The layer's keys are others than before."""
+        self._stale[layer] = True
+
+    def of(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """The means of the layer's ``keys [R, D]``, as they are now."""
+        table = self.tables[layer]
+        if self._stale[layer]:
+            torch.mean(keys.unflatten(0, (table.shape[0], -1)), dim=1, out=table)
+            self._stale[layer] = False
+        return table
 
 
 @dataclass(frozen=True)
 class CentroidRouter:
-    """In the place of exact routing: each token's ``top_k`` rows among the ``num_probes`` of ``num_experts`` experts
-    whose mean key it scores highest."""
+    """Each token's rows by the ``inner`` router, among the ``num_probes`` experts whose mean key it scores highest."""
 
-    top_k: int
-    active_rows_cap: int
-    num_experts: int
+    inner: Router
+    means: KeyMeans = field(repr=False)
     num_probes: int
-    kernels: HostKernels | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what leaves a token nothing to choose from."""
-        if not 1 <= self.num_probes <= self.num_experts:
-            raise UsageError(f"num_probes {self.num_probes}: is not between 1 and num_experts, {self.num_experts}")
 
     def select(self, layer: int, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor | None) -> Selection:
-        """See :class:`~meft.runtime.host.router.Router`; ``probes`` are this router's own.
-
-        Raises:
-            UsageError: the experts are not of equal size, or too small for ``top_k`` rows.
-        """
+        """See :class:`~meft.runtime.host.router.Router`; ``probes`` are this router's own."""
         if probes is not None:
-            raise UsageError("a centroid router takes the place of exact routing: the plan has routers of its own")
-        if queries.shape[0] == 0:
-            return Selection(torch.empty(0, dtype=torch.int64))
-        found = self.probes(keys, queries)
-        inner = TopKRouter(self.top_k, self.active_rows_cap, self.num_experts, self.kernels)
-        return inner.select(layer, keys, queries, found)
+            raise UsageError("a centroid router finds the experts itself: the plan's routing should be centroid")
+        return self.inner.select(layer, keys, queries, self.probes(layer, keys, queries))
 
-    def probes(self, keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    def probes(self, layer: int, keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """The experts that each token probes, int32 ``[T, P]``."""
-        rows, size = keys.shape[0], keys.shape[0] // self.num_experts
-        if rows % self.num_experts or size * self.num_probes < self.top_k:
-            raise UsageError(
-                f"num_experts {self.num_experts}: {rows} rows do not make as many of equal size with {self.top_k} rows "
-                f"in {self.num_probes} of them; give fewer experts or more probes"
-            )
-        means = keys.view(self.num_experts, size, -1).mean(dim=1)
-        scores = queries.to(keys.dtype) @ means.T
-        return scores.topk(self.num_probes, dim=1).indices.to(torch.int32)
+        return nearest_experts(self.means.of(layer, keys), queries.to(keys.dtype), num_probes=self.num_probes)
+
+
+def nearest_experts(means: torch.Tensor, queries: torch.Tensor, *, num_probes: int) -> torch.Tensor:
+    """Of each of ``queries [T, D]`` the experts whose ``means [N, D]`` score highest, int32 ``[T, P]``."""
+    return (queries @ means.T).topk(num_probes, dim=1).indices.to(torch.int32)

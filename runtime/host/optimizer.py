@@ -69,6 +69,7 @@ def update_layer(
         if copy is not None:
             copy[rows] = tables.weights[rows].to(copy.dtype)
     store.own_touched(layer).zero_()
+    store.keys_changed(layer)
     return rows.shape[0]
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from meft.runtime.host import huge_pages
+from meft.runtime.host.centroids import KeyMeans
 
 if TYPE_CHECKING:
     from meft.runtime.host.kernels import HostKernels
@@ -100,7 +101,8 @@ class HostStore:
 
     ``kernels`` do the work at the speed of memory; without them it is done by the readable code that they must equal.
     ``bf16_copy`` keeps a bf16 copy of every row to gather from: half as much to read, and as much more to keep.
-    ``has_hot_rows`` keeps the tables that say which rows live on the device. ``zeros`` makes the tables, and of rows
+    ``has_hot_rows`` keeps the tables that say which rows live on the device, ``means_of_experts`` the mean key of
+    each of so many experts. ``zeros`` makes the tables, and of rows
     that several processes share ``own_rows`` are those whose gradients this one sums up and that it updates.
     """
 
@@ -114,6 +116,7 @@ class HostStore:
         kernels: HostKernels | None = None,
         bf16_copy: bool = False,
         has_hot_rows: bool = False,
+        means_of_experts: int | None = None,
         zeros: Zeros = huge_pages.zeros,
         own_rows: range | None = None,
     ) -> None:
@@ -133,6 +136,11 @@ class HostStore:
         """Empty where no rows are hot."""
         if has_hot_rows:
             self.hot = tuple(_empty_index(adapter_width) for _ in range(num_layers))
+        self.means: KeyMeans | None = None
+        if means_of_experts is not None:
+            self.means = KeyMeans(
+                num_layers=num_layers, num_experts=means_of_experts, hidden_size=hidden_size, dtype=dtype
+            )
 
     def initialise(self, *, seed: int) -> None:
         """Keys uniform in +-1/sqrt(D) (what ``torch.nn.Linear`` does), values zero: the adapter starts as nothing."""
@@ -144,9 +152,16 @@ class HostStore:
         self.refresh_copies()
 
     def refresh_copies(self) -> None:
-        """Bring the bf16 copies up to date after weights were written other than by the optimizer."""
+        """Bring what is made of the rows up to date after they were written other than by the optimizer."""
         for tables, copy in zip(self.layers, self.copies, strict=False):
             copy.copy_(tables.weights)
+        for layer in range(self.num_layers):
+            self.keys_changed(layer)
+
+    def keys_changed(self, layer: int) -> None:
+        """A layer's keys were written, by whomever: the means of its experts' keys are to be taken anew."""
+        if self.means is not None:
+            self.means.keys_changed(layer)
 
     def gather(self, layer: int, rows: torch.Tensor, out: torch.Tensor) -> None:
         """Copy rows ``[A]`` of a layer into ``out [A, 2D]``, converting to its dtype."""

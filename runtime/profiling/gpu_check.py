@@ -26,8 +26,7 @@ from meft.runtime.device.device import Device
 from meft.runtime.device.lanes import Overlapped, Sequential
 from meft.runtime.device.nvml import NvmlReader, NvmlUnavailable
 from meft.runtime.device.timeline import LaneClock
-from meft.runtime.host.kernels import HostKernels
-from meft.runtime.host.router import PlannedRouter, Router, Selection, TopKRouter
+from meft.runtime.host.router import PlannedRouter, Router, Selection
 from meft.runtime.session.model_loading import model_from_config
 from meft.runtime.session.session import Session, WindowEnd, open_session
 
@@ -150,8 +149,7 @@ def _measure(
     overlapped: bool,
     trace: Path | None,
 ) -> Measured:
-    decision, kernels = plan.decision, HostKernels()
-    working = TopKRouter(decision.top_k, decision.active_rows_cap, decision.num_experts, kernels)
+    planned = PlannedRouter(plan.prediction.sparsity.active_rows_per_layer)
     device = make_device(plan.prediction.device_memory.allocator_budget_bytes)
     with torch.device(device.torch_device):
         model = model_from_config(plan, dict(config))
@@ -160,7 +158,7 @@ def _measure(
         model,
         device,
         seed=0,
-        router=WorkingRouter(working, PlannedRouter(plan.prediction.sparsity.active_rows_per_layer)),
+        around=lambda working: WorkingRouter(working, planned),
         schedule=Overlapped() if overlapped else Sequential(),
         clock=LaneClock(keep=trace is not None),
     )
@@ -168,7 +166,6 @@ def _measure(
         return _run(session, nvml, steps=steps, trace=trace)
     finally:
         session.close()
-        kernels.close()
         session.adapter.detach()
         del session, model
         gc.collect()

@@ -33,8 +33,9 @@ from meft.planner.base.errors import UsageError
 from meft.planner.base.files import file_mode, replace_folder, write_atomic, writing
 from meft.planner.base.schema import Count, File, Index, parse_json, read_text
 from meft.planner.models.architecture import ModelShape
-from meft.planner.records.plan import Plan, Routing, TokensSee
+from meft.planner.records.plan import Plan, TokensSee
 from meft.planner.records.report import Evaluation, Observed
+from meft.planner.records.routing import Routing
 from meft.runtime.session.model_card import model_card
 from meft.runtime.session.session import Session
 
@@ -147,7 +148,7 @@ def adapter_bytes(plan: Plan) -> int:
     """Size of an adapter folder, from the plan's shapes; never less than it will be."""
     decision, shape = plan.decision, plan.request.model
     rows = decision.adapter_width * 2 * shape.hidden_size
-    router = decision.num_experts * shape.hidden_size if decision.routing == "key-experts" else 0
+    router = decision.num_experts * shape.hidden_size if decision.needs.gated else 0
     numbers = rows + router + decision.adapter_width
     return shape.num_layers * (_FLOAT_BYTES * numbers + _HEADER_BYTES_PER_LAYER) + _TEXT_BYTES
 
@@ -157,7 +158,7 @@ def checkpoint_bytes(plan: Plan, *, steps: int) -> int:
     decision, shape = plan.decision, plan.request.model
     moments = 2 * decision.adapter_width * 2 * shape.hidden_size
     tables = decision.adapter_width * (1 + (len(_HOT_TABLES) if decision.hot_rows else 0))
-    router = 2 * decision.num_experts * shape.hidden_size + 1 if decision.routing == "key-experts" else 0
+    router = 2 * decision.num_experts * shape.hidden_size + 1 if decision.needs.gated else 0
     numbers = shape.num_layers * (moments + tables + router)
     text = _TEXT_BYTES_PER_STEP * steps + _TEXT_BYTES
     headers = shape.num_layers * (2 * _HEADER_BYTES_PER_LAYER + _OBSERVED_BYTES_PER_LAYER)

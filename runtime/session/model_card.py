@@ -48,7 +48,7 @@ To train it further, with a plan of the same adapter width:
 def model_card(plan: Plan, *, meft_version: str) -> str:
     """The card of an adapter that was trained as ``plan`` says."""
     decision, shape = plan.decision, plan.request.model
-    gated = decision.routing == "key-experts"
+    gated, chosen = decision.needs.gated, f"the best {decision.num_probes} of {decision.num_experts}"
     routed = decision.num_experts * shape.hidden_size if gated else 0
     return _CARD.format(
         name=shape.name,
@@ -58,7 +58,7 @@ def model_card(plan: Plan, *, meft_version: str) -> str:
         adapter_width=decision.adapter_width,
         num_parameters=shape.num_layers * (decision.adapter_width * 2 * shape.hidden_size + routed),
         top_k=decision.top_k,
-        routing=f"Key-Experts: the best {decision.num_probes} of {decision.num_experts}" if gated else "exact choice",
+        routing=f"{decision.needs.title}: {chosen}" if decision.needs.in_experts else decision.needs.title,
         version=meft_version,
         routers="; `layers.I.router`, the router" if gated else "",
     )

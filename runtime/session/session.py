@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,8 @@ from meft.runtime.exchange.state import StepCounters
 from meft.runtime.host import huge_pages
 from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
-from meft.runtime.host.router import Router, TopKRouter
+from meft.runtime.host.router import Router
+from meft.runtime.host.routers import router_of
 from meft.runtime.host.store import HostStore
 from meft.runtime.ranks.peers import Peers
 from meft.runtime.session.documents import DOCUMENT_START, positions_from, unpacked_sequences
@@ -60,15 +62,18 @@ class Session:
     _early: list[tuple[Job, Job]] = field(default_factory=list)
     """Norm and update of each layer, where updates began in backward."""
 
-    def step(self, batch: Batch, *, loss_scale: float, window_end: WindowEnd | None = None) -> StepResult:
-        """One micro-batch forward and backward; gradients are scaled by ``loss_scale``.
+    def step(
+        self, batch: Batch, *, loss_scale: float, window_end: WindowEnd | None = None, micro_batch: int | None = None
+    ) -> StepResult:
+        """One micro-batch forward and backward; gradients are scaled by ``loss_scale``. ``micro_batch`` is its number
+        in the run, of all ranks' together; by default of this session's own.
 
         ``window_end`` says that this is the window's last and what :meth:`optimizer_step` will be told: gradients
         summed on the device leave as soon as a layer has them all, and without clipping, which has to know every
         gradient first, rows are updated while the rest of backward goes on.
         """
         started = time.perf_counter()
-        self.exchange.expect_tokens(batch.attention_mask.flatten().bool())
+        self.exchange.expect_tokens(batch.attention_mask.flatten().bool(), micro_batch=micro_batch)
         self.exchange.closes_window = window_end is not None
         with self.device.scope():
             _, loss, sent = self.forward_backward(batch, loss_scale=loss_scale, window_end=window_end)
@@ -87,13 +92,19 @@ class Session:
     def forward_backward(
         self, batch: Batch, *, loss_scale: float, window_end: WindowEnd | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, Copy]:
-        """The step itself, inside the device's scope; the loss on the device, and on its way to the host."""
+        """The step itself, inside the device's scope; the loss on the device, and on its way to the host.
+
+        What the routing adds to it (see :mod:`meft.runtime.exchange.gating`) is trained and not told.
+        """
         loss = self.loss(batch)
         value, sent = self.engine.send_scalar(loss, category="loss")
         if window_end is not None and window_end.max_norm is None and self.peers is None:
             self._update_early(value, sent, window_end.learning_rate)
         self.exchange.begin_backward()
-        (loss * loss_scale).backward()
+        balance = self.exchange.take_balance()
+        total = loss if balance is None else loss + balance
+        del balance
+        (total * loss_scale).backward()
         self.exchange.finish_backward()
         self.exchange.closes_window, self.exchange.after_last_gradients = False, None
         return loss, value, sent
@@ -330,7 +341,7 @@ def open_session(
     *,
     seed: int,
     settings: AdamWSettings | None = None,
-    router: Router | None = None,
+    around: Callable[[Router], Router] | None = None,
     cache: RowCache | None = None,
     placer: ChunkPlacer | None = None,
     compiled: bool = True,
@@ -342,11 +353,11 @@ def open_session(
 ) -> Session:
     """Put ``model`` on the device with a fresh adapter beside it, as the plan decides.
 
-    ``router``, ``cache`` and ``placer`` replace the plan's own (a rehearsal passes some that need no data).
-    ``compiled=False`` does the host's work with the readable code. ``schedule`` says who does what when, by default one
-    thing after the other; the session's :meth:`~Session.close` closes it. ``clock`` is told of every task. ``key_init``
-    says where keys begin: see :mod:`meft.runtime.adapter.initialise`. ``peers`` share the store, all of which open
-    their session at once.
+    ``around`` takes the plan's router and gives what chooses rows in its place; ``cache`` and ``placer`` replace the
+    plan's own (a rehearsal passes some that need no data). ``compiled=False`` does the host's work with the readable
+    code. ``schedule`` says who does what when, by default one thing after the other; the session's
+    :meth:`~Session.close` closes it. ``clock`` is told of every task. ``key_init`` says where keys begin: see
+    :mod:`meft.runtime.adapter.initialise`. ``peers`` share the store, all of which open their session at once.
     """
     decision, shape = plan.decision, plan.request.model
     settings = settings or AdamWSettings()
@@ -365,19 +376,21 @@ def open_session(
         if key_init == "ffn":
             keys_from_ffn(store, model, seed=seed)
     weights = _graph_weights(decision, shape.num_layers, shape.hidden_size, device, seed)
-    routers = weights if decision.routing == "key-experts" else []
+    routers = weights if decision.needs.gated else []
+    router = router_of(decision, store, kernels)
     exchange = exchange_of(
         decision,
         device=device,
         engine=engine,
         store=store,
-        router=router or TopKRouter(decision.top_k, decision.active_rows_cap, decision.num_experts, kernels),
+        router=router if around is None else around(router),
         adapter_dtype=ADAPTER_DTYPES[plan.request.adapter_dtype],
         router_weights=routers,
         cache=cache,
         placer=placer,
         clock=clock,
         peers=peers,
+        seed=seed,
     )
     optimizer = _router_optimizer(routers, settings, device) if routers else None
     adapter = attach(model, exchange, weights)
@@ -397,6 +410,7 @@ def _new_store(plan: Plan, kernels: HostKernels | None, peers: Peers | None) -> 
         kernels=kernels,
         bf16_copy=decision.bf16_copy and plan.request.adapter_dtype == "bf16",
         has_hot_rows=decision.hot_rows > 0,
+        means_of_experts=decision.num_experts if decision.needs.means else None,
         zeros=huge_pages.zeros if peers is None else peers.zeros,
         own_rows=None if peers is None else peers.share_of(decision.adapter_width),
     )
@@ -413,7 +427,7 @@ def _graph_weights(
 ) -> list[nn.Parameter]:
     """Per layer the router ``[N, D]``, uniform in +-1/sqrt(D); for exact routing a scalar that starts the graph."""
     generator = torch.Generator().manual_seed(seed + 1)
-    shape = (decision.num_experts, hidden_size) if decision.routing == "key-experts" else ()
+    shape = (decision.num_experts, hidden_size) if decision.needs.gated else ()
     bound = hidden_size**-0.5
     weights = []
     for _ in range(num_layers):

@@ -47,7 +47,7 @@ def rehearsal_session(plan: Plan, model: nn.Module, device: EmulatedDevice) -> S
         model,
         device,
         seed=0,
-        router=router,
+        around=lambda _: router,
         cache=_planned_cache(plan),
         placer=_planned_placer(plan) if chunks > 1 else None,
         compiled=False,

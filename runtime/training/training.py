@@ -375,10 +375,12 @@ class Trainer:
 
     def _run_step(self, step: int, *, loss_scale: float, closing: WindowEnd | None) -> float:
         """One micro-batch of this rank; its loss."""
-        if self._ranks > 1:
-            torch.manual_seed(self.options.seed + step)  # dropout: the same whichever rank has the micro-batch
+        told: dict[str, int] = {}
+        if self._ranks > 1:  # dropout and jitter: the same whichever rank has the micro-batch
+            torch.manual_seed(self.options.seed + step)
+            told = {"micro_batch": step}
         batch = self.batch(step)
-        result = self.session.step(batch, loss_scale=loss_scale, window_end=closing)
+        result = self.session.step(batch, loss_scale=loss_scale, window_end=closing, **told)
         self._note_step(result, batch)
         return result.loss
 

@@ -245,11 +245,21 @@ class AdapterModel(nn.Module):
             self._expect_tokens(given.get("attention_mask"))
             number = self._order.forward()
             outputs = forward()
+            self._add_balance(outputs)
         finally:
             self._guided = False
         for name, anchor in differentiable(outputs):  # whichever the caller goes backward from
             anchor.register_hook(partial(self._begin_backward, number, name))
         return outputs
+
+    def _add_balance(self, outputs: Any) -> None:
+        """What the routing adds to the loss (``routing`` switch); a caller with a loss of its own finds it with
+        ``session.exchange.take_balance()``."""
+        if getattr(outputs, "loss", None) is None:
+            return
+        balance = self.session.exchange.take_balance()
+        if balance is not None:
+            outputs.loss = outputs.loss + balance
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """The base's ``generate`` with the adapter active."""

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from meft.planner.base.errors import MeftError, UsageError
+from meft.planner.records.routing import ROUTINGS, Routing
 from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.session.model_loading import load_tokenizer
 from meft.runtime.use.adapter_model import AdapterModel
@@ -66,12 +67,12 @@ def export_folded(base: Path, adapter: Path, output: Path) -> int:
     return inner
 
 
-def _require_foldable(shape: Any, routing: str) -> None:
+def _require_foldable(shape: Any, routing: Routing) -> None:
     if shape.gated_mlp:
         raise UsageError(f"{shape.name}: its FFN is gated, and ReLU rows beside it are no wider gated FFN; {_INSTEAD}")
     if shape.activation != "relu":
         raise UsageError(f"{shape.name}: its FFN has {shape.activation} where the adapter has ReLU; {_INSTEAD}")
-    if routing != "exact":
+    if ROUTINGS[routing].gated:
         raise UsageError(f"routing {routing}: each token's router gates its rows, which an FFN does not; {_INSTEAD}")
 
 

@@ -20,16 +20,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import TokensSee
+from meft.planner.records.routing import ROUTINGS, Routing
 from meft.runtime.adapter.adapter import add_to, ffn_input
 from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.adapter.products import plan_dtypes
+from meft.runtime.host.centroids import nearest_experts
 from meft.runtime.session.session import Session
 
 
@@ -73,9 +76,23 @@ def rows_met(tokens_see: TokensSee, top_k: int, active_rows: Sequence[float]) ->
     return (float(top_k),) if tokens_see == "own" else active_rows
 
 
+def found_by(routing: Routing, num_experts: int) -> FoundBy:
+    """What :class:`LayerRows` has to know of a routing."""
+    needs = ROUTINGS[routing]
+    return {"experts_by_means": num_experts if needs.means else 0, "by_probability": needs.one_expert}
+
+
+class FoundBy(TypedDict):
+    """See :func:`found_by`."""
+
+    experts_by_means: int
+    by_probability: bool
+
+
 @dataclass(frozen=True)
 class LayerRows:
-    """A layer's adapter on the host: ``keys`` and ``values`` ``[R, D]``; for Key-Experts ``router`` ``[N, D]``."""
+    """A layer's adapter on the host: ``keys`` and ``values`` ``[R, D]``; where a router was trained, ``router`` ``[N,
+    D]``."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -86,12 +103,18 @@ class LayerRows:
     """How many rows a token brought in training, those with the largest ``h . key``."""
     shares: torch.Tensor | None = None
     """fp32 ``[R]``: the share of training's micro-batches that had a row active; None where that is not known."""
+    experts_by_means: int = 0
+    """Centroids: ``N``, and the experts that a token probes are those whose mean key it scores highest."""
+    by_probability: bool = False
+    """Switch: the gate is the router's probability of the expert. No expert's tokens are limited at inference."""
 
     def output(self, hidden: torch.Tensor) -> torch.Tensor:
         """Adapter output ``[T, D]`` for ``hidden [T, D]`` in the rows' dtype."""
         if self.router is None:
-            return self._active(hidden @ self.keys.T, self.shares) @ self.values
+            return self._active(hidden @ self.keys.T, self.shares, self._probed(hidden)) @ self.values
         scores = hidden @ self.router.T
+        if self.by_probability:
+            scores = scores.softmax(dim=1)
         gates, probes = scores.topk(self.num_probes, dim=1)
         keys, values = (part.unflatten(0, (self.router.shape[0], -1)) for part in (self.keys, self.values))
         visits = [(expert, *(probes == expert).nonzero(as_tuple=True)) for expert in probes.unique().tolist()]
@@ -105,13 +128,33 @@ class LayerRows:
             result.index_add_(0, token, gated[token, probe] @ values[expert])
         return result
 
-    def _active(self, products: torch.Tensor, shares: torch.Tensor | None) -> torch.Tensor:
+    def _probed(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Centroids: bool ``[T, R]``, the rows of the experts that a token probes, of which it takes its own."""
+        if not self.experts_by_means:
+            return None
+        size = self.keys.shape[0] // self.experts_by_means
+        probes = nearest_experts(self._means, hidden, num_probes=self.num_probes)
+        probed = torch.zeros(hidden.shape[0], self.experts_by_means, dtype=torch.bool)
+        rows: torch.Tensor = probed.scatter_(1, probes.long(), True).repeat_interleave(size, dim=1)
+        return rows
+
+    @cached_property
+    def _means(self) -> torch.Tensor:
+        means: torch.Tensor = self.keys.unflatten(0, (self.experts_by_means, -1)).mean(dim=1)
+        return means
+
+    def _active(
+        self, products: torch.Tensor, shares: torch.Tensor | None, probed: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Activations from ``products [T, rows]`` of hidden states and keys: those that a token meets, and of others
-        their ``shares``, ``[rows]`` or ``[T, rows]``, or nothing."""
+        their ``shares``, ``[rows]`` or ``[T, rows]``, or nothing. ``probed`` are the rows that may be its own."""
         activations = torch.relu(products)
         if self.serving.min_score is not None:
             activations.masked_fill_(products < self.serving.min_score, 0.0)
         own = self.serving.rows_per_token or self.top_k
+        if probed is not None:
+            own = min(own, self.keys.shape[0] // self.experts_by_means * self.num_probes)
+            products = products.masked_fill(~probed, -math.inf)
         if (self.serving.rows_per_token is None and shares is None) or own >= products.shape[1]:
             return activations
         others = products < products.topk(own, dim=1).values[:, -1:]  # of equal ones all are the token's own
@@ -151,7 +194,16 @@ def _rows_of(session: Session, how: Serving) -> tuple[LayerRows, ...]:
     how = how.after(session.plan.decision.tokens_see, session.plan.decision.top_k)
     decision, shares = session.plan.decision, session.store.use.shares() or [None] * session.store.num_layers
     return tuple(
-        LayerRows(tables.keys, tables.values, router, decision.num_probes, how, decision.top_k, share)
+        LayerRows(
+            tables.keys,
+            tables.values,
+            router,
+            decision.num_probes,
+            how,
+            decision.top_k,
+            share,
+            **found_by(decision.routing, decision.num_experts),
+        )
         for tables, router, share in zip(session.store.layers, routers, shares, strict=True)
     )
 

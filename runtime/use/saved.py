@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from meft.planner.base.errors import UsageError
+from meft.planner.records.routing import ROUTINGS
 from meft.runtime.session import checkpoint
 from meft.runtime.session.checkpoint import AdapterConfig
 from meft.runtime.session.model_folder import load_causal_lm
-from meft.runtime.use.inference import LayerRows, Serving
+from meft.runtime.use.inference import LayerRows, Serving, found_by
 
 EXTRA_STATE = "_extra_state"
 """Where torch keeps what a module has to say besides tensors; here the text of an adapter's config, as bytes."""
@@ -71,7 +72,8 @@ def layer_rows(
     config: checkpoint.AdapterConfig, tensors: dict[str, torch.Tensor], path: Path, how: Serving
 ) -> tuple[LayerRows, ...]:
     """The rows that an adapter's file holds, their shapes checked against its config."""
-    shape, gated = config.base_model, config.routing == "key-experts"
+    shape, gated = config.base_model, ROUTINGS[config.routing].gated
+    found = found_by(config.routing, config.num_experts)
     micro_batches, how = _micro_batches(tensors, path), how.after(config.tokens_see, config.top_k)
     layers = []
     for layer in range(shape.num_layers):
@@ -85,7 +87,7 @@ def layer_rows(
             name = f"layers.{layer}.{checkpoint.ACTIVE_COUNTS}"
             counts = _tensor(tensors, name, (config.adapter_width,), path)
             share = (counts.to(torch.float32) / micro_batches).clamp(0, 1)
-        layers.append(LayerRows(keys, values, router, config.num_probes, how, config.top_k, share))
+        layers.append(LayerRows(keys, values, router, config.num_probes, how, config.top_k, share, **found))
     return tuple(layers)
 
 

@@ -7,9 +7,13 @@ import torch
 from sparse_setup import Tower, run_step
 from torch import nn
 
-from meft.runtime.adapter.oracle import DenseAdapter
+from meft.runtime.adapter.oracle import DenseAdapter, DenseSwitch
+from meft.runtime.exchange.gating import SwitchGating, capacity
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
+TOKENS = 5
+SWITCH = {"routing": "switch", "num_experts": 4, "switch": {"capacity_factor": 0.8, "jitter": 0.1, "balance_loss": 0.5}}
+"""An expert takes one of five tokens."""
 CHOICES = [
     pytest.param({"prefetch_depth": depth, "rows_in_backward": rows, **routing}, id=f"p{depth}-{rows}-{name}")
     for depth in (0, 1, 2)
@@ -17,6 +21,7 @@ CHOICES = [
     for name, routing in {
         "exact": {},
         "experts": {"routing": "key-experts", "num_experts": 4, "num_probes": 4},
+        "centroid": {"routing": "centroid", "num_experts": 4, "num_probes": 4},
     }.items()
 ]
 
@@ -43,7 +48,7 @@ class DenseTower(nn.Module):
 def dense_twin(setup) -> DenseTower:
     gated = bool(setup.exchange.router_weights)
     adapters = [
-        DenseAdapter(tables.keys, tables.values, weight.detach().cpu() if gated else None)
+        _dense(setup.exchange.decision, tables.keys, tables.values, weight.detach().cpu() if gated else None)
         for tables, weight in zip(setup.store.layers, setup.weights, strict=True)
     ]
     tower = Tower(setup.store.num_layers, setup.store.hidden_size).double()
@@ -54,11 +59,29 @@ def dense_twin(setup) -> DenseTower:
     return dense
 
 
+def _dense(decision, keys: torch.Tensor, values: torch.Tensor, router: torch.Tensor | None) -> DenseAdapter:
+    if decision.switch is None or router is None:
+        return DenseAdapter(keys, values, router)
+    full = capacity(decision.switch, TOKENS, decision.num_experts)
+    return DenseSwitch(keys, values, router, capacity=full, balance_weight=decision.switch.balance_loss)
+
+
 def dense_step(dense: DenseTower, hidden: torch.Tensor, grad: torch.Tensor):
     hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
     output = dense(hidden)
-    output.backward(grad)
+    balances = [adapter.balance for adapter in dense.adapters if isinstance(adapter, DenseSwitch)]
+    torch.autograd.backward([output, *balances], [grad, *(torch.ones_like(balance) for balance in balances)])
     return output.detach(), hidden.grad
+
+
+def give_noise(setup, dense: DenseTower) -> None:
+    """What a switch router's reading was multiplied by in the micro-batch that was."""
+    gating = setup.exchange.gating
+    if isinstance(gating, SwitchGating):
+        like = torch.empty(TOKENS, 8, dtype=torch.float64, device=setup.device.torch_device)
+        for layer, adapter in enumerate(dense.adapters):
+            noise = gating._noise(layer, like, torch.float64)
+            adapter.noise = None if noise is None else noise.cpu()
 
 
 def assert_same_gradients(setup, dense: DenseTower) -> None:
@@ -95,6 +118,7 @@ def assert_step_equals_the_oracle(setup, *, num_tokens: int = 5) -> None:
     dense.rows = rows_chosen(setup)
     if setup.exchange.router_weights:
         dense.probes = [noted_probes[layer].cpu().long() for layer in range(setup.store.num_layers)]
+    give_noise(setup, dense)
     expected, expected_grad = dense_step(dense, hidden, grad)
     torch.testing.assert_close(output, expected, **EXACT)
     torch.testing.assert_close(input_grad, expected_grad, **EXACT)

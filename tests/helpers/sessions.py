@@ -20,6 +20,13 @@ from meft.runtime.training.training import Trainer, TrainingOptions
 
 WIDE: dict[str, object] = {"adapter_width": 128, "top_k": 8, "active_rows_cap": 128}
 EXPERTS: dict[str, object] = {"routing": "key-experts", "num_experts": 16, "num_probes": 4}
+CENTROIDS: dict[str, object] = EXPERTS | {"routing": "centroid"}
+SWITCH: dict[str, object] = {
+    "routing": "switch",
+    "num_experts": 8,
+    "num_probes": 1,
+    "switch": {"capacity_factor": 1.25, "jitter": 0.01, "balance_loss": 0.01},
+}
 
 
 def small_plan(folder: Path, *, choice: dict[str, object] | None = None, **request: object) -> Plan:

@@ -13,7 +13,7 @@ from meft.runtime.chunks.exchange import exchange_of
 from meft.runtime.device.device import CudaDevice, EmulatedDevice
 from meft.runtime.device.engine import TransferEngine
 from meft.runtime.exchange.exchange import RowExchange
-from meft.runtime.host.router import TopKRouter
+from meft.runtime.host.routers import router_of
 from meft.runtime.host.store import HostStore
 
 AMPLE_BYTES = 1 << 32
@@ -97,17 +97,18 @@ def sparse_setup(
         hidden_size=hidden_size,
         dtype=dtype,
         has_hot_rows=chosen.hot_rows > 0,
+        means_of_experts=chosen.num_experts if chosen.needs.means else None,
     )
     for tables in store.layers:
         tables.weights.normal_(std=0.3)  # keeps the tower's outputs near 1, so that 1e-10 means something
     model = Tower(num_layers, hidden_size).to(dtype)
     device.adopt(model)
-    gated = chosen.routing == "key-experts"
+    gated = chosen.needs.gated
     shape = (chosen.num_experts, hidden_size) if gated else ()
     with device.scope():
         random = [0.3 * torch.randn(shape, dtype=dtype) for _ in range(num_layers)]
         weights = [nn.Parameter(weight.to(device.torch_device)) for weight in random]
-    router = TopKRouter(chosen.top_k, chosen.active_rows_cap, chosen.num_experts)
+    router = router_of(chosen, store)
     exchange = exchange_of(
         chosen,
         device=device,
@@ -126,8 +127,12 @@ def run_step(setup: Setup, hidden: torch.Tensor, grad: torch.Tensor) -> tuple[to
     device_grad = setup.put(grad)
     with setup.device.scope():
         output = setup.model(device_hidden)
+        balance = setup.exchange.take_balance()
         setup.exchange.begin_backward()
-        output.backward(device_grad)
+        if balance is None:
+            output.backward(device_grad)
+        else:
+            torch.autograd.backward([output, balance], [device_grad, torch.ones_like(balance)])
         setup.exchange.finish_backward()
     input_grad = device_hidden.grad
     return output.detach().cpu(), None if input_grad is None else input_grad.cpu()

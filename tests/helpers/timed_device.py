@@ -362,7 +362,9 @@ def timed_session(plan: Plan, profiles: ProfileSet, schedule: Schedule, *, keep:
         stack.enter_context(mock.patch.object(session_module, "HostKernels", return_value=kernels))
         stack.enter_context(mock.patch.object(session_module, "TransferEngine", TimedEngine))
         router = TimedRouter(plan, kernels)
-        session = open_session(small, _model(small), device, seed=0, router=router, schedule=schedule, clock=clock)
+        session = open_session(
+            small, _model(small), device, seed=0, around=lambda _: router, schedule=schedule, clock=clock
+        )
         stack.enter_context(closing(session))
         engine = session.engine
         assert isinstance(engine, TimedEngine)

@@ -47,6 +47,7 @@ RECORDS_AND_PROFILES = {
     "meft.planner.records.peft_methods",
     "meft.planner.records.plan",
     "meft.planner.records.report",
+    "meft.planner.records.routing",
     "meft.planner.records.profiles",
     "meft.planner.records.profile_file",
     "meft.planner.records.profile_catalogue",

@@ -135,11 +135,12 @@ def requests() -> Iterator[Request]:
 def decisions() -> Iterator[Decision]:
     shared = {"adapter_width": 1024, "top_k": 16, "active_rows_cap": 800, "prefetch_depth": 1}
     experts = {"routing": "key-experts", "num_experts": 32, "num_probes": 4}
+    centroids = experts | {"routing": "centroid"}
     window = {"cached_rows": 100, "gradients_on_device": True}
     rows = ({"rows_in_backward": "retained"}, {"rows_in_backward": "refetched"})
     kept = ({}, window, {"hot_rows": 64}, {**window, "hot_rows": 64})
     whether = ({"activation_checkpointing": False}, {"activation_checkpointing": True, "bf16_copy": True})
-    for route, backward, cache, recompute in itertools.product(({}, experts), rows, kept, whether):
+    for route, backward, cache, recompute in itertools.product(({}, experts, centroids), rows, kept, whether):
         exact = {"routing": "exact", "num_experts": 1, "num_probes": 1}
         yield decision_of(**{**shared, **exact, **route, **backward, **cache, **recompute})
 
@@ -256,7 +257,7 @@ def drawn(name: str, chance: random.Random) -> Any:
 
 
 FLAGS = {"retained", "key_experts", "gradients_on_device", "layernorm", "gated", "fp32", "soft_capped", "active"}
-FLAGS |= {"double_quant", "own_rows"}
+FLAGS |= {"double_quant", "own_rows", "switch", "means"}
 
 
 @pytest.mark.parametrize(("name", "path", "written"), formulas())

@@ -27,7 +27,6 @@ from meft.planner.records.plan import (
     Phase,
     Plan,
     Request,
-    Routing,
     RowsInBackward,
     SearchSummary,
     Timing,
@@ -35,6 +34,7 @@ from meft.planner.records.plan import (
     TransferEntry,
 )
 from meft.planner.records.report import Comparison, Report
+from meft.planner.records.routing import ROUTINGS, Routing, SwitchOptions
 
 PLAN = sample_plan()
 REPORT = sample_report(PLAN)
@@ -60,7 +60,8 @@ bases = st.sampled_from(get_args(Basis))
 def decisions(draw: st.DrawFn) -> Decision:
     num_experts, rows_per_expert = draw(st.integers(1, 50)), draw(st.integers(1, 200))
     exact = num_experts == 1
-    num_probes = 1 if exact else draw(st.integers(1, num_experts))
+    routing = draw(st.sampled_from([name for name in ROUTINGS if exact or ROUTINGS[name].in_experts]))
+    num_probes = 1 if exact or ROUTINGS[routing].one_expert else draw(st.integers(1, num_experts))
     width = num_experts * rows_per_expert
     top_k = draw(st.integers(1, num_probes * rows_per_expert))
     return Decision(
@@ -70,7 +71,8 @@ def decisions(draw: st.DrawFn) -> Decision:
         active_rows_cap=draw(st.integers(top_k, width)),
         num_experts=num_experts,
         num_probes=num_probes,
-        routing=draw(st.sampled_from(get_args(Routing))) if exact else "key-experts",
+        routing=routing,
+        switch=SwitchOptions(jitter=draw(st.sampled_from((0.0, 0.5)))) if routing == "switch" else None,
         rows_in_backward=draw(st.sampled_from(get_args(RowsInBackward))),
         activation_checkpointing=draw(st.booleans()),
     )

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_records import llama_7b, request_of, sparsity_profile, tiny_shape
 
+from meft.planner.records.routing import SwitchOptions
 from meft.planner.search.space import (
     active_rows_caps,
     adapter_widths,
@@ -161,7 +162,7 @@ CHOICES = st.fixed_dictionaries(
     optional={
         "adapter_width": st.integers(1, 40),
         "prefetch_depth": st.integers(0, 2),
-        "routing": st.sampled_from(["exact", "key-experts"]),
+        "routing": st.sampled_from(["exact", "key-experts", "centroid", "switch"]),
         "rows_in_backward": st.sampled_from(["retained", "refetched"]),
         "activation_checkpointing": st.booleans(),
         "bf16_copy": st.booleans(),
@@ -194,6 +195,17 @@ def test_key_experts_leave_the_router_a_choice(width, top_k):
     assert (width % space.num_experts == 0).all()
     assert (space.num_probes <= space.num_experts).all()
     assert (probed_rows >= min(2 * top_k, width)).all()
+
+
+@settings(max_examples=25)
+@given(width=st.integers(1, 5000), top_k=st.integers(1, 300))
+def test_a_token_of_a_switch_has_rows_to_choose_from_in_its_one_expert(width, top_k):
+    top_k = min(top_k, width)
+    space = enumerate_space(request_of(adapter_width=width, top_k=top_k, routing="switch"), sparsity_profile())
+    assert (width % space.num_experts == 0).all()
+    assert (space.num_probes == 1).all()
+    assert (width // space.num_experts >= min(2 * top_k, width)).all()
+    assert space.decision((0,) * 6).switch == SwitchOptions()
 
 
 @settings(max_examples=25)

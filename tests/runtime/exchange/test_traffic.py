@@ -7,7 +7,7 @@ import json
 
 import pytest
 from plan_samples import sample_profiles, sample_request
-from sessions import EXPERTS, ByStep, open_small, rows_by_step, small_plan, small_trainer
+from sessions import CENTROIDS, EXPERTS, SWITCH, ByStep, open_small, rows_by_step, small_plan, small_trainer
 from sparse_setup import AMPLE_BYTES, decision
 
 from meft.planner.memory.host import host_memory as planned_host_memory
@@ -23,11 +23,11 @@ CHOICES = [
     pytest.param(
         {"prefetch_depth": depth, "rows_in_backward": rows, "activation_checkpointing": checkpointing, **routing},
         accum,
-        id=f"p{depth}-{rows}-{'ckpt' if checkpointing else 'plain'}-accum{accum}-{'experts' if routing else 'exact'}",
+        id=f"p{depth}-{rows}-{'ckpt' if checkpointing else 'plain'}-accum{accum}-{routing.get('routing', 'exact')}",
     )
     for (depth, rows, checkpointing, accum), routing in zip(
         itertools.product((0, 1, 2), ("retained", "refetched"), (False, True), (1, 3)),
-        itertools.cycle([{}, EXPERTS, EXPERTS, {}]),
+        itertools.cycle([{}, EXPERTS, CENTROIDS, SWITCH, EXPERTS, {}, SWITCH]),
         strict=False,
     )
 ]
@@ -43,11 +43,13 @@ CACHED = [
             "gradients_on_device": summed,
             **routing,
         },
-        id=f"p{depth}-{rows}-{cached}-{'summed' if summed else 'sent'}-{'experts' if routing else 'exact'}",
+        id=f"p{depth}-{rows}-{cached}-{'summed' if summed else 'sent'}-{routing.get('routing', 'exact')}",
     )
     for depth, rows, cached, summed, routing in (
         (0, "refetched", 30, True, EXPERTS),
         (1, "refetched", 70, True, {}),
+        (1, "refetched", 70, True, CENTROIDS),
+        (0, "refetched", 30, True, SWITCH),
         (1, "retained", 128, True, EXPERTS),
         (2, "refetched", 30, False, EXPERTS),
         (0, "retained", 128, False, {}),

@@ -22,7 +22,7 @@ from rank_checks import (
     write_facts,
 )
 from rank_runs import ended, start_ranks
-from sessions import EXPERTS
+from sessions import CENTROIDS, EXPERTS, SWITCH
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.report import Report
@@ -32,6 +32,8 @@ from meft.runtime.session.checkpoint import list_checkpoints
 CHOICES: dict[str, dict[str, object]] = {
     "experts": {**EXPERTS, "top_k": 16},
     "ahead": {**EXPERTS, "top_k": 16, "prefetch_depth": 1},
+    "centroid": {**CENTROIDS, "top_k": 16},
+    "switch": {**SWITCH, "prefetch_depth": 1},
     "retained": {"top_k": 16, "rows_in_backward": "retained"},
     "bf16": {"top_k": 16, "bf16_copy": True},
 }

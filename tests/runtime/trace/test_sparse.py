@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from make_plan import hand_plan  # noqa: E402
-from sessions import EXPERTS  # noqa: E402
+from sessions import CENTROIDS, EXPERTS, SWITCH  # noqa: E402
 from sparse_setup import decision  # noqa: E402
 from trace_setups import config_of  # noqa: E402
 
@@ -35,6 +35,8 @@ NARROW = {"adapter_width": 64, "top_k": 4, "active_rows_cap": 48, "rows_in_backw
 BF16 = {"weights_dtype": "bf16", "adapter_dtype": "bf16"}
 MIXED = {"weights_dtype": "bf16", "adapter_dtype": "fp32"}
 CHUNKED = {"token_chunks": 4}
+UNBALANCED = {"switch": {"balance_loss": 0.0}}
+"""The balance loss makes some numbers a layer, which no term counts."""
 CASES = [
     ("llama", {}, {}),
     ("llama", {}, {"batch_size": 1}),
@@ -53,6 +55,11 @@ CASES = [
     ("llama", CHUNKED | {"prefetch_depth": 1, "activation_checkpointing": True}, BF16),
     ("llama", CHUNKED | EXPERTS | {"prefetch_depth": 2}, MIXED),
     ("llama", CHUNKED | EXPERTS | {"tokens_see": "own", "activation_checkpointing": True}, BF16 | {"batch_size": 1}),
+    ("llama", CENTROIDS | {"prefetch_depth": 1}, BF16),
+    ("llama", SWITCH | UNBALANCED, {}),
+    ("llama", SWITCH | UNBALANCED | {"prefetch_depth": 1}, BF16),
+    ("llama", SWITCH | UNBALANCED | {"activation_checkpointing": True, "tokens_see": "own"}, MIXED),
+    ("llama", SWITCH | {"switch": {"jitter": 0.0, "balance_loss": 0.0}}, BF16),
     ("qwen2", {}, {}),
     ("qwen3", {"activation_checkpointing": True}, MIXED),
     ("mistral", {}, {}),
@@ -213,6 +220,7 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 8192}
         ({"hot_rows": 128, "cached_rows": 64, "gradients_on_device": True}, BF16),
         ({"tokens_see": "own"}, {}),
         (EXPERTS | {"tokens_see": "own"}, BF16),
+        (SWITCH, BF16),
         ({}, BF16 | {"packed": True}),
         ({"activation_checkpointing": True}, MIXED | {"packed": True}),
         ({}, BF16 | {"packed": True, "attention": "eager"}),
