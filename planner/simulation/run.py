@@ -71,7 +71,7 @@ def simulate(
     offloader = None if setup.offload == "none" else HostOffloader(tape, OFFLOADING[setup.offload])
     tape.offloader = offloader
     _Run(tape, setup, weights, workspace_bytes, offloader).steps(shapes)
-    return Stream(tuple(tape.events), dict(tape.moments), offloader and offloader.traffic())
+    return Stream(tuple(tape.events), dict(tape.moments), None if offloader is None else offloader.traffic())
 
 
 @cache

@@ -20,7 +20,6 @@ from meft.planner.base.errors import UsageError
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Plan
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.simulation.offloading import OFFLOADED
 from meft.planner.simulation.stream import Stream
 from meft.runtime.adapter.blocks import decoder_blocks
 from meft.runtime.fake.books import CudaBooks
@@ -192,7 +191,7 @@ class _Run:
         def unpack(packed: Any) -> torch.Tensor:
             with self.books.host():
                 host: torch.Tensor = own.unpack_hook(packed)
-            with self.books.category(OFFLOADED):
+            with self.books.category("offloaded_activations"):
                 return torch.empty_strided(host.size(), host.stride(), dtype=host.dtype)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -21,7 +21,7 @@ PACKAGES = ("meft", "planner", "runtime", "profiles")
 
 HEAVY = {"torch", "transformers", "numba"}
 LIGHT = {"pydantic", "click", "numpy", "psutil", "rich"}
-ONLY_IN_FUNCTIONS = {"scipy", "matplotlib"}
+ONLY_IN_FUNCTIONS = {"scipy", "matplotlib", "tokenizers"}
 
 RECORDS_AND_PROFILES = {
     "meft.planner.base.schema",

@@ -55,3 +55,23 @@ def test_the_command_exits_by_the_verdict(gpu_mem: str, verdict: str, code: int)
     result = CliRunner().invoke(estimate_command, [*run.split(), "--gpu-mem", gpu_mem])
     assert result.exit_code == code
     assert json.loads(result.output)["verdict"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "seq_len", "verdict"), [(2, 4096, "fits"), (3, 4096, "fits-after-retries"), (7, 2048, "uncertain")]
+)
+def test_a_run_that_reserves_more_than_the_card_has_is_not_refused_for_that(
+    batch_size: int, seq_len: int, verdict: str
+) -> None:
+    """LoRA of Mistral 7B on 24 GiB. Without a limit the middle one reserves more than what the largest context leaves,
+    the last more than the whole card, and both allocate less: torch's allocator gives back what it caches first, so
+    whether a run fits is what its replay under the limit says, and no comparison of reserved with the card."""
+    run = "--method lora --model mistral-7b --gpu rtx-3090 --attention flash --activation-checkpointing --drop-outputs"
+    size = f"--target-modules q_proj,v_proj --rank 16 --batch-size {batch_size} --seq-len {seq_len} --json"
+    result = CliRunner().invoke(estimate_command, [*run.split(), *size.split()])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert found["verdict"] == verdict
+    assert (found["peak_reserved_bytes"] <= 24 * 1024 * MIB - HIGH) is (verdict == "fits")
+    assert (found["peak_reserved_bytes"] > 24 * 1024 * MIB) is (verdict == "uncertain")
+    assert found["peak_allocated_bytes"] < 24 * 1024 * MIB - LOW
