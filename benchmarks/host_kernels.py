@@ -133,7 +133,8 @@ def deepspeed_adam(parameter: torch.nn.Parameter) -> Callable[[], object] | None
 
 
 def moves(kernels: HostKernels, *, width: int, hidden: int, rows: torch.Tensor, rounds: int) -> dict[str, dict]:
-    """Gather (fp32, and fp32 to bf16, and from a bf16 copy), accumulate, and a plain copy as large as the gather."""
+    """Gather (fp32, and fp32 to bf16, and from a bf16 copy), accumulate (fp32, and bf16 into fp32 sums), and a plain
+    copy as large as the gather."""
     table, gradients = torch.randn(width, 2 * hidden), torch.randn(len(rows), 2 * hidden)
     wide, narrow = torch.empty_like(gradients), torch.empty_like(gradients, dtype=torch.bfloat16)
     half, touched = table.bfloat16(), torch.zeros(width, dtype=torch.bool)
@@ -162,10 +163,18 @@ def moves(kernels: HostKernels, *, width: int, hidden: int, rows: torch.Tensor, 
         },
         rounds,
     )
+    added_bf16 = seconds_in_turn(
+        {
+            "kernel": lambda: kernels.accumulate(table, touched, rows, narrow),
+            "torch.index_add, converted": lambda: table.index_add_(0, rows, narrow.float()),
+        },
+        rounds,
+    )
     return {
         "gather fp32": figures(fp32, kernel="kernel", num_bytes=dict.fromkeys(fp32, size)),
         "gather fp32 to bf16": figures(bf16, kernel="kernel"),
         "accumulate": figures(added, kernel="kernel", num_bytes=dict.fromkeys(added, size + size // 2)),
+        "accumulate bf16 gradients": figures(added_bf16, kernel="kernel"),
     }
 
 

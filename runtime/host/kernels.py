@@ -30,7 +30,11 @@ from meft.runtime.host.compiled import cache_folder, compiled
 from meft.runtime.host.streaming_copy import can_stream, gather_streaming
 
 INLINE_BYTES = 1 << 18
-"""Work below this is done by the calling thread: handing it over costs more than it saves."""
+"""Each thread has as much to do at least: handing less over costs more than it saves (256 KiB that 16 threads gathered
+took six times as long as on one)."""
+MEMORY_BOUND_THREADS = 8
+"""No more work on memory at once: about as many fill a socket's channels, and the rest wait for each other. Assumed,
+from what 16 threads did elsewhere."""
 STREAMED_BYTES = 1 << 22
 """A gather of this or more goes past the cache: a core's share of it would not stay there until it is sent."""
 SHARES_PER_THREAD = 2
@@ -408,7 +412,8 @@ class HostKernels:
         best = torch.empty(scores.shape[0], top_k, dtype=scores.dtype)
         rows = torch.zeros(scores.shape[0], top_k, dtype=torch.int64)
         arguments = (scores.numpy(), experts.numpy(), rows_per_expert, best.numpy(), rows.numpy())
-        self._split(scores, _row_bytes(scores), _top_rows, *arguments)
+        work = scores.numel() * scores.element_size()
+        self._split_counted(scores.shape[0], work, _top_rows, *arguments)
         return best, rows
 
     def union(self, best: torch.Tensor, rows: torch.Tensor, *, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -419,12 +424,16 @@ class HostKernels:
         return union, sums.index_select(0, union)
 
     def _split(self, items: torch.Tensor, bytes_per_item: int, kernel: Any, *arguments: Any) -> None:
-        """Run ``kernel(*arguments, first, last)`` over all items, a share per thread."""
-        self._split_counted(items.shape[0], items.shape[0] * bytes_per_item, kernel, *arguments)
+        """Run ``kernel(*arguments, first, last)``, which is bound by memory, over all items, a share per thread."""
+        work = items.shape[0] * bytes_per_item
+        self._split_counted(items.shape[0], work, kernel, *arguments, most_threads=MEMORY_BOUND_THREADS)
 
-    def _split_counted(self, count: int, work: int, kernel: Any, *arguments: Any) -> None:
-        """Threads take shares of ``count`` items until none is left, this one with them; it does all of little work."""
-        threads = min(self.num_threads, count) if work >= INLINE_BYTES else 1
+    def _split_counted(
+        self, count: int, work: int, kernel: Any, *arguments: Any, most_threads: int | None = None
+    ) -> None:
+        """Threads take shares of ``count`` items until none is left, this one with them; it does all of little work
+        (bytes, or multiplications)."""
+        threads = min(self.num_threads, most_threads or self.num_threads, count, work // max(INLINE_BYTES, 1))
         if self._pool is None or threads <= 1:
             kernel(*arguments, 0, count)
             return

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, cast
 
 import pytest
 import torch
@@ -236,3 +239,34 @@ def test_top_rows_and_union_equal_torch(tokens: int, top_k: int, seed: int) -> N
     assert torch.equal(union, capped_union(expected_rows, expected, num_rows=9, cap=9).rows)
     activation = torch.zeros(9).index_add_(0, expected_rows.flatten(), expected.flatten().clamp(min=0))
     torch.testing.assert_close(sums, activation[union])
+
+
+class Counting:
+    """A pool that does at once what it is given, and counts."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        self.given += 1
+        work()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "kib", "others"),
+    # The calling thread takes part. A thread has 256 KiB at least, and no more than eight work on memory at once.
+    [(16, 255, 0), (16, 256, 0), (16, 511, 0), (16, 512, 1), (16, 1024, 3), (16, 64 * 1024, 7), (2, 64 * 1024, 1)],
+)
+def test_threads_are_as_many_as_the_work_is_worth(num_threads: int, kib: int, others: int) -> None:
+    kernels = HostKernels(num_threads)
+    kernels.close()
+    counting = Counting()
+    kernels._pool = cast(Any, counting)
+    rows = torch.arange(kib)
+    table, out = torch.randn(kib, 256), torch.empty(kib, 256)  # a row is 1 KiB
+    kernels.gather(table, rows, out)
+    assert torch.equal(out, table)
+    assert counting.given == others
