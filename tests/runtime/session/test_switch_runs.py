@@ -69,7 +69,10 @@ def test_the_balance_loss_spreads_tokens_over_experts(glass_folder) -> None:
         session = open_small(glass_folder, small_plan(glass_folder, choice=_balanced(weight)))
         told: list[float] = []
         original = session.exchange.note_balance
-        session.exchange.note_balance = lambda loss, note=original, told=told: (told.append(float(loss)), note(loss))  # type: ignore[method-assign,misc]
+        session.exchange.note_balance = lambda loss, note=original, told=told: (
+            told.append(float(loss.detach())),
+            note(loss),
+        )  # type: ignore[method-assign,misc]
         trainer = _run(small_trainer(session, steps=24))
         assert sum(trainer.history.losses[-4:]) < sum(trainer.history.losses[:4])
         used = [tables.step_counts.view(8, -1).sum(dim=1).double() for tables in session.store.layers]
