@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from meft.planner.base.quantities import aligned_rows
+from meft.planner.base.quantities import ALIGNED_ROWS
 from meft.planner.records.plan import Decision
 from meft.runtime.device.device import Device
 from meft.runtime.device.engine import COPY_DONE, Copy
@@ -124,8 +124,8 @@ class DeviceRows:
         return self.ring[layer % len(self.ring)]
 
     def aligned(self, num_rows: int) -> int:
-        """How many rows products are made of."""
-        return int(aligned_rows(num_rows, most=self.cap))
+        """How many rows products are made of: whole 64s, as far as there is room."""
+        return min(-(-num_rows // ALIGNED_ROWS) * ALIGNED_ROWS, self.cap)
 
     def end_with_zeros(self, slot: RingSlot, num_rows: int) -> None:
         """Put rows of zeros behind those of a slot (:meth:`aligned`): they add nothing to any product but zeros."""

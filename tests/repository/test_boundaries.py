@@ -75,7 +75,10 @@ meft-profile call those models."""
 PRICED_ANEW_BY = {"meft.runtime.training.packing": {"meft.planner.predict.prediction"}}
 """Data that is packed has memory that its plan may not have priced: the planner is asked again."""
 
-CONSTANTS_ARE_USED_BY = {"meft.runtime.exchange.hot_tables": ("meft.planner.traffic.hot_rows", ("HOT_CHUNK_ROWS",))}
+CONSTANTS_ARE_USED_BY = {
+    "meft.runtime.exchange.hot_tables": ("meft.planner.traffic.hot_rows", ("HOT_CHUNK_ROWS",)),
+    "meft.runtime.exchange.device_rows": ("meft.planner.base.quantities", ("ALIGNED_ROWS",)),
+}
 """Numbers that the runtime works by and a model prices, stated once: these names, and nothing else of their module."""
 
 TRACE_IS_USED_WITH = {
