@@ -213,11 +213,12 @@ def learnt(output: Path) -> dict[str, torch.Tensor]:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--seconds", type=float, help="Begin no trial after so long; the same command goes on.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Where results add up.")
-@click.option("--machines", type=click.Choice(["1", "2"]), default="1", show_default=True, help="Groups of ranks.")
+@click.option("--machines", type=click.Choice(["1", "2"]), default="1", show_default=True, help="Groups that are hit.")
 @click.option("--only", type=click.IntRange(0), help="This trial alone, noted nowhere.")
 def main(count: int, seed: int, seconds: float | None, path: Path | None, machines: str, only: int | None) -> None:
     """Kill ranks, let others go on, and compare."""
-    record = Record("ranks" if machines == "1" else "machines", seed, path if only is None else None)
+    name = "ranks" if machines == "1" else f"ranks --machines {machines}"
+    record = Record(name, seed, path if only is None else None)
     with tempfile.TemporaryDirectory(prefix="meft-ranks-") as work:
         campaign = Campaign(Path(work), record, int(machines))
         campaign.prepare()

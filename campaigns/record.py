@@ -28,7 +28,10 @@ PACKAGES = ("meft", "torch", "transformers", "safetensors", "numpy")
 
 
 class Record:
-    """What trials of one seed came to, on top of what the file at ``path`` has of it; no file: in memory alone."""
+    """What trials of one seed came to, on top of what the file at ``path`` has of it; no file: in memory alone.
+
+    ``campaign`` is its file's name, and the options that make it another one.
+    """
 
     def __init__(self, campaign: str, seed: int, path: Path | None) -> None:
         self.campaign, self.seed, self.path = campaign, seed, path
@@ -121,14 +124,14 @@ class Record:
 
 def _whole(campaign: str, seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The file: sums over the seeds, then each of them."""
+    name, *options = campaign.split()
+    program = " ".join([f"campaigns/{name}.py", *options])
     counts: Counter[str] = Counter()
     for each in seeds.values():
         counts.update(each["counts"])
     return {
         "campaign": campaign,
-        "commands": [
-            f"python campaigns/{campaign}.py --count {each['trials']} --seed {seed}" for seed, each in seeds.items()
-        ],
+        "commands": [f"python {program} --count {each['trials']} --seed {seed}" for seed, each in seeds.items()],
         "trials": sum(each["trials"] for each in seeds.values()),
         "counts": dict(sorted(counts.items())),
         "versions": {name: version(name) for name in PACKAGES},

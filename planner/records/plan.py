@@ -332,6 +332,12 @@ class Timing(Record):
     tokens_per_second: Rate
 
 
+def lanes_of(timing: Timing) -> tuple[Lane, ...]:
+    """The lanes that a step has, in the order in which they are shown."""
+    every: tuple[Lane, ...] = (*LANES, "network")
+    return tuple(lane for lane in every if lane in timing.busy_seconds)
+
+
 class Sparsity(Record):
     """Predicted active rows, per layer; with token chunks, sums over a micro-batch's chunks."""
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from meft.planner.base.quantities import chunk_tokens
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.records.plan import (
-    LANES,
     HostBudget,
     MemoryEntry,
     Objective,
@@ -17,6 +16,7 @@ from meft.planner.records.plan import (
     Plan,
     Verification,
     host_budget_of,
+    lanes_of,
 )
 from meft.planner.render.tables import View, count, grid, lines, percent, section, stacked
 from meft.planner.search.levers import reserved_at_most
@@ -358,7 +358,7 @@ def _transfer(plan: Plan) -> View:
             format_bytes(entry.num_bytes) if entry.direction == "d2h" else "",
         )
         for entry in sorted(transfer.entries, key=lambda entry: -entry.num_bytes)
-        if entry.per == "step" and entry.num_bytes >= MIB
+        if entry.per == "step" and entry.direction != "network" and entry.num_bytes >= MIB
     ]
     total = ("total", format_bytes(transfer.h2d_bytes_per_step), format_bytes(transfer.d2h_bytes_per_step))
     once = transfer.h2d_bytes_per_optimizer_step + transfer.d2h_bytes_per_optimizer_step
@@ -368,6 +368,11 @@ def _transfer(plan: Plan) -> View:
         after.append(
             f"and once in {plan.request.rounds} steps {format_bytes(once)} of sums: "
             f"{format_bytes(round(total_bytes))} per step in all"
+        )
+    if plan.request.nodes > 1:
+        after.append(
+            f"between the machines {format_bytes(transfer.network_bytes_per_step)} for a step of one card, and once in "
+            f"{plan.request.rounds} {format_bytes(transfer.network_bytes_per_optimizer_step)} of sums"
         )
     offload = f"moving the whole adapter both ways would cost {transfer.whole_adapter_offload_ratio:.2f} times as much"
     return stacked(grid(("", "to device", "to host"), [*rows, total], right=(1, 2)), lines([*after, offload]))
@@ -387,8 +392,7 @@ def _lanes(plan: Plan) -> View:
     busy = [
         f"{lane} {format_seconds(timing.busy_seconds[lane])} "
         f"({percent(timing.busy_seconds[lane] / timing.step_seconds if timing.step_seconds else 0.0)})"
-        for lane in LANES
-        if lane in timing.busy_seconds
+        for lane in lanes_of(timing)
     ]
     return lines([f"busy: {', '.join(busy)}"])
 

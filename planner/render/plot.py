@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
-from meft.planner.records.plan import LANES, Lane, ParetoPoint, Plan
+from meft.planner.records.plan import Lane, ParetoPoint, Plan, lanes_of
 from meft.planner.render.details import grouped_bytes
 from meft.planner.render.tables import count
 from meft.planner.terms.ledger import STEP_PHASES
@@ -22,7 +22,9 @@ LABEL_ROOM = 0.12
 """Share of an axis that a label of a point takes."""
 _COLORS = ("#4c6a92", "#d98032", "#7a5195", "#59a14f", "#9c9c9c", "#c44e52", "#e3c35d", "#bdbdbd")
 _LANE_COLORS: dict[Lane, str] = {"gpu": "#4c6a92", "h2d": "#d98032", "d2h": "#59a14f", "cpu": "#7a5195"}
+_LANE_COLORS["network"] = "#c44e52"
 _LANE_TITLES: dict[Lane, str] = {"gpu": "GPU", "h2d": "host to device", "d2h": "device to host", "cpu": "CPU"}
+_LANE_TITLES["network"] = "network"
 
 
 def check_format(path: Path) -> None:
@@ -131,16 +133,17 @@ def _choice(point: ParetoPoint) -> tuple[int, int]:
 def _draw_lanes(axes: Axes, plan: Plan, events: Sequence[Event]) -> None:
     """What each lane does, from the simulation."""
     timing = plan.prediction.timing
-    for index, lane in enumerate(LANES):
+    lanes = lanes_of(timing)
+    for index, lane in enumerate(lanes):
         spans = [
             (event.start_seconds * 1e3, (event.end_seconds - event.start_seconds) * 1e3)
             for event in events
             if event.lane == lane and event.end_seconds > event.start_seconds
         ]
         axes.broken_barh(spans, (index - 0.36, 0.72), color=_LANE_COLORS[lane], linewidth=0.4)
-    busy = [timing.busy_seconds.get(lane, 0.0) / timing.step_seconds for lane in LANES]
+    busy = [timing.busy_seconds.get(lane, 0.0) / timing.step_seconds for lane in lanes]
     axes.set_yticks(
-        range(len(LANES)), [f"{_LANE_TITLES[lane]}\n{share:.0%} busy" for lane, share in zip(LANES, busy, strict=True)]
+        range(len(lanes)), [f"{_LANE_TITLES[lane]}\n{share:.0%} busy" for lane, share in zip(lanes, busy, strict=True)]
     )
     axes.invert_yaxis()
     axes.set(

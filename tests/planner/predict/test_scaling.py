@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
 from plan_samples import sample_plan, sample_profiles, sample_request
 from planner_records import decision_of, gpu_profile, host_profile, link_profile, request_of, tiny_shape
+from processes import run
 from pydantic import ValidationError
 
 from meft.planner.base.errors import UsageError
@@ -152,3 +154,11 @@ def test_a_plan_for_machines_is_searched_for_and_says_how_to_begin():
     words = next_command(made, "plan.json")
     assert words[:5] == ["torchrun", "--nnodes", "2", "--nproc-per-node", "2"]
     assert not any("node" in name or "network" in name for name in json.loads(sample_plan().to_json())["request"])
+
+
+def test_the_screen_says_what_machines_exchange(tmp_path):
+    several = ["--gpus", 2, "--nodes", 2, "--interconnect", "25Gbit/s", "--verbose", "-o", tmp_path / "plan.json"]
+    done = run("meft-plan", "--gpu", "rtx-3090", "--model", "llama-7b", "--host-mem", "256GB", *several)
+    assert re.search(r"^  2 x 2 .* GiB", done.stdout, re.MULTILINE)
+    for text in ("between the machines ", "network ", "torchrun --nnodes 2 --nproc-per-node 2", "on each of 4 cards"):
+        assert text in done.stdout
