@@ -30,8 +30,3 @@ BF16_BYTES = 2
 """Bytes per number of the host's bf16 copy of the rows."""
 INDEX_BYTES = 4
 """Bytes of an int32: probes, expert ids, step counts."""
-
-
-def chunk_tokens(tokens: int, token_chunks: int) -> int:
-    """Tokens of each chunk of a micro-batch but the last, which has what is left over: ``T / C``, rounded up."""
-    return -(-tokens // token_chunks)

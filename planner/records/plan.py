@@ -38,6 +38,11 @@ def _without_usual(content: dict[str, Any], usual: Mapping[str, Any]) -> dict[st
     return {name: value for name, value in content.items() if name not in usual or value != usual[name]}
 
 
+def chunk_tokens(tokens: int, token_chunks: int) -> int:
+    """Tokens of each chunk of a micro-batch but the last, which has what is left over: ``T / C``, rounded up."""
+    return -(-tokens // token_chunks)
+
+
 class Request(Record):
     """What was asked. ``None`` leaves a choice to the planner."""
 

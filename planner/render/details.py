@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from meft.planner.base.quantities import chunk_tokens
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
-from meft.planner.records.plan import LANES, MemoryEntry, Objective, ParetoPoint, Phase, Plan, Verification
+from meft.planner.records.plan import (
+    LANES,
+    MemoryEntry,
+    Objective,
+    ParetoPoint,
+    Phase,
+    Plan,
+    Verification,
+    chunk_tokens,
+)
 from meft.planner.render.tables import View, count, grid, lines, percent, section, stacked
 from meft.planner.search.levers import reserved_at_most
 from meft.planner.terms.ledger import STEP_PHASES

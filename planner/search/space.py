@@ -24,9 +24,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.base.quantities import Ints, chunk_tokens
+from meft.planner.base.quantities import Ints
 from meft.planner.records.candidates import Candidates
-from meft.planner.records.plan import Decision, Request, RowsInBackward, TokensSee
+from meft.planner.records.plan import Decision, Request, RowsInBackward, TokensSee, chunk_tokens
 from meft.planner.records.profiles import SparsityProfile
 from meft.planner.traffic.sparsity import (
     active_rows_per_layer,

@@ -27,7 +27,7 @@ from meft.planner.predict.prediction import ProfileSet, inputs_used, predict, si
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity, sparsity_names
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.timing.lanes import GpuSeconds, HostSeconds, LinkSeconds
+from meft.planner.timing.program import GpuSeconds, HostSeconds, LinkSeconds
 from meft.planner.traffic import transfer
 
 TEXT = (ROOT / "docs" / "formulas.md").read_text(encoding="utf-8")
@@ -75,7 +75,15 @@ PRICED = (
         "memory/host",
         "memory/disk",
     ),
-    *("traffic/transfer", "traffic/hot_rows", "timing/step", "timing/gpu", "timing/dense", "timing/lanes"),
+    *(
+        "traffic/transfer",
+        "traffic/hot_rows",
+        "timing/step",
+        "timing/gpu",
+        "timing/dense",
+        "timing/lanes",
+        "timing/program",
+    ),
 )
 """Modules whose public functions of bytes, seconds and slots are the terms."""
 MADE_OF_THEM = {
