@@ -101,7 +101,7 @@ def oracle_step(session: Session, batch: Batch) -> tuple[float, list[torch.Tenso
     loss = session.model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False).loss
     loss.backward()
     session.adapter.serving = None
-    return float(loss), [torch.cat([each.keys.grad, each.values.grad], dim=1) for each in dense]  # type: ignore[union-attr]
+    return float(loss.detach()), [torch.cat([each.keys.grad, each.values.grad], dim=1) for each in dense]  # type: ignore[union-attr]
 
 
 def difference(ours: tuple[float, list[torch.Tensor]], theirs: tuple[float, list[torch.Tensor]]) -> str:
@@ -133,7 +133,8 @@ def main(tokens: int, chunks: int) -> None:
     short.close()
     for name in ("row_staging", "gradient_landing"):
         click.echo(f"{name}: {staging[name]:,} bytes, of a plan for {size} tokens {alone[name]:,}")
-    own = opened(plan_for(tokens, chunks=chunks, cap=cap, see="own"), folder)
+    # no row may be dropped where every token is to have its own best
+    own = opened(plan_for(tokens, chunks=chunks, cap=WIDTH, see="own"), folder)
     chunked = step(own, batch)
     own.close()
     whole = opened(plan_for(tokens, chunks=1, cap=WIDTH, see="own"), folder)

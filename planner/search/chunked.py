@@ -21,7 +21,6 @@ Index = tuple[int, ...]
 
 LEAST_CHUNK_TOKENS = 256
 """Chunks that nobody asked for are no shorter: what a batch of the paper's has in one sequence."""
-USUAL_DEPTH = 1
 
 
 def check_chunks(request: Request) -> None:
@@ -95,8 +94,6 @@ def fitting_chunked(request: Request, profiles: ProfileSet) -> Fitting[tuple[Wei
 def _asked(request: Request, count: int) -> Request:
     """The request for just so many chunks."""
     update: dict[str, object] = {"token_chunks": count}
-    if request.prefetch_depth is None:
-        update["prefetch_depth"] = min(USUAL_DEPTH, request.model.num_layers - 1)
     if norms_after_ffn(request.model):
         update["activation_checkpointing"] = False
     return request.model_copy(update=update)

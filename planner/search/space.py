@@ -223,9 +223,12 @@ def _rows_in_backward(request: Request) -> tuple[RowsInBackward, ...]:
 
 
 def prefetch_depths(request: Request, sparsity: SparsityProfile) -> tuple[int, ...]:
-    """As deep as the profile knows the recall of looking ahead, and below the number of layers."""
+    """As deep as the profile knows the recall of looking ahead, and below the number of layers; with token chunks one
+    ahead, for which the slot is there in any case."""
     if request.prefetch_depth is not None:
         return (request.prefetch_depth,)
+    if (request.token_chunks or 1) > 1:
+        return (min(1, request.model.num_layers - 1),)
     return tuple(range(min(len(sparsity.prefetch_recall_by_depth), request.model.num_layers)))
 
 

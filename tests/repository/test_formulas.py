@@ -78,6 +78,7 @@ PRICED = (
     *(
         "traffic/transfer",
         "traffic/hot_rows",
+        "traffic/chunks",
         "timing/step",
         "timing/gpu",
         "timing/dense",
