@@ -43,6 +43,11 @@ def without_usual(content: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name not in usual or value != usual[name]}
 
 
+def chunk_tokens(tokens: int, token_chunks: int) -> int:
+    """Tokens of each chunk of a micro-batch but the last, which has what is left over: ``T / C``, rounded up."""
+    return -(-tokens // token_chunks)
+
+
 class Request(Record):
     """What was asked. ``None`` leaves a choice to the planner."""
 
@@ -192,8 +197,8 @@ class Decision(Record):
         """A chunk's rows leave the device with it: but for the ring and its neighbour nothing of them is there."""
         if self.needs.means or self.needs.one_expert:
             raise ValueError(
-                f"routing {self.routing} chooses for whole micro-batches, beside token_chunks {self.token_chunks}: give "
-                f"exact or key-experts"
+                f"routing {self.routing} chooses for whole micro-batches, beside token_chunks {self.token_chunks}: "
+                f"give exact or key-experts"
             )
         kept = {"cached_rows": self.cached_rows, "hot_rows": self.hot_rows}
         for name, rows in kept.items():

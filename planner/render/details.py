@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from meft.planner.base.quantities import chunk_tokens
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.records.plan import (
     HostBudget,
@@ -15,6 +14,7 @@ from meft.planner.records.plan import (
     Phase,
     Plan,
     Verification,
+    chunk_tokens,
     host_budget_of,
     lanes_of,
 )

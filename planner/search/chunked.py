@@ -22,7 +22,6 @@ Index = tuple[int, ...]
 
 LEAST_CHUNK_TOKENS = 256
 """Chunks that nobody asked for are no shorter: what a batch of the paper's has in one sequence."""
-USUAL_DEPTH = 1
 
 
 def check_chunks(request: Request) -> None:
@@ -38,8 +37,8 @@ def check_chunks(request: Request) -> None:
         )
     if request.routing is not None and (ROUTINGS[request.routing].means or ROUTINGS[request.routing].one_expert):
         raise UsageError(
-            f"routing {request.routing} beside token_chunks {chunks}: it chooses for whole micro-batches; give exact or "
-            f"key-experts"
+            f"routing {request.routing} beside token_chunks {chunks}: it chooses for whole micro-batches; give exact "
+            f"or key-experts"
         )
     if request.hot_rows:
         raise UsageError(f"hot_rows {request.hot_rows} beside token_chunks {chunks}: give one of them")
@@ -101,8 +100,6 @@ def fitting_chunked(request: Request, profiles: ProfileSet) -> Fitting[tuple[Wei
 def _asked(request: Request, count: int) -> Request:
     """The request for just so many chunks."""
     update: dict[str, object] = {"token_chunks": count}
-    if request.prefetch_depth is None:
-        update["prefetch_depth"] = min(USUAL_DEPTH, request.model.num_layers - 1)
     if norms_after_ffn(request.model):
         update["activation_checkpointing"] = False
     return request.model_copy(update=update)

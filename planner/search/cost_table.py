@@ -34,14 +34,8 @@ from meft.planner.timing.apart import (
     least_backward,
     least_forward,
 )
-from meft.planner.timing.lanes import (
-    GpuSeconds,
-    HostSeconds,
-    LinkSeconds,
-    StepCosts,
-    baseline_seconds,
-    simulate_candidates,
-)
+from meft.planner.timing.lanes import baseline_seconds, simulate_candidates
+from meft.planner.timing.program import GpuSeconds, HostSeconds, LinkSeconds, StepCosts
 from meft.planner.timing.step import step_costs_of_choices
 from meft.planner.traffic.sparsity import WindowRows, at_seq_len, distinct_layers, hot_rows_among, window_rows
 

@@ -17,7 +17,8 @@ from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Request
 from meft.planner.search.grid_costs import RowsOfCache
 from meft.planner.search.space import CAP_AXIS, Space
-from meft.planner.timing.lanes import StepCosts, baseline_seconds, simulate_candidates
+from meft.planner.timing.lanes import baseline_seconds, simulate_candidates
+from meft.planner.timing.program import StepCosts
 from meft.planner.timing.step import step_costs
 from meft.planner.traffic.hot_rows import HotRows
 from meft.planner.traffic.sparsity import WindowRows

@@ -24,9 +24,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.base.quantities import Ints, chunk_tokens
+from meft.planner.base.quantities import Ints
 from meft.planner.records.candidates import Candidates
-from meft.planner.records.plan import Decision, Request, RowsInBackward, TokensSee
+from meft.planner.records.plan import Decision, Request, RowsInBackward, TokensSee, chunk_tokens
 from meft.planner.records.profiles import SparsityProfile
 from meft.planner.records.routing import ROUTINGS, Routing, SwitchOptions
 from meft.planner.traffic.sparsity import (
@@ -242,9 +242,12 @@ def _by_experts(request: Request) -> Routing:
 
 
 def prefetch_depths(request: Request, sparsity: SparsityProfile) -> tuple[int, ...]:
-    """As deep as the profile knows the recall of looking ahead, and below the number of layers."""
+    """As deep as the profile knows the recall of looking ahead, and below the number of layers; with token chunks one
+    ahead, for which the slot is there in any case."""
     if request.prefetch_depth is not None:
         return (request.prefetch_depth,)
+    if (request.token_chunks or 1) > 1:
+        return (min(1, request.model.num_layers - 1),)
     return tuple(range(min(len(sparsity.prefetch_recall_by_depth), request.model.num_layers)))
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES, chunk_tokens
-from meft.planner.records.plan import Decision, Request
+from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES
+from meft.planner.records.plan import Decision, Request, chunk_tokens
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import GRADIENTS, TEMPORARIES, Gradients, Leaf, Tape, Tensor
 from meft.planner.simulation.decoder import BesideFfn, Decoder, ModelWeights

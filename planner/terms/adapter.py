@@ -192,11 +192,12 @@ def chunk_forward_bytes(
     """The output ``[T, D]`` of all tokens; and of one chunk its activations ``[T/C, A]``, gates and gates per row, and
     where the adapter has a dtype of its own its input and output. Or, where that is more, what it takes to leave each
     token its own rows."""
-    cast = chunk_tokens * hidden_size * e if e != q else 0
-    of_rows = chunk_tokens * active_rows * e
-    activations = of_rows + choose(key_experts, of_rows + chunk_tokens * num_experts * e, 0)
+    cast: Ints = chunk_tokens * hidden_size * e if e != q else 0
+    of_rows: Ints = chunk_tokens * active_rows * e
+    activations: Ints = of_rows + choose(key_experts, of_rows + chunk_tokens * num_experts * e, 0)
     own = choose(own_rows, own_rows_bytes(tokens=chunk_tokens, active_rows=active_rows, top_k=top_k, e=e), 0)
-    return tokens * hidden_size * q + cast + activations + largest(cast, own)
+    total: Ints = tokens * hidden_size * q + cast + activations + largest(cast, own)
+    return total
 
 
 def chunk_backward_bytes(
@@ -223,8 +224,9 @@ def chunk_backward_bytes(
         e=e,
         q=e,
     )
-    of_input = chunk_tokens * hidden_size * e
-    again = chunk_tokens * active_rows * e + choose(key_experts, chunk_tokens * num_experts * e, 0)
+    of_input: Ints = chunk_tokens * hidden_size * e
+    again: Ints = chunk_tokens * active_rows * e + choose(key_experts, chunk_tokens * num_experts * e, 0)
     casts = 2 * of_input if e != q else -of_input  # input and gradient; or the input's gradient, written in its place
     router = choose(key_experts, num_experts * hidden_size * MASTER_BYTES, 0)
-    return tokens * hidden_size * q + router + again + whole + casts
+    total: Ints = tokens * hidden_size * q + router + again + whole + casts
+    return total

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.base.dtypes import WeightsDtype
-from meft.planner.base.quantities import COMPUTE_DTYPE_BYTES, Flags, Ints, chunk_tokens
+from meft.planner.base.quantities import COMPUTE_DTYPE_BYTES, Flags, Ints
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.candidates import Candidates
-from meft.planner.records.plan import Attention
+from meft.planner.records.plan import Attention, chunk_tokens
 from meft.planner.terms import adapter as ada
 from meft.planner.terms.activations import largest
 from meft.planner.terms.ledger import Row

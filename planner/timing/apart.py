@@ -1,6 +1,6 @@
 """Step seconds of many candidates at once, forward and backward apart, and layers that repeat each other skipped.
 
-The same tasks, lanes and order as the program of :mod:`meft.planner.timing.lanes`, which is the one to read; this one
+The same tasks, lanes and order as the program of :mod:`meft.planner.timing.program`, which is the one to read; this one
 adds in another order, so its seconds agree with that one's to within rounding (:data:`WITHIN`), not to the bit. Three
 things make it quick:
 
@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.base.quantities import Floats
-from meft.planner.timing.lanes import StepCosts
+from meft.planner.timing.program import StepCosts
 
 Seconds: TypeAlias = NDArray[np.float64]
 State: TypeAlias = list[Seconds]

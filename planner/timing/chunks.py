@@ -1,6 +1,6 @@
 """The program of one step where a micro-batch's tokens come in chunks: each chunk is a job of its own within a layer.
 
-As :mod:`meft.planner.timing.lanes` has it, but for the adapter. Forward: the hidden state leaves whole, and with it the
+As :mod:`meft.planner.timing.program` has it, but for the adapter. Forward: the hidden state leaves whole, with it the
 experts; then chunk by chunk rows are chosen, gathered and sent, ``p`` chunks ahead of the one that the device computes
 (with ``p = 0`` when it is done), never beyond the layer. A chunk is placed once the next one's rows are chosen too.
 Backward, the last chunk first: the adapter of a chunk computes its activations again and its gradients, which leave and
@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from meft.planner.base.quantities import Flags, Floats
-from meft.planner.timing.lanes import Lanes, Program, StepCosts
+from meft.planner.timing.program import Lanes, Program, StepCosts
 from meft.planner.traffic.chunks import chunk_ring_slots
 
 

@@ -1,8 +1,8 @@
 """What every task of a step costs on a GPU, a link and a host, and the step time that follows.
 
 GPU: :mod:`meft.planner.timing.gpu`. Link: latency plus bytes over the rate. Host: work over measured rates. The order
-of the tasks and what overlaps is the program of :mod:`meft.planner.timing.lanes`; every task's seconds come from here,
-for one decision or for arrays of them.
+of the tasks and what overlaps is the program of :mod:`meft.planner.timing.program`; every task's seconds come from
+here, for one decision or for arrays of them.
 
 Letters: ``T`` tokens of a micro-batch, ``L`` layers, ``D`` hidden size, ``R`` adapter rows per layer, ``A`` active
 rows, ``N`` experts, ``P`` probes.
@@ -26,10 +26,9 @@ from meft.planner.base.quantities import (
     Floats,
     Ints,
     aligned_rows,
-    chunk_tokens,
 )
 from meft.planner.records.candidates import Candidates, same_for_all
-from meft.planner.records.plan import Decision, Request, Timing
+from meft.planner.records.plan import Decision, Request, Timing, chunk_tokens
 from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, sourced_numbers
 from meft.planner.timing.chrome import Event
 from meft.planner.timing.gpu import (
@@ -53,8 +52,9 @@ from meft.planner.timing.gpu import (
     sum_gradients_seconds,
 )
 from meft.planner.timing.interconnect import exchange_between, sums_between
-from meft.planner.timing.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, baseline_seconds, simulate
+from meft.planner.timing.lanes import baseline_seconds, simulate
 from meft.planner.timing.moved_rows import MovedRows, moved_in_chunks, moved_rows
+from meft.planner.timing.program import GpuSeconds, HostSeconds, LinkSeconds, StepCosts
 from meft.planner.traffic.hot_rows import HOT_NORM_BYTES, HotRows, hot_key_bytes
 from meft.planner.traffic.sparsity import WindowRows
 from meft.planner.traffic.transfer import (

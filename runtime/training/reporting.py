@@ -238,8 +238,8 @@ def _in_order(seen: Mapping[int, int], place: int) -> int:
 
 
 def rows_seen(measured: Measurements, decision: Decision) -> tuple[ActiveRows, ...]:
-    """Active rows by layer, with what travelled if some did not (rows were cached, or came in chunks), what was kept, and
-    how many were hot."""
+    """Active rows by layer, with what travelled where some did not (they were cached, or came in chunks), what was
+    kept, and how many were hot."""
     layers = active_rows(measured.active_rows.layers)
     kinds: dict[str, Totals] = {}
     if decision.cached_rows or decision.token_chunks > 1:

@@ -27,7 +27,7 @@ from meft.planner.predict.prediction import ProfileSet, inputs_used, predict, si
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity, sparsity_names
 from meft.planner.records.setup import TrainingSetup
-from meft.planner.timing.lanes import GpuSeconds, HostSeconds, LinkSeconds
+from meft.planner.timing.program import GpuSeconds, HostSeconds, LinkSeconds
 from meft.planner.traffic import network, transfer
 
 TEXT = (ROOT / "docs" / "formulas.md").read_text(encoding="utf-8")
@@ -79,10 +79,12 @@ PRICED = (
         "traffic/transfer",
         "traffic/network",
         "traffic/hot_rows",
+        "traffic/chunks",
         "timing/step",
         "timing/gpu",
         "timing/dense",
         "timing/lanes",
+        "timing/program",
     ),
 )
 """Modules whose public functions of bytes, seconds and slots are the terms."""

@@ -37,7 +37,8 @@ from meft.planner.timing.apart import (
     least_backward,
     least_forward,
 )
-from meft.planner.timing.lanes import GpuSeconds, HostSeconds, LinkSeconds, StepCosts, simulate, simulate_candidates
+from meft.planner.timing.lanes import simulate, simulate_candidates
+from meft.planner.timing.program import GpuSeconds, HostSeconds, LinkSeconds, StepCosts
 
 KIB = 1 << 10
 COUNT = 24

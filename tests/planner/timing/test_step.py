@@ -25,16 +25,14 @@ from planner_records import (
 from meft.planner.records.candidates import Candidates
 from meft.planner.timing.chrome import Event, chrome_trace
 from meft.planner.timing.gpu import attention_seconds, ffn_seconds, gpu_rates
-from meft.planner.timing.lanes import (
+from meft.planner.timing.lanes import baseline_seconds, simulate, simulate_candidates
+from meft.planner.timing.program import (
     GpuSeconds,
     HostSeconds,
     Lanes,
     LinkSeconds,
     StepCosts,
-    baseline_seconds,
     overlapped_seconds,
-    simulate,
-    simulate_candidates,
 )
 from meft.planner.timing.step import step_costs, step_timing
 
