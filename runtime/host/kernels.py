@@ -30,11 +30,9 @@ from meft.runtime.host.compiled import cache_folder, compiled
 from meft.runtime.host.streaming_copy import can_stream, gather_streaming
 
 INLINE_BYTES = 1 << 18
-"""Each thread has as much to do at least: handing less over costs more than it saves (256 KiB that 16 threads gathered
-took six times as long as on one)."""
+"""Each thread has as much to do at least: handing less over costs more than it saves."""
 MEMORY_BOUND_THREADS = 8
-"""No more work on memory at once: about as many fill a socket's channels, and the rest wait for each other. Assumed,
-from what 16 threads did elsewhere."""
+"""No more work on memory at once: about as many fill a socket's channels (assumed)."""
 STREAMED_BYTES = 1 << 22
 """A gather of this or more goes past the cache: a core's share of it would not stay there until it is sent."""
 SHARES_PER_THREAD = 2
@@ -391,14 +389,8 @@ class HostKernels:
         experts = probes.numpy().reshape(-1)
         by_expert = np.argsort(experts, kind="stable")
         ends = np.cumsum(np.bincount(experts, minlength=num_experts))
-        arguments = (
-            _whole_rows(keys).numpy(),
-            queries.contiguous().numpy(),
-            by_expert,
-            ends,
-            num_probes,
-            scores.numpy(),
-        )
+        tables = (_whole_rows(keys).numpy(), queries.contiguous().numpy())
+        arguments = (*tables, by_expert, ends, num_probes, scores.numpy())
         self._split_counted(num_experts, scores.numel() * keys.shape[1], _scores, *arguments)
         return scores.reshape(num_tokens, -1)
 
@@ -412,8 +404,7 @@ class HostKernels:
         best = torch.empty(scores.shape[0], top_k, dtype=scores.dtype)
         rows = torch.zeros(scores.shape[0], top_k, dtype=torch.int64)
         arguments = (scores.numpy(), experts.numpy(), rows_per_expert, best.numpy(), rows.numpy())
-        work = scores.numel() * scores.element_size()
-        self._split_counted(scores.shape[0], work, _top_rows, *arguments)
+        self._split_counted(scores.shape[0], scores.numel() * scores.element_size(), _top_rows, *arguments)
         return best, rows
 
     def union(self, best: torch.Tensor, rows: torch.Tensor, *, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -425,15 +416,12 @@ class HostKernels:
 
     def _split(self, items: torch.Tensor, bytes_per_item: int, kernel: Any, *arguments: Any) -> None:
         """Run ``kernel(*arguments, first, last)``, which is bound by memory, over all items, a share per thread."""
-        work = items.shape[0] * bytes_per_item
-        self._split_counted(items.shape[0], work, kernel, *arguments, most_threads=MEMORY_BOUND_THREADS)
+        count = items.shape[0]
+        self._split_counted(count, count * bytes_per_item, kernel, *arguments, most=MEMORY_BOUND_THREADS)
 
-    def _split_counted(
-        self, count: int, work: int, kernel: Any, *arguments: Any, most_threads: int | None = None
-    ) -> None:
-        """Threads take shares of ``count`` items until none is left, this one with them; it does all of little work
-        (bytes, or multiplications)."""
-        threads = min(self.num_threads, most_threads or self.num_threads, count, work // max(INLINE_BYTES, 1))
+    def _split_counted(self, count: int, work: int, kernel: Any, *arguments: Any, most: int = 1 << 10) -> None:
+        """Threads take shares of ``count`` items until none is left, this one with them; it does all of little work."""
+        threads = min(self.num_threads, most, count, work // max(INLINE_BYTES, 1))
         if self._pool is None or threads <= 1:
             kernel(*arguments, 0, count)
             return
