@@ -60,7 +60,7 @@ from meft.runtime.session.session import Session
 from meft.runtime.training.replay import mixed
 from meft.runtime.training.training import Trainer, TrainingOptions
 from meft.runtime.use.evaluation import mean_loss, session_loss
-from meft.runtime.use.inference import serving
+from meft.runtime.use.inference import Serving, serving
 
 LEVELS = (0.5, 0.75, 0.95)
 """Shares of the facts at which ways are compared; a way's rate is the one that had forgotten least at the last."""
@@ -76,6 +76,8 @@ class Way:
     tokens_see: str = "union"
     replay_share: float = 0.0
     known_token_weight: float = 1.0
+    rows_met: int | None = None
+    """At inference a token meets its best rows alone, so many times K; None: as training says."""
 
 
 WAYS = {
@@ -83,6 +85,7 @@ WAYS = {
     "lora-replay": Way("LoRA, a tenth of ordinary text", "lora", replay_share=0.1),
     "dense": Way("dense adapter", "parallel"),
     "meft": Way("MEFT, tokens see the union"),
+    "meft-few": Way("MEFT, union, asked with a token's best 4 K rows", rows_met=4),
     "meft-own": Way("MEFT, tokens see their own rows", tokens_see="own"),
     "meft-replay": Way("MEFT, union, a tenth of ordinary text", replay_share=0.1),
     "meft-known": Way("MEFT, union, known tokens weigh 0", known_token_weight=0.0),
@@ -263,7 +266,7 @@ def _unended(example: Example, tokenizer: Any) -> Example:
 def asked(run: Run, material: Material, session: Any) -> dict[str, float]:
     """The share of facts that it knows, its loss on prose, and the share of capitals where they are asked for."""
     sparse = isinstance(session, Session)
-    batch_loss = partial(session_loss, session) if sparse else session.loss
+    batch_loss = partial(session_loss, session, how=_serving(run)) if sparse else session.loss
     prose = mean_loss(batch_loss, material.prose, batch_size=PROSE_BATCH, seq_len=PROSE_TOKENS, pad_id=material.pad_id)
     point = {"exact_match": known_share(session, material.facts, run, material.pad_id), "prose_loss": prose}
     if material.capitals:
@@ -271,12 +274,17 @@ def asked(run: Run, material: Material, session: Any) -> dict[str, float]:
     return point
 
 
+def _serving(run: Run) -> Serving:
+    rows_met = WAYS[run.way].rows_met
+    return Serving(None if rows_met is None else rows_met * run.top_k)
+
+
 def known_share(session: Any, examples: Sequence[Example], run: Run, pad_id: int) -> float:
     """Of examples, those whose every labelled token is the likeliest."""
     longest, known = max(len(each.input_ids) for each in examples), 0
     training = session.model.training
     session.model.eval()
-    with serving(session) if isinstance(session, Session) else nullcontext():
+    with serving(session, _serving(run)) if isinstance(session, Session) else nullcontext():
         for first in range(0, len(examples), 2 * run.batch_size):
             batch = collate(examples[first : first + 2 * run.batch_size], seq_len=longest, pad_id=pad_id)
             with session.device.host(), torch.no_grad():  # not in the books
