@@ -145,8 +145,9 @@ def _read(path: Path, tokenizer: str | None) -> list[int]:
 def _text(value: Any, place: str) -> str:
     """A line's text, or its prompt and completion as they stand."""
     fields = value if isinstance(value, dict) else {}
-    parts = [fields.get("text")] if "text" in fields else [fields.get("prompt"), fields.get("completion")]
-    if not all(isinstance(part, str) for part in parts) or fields.get("system"):
+    given = [fields.get("text")] if "text" in fields else [fields.get("prompt"), fields.get("completion")]
+    parts = [part for part in given if isinstance(part, str)]
+    if len(parts) < len(given) or fields.get("system"):
         raise UsageError(
             f"{place}: no text, nor prompt and completion; conversations need the chat template, which meft-run "
             f"renders: give JSON lines with their input_ids"

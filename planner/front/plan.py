@@ -65,13 +65,13 @@ def _of_open_batch(options: RequestOptions, *, verify: bool) -> Planned | Infeas
     return Planned(_verified(plan, planned) if verify else plan, planned)
 
 
-def _splits(request: Request, sequences: int) -> list[Request]:
+def _splits(request: Request, sequences: int) -> tuple[Request, ...]:
     """Every micro-batch that divides an optimizer step's sequences evenly, among all ranks, the smallest first."""
-    return [
+    return tuple(
         request.model_copy(update={"batch_size": size, "grad_accum": sequences // size, "batch_size_basis": "planned"})
         for size in range(1, min(sequences, MAX_BATCH_SIZE) + 1)
-        if sequences % (size * request.gpus) == 0
-    ]
+        if sequences % (size * request.ranks) == 0
+    )
 
 
 def _traced(planned: Planning, *, verify: bool) -> Planned | Infeasible:

@@ -24,7 +24,8 @@ from meft.planner.models.shapes import cache_file, config_digest, keep
 from meft.planner.predict.comparison import checkpointing_choices
 from meft.planner.predict.prediction import ProfileSet, predict
 from meft.planner.predict.verification import traced_emulated, traced_plan
-from meft.planner.records.plan import Decision, Plan, Request, plain_decision, plan_with_rows
+from meft.planner.records.plain import plain_decision, plan_with_rows
+from meft.planner.records.plan import Decision, Plan, Request
 from meft.planner.records.profiles import GpuProfile
 from meft.planner.search.search import check_request, make_plan
 from meft.planner.simulation.stream import Stream, StreamPeaks, stream_peaks

@@ -21,8 +21,8 @@ from meft.planner.records.profiles import GpuProfile
 from meft.planner.terms.ledger import peak_bytes
 
 if TYPE_CHECKING:
-    from meft.planner.simulation.sparse import SparseStream
     from meft.planner.simulation.stream import StreamEvent
+    from meft.planner.sparse.step import SparseStream
 
 KNOWN_TENSOR_BY_TENSOR = ("llama", "qwen2", "qwen3", "mistral")
 """Model types whose simulated step is the emulated device's event by event (``tests/runtime/trace/test_sparse.py``);
@@ -86,7 +86,7 @@ def _that_matters(decision: Decision) -> Decision:
 
 def _without_what_is_no_matter(request: Request) -> Request:
     """The request with fields that move no device memory made equal, so that it is replayed once for all of them."""
-    from meft.planner.simulation.sparse import MICRO_BATCHES_THAT_DIFFER  # slow to load, and only a replay needs it
+    from meft.planner.sparse.step import MICRO_BATCHES_THAT_DIFFER  # slow to load, and only a replay needs it
 
     asked: dict[str, Any] = {name: getattr(request, name) for name in _THAT_MATTER}
     asked["grad_accum"] = min(request.grad_accum, MICRO_BATCHES_THAT_DIFFER)
@@ -102,7 +102,7 @@ _THAT_MATTER = (
 
 @lru_cache(maxsize=512)
 def _peaks(request: Request, decision: Decision, workspace_bytes: int, emulated: bool) -> ReplayedPeaks:
-    from meft.planner.simulation.sparse import simulate_sparse
+    from meft.planner.sparse.step import simulate_sparse
 
     stream = simulate_sparse(request, decision, workspace_bytes=workspace_bytes, emulated=emulated)
     return peaks_of(stream)

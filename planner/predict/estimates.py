@@ -31,8 +31,8 @@ from meft.planner.records.profiles import GpuProfile, LinkProfile
 from meft.planner.records.setup import Autocast, LossName, OffloadName, OptimizerName, TrainingSetup
 from meft.planner.simulation.peft import has_closed_form, trained_sizes
 from meft.planner.simulation.run import simulate
-from meft.planner.simulation.sparse import setup_of
 from meft.planner.simulation.stream import HostTraffic, Stream, StreamPeaks, live_by_category, stream_peaks
+from meft.planner.sparse.step import setup_of
 from meft.planner.terms.formats import FP32, STORED
 from meft.planner.timing.dense import dense_step_seconds
 from meft.planner.traffic.transfer import LOSS_BYTES, input_bytes

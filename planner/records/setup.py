@@ -9,7 +9,8 @@ from meft.planner.base.schema import Count, Index, Record
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.kernels import KernelName
 from meft.planner.records.peft_methods import PEFT_PREFIX, PeftMethod
-from meft.planner.records.plan import Attention, Plan, Request, plain_decision, plan_with_rows
+from meft.planner.records.plain import plain_decision, plan_with_rows
+from meft.planner.records.plan import Attention, Plan, Request
 
 MethodName = Literal["meft", "parallel-adapter", "lora", "qlora", "full", "bitfit", "lst", "peft"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)

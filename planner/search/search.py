@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from meft.planner.base.errors import Infeasible, UsageError
 from meft.planner.memory.budget import host_budget_bytes
@@ -38,6 +38,9 @@ from meft.planner.records.plan import Decision, Plan, Prediction, Request, Searc
 from meft.planner.search.fitting import Fitting, best_fitting
 from meft.planner.search.sifted_choice import best, front
 from meft.planner.search.sifting import Index, Sifted
+
+if TYPE_CHECKING:
+    from meft.planner.search.weighing import Weighed
 
 WITHOUT_MLP_MODULE = ("opt",)
 """Model types whose FFN is linear layers among the block's others."""
@@ -63,26 +66,33 @@ def make_plan(request: Request, profiles: ProfileSet, *, meft_version: str) -> P
         return _with_chunks(request, profiles, meft_version=meft_version)
     sifted = Sifted(request, profiles)
     fitting = _fitting(sifted)
-    if fitting.found is None:
-        chunked = _with_chunks(request, profiles, meft_version=meft_version, unasked=True)
-        if isinstance(chunked, Plan):
-            return chunked
-        return _infeasible(request, profiles, short_bytes=fitting.short_bytes)
-    return _Winner.of(*fitting.found).plan(meft_version)
+    if fitting.found is not None:
+        return _Winner.of(*fitting.found).plan(meft_version)
+    chunked = _chunked_unasked(request, profiles, meft_version=meft_version)
+    return chunked or _infeasible(request, profiles, short_bytes=fitting.short_bytes)
 
 
-def _with_chunks(
-    request: Request, profiles: ProfileSet, *, meft_version: str, unasked: bool = False
-) -> Plan | Infeasible | None:
-    """The best plan with token chunks; ``unasked``, None where none may be tried or none fits."""
-    from meft.planner.search.chunked import fitting_chunked, may_chunk  # a plan does without these
+def _with_chunks(request: Request, profiles: ProfileSet, *, meft_version: str) -> Plan | Infeasible:
+    """The best plan with the token chunks that were asked for."""
+    from meft.planner.search.chunked import fitting_chunked  # a plan does without these
 
-    if unasked and not may_chunk(request):
-        return None
     fitting = fitting_chunked(request, profiles)
     if fitting.found is None:
-        return None if unasked else _infeasible(request, profiles, short_bytes=fitting.short_bytes)
-    weighed, winner = fitting.found
+        return _infeasible(request, profiles, short_bytes=fitting.short_bytes)
+    return _chunked_plan(request, profiles, *fitting.found, meft_version=meft_version)
+
+
+def _chunked_unasked(request: Request, profiles: ProfileSet, *, meft_version: str) -> Plan | None:
+    """The best plan with token chunks; None where none may be tried or none fits."""
+    from meft.planner.search.chunked import fitting_chunked, may_chunk
+
+    found = fitting_chunked(request, profiles).found if may_chunk(request) else None
+    return None if found is None else _chunked_plan(request, profiles, *found, meft_version=meft_version)
+
+
+def _chunked_plan(
+    request: Request, profiles: ProfileSet, weighed: Weighed, winner: Index, *, meft_version: str
+) -> Plan:
     decision = weighed.decision(winner)
     prediction = predict(request, decision, profiles)
     counted = counted_bytes(request=request, decision=decision, gpu=profiles.gpu)
@@ -147,8 +157,8 @@ def make_plan_of_splits(
         )
     winners = list(_winners(splits, profiles))
     if not winners:
-        chunked = _with_chunks(splits[0], profiles, meft_version=meft_version, unasked=True)
-        if isinstance(chunked, Plan):
+        chunked = _chunked_unasked(splits[0], profiles, meft_version=meft_version)
+        if chunked is not None:
             return chunked, splits[:1]
         return _infeasible(splits[0], profiles, short_bytes=_fitting(Sifted(splits[0], profiles)).short_bytes)
     best = min(as_capable(winners), key=lambda winner: cost_of_a_token(winner.request, winner.prediction))

@@ -20,8 +20,8 @@ from meft.planner.memory.replayed import peaks_of, replayed_peaks  # noqa: E402
 from meft.planner.models.configs import shape_from_config  # noqa: E402
 from meft.planner.records.plan import Plan  # noqa: E402
 from meft.planner.records.profile_catalogue import load_gpu  # noqa: E402
-from meft.planner.simulation.sparse import simulate_sparse  # noqa: E402
 from meft.planner.simulation.stream import StreamEvent, stream_peaks  # noqa: E402
+from meft.planner.sparse.step import simulate_sparse  # noqa: E402
 from meft.runtime.data.examples import Batch  # noqa: E402
 from meft.runtime.device.books import DeviceBooks  # noqa: E402
 from meft.runtime.device.device import EmulatedDevice  # noqa: E402
