@@ -43,8 +43,8 @@ def safetensors_reader() -> Callable[[Path], object]:
     """Reads as adapters and checkpoints are read."""
     import atheris
 
-    with atheris.instrument_imports(include=["safetensors", "meft.runtime.session.checkpoint"]):
-        from meft.runtime.session.checkpoint import load_tensors
+    with atheris.instrument_imports(include=["safetensors", "meft.runtime.session.tensor_files"]):
+        from meft.runtime.session.tensor_files import load_tensors
     return load_tensors
 
 

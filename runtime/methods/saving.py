@@ -26,7 +26,8 @@ from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.methods.opening import open_method
 from meft.runtime.methods.peft_methods import with_adapter
 from meft.runtime.session.baselines import STATES, BaselineSession
-from meft.runtime.session.checkpoint import TRAINING_STATE, TrainingState, list_checkpoints, load_tensors
+from meft.runtime.session.checkpoint import TRAINING_STATE, TrainingState, list_checkpoints
+from meft.runtime.session.tensor_files import load_tensors
 
 METHOD_CONFIG = "meft_method.json"
 METHOD_WEIGHTS = "meft_method.safetensors"

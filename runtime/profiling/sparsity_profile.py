@@ -30,9 +30,10 @@ from meft.runtime.data.loading import DataOptions, load_dataset
 from meft.runtime.profiling import sparsity_probe as probe
 from meft.runtime.profiling.hardware import describe_machine
 from meft.runtime.profiling.measure import measurement
-from meft.runtime.session.checkpoint import load_tensors, weights_path
+from meft.runtime.session.checkpoint import weights_path
 from meft.runtime.session.model_folder import load_causal_lm
 from meft.runtime.session.model_loading import load_tokenizer
+from meft.runtime.session.tensor_files import load_tensors
 
 FITTED_TOKENS, FITTED_TOP_KS, FITTED_WIDTHS = (64, 256, 1024, 2048), (8, 32, 128), (256, 1024, 4096)
 """The fit sees these, each with each; every other point judges it."""

@@ -12,7 +12,6 @@ that is there is complete.
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import re
 import shutil
@@ -24,13 +23,11 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from meft.planner.base.dtypes import AdapterDtype
 from meft.planner.base.errors import UsageError
-from meft.planner.base.files import file_mode, replace_folder, write_atomic, writing
+from meft.planner.base.files import replace_folder, write_atomic, writing
 from meft.planner.base.schema import Count, File, Index, parse_json, read_text
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.plan import Plan, TokensSee
@@ -38,6 +35,7 @@ from meft.planner.records.report import Evaluation, Observed
 from meft.planner.records.routing import Routing
 from meft.runtime.session.model_card import model_card
 from meft.runtime.session.session import Session
+from meft.runtime.session.tensor_files import load_tensors, save_tensors
 
 ADAPTER_WEIGHTS = "meft_adapter.safetensors"
 ADAPTER_CONFIG = "meft_config.json"
@@ -54,7 +52,6 @@ _MOMENTS = ("first_moment", "second_moment", "step_counts")
 _HOT_TABLES = ("activations", "places")
 _COUNTED_STEPS = "hot.counted_steps"
 _ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, MODEL_CARD, OLD_ADAPTER_WEIGHTS, OLD_ADAPTER_CONFIG)
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _FLOAT_BYTES = 4
 _RNG_STATE_BYTES = 5056
 _HEADER_BYTES_PER_LAYER = 2048
@@ -219,7 +216,7 @@ def save_checkpoint(
 
     def write(new: Path) -> None:
         _write_adapter(_files(session, meft_version), new)
-        _save_tensors(optimizer_tensors(session) | _random_states(session), new / OPTIMIZER_STATE)
+        save_tensors(optimizer_tensors(session) | _random_states(session), new / OPTIMIZER_STATE)
         state.save(new / TRAINING_STATE)
         if observe is not None:
             observe().save(new / RUN_OBSERVED)
@@ -374,7 +371,7 @@ def _row_use(session: Session) -> dict[str, torch.Tensor]:
 
 
 def _write_adapter(files: _AdapterFiles, folder: Path) -> None:
-    _save_tensors(files.tensors, folder / ADAPTER_WEIGHTS)
+    save_tensors(files.tensors, folder / ADAPTER_WEIGHTS)
     if files.card is not None:
         write_atomic(folder / MODEL_CARD, files.card)
     files.config.save(folder / ADAPTER_CONFIG)
@@ -386,7 +383,7 @@ def _write_into(files: _AdapterFiles, folder: Path) -> None:
         write_atomic(folder / MODEL_CARD, files.card)
     new = folder / f".{ADAPTER_WEIGHTS}.new"
     try:
-        _save_tensors(files.tensors, new)
+        save_tensors(files.tensors, new)
         new.replace(folder / ADAPTER_WEIGHTS)
     finally:
         new.unlink(missing_ok=True)
@@ -469,33 +466,3 @@ def _restore(target: torch.Tensor, tensors: Mapping[str, torch.Tensor], name: st
         found = "nothing" if source is None else f"{tuple(source.shape)} {source.dtype}"
         raise UsageError(f"{path}: {name} should be {tuple(target.shape)} {target.dtype}, found {found}")
     target.copy_(source)
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Raises :class:`OSError`, also where safetensors has an exception of its own."""
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        number = _OS_ERROR.search(str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    path.chmod(file_mode())  # safetensors lets nobody else read it
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def load_tensors(path: Path, *, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, torch.Tensor]:
-    """What is wanted of a safetensors file, on the host, or a :class:`UsageError`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 - no mapping
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # the last ones: a dtype that torch has not
-        raise UsageError(f"{path}: not a complete safetensors file ({str(error)[:300]})") from None

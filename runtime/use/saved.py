@@ -12,6 +12,7 @@ from meft.planner.records.routing import ROUTINGS
 from meft.runtime.session import checkpoint
 from meft.runtime.session.checkpoint import AdapterConfig
 from meft.runtime.session.model_folder import load_causal_lm
+from meft.runtime.session.tensor_files import load_tensors
 from meft.runtime.use.inference import LayerRows, Serving, found_by
 
 EXTRA_STATE = "_extra_state"
@@ -29,12 +30,12 @@ def saved_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor],
     """
     state = folder / TRAINER_WEIGHTS
     if state.exists() and not checkpoint.holds_adapter(folder):
-        tensors = checkpoint.load_tensors(state)
+        tensors = load_tensors(state)
         if EXTRA_STATE not in tensors:
             raise UsageError(f"{state}: holds no adapter; give the folder that save_pretrained or save_model wrote")
         return description(tensors.pop(EXTRA_STATE), state), tensors, state
     config, path = checkpoint.load_config(folder), checkpoint.weights_path(folder)
-    return config, checkpoint.load_tensors(path), path
+    return config, load_tensors(path), path
 
 
 def copy_adapter(source: Path, folder: Path) -> None:

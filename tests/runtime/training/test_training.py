@@ -100,7 +100,7 @@ def test_a_run_killed_while_saving_leaves_the_last_checkpoint(glass_folder, tmp_
 
     def on_step(progress) -> None:
         if progress.step == 2:
-            monkeypatch.setattr("meft.runtime.session.checkpoint._save_tensors", killed_at_the_second)
+            monkeypatch.setattr("meft.runtime.session.checkpoint.save_tensors", killed_at_the_second)
 
     trainer.on_step = on_step
     with pytest.raises(KeyboardInterrupt):
