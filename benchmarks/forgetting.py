@@ -55,6 +55,7 @@ from meft.planner.records.report import Evaluation
 from meft.runtime.data.examples import IGNORE_INDEX, Example, collate, pad_token_id, tokenize_record
 from meft.runtime.data.records import Text
 from meft.runtime.data.task_sources import factbook_prose
+from meft.runtime.session.model_folder import load_causal_lm
 from meft.runtime.session.model_loading import load_tokenizer
 from meft.runtime.session.session import Session
 from meft.runtime.training.replay import mixed
@@ -246,9 +247,7 @@ def material_of(run: Run, folder: Path) -> Material:
 
 def _own_words(folder: Path, count: int) -> list[Example]:
     """Texts that the model writes when nothing is asked of it."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_causal_lm(folder, dtype=torch.float32)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         begun = torch.randint(4, 1024, (count, 1))

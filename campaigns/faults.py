@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from meft.runtime.session import checkpoint
+from meft.runtime.session import tensor_files
 
 CALLS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 FAILING = ("fsync", "rename", "replace", "mkdir", "save_file")
@@ -42,7 +42,7 @@ class Hooks:
         """In this process, which is a child."""
         for name in CALLS:
             setattr(os, name, self._wrapped(name, getattr(os, name)))
-        vars(checkpoint)["save_file"] = self._wrapped("save_file", vars(checkpoint)["save_file"])
+        vars(tensor_files)["save_file"] = self._wrapped("save_file", vars(tensor_files)["save_file"])
 
     def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         if name not in self.watched:

@@ -46,7 +46,7 @@ def check_chunks(request: Request) -> None:
         raise UsageError(
             f"rows_in_backward retained beside token_chunks {chunks}: it would keep every chunk's rows; give refetched"
         )
-    if request.gpus > 1:
+    if request.ranks > 1:
         raise UsageError(f"token_chunks {chunks}: several devices do not take them yet; it goes with gpus 1")
     if request.model.measured is not None:
         raise UsageError(

@@ -40,14 +40,14 @@ class SelfAttention:
         if ops.autocast_bytes is not None:
             q, k, v = (ops.cast(each, ops.autocast_bytes, "attention") for each in (q, k, v))
         if setup.repeated_heads:
-            k, v = (repeat_heads(ops, each, q.numel // each.numel) for each in (k, v))
+            k, v = (repeat_heads(ops, each, shape.num_heads // shape.num_kv_heads) for each in (k, v))
         if setup.attention == "flash":  # transformers casts what is fp32, which the kernel does not take
             q, k, v = (self._in_16_bits(each) for each in (q, k, v))
         half = q.itemsize != FP32
         flash = mask is None and half and shape.head_dim <= LARGEST_FLASH_HEAD and not ops.cpu_kernels
         if setup.attention == "flash" or flash:
             return self._flash(q, k, v), None
-        groups = q.numel // k.numel
+        groups = 1 if setup.repeated_heads else shape.num_heads // shape.num_kv_heads
         if mask is not None:  # transformers writes grouped heads out beside a mask, but a single one
             repeat = expand_heads if shape.num_kv_heads == 1 < groups else repeat_heads
             k, v = repeat(ops, k, groups), repeat(ops, v, groups)

@@ -323,9 +323,9 @@ class ChunkedAdapter(Adapter):
         inputs = self._cast_chunk(x, "adapter")
         self.ops.use_workspace()
         activations, gate, gate_of_row = self._activated("adapter")
-        del inputs, gate_of_row
+        del inputs, gate, gate_of_row
         product = self._cast_chunk(x, "adapter")
-        del activations, gate, product
+        del activations, product
 
     def _chunks_backward(self, x: Tensor, *, needs_grad: bool) -> Gradients:
         tape, chunks = self._tape, self.decision.token_chunks

@@ -124,6 +124,9 @@ class BaselineSession:
     def meet(self) -> None:
         """As :meth:`drain`: there is no other rank to wait for."""
 
+    def require_replicas(self) -> None:
+        """Nor another machine to be alike."""
+
     def close(self) -> None:
         """There are no lanes."""
 

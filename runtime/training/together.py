@@ -69,6 +69,11 @@ def check(plan: Plan, gpus: int, *, machines: int = 1, steps: int | None) -> Non
             f"{given}: the plan keeps {decision.hot_rows} hot rows on the device, each of which several devices "
             f"would have to agree on; run it on one, or plan again with --hot-rows 0"
         )
+    if decision.token_chunks > 1:
+        raise UsageError(
+            f"{given}: the plan takes tokens in {decision.token_chunks} chunks, which several devices do not yet; run "
+            f"it on one, or plan again without --token-chunks"
+        )
     if steps is not None and steps < size:
         raise UsageError(f"--steps {steps}: less than the {size} ranks have micro-batches at once; give {size} or more")
 

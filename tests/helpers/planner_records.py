@@ -155,5 +155,6 @@ def sparsity_profile(*alphas: float, **changes: Any) -> SparsityProfile:
 
 
 def side_by_side(each: Sequence[Candidates]) -> Candidates:
-    """Single candidates as one record of arrays."""
-    return Candidates(**{name: np.array([vars(one)[name] for one in each]) for name in vars(each[0])})
+    """Single candidates, of as many token chunks each, as one record of arrays."""
+    arrays = {name: np.array([vars(one)[name] for one in each]) for name in vars(each[0])}
+    return Candidates(**arrays | {"token_chunks": each[0].token_chunks})

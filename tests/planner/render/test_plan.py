@@ -12,7 +12,7 @@ from meft.planner.base.errors import UsageError
 from meft.planner.base.units import format_bytes
 from meft.planner.check.audit import audit
 from meft.planner.predict.prediction import predict
-from meft.planner.records.plan import MemoryEntry, ParetoPoint, Plan
+from meft.planner.records.plan import MemoryEntry, ParetoPoint, Plan, host_budget_of
 from meft.planner.render.audit import audit_view
 from meft.planner.render.details import GROUPS, OTHER, grouped_bytes, limits_used
 from meft.planner.render.plan import next_command, plan_view
@@ -80,7 +80,7 @@ def test_percent() -> None:
 def test_limits_used_puts_the_tightest_first(plan: Plan) -> None:
     prediction, request = plan.prediction, plan.request
     used = dict(limits_used(plan))
-    assert used["host memory"] == prediction.host_memory.total_bytes / request.host_mem_bytes
+    assert used["host memory"] == prediction.host_memory.total_bytes / host_budget_of(plan)
     assert used["slowdown"] == prediction.timing.slowdown / request.max_slowdown
     at_cap = prediction.device_memory.peak_reserved_bytes_at_cap
     assert at_cap is not None

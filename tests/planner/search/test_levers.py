@@ -125,7 +125,9 @@ def test_one_sequence_is_halved_instead_of_the_batch(request_: Request, profiles
     one = request_.model_copy(update={"batch_size": 1})
     options = [lever.option for lever in levers(one, DECISION, predict(one, DECISION, profiles), profiles)]
     assert "--seq-len 128" in options
-    assert all(int(option.split()[1]) > 1 for option in options if option.startswith("--batch-size")), "only larger ones"
+    assert all(int(option.split()[1]) > 1 for option in options if option.startswith("--batch-size")), (
+        "only larger ones"
+    )
 
 
 def test_a_tiny_plan_on_the_emulated_device_has_levers_without_nf4() -> None:

@@ -61,7 +61,7 @@ def test_a_plan_says_a_micro_batchs_share_and_what_a_window_costs():
 
 def test_buffers_to_other_machines_by_hand():
     sizes = [
-        {entry.category: entry.num_bytes for entry in host_memory(request=each, decision=DECISION, pinned=True).entries}
+        {entry.category: entry.num_bytes for entry in host_memory(request=each, decision=DECISION).entries}
         for each in (tiny_request(), tiny_request(nodes=1, interconnect_bytes_per_second=None))
     ]
     # A part: 64 rows / 4 ranks = 16. To send and to receive, of each rank: two ranks' messages of 16 rows, 16 rows with

@@ -92,13 +92,13 @@ MUTANTS = {
         ("p0", {}),
     ),
     "a part of the rows leaves before it is gathered": (
-        (fetching, f"{FETCH}.fetch", "gathered.result()", "_part(len(route.result().missing), chunk, chunks)"),
+        (fetching, f"{FETCH}._bring", "gathered.result()", "_part(route.result().num_missing, chunk, chunks)"),
         ("p0, in parts, experts, sent", {}),
     ),
     "rows are used when their first part is there": (
         (
             fetching,
-            f"{FETCH}.fetch",
+            f"{FETCH}._bring",
             "slot.filled = self.engine.copy(",
             "slot.filled = slot.filled if chunk else self.engine.copy(",
         ),

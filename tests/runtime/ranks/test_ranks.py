@@ -112,6 +112,11 @@ def test_a_signal_to_one_rank_ends_all_after_their_window_with_a_checkpoint(tmp_
     [
         ({}, ["--gpus", 3], "--gpus 3: the plan's 4 micro-batches of an optimizer step do not divide among 3 ranks"),
         ({"hot_rows": 8}, ["--gpus", 2], "--gpus 2: the plan keeps 8 hot rows on the device"),
+        (
+            {"token_chunks": 2, "rows_in_backward": "refetched"},
+            ["--gpus", 2],
+            "--gpus 2: the plan takes tokens in 2 chunks",
+        ),
         ({}, ["--gpus", 4, "--steps", 2], "--steps 2: less than the 4 ranks have micro-batches at once"),
     ],
 )

@@ -171,7 +171,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_says_so(glass_folder
 
     def on_step(progress) -> None:
         if progress.step == 3:
-            monkeypatch.setattr("meft.runtime.session.checkpoint.save_file", full)
+            monkeypatch.setattr("meft.runtime.session.tensor_files.save_file", full)
 
     trainer.on_step = on_step
     last = tmp_path / "checkpoint-00000002"
