@@ -32,6 +32,7 @@ from meft.planner.records.routing import ROUTINGS, Routing, SwitchOptions
 from meft.planner.traffic.sparsity import (
     active_rows_per_layer,
     at_seq_len,
+    distinct_layers,
     highest_active_rows,
     prefetch_recall,
     spread_at,
@@ -220,7 +221,7 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
         num_experts=routings.num_experts,
         num_probes=routings.num_probes,
         in_experts=experts,
-        active_rows=chunks * step,
+        active_rows=np.broadcast_to(chunks * distinct_layers(step), step.shape),  # layers alike stay one
         window_active_rows=window,
         hot_rows=request.hot_rows or 0,
         tokens_see=request.tokens_see,
