@@ -36,7 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
-from timed_device import profiles_of, small_batch, timed_session
+from timed_device import small_batch, timed_session
 
 import meft
 from meft.planner.predict.prediction import ProfileSet, predict
@@ -56,7 +56,7 @@ Profile = TypeVar("Profile", GpuProfile, LinkProfile, HostProfile, SparsityProfi
 def profiles_at(plan: Plan, slower: float) -> ProfileSet:
     """The plan's profiles, rates divided and times multiplied."""
     return ProfileSet(
-        **{each.name: _slowed(getattr(profiles_of(plan), each.name), slower) for each in fields(ProfileSet)}
+        **{each.name: _slowed(getattr(ProfileSet.of(plan.request), each.name), slower) for each in fields(ProfileSet)}
     )
 
 
@@ -95,7 +95,7 @@ def plan_of(gpu: str, size: str, schedule: str, *, width: int, top_k: int, grad_
 def decided(plan: Plan, choices: dict[str, Any]) -> Plan:
     """The plan with some of its decision changed, predicted anew."""
     decision = Decision.model_validate(plan.decision.model_dump() | choices)
-    prediction = predict(plan.request, decision, profiles_of(plan), replayed=False)
+    prediction = predict(plan.request, decision, ProfileSet.of(plan.request), replayed=False)
     return plan.model_copy(update={"decision": decision, "prediction": prediction})
 
 

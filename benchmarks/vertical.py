@@ -29,7 +29,6 @@ import meft
 from meft.planner.base.errors import Infeasible
 from meft.planner.predict.prediction import ProfileSet, predict, simulated_tasks
 from meft.planner.records.plan import LANES, Decision, Plan, Prediction, Request
-from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 
 WIDTHS = (2048, 4096, 6144, 8192, 12288, 16384)
 WINDOWS = (4, 8)
@@ -75,7 +74,7 @@ def of_plan(plan: Plan | None, micro_batches: int) -> dict[str, Any] | None:
 
 def vertical(plan: Plan, *, checkpointing: bool) -> dict[str, Any]:
     """The window of ``plan`` layer by layer, at its best."""
-    request, profiles = plan.request, profiles_of(plan)
+    request, profiles = plan.request, ProfileSet.of(plan.request)
     union = max(plan.prediction.sparsity.window_active_rows_per_layer)
     nothing_kept = {"cached_rows": 0, "gradients_on_device": False, "gather_chunks": 1, "prefetch_depth": 0}
     ring = {"rows_in_backward": "refetched", "active_rows_cap": union, "activation_checkpointing": checkpointing}
@@ -109,17 +108,6 @@ def _peak(prediction: Prediction) -> int:
     peak = prediction.device_memory.peak_allocated_bytes_at_cap
     assert peak is not None
     return peak
-
-
-def profiles_of(plan: Plan) -> ProfileSet:
-    """Those that a plan was made with."""
-    request = plan.request
-    return ProfileSet(
-        gpu=load_gpu(request.gpu),
-        link=load_link(request.link),
-        host=load_host(request.host),
-        sparsity=load_sparsity(request.sparsity),
-    )
 
 
 def said(row: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ class OptimizerChoice(click.Choice[str]):
 
 def setup_options(command: Command) -> Command:
     """The method's own options and the workload's."""
-    return _method_options(_workload_options(command))
+    return _method_options(_workload_options(_batch_options(command)))
 
 
 def _method_options(command: Command) -> Command:
@@ -77,14 +77,31 @@ def _method_options(command: Command) -> Command:
     )
 
 
-def _workload_options(command: Command) -> Command:
-    """How a step runs: its batch, checkpointing, attention, optimizer, kernels and loss."""
+def _batch_options(command: Command) -> Command:
+    """What a step is given: its sequences, and how long they are."""
     option = click.option
     return apply_options(
         command,
         option("--batch-size", type=click.IntRange(1, MAX_BATCH_SIZE), help="[default: 2]"),
         option("--seq-len", type=click.IntRange(1, MAX_SEQ_LEN), help="[default: 256]"),
         option("--grad-accum", type=click.IntRange(1, MAX_GRAD_ACCUM), help="Steps per update. [default: 1; MEFT: 32]"),
+        option(
+            "--lengths",
+            metavar="FILE|MEAN,STD",
+            help="Sequences' lengths vary: as in a file (a length a line, JSON lines with input_ids, or texts for "
+            "--tokenizer), or so distributed. --seq-len cuts them.",
+        ),
+        option("--tokenizer", metavar="DIR", help="Of the texts in --lengths FILE. [default: the model's folder]"),
+        option("--batching", type=click.Choice(BATCHINGS), help="How batches are made of them. [default: padded]"),
+        option("--padding/--no-padding", default=None, help="Batches are padded, so masks exist. [default: no]"),
+    )
+
+
+def _workload_options(command: Command) -> Command:
+    """How a step runs: checkpointing, attention, optimizer, kernels and loss."""
+    option = click.option
+    return apply_options(
+        command,
         option(
             "--activation-checkpointing/--no-activation-checkpointing",
             default=None,
@@ -128,15 +145,6 @@ def _workload_options(command: Command) -> Command:
             help="Fused kernels: those of liger, unsloth or foak, with their loss; or rms-norm, swiglu, rope, lora.",
         ),
         option("--loss", type=click.Choice(get_args(LossName)), help="[default: hf, which upcasts the logits]"),
-        option(
-            "--lengths",
-            metavar="FILE|MEAN,STD",
-            help="Sequences' lengths vary: as in a file (a length a line, JSON lines with input_ids, or texts for "
-            "--tokenizer), or so distributed. --seq-len cuts them.",
-        ),
-        option("--tokenizer", metavar="DIR", help="Of the texts in --lengths FILE. [default: the model's folder]"),
-        option("--batching", type=click.Choice(BATCHINGS), help="How batches are made of them. [default: padded]"),
-        option("--padding/--no-padding", default=None, help="Batches are padded, so masks exist. [default: no]"),
         option(
             "--keep-outputs/--drop-outputs",
             default=None,

@@ -26,6 +26,7 @@ from meft.planner.records.plan import (
     Sparsity,
     Timing,
 )
+from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
 from meft.planner.timing.chrome import Event
 from meft.planner.timing.step import step_timing
@@ -43,6 +44,16 @@ class ProfileSet:
     link: LinkProfile
     host: HostProfile
     sparsity: SparsityProfile
+
+    @classmethod
+    def of(cls, request: Request) -> ProfileSet:
+        """Those that a request names."""
+        return cls(
+            gpu=load_gpu(request.gpu),
+            link=load_link(request.link),
+            host=load_host(request.host),
+            sparsity=load_sparsity(request.sparsity),
+        )
 
 
 def simulated_tasks(request: Request, decision: Decision, profiles: ProfileSet, sparsity: Sparsity) -> list[Event]:

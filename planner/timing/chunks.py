@@ -14,9 +14,11 @@ Letters: ``C`` chunks, ``p`` prefetch depth.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from meft.planner.base.quantities import Flags, Floats
+from meft.planner.base.quantities import Floats
 from meft.planner.timing.program import Lanes, Program, StepCosts
 from meft.planner.traffic.chunks import chunk_ring_slots
 
@@ -24,31 +26,14 @@ from meft.planner.traffic.chunks import chunk_ring_slots
 class ChunkedProgram(Program):
     """Issues a micro-batch's tasks in the runtime's order; a *unit* is a chunk of a layer, ``layer * C + chunk``."""
 
-    def __init__(
-        self,
-        costs: StepCosts,
-        lanes: Lanes,
-        *,
-        num_layers: int,
-        prefetch_depth: int,
-        checkpointing: Flags,
-        refetched: Flags,
-        overlapped: bool,
-    ) -> None:
-        super().__init__(
-            costs,
-            lanes,
-            num_layers=num_layers,
-            prefetch_depth=prefetch_depth,
-            checkpointing=checkpointing,
-            refetched=refetched,
-            overlapped=overlapped,
-        )
+    def __init__(self, costs: StepCosts, lanes: Lanes, **choices: Any) -> None:
+        """``choices`` as :class:`Program` has them."""
+        super().__init__(costs, lanes, **choices)
         self.activate_again = self._by_layer(costs.gpu.activate_again)
         self.chunks = costs.token_chunks
-        self.units_there: list[Floats] = [0.0] * (num_layers * self.chunks)
+        self.units_there: list[Floats] = [0.0] * (self.num_layers * self.chunks)
         """When each unit's rows are on the device."""
-        self.ring = int(chunk_ring_slots(prefetch_depth=self.depth, num_layers=num_layers))
+        self.ring = int(chunk_ring_slots(prefetch_depth=self.depth, num_layers=self.num_layers))
         self.routed_up_to = 0
         """Chunks of the layer at hand whose rows are chosen."""
 

@@ -14,7 +14,6 @@ from meft.planner.base.files import writing
 from meft.planner.base.units import format_bytes
 from meft.planner.base.version import VERSION
 from meft.planner.records.plan import Plan
-from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.report import Report
 from meft.runtime.cli.run import run_command
 
@@ -211,13 +210,7 @@ def _profiles_of(plan: Plan) -> ProfileSet:
     """The profiles that the plan rests on, unchanged since; else a :class:`UsageError`."""
     from meft.planner.predict.prediction import ProfileSet
 
-    request = plan.request
-    profiles = ProfileSet(
-        gpu=load_gpu(request.gpu),
-        link=load_link(request.link),
-        host=load_host(request.host),
-        sparsity=load_sparsity(request.sparsity),
-    )
+    profiles = ProfileSet.of(plan.request)
     for used in plan.inputs.profiles:
         found = getattr(profiles, used.kind, None)
         if found is not None and found.content_digest() != used.digest:

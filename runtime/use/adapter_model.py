@@ -178,11 +178,7 @@ class AdapterModel(nn.Module):
         """
         how = Serving(rows_per_token, min_score)
         loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
-        differences = loaded.request.model.differences(_shape(base))
-        if differences:
-            listed = ", ".join(f"{name} {mine} in the plan, {here} here" for name, (mine, here) in differences.items())
-            raise UsageError(f"the plan was made for {loaded.request.model.name}, which this model is not: {listed}")
-        require_planned_dtype(loaded, base)
+        _require_planned_model(loaded, base)
         put_down = carry(base, None)
         restore, weighing = _restorer(base), ExitStack()
         try:
@@ -457,6 +453,15 @@ def _restorer(base: nn.Module) -> Callable[[], None]:
             module.training = training
 
     return restore
+
+
+def _require_planned_model(plan: Plan, base: nn.Module) -> None:
+    """Raise :class:`UsageError` where ``base`` is not what the plan was made for."""
+    differences = plan.request.model.differences(_shape(base))
+    if differences:
+        listed = ", ".join(f"{name} {mine} in the plan, {here} here" for name, (mine, here) in differences.items())
+        raise UsageError(f"the plan was made for {plan.request.model.name}, which this model is not: {listed}")
+    require_planned_dtype(plan, base)
 
 
 def _shape(model: Any) -> Any:

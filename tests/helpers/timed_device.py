@@ -28,7 +28,6 @@ from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTE
 from meft.planner.models.architecture import ModelShape
 from meft.planner.predict.prediction import ProfileSet, simulated_tasks
 from meft.planner.records.plan import Direction, Plan
-from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link, load_sparsity
 from meft.planner.records.profiles import HostProfile, LinkProfile
 from meft.planner.timing.step import accumulate_seconds, adamw_seconds, copy_seconds, gather_seconds, route_seconds
 from meft.runtime.data.examples import Batch
@@ -371,17 +370,6 @@ def timed_session(plan: Plan, profiles: ProfileSet, schedule: Schedule, *, keep:
         engine.link, engine.plan, engine.clock, engine.is_duplex = profiles.link, plan, clock, {}
         _give_backward_first(session, clock)
         yield session
-
-
-def profiles_of(plan: Plan) -> ProfileSet:
-    """Those that a plan was made with."""
-    request = plan.request
-    return ProfileSet(
-        gpu=load_gpu(request.gpu),
-        link=load_link(request.link),
-        host=load_host(request.host),
-        sparsity=load_sparsity(request.sparsity),
-    )
 
 
 def small_batch(plan: Plan) -> Batch:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from timed_device import profiles_of, small_batch, timed_session
+from timed_device import small_batch, timed_session
 
 import meft
-from meft.planner.predict.prediction import simulated_tasks
+from meft.planner.predict.prediction import ProfileSet, simulated_tasks
 from meft.planner.records.plan import LANES, Lane, Plan
 from meft.planner.timing.chrome import task_kind
 from meft.runtime.device.lanes import Overlapped, Schedule, Sequential
@@ -43,7 +43,7 @@ def plan_of(*, gather_chunks: int = 1, **choice: object) -> Plan:
 def test_a_step_gives_each_lane_the_work_that_is_planned(choice: dict[str, object], schedule: type[Schedule]) -> None:
     """All but the optimizer's share, which is no micro-batch's, and Python's on the host, which is real."""
     plan = plan_of(**choice)
-    profiles = profiles_of(plan)
+    profiles = ProfileSet.of(plan.request)
     tasks = simulated_tasks(plan.request, plan.decision, profiles, plan.prediction.sparsity)
     planned = dict.fromkeys(LANES, 0.0)
     for task in tasks:
