@@ -171,7 +171,6 @@ def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) 
     machines = request.nodes
     slots = gradient_slots(prefetch_depth=candidates.prefetch_depth, num_layers=num_layers)
     cap, row_dtype = candidates.active_rows_cap, ADAPTER_DTYPE_BYTES[request.adapter_dtype]
-    landing = row_buffer_bytes(active_rows_cap=cap, hidden_size=hidden_size, adapter_dtype_bytes=row_dtype)
     routers = router_gradient_bytes(
         num_layers=num_layers,
         num_experts=candidates.num_experts,
@@ -196,7 +195,6 @@ def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) 
         sizes
         | own
         | {
-            "gradient_landing": ranks * slots * landing,
             "gradient_rows": ranks * slots * cap * _ROW_BYTES,
             "row_squares": num_layers * candidates.adapter_width * _SQUARE_BYTES,
             "router_landing": ranks * routers,

@@ -15,7 +15,7 @@ from meft.planner.models.stored import StoredWeights
 from meft.planner.records.plan import Plan
 from meft.runtime.session.model_loading import STORED_PACKAGES
 
-PER_RANK = ("_staging", "_landing", "cache_index", "gradient_rows", "network_buffers")
+PER_RANK = ("_staging", "_landing", "cache_index", "gradient_rows", "network_buffers", "router_means")
 """How the names of those host entries end that every rank has of its own."""
 EMULATED = "emulated"
 """Key of the emulated device's profile."""

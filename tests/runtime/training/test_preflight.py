@@ -9,16 +9,17 @@ import pytest
 import torch
 from make_plan import hand_plan
 from plan_samples import SHAPE
-from sessions import small_plan
+from sessions import CENTROIDS, EXPERTS, small_plan
 from sparse_setup import decision
 
 import meft
 from meft.planner.base.errors import EXIT_MACHINE, MachineError
+from meft.planner.memory.host import host_memory
 from meft.planner.models.stored import StoredWeights
 from meft.planner.records.plan import HostBudget, HostPeak, Plan
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.training import runner
-from meft.runtime.training.preflight import Machine, check
+from meft.runtime.training.preflight import PER_RANK, Machine, check
 from meft.runtime.training.training import TrainingOptions
 
 GIB = 1 << 30
@@ -112,6 +113,18 @@ def test_weights_that_are_converted_while_they_are_loaded_must_fit() -> None:
     with pytest.raises(MachineError, match=r"24\.00 GiB are needed while"):  # each rank loads its own
         check(plan_of(), replace(small, available_host_bytes=16 * GIB), ranks=2, converted_bytes=12 * GIB, **ample)
     assert check(plan_of(), small, converted_bytes=10 * GIB, **ample) == []
+
+
+@pytest.mark.parametrize("routing", [EXPERTS, CENTROIDS])
+def test_what_every_rank_has_of_its_own_is_what_a_plan_multiplies(routing) -> None:
+    chosen = decision(**routing, adapter_width=64, cached_rows=16)
+    sizes = []
+    for gpus in (2, 4):
+        request = hand_plan(SHAPE, chosen, gpus=gpus, grad_accum=4).request
+        entries = host_memory(request=request, decision=chosen).entries
+        sizes.append({entry.category: entry.num_bytes for entry in entries})
+    two, four = sizes
+    assert {name for name in two if four[name] == 2 * two[name]} == {name for name in two if name.endswith(PER_RANK)}
 
 
 # --- the device ------------------------------------------------------------------------------------------------------
