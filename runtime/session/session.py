@@ -365,16 +365,11 @@ def open_session(
     model = device.adopt(model)
     _set_checkpointing(model, decision)
     clock = clock or LaneClock()
-    schedule = schedule or Sequential()
-    schedule.on_job = clock
-    clock.follow(device.streams)
-    engine = TransferEngine(device, schedule, link_gbps=link_gbps)
+    engine = _new_engine(device, schedule or Sequential(), clock, link_gbps)
     kernels = HostKernels() if compiled else None
     store = _new_store(plan, kernels, peers)
     if peers is None or peers.local == 0:
-        store.initialise(seed=seed)
-        if key_init == "ffn":
-            keys_from_ffn(store, model, seed=seed)
+        _fill(store, model, seed, key_init)
     weights = _graph_weights(decision, shape.num_layers, shape.hidden_size, device, seed)
     routers = weights if decision.needs.gated else []
     router = router_of(decision, store, kernels)
@@ -398,6 +393,20 @@ def open_session(
     session = Session(*parts, peers=peers)
     session.wait_for_peers()  # the rows are there
     return session
+
+
+def _new_engine(device: Device, schedule: Schedule, clock: LaneClock, link_gbps: float | None) -> TransferEngine:
+    """What copies and runs jobs, each of which the clock is told of."""
+    schedule.on_job = clock
+    clock.follow(device.streams)
+    return TransferEngine(device, schedule, link_gbps=link_gbps)
+
+
+def _fill(store: HostStore, model: nn.Module, seed: int, key_init: KeyInit) -> None:
+    """The rows' first values."""
+    store.initialise(seed=seed)
+    if key_init == "ffn":
+        keys_from_ffn(store, model, seed=seed)
 
 
 def _new_store(plan: Plan, kernels: HostKernels | None, peers: Peers | None) -> HostStore:
