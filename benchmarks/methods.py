@@ -21,6 +21,11 @@ from meft.runtime.data.task_sources import factbook_prose, load_task
 QUESTION, STATEMENT = "Which city does the airport with IATA code {} serve?", "Airport {} is in"
 CANDIDATES = 4
 """So many times the facts are looked at for short ones."""
+FURTHER = (
+    "peft:p-tuning", "peft:shira", "bitfit", "meft:weights_dtype=nf4", "meft:tokens_see=own",
+    "meft:routing=key-experts", "meft:routing=centroid", "meft:routing=switch",
+)  # fmt: skip
+"""Beside what is compared by default."""
 
 
 @click.command(context_settings={"show_default": True})
@@ -32,7 +37,10 @@ CANDIDATES = 4
 @click.option("--seq-len", type=int, default=11, help="Facts that are longer are left out.")
 @click.option("--texts", type=int, default=16, help="Of prose.")
 @click.option("--gpu-mem", default="4GiB")
-@click.option("--methods", default=",".join(DEFAULT_METHODS))
+@click.option(
+    "--weights-dtype", default="bf16", help="Several times as fast as fp32 where the processor has products of it."
+)
+@click.option("--methods", default=",".join((*DEFAULT_METHODS, *FURTHER)))
 def main(output_dir: Path, model: Path | None, facts: int, seq_len: int, texts: int, **given: object) -> None:
     """Make the data and compare."""
     from meft.runtime.cli.use import base_folder

@@ -28,6 +28,7 @@ DEFAULT_METHODS = (
 RATES: dict[str, tuple[float, ...]] = {
     "none": (0.0,),
     "meft": (4e-3, 8e-3),
+    "meft:": (8e-3,),
     "lora": (1e-3, 3e-3),
     "qlora": (1e-3, 3e-3),
     "parallel-adapter": (4e-3, 8e-3),
@@ -40,13 +41,17 @@ RATES: dict[str, tuple[float, ...]] = {
     "peft:prefix-tuning": (1e-2, 3e-2),
     "peft:ln-tuning": (3e-3, 1e-2),
 }
-"""The grid; any other method has that of lora."""
+"""The grid; any other method has that of lora, and a variant of meft the rate at which meft learnt best (airports,
+SmolLM2-135M: benchmarks/knowledge_results.jsonl)."""
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "peft:prompt-tuning": ("num_virtual_tokens=20",),
     "peft:prefix-tuning": ("num_virtual_tokens=20",),
     "peft:p-tuning": ("num_virtual_tokens=20",),
 }
 """What a type cannot do without, as people give it."""
+TRAINS_THE_MODEL = ("full", "bitfit", "peft:ln-tuning")
+"""Methods whose parameters are the model's own: in bf16 an update of a 1,000th of a weight would be rounded away."""
+MEFT_PREFIX = "meft:"
 RESULTS, TABLE, FIGURE = "results.jsonl", "table.md", "figure.png"
 
 
@@ -55,13 +60,26 @@ RESULTS, TABLE, FIGURE = "results.jsonl", "table.md", "figure.png"
 @click.option("--data", type=_PATH, multiple=True, required=True, help="What to learn, as for training.")
 @click.option("--eval", "task", metavar="FILE|NAME", required=True, help="What to score on: see meft-run evaluate.")
 @click.option("--gpu-mem", required=True, help="The budget of the emulated device, e.g. 1GiB.")
-@click.option("--methods", default=",".join(DEFAULT_METHODS), show_default=True, help="peft:TYPE for any of peft's.")
+@click.option(
+    "--methods",
+    default=",".join(DEFAULT_METHODS),
+    show_default=True,
+    help="peft:TYPE for any of peft's; meft:OPTION=VALUE:... for a plan's options, as in meft:routing=centroid, or "
+    "meft:model=DIR for another base.",
+)
 @click.option("--seeds", type=_COUNT, default=1, show_default=True, help="So many; the grid is run with the first.")
 @click.option("--learning-rates", metavar="A,B", help="Instead of each method's own grid (docs/methods.md).")
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=6.0, show_default=True)
 @click.option("--batch-size", type=_COUNT, default=16, show_default=True)
 @click.option("--seq-len", type=click.IntRange(min=2), default=32, show_default=True)
 @click.option("--rank", type=_COUNT, help="Of lora and qlora.  [default: 16]")
+@click.option(
+    "--weights-dtype",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the frozen model; what trains the model's own weights has them in fp32.",
+)
 @click.option("--adapter-width", type=_COUNT, default=64, show_default=True, help="Of parallel-adapter.")
 @click.option("--meft-width", type=_COUNT, default=1024, show_default=True, help="Of meft, with K 32 and all its rows.")
 @click.option("--prose", type=_PATH, help="Ordinary text whose loss shows forgetting.")
@@ -138,11 +156,11 @@ def _candidate(name: str, folder: Path, budget: int, given: dict[str, Any]) -> C
     """A method with its size, its grid and what it will take, or the reason why it is not run."""
     from meft.runtime.methods.compare import Candidate
 
-    rates = RATES.get(name, RATES["lora"])
+    rates = RATES.get(MEFT_PREFIX if name.startswith(MEFT_PREFIX) else name, RATES["lora"])
     if given["learning_rates"] is not None and name != "none":
         rates = _rates(given["learning_rates"])
-    if name == "meft":
-        return _meft_candidate(folder, budget, given, rates)
+    if name == "meft" or name.startswith(MEFT_PREFIX):
+        return _meft_candidate(name, folder, budget, given, rates)
     try:
         setup = _setup(name, folder, given)
         if name == "none":
@@ -175,7 +193,7 @@ def _setup(name: str, folder: Path, given: dict[str, Any]) -> Any:
         "adapter_width": given["adapter_width"] if name == "parallel-adapter" else None,
         "reduction": None,
         "dropped_layers": None,
-        "weights_dtype": None,
+        "weights_dtype": _weights_dtype(name, given),
         "attention": "sdpa",
         "activation_checkpointing": False,
         "batch_size": given["batch_size"],
@@ -185,12 +203,20 @@ def _setup(name: str, folder: Path, given: dict[str, Any]) -> Any:
     return setup_of(options, folder, emulated=True)
 
 
+def _weights_dtype(name: str, given: dict[str, Any]) -> str:
+    """Of a method's frozen model, or of the model that it trains."""
+    if name == "qlora":
+        return "nf4"
+    return "fp32" if name in TRAINS_THE_MODEL else given["weights_dtype"]
+
+
 def _predicted(name: str, folder: Path, budget: int, given: dict[str, Any]) -> tuple[int | None, bool]:
     """The allocated peak and whether the method fits, by its closed form or the trace of its code; of what cannot be
     traced nothing, and the run itself will tell."""
     import meft
 
     options: dict[str, Any] = {"batch_size": given["batch_size"], "seq_len": given["seq_len"]}
+    options |= {"weights_dtype": _weights_dtype(name, given)}
     if name in ("lora", "qlora"):
         options |= {"rank": given["rank"] or USUAL_RANK, "target_modules": "all-linear"}
     if name == "parallel-adapter":
@@ -216,25 +242,46 @@ def _size(name: str, given: dict[str, Any]) -> str:
     return ", ".join(ARGUMENTS.get(name, ("-",))).replace("num_virtual_tokens=", "virtual tokens ")
 
 
-def _meft_candidate(folder: Path, budget: int, given: dict[str, Any], rates: tuple[float, ...]) -> Candidate:
+def _meft_candidate(name: str, folder: Path, budget: int, given: dict[str, Any], rates: tuple[float, ...]) -> Candidate:
     import meft
     from meft.runtime.methods.compare import Candidate
 
-    size = f"width {given['meft_width']:,}, K 32"
+    said = _plan_options(name)
+    folder = Path(said.pop("model", folder))
+    options: dict[str, Any] = {
+        "model": folder,
+        "gpu": "emulated",
+        "gpu_mem": budget,
+        "batch_size": given["batch_size"],
+        "seq_len": given["seq_len"],
+        "grad_accum": 1,
+        "adapter_width": given["meft_width"],
+        "top_k": min(32, given["meft_width"]),
+        "routing": "exact",
+        "weights_dtype": given["weights_dtype"],
+        "max_slowdown": 1000.0,
+        "min_trainable": 0.0,
+    }
     try:
-        plan = meft.plan(
-            model=folder,
-            gpu="emulated",
-            gpu_mem=budget,
-            batch_size=given["batch_size"],
-            seq_len=given["seq_len"],
-            grad_accum=1,
-            adapter_width=given["meft_width"],
-            top_k=min(32, given["meft_width"]),
-            routing="exact",
-            max_slowdown=1000.0,
-            min_trainable=0.0,
-        )
-    except InfeasibleError as error:
-        return Candidate("meft", size, refused=str(error))
-    return Candidate("meft", size, rates, plan=plan, predicted_bytes=plan.prediction.device_memory.peak_allocated_bytes)
+        plan = meft.plan(**options | said)
+    except (InfeasibleError, UsageError) as error:
+        return Candidate(name, f"width {given['meft_width']:,}", refused=str(error))
+    size = f"width {plan.decision.adapter_width:,}, K {plan.decision.top_k}"
+    peak = plan.prediction.device_memory.peak_allocated_bytes
+    return Candidate(name, size, rates, plan=plan, predicted_bytes=peak, model=folder)
+
+
+def _plan_options(name: str) -> dict[str, Any]:
+    """What follows ``meft:``, options of a plan with colons between them.
+
+    Raises:
+        UsageError: one without a value.
+    """
+    found: dict[str, Any] = {}
+    for part in name.removeprefix("meft").removeprefix(":").split(":"):
+        option, equals, value = part.partition("=")
+        if part and not (equals and value):
+            raise UsageError(f"--methods {name}: {part}: is no OPTION=VALUE, as in meft:routing=centroid")
+        if part:
+            found[option.replace("-", "_")] = int(value) if value.isdecimal() else value
+    return found

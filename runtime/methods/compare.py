@@ -44,7 +44,7 @@ PROSE_BATCH, PROSE_TOKENS = 4, 64
 @dataclass(frozen=True)
 class Candidate:
     """One method of a comparison. ``predicted_bytes`` is the allocated peak, by the planner; ``refused`` says why it is
-    not run, if it is not."""
+    not run, if it is not; ``model`` is its base where that is another than the workload's."""
 
     name: str
     size: str
@@ -53,6 +53,7 @@ class Candidate:
     plan: Plan | None = None
     predicted_bytes: int | None = None
     refused: str | None = None
+    model: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,13 @@ def run_one(run: Run, work: Workload) -> dict[str, Any]:
 
 def _opened(run: Run, work: Workload) -> Any:
     device = EmulatedDevice(work.budget_bytes)
+    folder = run.candidate.model or work.model
     if run.candidate.plan is not None:
         plan = run.candidate.plan
-        model = load_frozen_model(plan, work.model, device_kind="emulated")
+        model = load_frozen_model(plan, folder, device_kind="emulated")
         return open_session(plan, model, device, seed=run.seed)
     assert run.candidate.setup is not None
-    model = load_model(run.candidate.setup, work.model, device_kind="emulated")
+    model = load_model(run.candidate.setup, folder, device_kind="emulated")
     return open_method(run.candidate.setup, model, device, seed=run.seed)
 
 

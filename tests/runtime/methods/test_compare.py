@@ -7,14 +7,14 @@ import json
 import pytest
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.cli.compare import compare_command
+from meft.runtime.cli.compare import _candidate, compare_command
 from meft.runtime.methods.compare import Candidate, Row, markdown, read_results, rows_of
 from meft.runtime.methods.compare_figure import draw
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, glass_folder):
-    """Two seeds of four methods under a budget that full fine-tuning does not fit."""
+    """Two seeds of some methods under a budget that full fine-tuning does not fit."""
     folder = tmp_path_factory.mktemp("compare")
     data = folder / "facts.jsonl"
     words = ("alice", "rabbit", "hatter")
@@ -26,8 +26,8 @@ def run_compare(compared, *options: object) -> None:
     folder, data, model = compared
     given = ["--model", model, "--data", data, "--eval", data, "--prose", data, "--gpu-mem", "12MiB", "--seeds", 2,
              "--epochs", 3, "--batch-size", 2, "--seq-len", 16, "--meft-width", 64, "--max-new-tokens", 2,
-             "--methods", "none,meft,peft:ia3,full,bitfit", "--learning-rates", "1e-3,1e-2",
-             "--output-dir", folder / "out", *options]  # fmt: skip
+             "--methods", "none,meft,meft:routing=centroid:top_k=16,peft:ia3,full,bitfit,meft:depth=2",
+             "--learning-rates", "1e-3,1e-2", "--output-dir", folder / "out", *options]  # fmt: skip
     compare_command.main([str(each) for each in given], standalone_mode=False)
 
 
@@ -37,9 +37,10 @@ def test_a_comparison_is_one_table_one_figure_and_goes_on(compared, capsys) -> N
     assert {path.name for path in folder.iterdir()} == {"results.jsonl", "table.md", "figure.png"}
     records = read_results(folder / "results.jsonl")
     runs = sorted((each["method"], each["learning_rate"], each["seed"]) for each in records.values())
-    grid = [(name, rate, 0) for name in ("meft", "peft:ia3") for rate in (1e-3, 1e-2)]
+    ran = ("meft", "meft:routing=centroid:top_k=16", "peft:ia3")
+    grid = [(name, rate, 0) for name in ran for rate in (1e-3, 1e-2)]
     assert [run for run in runs if run[2] == 0] == sorted([*grid, ("none", 0.0, 0)])
-    assert sorted(run[0] for run in runs if run[2] == 1) == ["meft", "none", "peft:ia3"]
+    assert sorted(run[0] for run in runs if run[2] == 1) == sorted((*ran, "none"))
     for record in records.values():
         if record["method"] != "none":
             assert record["peak_allocated_bytes"] == pytest.approx(record["predicted"], rel=0.03)
@@ -48,7 +49,10 @@ def test_a_comparison_is_one_table_one_figure_and_goes_on(compared, capsys) -> N
     lines = dict(line.split("|")[1:4:2] for line in table.splitlines()[2:])
     assert "does not fit" in lines[" full "]
     assert "no biases" in lines[" bitfit "]
-    assert "run 1 of 5 and 3 more: none" in printed.err
+    assert "unknown argument 'depth'" in lines[" meft:depth=2 "]
+    sizes = {each["method"]: each["size"] for each in records.values()}
+    assert sizes["meft:routing=centroid:top_k=16"] == "width 64, K 16"
+    assert "run 1 of 7 and 4 more: none" in printed.err
     assert " left" in printed.err
 
     kept = (folder / "results.jsonl").read_text().splitlines()
@@ -71,6 +75,17 @@ def test_a_figure_has_a_marker_for_each_method_that_ran(tmp_path) -> None:
             Row("full", "-", reason="does not fit"), Row("none", "-", prose_loss=2.9)]  # fmt: skip
     draw(rows, tmp_path / "figure.png", metric="em")
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_a_variant_of_meft_is_a_plan_with_its_options_and_has_one_rate(compared) -> None:
+    given = {"batch_size": 2, "seq_len": 16, "meft_width": 64, "weights_dtype": "fp32", "learning_rates": None}
+    own = _candidate("meft:tokens-see=own", compared[2], 12 << 20, given)
+    assert own.plan.request.tokens_see == "own"
+    assert own.rates == (8e-3,)
+    in_bf16 = _candidate("meft", compared[2], 12 << 20, given | {"weights_dtype": "bf16"})
+    assert in_bf16.plan.request.weights_dtype == "bf16"
+    with pytest.raises(UsageError, match="OPTION=VALUE"):
+        _candidate("meft:own", compared[2], 12 << 20, given)
 
 
 def test_wrong_rates_are_one_line(compared) -> None:
