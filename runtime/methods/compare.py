@@ -22,7 +22,7 @@ import torch
 from meft.planner.base.errors import DeviceOutOfMemory, MeftError
 from meft.planner.base.units import format_bytes, format_seconds
 from meft.planner.base.version import VERSION
-from meft.planner.records.plan import Plan
+from meft.planner.records.plan import Plan, Request
 from meft.planner.records.setup import TrainingSetup
 from meft.runtime.data.examples import Batch, Example, pad_token_id
 from meft.runtime.data.metrics import MAIN_SCORE
@@ -65,10 +65,17 @@ class Run:
     seed: int
 
     def key(self, workload: str) -> str:
-        """Identifies the run in a results file."""
-        how = self.candidate.plan or self.candidate.setup
-        digest = "none" if how is None else how.content_digest()[:16]
+        """Identifies the run in a results file: by what is trained, so that a plan whose prediction became another is
+        not trained again."""
+        plan, setup = self.candidate.plan, self.candidate.setup
+        parts = [setup] if plan is None else [_of_any_host(plan.request), plan.decision]
+        digest = " ".join("none" if part is None else part.content_digest()[:16] for part in parts)
         return f"{self.candidate.name} {digest} lr {self.learning_rate:g} seed {self.seed} {workload}"
+
+
+def _of_any_host(request: Request) -> Request:
+    """The request without what its machine has, which changes nothing that is learnt."""
+    return request.model_copy(update={"host_mem_bytes": 1, "host_mem_basis": "given"})
 
 
 @dataclass(frozen=True)

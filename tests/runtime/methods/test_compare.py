@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.cli.compare import _candidate, compare_command
-from meft.runtime.methods.compare import Candidate, Row, markdown, read_results, rows_of
+from meft.runtime.methods.compare import Candidate, Row, Run, markdown, read_results, rows_of
 from meft.runtime.methods.compare_figure import draw
 
 
@@ -60,6 +61,18 @@ def test_a_comparison_is_one_table_one_figure_and_goes_on(compared, capsys) -> N
     run_compare(compared)
     assert "run 1 of 1" in capsys.readouterr().err
     assert len(read_results(folder / "results.jsonl")) == len(kept)
+
+
+def test_a_run_is_known_by_what_is_trained_whatever_was_predicted_of_it(compared) -> None:
+    given = {"batch_size": 2, "seq_len": 16, "meft_width": 64, "weights_dtype": "fp32", "learning_rates": None}
+    one = _candidate("meft", compared[2], 12 << 20, given)
+    slower = one.plan.prediction.timing.model_copy(update={"step_seconds": 1.0})
+    predicted_anew = one.plan.prediction.model_copy(update={"timing": slower})
+    elsewhere = one.plan.request.model_copy(update={"host_mem_bytes": 1 << 40})
+    same = replace(one, plan=one.plan.model_copy(update={"prediction": predicted_anew, "request": elsewhere}))
+    other = _candidate("meft:top_k=8", compared[2], 12 << 20, given)
+    keys = [Run(each, 1e-3, 0).key("work") for each in (one, same, replace(other, name="meft"))]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_what_was_not_run_has_its_reason(compared, tmp_path) -> None:
