@@ -91,6 +91,10 @@ class ActiveRows(Record):
     """On several machines: rows whose gradients went to another one, to be added up there."""
     summed_total: Index | None = None
     """On several machines: rows touched in a window, summed over windows; their sums went to all."""
+    asked_total: Index | None = None
+    """With rows owned by machines: active rows that another one has and sent, forward and backward."""
+    scored_total: Index | None = None
+    """The same: pairs of a token and an expert whose rows another machine scored."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
