@@ -102,9 +102,7 @@ def owner_buffer_bytes(
 ) -> Ints:
     """What a rank asks and answers from: queries, scores, rows, and with centroids means, each way."""
     others = machines - 1
-    token = asked_token_bytes(
-        hidden_size=hidden_size, num_probes=num_probes, compute_dtype_bytes=compute_dtype_bytes
-    )
+    token = asked_token_bytes(hidden_size=hidden_size, num_probes=num_probes, compute_dtype_bytes=compute_dtype_bytes)
     pairs = tokens * num_probes * pair_bytes(rows_per_expert=adapter_width // num_experts)
     answered = others * _smaller(active_rows_cap, adapter_width // machines)
     row = asked_row_bytes(hidden_size=hidden_size, adapter_dtype_bytes=adapter_dtype_bytes)

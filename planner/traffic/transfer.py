@@ -348,9 +348,7 @@ def _bytes_of_a_row(request: Request) -> int:
     return int(row_bytes(active_rows=1, hidden_size=request.model.hidden_size, adapter_dtype_bytes=e))
 
 
-def _network(
-    request: Request, decision: Decision, **rows: int
-) -> tuple[TransferEntry, ...]:
+def _network(request: Request, decision: Decision, **rows: int) -> tuple[TransferEntry, ...]:
     """Between machines: a micro-batch's share of a window's steps, and what the window's end costs; ``rows`` as
     :func:`~meft.planner.traffic.network.expected_use` has them."""
     use = expected_use(request, decision, **rows)

@@ -122,6 +122,8 @@ class Owners:
         """Of the pairs of a token and an expert that this machine owns, in the tokens' order, ``[n, R/N]``."""
         own = self._of_machine(asked.probes, self._network.machine)
         token = own.nonzero()[:, 0]
+        if not len(token):
+            return torch.empty(0, self._scores_out.shape[1], dtype=self._scores_out.dtype)
         experts = (asked.probes[own] - self._network.machine * self._experts).unsqueeze(1)
         keys = self._store.layers[layer].keys
         queries = asked.queries[token].to(keys.dtype)

@@ -149,7 +149,8 @@ class OwnedExchange(RowExchange):
 
 
 def exchange_of(decision: Decision, *, peers: Peers | None, queries: Queries, **parts: Any) -> RowExchange:
-    """The exchange that a decision asks for, on so many machines; see :func:`meft.runtime.chunks.exchange.exchange_of`."""
+    """The exchange that a decision asks for, on so many machines; ``parts`` as in
+    :func:`meft.runtime.chunks.exchange.exchange_of`."""
     if decision.rows == "owned" and peers is not None and peers.machines > 1:
         del parts["placer"]
         return OwnedExchange(decision=decision, peers=peers, queries=queries, **parts)

@@ -56,9 +56,10 @@ class OwnedWindow(MachinesWindow):
         for copy in range(len(network.others)):
             self._squares_out[copy * len(own) : (copy + 1) * len(own)] = squares[own.start : own.stop]
         away = [machine != network.machine for machine in range(network.machines)]
-        counts, expected = [there * len(own) for there in away], [
-            there * len(part) for there, part in zip(away, self._parts, strict=True)
-        ]
+        counts, expected = (
+            [there * len(own) for there in away],
+            [there * len(part) for there, part in zip(away, self._parts, strict=True)],
+        )
         about = About("row_squares", "optimizer_step", self.engine.schedule.ended)
         network.swap(self._squares_out, self._squares_in, about, counts=counts, expected=expected)
         start = 0

@@ -401,9 +401,7 @@ def open_session(
         placer=placer,
         clock=clock,
         peers=peers,
-        queries=Queries(
-            plan.request.tokens_per_step, COMPUTE_DTYPES.get(plan.request.weights_dtype, QUANTIZED_DTYPE)
-        ),
+        queries=Queries(plan.request.tokens_per_step, COMPUTE_DTYPES.get(plan.request.weights_dtype, QUANTIZED_DTYPE)),
         seed=seed,
     )
     optimizer = _router_optimizer(routers, settings, device) if routers else None

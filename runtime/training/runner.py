@@ -144,10 +144,17 @@ def _run(
     kind, check = _device_kind(plan, options), display.interrupts.check
     with closing(_open_nvml(kind)) as nvml:
         machine = preflight.Machine.here()
-        here, budget = 1 if peers is None else peers.here, _budget(plan, options)
+        here, machines = (1, 1) if peers is None else (peers.here, peers.machines)
+        budget = _budget(plan, options)
         converted = model_loading.converted_bytes(plan, folder) if kind == "cuda" else 0
         notes = preflight.check(
-            plan, machine, device_kind=kind, budget_bytes=budget, ranks=here, converted_bytes=converted
+            plan,
+            machine,
+            device_kind=kind,
+            budget_bytes=budget,
+            ranks=here,
+            machines=machines,
+            converted_bytes=converted,
         )
         for note in notes:
             display.say(f"note: {note}")
