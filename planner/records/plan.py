@@ -15,6 +15,7 @@ from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, File, Fraction, Index, Rate, Record, Seconds
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.routing import ROUTINGS, Routing, RoutingNeeds, SwitchOptions
+from meft.planner.records.usual import without_usual
 
 Attention = Literal["sdpa", "flash", "eager"]
 Objective = Literal["capacity", "speed", "traffic"]
@@ -31,19 +32,6 @@ LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 """Of one machine; several have ``network`` too."""
 Way = Direction | Literal["network"]
 """Where bytes go: over a card's link, or between machines."""
-
-
-_USUAL: dict[str, Any] = {"tokens_see": "union", "packed": False, "gpus_per_link": 1}
-_USUAL |= {"nodes": 1, "interconnect_bytes_per_second": None, "foreign_total": None, "summed_total": None}
-_USUAL |= dict.fromkeys(("network_bytes_per_step", "network_bytes_per_optimizer_step", "network_bytes_total"), 0)
-_USUAL |= {"batch_size_basis": "given", "switch": None, "rows": "replicated"}
-_USUAL |= dict.fromkeys(("asked_total", "scored_total"))
-
-
-def without_usual(content: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Written only where they say something, so that other plans stay as they were, byte for byte."""
-    usual = _USUAL | more
-    return {name: value for name, value in content.items() if name not in usual or value != usual[name]}
 
 
 def chunk_tokens(tokens: int, token_chunks: int) -> int:
@@ -206,15 +194,11 @@ class Decision(Record):
     def _owned_consistent(self) -> None:
         """Rows that machines own are found expert by expert, and brought for a micro-batch at once."""
         if not self.needs.in_experts:
-            raise ValueError(
-                f"rows owned by machines are scored by experts, each where it lies, and routing {self.routing} scores "
-                f"all in one product: give key-experts, centroid or switch"
-            )
-        for name in ("gather_chunks", "token_chunks"):
-            if getattr(self, name) > 1:
+            many = f"rows owned by machines are scored where they lie, and routing {self.routing} scores all in one product"
+            raise ValueError(f"{many}: give key-experts, centroid or switch")
+        for name, most in {"gather_chunks": 1, "token_chunks": 1, "hot_rows": 0}.items():
+            if getattr(self, name) > most:
                 raise ValueError(f"{name} {getattr(self, name)} beside rows owned by machines: give one of them")
-        if self.hot_rows:
-            raise ValueError(f"hot_rows {self.hot_rows} beside rows owned by machines: give one of them")
 
     def _chunks_consistent(self) -> None:
         """A chunk's rows leave the device with it: but for the ring and its neighbour nothing of them is there."""

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from meft.planner.base.schema import Bytes, Count, File, Fraction, Index, Record, Seconds
-from meft.planner.records.plan import Lane, MemoryEntry, TransferEntry, without_usual
+from meft.planner.records.plan import Lane, MemoryEntry, TransferEntry
+from meft.planner.records.usual import without_usual
 
 
 def without_plain_loss(content: dict[str, Any]) -> dict[str, Any]:

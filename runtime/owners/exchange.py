@@ -152,6 +152,6 @@ def exchange_of(decision: Decision, *, peers: Peers | None, queries: Queries, **
     """The exchange that a decision asks for, on so many machines; ``parts`` as in
     :func:`meft.runtime.chunks.exchange.exchange_of`."""
     if decision.rows == "owned" and peers is not None and peers.machines > 1:
-        del parts["placer"]
+        parts.pop("placer", None)  # of token chunks, which go with rows on every machine
         return OwnedExchange(decision=decision, peers=peers, queries=queries, **parts)
     return chunks.exchange_of(decision, peers=peers, **parts)

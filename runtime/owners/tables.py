@@ -15,8 +15,10 @@ from typing import TypeVar
 
 import torch
 
+from meft.planner.records.plan import Decision
 from meft.runtime.host.store import CHUNK_BYTES, HostStore
 from meft.runtime.ranks.machines import Leaders
+from meft.runtime.ranks.peers import Peers
 
 T = TypeVar("T")
 
@@ -27,11 +29,28 @@ _OF_ROWS = re.compile(rf"layers\.(\d+)\.({'|'.join(TABLES)})")
 _DONE = -1
 
 
+def rows_of(decision: Decision, peers: Peers | None) -> tuple[range | None, range | None]:
+    """The rows that a machine has, where not all, and of them those that this rank adds up and updates."""
+    if peers is None:
+        return None, None
+    if decision.rows == "replicated":
+        return None, peers.share_of(decision.adapter_width)
+    held = peers.by_machine(range(decision.adapter_width))[peers.machine]
+    return held, peers.own_rows_of(decision.adapter_width, peers.local)[peers.machine]
+
+
 class OwnedTables:
     """One machine's part of it; ``leaders`` are None in all but a machine's first rank."""
 
     def __init__(self, store: HostStore, leaders: Leaders | None, parts: list[range]) -> None:
         self._store, self._leaders, self._parts = store, leaders, parts
+
+    @classmethod
+    def of(cls, decision: Decision, store: HostStore, peers: Peers | None) -> OwnedTables | None:
+        """Of a run whose machines own rows; None of any other."""
+        if peers is None or peers.machines == 1 or decision.rows != "owned":
+            return None
+        return cls(store, peers.leaders, peers.by_machine(range(decision.adapter_width)))
 
     def at_first(self, work: Callable[[], T], *, machine: int) -> T | None:
         """Do ``work`` at rank 0, which can have :meth:`pieces` meanwhile; elsewhere give them, and None in the end."""

@@ -31,7 +31,7 @@ from meft.runtime.host.router import Router
 from meft.runtime.host.routers import router_of
 from meft.runtime.host.store import HostStore
 from meft.runtime.owners.exchange import Queries, exchange_of
-from meft.runtime.owners.tables import OwnedTables
+from meft.runtime.owners.tables import OwnedTables, rows_of
 from meft.runtime.ranks.peers import Peers
 from meft.runtime.session.documents import DOCUMENT_START, positions_from, unpacked_sequences
 from meft.runtime.session.model_loading import COMPUTE_DTYPES, QUANTIZED_DTYPE
@@ -407,15 +407,9 @@ def open_session(
     optimizer = _router_optimizer(routers, settings, device) if routers else None
     adapter = attach(model, exchange, weights)
     parts = (plan, device, engine, store, exchange, model, adapter, routers, settings, optimizer, clock, key_init)
-    session = Session(*parts, peers=peers, tables=_owned_tables(decision, store, peers))
+    session = Session(*parts, peers=peers, tables=OwnedTables.of(decision, store, peers))
     session.wait_for_peers()  # the rows are there
     return session
-
-
-def _owned_tables(decision: Decision, store: HostStore, peers: Peers | None) -> OwnedTables | None:
-    if peers is None or peers.machines == 1 or decision.rows != "owned":
-        return None
-    return OwnedTables(store, peers.leaders, peers.by_machine(range(decision.adapter_width)))
 
 
 def _new_engine(device: Device, schedule: Schedule, clock: LaneClock, link_gbps: float | None) -> TransferEngine:
@@ -435,7 +429,7 @@ def _fill(store: HostStore, model: nn.Module, seed: int, key_init: KeyInit) -> N
 def _new_store(plan: Plan, kernels: HostKernels | None, peers: Peers | None) -> HostStore:
     """The rows' home, empty; in memory that all ranks share where there are several."""
     decision, shape = plan.decision, plan.request.model
-    held, own = _divided(decision, peers)
+    held, own = rows_of(decision, peers)
     return HostStore(
         num_layers=shape.num_layers,
         adapter_width=decision.adapter_width,
@@ -448,16 +442,6 @@ def _new_store(plan: Plan, kernels: HostKernels | None, peers: Peers | None) -> 
         own_rows=own,
         held=held,
     )
-
-
-def _divided(decision: Decision, peers: Peers | None) -> tuple[range | None, range | None]:
-    """The rows that this machine has, where not all, and of them those that this rank adds up and updates."""
-    if peers is None:
-        return None, None
-    if decision.rows == "owned":
-        held = peers.by_machine(range(decision.adapter_width))[peers.machine]
-        return held, peers.own_rows_of(decision.adapter_width, peers.local)[peers.machine]
-    return None, peers.share_of(decision.adapter_width)
 
 
 def _set_checkpointing(model: nn.Module, decision: Decision) -> None:
