@@ -194,7 +194,7 @@ class Decision(Record):
     def _owned_consistent(self) -> None:
         """Rows that machines own are found expert by expert, and brought for a micro-batch at once."""
         if not self.needs.in_experts:
-            many = f"rows owned by machines are scored where they lie, and routing {self.routing} scores all in one product"
+            many = f"rows owned by machines are scored where they lie, routing {self.routing} scores all in one product"
             raise ValueError(f"{many}: give key-experts, centroid or switch")
         for name, most in {"gather_chunks": 1, "token_chunks": 1, "hot_rows": 0}.items():
             if getattr(self, name) > most:
