@@ -2,10 +2,12 @@
 
     python campaigns/ranks.py --count 20 --seed 1 --json campaigns/results/ranks.json
     python campaigns/ranks.py --machines 2 --count 20 --seed 2 --json campaigns/results/machines.json
+    python campaigns/ranks.py --machines 2 --rows owned --count 20 --seed 3 --json campaigns/results/owned.json
 
 A trial runs a tiny model on two or four ranks under either schedule and kills one (SIGKILL) at a random moment, once or
 twice, each time going on with one, two or four. With ``--machines 2`` those hit are in two groups that share no memory
-and do not watch each other's processes, over loopback; those that go on are in one or two. It passes when
+and do not watch each other's processes, over loopback; those that go on are in one or two. With ``--rows owned`` each
+group has its own part of the rows. It passes when
 
 - all other ranks end within 30 seconds, with exit code 1 (or 0, where the hit came after the run);
 - no process holds the ranks' shared memory any more;
@@ -61,6 +63,7 @@ class Campaign:
     work: Path
     record: Record
     machines: int = 1
+    rows: str = "replicated"
     seconds: float = 0.0
     """What a run of one rank takes."""
 
@@ -71,7 +74,10 @@ class Campaign:
         make_tiny(self.work)
         plan = Plan.load(self.work / "plan.json")
         request = plan.request.model_copy(update={"grad_accum": 4})
-        plan.model_copy(update={"request": request}).save(self.work / "plan.json")
+        decision = plan.decision
+        if self.rows == "owned":
+            decision = decision.model_copy(update={"rows": "owned", "gather_chunks": 1})
+        plan.model_copy(update={"request": request, "decision": decision}).save(self.work / "plan.json")
         warm_up(self.work)
         ordered.warm_up()
         for _ in range(2):  # the first loads late, from disk
@@ -214,13 +220,17 @@ def learnt(output: Path) -> dict[str, torch.Tensor]:
 @click.option("--seconds", type=float, help="Begin no trial after so long; the same command goes on.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Where results add up.")
 @click.option("--machines", type=click.Choice(["1", "2"]), default="1", show_default=True, help="Groups that are hit.")
+@click.option("--rows", type=click.Choice(["replicated", "owned"]), default="replicated", show_default=True)
 @click.option("--only", type=click.IntRange(0), help="This trial alone, noted nowhere.")
-def main(count: int, seed: int, seconds: float | None, path: Path | None, machines: str, only: int | None) -> None:
+def main(
+    count: int, seed: int, seconds: float | None, path: Path | None, machines: str, rows: str, only: int | None
+) -> None:
     """Kill ranks, let others go on, and compare."""
     name = "ranks" if machines == "1" else f"ranks --machines {machines}"
+    name += "" if rows == "replicated" else f" --rows {rows}"
     record = Record(name, seed, path if only is None else None)
     with tempfile.TemporaryDirectory(prefix="meft-ranks-") as work:
-        campaign = Campaign(Path(work), record, int(machines))
+        campaign = Campaign(Path(work), record, int(machines), rows)
         campaign.prepare()
         for number in record.numbers(count, seconds=seconds) if only is None else [only]:
             campaign.trial(number)

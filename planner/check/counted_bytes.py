@@ -102,6 +102,9 @@ def bytes_between_machines(plan: Plan, report: Report) -> NetworkCategories:
         windows=windows,
         foreign_rows=sum(layer.foreign_total or 0 for layer in layers),
         summed_rows=sum(layer.summed_total or 0 for layer in layers),
+        steps=steps,
+        asked_rows=sum(layer.asked_total or 0 for layer in layers),
+        scored_pairs=sum(layer.scored_total or 0 for layer in layers),
     )
     return network_bytes(run.request, plan.decision, use)
 

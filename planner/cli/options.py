@@ -28,7 +28,7 @@ from meft.planner.front.options import (
     RUNNABLE_WEIGHTS,
     USUAL_BATCH_SIZE,
 )
-from meft.planner.records.plan import Attention, Objective, RowsInBackward, TokensSee
+from meft.planner.records.plan import Attention, Objective, RowsInBackward, RowsPolicy, TokensSee
 from meft.planner.records.routing import MAX_BALANCE_LOSS, MAX_CAPACITY_FACTOR, Routing
 
 if TYPE_CHECKING:
@@ -193,7 +193,14 @@ def rank_options(command: Command) -> Command:
             type=click.IntRange(1, MAX_NODES),
             default=1,
             show_default=True,
-            help="Such machines: each has all rows, and they exchange gradients and sums.",
+            help="Such machines, with rows on each as --rows says.",
+        ),
+        click.option(
+            "--rows",
+            type=click.Choice(get_args(RowsPolicy)),
+            default="replicated",
+            show_default=True,
+            help="Of several machines: each has all rows, or owns its part of them, which the others ask it for.",
         ),
         click.option(
             "--interconnect",

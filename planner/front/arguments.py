@@ -18,7 +18,7 @@ from meft.planner.base.errors import InfeasibleError, MeftError, UsageError, unk
 from meft.planner.base.schema import problems_of
 from meft.planner.base.units import parse_bytes
 from meft.planner.front.options import RequestOptions
-from meft.planner.records.plan import Attention, Objective, RowsInBackward, TokensSee
+from meft.planner.records.plan import Attention, Objective, RowsInBackward, RowsPolicy, TokensSee
 from meft.planner.records.routing import Routing
 from meft.planner.records.setup import Autocast, LossName, OffloadName, OptimizerName
 from meft.planner.terms.lengths import Batching
@@ -74,6 +74,7 @@ class PlanArguments(TypedDict, total=False):
     gpus: int
     gpus_per_link: int
     nodes: int
+    rows: RowsPolicy
     interconnect: str | None
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
-from meft.planner.records.plan import Attention, Objective, RowsInBackward, TokensSee
+from meft.planner.records.plan import Attention, Objective, RowsInBackward, RowsPolicy, TokensSee
 from meft.planner.records.routing import BalanceLoss, CapacityFactor, Jitter, Routing
 
 MAX_BATCH_SIZE = 1 << 14
@@ -89,6 +89,7 @@ class RequestOptions:
     gpus: Annotated[int, Field(ge=1, le=MAX_GPUS, strict=True)] = 1
     gpus_per_link: Annotated[int, Field(ge=1, le=MAX_GPUS, strict=True)] = 1
     nodes: Annotated[int, Field(ge=1, le=MAX_NODES, strict=True)] = 1
+    rows: RowsPolicy = "replicated"
     interconnect: str | None = None
 
     @classmethod

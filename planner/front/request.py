@@ -268,6 +268,7 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "gpus": options.gpus,
         "gpus_per_link": options.gpus_per_link,
         "nodes": options.nodes,
+        "rows": options.rows,
         "interconnect_bytes_per_second": _interconnect(options),
     }
     return {name: value for name, value in names.items() if value is not None}
@@ -333,6 +334,8 @@ def _check_ranks(options: RequestOptions) -> None:
 
 def _interconnect(options: RequestOptions) -> float | None:
     if options.nodes == 1:
+        if options.rows == "owned":
+            raise UsageError("--rows owned: by which machines? It goes with --nodes")
         if options.interconnect is not None:
             raise UsageError(f"--interconnect {options.interconnect}: between which machines? It goes with --nodes")
         return None

@@ -5,7 +5,8 @@ an int32 step count and a bool that says whether the window touched it. Buffers 
 of their own that is registered, where torch's pinned allocator would round each up to a power of two.
 
 Of several ranks each has its buffers, while the tables are there once; those that gradients land in are shared too, so
-that whoever owns a row adds it up. Of several machines this is each one's memory.
+that whoever owns a row adds it up. Of several machines this is each one's memory; where each has its own rows alone,
+``R`` is its part of them in every table but the rows' squares.
 
 The frozen model is on the device and has no copy here.
 
@@ -30,6 +31,7 @@ from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, HostMemory, MemoryEntry, Request
 from meft.planner.terms.activations import choose
 from meft.planner.traffic.network import buffer_bytes_per_rank
+from meft.planner.traffic.owned import owner_buffer_bytes
 from meft.planner.traffic.transfer import layers_queried, router_gradient_bytes
 
 _FLAG_BYTES = 1
@@ -125,8 +127,9 @@ def host_bytes_by_category(*, request: Request, candidates: Candidates) -> dict[
     num_layers, hidden_size = request.model.num_layers, request.model.hidden_size
     adapter_width, prefetch_depth = candidates.adapter_width, candidates.prefetch_depth
     active_rows_cap, key_experts = candidates.active_rows_cap, candidates.key_experts
+    held = adapter_width // request.nodes if candidates.owned else adapter_width
     cached_rows, hot_rows = candidates.cached_rows, candidates.hot_rows
-    table = table_bytes(num_layers=num_layers, adapter_width=adapter_width, hidden_size=hidden_size)
+    table = table_bytes(num_layers=num_layers, adapter_width=held, hidden_size=hidden_size)
     row_buffer = row_buffer_bytes(
         active_rows_cap=active_rows_cap,
         hidden_size=hidden_size,
@@ -150,8 +153,8 @@ def host_bytes_by_category(*, request: Request, candidates: Candidates) -> dict[
         "hot_index": hot_index_bytes(num_layers=num_layers, adapter_width=adapter_width, hot_rows=hot_rows),
         "adapter_moments": _MOMENTS * table,
         "adapter_gradients": table,
-        "step_counts": step_count_bytes(num_layers=num_layers, adapter_width=adapter_width),
-        "touched_flags": touched_flag_bytes(num_layers=num_layers, adapter_width=adapter_width),
+        "step_counts": step_count_bytes(num_layers=num_layers, adapter_width=held),
+        "touched_flags": touched_flag_bytes(num_layers=num_layers, adapter_width=held),
         "row_staging": slots * row_buffer,
         "gradient_landing": gradient_slots(prefetch_depth=prefetch_depth, num_layers=num_layers) * row_buffer,
         "query_landing": _smaller(slots, queried) * query_buffer,
@@ -189,7 +192,10 @@ def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) 
             hidden_size=hidden_size,
             adapter_dtype_bytes=row_dtype,
             router_numbers=routers // MASTER_BYTES,
+            owned=candidates.owned,
         )
+        if candidates.owned:
+            network = network + _of_owners(request, candidates)
     own = {name: ranks * sizes[name] for name in (*_STAGING, "cache_index", "router_means")}
     return (
         sizes
@@ -201,6 +207,22 @@ def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) 
             "router_sums": routers,
             "network_buffers": ranks * network,
         }
+    )
+
+
+def _of_owners(request: Request, candidates: Candidates) -> Ints:
+    """Of a rank that asks the machines that own rows, and answers."""
+    return owner_buffer_bytes(
+        machines=request.nodes,
+        tokens=request.tokens_per_step,
+        num_probes=candidates.num_probes,
+        num_experts=candidates.num_experts,
+        active_rows_cap=candidates.active_rows_cap,
+        adapter_width=candidates.adapter_width,
+        hidden_size=request.model.hidden_size,
+        adapter_dtype_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype],
+        compute_dtype_bytes=COMPUTE_DTYPE_BYTES[request.weights_dtype],
+        means=candidates.means,
     )
 
 

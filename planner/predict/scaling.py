@@ -38,7 +38,7 @@ def scaling(request: Request, decision: Decision, profiles: ProfileSet) -> tuple
             request.model_copy(update={"gpus": gpus, "nodes": nodes}), decision, profiles, replayed=False
         )
         for gpus, nodes in numbers
-        if request.grad_accum % (gpus * nodes) == 0
+        if request.grad_accum % (gpus * nodes) == 0 and not (decision.rows == "owned" and decision.num_experts % nodes)
     }
     of_one = predicted[1, 1].timing.tokens_per_second
     return tuple(

@@ -40,6 +40,8 @@ class Candidates:
     """One number for all."""
     means: Flags = False
     """The host finds experts by the means of their keys."""
+    owned: bool = False
+    """Of several machines each has its own rows; the same for all."""
     switch: Flags = False
     """Of those with a router: the gate is a probability, in fp32, and an expert's tokens are limited."""
 
@@ -75,6 +77,7 @@ class Candidates:
             token_chunks=decision.token_chunks,
             means=decision.needs.means,
             switch=decision.needs.one_expert,
+            owned=decision.rows == "owned",
         )
 
 

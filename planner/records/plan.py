@@ -15,12 +15,15 @@ from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, File, Fraction, Index, Rate, Record, Seconds
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.routing import ROUTINGS, Routing, RoutingNeeds, SwitchOptions
+from meft.planner.records.usual import without_usual
 
 Attention = Literal["sdpa", "flash", "eager"]
 Objective = Literal["capacity", "speed", "traffic"]
 RowsInBackward = Literal["retained", "refetched"]
 TokensSee = Literal["union", "own"]
 """Of the rows that a micro-batch brings, each token's output uses all (as the MEFT paper has it), or its own best K."""
+RowsPolicy = Literal["replicated", "owned"]
+"""Of several machines: each has all rows, or each its part of them, which the others ask it for."""
 Place = Literal["device", "host"]
 Phase = Literal["resident", "forward", "loss", "backward", "optimizer_step"]
 Direction = Literal["h2d", "d2h"]
@@ -29,18 +32,6 @@ LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 """Of one machine; several have ``network`` too."""
 Way = Direction | Literal["network"]
 """Where bytes go: over a card's link, or between machines."""
-
-
-_USUAL: dict[str, Any] = {"tokens_see": "union", "packed": False, "gpus_per_link": 1}
-_USUAL |= {"nodes": 1, "interconnect_bytes_per_second": None, "foreign_total": None, "summed_total": None}
-_USUAL |= dict.fromkeys(("network_bytes_per_step", "network_bytes_per_optimizer_step", "network_bytes_total"), 0)
-_USUAL |= {"batch_size_basis": "given", "switch": None}
-
-
-def without_usual(content: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Written only where they say something, so that other plans stay as they were, byte for byte."""
-    usual = _USUAL | more
-    return {name: value for name, value in content.items() if name not in usual or value != usual[name]}
 
 
 def chunk_tokens(tokens: int, token_chunks: int) -> int:
@@ -95,9 +86,10 @@ class Request(Record):
     gpus_per_link: Count = 1
     """How many of the cards share one link's bandwidth: those behind one switch, or on one root port's lanes."""
     nodes: Count = 1
-    """Machines with ``gpus`` each, and all rows on each."""
+    """Machines with ``gpus`` each, and rows on each as ``rows`` says."""
     interconnect_bytes_per_second: Rate | None = None
     """What a machine sends to others, and at once receives; where there are several."""
+    rows: RowsPolicy = "replicated"
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -110,6 +102,8 @@ class Request(Record):
             raise ValueError(f"grad_accum {self.grad_accum} does not divide among {among}")
         if self.nodes > 1 and self.interconnect_bytes_per_second is None:
             raise ValueError(f"nodes {self.nodes} need interconnect_bytes_per_second")
+        if self.rows == "owned" and self.nodes == 1:
+            raise ValueError("rows owned are divided among machines, and nodes is 1")
         if self.switch is not None and self.routing != "switch":
             raise ValueError(f"switch options do not go with routing {self.routing}")
         return self
@@ -160,6 +154,8 @@ class Decision(Record):
     """Parts of a micro-batch's tokens, each with a union of rows and a cap of its own, in every layer."""
     switch: SwitchOptions | None = None
     """Of ``routing`` switch, which has them always."""
+    rows: RowsPolicy = "replicated"
+    """Run on one machine all rows are its own, whatever this says."""
 
     @property
     def needs(self) -> RoutingNeeds:
@@ -191,7 +187,18 @@ class Decision(Record):
             raise ValueError(f"{both} are more than adapter_width {self.adapter_width}: a hot row is never cached")
         if self.token_chunks > 1:
             self._chunks_consistent()
+        if self.rows == "owned":
+            self._owned_consistent()
         return self
+
+    def _owned_consistent(self) -> None:
+        """Rows that machines own are found expert by expert, and brought for a micro-batch at once."""
+        if not self.needs.in_experts:
+            many = f"rows owned by machines are scored where they lie, routing {self.routing} scores all in one product"
+            raise ValueError(f"{many}: give key-experts, centroid or switch")
+        for name, most in {"gather_chunks": 1, "token_chunks": 1, "hot_rows": 0}.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} {getattr(self, name)} beside rows owned by machines: give one of them")
 
     def _chunks_consistent(self) -> None:
         """A chunk's rows leave the device with it: but for the ring and its neighbour nothing of them is there."""

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from meft.planner.base.schema import Bytes, Count, File, Fraction, Index, Record, Seconds
-from meft.planner.records.plan import Lane, MemoryEntry, TransferEntry, without_usual
+from meft.planner.records.plan import Lane, MemoryEntry, TransferEntry
+from meft.planner.records.usual import without_usual
 
 
 def without_plain_loss(content: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +92,10 @@ class ActiveRows(Record):
     """On several machines: rows whose gradients went to another one, to be added up there."""
     summed_total: Index | None = None
     """On several machines: rows touched in a window, summed over windows; their sums went to all."""
+    asked_total: Index | None = None
+    """With rows owned by machines: active rows that another one has and sent, forward and backward."""
+    scored_total: Index | None = None
+    """The same: pairs of a token and an expert whose rows another machine scored."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -140,6 +140,7 @@ def _decision(plan: Plan) -> View:
         ("top K", f"{decision.top_k:,}", _given(plan.request.top_k, "rows that each token chooses")),
         *_tokens_see(plan),
         *_token_chunks(plan),
+        *_owned(plan),
         ("active rows cap", f"{decision.active_rows_cap:,}", _why_cap(plan)),
         ("prefetch depth", str(decision.prefetch_depth), _why_prefetch(plan)),
         ("routing", decision.routing, _given(plan.request.routing, _why_routing(plan))),
@@ -157,6 +158,14 @@ def _tokens_see(plan: Plan) -> list[tuple[str, str, str]]:
     if plan.decision.tokens_see == "union":
         return []
     return [("tokens see", "own rows", "of those that travel a token's output uses its own best K alone (as asked)")]
+
+
+def _owned(plan: Plan) -> list[tuple[str, str, str]]:
+    """Where machines have each their own."""
+    if plan.decision.rows == "replicated":
+        return []
+    width, nodes = plan.decision.adapter_width, plan.request.nodes
+    return [("rows", "owned", f"each of {nodes} machines has {width // nodes:,} of a layer's, and asks for the others")]
 
 
 def _token_chunks(plan: Plan) -> list[tuple[str, str, str]]:
@@ -372,7 +381,8 @@ def _transfer(plan: Plan) -> View:
     if plan.request.nodes > 1:
         after.append(
             f"between the machines {format_bytes(transfer.network_bytes_per_step)} for a step of one card, and once in "
-            f"{plan.request.rounds} {format_bytes(transfer.network_bytes_per_optimizer_step)} of sums"
+            f"{plan.request.rounds} {format_bytes(transfer.network_bytes_per_optimizer_step)} of "
+            f"{'squares and routers' if plan.decision.rows == 'owned' else 'sums'}"
         )
     offload = f"moving the whole adapter both ways would cost {transfer.whole_adapter_offload_ratio:.2f} times as much"
     return stacked(grid(("", "to device", "to host"), [*rows, total], right=(1, 2)), lines([*after, offload]))

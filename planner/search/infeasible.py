@@ -20,6 +20,7 @@ from meft.planner.base.units import GIB, MIB, format_bytes, format_size_argument
 from meft.planner.memory.budget import machine_bytes_for
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.profiles import GpuProfile
+from meft.planner.records.routing import ROUTINGS
 
 SHORTEST_SEQUENCE = 16
 MORE_STEPS = 4
@@ -43,6 +44,7 @@ OPTIONS = {
     "bf16_copy": "--bf16-copy",
     "top_k": "--top-k",
     "adapter_width": "--adapter-width",
+    "rows": "--rows",
 }
 """Options of ``meft-plan`` by the request's field."""
 _FLAGS = ("activation_checkpointing", "bf16_copy")
@@ -159,8 +161,9 @@ def _nearest_change(
 
 
 def _changes(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Iterator[Request]:
-    """Changed requests, the nearest first: the budgets raised by what is missing, a smaller batch, checkpointing, fewer
-    tokens, fixed choices left open, smaller weights, and several of these together.
+    """Changed requests, the nearest first: each machine with its part of the rows, the budgets raised by what is
+    missing, a smaller batch, checkpointing, fewer tokens, fixed choices left open, smaller weights, and several of
+    these together.
 
     Budgets come last where the host's is this machine's own, or the device's would grow by more than :data:`FAR`: that
     is another card.
@@ -168,6 +171,8 @@ def _changes(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Iter
     raised = _raised(request, needs, gpu)
     more = [] if raised is None else _somewhat_more(raised, request, gpu)
     far = raised is not None and raised.gpu_mem_bytes > (1 + FAR) * request.gpu_mem_bytes
+    if "host_mem_bytes" in needs and request.nodes > 1 and _may_own(request):
+        yield request.model_copy(update={"rows": "owned"})
     last = far or (request.host_mem_basis == "this machine" and "host_mem_bytes" in needs)
     if raised and not last:
         yield from (raised, *more)
@@ -269,3 +274,9 @@ def _options(request: Request, changed: Request, decision: Decision) -> dict[str
     if "--weights-dtype" in options:
         options["--adapter-dtype"] = request.adapter_dtype  # whose default depends on the weights
     return options
+
+
+def _may_own(request: Request) -> bool:
+    """Whether each machine may have its part of the rows alone."""
+    searched = request.routing is None or ROUTINGS[request.routing].in_experts
+    return request.rows == "replicated" and searched and not request.hot_rows and (request.token_chunks or 1) == 1

@@ -118,8 +118,16 @@ def _changes(
     if decision.rows_in_backward == "retained":
         refetched = _decided(decision, rows_in_backward="refetched")
         yield "fetch rows twice", "--rows-in-backward refetched", request, refetched
+    if request.nodes > 1 and request.rows == "replicated" and _owns(request, decision):
+        owned = request.model_copy(update={"rows": "owned"})
+        yield "rows owned", "--rows owned", owned, _decided(decision, rows="owned", gather_chunks=1)
     if decision.bf16_copy:
         yield "no bf16 copy", "--no-bf16-copy", request, _decided(decision, bf16_copy=False)
+
+
+def _owns(request: Request, decision: Decision) -> bool:
+    """Whether each machine can have its part of the rows, whole experts of them."""
+    return decision.needs.in_experts and not decision.num_experts % request.nodes and not decision.hot_rows
 
 
 def _smaller_batches(

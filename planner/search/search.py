@@ -35,6 +35,7 @@ from meft.planner.memory.device import counted_bytes
 from meft.planner.memory.replayed import replayed_peaks
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict, timing_of
 from meft.planner.records.plan import Decision, Plan, Prediction, Request, SearchSummary
+from meft.planner.records.routing import ROUTINGS
 from meft.planner.search.fitting import Fitting, best_fitting
 from meft.planner.search.sifted_choice import best, front
 from meft.planner.search.sifting import Index, Sifted
@@ -261,12 +262,25 @@ def _fitting(sifted: Sifted) -> Fitting[tuple[Sifted, Index]]:
     return best_fitting(request.gpu_mem_bytes, best_within=best_within, short_bytes=short_bytes)
 
 
+def _check_owned(request: Request) -> None:
+    """Rows that machines own are found expert by expert, each where it lies."""
+    if request.routing is not None and not ROUTINGS[request.routing].in_experts:
+        raise UsageError(
+            f"routing {request.routing} beside rows owned: it scores every row in one product, and no machine has them "
+            f"all; give key-experts, centroid or switch"
+        )
+    if request.hot_rows:
+        raise UsageError(f"hot_rows {request.hot_rows} beside rows owned: give one of them")
+
+
 def check_request(request: Request) -> None:
     """Refuse what contradicts itself and what the runtime does not train; raises :class:`UsageError`."""
     if (request.token_chunks or 1) > 1:
         from meft.planner.search.chunked import check_chunks
 
         check_chunks(request)
+    if request.rows == "owned":
+        _check_owned(request)
     shape, width, top_k = request.model, request.adapter_width, request.top_k
     as_stored = request.weights_dtype == "int8" and shape.stored is not None
     if request.weights_dtype in ("fp16", "int8") and not as_stored:
@@ -350,10 +364,10 @@ def with_gather_chunks(
 ) -> tuple[Decision, Prediction]:
     """The decision with its rows gathered and sent in as many parts as make its step shortest, if that pays.
 
-    Only time changes: the parts are of the same buffers. With look-ahead rows are there before they are wanted, and
-    chunks of tokens pipeline by themselves.
+    Only time changes: the parts are of the same buffers. With look-ahead rows are there before they are wanted, chunks
+    of tokens pipeline by themselves, and rows that machines own come all at once.
     """
-    if decision.prefetch_depth or decision.token_chunks > 1:
+    if decision.prefetch_depth or decision.token_chunks > 1 or decision.rows == "owned":
         return decision, prediction
     tried = [decision.model_copy(update={"gather_chunks": chunks}) for chunks in GATHER_CHUNKS]
     timings = [timing_of(request, each, profiles, prediction.sparsity) for each in tried]

@@ -24,9 +24,10 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from meft.planner.base.errors import UsageError
 from meft.planner.base.quantities import Ints
 from meft.planner.records.candidates import Candidates
-from meft.planner.records.plan import Decision, Request, RowsInBackward, TokensSee, chunk_tokens
+from meft.planner.records.plan import Decision, Request, RowsInBackward, RowsPolicy, TokensSee, chunk_tokens
 from meft.planner.records.profiles import SparsityProfile
 from meft.planner.records.routing import ROUTINGS, Routing, SwitchOptions
 from meft.planner.traffic.sparsity import (
@@ -105,6 +106,7 @@ class Space:
     by_experts: Routing = "key-experts"
     """What routing in experts is: as asked, and then all are so; else Key-Experts."""
     switch: SwitchOptions | None = None
+    rows: RowsPolicy = "replicated"
 
     @property
     def key_experts(self) -> NDArray[np.bool_]:
@@ -142,6 +144,7 @@ class Space:
             token_chunks=self.token_chunks,
             means=ROUTINGS[self.by_experts].means,
             switch=ROUTINGS[self.by_experts].one_expert,
+            owned=self.rows == "owned",
         )
 
     def candidates_at(self, cache: int, backward: int = 0) -> Candidates:
@@ -178,6 +181,7 @@ class Space:
             switch=self.switch,
             gradients_on_device=self.gradients_on_device[cache],
             bf16_copy=self.bf16_copies[0] if bf16_copy is None else bf16_copy,
+            rows=self.rows,
         )
 
 
@@ -228,6 +232,7 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
         token_chunks=chunks,
         by_experts=by_experts,
         switch=(request.switch or SwitchOptions()) if by_experts == "switch" else None,
+        rows=request.rows,
     )
 
 
@@ -324,10 +329,12 @@ def widest_adapter(request: Request) -> int:
     return shape.num_parameters // (2 * shape.hidden_size * shape.num_layers)
 
 
-def expert_counts(adapter_width: int) -> tuple[int, ...]:
-    """Divisors of ``R`` nearest in ratio to multiples of its square root, ascending; 1 only for ``R = 1``."""
+def expert_counts(adapter_width: int, *, machines: int = 1) -> tuple[int, ...]:
+    """Divisors of ``R`` nearest in ratio to multiples of its square root, ascending; 1 only for ``R = 1``. None that
+    does not divide among ``machines``, if there are others."""
     small = [count for count in range(1, math.isqrt(adapter_width) + 1) if adapter_width % count == 0]
     divisors = sorted({*small, *(adapter_width // count for count in small)})[1:] or [1]
+    divisors = [count for count in divisors if count % machines == 0] or divisors
     return tuple(_nearest(divisors, square=factor * factor * adapter_width) for factor in EXPERTS_PER_ROOT)
 
 
@@ -372,18 +379,25 @@ def _routings(request: Request) -> _Routings:
     widths = np.array(adapter_widths(request))
     top_k = np.minimum(TOP_KS if request.top_k is None else (request.top_k,), widths[:, None])
     new_top_k = _is_new(top_k)
-    one_expert = ROUTINGS[_by_experts(request)].one_expert
+    one_expert, owners = ROUTINGS[_by_experts(request)].one_expert, request.nodes if request.rows == "owned" else 1
     if one_expert:
         experts = np.array(
             [[large_experts(int(width), int(k)) for k in of] for width, of in zip(widths, top_k, strict=True)]
         )
         probes = np.ones((*experts.shape, 1), np.int64)
     else:
-        experts = np.array([expert_counts(int(width)) for width in widths])[:, None, :]
+        experts = np.array([expert_counts(int(width), machines=owners) for width in widths])[:, None, :]
         probes = probe_counts(adapter_width=widths[:, None, None], num_experts=experts, top_k=top_k[:, :, None])
     in_experts = new_top_k[:, :, None, None] & _is_new(experts)[..., None] & _is_new(probes)
-    exactly = np.flatnonzero(new_top_k) if request.routing in (None, "exact") else np.empty(0, np.int64)
-    by_experts = np.flatnonzero(in_experts) if request.routing != "exact" else np.empty(0, np.int64)
+    in_experts &= (experts % owners == 0)[..., None]
+    none = np.empty(0, np.int64)
+    exactly = np.flatnonzero(new_top_k) if request.routing in (None, "exact") and request.rows != "owned" else none
+    by_experts = np.flatnonzero(in_experts) if request.routing != "exact" else none
+    if not len(exactly) + len(by_experts):
+        raise UsageError(
+            f"rows owned: no number of experts of adapter_width {', '.join(map(str, widths))} divides among {owners} "
+            f"machines; give another width, a multiple of {owners} times 32, say"
+        )
 
     def listed(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Numbers given per width and K, or per width, K, experts and probes, in the order of the lists."""

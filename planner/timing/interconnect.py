@@ -3,7 +3,11 @@
 A machine sends and receives at once, at the rate that was given, whichever of its ranks does; in a message and at a
 window's end each rank exchanges three times with its mates (counts, rows' numbers, gradients or sums).
 
-Letters: ``M`` machines, ``N`` ranks on each, ``L`` layers.
+Where machines own rows, the host asks for scores before it chooses, and for rows before it gathers; it has nothing to
+do meanwhile but to answer the others, so what that takes is in its own tasks, and the network's lane has the gradients
+alone. What both send at once in backward is not taken to slow either.
+
+Letters: ``M`` machines, ``N`` ranks on each, ``L`` layers, ``T`` tokens, ``P`` probes.
 """
 
 from __future__ import annotations
@@ -11,15 +15,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, Floats, Ints
+from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, MASTER_BYTES, Floats, Ints
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Request
 from meft.planner.traffic.network import NUMBER_BYTES, foreign_row_bytes, foreign_share, summed_row_bytes
+from meft.planner.traffic.owned import SQUARE_BYTES, asked_row_bytes, asked_token_bytes, pair_bytes
 from meft.planner.traffic.transfer import router_gradient_bytes
 
 EXCHANGE_SECONDS = 100e-6
 """Of one exchange, whatever its size: assumed, a round trip over Ethernet (20 to 50 us) and both sides' waking."""
 EXCHANGES = 3
+SCORE_EXCHANGES = 4
+"""For scores: counts, hidden states, probes, and scores back."""
 
 
 def exchange_between(request: Request, *, rows: NDArray[np.int64]) -> NDArray[np.float64] | None:
@@ -51,7 +58,54 @@ def sums_between(request: Request, candidates: Candidates, *, window_rows: Ints)
         ranks=request.ranks,
     )
     latency = EXCHANGES * EXCHANGE_SECONDS
-    sums = num_layers * latency + window_rows * share * summed_row_bytes(hidden_size=hidden_size) / rate
+    sums: Floats = num_layers * latency + window_rows * share * summed_row_bytes(hidden_size=hidden_size) / rate
+    if candidates.owned:
+        sums = num_layers * EXCHANGE_SECONDS + _owners_tell(request, candidates) / rate
     round_of_routers = (routers > 0) * latency + request.gpus * routers * share / rate
     window_of_routers = (routers > 0) * latency + routers * share / rate
     return round_of_routers + (sums + window_of_routers) / request.rounds
+
+
+def _owners_tell(request: Request, candidates: Candidates) -> Ints:
+    """Bytes that a machine sends at a window's end: squares of its rows, and its experts' means."""
+    num_layers, nodes, others = request.model.num_layers, request.nodes, request.nodes - 1
+    means = candidates.means * request.gpus * candidates.num_experts * request.model.hidden_size * MASTER_BYTES
+    told: Ints = num_layers * others * (candidates.adapter_width * SQUARE_BYTES + means) // nodes
+    return told
+
+
+def scores_between(request: Request, candidates: Candidates) -> Floats:
+    """What the host waits for scores of a layer's probed experts, where machines own rows: hidden states to all owners,
+    and scores back, all of a machine's ranks at once."""
+    rate = request.interconnect_bytes_per_second
+    if not candidates.owned or request.nodes == 1 or rate is None:
+        return 0.0
+    tokens, share = request.tokens_per_step, foreign_share(request.nodes)
+    token = asked_token_bytes(
+        hidden_size=request.model.hidden_size,
+        num_probes=candidates.num_probes,
+        compute_dtype_bytes=COMPUTE_DTYPE_BYTES[request.weights_dtype],
+    )
+    scores = (
+        candidates.num_probes * share * pair_bytes(rows_per_expert=candidates.adapter_width // candidates.num_experts)
+    )
+    sent = request.gpus * tokens * ((request.nodes - 1) * token + scores)
+    return SCORE_EXCHANGES * EXCHANGE_SECONDS + sent / rate
+
+
+def rows_between(request: Request, candidates: Candidates, *, rows: NDArray[np.int64]) -> NDArray[np.float64] | float:
+    """What the host waits for those of a layer's ``rows`` ``[L, ...]`` that other machines own."""
+    rate = request.interconnect_bytes_per_second
+    if not candidates.owned or request.nodes == 1 or rate is None:
+        return 0.0
+    row = asked_row_bytes(
+        hidden_size=request.model.hidden_size, adapter_dtype_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype]
+    )
+    sent = request.gpus * rows * foreign_share(request.nodes) * row
+    return np.asarray(EXCHANGES * EXCHANGE_SECONDS + sent / rate)
+
+
+def gathered_share(request: Request, candidates: Candidates) -> float:
+    """Rows that a host's gathers copy, for each that travels to its device: others' are copied once more, from where
+    they came; as many are gathered for others as by others."""
+    return 1 + foreign_share(request.nodes) if candidates.owned and request.nodes > 1 else 1.0

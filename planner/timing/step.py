@@ -51,7 +51,13 @@ from meft.planner.timing.gpu import (
     router_seconds,
     sum_gradients_seconds,
 )
-from meft.planner.timing.interconnect import exchange_between, sums_between
+from meft.planner.timing.interconnect import (
+    exchange_between,
+    gathered_share,
+    rows_between,
+    scores_between,
+    sums_between,
+)
 from meft.planner.timing.lanes import baseline_seconds, simulate
 from meft.planner.timing.moved_rows import MovedRows, moved_in_chunks, moved_rows
 from meft.planner.timing.program import GpuSeconds, HostSeconds, LinkSeconds, StepCosts
@@ -369,14 +375,16 @@ def _host_costs(
     tokens = chunk_tokens(request.tokens_per_step, candidates.token_chunks)
     probes, experts = candidates.num_probes, candidates.num_experts
     copied = same_for_all(candidates.bf16_copy) and request.adapter_dtype == "bf16"
-    of_owner = window_rows if request.gpus == 1 else window_rows / request.gpus
+    owners = request.ranks if candidates.owned else request.gpus
+    of_owner = window_rows if owners == 1 else window_rows / owners
+    copies = gathered_share(request, candidates)
 
     def gather(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.asarray(
-            gather_seconds(
-                host, active_rows=rows, hidden_size=hidden_size, adapter_dtype_bytes=element_bytes, bf16_copy=copied
-            )
+        moved_rows = rows if copies == 1 else np.ceil(copies * rows).astype(np.int64)
+        seconds = gather_seconds(
+            host, active_rows=moved_rows, hidden_size=hidden_size, adapter_dtype_bytes=element_bytes, bf16_copy=copied
         )
+        return np.asarray(seconds + rows_between(request, candidates, rows=rows))
 
     means = means_seconds(host, adapter_width=candidates.adapter_width, hidden_size=hidden_size) / request.rounds
     route = route_seconds(
@@ -388,7 +396,7 @@ def _host_costs(
         scored_means=experts * candidates.means,
     )
     return HostSeconds(
-        route=route + means * candidates.means,
+        route=route + means * candidates.means + scores_between(request, candidates),
         gather=gather(moved.missing) + (candidates.gather_chunks - 1) * host.overhead_seconds_per_layer.value,
         gather_again=gather(moved.overflow),
         accumulate=np.asarray(

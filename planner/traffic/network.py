@@ -1,4 +1,5 @@
 """Bytes between machines that each hold all rows: gradients to whoever adds a row up, sums back, and what is told.
+What is otherwise where machines own rows: :mod:`meft.planner.traffic.owned`.
 
 Rank ``i`` of machine ``m`` adds up part ``m`` of the rows of range ``i``. After every message it sends its mates, the
 ranks ``i`` of the other machines, what the machine's landings hold of their parts: a row is its int64 number and its
@@ -14,14 +15,14 @@ layer, ``E`` experts. A *round* is one micro-batch of each rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, MASTER_BYTES, Ints
 from meft.planner.records.plan import Decision, Request
+from meft.planner.traffic.owned import COUNT_BYTES, SQUARE_BYTES, owned_bytes
 
-NUMBER_BYTES = 8
-"""Of a row's number, and of a count."""
+NUMBER_BYTES = COUNT_BYTES
 TOLD_BYTES = 16
 """A rank's loss and its wish to stop, fp64 each."""
 
@@ -34,6 +35,11 @@ BECAUSE = {
     "router_gradients": "several machines: the routers' gradients to the machine that adds them up",
     "router_sums": "several machines: sums of the routers' gradients, to every other machine",
     "rounds": "several machines: every rank's loss, and whether it was asked to stop",
+    "queries": "rows owned by machines: hidden states and probed experts, to the rows' owners",
+    "scores": "rows owned by machines: scores of the probed experts' rows, from their owners",
+    "rows": "rows owned by machines: numbers of active rows to their owners, and the rows from them",
+    "row_squares": "rows owned by machines: each row's gradient's sum of squares, to every machine",
+    "router_means": "rows owned by machines: means of each machine's experts' keys, to the others",
 }
 
 
@@ -47,6 +53,12 @@ class NetworkUse:
     """Of all messages, those that another machine adds up."""
     summed_rows: int
     """Touched in a window, added over windows."""
+    steps: int = 0
+    """Micro-batches; this and what follows is of rows that machines own."""
+    asked_rows: int = 0
+    """That other machines sent."""
+    scored_pairs: int = 0
+    """Of a token and an expert whose rows another machine scored."""
 
 
 def foreign_row_bytes(*, hidden_size: int, adapter_dtype_bytes: int) -> int:
@@ -74,14 +86,31 @@ def network_bytes(request: Request, decision: Decision, use: NetworkUse) -> Netw
     messages = num_layers * (use.rounds + use.windows * messages_per_window(decision))
     counts = machines * ranks * others * ranks * NUMBER_BYTES
     row = foreign_row_bytes(hidden_size=hidden_size, adapter_dtype_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype])
-    sums = machines * ranks * num_layers * others * NUMBER_BYTES * use.windows
     return {
         ("row_gradients", "step"): messages * counts + use.foreign_rows * row,
-        ("row_sums", "optimizer_step"): sums + use.summed_rows * others * summed_row_bytes(hidden_size=hidden_size),
+        **_of_rows(request, decision, use),
         ("router_gradients", "step"): (routers > 0) * use.rounds * (counts + ranks * others * routers),
         ("router_sums", "optimizer_step"): use.windows * others * routers,
         ("rounds", "step"): use.rounds * machines * others * ranks * TOLD_BYTES,
     }
+
+
+def _of_rows(request: Request, decision: Decision, use: NetworkUse) -> NetworkCategories:
+    """What goes besides gradients: sums to all machines, or rows from their owners."""
+    if decision.rows == "owned":
+        return owned_bytes(
+            request,
+            decision,
+            rounds=use.rounds,
+            windows=use.windows,
+            steps=use.steps,
+            asked_rows=use.asked_rows,
+            scored_pairs=use.scored_pairs,
+        )
+    others = request.nodes - 1
+    counts = request.ranks * request.model.num_layers * others * NUMBER_BYTES * use.windows
+    row = summed_row_bytes(hidden_size=request.model.hidden_size)
+    return {("row_sums", "optimizer_step"): counts + use.summed_rows * others * row}
 
 
 def expected_use(
@@ -91,12 +120,25 @@ def expected_use(
     gradient_rows: int,
     kept_rows: int,
     window_rows: int,
+    fetched_rows: int = 0,
 ) -> NetworkUse:
     """Of one window: of the rows whose gradients leave a device (``gradient_rows`` in a micro-batch, ``kept_rows`` more
-    of each rank at the end where sums are made there) all but a machine's share are another's to add up."""
+    of each rank at the end where sums are made there) all but a machine's share are another's to add up; and of those
+    ``fetched_rows`` that a micro-batch brings, in forward and again, and of what its tokens probe, another's to give.
+    """
     sent = request.grad_accum * gradient_rows + request.ranks * kept_rows * decision.gradients_on_device
     foreign = round(sent * foreign_share(request.nodes))
-    return NetworkUse(rounds=request.rounds, windows=1, foreign_rows=foreign, summed_rows=window_rows)
+    use = NetworkUse(rounds=request.rounds, windows=1, foreign_rows=foreign, summed_rows=window_rows)
+    if decision.rows != "owned":
+        return use
+    share, pairs = foreign_share(request.nodes), request.model.num_layers * request.tokens_per_step
+    return replace(
+        use,
+        summed_rows=0,
+        steps=request.grad_accum,
+        asked_rows=round(request.grad_accum * fetched_rows * share),
+        scored_pairs=round(request.grad_accum * pairs * decision.num_probes * share),
+    )
 
 
 def foreign_share(machines: int) -> float:
@@ -114,13 +156,16 @@ def buffer_bytes_per_rank(
     hidden_size: int,
     adapter_dtype_bytes: int,
     router_numbers: Ints,
+    owned: bool = False,
 ) -> Ints:
-    """What a rank sends from and receives in: rows of ``slots`` messages, touched rows of a part, routers' numbers."""
+    """What a rank sends from and receives in: rows of ``slots`` messages, touched rows of a part (or, of rows that
+    machines own, their squares), routers' numbers."""
     others, world = machines - 1, machines * ranks
     largest: Ints = -(-adapter_width // world)
     smaller: Ints = active_rows_cap + (largest - active_rows_cap) * (largest < active_rows_cap)
     row = foreign_row_bytes(hidden_size=hidden_size, adapter_dtype_bytes=adapter_dtype_bytes)
     messages: Ints = slots * 2 * others * ranks * smaller * row
-    sums: Ints = 2 * others * largest * summed_row_bytes(hidden_size=hidden_size)
+    of_a_sum = SQUARE_BYTES if owned else summed_row_bytes(hidden_size=hidden_size)
+    sums: Ints = 2 * others * largest * of_a_sum
     routers: Ints = 2 * others * (ranks + 1) * -(-router_numbers // world) * MASTER_BYTES
     return messages + sums + routers

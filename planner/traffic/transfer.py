@@ -328,6 +328,8 @@ def step_transfer(
         gradient_rows=int(categories["d2h", "row_gradients"]) // _bytes_of_a_row(request),
         kept_rows=sum(kept_rows_per_layer),
         window_rows=sum(window_rows_per_layer),
+        fetched_rows=sum(int(categories["h2d", name]) for name in ("rows", "rows_refetched"))
+        // _bytes_of_a_row(request),
     )
     return Transfer(
         entries=(*_entries(categories, "step"), *_entries(once, "optimizer_step"), *network),
@@ -346,11 +348,10 @@ def _bytes_of_a_row(request: Request) -> int:
     return int(row_bytes(active_rows=1, hidden_size=request.model.hidden_size, adapter_dtype_bytes=e))
 
 
-def _network(
-    request: Request, decision: Decision, *, gradient_rows: int, kept_rows: int, window_rows: int
-) -> tuple[TransferEntry, ...]:
-    """Between machines: a micro-batch's share of a window's steps, and what the window's end costs."""
-    use = expected_use(request, decision, gradient_rows=gradient_rows, kept_rows=kept_rows, window_rows=window_rows)
+def _network(request: Request, decision: Decision, **rows: int) -> tuple[TransferEntry, ...]:
+    """Between machines: a micro-batch's share of a window's steps, and what the window's end costs; ``rows`` as
+    :func:`~meft.planner.traffic.network.expected_use` has them."""
+    use = expected_use(request, decision, **rows)
     divisors = {"step": request.grad_accum, "optimizer_step": 1}
     return tuple(
         TransferEntry(

@@ -33,7 +33,7 @@ def keys_from_ffn(store: HostStore, model: nn.Module, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for tables, block in zip(store.layers, ffn_modules(model), strict=True):
         rows = ffn_rows(block, hidden_size=store.hidden_size)
-        chosen = _choice(store.adapter_width, len(rows), generator)
+        chosen = _choice(store.adapter_width, len(rows), generator)[store.held.start : store.held.stop]
         tables.keys.copy_(rows[chosen].to("cpu", tables.keys.dtype))
     store.refresh_copies()
 

@@ -154,7 +154,11 @@ class RowExchange:
             return GradientWindow(**parts)
         if peers.network is None:
             return SharedWindow(**parts, peers=peers, landings=shared)
-        return MachinesWindow(**parts, peers=peers, landings=shared, network=peers.network)
+        return self._window_class()(**parts, peers=peers, landings=shared, network=peers.network)
+
+    def _window_class(self) -> type[MachinesWindow]:
+        """Of several machines."""
+        return MachinesWindow
 
     def _make_router_sums(self, peers: Peers) -> RouterSums:
         parts = (peers, self.engine, self._host, self.router_weights)
@@ -352,12 +356,15 @@ class RowExchange:
     def sit_out(self) -> None:
         """Ranks: this one has no micro-batch while others have the window's last; it adds theirs to its own rows."""
         for layer in reversed(range(len(self.layers))):
-            for _ in range(self.decision.token_chunks):
-                self._window.send_nothing(layer)
+            self._sit_out_layer(layer)
             if self.closes_window:
                 self._window.send_sums(layer)
         if self._router_sums is not None:
             self._router_sums.send(took_part=False)
+
+    def _sit_out_layer(self, layer: int) -> None:
+        for _ in range(self.decision.token_chunks):
+            self._window.send_nothing(layer)
 
     # --- the end of a window -----------------------------------------------------------------------------------
 
@@ -439,7 +446,7 @@ class RowExchange:
         window = self._window
         if not isinstance(window, MachinesWindow):
             return {}
-        return {"foreign_total": window.foreign_rows, "summed_total": window.summed_rows}
+        return window.crossed()
 
     def look_ahead_recall(self, layer: int, hidden: torch.Tensor) -> float:
         """Share of the exact choice for ``hidden [T, D]`` that the rows fetched for ``layer`` contain."""

@@ -45,6 +45,8 @@ class RowFetcher:
     clock: LaneClock | None
     token_mask: torch.Tensor | None = None
     """Host bool ``[T]`` that leaves padding out of the choice."""
+    _gathered: Job | None = None
+    """The last job that wrote into staging."""
     _held: dict[int, torch.Tensor] = field(default_factory=dict)
     """Hidden states by layer that stay on the device until rows chosen from them are there."""
 
@@ -133,7 +135,7 @@ class RowFetcher:
             before.wait_on_host()
             rows = placement.rows[placement.travelling(again=again)]
             part = _part(rows.shape[0], chunk, chunks)
-            self.store.gather(layer, rows[part], staging.buffer[part])
+            self._gather(layer, rows[part], staging.buffer[part])
             return part
 
         def views(gathered: Job) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,10 +144,10 @@ class RowFetcher:
 
         if not again:
             self._send_indices(unit, route)
-        jobs = (route, before.job, self.state.updated[layer])
+        jobs = (self._reach(layer, route, again=again), before.job, self.state.updated[layer])
         category = "rows_refetched" if again else "rows"
         for chunk in range(chunks):
-            gathered = self.host.job(f"gather {layer}{suffix}", partial(gather, chunk), after=jobs)
+            gathered = self._gathered = self.host.job(f"gather {layer}{suffix}", partial(gather, chunk), after=jobs)
             slot.filled = self.engine.copy(
                 "h2d",
                 partial(views, gathered),
@@ -156,6 +158,14 @@ class RowFetcher:
             )
         staging.copy = slot.filled  # the lane's last: with it all are over
         slot.layer, slot.filled_again, slot.assembled = unit, again, False
+
+    def _reach(self, layer: int, route: Job, *, again: bool) -> Job:
+        """What must be over before the layer's rows can be gathered: they are chosen."""
+        del layer, again
+        return route
+
+    def _gather(self, layer: int, rows: torch.Tensor, out: torch.Tensor) -> None:
+        self.store.gather(layer, rows, out)
 
     def _choice(self, target: int, layer: int, tokens: slice = slice(None)) -> Job:
         """A job that lets the router choose ``target``'s rows from the queries of ``layer``, or of some ``tokens``."""

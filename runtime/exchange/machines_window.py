@@ -44,7 +44,7 @@ class Crossing:
     """Of what came."""
 
     @classmethod
-    def make(cls, length: int, width: int, dtype: torch.dtype, shape: tuple[int, int]) -> Crossing:
+    def make(cls, length: int, *, width: int, dtype: torch.dtype, shape: tuple[int, int]) -> Crossing:
         """Room for ``length`` rows each way."""
         sent_rows, rows = (torch.empty(length, dtype=torch.int64) for _ in range(2))
         sent, gradients = (torch.empty(length, width, dtype=dtype) for _ in range(2))
@@ -83,13 +83,23 @@ class MachinesWindow(SharedWindow):
         machines, ranks, width = network.machines, self.peers.here, landing.shape[1]
         largest = -(-self.store.adapter_width // (machines * ranks))
         length = (machines - 1) * ranks * min(self.decision.active_rows_cap, largest)
-        shape = (machines, ranks)
-        self._crossings = [Crossing.make(length, width, self.slots[0].landing.buffer.dtype, shape) for _ in self.slots]
-        self._sums = Crossing.make((machines - 1) * largest, width, self.store.dtype, (machines, 1))
+        self._crossings = [
+            Crossing.make(length, width=width, dtype=landing.dtype, shape=(machines, ranks)) for _ in self.slots
+        ]
+        self._make_room_for_sums((machines - 1) * largest)
         self._added_at: list[Job | None] = [None] * len(self.slots)
         parts = [part for rank in range(ranks) for part in self._parts_of(rank)]
         self._starts = torch.tensor([part.start for part in parts])
         self.foreign_rows, self.summed_rows = [0] * num_layers, [0] * num_layers
+
+    def _make_room_for_sums(self, length: int) -> None:
+        """For so many rows' each way."""
+        shape = (self.network.machines, 1)
+        self._sums = Crossing.make(length, width=2 * self.store.hidden_size, dtype=self.store.dtype, shape=shape)
+
+    def _room_for_sums(self) -> Iterator[torch.Tensor]:
+        """What :meth:`_make_room_for_sums` made."""
+        yield from self._sums.tables()
 
     def _parts_of(self, rank: int) -> list[range]:
         """By machine: the rows that its rank ``rank`` adds up."""
@@ -197,9 +207,15 @@ class MachinesWindow(SharedWindow):
     def own_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See :class:`SharedWindow`."""
         yield from super().own_buffers()
-        for crossing in (*self._crossings, self._sums):
+        for crossing in self._crossings:
             for table in crossing.tables():
                 yield "network_buffers", table
+        for table in self._room_for_sums():
+            yield "network_buffers", table
+
+    def crossed(self) -> dict[str, list[int]]:
+        """Rows that crossed so far, by kind and layer."""
+        return {"foreign_total": self.foreign_rows, "summed_total": self.summed_rows}
 
 
 class MachinesRouterSums(RouterSums):

@@ -193,6 +193,8 @@ class SharedWindow(GradientWindow):
             squares[own.start : own.stop] = 0.0
             rows, of_rows = self.store.squares_of(layer)
             squares[rows] = of_rows
+
+        def publish() -> None:
             self._normed.publish(number, layer)
 
         def sum_up() -> None:
@@ -200,11 +202,20 @@ class SharedWindow(GradientWindow):
                 self._totals[layer] = math.fsum(squares.numpy())
             self._totalled.publish(number, layer)
 
-        mine = self.host.job(f"gradient norm {layer}", square, after=(self._accumulated[layer],))
+        mine = self._tell_squares(layer, square, publish)
         all_there = self._waits.until(f"squares {layer}", lambda: self._normed.reached(number, layer), after=(mine,))
         summed = self.host.job(f"gradient norm {layer}", sum_up, after=(all_there,))
         told = self._waits.until(f"norm {layer}", lambda: self._totalled.of(sums_up, layer) >= number, after=(summed,))
         return self.host.job(f"gradient norm {layer}", lambda: float(self._totals[layer]), after=(told,))
+
+    def _tell_squares(self, layer: int, square: Callable[[], None], publish: Callable[[], None]) -> Job:
+        """A job that takes the squares of own rows and tells the other ranks of them."""
+
+        def work() -> None:
+            square()
+            publish()
+
+        return self.host.job(f"gradient norm {layer}", work, after=(self._accumulated[layer],))
 
     def update(
         self,

@@ -28,13 +28,23 @@ class KeyMeans:
         """The layer's keys are others than before."""
         self._stale[layer] = True
 
+    def is_stale(self, layer: int) -> bool:
+        """Whether the layer's keys are others than when their means were taken."""
+        return self._stale[layer]
+
+    def take(self, layer: int, keys: torch.Tensor, experts: slice = slice(None)) -> torch.Tensor:
+        """Take the means of ``keys``, the layer's, or those of some ``experts``; the others' are current already, or
+        come from elsewhere. Those taken, a view."""
+        some = self.tables[layer][experts]
+        torch.mean(keys.unflatten(0, (some.shape[0], -1)), dim=1, out=some)
+        self._stale[layer] = False
+        return some
+
     def of(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
         """The means of the layer's ``keys [R, D]``, as they are now."""
-        table = self.tables[layer]
         if self._stale[layer]:
-            torch.mean(keys.unflatten(0, (table.shape[0], -1)), dim=1, out=table)
-            self._stale[layer] = False
-        return table
+            self.take(layer, keys)
+        return self.tables[layer]
 
 
 @dataclass(frozen=True)

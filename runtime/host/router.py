@@ -61,42 +61,40 @@ class TopKRouter:
         if queries.shape[0] == 0:
             return Selection(torch.empty(0, dtype=torch.int64))
         queries = queries.to(keys.dtype)
-        if self.kernels is not None:
-            return self._select_compiled(self.kernels, keys, queries, probes)
-        if probes is None:
-            scores, rows = (queries @ keys.T).topk(self.top_k, dim=1)
-        else:
-            scores, rows = self._top_of_probed(keys, queries, probes)
-        return capped_union(rows, scores, num_rows=keys.shape[0], cap=self.active_rows_cap)
-
-    def _select_compiled(
-        self, kernels: HostKernels, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor | None
-    ) -> Selection:
-        num_rows = keys.shape[0]
         if probes is None:
             probes, scores = torch.zeros(queries.shape[0], 1, dtype=torch.int64), queries @ keys.T
         else:
-            scores = kernels.probed_scores(keys, queries, probes, num_experts=self.num_experts)
-        rows_per_expert = scores.shape[1] // probes.shape[1]
-        best, rows = kernels.top_rows(scores, probes, rows_per_expert=rows_per_expert, top_k=self.top_k)
-        union, activation = kernels.union(best, rows, num_rows=num_rows)
-        return cut_to_cap(union, activation, cap=self.active_rows_cap)
+            scores = self.scores(keys, queries, probes, num_experts=self.num_experts)
+        return self.best_of(scores, probes, num_rows=keys.shape[0])
 
-    def _top_of_probed(
-        self, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and rows ``[T, K]`` among the probed experts' rows, one expert's tokens at a time."""
-        rows_per_expert = keys.shape[0] // self.num_experts
-        num_tokens, num_probes = probes.shape
-        scores = queries.new_empty(num_tokens, num_probes, rows_per_expert)
-        probes = probes.long()
+    def scores(
+        self, keys: torch.Tensor, queries: torch.Tensor, probes: torch.Tensor, *, num_experts: int
+    ) -> torch.Tensor:
+        """Of ``queries [T, D]`` with the rows of their ``probes [T, P]``, ``[T, P * R/N]``; one dtype throughout.
+
+        An expert's scores depend on its own rows and tokens alone, bit for bit.
+        """
+        if self.kernels is not None:
+            return self.kernels.probed_scores(keys, queries, probes, num_experts=num_experts)
+        rows_per_expert = keys.shape[0] // num_experts
+        scores = queries.new_empty(*probes.shape, rows_per_expert)
         for expert in probes.unique().tolist():
             token, probe = (probes == expert).nonzero(as_tuple=True)
             first = expert * rows_per_expert
             scores[token, probe] = queries[token] @ keys[first : first + rows_per_expert].T
-        best, place = scores.flatten(1).topk(self.top_k, dim=1)
-        expert_of_place = probes.gather(1, place // rows_per_expert)
-        return best, expert_of_place * rows_per_expert + place % rows_per_expert
+        return scores.flatten(1)
+
+    def best_of(self, scores: torch.Tensor, probes: torch.Tensor, *, num_rows: int) -> Selection:
+        """The union of each token's ``K`` best by what :meth:`scores` gave, cut to the cap; ``num_rows`` is ``R``."""
+        rows_per_expert = scores.shape[1] // probes.shape[1]
+        if self.kernels is not None:
+            best, rows = self.kernels.top_rows(scores, probes, rows_per_expert=rows_per_expert, top_k=self.top_k)
+            union, activation = self.kernels.union(best, rows, num_rows=num_rows)
+            return cut_to_cap(union, activation, cap=self.active_rows_cap)
+        best, place = scores.topk(self.top_k, dim=1)
+        expert_of_place = probes.long().gather(1, place // rows_per_expert)
+        rows = expert_of_place * rows_per_expert + place % rows_per_expert
+        return capped_union(rows, best, num_rows=num_rows, cap=self.active_rows_cap)
 
 
 @dataclass(frozen=True)

@@ -30,21 +30,22 @@ class SwitchRouter:
         return self.inner.select(layer, keys, queries[taken], probes[taken])
 
 
-def _top_k(decision: Decision, kernels: HostKernels | None) -> TopKRouter:
+def top_k_of(decision: Decision, kernels: HostKernels | None) -> TopKRouter:
+    """What takes the best rows in every routing, however their experts were found."""
     return TopKRouter(decision.top_k, decision.active_rows_cap, decision.num_experts, kernels)
 
 
 def _centroids(decision: Decision, store: HostStore, kernels: HostKernels | None) -> Router:
     if store.means is None:
         raise ValueError("a centroid router needs a store that keeps the means of keys")
-    return CentroidRouter(_top_k(decision, kernels), store.means, decision.num_probes)
+    return CentroidRouter(top_k_of(decision, kernels), store.means, decision.num_probes)
 
 
 _ROUTERS: dict[Routing, Callable[[Decision, HostStore, HostKernels | None], Router]] = {
-    "exact": lambda decision, _, kernels: _top_k(decision, kernels),
-    "key-experts": lambda decision, _, kernels: _top_k(decision, kernels),
+    "exact": lambda decision, _, kernels: top_k_of(decision, kernels),
+    "key-experts": lambda decision, _, kernels: top_k_of(decision, kernels),
     "centroid": _centroids,
-    "switch": lambda decision, _, kernels: SwitchRouter(_top_k(decision, kernels)),
+    "switch": lambda decision, _, kernels: SwitchRouter(top_k_of(decision, kernels)),
 }
 
 

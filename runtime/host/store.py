@@ -103,7 +103,10 @@ class HostStore:
     ``bf16_copy`` keeps a bf16 copy of every row to gather from: half as much to read, and as much more to keep.
     ``has_hot_rows`` keeps the tables that say which rows live on the device, ``means_of_experts`` the mean key of
     each of so many experts. ``zeros`` makes the tables, and of rows
-    that several processes share ``own_rows`` are those whose gradients this one sums up and that it updates.
+    that several processes share ``own_rows`` are those whose gradients this one sums up and that it updates. ``held``
+    are the rows that the tables are of, where other machines have the rest: row ``held.start`` is their first. Rows are
+    told by their number among all ``R`` in :meth:`gather`, :meth:`accumulate` and :meth:`squares_of`, and by their
+    place in the tables in :meth:`touched_rows`.
     """
 
     def __init__(
@@ -119,18 +122,20 @@ class HostStore:
         means_of_experts: int | None = None,
         zeros: Zeros = huge_pages.zeros,
         own_rows: range | None = None,
+        held: range | None = None,
     ) -> None:
         self.num_layers = num_layers
         self.adapter_width = adapter_width
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.kernels = kernels
-        self.own_rows = own_rows or range(adapter_width)
-        self.layers = tuple(_empty_tables(adapter_width, hidden_size, dtype, zeros) for _ in range(num_layers))
+        self.held = range(adapter_width) if held is None else held
+        self.own_rows = self.held if own_rows is None else own_rows
+        self.layers = tuple(_empty_tables(len(self.held), hidden_size, dtype, zeros) for _ in range(num_layers))
         self.use = RowUse(num_layers=num_layers, adapter_width=adapter_width)
         self.copies: tuple[torch.Tensor, ...] = ()
         if bf16_copy:
-            shape = (adapter_width, 2 * hidden_size)
+            shape = (len(self.held), 2 * hidden_size)
             self.copies = tuple(zeros(shape, torch.bfloat16) for _ in self.layers)
         self.hot: tuple[HotIndex, ...] = ()
         """Empty where no rows are hot."""
@@ -147,9 +152,19 @@ class HostStore:
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(self.hidden_size)
         for tables in self.layers:
-            tables.keys.uniform_(-bound, bound, generator=generator)
+            self._draw_keys(tables, bound, generator)
             tables.values.zero_()
         self.refresh_copies()
+
+    def _draw_keys(self, tables: LayerTables, bound: float, generator: torch.Generator) -> None:
+        """All rows' keys are drawn, in their order, and those held are kept."""
+        if len(self.held) == self.adapter_width:
+            tables.keys.uniform_(-bound, bound, generator=generator)
+            return
+        for row in range(self.adapter_width):
+            key = torch.empty(self.hidden_size, dtype=self.dtype).uniform_(-bound, bound, generator=generator)
+            if row in self.held:
+                tables.keys[row - self.held.start] = key
 
     def refresh_copies(self) -> None:
         """Bring what is made of the rows up to date after they were written other than by the optimizer."""
@@ -165,7 +180,7 @@ class HostStore:
 
     def gather(self, layer: int, rows: torch.Tensor, out: torch.Tensor) -> None:
         """Copy rows ``[A]`` of a layer into ``out [A, 2D]``, converting to its dtype."""
-        from_copy = bool(self.copies) and out.dtype == torch.bfloat16
+        from_copy, rows = bool(self.copies) and out.dtype == torch.bfloat16, self._places(rows)
         weights = self.copies[layer] if from_copy else self.layers[layer].weights
         if self.kernels is not None:
             self.kernels.gather(weights, rows, out)
@@ -176,7 +191,7 @@ class HostStore:
 
     def accumulate(self, layer: int, rows: torch.Tensor, gradients: torch.Tensor) -> None:
         """Add the gradients ``[A, 2D]`` of one micro-batch to the window's sum."""
-        tables = self.layers[layer]
+        tables, rows = self.layers[layer], self._places(rows)
         if self.kernels is not None:
             self.kernels.accumulate(tables.gradients, tables.touched, rows, gradients)
             return
@@ -184,14 +199,23 @@ class HostStore:
         tables.touched[rows] = True
 
     def touched_rows(self, layer: int) -> torch.Tensor:
-        """Own rows with a gradient in this window, ascending int64."""
-        first = self.own_rows.start
+        """Places of own rows with a gradient in this window, ascending int64."""
+        first = self.own_rows.start - self.held.start
         rows = self.own_touched(layer).nonzero().flatten()
         return rows.add_(first) if first else rows
 
     def own_touched(self, layer: int) -> torch.Tensor:
         """The flags of this store's own rows: a view."""
-        return self.layers[layer].touched[self.own_rows.start : self.own_rows.stop]
+        first = self.held.start
+        return self.layers[layer].touched[self.own_rows.start - first : self.own_rows.stop - first]
+
+    def _places(self, rows: torch.Tensor) -> torch.Tensor:
+        """Where rows are in the tables."""
+        return rows - self.held.start if self.held.start else rows
+
+    def _numbers(self, places: torch.Tensor) -> torch.Tensor:
+        """Which rows are at these places."""
+        return places + self.held.start if self.held.start else places
 
     def squared_gradient_norm(self) -> float:
         """Sum of squares of the window's gradients over all layers."""
@@ -208,9 +232,9 @@ class HostStore:
         """One layer's own touched rows, and of each the sum of squares of its gradient in this window, fp64."""
         rows, gradients = self.touched_rows(layer), self.layers[layer].gradients
         if self.kernels is not None:
-            return rows, self.kernels.squares(gradients, rows)
+            return self._numbers(rows), self.kernels.squares(gradients, rows)
         squares = [gradients[some].double().square().sum(dim=1) for some in in_chunks(rows, gradients)]
-        return rows, torch.cat(squares) if squares else torch.empty(0, dtype=torch.float64)
+        return self._numbers(rows), torch.cat(squares) if squares else torch.empty(0, dtype=torch.float64)
 
     def clear_gradients(self) -> None:
         """Zero the touched rows' gradients and open a new window; own rows only."""

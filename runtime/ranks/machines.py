@@ -164,6 +164,22 @@ class Leaders:
         self.counted_bytes += (machines - 1) * numbers.numel() * numbers.element_size()
         return torch.stack(each)
 
+    def tell(self, numbers: torch.Tensor) -> torch.Tensor:
+        """What the first has, in all of them."""
+        with connected():
+            dist.broadcast(numbers, src=0, group=self._group)
+        return numbers
+
+    def send(self, table: torch.Tensor) -> None:
+        """Send the first a contiguous table, which :meth:`receive` takes there."""
+        with connected():
+            dist.send(_as_bytes(table), dst=0, group=self._group)
+
+    def receive(self, table: torch.Tensor, machine: int) -> None:
+        """Take what another machine's leader sends."""
+        with connected():
+            dist.recv(_as_bytes(table), group_src=machine, group=self._group)
+
     def barrier(self) -> None:
         """Wait for all leaders."""
         with connected():

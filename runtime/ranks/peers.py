@@ -154,6 +154,10 @@ class Peers:
         """A range divided among the machines."""
         return [_part(things, machine, self.machines) for machine in range(self.machines)]
 
+    def own_rows_of(self, count: int, local: int) -> list[range]:
+        """Of ``count`` rows that machines own, by machine, those of its rank ``local``."""
+        return [_part(part, local, self.here) for part in self.by_machine(range(count))]
+
     # --- waiting -------------------------------------------------------------------------------------------------
 
     def wait(self, ready: Callable[[], bool], *, ended: Callable[[], bool] = lambda: False) -> None:

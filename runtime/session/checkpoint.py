@@ -17,6 +17,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -35,7 +36,7 @@ from meft.planner.records.report import Evaluation, Observed
 from meft.planner.records.routing import Routing
 from meft.runtime.session.model_card import model_card
 from meft.runtime.session.session import Session
-from meft.runtime.session.tensor_files import load_tensors, save_tensors
+from meft.runtime.session.tensor_files import Pieces, load_tensors, save_tensors
 
 ADAPTER_WEIGHTS = "meft_adapter.safetensors"
 ADAPTER_CONFIG = "meft_config.json"
@@ -181,13 +182,24 @@ class _AdapterFiles:
     """What an adapter's folder holds."""
 
     config: AdapterConfig
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor | Pieces]
     card: str | None
 
 
 def _files(session: Session, meft_version: str) -> _AdapterFiles:
     card = model_card(session.plan, meft_version=meft_version)
-    return _AdapterFiles(adapter_config(session, meft_version), adapter_tensors(session), card)
+    return _AdapterFiles(adapter_config(session, meft_version), _whole(session, adapter_tensors(session)), card)
+
+
+def _whole(session: Session, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Pieces]:
+    """The tensors, those of rows that machines own with the other machines'."""
+    found: dict[str, torch.Tensor | Pieces] = {**tensors}
+    if session.tables is not None:
+        for name, tensor in tensors.items():
+            shape = session.tables.shape_of(name, tensor)
+            if shape is not None:
+                found[name] = Pieces(shape, tensor.dtype, partial(session.tables.pieces, name))
+    return found
 
 
 def _save(folder: Path, files: Callable[[], _AdapterFiles]) -> None:
@@ -216,7 +228,7 @@ def save_checkpoint(
 
     def write(new: Path) -> None:
         _write_adapter(_files(session, meft_version), new)
-        save_tensors(optimizer_tensors(session) | _random_states(session), new / OPTIMIZER_STATE)
+        save_tensors(_whole(session, optimizer_tensors(session)) | _random_states(session), new / OPTIMIZER_STATE)
         state.save(new / TRAINING_STATE)
         if observe is not None:
             observe().save(new / RUN_OBSERVED)
@@ -338,6 +350,7 @@ def restore_adapter(session: Session, tensors: dict[str, torch.Tensor], path: Pa
         for use in uses.values():
             use.zero_()
         targets = {name: target for name, target in targets.items() if name not in uses}
+    tensors = tensors if session.tables is None else session.tables.own_parts(tensors)
     with torch.no_grad():
         for name, target in targets.items():
             _restore(target, tensors, name, path)
@@ -444,6 +457,7 @@ def restore_optimizer(session: Session, tensors: Mapping[str, torch.Tensor], pat
     if hot is not None:
         hot.require_no_gradients()
     targets = {name: target for name, target in optimizer_tensors(session).items() if is_own(session, name)}
+    tensors = tensors if session.tables is None else session.tables.own_parts(tensors)
     for name, target in targets.items():
         _restore(target, tensors, name, path)
     if hot is not None:

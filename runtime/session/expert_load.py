@@ -17,8 +17,15 @@ from meft.runtime.session.session import Session
 def expert_load(session: Session) -> tuple[ExpertLoad, ...]:
     """Per layer; with exact routing all rows are one expert's. Waits for updates under way."""
     session.bring_home()
-    num_experts = session.plan.decision.num_experts
-    return tuple(_of_layer(layer, tables.step_counts, num_experts) for layer, tables in enumerate(session.store.layers))
+    num_experts, layers = session.plan.decision.num_experts, range(session.store.num_layers)
+    return tuple(_of_layer(layer, _step_counts(session, layer), num_experts) for layer in layers)
+
+
+def _step_counts(session: Session, layer: int) -> torch.Tensor:
+    """Of all rows, whoever has them."""
+    if session.tables is None:
+        return session.store.layers[layer].step_counts
+    return torch.cat(list(session.tables.pieces(f"layers.{layer}.step_counts")))
 
 
 def _of_layer(layer: int, step_counts: torch.Tensor, num_experts: int) -> ExpertLoad:

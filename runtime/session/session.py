@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from meft.planner.base.errors import MeftError
 from meft.planner.records.plan import Decision, Plan
 from meft.runtime.adapter.adapter import AttachedAdapter, attach
 from meft.runtime.adapter.initialise import KeyInit, keys_from_ffn
-from meft.runtime.chunks.exchange import exchange_of
 from meft.runtime.chunks.placement import ChunkPlacer
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import Device
@@ -30,10 +30,14 @@ from meft.runtime.host.optimizer import AdamWSettings, clip_scale
 from meft.runtime.host.router import Router
 from meft.runtime.host.routers import router_of
 from meft.runtime.host.store import HostStore
+from meft.runtime.owners.exchange import Queries, exchange_of
+from meft.runtime.owners.tables import OwnedTables, rows_of
 from meft.runtime.ranks.peers import Peers
 from meft.runtime.session.documents import DOCUMENT_START, positions_from, unpacked_sequences
+from meft.runtime.session.model_loading import COMPUTE_DTYPES, QUANTIZED_DTYPE
 from meft.runtime.session.rotary import settle_rotary_frequencies
 
+T = TypeVar("T")
 ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -59,6 +63,8 @@ class Session:
     """Whether a batch has come with several documents in a sequence, kept apart."""
     peers: Peers | None = None
     """The ranks that share the store, where there are several."""
+    tables: OwnedTables | None = None
+    """Of rows that machines own, where there are several."""
     _early: list[tuple[Job, Job]] = field(default_factory=list)
     """Norm and update of each layer, where updates began in backward."""
 
@@ -189,7 +195,7 @@ class Session:
 
         Each updates its own, from the same sums: other processors, or another build of a library, may round otherwise.
         """
-        if self.peers is None or self.peers.machines == 1:
+        if self.peers is None or self.peers.machines == 1 or self.plan.decision.rows == "owned":
             return
         own = self.store.checksum() if self.peers.local == 0 else None
         sums = self.peers.of_all(own)[:: self.peers.here]
@@ -199,6 +205,16 @@ class Session:
                     f"machine {machine} no longer has the rows of machine 0, though both had the same gradients: "
                     f"give all the same processors and packages; the last checkpoint is of before"
                 )
+
+    def at_first(self, work: Callable[[], T]) -> T | None:
+        """Do at rank 0 what takes all machines' rows, which are given there meanwhile; None elsewhere. Lanes are idle,
+        and every rank calls it."""
+        if self.peers is None:
+            return work()
+        if self.tables is not None:
+            self.drain()
+            return self.tables.at_first(work, machine=self.peers.machine)
+        return work() if self.peers.rank == 0 else None
 
     def bring_home(self) -> None:
         """Make the host's tables current, also those of rows that live on the device; lanes are idle then."""
@@ -385,12 +401,13 @@ def open_session(
         placer=placer,
         clock=clock,
         peers=peers,
+        queries=Queries(plan.request.tokens_per_step, COMPUTE_DTYPES.get(plan.request.weights_dtype, QUANTIZED_DTYPE)),
         seed=seed,
     )
     optimizer = _router_optimizer(routers, settings, device) if routers else None
     adapter = attach(model, exchange, weights)
     parts = (plan, device, engine, store, exchange, model, adapter, routers, settings, optimizer, clock, key_init)
-    session = Session(*parts, peers=peers)
+    session = Session(*parts, peers=peers, tables=OwnedTables.of(decision, store, peers))
     session.wait_for_peers()  # the rows are there
     return session
 
@@ -412,6 +429,7 @@ def _fill(store: HostStore, model: nn.Module, seed: int, key_init: KeyInit) -> N
 def _new_store(plan: Plan, kernels: HostKernels | None, peers: Peers | None) -> HostStore:
     """The rows' home, empty; in memory that all ranks share where there are several."""
     decision, shape = plan.decision, plan.request.model
+    held, own = rows_of(decision, peers)
     return HostStore(
         num_layers=shape.num_layers,
         adapter_width=decision.adapter_width,
@@ -421,7 +439,8 @@ def _new_store(plan: Plan, kernels: HostKernels | None, peers: Peers | None) -> 
         has_hot_rows=decision.hot_rows > 0,
         means_of_experts=decision.num_experts if decision.needs.means else None,
         zeros=huge_pages.zeros if peers is None else peers.zeros,
-        own_rows=None if peers is None else peers.share_of(decision.adapter_width),
+        own_rows=own,
+        held=held,
     )
 
 

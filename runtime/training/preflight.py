@@ -17,6 +17,15 @@ from meft.runtime.session.model_loading import STORED_PACKAGES
 
 PER_RANK = ("_staging", "_landing", "cache_index", "gradient_rows", "network_buffers", "router_means")
 """How the names of those host entries end that every rank has of its own."""
+DIVIDED = {
+    "adapter_weights",
+    "adapter_moments",
+    "adapter_gradients",
+    "adapter_bf16_copy",
+    "step_counts",
+    "touched_flags",
+}
+"""Host entries of which each machine has its part where machines own rows."""
 EMULATED = "emulated"
 """Key of the emulated device's profile."""
 
@@ -55,14 +64,22 @@ class Machine:
 
 
 def check(
-    plan: Plan, machine: Machine, *, device_kind: str, budget_bytes: int, ranks: int = 1, converted_bytes: int = 0
+    plan: Plan,
+    machine: Machine,
+    *,
+    device_kind: str,
+    budget_bytes: int,
+    ranks: int = 1,
+    machines: int = 1,
+    converted_bytes: int = 0,
 ) -> list[str]:
     """Return the notes a user should see; raise :class:`MachineError` naming every problem if there is one.
 
-    ``converted_bytes`` are those of the model's weights that are in host memory while it is loaded.
+    ``machines`` train, each with ``ranks``. ``converted_bytes`` are those of the model's weights that are in host
+    memory while it is loaded.
     """
     problems = [
-        *_host_problems(plan, machine, device_kind, ranks),
+        *_host_problems(plan, machine, device_kind, ranks, machines),
         *_loading_problems(machine, device_kind, ranks * converted_bytes),
         *_device_problems(plan, machine, device_kind, budget_bytes),
     ]
@@ -71,8 +88,8 @@ def check(
     return _notes(plan, budget_bytes)
 
 
-def _host_problems(plan: Plan, machine: Machine, device_kind: str, ranks: int) -> list[str]:
-    needed = _host_bytes(plan, ranks)
+def _host_problems(plan: Plan, machine: Machine, device_kind: str, ranks: int, machines: int) -> list[str]:
+    needed = _host_bytes(plan, ranks) + _more_owned_bytes(plan, machines)
     what = "the adapter's home"
     if device_kind == "emulated":
         needed += ranks * plan.prediction.device_memory.peak_allocated_bytes
@@ -106,6 +123,14 @@ def _host_bytes(plan: Plan, ranks: int) -> int:
     all_along = memory.total_bytes - staging + staging // planned * ranks
     peaks = {} if memory.machine is None else {peak.phase: peak.num_bytes for peak in memory.machine.peaks}
     return all_along + max(0, peaks.get("checkpoint", 0) - memory.total_bytes)
+
+
+def _more_owned_bytes(plan: Plan, machines: int) -> int:
+    """Of tables that machines divide, what fewer of them have more than each was planned to have."""
+    if plan.decision.rows == "replicated":
+        return 0
+    tables = sum(entry.num_bytes for entry in plan.prediction.host_memory.entries if entry.category in DIVIDED)
+    return tables * plan.request.nodes // machines - tables
 
 
 def _device_problems(plan: Plan, machine: Machine, device_kind: str, budget_bytes: int) -> list[str]:

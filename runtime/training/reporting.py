@@ -59,6 +59,11 @@ _WHY_NETWORK = {
     "router_gradients": "the routers' gradients, to the machine that adds them up",
     "router_sums": "sums of the routers' gradients, to every machine",
     "rounds": "losses, and whether a rank was asked to stop",
+    "queries": "hidden states and probed experts, to the rows' owners",
+    "scores": "scores of the probed experts' rows, from their owners",
+    "rows": "numbers of active rows to their owners, and the rows from them",
+    "row_squares": "each row's gradient's sum of squares, to every machine",
+    "router_means": "means of a machine's experts' keys, to the others",
 }
 
 

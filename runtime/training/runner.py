@@ -144,10 +144,17 @@ def _run(
     kind, check = _device_kind(plan, options), display.interrupts.check
     with closing(_open_nvml(kind)) as nvml:
         machine = preflight.Machine.here()
-        here, budget = 1 if peers is None else peers.here, _budget(plan, options)
+        here, machines = (1, 1) if peers is None else (peers.here, peers.machines)
+        budget = _budget(plan, options)
         converted = model_loading.converted_bytes(plan, folder) if kind == "cuda" else 0
         notes = preflight.check(
-            plan, machine, device_kind=kind, budget_bytes=budget, ranks=here, converted_bytes=converted
+            plan,
+            machine,
+            device_kind=kind,
+            budget_bytes=budget,
+            ranks=here,
+            machines=machines,
+            converted_bytes=converted,
         )
         for note in notes:
             display.say(f"note: {note}")
@@ -168,6 +175,8 @@ def _run(
         together.require_same(peers, _told(plan, options, dataset))
         if together.is_first(peers):
             _require_room(plan, options, resumed=checkpoint is not None)
+        if options.evaluation is not None:
+            together.check_evaluation(plan, peers)
         evaluation = _evaluation(options, tokenizer, display)
         check()
         with together.first_alone(peers):
@@ -319,13 +328,13 @@ def _train(
     trainer.session.meet()
     seen = _observed(trainer, readings[-1] if readings else _read_nvml(trainer, nvml), checkpoint)
     _say_why_it_ended(trainer, options, display)
-    if not together.is_first(trainer.session.peers):
-        return None
     _save_adapter(trainer, options)
-    if options.trace is not None:
+    if options.trace is not None and together.is_first(trainer.session.peers):
         write_trace(trainer.session, options.trace)
         display.say(f"wrote {options.trace}, the last step's tasks")
-    return build_report(trainer, seen, recall=trainer.measure_recall(), meft_version=VERSION)
+    return trainer.session.at_first(
+        lambda: build_report(trainer, seen, recall=trainer.measure_recall(), meft_version=VERSION)
+    )
 
 
 def _observed(trainer: Trainer, reading: tuple[MemoryReading, PcieReading], checkpoint: Path | None) -> RunObserved:
@@ -355,9 +364,8 @@ def _say_why_it_ended(trainer: Trainer, options: RunOptions, display: Display) -
 
 
 def _save_adapter(trainer: Trainer, options: RunOptions) -> Path:
-    folder, peers = options.output_dir / output.ADAPTER, trainer.session.peers
-    if together.is_first(peers):
-        save_adapter(trainer.session, folder, meft_version=VERSION)
+    folder, session = options.output_dir / output.ADAPTER, trainer.session
+    session.at_first(lambda: save_adapter(session, folder, meft_version=VERSION))
     return folder
 
 

@@ -74,8 +74,22 @@ def check(plan: Plan, gpus: int, *, machines: int = 1, steps: int | None) -> Non
             f"{given}: the plan takes tokens in {decision.token_chunks} chunks, which several devices do not yet; run "
             f"it on one, or plan again without --token-chunks"
         )
+    if decision.rows == "owned" and decision.num_experts % machines:
+        raise UsageError(
+            f"{given}: the plan's {decision.num_experts} experts, which machines own, do not divide among {machines}; "
+            f"take another number of machines, or plan again with --nodes {machines}"
+        )
     if steps is not None and steps < size:
         raise UsageError(f"--steps {steps}: less than the {size} ranks have micro-batches at once; give {size} or more")
+
+
+def check_evaluation(plan: Plan, peers: Peers | None) -> None:
+    """Raise :class:`UsageError` where rank 0, which evaluates, has not the rows that it would take."""
+    if plan.decision.rows == "owned" and peers is not None and peers.machines > 1:
+        raise UsageError(
+            f"--eval: machine 0 of {peers.machines} has its own rows alone; leave it out, and score the saved "
+            f"adapter with meft-run evaluate"
+        )
 
 
 def require_same(peers: Peers | None, what: Mapping[str, str]) -> None:

@@ -205,10 +205,13 @@ class Trainer:
         if observe is not None and self.session.peers is not None:
             seen = observe()  # every rank has a part in it
             observe = lambda: seen  # noqa: E731
-        if self._rank == 0:
-            folder = save_checkpoint(
-                self.session, self.output, self._state(), meft_version=self.meft_version, observe=observe
+        output = self.output
+        folder = self.session.at_first(
+            lambda: save_checkpoint(
+                self.session, output, self._state(), meft_version=self.meft_version, observe=observe
             )
+        )
+        if folder is not None:
             self.tell("checkpoint", step=self.steps_done, folder=str(folder))
         if self.session.peers is not None:
             self.session.peers.barrier()
@@ -251,14 +254,17 @@ class Trainer:
         )
         return collate([self.examples[index] for index in chosen], seq_len=request.seq_len, pad_id=self.pad_id)
 
-    def measure_recall(self) -> float:
+    def measure_recall(self) -> float | None:
         """Share of the exact choice that look-ahead finds, mean over layers, on one batch that is not trained on.
 
-        Its transfers are counted apart from the steps'.
+        Its transfers are counted apart from the steps'. None where the rows' owners would have to answer, which are
+        done then.
         """
         session = self.session
         if session.exchange.depth == 0:
             return 1.0
+        if session.tables is not None:
+            return None
         recalls: list[float] = []
 
         def observe(layer: int, hidden: torch.Tensor) -> None:

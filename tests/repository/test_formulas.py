@@ -78,6 +78,7 @@ PRICED = (
     *(
         "traffic/transfer",
         "traffic/network",
+        "traffic/owned",
         "traffic/hot_rows",
         "traffic/chunks",
         "timing/step",
@@ -145,6 +146,8 @@ def decisions() -> Iterator[Decision]:
     for route, backward, cache, recompute in itertools.product(({}, experts, centroids), rows, kept, whether):
         exact = {"routing": "exact", "num_experts": 1, "num_probes": 1}
         yield decision_of(**{**shared, **exact, **route, **backward, **cache, **recompute})
+    for route in (experts, centroids):
+        yield decision_of(**{**shared, **route, "rows": "owned"})
 
 
 def profiles(sparsity: str = "meft-paper", gpu: str = "rtx-3090") -> ProfileSet:

@@ -23,6 +23,7 @@ RUNTIME = (
         "data",
         "exchange",
         "chunks",
+        "owners",
         "adapter",
         "session",
         "use",
