@@ -14,7 +14,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, File, Fraction, Index, Rate, Record, Seconds
 from meft.planner.models.architecture import ModelShape
-from meft.planner.records.routing import ROUTINGS, Routing, RoutingNeeds, SwitchOptions
+from meft.planner.records.routing import ROUTINGS, Routing, RoutingNeeds, StableOptions, SwitchOptions, require_fitting
 
 Attention = Literal["sdpa", "flash", "eager"]
 Objective = Literal["capacity", "speed", "traffic"]
@@ -34,7 +34,7 @@ Way = Direction | Literal["network"]
 _USUAL: dict[str, Any] = {"tokens_see": "union", "packed": False, "gpus_per_link": 1}
 _USUAL |= {"nodes": 1, "interconnect_bytes_per_second": None, "foreign_total": None, "summed_total": None}
 _USUAL |= dict.fromkeys(("network_bytes_per_step", "network_bytes_per_optimizer_step", "network_bytes_total"), 0)
-_USUAL |= {"batch_size_basis": "given", "switch": None}
+_USUAL |= {"batch_size_basis": "given", "switch": None, "stable": None}
 
 
 def without_usual(content: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -84,6 +84,8 @@ class Request(Record):
     routing: Routing | None = None
     switch: SwitchOptions | None = None
     """Of ``routing`` switch; ``None`` for the usual ones."""
+    stable: StableOptions | None = None
+    """Of ``routing`` stable, the same."""
     rows_in_backward: RowsInBackward | None = None
     hot_rows: Index | None = None
     bf16_copy: bool | None = None
@@ -110,8 +112,7 @@ class Request(Record):
             raise ValueError(f"grad_accum {self.grad_accum} does not divide among {among}")
         if self.nodes > 1 and self.interconnect_bytes_per_second is None:
             raise ValueError(f"nodes {self.nodes} need interconnect_bytes_per_second")
-        if self.switch is not None and self.routing != "switch":
-            raise ValueError(f"switch options do not go with routing {self.routing}")
+        require_fitting(self.routing, always=False, switch=self.switch, stable=self.stable)
         return self
 
     @property
@@ -160,6 +161,8 @@ class Decision(Record):
     """Parts of a micro-batch's tokens, each with a union of rows and a cap of its own, in every layer."""
     switch: SwitchOptions | None = None
     """Of ``routing`` switch, which has them always."""
+    stable: StableOptions | None = None
+    """Of ``routing`` stable, the same."""
 
     @property
     def needs(self) -> RoutingNeeds:
@@ -218,8 +221,7 @@ class Decision(Record):
             raise ValueError(f"{self.routing} routing scores every row: num_experts and num_probes must be 1")
         if self.needs.one_expert and self.num_probes != 1:
             raise ValueError(f"{self.routing} routing sends a token to one expert: num_probes must be 1")
-        if (self.switch is not None) != (self.routing == "switch"):
-            raise ValueError(f"switch options are of routing switch, which has them always; routing is {self.routing}")
+        require_fitting(self.routing, always=True, switch=self.switch, stable=self.stable)
         if self.num_probes * (self.adapter_width // self.num_experts) < self.top_k:
             raise ValueError(f"the {self.num_probes} probed experts hold fewer rows than top_k {self.top_k}")
         return self

@@ -217,6 +217,12 @@ def _why_routing(plan: Plan) -> str:
         f"{decision.num_probes} probed{' by mean key' if decision.needs.means else ''}: {percent(share)} of rows scored"
     )
     why = f"{decision.num_experts} experts of {rows} rows, {probed}"
+    if decision.stable is not None:
+        learns = decision.stable
+        return (
+            f"{why}; learnt in {percent(learns.first_stage)} of a run's steps (balance loss {learns.balance_loss:g}), "
+            f"then by the light router as it is then: memory, traffic and time are the first stage's, which has more"
+        )
     if decision.switch is None:
         return why
     options = decision.switch

@@ -28,7 +28,7 @@ from meft.planner.base.quantities import Ints
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, Request, RowsInBackward, TokensSee, chunk_tokens
 from meft.planner.records.profiles import SparsityProfile
-from meft.planner.records.routing import ROUTINGS, Routing, SwitchOptions
+from meft.planner.records.routing import ROUTINGS, Routing, StableOptions, SwitchOptions
 from meft.planner.traffic.sparsity import (
     active_rows_per_layer,
     at_seq_len,
@@ -105,6 +105,7 @@ class Space:
     by_experts: Routing = "key-experts"
     """What routing in experts is: as asked, and then all are so; else Key-Experts."""
     switch: SwitchOptions | None = None
+    stable: StableOptions | None = None
 
     @property
     def key_experts(self) -> NDArray[np.bool_]:
@@ -142,6 +143,7 @@ class Space:
             token_chunks=self.token_chunks,
             means=ROUTINGS[self.by_experts].means,
             switch=ROUTINGS[self.by_experts].one_expert,
+            routers=ROUTINGS[self.by_experts].routers,
         )
 
     def candidates_at(self, cache: int, backward: int = 0) -> Candidates:
@@ -176,6 +178,7 @@ class Space:
             tokens_see=self.tokens_see,
             token_chunks=self.token_chunks,
             switch=self.switch,
+            stable=self.stable,
             gradients_on_device=self.gradients_on_device[cache],
             bf16_copy=self.bf16_copies[0] if bf16_copy is None else bf16_copy,
         )
@@ -228,6 +231,7 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
         token_chunks=chunks,
         by_experts=by_experts,
         switch=(request.switch or SwitchOptions()) if by_experts == "switch" else None,
+        stable=(request.stable or StableOptions()) if by_experts == "stable" else None,
     )
 
 

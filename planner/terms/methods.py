@@ -85,7 +85,7 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
         return _trained_by_chunks(shape, workload, method)
     tokens, e, chosen = workload.tokens, method.adapter_bytes, method.candidates
     per_layer = ada.adapter_inputs_bytes(tokens=tokens, hidden_size=shape.hidden_size, e=e) + ada.gates_bytes(
-        tokens=tokens, num_experts=chosen.num_experts, key_experts=chosen.key_experts, e=e, switch=chosen.switch
+        tokens=tokens, num_experts=chosen.router_rows, key_experts=chosen.key_experts, e=e, switch=chosen.switch
     )
 
     def of_rows(active_rows: Ints) -> Ints:
@@ -126,6 +126,7 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
             e=e,
             q=workload.compute_bytes,
             switch=chosen.switch,
+            routers=chosen.routers,
         ),
         optimizer_temporary=largest(
             router, hot.hot_update_bytes(hidden_size=shape.hidden_size, hot_rows=chosen.hot_rows)
@@ -173,7 +174,7 @@ def _router_bytes(shape: ModelShape, method: SparseAdapter) -> Ints:
     return ada.router_weights_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        num_experts=method.candidates.num_experts,
+        num_experts=method.candidates.router_rows,
         key_experts=method.candidates.key_experts,
     )
 

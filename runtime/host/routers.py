@@ -45,6 +45,7 @@ _ROUTERS: dict[Routing, Callable[[Decision, HostStore, HostKernels | None], Rout
     "key-experts": lambda decision, _, kernels: _top_k(decision, kernels),
     "centroid": _centroids,
     "switch": lambda decision, _, kernels: SwitchRouter(_top_k(decision, kernels)),
+    "stable": lambda decision, _, kernels: _top_k(decision, kernels),
 }
 
 

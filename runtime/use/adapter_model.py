@@ -45,6 +45,7 @@ from meft.runtime.session import checkpoint
 from meft.runtime.session.known_tokens import known_tokens_weighed
 from meft.runtime.session.model_loading import check_token_ids
 from meft.runtime.session.session import Session, open_session
+from meft.runtime.session.stages import set_stage
 from meft.runtime.use.guards import (
     BackwardOrder,
     RowNorm,
@@ -286,6 +287,12 @@ class AdapterModel(nn.Module):
     def optimizer(self, *, learning_rate: float, max_norm: float | None = 1.0) -> RowOptimizer:
         """AdamW over rows and routers, clipping both by their common norm; see :class:`RowOptimizer`."""
         return RowOptimizer(self.session, self.finish_backward, learning_rate=learning_rate, max_norm=max_norm)
+
+    def freeze_routing(self) -> None:
+        """Routing ``stable``, in a loop of one's own, between optimizer steps: its second stage begins. A Trainer does
+        it after the plan's share of its steps."""
+        self.finish_backward()
+        set_stage(self.session, 2)
 
     @property
     def bypassed(self) -> bool:
