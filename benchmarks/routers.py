@@ -176,8 +176,8 @@ def report_command(results: Path) -> None:
     """The table of docs/learning.md."""
     records = read_results(results)
     first = min(each["seed"] for each in records)
-    click.echo("| | rate | exact match | recall | dead experts | busiest expert | active rows | host time | router |")
-    click.echo("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    click.echo("| | rate | seeds | exact match | recall | dead experts | busiest expert | active rows | host time | router |")
+    click.echo("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for way in WAYS:
         rate = _best([each for each in records if each["way"] == way and each["seed"] == first])["rate"]
         best = [each for each in records if (each["way"], each["rate"]) == (way, rate)]
@@ -186,6 +186,7 @@ def report_command(results: Path) -> None:
         cells = (
             way,
             f"{best[0]['rate']:g}",
+            f"{len(best)}",
             f"{100 * statistics.fmean(matches):.1f} %{spread}",
             f"{_mean(best, 'recall'):.2f}",
             f"{_mean(best, 'dead_experts'):.1f}",

@@ -197,7 +197,7 @@ def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[
         prefetch_depth=chosen.prefetch_depth,
         e=method.adapter_bytes,
     )
-    router = _router_bytes(shape, method)
+    router, of_router = _router_bytes(shape, method), "N" if chosen.routers == 1 else f"{chosen.routers}N"
     kept = ada.kept_rows_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -227,7 +227,7 @@ def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[
         Row("resident", "row_indices", indices, "int32 [cap] per layer: each row's expert, each resident row's place"),
         Row("resident", "row_staging", staging, "buffers [cap, 2D] for rows: p+1, or one per layer when retained"),
         Row("resident", "row_gradients", gradients, "min(p, 1)+1 buffers [cap, 2D] for row gradients"),
-        Row("resident", "router_weights", router, "Key-Experts routers, fp32 [N, D] per layer"),
+        Row("resident", "router_weights", router, f"Key-Experts routers, fp32 [{of_router}, D] per layer"),
         Row("resident", "router_gradients", router, "the routers' gradients, summed over an accumulation window"),
         Row("resident", "router_moments", 2 * router, "two AdamW moments of the routers"),
     )

@@ -250,7 +250,7 @@ class AdapterModel(nn.Module):
         return outputs
 
     def _add_balance(self, outputs: Any) -> None:
-        """What the routing adds to the loss (``routing`` switch); a caller with a loss of its own finds it with
+        """What the routing adds to the loss (``routing`` switch, stable); a caller with a loss of its own finds it with
         ``session.exchange.take_balance()``."""
         if getattr(outputs, "loss", None) is None:
             return

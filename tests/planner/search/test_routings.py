@@ -90,9 +90,9 @@ def test_estimate_knows_them() -> None:
 def test_what_does_not_go_together_is_refused(plans) -> None:
     with pytest.raises(UsageError, match="router_jitter: is of routing switch alone"):
         plan(**ASKED, routing="exact", router_jitter=0.1)
-    with pytest.raises(UsageError, match="balance-loss: is of routing switch and stable; add --routing switch or"):
+    with pytest.raises(UsageError, match="balance_loss: is of routing switch and stable; add routing switch or"):
         plan(**ASKED, balance_loss=0.1)
-    with pytest.raises(UsageError, match="first-stage: is of routing stable alone; add --routing stable"):
+    with pytest.raises(UsageError, match="first_stage: is of routing stable alone; add routing stable"):
         plan(**ASKED, routing="switch", first_stage=0.1)
     with pytest.raises(UsageError, match="capacity_factor"):
         plan(**ASKED, routing="switch", capacity_factor=0.0)
