@@ -176,8 +176,8 @@ def report_command(results: Path) -> None:
     """The table of docs/learning.md."""
     records = read_results(results)
     first = min(each["seed"] for each in records)
-    click.echo("| | rate | seeds | exact match | recall | dead experts | busiest expert | active rows | host time | router |")
-    click.echo("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    names = ("rate", "seeds", "exact match", "recall", "dead experts", "busiest", "active rows", "host time", "router")
+    click.echo(f"| | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")
     for way in WAYS:
         rate = _best([each for each in records if each["way"] == way and each["seed"] == first])["rate"]
         best = [each for each in records if (each["way"], each["rate"]) == (way, rate)]
