@@ -1,15 +1,15 @@
-"""Ways to find a token's rows: exact, score-gated (Key-Experts), the MEFT paper's centroids and a switch, on the tests'
-model.
+"""Ways to find a token's rows: exact, score-gated (Key-Experts), the MEFT paper's centroids, a switch, and StableMoE
+with its two stages; on the tests' model.
 
-    python benchmarks/routers.py run --results benchmarks/routers_results.jsonl [--seeds 0,1,2] [--rates 1.6e-2]
+    python benchmarks/routers.py run --results benchmarks/routers_results.jsonl [--seeds 0,1,2] [--rates 8e-3,1.6e-2]
     python benchmarks/routers.py report --results benchmarks/routers_results.jsonl
 
-Random facts are learnt by heart: four random tokens ask for two others. Every way trains at each rate with each seed
-(the committed results at one rate); the report shows its best by the mean over seeds. Recall is the share of each
-token's exact best K rows that are among the active ones, for the last batch of every epoch; host time is the CPU time
-of choosing rows, per micro-batch and layer, by the readable code; a dead expert has no row that was ever active. The
-device's memory is what the router holds there for good, beside the host's means of centroids. A run that was stopped
-goes on.
+Random facts are learnt by heart: four random tokens ask for two others. Every way trains at each rate with the first
+seed, then at its best (by exact match, of equal ones by the last epoch's loss) with the others. Recall is the share of
+each token's exact best K rows that are among the active ones, for the last batch of every epoch; host time is the CPU
+time of choosing rows, per micro-batch and layer, by the readable code; a dead expert has no row that was ever active.
+The device's memory is what the router holds there for good, beside the host's means of centroids. A run that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ import torch
 from knowledge import AMPLE_BYTES, Run, listed, plan_of, read_results, shape_of
 
 from meft.planner.records.plan import Decision
-from meft.planner.records.routing import SwitchOptions
+from meft.planner.records.routing import StableOptions, SwitchOptions
 from meft.runtime.data.examples import IGNORE_INDEX, Example, collate
 from meft.runtime.device.device import EmulatedDevice
 from meft.runtime.host.router import Router, Selection
@@ -39,11 +38,14 @@ from meft.runtime.session.session import Session, open_session
 from meft.runtime.training.training import Trainer, TrainingOptions
 from meft.runtime.use.inference import serving
 
+_STABLE: dict[str, Any] = {"routing": "stable", "num_experts": 16, "num_probes": 1}
 WAYS: dict[str, dict[str, Any]] = {
     "exact": {},
     "score-gated": {"routing": "key-experts", "num_experts": 16, "num_probes": 4},
     "centroid": {"routing": "centroid", "num_experts": 16, "num_probes": 4},
     "switch": {"routing": "switch", "num_experts": 16, "num_probes": 1, "switch": SwitchOptions().model_dump()},
+    "stable": _STABLE | {"stable": StableOptions().model_dump()},
+    "stable-half": _STABLE | {"stable": StableOptions(first_stage=0.5).model_dump()},
 }
 ASKED, ANSWERED, FACTS, EPOCHS, BATCH = 4, 2, 256, 8, 16
 WIDTH, TOP_K, EXPERTS = 512, 16, 16
@@ -138,40 +140,53 @@ def main() -> None:
 @main.command("run")
 @click.option("--results", type=click.Path(path_type=Path), required=True)
 @click.option("--seeds", default="0,1,2")
-@click.option("--rates", default="1.6e-2")
+@click.option("--rates", default="4e-3,8e-3,1.6e-2,3.2e-2,6.4e-2")
+@click.option("--ways", default="", help="Some of them, with commas between.  [default: all]")
 @click.option("--model", type=click.Path(path_type=Path), help="[default: the tests' tiny model]")
-def run_command(results: Path, seeds: str, rates: str, model: Path | None) -> None:
+def run_command(results: Path, seeds: str, rates: str, ways: str, model: Path | None) -> None:
     """Perform what the file lacks, a line each."""
-    done = {(each["way"], each["rate"], each["seed"]) for each in read_results(results)}
-    wanted = [(way, rate, seed) for seed in listed(seeds, int) for rate in listed(rates, float) for way in WAYS]
+    first, *others = listed(seeds, int)
     with tempfile.TemporaryDirectory() as made:
         folder = model or _tiny_model(Path(made) / "glass")
-        for way, rate, seed in wanted:
-            if (way, rate, seed) in done:
-                continue
-            record = perform(way, rate, seed, folder)
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            click.echo(f"{way} rate {rate:g} seed {seed}: {record['exact_match']:.3f}, recall {record['recall']:.2f}")
+        for way in listed(ways, str) if ways else WAYS:
+            for rate in listed(rates, float):
+                _perform_once(results, way, rate, first, folder)
+            best = _best([each for each in read_results(results) if each["way"] == way and each["seed"] == first])
+            for seed in others:
+                _perform_once(results, way, best["rate"], seed, folder)
+
+
+def _perform_once(results: Path, way: str, rate: float, seed: int, folder: Path) -> None:
+    """Perform one and write it down, unless the file has it."""
+    if any((each["way"], each["rate"], each["seed"]) == (way, rate, seed) for each in read_results(results)):
+        return
+    record = perform(way, rate, seed, folder)
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    click.echo(f"{way} rate {rate:g} seed {seed}: {record['exact_match']:.3f}, recall {record['recall']:.2f}")
+
+
+def _best(records: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(records, key=lambda each: (each["exact_match"], -each["final_loss"]))
 
 
 @main.command("report")
 @click.option("--results", type=click.Path(path_type=Path), required=True)
 def report_command(results: Path) -> None:
     """The table of docs/learning.md."""
-    of_way: defaultdict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
-    for record in read_results(results):
-        of_way[record["way"], record["rate"]].append(record)
-    click.echo("| | rate | exact match | recall | dead experts | busiest expert | active rows | host time | router |")
-    click.echo("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    records = read_results(results)
+    first = min(each["seed"] for each in records)
+    names = ("rate", "seeds", "exact match", "recall", "dead experts", "busiest", "active rows", "host time", "router")
+    click.echo(f"| | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")
     for way in WAYS:
-        some = [each for (name, _), each in of_way.items() if name == way]
-        best = max(some, key=lambda each: _mean(each, "exact_match"))
+        rate = _best([each for each in records if each["way"] == way and each["seed"] == first])["rate"]
+        best = [each for each in records if (each["way"], each["rate"]) == (way, rate)]
         matches = [each["exact_match"] for each in best]
         spread = f" ± {100 * statistics.stdev(matches):.1f}" if len(matches) > 1 else ""
         cells = (
             way,
             f"{best[0]['rate']:g}",
+            f"{len(best)}",
             f"{100 * statistics.fmean(matches):.1f} %{spread}",
             f"{_mean(best, 'recall'):.2f}",
             f"{_mean(best, 'dead_experts'):.1f}",
@@ -181,6 +196,12 @@ def report_command(results: Path) -> None:
             f"{_mean(best, 'router_bytes') / 1024:.0f} KiB",
         )
         click.echo(f"| {' | '.join(cells)} |")
+    rates = sorted({each["rate"] for each in records})
+    click.echo(f"\n| seed {first} | {' | '.join(f'{rate:g}' for rate in rates)} |\n|---|{'---:|' * len(rates)}")
+    for way in WAYS:
+        found = {each["rate"]: each for each in records if each["way"] == way and each["seed"] == first}
+        cells = tuple(f"{100 * found[rate]['exact_match']:.1f} %" if rate in found else "" for rate in rates)
+        click.echo(f"| {way} | {' | '.join(cells)} |")
 
 
 def _mean(records: list[dict[str, Any]], name: str) -> float:

@@ -39,3 +39,8 @@ multiples of 8 numbers, on an A100 of 64 (NVIDIA, Matrix Multiplication Backgrou
 def aligned_rows(rows: Ints, *, most: Ints) -> Ints:
     """Rows that products are made of: ``rows`` and as many of zeros as make whole 64s, no more than ``most``."""
     return np.minimum(-(-rows // ALIGNED_ROWS) * ALIGNED_ROWS, most)
+
+
+def chunk_tokens(tokens: int, token_chunks: int) -> int:
+    """Tokens of each chunk of a micro-batch but the last, which has what is left over: ``T / C``, rounded up."""
+    return -(-tokens // token_chunks)

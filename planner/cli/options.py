@@ -251,7 +251,8 @@ def decision_options(command: Command) -> Command:
             "--routing",
             type=click.Choice(get_args(Routing)),
             help="How a token finds its rows: among all; among those of experts that a trained router scores; that the "
-            "means of their keys score; or of the one expert that a trained router gives the highest probability. "
+            "means of their keys score; or of the one expert that a trained router gives the highest probability, or "
+            "that a light router gives it which learnt from a trained one and then is frozen. "
             "[default: the planner chooses of the first two]",
         ),
         click.option(
@@ -268,7 +269,14 @@ def decision_options(command: Command) -> Command:
         click.option(
             "--balance-loss",
             type=FiniteRange(0.0, MAX_BALANCE_LOSS),
-            help="Of routing switch: weight of the loss that keeps its experts equally busy. [default: 0.01]",
+            help="Of routings switch and stable: weight of the loss that keeps their experts equally busy. [default: "
+            "0.01 and 0.3]",
+        ),
+        click.option(
+            "--first-stage",
+            type=FiniteRange(0.0, 1.0, min_open=True),
+            help="Of routing stable: share of a run's steps in which it learns whom to choose; then that is frozen. "
+            "[default: 0.1]",
         ),
         click.option("--rows-in-backward", type=click.Choice(get_args(RowsInBackward))),
         click.option(

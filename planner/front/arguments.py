@@ -64,6 +64,7 @@ class PlanArguments(TypedDict, total=False):
     capacity_factor: float | None
     router_jitter: float | None
     balance_loss: float | None
+    first_stage: float | None
     rows_in_backward: RowsInBackward | None
     tokens_see: TokensSee | None
     token_chunks: int | None
@@ -104,6 +105,7 @@ class EstimateArguments(TypedDict, total=False):
     capacity_factor: float | None
     router_jitter: float | None
     balance_loss: float | None
+    first_stage: float | None
     rows_in_backward: RowsInBackward | None
     tokens_see: TokensSee | None
     token_chunks: int | None

@@ -12,7 +12,7 @@ from meft.planner.base.schema import Record
 from meft.planner.front.options import MAX_RANK, BatchSize, Chunks, Depth, GradAccum, Rows, SeqLen, Width
 from meft.planner.records.peft_methods import split_method
 from meft.planner.records.plan import Attention, RowsInBackward, TokensSee
-from meft.planner.records.routing import BalanceLoss, CapacityFactor, Jitter, Routing
+from meft.planner.records.routing import BalanceLoss, CapacityFactor, FirstStage, Jitter, Routing
 from meft.planner.records.setup import (
     METHOD_NAMES,
     Autocast,
@@ -48,6 +48,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "capacity_factor": ("meft",),
     "router_jitter": ("meft",),
     "balance_loss": ("meft",),
+    "first_stage": ("meft",),
     "rows_in_backward": ("meft",),
     "tokens_see": ("meft",),
     "token_chunks": ("meft",),
@@ -118,6 +119,7 @@ class EstimateRequest(Record):
     capacity_factor: CapacityFactor | None = None
     router_jitter: Jitter | None = None
     balance_loss: BalanceLoss | None = None
+    first_stage: FirstStage | None = None
     rows_in_backward: RowsInBackward | None = None
     tokens_see: TokensSee | None = None
     token_chunks: Chunks | None = None

@@ -360,6 +360,7 @@ def _options(asked: EstimateRequest) -> RequestOptions:
         capacity_factor=asked.capacity_factor,
         router_jitter=asked.router_jitter,
         balance_loss=asked.balance_loss,
+        first_stage=asked.first_stage,
         rows_in_backward=asked.rows_in_backward,
         tokens_see=asked.tokens_see,
         token_chunks=asked.token_chunks,

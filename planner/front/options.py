@@ -9,7 +9,7 @@ from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.records.plan import Attention, Objective, RowsInBackward, RowsPolicy, TokensSee
-from meft.planner.records.routing import BalanceLoss, CapacityFactor, Jitter, Routing
+from meft.planner.records.routing import BalanceLoss, CapacityFactor, FirstStage, Jitter, Routing
 
 MAX_BATCH_SIZE = 1 << 14
 USUAL_BATCH_SIZE = 2
@@ -79,6 +79,7 @@ class RequestOptions:
     capacity_factor: CapacityFactor | None = None
     router_jitter: Jitter | None = None
     balance_loss: BalanceLoss | None = None
+    first_stage: FirstStage | None = None
     rows_in_backward: RowsInBackward | None = None
     tokens_see: TokensSee | None = None
     token_chunks: Chunks | None = None

@@ -28,7 +28,7 @@ from meft.planner.records.profile_catalogue import (
     sections_in,
 )
 from meft.planner.records.profiles import GpuProfile, Section, SourcedRange
-from meft.planner.records.routing import SwitchOptions
+from meft.planner.records.routing import StableOptions, SwitchOptions
 
 BOX_OVER_NVML = 1.1
 """A card's box may print up to a tenth more than NVML reports (48 GB: 45.0 GiB with ECC on an L40S)."""
@@ -258,7 +258,7 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "top_k": options.top_k,
         "prefetch_depth": options.prefetch_depth,
         "routing": options.routing,
-        "switch": _switch(options),
+        **_of_routing(options),
         "rows_in_backward": options.rows_in_backward,
         "tokens_see": options.tokens_see,
         "token_chunks": options.token_chunks,
@@ -274,20 +274,27 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
     return {name: value for name, value in names.items() if value is not None}
 
 
-def _switch(options: RequestOptions) -> SwitchOptions | None:
-    """What was said of a switch router; None where nothing was."""
-    given = {
-        "capacity_factor": options.capacity_factor,
-        "jitter": options.router_jitter,
-        "balance_loss": options.balance_loss,
+def _of_routing(options: RequestOptions) -> dict[str, SwitchOptions | StableOptions]:
+    """What was said of a routing's own options, under the name of its record; nothing where nothing was."""
+    given: dict[str, tuple[float | None, tuple[str, ...]]] = {
+        "capacity_factor": (options.capacity_factor, ("switch",)),
+        "router_jitter": (options.router_jitter, ("switch",)),
+        "first_stage": (options.first_stage, ("stable",)),
+        "balance_loss": (options.balance_loss, ("switch", "stable")),
     }
-    said = {name: value for name, value in given.items() if value is not None}
+    said: dict[str, Any] = {}
+    for name, (value, routings) in given.items():
+        if value is None:
+            continue
+        if options.routing not in routings:
+            its = " and ".join(routings)
+            add = " or ".join(f"--routing {routing}" for routing in routings)
+            alone = " alone" if len(routings) == 1 else ""
+            raise UsageError(f"--{name.replace('_', '-')}: is of routing {its}{alone}; add {add} or leave it out")
+        said[name.removeprefix("router_")] = value
     if not said:
-        return None
-    if options.routing != "switch":
-        option = {"jitter": "--router-jitter"}.get(next(iter(said)), f"--{next(iter(said)).replace('_', '-')}")
-        raise UsageError(f"{option}: is of routing switch alone; add --routing switch or leave it out")
-    return SwitchOptions(**said)
+        return {}
+    return {"switch": SwitchOptions(**said)} if options.routing == "switch" else {"stable": StableOptions(**said)}
 
 
 def _usual_attention(shape: ModelShape) -> Attention:

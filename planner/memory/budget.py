@@ -76,7 +76,7 @@ def _checkpoint(request: Request, decision: Decision, total_bytes: int, *, on_ca
         * router_weights_bytes(
             num_layers=shape.num_layers,
             hidden_size=shape.hidden_size,
-            num_experts=decision.num_experts,
+            num_experts=decision.needs.router_rows(decision.num_experts),
             key_experts=decision.needs.gated,
         )
     )

@@ -88,7 +88,7 @@ def disk(request: Request, decision: Decision) -> Disk:
         "num_layers": request.model.num_layers,
         "hidden_size": request.model.hidden_size,
         "adapter_width": decision.adapter_width,
-        "num_experts": decision.num_experts,
+        "num_experts": decision.needs.router_rows(decision.num_experts),
     }
     key_experts = decision.needs.gated
     adapter = int(adapter_file_bytes(**sizes, key_experts=key_experts))

@@ -176,7 +176,7 @@ def _of_ranks(request: Request, candidates: Candidates, sizes: dict[str, Ints]) 
     cap, row_dtype = candidates.active_rows_cap, ADAPTER_DTYPE_BYTES[request.adapter_dtype]
     routers = router_gradient_bytes(
         num_layers=num_layers,
-        num_experts=candidates.num_experts,
+        num_experts=candidates.router_rows,
         hidden_size=hidden_size,
         key_experts=candidates.key_experts,
         ranks=request.ranks,

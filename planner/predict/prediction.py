@@ -177,7 +177,7 @@ def without_workspaces(plan: Plan) -> Plan:
 
 def adapter_parameters(request: Request, candidates: Candidates) -> Ints:
     """Trainable ones: keys and values of every row, and for Key-Experts the routers, ``L * (2*R + N) * D``."""
-    vectors = 2 * candidates.adapter_width + candidates.num_experts * candidates.key_experts
+    vectors = 2 * candidates.adapter_width + candidates.router_rows * candidates.key_experts
     return request.model.num_layers * request.model.hidden_size * vectors
 
 

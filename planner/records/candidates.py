@@ -43,12 +43,19 @@ class Candidates:
     owned: bool = False
     """Of several machines each has its own rows; the same for all."""
     switch: Flags = False
-    """Of those with a router: the gate is a probability, in fp32, and an expert's tokens are limited."""
+    """Of those with a router: it sends a token to one expert, and computes in fp32."""
+    routers: int = 1
+    """``[N, D]`` that a layer's router has; one number for all."""
 
     @property
     def in_experts(self) -> Flags:
         """Rows lie in experts, of which a token looks through some."""
         return self.key_experts | self.means
+
+    @property
+    def router_rows(self) -> Ints:
+        """Rows of a layer's router: ``N``, or twice that with a light router below the other."""
+        return self.routers * self.num_experts
 
     @property
     def refetched(self) -> Flags:
@@ -78,6 +85,7 @@ class Candidates:
             means=decision.needs.means,
             switch=decision.needs.one_expert,
             owned=decision.rows == "owned",
+            routers=decision.needs.routers,
         )
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, File, Fraction, Index, Rate, Record, Seconds
 from meft.planner.models.architecture import ModelShape
-from meft.planner.records.routing import ROUTINGS, Routing, RoutingNeeds, SwitchOptions
+from meft.planner.records.routing import ROUTINGS, Routing, RoutingNeeds, StableOptions, SwitchOptions, require_fitting
 from meft.planner.records.usual import without_usual
 
 Attention = Literal["sdpa", "flash", "eager"]
@@ -32,11 +32,6 @@ LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 """Of one machine; several have ``network`` too."""
 Way = Direction | Literal["network"]
 """Where bytes go: over a card's link, or between machines."""
-
-
-def chunk_tokens(tokens: int, token_chunks: int) -> int:
-    """Tokens of each chunk of a micro-batch but the last, which has what is left over: ``T / C``, rounded up."""
-    return -(-tokens // token_chunks)
 
 
 class Request(Record):
@@ -75,6 +70,8 @@ class Request(Record):
     routing: Routing | None = None
     switch: SwitchOptions | None = None
     """Of ``routing`` switch; ``None`` for the usual ones."""
+    stable: StableOptions | None = None
+    """Of ``routing`` stable, the same."""
     rows_in_backward: RowsInBackward | None = None
     hot_rows: Index | None = None
     bf16_copy: bool | None = None
@@ -104,8 +101,7 @@ class Request(Record):
             raise ValueError(f"nodes {self.nodes} need interconnect_bytes_per_second")
         if self.rows == "owned" and self.nodes == 1:
             raise ValueError("rows owned are divided among machines, and nodes is 1")
-        if self.switch is not None and self.routing != "switch":
-            raise ValueError(f"switch options do not go with routing {self.routing}")
+        require_fitting(self.routing, always=False, switch=self.switch, stable=self.stable)
         return self
 
     @property
@@ -156,6 +152,8 @@ class Decision(Record):
     """Of ``routing`` switch, which has them always."""
     rows: RowsPolicy = "replicated"
     """Run on one machine all rows are its own, whatever this says."""
+    stable: StableOptions | None = None
+    """Of ``routing`` stable, the same."""
 
     @property
     def needs(self) -> RoutingNeeds:
@@ -225,8 +223,7 @@ class Decision(Record):
             raise ValueError(f"{self.routing} routing scores every row: num_experts and num_probes must be 1")
         if self.needs.one_expert and self.num_probes != 1:
             raise ValueError(f"{self.routing} routing sends a token to one expert: num_probes must be 1")
-        if (self.switch is not None) != (self.routing == "switch"):
-            raise ValueError(f"switch options are of routing switch, which has them always; routing is {self.routing}")
+        require_fitting(self.routing, always=True, switch=self.switch, stable=self.stable)
         if self.num_probes * (self.adapter_width // self.num_experts) < self.top_k:
             raise ValueError(f"the {self.num_probes} probed experts hold fewer rows than top_k {self.top_k}")
         return self

@@ -7,7 +7,7 @@ from typing import Any
 _USUAL: dict[str, Any] = {"tokens_see": "union", "packed": False, "gpus_per_link": 1}
 _USUAL |= {"nodes": 1, "interconnect_bytes_per_second": None, "foreign_total": None, "summed_total": None}
 _USUAL |= dict.fromkeys(("network_bytes_per_step", "network_bytes_per_optimizer_step", "network_bytes_total"), 0)
-_USUAL |= {"batch_size_basis": "given", "switch": None, "rows": "replicated"}
+_USUAL |= {"batch_size_basis": "given", "switch": None, "stable": None, "rows": "replicated"}
 _USUAL |= dict.fromkeys(("asked_total", "scored_total"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from meft.planner.base.quantities import chunk_tokens
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.records.plan import (
     HostBudget,
@@ -14,7 +15,6 @@ from meft.planner.records.plan import (
     Phase,
     Plan,
     Verification,
-    chunk_tokens,
     host_budget_of,
     lanes_of,
 )
@@ -226,6 +226,12 @@ def _why_routing(plan: Plan) -> str:
         f"{decision.num_probes} probed{' by mean key' if decision.needs.means else ''}: {percent(share)} of rows scored"
     )
     why = f"{decision.num_experts} experts of {rows} rows, {probed}"
+    if decision.stable is not None:
+        learns = decision.stable
+        return (
+            f"{why}; learnt in {percent(learns.first_stage)} of a run's steps (balance loss {learns.balance_loss:g}), "
+            f"then by the light router as it is then: memory, traffic and time are the first stage's, which has more"
+        )
     if decision.switch is None:
         return why
     options = decision.switch

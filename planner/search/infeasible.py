@@ -183,7 +183,8 @@ def _changes(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Iter
     for seq_len in _halvings(request.seq_len, SHORTEST_SEQUENCE):
         yield request.model_copy(update={"seq_len": seq_len})
     for name in _FREED:
-        said_more = name == "routing" and request.switch is not None  # options that go with no other routing
+        # options that go with no other routing
+        said_more = name == "routing" and (request.switch is not None or request.stable is not None)
         if getattr(request, name) is not None and not said_more:
             yield request.model_copy(update={name: None})
     yield from _combined(request, gpu)

@@ -25,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.base.errors import UsageError
-from meft.planner.base.quantities import Ints
+from meft.planner.base.quantities import Ints, chunk_tokens
 from meft.planner.records.candidates import Candidates
-from meft.planner.records.plan import Decision, Request, RowsInBackward, RowsPolicy, TokensSee, chunk_tokens
+from meft.planner.records.plan import Decision, Request, RowsInBackward, RowsPolicy, TokensSee
 from meft.planner.records.profiles import SparsityProfile
-from meft.planner.records.routing import ROUTINGS, Routing, SwitchOptions
+from meft.planner.records.routing import ROUTINGS, Routing, StableOptions, SwitchOptions
 from meft.planner.traffic.sparsity import (
     active_rows_per_layer,
     at_seq_len,
@@ -107,6 +107,7 @@ class Space:
     """What routing in experts is: as asked, and then all are so; else Key-Experts."""
     switch: SwitchOptions | None = None
     rows: RowsPolicy = "replicated"
+    stable: StableOptions | None = None
 
     @property
     def key_experts(self) -> NDArray[np.bool_]:
@@ -145,6 +146,7 @@ class Space:
             means=ROUTINGS[self.by_experts].means,
             switch=ROUTINGS[self.by_experts].one_expert,
             owned=self.rows == "owned",
+            routers=ROUTINGS[self.by_experts].routers,
         )
 
     def candidates_at(self, cache: int, backward: int = 0) -> Candidates:
@@ -179,6 +181,7 @@ class Space:
             tokens_see=self.tokens_see,
             token_chunks=self.token_chunks,
             switch=self.switch,
+            stable=self.stable,
             gradients_on_device=self.gradients_on_device[cache],
             bf16_copy=self.bf16_copies[0] if bf16_copy is None else bf16_copy,
             rows=self.rows,
@@ -233,6 +236,7 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
         by_experts=by_experts,
         switch=(request.switch or SwitchOptions()) if by_experts == "switch" else None,
         rows=request.rows,
+        stable=(request.stable or StableOptions()) if by_experts == "stable" else None,
     )
 
 

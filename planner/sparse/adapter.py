@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meft.planner.base.quantities import INDEX_BYTES
-from meft.planner.records.plan import Decision, Request, chunk_tokens
+from meft.planner.base.quantities import INDEX_BYTES, chunk_tokens
+from meft.planner.records.plan import Decision, Request
 from meft.planner.simulation.autograd import GRADIENTS, TEMPORARIES, Gradients, Tape, Tensor
 from meft.planner.simulation.decoder import BesideFfn
 from meft.planner.simulation.operators import Operators
@@ -91,7 +91,10 @@ class Adapter(BesideFfn):
         if targets:
             self.exchange.held[self.index] = x.detached()
         for target in targets if self._gated else ():
-            (self._probe if self.decision.switch is None else self._switch)(x, target)
+            if self.decision.stable is not None:
+                self._one(x, target)
+            else:
+                (self._probe if self.decision.switch is None else self._switch)(x, target)
 
     def _probe(self, x: Tensor, target: int) -> None:
         """The best experts of each token, for the layer ``target``."""
@@ -121,8 +124,18 @@ class Adapter(BesideFfn):
         self.exchange.probes[target] = self._of_tokens(INDEX_BYTES, "routing")
         del is_full, dropped, scores, best, places, chosen, inputs
 
+    def _one(self, x: Tensor, target: int) -> None:
+        """Stable: the one expert of each token."""
+        inputs = self._cast(x, self._e, "adapter")
+        read = self._read(inputs, "adapter")
+        scores = self._fp32_of_experts("adapter")
+        del read
+        best = self._of_tokens(INT64, "adapter")
+        self.exchange.probes[target] = self._of_tokens(INDEX_BYTES, "routing")
+        del best, scores, inputs
+
     def _read(self, inputs: Tensor, category: str) -> Tensor:
-        """What a switch router reads ``[T, D]``: random numbers that are multiplied by the inputs, or these in fp32."""
+        """What such a router reads ``[T, D]``: random numbers that are multiplied by the inputs, or these in fp32."""
         jitter = self.decision.switch is not None and self.decision.switch.jitter
         return self._tape.new(inputs.numel, FP32, category) if jitter else self._cast(inputs, FP32, category)
 
@@ -160,7 +173,10 @@ class Adapter(BesideFfn):
         return tape.connect(out, (x, self.weight), backward)
 
     def _gate(self, inputs: Tensor) -> Tensor:
-        """Scores ``[T, N]``, multiplied by the mask of the probed experts; of a switch router probabilities."""
+        """Scores ``[T, N]``, multiplied by the mask of the probed experts; of a switch router probabilities; of a
+        stable one those of both routers, ``[T, 2N]``."""
+        if self.decision.stable is not None:
+            return self._of_both(inputs)
         if self.decision.switch is not None:
             read = self._read(inputs, "adapter")
             scores = self._fp32_of_experts("adapter")
@@ -173,11 +189,45 @@ class Adapter(BesideFfn):
         del mask
         return scores
 
+    def _of_both(self, inputs: Tensor) -> Tensor:
+        """Stable, first stage: the scores, and beside them what the loss takes but for single numbers."""
+        read = self._read(inputs, "adapter")
+        scores = self._fp32_of_both("adapter")
+        del read
+        index = self._of_tokens(INT64, "adapter")
+        light = self._fp32_of_experts("adapter")
+        learnt = self._fp32_of_experts("adapter")
+        del light
+        of_chosen = self._of_tokens(FP32, "adapter")
+        del learnt, of_chosen
+        gates = self._of_tokens(FP32, "adapter")
+        excess = self._excess("adapter")
+        del excess, gates, index
+        return scores
+
+    def _fp32_of_both(self, category: str) -> Tensor:
+        rows = self.decision.needs.router_rows(self.decision.num_experts)
+        return self._tape.new(self.request.tokens_per_step * rows, FP32, category)
+
+    def _excess(self, category: str) -> Tensor:
+        """How far each token's expert is above its even share, from the tokens counted by expert."""
+        is_dropped, inverted = self._of_tokens(BOOL, category), self._of_tokens(INDEX_BYTES, category)
+        chosen = self._of_tokens(INDEX_BYTES, category)
+        del is_dropped, inverted
+        once = self._of_tokens(FP32, category)
+        shares = self._tape.new(self.decision.needs.router_rows(self.decision.num_experts), FP32, category)
+        del chosen, once
+        index = self._of_tokens(INT64, category)
+        excess = self._of_tokens(FP32, category)
+        del shares, index
+        return excess
+
     def _gate_of_row(self, category: str) -> Tensor:
-        """The gate ``[T, A]``; a switch router's is made first, ``[T, N]``, and has the adapter's dtype in the end."""
-        if self.decision.switch is None:
+        """The gate ``[T, A]``; one of an expert is made first, ``[T, N]``, and has the adapter's dtype in the end."""
+        if not self.decision.needs.one_expert:
             return self._of_rows(category)
-        index, taken = self._of_tokens(INT64, category), self._of_tokens(BOOL, category)
+        index = self._of_tokens(INT64, category)
+        taken = self._of_tokens(BOOL, category) if self.decision.switch is not None else None
         gate, chosen = self._fp32_of_experts(category), self._of_tokens(FP32, category)
         del chosen
         gate = self._cast(gate, self._e, category)
@@ -240,16 +290,17 @@ class Adapter(BesideFfn):
 
     def _through_router(self, inputs: Tensor) -> None:
         """To the input's gradient comes that through the router: added as it is computed, or fp32 and by itself."""
-        if self.decision.switch is None:
+        if not self.decision.needs.one_expert:
             through = self._cast(self.weight, self._e, TEMPORARIES)
         else:
             through = self._tape.new(inputs.numel, FP32, TEMPORARIES)
-            noise = self._tape.new(inputs.numel, FP32, TEMPORARIES) if self.decision.switch.jitter else None
+            jitter = self.decision.switch is not None and self.decision.switch.jitter
+            noise = self._tape.new(inputs.numel, FP32, TEMPORARIES) if jitter else None
             del noise
         del through
 
     def _of_weight(self, inputs: Tensor) -> Tensor:
-        if self.decision.switch is None:
+        if not self.decision.needs.one_expert:
             return self._cast(self._tape.new(self.weight.numel, self._e, TEMPORARIES), FP32, GRADIENTS)
         read = self._read(inputs, TEMPORARIES)
         of_weight = self._tape.new(self.weight.numel, FP32, GRADIENTS)
@@ -262,7 +313,9 @@ class Adapter(BesideFfn):
         experts = tape.new(rows, INT64, TEMPORARIES)
         membership = tape.new(rows * self.decision.num_experts, self._e, TEMPORARIES)
         scores = self._of_experts(TEMPORARIES)
-        if self.decision.switch is not None:
+        if self.decision.stable is not None:
+            scores = self._of_both_scores(scores)
+        elif self.decision.switch is not None:
             scores = self._of_probabilities(scores)
         else:
             mask = self._mask(TEMPORARIES)
@@ -276,6 +329,22 @@ class Adapter(BesideFfn):
         inner = self._of_tokens(FP32, TEMPORARIES)
         scores = self._fp32_of_experts(TEMPORARIES)
         del index, taken, of_chosen, inner, of_gate
+        return scores
+
+    def _of_both_scores(self, of_gate: Tensor) -> Tensor:
+        """Stable: from the gate's gradient and the loss's that of the scores ``[T, 2N]``."""
+        index = self._of_tokens(INT64, TEMPORARIES)
+        of_chosen = self._cast(self._of_tokens(self._e, TEMPORARIES), FP32, TEMPORARIES)
+        scores = self._fp32_of_both(TEMPORARIES)
+        excess = self._excess(TEMPORARIES)
+        del excess
+        light = self._fp32_of_experts(TEMPORARIES)
+        likely = self._fp32_of_experts(TEMPORARIES)
+        del light, likely
+        minus = self._of_tokens(FP32, TEMPORARIES)
+        del minus
+        gates = self._of_tokens(FP32, TEMPORARIES)
+        del index, of_chosen, gates, of_gate
         return scores
 
     def _send_gradients(self) -> None:

@@ -106,7 +106,7 @@ class _SparseRun:
 
     def _router_weights(self) -> list[Tensor]:
         shape = self.request.model
-        numel = self.decision.num_experts * shape.hidden_size if self._gated else 1
+        numel = self.decision.needs.router_rows(self.decision.num_experts) * shape.hidden_size or 1
         weights = [self.tape.new(numel, FP32, "router_weights") for _ in range(shape.num_layers)]
         return [self.tape.as_leaf(weight) for weight in weights]
 

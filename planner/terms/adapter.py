@@ -100,7 +100,8 @@ def adapter_activations_bytes(*, tokens: Ints, active_rows: Ints, e: int) -> Int
 
 
 def gates_bytes(*, tokens: Ints, num_experts: Ints, key_experts: Flags, e: int, switch: Flags = False) -> Ints:
-    """Key-Experts: one layer's gate scores ``[T, N]``; switch: its probabilities, in the router's fp32."""
+    """Key-Experts: one layer's gate scores ``[T, N]``; switch: its probabilities, in the router's fp32; stable: the
+    scores of both routers, which ``N`` counts."""
     return choose(key_experts, tokens * num_experts * choose(switch, MASTER_BYTES, e), 0)
 
 
@@ -122,7 +123,7 @@ def adapter_forward_bytes(
 ) -> Ints:
     """The output ``[T, D]`` (and its cast), and with Key-Experts the gates per row and the gated activations; or, where
     that is more, what it takes to leave each token its own rows (with Key-Experts beside the gates per row), or what a
-    switch router reads, fp32 ``[T, D]``, with its scores and probabilities."""
+    switch router reads, fp32 ``[T, D]``, with its scores and probabilities (or a stable one, with both routers')."""
     output = tokens * hidden_size * (e + (q if q != e else 0))
     usual = output + choose(key_experts, 2 * tokens * active_rows * e, 0)
     if switch is not False:
@@ -150,6 +151,7 @@ def adapter_backward_bytes(
     e: int,
     q: int,
     switch: Flags = False,
+    routers: int = 1,
 ) -> Ints:
     """What one layer's adapter adds in backward.
 
@@ -157,7 +159,8 @@ def adapter_backward_bytes(
     the gate per row too, and the larger of what the gate's gradient needs (the membership matrix ``[A, N]``, a
     product, a mask and a gradient ``[T, N]``, int64 indices) and the input's gradient beside the gate's. In a dtype
     of its own the adapter also casts the gradient that comes in, and the one that goes out. A switch router's scores
-    have fp32 gradients, and what goes to the input through it is fp32 ``[T, D]``, beside as many random numbers.
+    have fp32 gradients, and what goes to the input through it is fp32 ``[T, D]``, beside as many random numbers; those
+    of a stable one are ``[T, 2N]``, beside the light router's, and there are no random numbers.
     """
     casts = tokens * hidden_size * (e + q) if e != q else 0
     exact = 2 * tokens * active_rows * e + tokens * hidden_size * e
@@ -165,9 +168,12 @@ def adapter_backward_bytes(
     of_gate = active_rows * num_experts * e + 2 * tokens * num_experts * e + indices
     of_input = tokens * num_experts * e + tokens * hidden_size * e
     if switch is not False:
-        in_fp32 = active_rows * num_experts * e + tokens * num_experts * (e + MASTER_BYTES) + indices
+        light = 2 * (routers - 1) * MASTER_BYTES
+        of_scores = e + routers * MASTER_BYTES + light
+        in_fp32 = active_rows * num_experts * e + tokens * num_experts * of_scores + indices
         of_gate = choose(switch, in_fp32, of_gate)
-        in_fp32 = tokens * num_experts * MASTER_BYTES + tokens * hidden_size * (e + 2 * MASTER_BYTES)
+        wide = MASTER_BYTES * (2 if routers == 1 else 1)
+        in_fp32 = routers * tokens * num_experts * MASTER_BYTES + tokens * hidden_size * (e + wide)
         of_input = choose(switch, in_fp32, of_input)
     gated = 3 * tokens * active_rows * e + largest(of_gate, of_input)
     return casts + choose(key_experts, gated, exact)

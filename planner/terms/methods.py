@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meft.planner.base.dtypes import WeightsDtype
-from meft.planner.base.quantities import COMPUTE_DTYPE_BYTES, Flags, Ints
+from meft.planner.base.quantities import COMPUTE_DTYPE_BYTES, Flags, Ints, chunk_tokens
 from meft.planner.models.architecture import ModelShape
 from meft.planner.records.candidates import Candidates
-from meft.planner.records.plan import Attention, chunk_tokens
+from meft.planner.records.plan import Attention
 from meft.planner.terms import adapter as ada
 from meft.planner.terms.activations import largest
 from meft.planner.terms.ledger import Row
@@ -85,7 +85,7 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
         return _trained_by_chunks(shape, workload, method)
     tokens, e, chosen = workload.tokens, method.adapter_bytes, method.candidates
     per_layer = ada.adapter_inputs_bytes(tokens=tokens, hidden_size=shape.hidden_size, e=e) + ada.gates_bytes(
-        tokens=tokens, num_experts=chosen.num_experts, key_experts=chosen.key_experts, e=e, switch=chosen.switch
+        tokens=tokens, num_experts=chosen.router_rows, key_experts=chosen.key_experts, e=e, switch=chosen.switch
     )
 
     def of_rows(active_rows: Ints) -> Ints:
@@ -126,6 +126,7 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
             e=e,
             q=workload.compute_bytes,
             switch=chosen.switch,
+            routers=chosen.routers,
         ),
         optimizer_temporary=largest(
             router, hot.hot_update_bytes(hidden_size=shape.hidden_size, hot_rows=chosen.hot_rows)
@@ -173,7 +174,7 @@ def _router_bytes(shape: ModelShape, method: SparseAdapter) -> Ints:
     return ada.router_weights_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        num_experts=method.candidates.num_experts,
+        num_experts=method.candidates.router_rows,
         key_experts=method.candidates.key_experts,
     )
 
@@ -196,7 +197,7 @@ def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[
         prefetch_depth=chosen.prefetch_depth,
         e=method.adapter_bytes,
     )
-    router = _router_bytes(shape, method)
+    router, of_router = _router_bytes(shape, method), "N" if chosen.routers == 1 else f"{chosen.routers}N"
     kept = ada.kept_rows_bytes(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -226,7 +227,7 @@ def _sparse_adapter_resident(shape: ModelShape, method: SparseAdapter) -> tuple[
         Row("resident", "row_indices", indices, "int32 [cap] per layer: each row's expert, each resident row's place"),
         Row("resident", "row_staging", staging, "buffers [cap, 2D] for rows: p+1, or one per layer when retained"),
         Row("resident", "row_gradients", gradients, "min(p, 1)+1 buffers [cap, 2D] for row gradients"),
-        Row("resident", "router_weights", router, "Key-Experts routers, fp32 [N, D] per layer"),
+        Row("resident", "router_weights", router, f"Key-Experts routers, fp32 [{of_router}, D] per layer"),
         Row("resident", "router_gradients", router, "the routers' gradients, summed over an accumulation window"),
         Row("resident", "router_moments", 2 * router, "two AdamW moments of the routers"),
     )

@@ -46,6 +46,10 @@ SWITCH_LAUNCHES = (
     4 * 2 + 6 + 9 + 17
 )  # random numbers and their product; counting; gate and balance loss; their gradients
 
+STABLE_READS = 3 * 2 + 3  # inputs cast three times; what goes to them through the gate written, read and added
+STABLE_PASSES = 24  # over fp32 [T, N]: the scores of both routers, their losses and gradients
+STABLE_LAUNCHES = 3 + 2 * 6 + 21 + 31 + 2  # casts; gate, twice; what both learn; its gradients; to the inputs
+
 SCORE_BACKWARD_FACTOR: dict[Attention, float] = {"eager": 2.0, "sdpa": 2.5, "flash": 2.5}
 """Attention products backward over forward: 4 over 2, and 5 over 2 where the kernel computes the scores again."""
 
@@ -252,6 +256,12 @@ class AdapterSizes:
     key_experts: Flags
     own_rows: Flags = False
     switch: Flags = False
+    routers: int = 1
+
+    @property
+    def router_rows(self) -> Ints:
+        """``N``, or ``2N`` with a light router."""
+        return self.routers * self.num_experts
 
 
 def adapter_forward_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows: Ints) -> Floats:
@@ -265,7 +275,7 @@ def adapter_forward_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_rows
     tokens, hidden, gated = sizes.tokens, sizes.hidden_size, sizes.key_experts
     own = sizes.own_rows
     masking = own * (4 * sizes.element_bytes + 2 + (3 * sizes.element_bytes + 2) * gated)
-    flops = 4 * tokens * active_rows * hidden + 2 * tokens * sizes.num_experts * hidden * gated
+    flops = 4 * tokens * active_rows * hidden + 2 * tokens * sizes.router_rows * hidden * gated
     return rates.adapter_seconds(
         flops=flops,
         num_bytes=(2 * hidden * (active_rows + tokens) + 2 * tokens * active_rows) * sizes.element_bytes,
@@ -299,7 +309,7 @@ def adapter_backward_seconds(rates: GpuRates, sizes: AdapterSizes, *, active_row
     elementwise are ReLU's mask, the sum with the FFN's input gradient, and with a gate 9 more passes over ``[T, A]``.
     """
     tokens, hidden, gated = sizes.tokens, sizes.hidden_size, sizes.key_experts
-    gate_flops = 2 * tokens * sizes.num_experts * (active_rows + 2 * hidden) * gated
+    gate_flops = 2 * tokens * (sizes.num_experts * active_rows + 2 * sizes.router_rows * hidden) * gated
     return rates.adapter_seconds(
         flops=8 * tokens * active_rows * hidden + gate_flops,
         num_bytes=4 * (hidden * (active_rows + tokens) + tokens * active_rows) * sizes.element_bytes,
@@ -312,22 +322,26 @@ def router_seconds(rates: GpuRates, sizes: AdapterSizes) -> Floats:
     """Scoring the experts for one layer and choosing each token's best; 0 for exact routing.
 
     A switch router draws random numbers ``[T, D]`` and multiplies by them, in fp32: here, for the gate in forward, and
-    twice in backward, all counted here. It counts each expert's tokens, and its gate is a softmax.
+    twice in backward, all counted here. It counts each expert's tokens, and its gate is a softmax. What a stable router
+    adds is counted here too: of its first stage, in which the light router learns; the second has less.
     """
     tokens, hidden, num_experts = sizes.tokens, sizes.hidden_size, sizes.num_experts
     numbers = hidden * (num_experts + tokens) + 2 * tokens * num_experts
-    drawn = sizes.switch * SWITCH_READS * (3 * tokens * hidden + 4 * tokens * num_experts) * MASTER_BYTES
+    if sizes.routers == 1:
+        more, launches = SWITCH_READS * (3 * tokens * hidden + 4 * tokens * num_experts), SWITCH_LAUNCHES
+    else:
+        more, launches = STABLE_READS * tokens * hidden + STABLE_PASSES * tokens * num_experts, STABLE_LAUNCHES
     return sizes.key_experts * rates.adapter_seconds(
         flops=2 * tokens * num_experts * hidden,
         num_bytes=numbers * sizes.element_bytes,
-        launches=ROUTER_LAUNCHES + sizes.switch * SWITCH_LAUNCHES,
-        elementwise_bytes=drawn,
+        launches=ROUTER_LAUNCHES + sizes.switch * launches,
+        elementwise_bytes=sizes.switch * more * MASTER_BYTES,
     )
 
 
 def router_adamw_seconds(rates: GpuRates, sizes: AdapterSizes, *, num_layers: int) -> Floats:
     """AdamW on all layers' fp32 routers, one launch per layer; 0 for exact routing."""
-    numbers = num_layers * sizes.num_experts * sizes.hidden_size
+    numbers = num_layers * sizes.router_rows * sizes.hidden_size
     return sizes.key_experts * rates.adapter_seconds(
         flops=0.0, num_bytes=ADAMW_ARRAYS * MASTER_BYTES * numbers, launches=num_layers
     )

@@ -52,7 +52,7 @@ def sums_between(request: Request, candidates: Candidates, *, window_rows: Ints)
     num_layers, hidden_size, share = request.model.num_layers, request.model.hidden_size, foreign_share(request.nodes)
     routers = router_gradient_bytes(
         num_layers=num_layers,
-        num_experts=candidates.num_experts,
+        num_experts=candidates.router_rows,
         hidden_size=hidden_size,
         key_experts=candidates.key_experts,
         ranks=request.ranks,

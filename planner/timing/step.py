@@ -26,9 +26,10 @@ from meft.planner.base.quantities import (
     Floats,
     Ints,
     aligned_rows,
+    chunk_tokens,
 )
 from meft.planner.records.candidates import Candidates, same_for_all
-from meft.planner.records.plan import Decision, Request, Timing, chunk_tokens
+from meft.planner.records.plan import Decision, Request, Timing
 from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, sourced_numbers
 from meft.planner.timing.chrome import Event
 from meft.planner.timing.gpu import (
@@ -182,7 +183,7 @@ def exchange_seconds(request: Request, link: LinkProfile, candidates: Candidates
     latency, layers = link.latency_seconds.value, request.model.num_layers
     one_way = router_gradient_bytes(
         num_layers=layers,
-        num_experts=candidates.num_experts,
+        num_experts=candidates.router_rows,
         hidden_size=request.model.hidden_size,
         key_experts=candidates.key_experts,
         ranks=request.ranks,
@@ -304,6 +305,7 @@ def _gpu_costs(request: Request, rates: GpuRates, candidates: Candidates, moved:
         key_experts=candidates.key_experts,
         own_rows=candidates.own_rows,
         switch=candidates.switch,
+        routers=candidates.routers,
     )
     chunk = replace(routed, tokens=chunk_tokens(routed.tokens, chunks))
     return GpuSeconds(

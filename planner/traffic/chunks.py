@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meft.planner.base.quantities import Ints
+from meft.planner.base.quantities import Ints, chunk_tokens
 from meft.planner.records.candidates import Candidates
-from meft.planner.records.plan import Decision, Request, Sparsity, chunk_tokens
+from meft.planner.records.plan import Decision, Request, Sparsity
 from meft.planner.records.profiles import SparsityProfile
 from meft.planner.traffic.sparsity import (
     active_rows_per_layer,

@@ -82,7 +82,7 @@ def network_bytes(request: Request, decision: Decision, use: NetworkUse) -> Netw
     if machines == 1:
         return {}
     others, hidden_size = machines - 1, request.model.hidden_size
-    routers = decision.needs.gated * num_layers * decision.num_experts * hidden_size * MASTER_BYTES
+    routers = num_layers * decision.needs.router_rows(decision.num_experts) * hidden_size * MASTER_BYTES
     messages = num_layers * (use.rounds + use.windows * messages_per_window(decision))
     counts = machines * ranks * others * ranks * NUMBER_BYTES
     row = foreign_row_bytes(hidden_size=hidden_size, adapter_dtype_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype])

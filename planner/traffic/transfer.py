@@ -143,7 +143,7 @@ def _router_gradients(request: Request, candidates: Candidates) -> Ints:
     shape = request.model
     return router_gradient_bytes(
         num_layers=shape.num_layers,
-        num_experts=candidates.num_experts,
+        num_experts=candidates.router_rows,
         hidden_size=shape.hidden_size,
         key_experts=candidates.key_experts,
         ranks=request.ranks,

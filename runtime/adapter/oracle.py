@@ -49,6 +49,11 @@ class DenseAdapter(nn.Module):
             activations = activations * self._own(hidden, rows, probes, top_k)
         return activations @ self.values
 
+    @property
+    def num_experts(self) -> int:
+        """``N``."""
+        return 1 if self.router is None else self.router.shape[0]
+
     def by_chunks(
         self,
         hidden: torch.Tensor,
@@ -73,7 +78,7 @@ class DenseAdapter(nn.Module):
     ) -> torch.Tensor:
         """One for a token's best ``top_k`` rows by ``h . key``, token by token; zero elsewhere ``[T, R]``."""
         own = torch.zeros(hidden.shape[0], self.keys.shape[0], dtype=hidden.dtype, device=hidden.device)
-        per_expert = self.keys.shape[0] // (1 if self.router is None else self.router.shape[0])
+        per_expert = self.keys.shape[0] // self.num_experts
         for token, scores in enumerate((hidden @ self.keys.T).detach()):
             allowed = range(len(scores)) if rows is None else rows.tolist()
             if probes is not None:
@@ -90,6 +95,55 @@ class DenseAdapter(nn.Module):
             scores = scores * probed.scatter(1, probes, 1.0)
         rows_per_expert = self.keys.shape[0] // self.router.shape[0]
         return scores.repeat_interleave(rows_per_expert, dim=1)
+
+
+class DenseStable(DenseAdapter):
+    """The same with the two stages of StableMoE: ``router`` is ``[2N, D]``, the gate's and below it the light router's.
+
+    A token's one expert is that of its highest score, of the gate's or where ``frozen`` of the light router's; its gate
+    is the sigmoid of the gate's. ``balance`` is the last forward's loss: of balance, weighed ``balance_weight``, and
+    what the light router has to learn.
+    """
+
+    frozen = False
+    balance: torch.Tensor
+
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, router: torch.Tensor, *, balance_weight: float
+    ) -> None:
+        super().__init__(keys, values, router)
+        self.balance_weight = balance_weight
+
+    @property
+    def num_experts(self) -> int:
+        """``N``."""
+        return super().num_experts // 2
+
+    def dispatch(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Each token's expert, int64 ``[T, 1]``."""
+        assert self.router is not None
+        gate, light = self.router.tensor_split(2)
+        return torch.tensor([[int((light if self.frozen else gate).mv(token).argmax())] for token in hidden])
+
+    def _gate(self, hidden: torch.Tensor, probes: torch.Tensor | None) -> torch.Tensor:
+        """Gate ``[T, R]``: the sigmoid of the score of each row's expert where the token goes there, else zero."""
+        assert self.router is not None
+        experts = (self.dispatch(hidden) if probes is None else probes).flatten().tolist()
+        gate, light = self.router.tensor_split(2)
+        gates = torch.sigmoid(hidden @ gate.T)
+        mask = torch.zeros_like(gates)
+        mask[range(len(experts)), experts] = 1
+        if not self.frozen:
+            self.balance = self._loss(gates * mask, torch.softmax(hidden.detach() @ light.T, dim=1), experts)
+        return (gates * mask).repeat_interleave(self.keys.shape[0] // mask.shape[1], dim=1)
+
+    def _loss(self, gates: torch.Tensor, likely: torch.Tensor, experts: list[int]) -> torch.Tensor:
+        num_tokens, num_experts = gates.shape
+        even = num_tokens / num_experts
+        over = [(experts.count(expert) - even) / even for expert in range(num_experts)]
+        excess = torch.tensor(over, dtype=gates.dtype)
+        balance = self.balance_weight * (excess * gates.sum(dim=0)).sum() / num_tokens
+        return balance - sum(likely[token, expert].log() for token, expert in enumerate(experts)) / num_tokens
 
 
 class DenseSwitch(DenseAdapter):

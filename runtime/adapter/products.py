@@ -109,7 +109,7 @@ def gradient_of_scores(
     rows, gating = exchange.row_experts(layer), exchange.gating
     assert gating is not None
     experts = exchange.for_rows((rows.shape[0],), axis=0, dtype=torch.int64).copy_(rows)
-    shape = (rows.shape[0], scores.shape[1])
+    shape = (rows.shape[0], exchange.decision.num_experts)
     membership = exchange.for_rows(shape, axis=0, dtype=grad_gate_of_row.dtype).zero_()
     membership.scatter_(1, experts.unsqueeze(1), 1.0)
     return gating.backward(grad_gate_of_row @ membership, grad_balance, scores, exchange.probes(layer))

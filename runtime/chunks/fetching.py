@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meft.planner.records.plan import chunk_tokens
+from meft.planner.base.quantities import chunk_tokens
 from meft.runtime.chunks.placement import ChunkPlacement, ChunkPlacer
 from meft.runtime.device.lanes import Job
 from meft.runtime.exchange.fetching import RowFetcher

@@ -10,6 +10,14 @@ went on had the same. To the loss comes, per layer, ``alpha * N * sum_i f_i P_i`
 choose expert ``i``, dropped or not, ``P_i`` the mean probability that the router gives it. The router computes in its
 weights' dtype, fp32, whatever the adapter's (the paper's selective precision). Padding is on the device as any token.
 
+*Stable* (StableMoE, Dai et al., ACL 2022): the router has ``2N`` rows, those of the gate and below them the light
+router's. A token goes to one expert, however many it has, and the gate is the sigmoid of that expert's score
+``s = E h``. In the first stage the expert is that of the highest score, and to the loss come, per layer, ``alpha / T *
+sum_i (T_i - T/N) / (T/N) * sum of the gates of the T_i tokens of i``, and the mean cross-entropy of the light router's
+scores to the experts that were chosen, whose gradient goes to the light router alone. In the second the light router is
+frozen and chooses, and the task alone trains the gate. The paper's light router reads the token's embedding, this one
+the layer's input, which the row's choice needs on the host anyway. Sums over tokens are means here, as losses are.
+
 Letters: ``T`` tokens, ``D`` hidden size, ``N`` experts, ``P`` probes.
 """
 
@@ -24,7 +32,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from meft.planner.records.plan import Decision
-from meft.planner.records.routing import SwitchOptions
+from meft.planner.records.routing import StableOptions, SwitchOptions
 
 _PRIMES = (1_000_003, 8_191)
 _SEED_RANGE = 1 << 62
@@ -39,7 +47,7 @@ class Gating(Protocol):
         ...
 
     def scores(self, layer: int, inputs: torch.Tensor, weight: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
-        """``[T, N]``, kept for backward: what :meth:`gate` makes the gate of."""
+        """``[T, N]`` (stable: ``[T, 2N]``), kept for backward: what :meth:`gate` makes the gate of."""
         ...
 
     def gate(self, scores: torch.Tensor, probes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -57,7 +65,8 @@ class Gating(Protocol):
         scores: torch.Tensor,
         probes: torch.Tensor,
     ) -> torch.Tensor:
-        """The gradient ``[T, N]`` of the products of inputs and router, from those of gate and balance loss."""
+        """The gradient of the products of inputs and router, shaped like ``scores``, from those of gate and balance
+        loss."""
         ...
 
     def add_input_gradient(
@@ -69,7 +78,7 @@ class Gating(Protocol):
     def weight_gradient(
         self, layer: int, grad_scores: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        """The router's own ``[N, D]``."""
+        """The router's own, shaped like it."""
         ...
 
 
@@ -211,6 +220,84 @@ class SwitchGating:
         return numbers.uniform_(1 - jitter, 1 + jitter, generator=generator)
 
 
+@dataclass
+class StableGating:
+    """Stable, in its first stage or, once :attr:`frozen`, its second."""
+
+    options: StableOptions
+    num_experts: int
+    frozen: bool = False
+
+    def probes(self, layer: int, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See :class:`Gating`: the one expert of the highest score, of the gate's or in the second stage of the light
+        router's."""
+        del layer
+        gate, light = weight.tensor_split(2)
+        scores = inputs.to(weight.dtype) @ (light if self.frozen else gate).T
+        return scores.argmax(dim=1, keepdim=True).to(torch.int32)
+
+    def scores(self, layer: int, inputs: torch.Tensor, weight: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
+        """See :class:`Gating`: of gate and light router, ``[T, 2N]``."""
+        del layer, probes
+        return inputs.to(weight.dtype) @ weight.T
+
+    def gate(self, scores: torch.Tensor, probes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`Gating`."""
+        index = probes.long()
+        gate = scores.new_zeros(scores.shape[0], self.num_experts)
+        return gate.scatter_(1, index, scores.gather(1, index).sigmoid_()).to(dtype)
+
+    def balance_loss(self, scores: torch.Tensor, probes: torch.Tensor) -> torch.Tensor | None:
+        """See :class:`Gating`: with what the light router has to learn."""
+        if self.frozen:
+            return None
+        index = probes.long()
+        learnt = self._light(scores).log_softmax(dim=1).gather(1, index).mean()
+        gates = scores.gather(1, index).sigmoid_()
+        return gates.mul_(self._excess(scores, probes)).mean().mul_(self.options.balance_loss).sub_(learnt)
+
+    def backward(
+        self, grad_gate: torch.Tensor, grad_balance: torch.Tensor | None, scores: torch.Tensor, probes: torch.Tensor
+    ) -> torch.Tensor:
+        """See :class:`Gating`. A gate ``g`` gives its score ``g (1 - g)`` of its gradient; the light router's scores
+        get ``(softmax - 1 where chosen) / T`` of the loss's."""
+        index = probes.long()
+        of_chosen = grad_gate.gather(1, index).to(scores.dtype)
+        grad = torch.zeros_like(scores)
+        if grad_balance is not None:
+            share = grad_balance / scores.shape[0]
+            of_chosen.add_(self._excess(scores, probes).mul_(share).mul_(self.options.balance_loss))
+            light = grad[:, self.num_experts :].add_(self._light(scores).softmax(dim=1))
+            light.scatter_add_(1, index, torch.full_like(of_chosen, -1.0)).mul_(share)
+        gates = scores.gather(1, index).sigmoid_()
+        of_chosen.mul_(gates).mul_(gates.neg_().add_(1))
+        return grad.scatter_add_(1, index, of_chosen)
+
+    def add_input_gradient(
+        self, layer: int, grad_scores: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor
+    ) -> None:
+        """See :class:`Gating`: through the gate."""
+        del layer
+        num_experts = self.num_experts
+        grad.add_(grad_scores[:, :num_experts] @ weight[:num_experts])
+
+    def weight_gradient(
+        self, layer: int, grad_scores: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """See :class:`Gating`: zeros for the light router in the second stage."""
+        del layer
+        return grad_scores.T @ inputs.to(weight.dtype)
+
+    def _light(self, scores: torch.Tensor) -> torch.Tensor:
+        """The light router's scores ``[T, N]``."""
+        return scores[:, self.num_experts :].contiguous()
+
+    def _excess(self, scores: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
+        """How far each token's expert is above its even share of tokens, over that share: ``[T, 1]``."""
+        shares = shares_of_experts(probes, scores)
+        return shares.mul_(self.num_experts).sub_(1)[probes.long()]
+
+
 def capacity(options: SwitchOptions, num_tokens: int, num_experts: int) -> int:
     """Tokens of a micro-batch that an expert takes: ``ceil(capacity_factor * T / N)``."""
     return math.ceil(options.capacity_factor * num_tokens / num_experts)
@@ -232,6 +319,8 @@ def gating_of(decision: Decision, *, seed: int, micro_batch: Callable[[], int]) 
     """The device's part of a decision's routing; None where the device has none."""
     if not decision.needs.gated:
         return None
+    if decision.stable is not None:
+        return StableGating(decision.stable, decision.num_experts)
     if decision.switch is None:
         return ScoreGating(decision.num_probes)
     return SwitchGating(decision.switch, seed, micro_batch)

@@ -46,6 +46,7 @@ _ROUTERS: dict[Routing, Callable[[Decision, HostStore, HostKernels | None], Rout
     "key-experts": lambda decision, _, kernels: top_k_of(decision, kernels),
     "centroid": _centroids,
     "switch": lambda decision, _, kernels: SwitchRouter(top_k_of(decision, kernels)),
+    "stable": lambda decision, _, kernels: top_k_of(decision, kernels),
 }
 
 

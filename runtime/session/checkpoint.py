@@ -1,12 +1,12 @@
 """Adapters and checkpoints on disk: safetensors and JSON, written beside their place and renamed into it.
 
 An adapter folder holds ``meft_adapter.safetensors`` (per layer ``layers.I.rows`` ``[R, 2D]``, key and value of a row
-side by side, ``layers.I.router`` ``[N, D]``, and ``layers.I.active_counts`` int32 ``[R]``: in how many of training's
-``micro_batches`` a row was active), ``meft_config.json``, and a README.md that says how to use it. The names are not
-PEFT's, so that PEFT does not take the folder for its own; folders of older versions, whose files had PEFT's names or no
-counts, still load. A checkpoint folder ``checkpoint-NNNNNNNN`` is an adapter folder with
-``optimizer.safetensors``, ``training_state.json`` and ``observed.json``; because the folder appears by a rename, one
-that is there is complete.
+side by side, ``layers.I.router`` ``[N, D]`` (stable: ``[2N, D]``, and a ``routing_stage``), and
+``layers.I.active_counts`` int32 ``[R]``: in how many of training's ``micro_batches`` a row was active),
+``meft_config.json``, and a README.md that says how to use it. The names are not PEFT's, so that PEFT does not take the
+folder for its own; folders of older versions, whose files had PEFT's names or no counts, still load. A checkpoint
+folder ``checkpoint-NNNNNNNN`` is an adapter folder with ``optimizer.safetensors``, ``training_state.json`` and
+``observed.json``; because the folder appears by a rename, one that is there is complete.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from meft.planner.records.report import Evaluation, Observed
 from meft.planner.records.routing import Routing
 from meft.runtime.session.model_card import model_card
 from meft.runtime.session.session import Session
+from meft.runtime.session.stages import ROUTING_STAGE, set_stage, stage_of
 from meft.runtime.session.tensor_files import Pieces, load_tensors, save_tensors
 
 ADAPTER_WEIGHTS = "meft_adapter.safetensors"
@@ -146,7 +147,7 @@ def adapter_bytes(plan: Plan) -> int:
     """Size of an adapter folder, from the plan's shapes; never less than it will be."""
     decision, shape = plan.decision, plan.request.model
     rows = decision.adapter_width * 2 * shape.hidden_size
-    router = decision.num_experts * shape.hidden_size if decision.needs.gated else 0
+    router = decision.needs.router_rows(decision.num_experts) * shape.hidden_size
     numbers = rows + router + decision.adapter_width
     return shape.num_layers * (_FLOAT_BYTES * numbers + _HEADER_BYTES_PER_LAYER) + _TEXT_BYTES
 
@@ -156,7 +157,7 @@ def checkpoint_bytes(plan: Plan, *, steps: int) -> int:
     decision, shape = plan.decision, plan.request.model
     moments = 2 * decision.adapter_width * 2 * shape.hidden_size
     tables = decision.adapter_width * (1 + (len(_HOT_TABLES) if decision.hot_rows else 0))
-    router = 2 * decision.num_experts * shape.hidden_size + 1 if decision.needs.gated else 0
+    router = 2 * decision.needs.router_rows(decision.num_experts) * shape.hidden_size + decision.needs.gated
     numbers = shape.num_layers * (moments + tables + router)
     text = _TEXT_BYTES_PER_STEP * steps + _TEXT_BYTES
     headers = shape.num_layers * (2 * _HEADER_BYTES_PER_LAYER + _OBSERVED_BYTES_PER_LAYER)
@@ -354,6 +355,8 @@ def restore_adapter(session: Session, tensors: dict[str, torch.Tensor], path: Pa
     with torch.no_grad():
         for name, target in targets.items():
             _restore(target, tensors, name, path)
+    if ROUTING_STAGE in targets:
+        set_stage(session, int(targets[ROUTING_STAGE]))
     session.rows_were_written()
 
 
@@ -374,6 +377,8 @@ def adapter_tensors(session: Session) -> dict[str, torch.Tensor]:
     session.bring_home()
     tensors = {f"layers.{layer}.rows": tables.weights for layer, tables in enumerate(session.store.layers)}
     tensors |= {f"layers.{layer}.router": weight.detach() for layer, weight in enumerate(session.router_weights)}
+    if (stage := stage_of(session)) is not None:
+        tensors[ROUTING_STAGE] = torch.tensor([stage])
     return tensors | _row_use(session)
 
 
@@ -445,7 +450,7 @@ def optimizer_tensors(session: Session) -> dict[str, torch.Tensor]:
     if session.exchange.hot is not None:
         tensors[_COUNTED_STEPS] = torch.tensor([session.exchange.hot.counted_steps])
     if session.router_optimizer is not None:
-        for layer, weight in enumerate(session.router_weights):
+        for layer, weight in enumerate(session.router_optimizer.param_groups[0]["params"]):
             for name, value in session.router_optimizer.state[weight].items():
                 tensors[f"layers.{layer}.router.{name}"] = value.detach()
     return tensors
@@ -468,7 +473,7 @@ def restore_optimizer(session: Session, tensors: Mapping[str, torch.Tensor], pat
 def is_own(session: Session, name: str) -> bool:
     """Whether this process reads a tensor: of a machine's ranks the first reads the tables that all share."""
     peers = session.peers
-    if peers is None or ".router" in name or name.endswith("rng_state"):
+    if peers is None or ".router" in name or name.endswith("rng_state") or name == ROUTING_STAGE:
         return True
     counted = name == MICRO_BATCHES or name.endswith(ACTIVE_COUNTS)  # added up over all ranks when they are saved
     return peers.rank == 0 if counted else peers.local == 0

@@ -48,8 +48,8 @@ To train it further, with a plan of the same adapter width:
 def model_card(plan: Plan, *, meft_version: str) -> str:
     """The card of an adapter that was trained as ``plan`` says."""
     decision, shape = plan.decision, plan.request.model
-    gated, chosen = decision.needs.gated, f"the best {decision.num_probes} of {decision.num_experts}"
-    routed = decision.num_experts * shape.hidden_size if gated else 0
+    chosen = f"the best {decision.num_probes} of {decision.num_experts}"
+    routed = decision.needs.router_rows(decision.num_experts) * shape.hidden_size
     return _CARD.format(
         name=shape.name,
         quoted_name=json.dumps(shape.name, ensure_ascii=False),
@@ -60,5 +60,5 @@ def model_card(plan: Plan, *, meft_version: str) -> str:
         top_k=decision.top_k,
         routing=f"{decision.needs.title}: {chosen}" if decision.needs.in_experts else decision.needs.title,
         version=meft_version,
-        routers="; `layers.I.router`, the router" if gated else "",
+        routers="; `layers.I.router`, the router" if routed else "",
     )

@@ -453,9 +453,11 @@ def _set_checkpointing(model: nn.Module, decision: Decision) -> None:
 def _graph_weights(
     decision: Decision, num_layers: int, hidden_size: int, device: Device, seed: int
 ) -> list[nn.Parameter]:
-    """Per layer the router ``[N, D]``, uniform in +-1/sqrt(D); for exact routing a scalar that starts the graph."""
+    """Per layer the router ``[N, D]`` (stable: ``[2N, D]``), uniform in +-1/sqrt(D); for exact routing a scalar that
+    starts the graph."""
     generator = torch.Generator().manual_seed(seed + 1)
-    shape = (decision.num_experts, hidden_size) if decision.needs.gated else ()
+    rows = decision.needs.router_rows(decision.num_experts)
+    shape = (rows, hidden_size) if rows else ()
     bound = hidden_size**-0.5
     weights = []
     for _ in range(num_layers):

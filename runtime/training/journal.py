@@ -1,8 +1,9 @@
 """A run's log: a line of JSON per event, for people and programs that follow it, and TensorBoard's files.
 
 Events: ``begin`` (``step`` done so far, ``total_steps``), ``step`` (``loss``, ``seconds``), ``optimizer_step``
-(``learning_rate``, ``gradient_norm``), ``checkpoint``, ``evaluation`` (``scores``) and ``end`` (``reason``: ``done``,
-``interrupted`` or ``patience``). Each has ``step``, the micro-batches done. A file that is there is appended to; a run
+(``learning_rate``, ``gradient_norm``), ``second_stage`` (routing ``stable``: the light router is frozen and chooses
+from here on), ``checkpoint``, ``evaluation`` (``scores``) and ``end`` (``reason``: ``done``, ``interrupted`` or
+``patience``). Each has ``step``, the micro-batches done. A file that is there is appended to; a run
 that went on from a checkpoint tells the steps after it again.
 """
 

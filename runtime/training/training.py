@@ -33,6 +33,7 @@ from meft.runtime.session.checkpoint import (
 )
 from meft.runtime.session.known_tokens import known_tokens_weighed
 from meft.runtime.session.session import Session, StepResult, WindowEnd
+from meft.runtime.session.stages import begin_second_stage_if_due
 from meft.runtime.training.divergence import PATIENCE, highest_sound_loss, windows_too_high
 from meft.runtime.training.journal import Tell, silent
 from meft.runtime.training.measured import Measurements, Worked
@@ -170,6 +171,8 @@ class Trainer:
 
     def _train(self) -> None:
         for first, last in self._windows():
+            if begin_second_stage_if_due(self.session, first / self.options.steps):
+                self.tell("second_stage", step=first)
             self._run_window(first, last)
             ends = self._stops or last == self.options.steps
             evaluates = self._evaluation_due(last=last == self.options.steps) and not self._stops

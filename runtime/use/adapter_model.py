@@ -45,6 +45,7 @@ from meft.runtime.session import checkpoint
 from meft.runtime.session.known_tokens import known_tokens_weighed
 from meft.runtime.session.model_loading import check_token_ids
 from meft.runtime.session.session import Session, open_session
+from meft.runtime.session.stages import set_stage
 from meft.runtime.use.guards import (
     BackwardOrder,
     RowNorm,
@@ -249,7 +250,7 @@ class AdapterModel(nn.Module):
         return outputs
 
     def _add_balance(self, outputs: Any) -> None:
-        """What the routing adds to the loss (``routing`` switch); a caller with a loss of its own finds it with
+        """What the routing adds to the loss (``routing`` switch, stable); a caller with a loss of its own finds it with
         ``session.exchange.take_balance()``."""
         if getattr(outputs, "loss", None) is None:
             return
@@ -286,6 +287,12 @@ class AdapterModel(nn.Module):
     def optimizer(self, *, learning_rate: float, max_norm: float | None = 1.0) -> RowOptimizer:
         """AdamW over rows and routers, clipping both by their common norm; see :class:`RowOptimizer`."""
         return RowOptimizer(self.session, self.finish_backward, learning_rate=learning_rate, max_norm=max_norm)
+
+    def freeze_routing(self) -> None:
+        """Routing ``stable``, in a loop of one's own, between optimizer steps: its second stage begins. A Trainer does
+        it after the plan's share of its steps."""
+        self.finish_backward()
+        set_stage(self.session, 2)
 
     @property
     def bypassed(self) -> bool:

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from meft.planner.base.errors import UsageError
+from meft.runtime.session.stages import begin_second_stage_if_due
 from meft.runtime.use.adapter_model import AdapterModel
 from meft.runtime.use.row_optimizer import RowOptimizer
 
@@ -48,6 +49,11 @@ class AdapterCallback(TrainerCallback):
         """Keep the Trainer from clipping the routers by themselves."""
         del others, more
         self._max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Routing ``stable``: begin its second stage if it is time."""
+        del args, control, more
+        begin_second_stage_if_due(self.model.session, state.global_step / state.max_steps)
 
     def on_train_end(self, args: TrainingArguments, *others: Any, **more: Any) -> None:
         """Give the arguments back as they were."""

@@ -34,6 +34,7 @@ from meft.runtime.adapter.blocks import ffn_modules
 from meft.runtime.adapter.products import plan_dtypes
 from meft.runtime.host.centroids import nearest_experts
 from meft.runtime.session.session import Session
+from meft.runtime.session.stages import stage_of
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ def rows_met(tokens_see: TokensSee, top_k: int, active_rows: Sequence[float]) ->
     return (float(top_k),) if tokens_see == "own" else active_rows
 
 
-def found_by(routing: Routing, num_experts: int) -> FoundBy:
-    """What :class:`LayerRows` has to know of a routing."""
-    needs = ROUTINGS[routing]
-    return {"experts_by_means": num_experts if needs.means else 0, "by_probability": needs.one_expert}
+def found_by(routing: Routing, num_experts: int, stage: int) -> FoundBy:
+    """What :class:`LayerRows` has to know of a routing; ``stage`` is 0 where it has none."""
+    means = num_experts if ROUTINGS[routing].means else 0
+    return {"experts_by_means": means, "by_probability": routing == "switch", "stage": stage}
 
 
 class FoundBy(TypedDict):
@@ -87,12 +88,13 @@ class FoundBy(TypedDict):
 
     experts_by_means: int
     by_probability: bool
+    stage: int
 
 
 @dataclass(frozen=True)
 class LayerRows:
     """A layer's adapter on the host: ``keys`` and ``values`` ``[R, D]``; where a router was trained, ``router`` ``[N,
-    D]``."""
+    D]``, or ``[2N, D]`` with a light router below."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -107,16 +109,16 @@ class LayerRows:
     """Centroids: ``N``, and the experts that a token probes are those whose mean key it scores highest."""
     by_probability: bool = False
     """Switch: the gate is the router's probability of the expert. No expert's tokens are limited at inference."""
+    stage: int = 0
+    """Stable: 1 or 2, by whose router the expert is chosen; its gate is the sigmoid of its score."""
 
     def output(self, hidden: torch.Tensor) -> torch.Tensor:
         """Adapter output ``[T, D]`` for ``hidden [T, D]`` in the rows' dtype."""
         if self.router is None:
             return self._active(hidden @ self.keys.T, self.shares, self._probed(hidden)) @ self.values
-        scores = hidden @ self.router.T
-        if self.by_probability:
-            scores = scores.softmax(dim=1)
-        gates, probes = scores.topk(self.num_probes, dim=1)
-        keys, values = (part.unflatten(0, (self.router.shape[0], -1)) for part in (self.keys, self.values))
+        gates, probes = self._gates(hidden @ self.router.T)
+        num_experts = self.router.shape[0] // (2 if self.stage else 1)
+        keys, values = (part.unflatten(0, (num_experts, -1)) for part in (self.keys, self.values))
         visits = [(expert, *(probes == expert).nonzero(as_tuple=True)) for expert in probes.unique().tolist()]
         products = hidden.new_empty(*probes.shape, keys.shape[1])
         for expert, token, probe in visits:
@@ -127,6 +129,17 @@ class LayerRows:
         for expert, token, probe in visits:
             result.index_add_(0, token, gated[token, probe] @ values[expert])
         return result
+
+    def _gates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each token's experts multiply their rows by, and which they are, ``[T, P]``, by the router's scores."""
+        if self.stage:
+            gate, light = scores.tensor_split(2, dim=1)
+            probes = (gate if self.stage == 1 else light).argmax(dim=1, keepdim=True)
+            return gate.gather(1, probes).sigmoid(), probes
+        if self.by_probability:
+            scores = scores.softmax(dim=1)
+        best = scores.topk(self.num_probes, dim=1)
+        return best.values, best.indices
 
     def _probed(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Centroids: bool ``[T, R]``, the rows of the experts that a token probes, of which it takes its own."""
@@ -202,7 +215,7 @@ def _rows_of(session: Session, how: Serving) -> tuple[LayerRows, ...]:
             how,
             decision.top_k,
             share,
-            **found_by(decision.routing, decision.num_experts),
+            **found_by(decision.routing, decision.num_experts, stage_of(session) or 0),
         )
         for tables, router, share in zip(session.store.layers, routers, shares, strict=True)
     )

@@ -12,6 +12,7 @@ from meft.planner.records.routing import ROUTINGS
 from meft.runtime.session import checkpoint
 from meft.runtime.session.checkpoint import AdapterConfig
 from meft.runtime.session.model_folder import load_causal_lm
+from meft.runtime.session.stages import ROUTING_STAGE
 from meft.runtime.session.tensor_files import load_tensors
 from meft.runtime.use.inference import LayerRows, Serving, found_by
 
@@ -73,15 +74,15 @@ def layer_rows(
     config: checkpoint.AdapterConfig, tensors: dict[str, torch.Tensor], path: Path, how: Serving
 ) -> tuple[LayerRows, ...]:
     """The rows that an adapter's file holds, their shapes checked against its config."""
-    shape, gated = config.base_model, ROUTINGS[config.routing].gated
-    found = found_by(config.routing, config.num_experts)
+    shape, router_rows = config.base_model, ROUTINGS[config.routing].router_rows(config.num_experts)
+    found = found_by(config.routing, config.num_experts, _stage(config, tensors, path))
     micro_batches, how = _micro_batches(tensors, path), how.after(config.tokens_see, config.top_k)
     layers = []
     for layer in range(shape.num_layers):
         rows = _tensor(tensors, f"layers.{layer}.rows", (config.adapter_width, 2 * shape.hidden_size), path)
-        router = (
-            _tensor(tensors, f"layers.{layer}.router", (config.num_experts, shape.hidden_size), path) if gated else None
-        )
+        router = None
+        if router_rows:
+            router = _tensor(tensors, f"layers.{layer}.router", (router_rows, shape.hidden_size), path)
         keys, values = (half.contiguous() for half in rows.tensor_split(2, dim=1))
         share = None
         if micro_batches > 0:
@@ -90,6 +91,16 @@ def layer_rows(
             share = (counts.to(torch.float32) / micro_batches).clamp(0, 1)
         layers.append(LayerRows(keys, values, router, config.num_probes, how, config.top_k, share, **found))
     return tuple(layers)
+
+
+def _stage(config: AdapterConfig, tensors: dict[str, torch.Tensor], path: Path) -> int:
+    """Of a routing that has stages; else 0."""
+    if ROUTINGS[config.routing].routers == 1:
+        return 0
+    stage = int(_tensor(tensors, ROUTING_STAGE, (1,), path))
+    if stage not in (1, 2):
+        raise UsageError(f"{path}: {ROUTING_STAGE} {stage}: routing {config.routing} has stages 1 and 2")
+    return stage
 
 
 def _micro_batches(tensors: dict[str, torch.Tensor], path: Path) -> int:

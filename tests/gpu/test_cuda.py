@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hot_tower import EXACT, HOT, STATE, train_tower
-from oracle_step import CHOICES, SWITCH, assert_step_equals_the_oracle
+from oracle_step import CHOICES, STABLE, SWITCH, assert_step_equals_the_oracle
 from sessions import EXPERTS, open_small, random_examples, small_plan
 from sparse_setup import decision, sparse_setup
 
@@ -115,6 +115,14 @@ def test_fewer_rows_equal_the_oracle_on_the_selected_rows(depth, routing) -> Non
 def test_a_switch_router_equals_the_oracle(depth) -> None:
     chosen = decision(prefetch_depth=depth, top_k=3, rows_in_backward="refetched", **SWITCH)
     assert_step_equals_the_oracle(sparse_setup(chosen, device=CudaDevice(GIB)))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stable_routing_equals_the_oracle(stage) -> None:
+    chosen = decision(prefetch_depth=1, top_k=2, rows_in_backward="refetched", **STABLE)
+    setup = sparse_setup(chosen, device=CudaDevice(GIB))
+    setup.exchange.gating.frozen = stage == 2
+    assert_step_equals_the_oracle(setup)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])

@@ -7,13 +7,14 @@ import torch
 from sparse_setup import Tower, run_step
 from torch import nn
 
-from meft.runtime.adapter.oracle import DenseAdapter, DenseSwitch
+from meft.runtime.adapter.oracle import DenseAdapter, DenseStable, DenseSwitch
 from meft.runtime.exchange.gating import SwitchGating, capacity
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 TOKENS = 5
 SWITCH = {"routing": "switch", "num_experts": 4, "switch": {"capacity_factor": 0.8, "jitter": 0.1, "balance_loss": 0.5}}
 """An expert takes one of five tokens."""
+STABLE = {"routing": "stable", "num_experts": 4, "stable": {"first_stage": 0.5, "balance_loss": 0.5}}
 CHOICES = [
     pytest.param({"prefetch_depth": depth, "rows_in_backward": rows, **routing}, id=f"p{depth}-{rows}-{name}")
     for depth in (0, 1, 2)
@@ -60,6 +61,8 @@ def dense_twin(setup) -> DenseTower:
 
 
 def _dense(decision, keys: torch.Tensor, values: torch.Tensor, router: torch.Tensor | None) -> DenseAdapter:
+    if decision.stable is not None and router is not None:
+        return DenseStable(keys, values, router, balance_weight=decision.stable.balance_loss)
     if decision.switch is None or router is None:
         return DenseAdapter(keys, values, router)
     full = capacity(decision.switch, TOKENS, decision.num_experts)
@@ -69,7 +72,7 @@ def _dense(decision, keys: torch.Tensor, values: torch.Tensor, router: torch.Ten
 def dense_step(dense: DenseTower, hidden: torch.Tensor, grad: torch.Tensor):
     hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
     output = dense(hidden)
-    balances = [adapter.balance for adapter in dense.adapters if isinstance(adapter, DenseSwitch)]
+    balances = [adapter.balance for adapter in dense.adapters if hasattr(adapter, "balance")]
     torch.autograd.backward([output, *balances], [grad, *(torch.ones_like(balance) for balance in balances)])
     return output.detach(), hidden.grad
 
@@ -115,6 +118,9 @@ def assert_step_equals_the_oracle(setup, *, num_tokens: int = 5) -> None:
 
     setup.exchange.after_backward = note_probes
     output, input_grad = run_step(setup, hidden, grad)
+    for adapter in dense.adapters:
+        if isinstance(adapter, DenseStable):
+            adapter.frozen = setup.exchange.gating.frozen
     dense.rows = rows_chosen(setup)
     if setup.exchange.router_weights:
         dense.probes = [noted_probes[layer].cpu().long() for layer in range(setup.store.num_layers)]

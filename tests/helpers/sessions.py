@@ -27,6 +27,12 @@ SWITCH: dict[str, object] = {
     "num_probes": 1,
     "switch": {"capacity_factor": 1.25, "jitter": 0.01, "balance_loss": 0.01},
 }
+STABLE: dict[str, object] = {
+    "routing": "stable",
+    "num_experts": 8,
+    "num_probes": 1,
+    "stable": {"first_stage": 0.5, "balance_loss": 0.3},
+}
 
 
 def small_plan(folder: Path, *, choice: dict[str, object] | None = None, **request: object) -> Plan:

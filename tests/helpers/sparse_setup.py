@@ -104,7 +104,7 @@ def sparse_setup(
     model = Tower(num_layers, hidden_size).to(dtype)
     device.adopt(model)
     gated = chosen.needs.gated
-    shape = (chosen.num_experts, hidden_size) if gated else ()
+    shape = (chosen.needs.router_rows(chosen.num_experts), hidden_size) if gated else ()
     with device.scope():
         random = [0.3 * torch.randn(shape, dtype=dtype) for _ in range(num_layers)]
         weights = [nn.Parameter(weight.to(device.torch_device)) for weight in random]

@@ -78,8 +78,9 @@ PRICED_ANEW_BY = {"meft.runtime.training.packing": {"meft.planner.predict.predic
 CONSTANTS_ARE_USED_BY = {
     "meft.runtime.exchange.hot_tables": ("meft.planner.traffic.hot_rows", ("HOT_CHUNK_ROWS",)),
     "meft.runtime.exchange.device_rows": ("meft.planner.base.quantities", ("ALIGNED_ROWS",)),
+    "meft.runtime.chunks.fetching": ("meft.planner.base.quantities", ("chunk_tokens",)),
 }
-"""Numbers that the runtime works by and a model prices, stated once: these names, and nothing else of their module."""
+"""Numbers, and how a number is divided, that the runtime works by and a model prices, stated once: these names, and nothing else of their module."""
 
 TRACE_IS_USED_WITH = {
     "meft.runtime.trace.losses": {"meft.planner.simulation.losses"},

@@ -254,6 +254,8 @@ def drawn(name: str, chance: random.Random) -> Any:
     """A value for an argument."""
     if name == "activation":
         return "silu"
+    if name == "routers":
+        return chance.choice((1, 2))
     if name in WIDTHS:
         return chance.choice((2, 4))
     if name == "prefetch_depth":

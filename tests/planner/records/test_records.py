@@ -34,7 +34,7 @@ from meft.planner.records.plan import (
     TransferEntry,
 )
 from meft.planner.records.report import Comparison, Report
-from meft.planner.records.routing import ROUTINGS, Routing, SwitchOptions
+from meft.planner.records.routing import ROUTINGS, Routing, StableOptions, SwitchOptions
 
 PLAN = sample_plan()
 REPORT = sample_report(PLAN)
@@ -73,6 +73,7 @@ def decisions(draw: st.DrawFn) -> Decision:
         num_probes=num_probes,
         routing=routing,
         switch=SwitchOptions(jitter=draw(st.sampled_from((0.0, 0.5)))) if routing == "switch" else None,
+        stable=StableOptions(first_stage=draw(st.sampled_from((0.1, 1.0)))) if routing == "stable" else None,
         rows_in_backward=draw(st.sampled_from(get_args(RowsInBackward))),
         activation_checkpointing=draw(st.booleans()),
     )

@@ -9,10 +9,10 @@ import pytest
 from meft.planner.base.errors import UsageError
 from meft.planner.front.calls import estimate, plan
 from meft.planner.records.plan import Decision, Plan
-from meft.planner.records.routing import SwitchOptions
+from meft.planner.records.routing import StableOptions, SwitchOptions
 
 ASKED = {"gpu": "rtx-3090", "model": "llama-3.2-1b", "host_mem": "32GB", "top_k": 32, "adapter_width": 2048}
-BY_EXPERTS = ("key-experts", "centroid", "switch")
+BY_EXPERTS = ("key-experts", "centroid", "switch", "stable")
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,28 @@ def test_a_switch_has_one_on_the_device_and_sends_one_expert_a_token(plans) -> N
     assert found.decision.switch == SwitchOptions()
 
 
+def test_stable_has_two_on_the_device_and_what_they_take_is_the_first_stages(plans) -> None:
+    found = plans["stable"]
+    device, host, link = _categories(found)
+    assert {"router_weights", "router_gradients", "router_moments", "routing"} <= device
+    assert {"probes", "row_experts", "router_norm"} <= link
+    assert "router_means" not in host
+    shape, decision = found.request.model, found.decision
+    one = shape.num_layers * decision.num_experts * shape.hidden_size
+    sizes = {each.category: each.num_bytes for each in found.prediction.device_memory.entries}
+    assert sizes["router_weights"] == sizes["router_gradients"] == 2 * one * 4
+    assert sizes["router_moments"] == 4 * one * 4
+    assert found.prediction.trainable_parameters == shape.num_layers * shape.hidden_size * 2 * 2048 + 2 * one
+    assert decision.stable == StableOptions()
+    assert found.prediction.timing.busy_seconds["gpu"] > plans["switch"].prediction.timing.busy_seconds["gpu"] * 0.9
+
+
 def test_files_say_it_where_it_is_said_alone(plans) -> None:
     for routing, found in plans.items():
         content = json.loads(found.to_json())
-        assert ("switch" in content["decision"]) == (routing == "switch")
-        assert "switch" not in content["request"]
+        for name in ("switch", "stable"):
+            assert (name in content["decision"]) == (routing == name)
+            assert name not in content["request"]
         assert Plan.from_json(found.to_json(), source="test") == found
     asked = plan(**ASKED, routing="switch", capacity_factor=2.0)
     assert json.loads(asked.to_json())["request"]["switch"]["capacity_factor"] == 2.0
@@ -64,6 +81,7 @@ def test_estimate_knows_them() -> None:
     found = {routing: estimate("meft", **sizes, routing=routing) for routing in BY_EXPERTS}
     assert all(each.decision is not None and each.decision.routing == routing for routing, each in found.items())
     assert found["centroid"].resident_bytes < found["key-experts"].resident_bytes
+    assert found["stable"].resident_bytes > found["switch"].resident_bytes
     own = estimate("meft", **sizes, routing="switch", balance_loss=0.5)
     assert own.decision is not None
     assert own.decision.switch == SwitchOptions(balance_loss=0.5)
@@ -72,12 +90,19 @@ def test_estimate_knows_them() -> None:
 def test_what_does_not_go_together_is_refused(plans) -> None:
     with pytest.raises(UsageError, match="router_jitter: is of routing switch alone"):
         plan(**ASKED, routing="exact", router_jitter=0.1)
+    with pytest.raises(UsageError, match="balance_loss: is of routing switch and stable; add routing switch or"):
+        plan(**ASKED, balance_loss=0.1)
+    with pytest.raises(UsageError, match="first_stage: is of routing stable alone; add routing stable"):
+        plan(**ASKED, routing="switch", first_stage=0.1)
     with pytest.raises(UsageError, match="capacity_factor"):
         plan(**ASKED, routing="switch", capacity_factor=0.0)
     for routing, changes, says in (
         ("switch", {"num_probes": 2}, "sends a token to one expert: num_probes must be 1"),
         ("switch", {"switch": None}, "switch options are of routing switch"),
         ("key-experts", {"switch": SwitchOptions()}, "switch options are of routing switch"),
+        ("stable", {"stable": None}, "stable options are of routing stable, which has them always"),
+        ("switch", {"stable": StableOptions()}, "stable options are of routing stable alone; routing is switch"),
+        ("stable", {"num_probes": 2}, "sends a token to one expert: num_probes must be 1"),
         ("centroid", {"routing": "exact"}, "scores every row"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -240,7 +240,7 @@ REQUESTS = st.fixed_dictionaries(
         "prefetch_depth": st.sampled_from([None, None, 0, 2]),
         "rows_in_backward": st.sampled_from([None, None, "retained", "refetched"]),
         "activation_checkpointing": st.sampled_from([None, None, True, False]),
-        "routing": st.sampled_from([None, None, "exact", "key-experts", "centroid", "switch"]),
+        "routing": st.sampled_from([None, None, "exact", "key-experts", "centroid", "switch", "stable"]),
     }
 )
 

@@ -171,7 +171,7 @@ CHOICES = st.fixed_dictionaries(
     optional={
         "adapter_width": st.integers(1, 40),
         "prefetch_depth": st.integers(0, 2),
-        "routing": st.sampled_from(["exact", "key-experts", "centroid", "switch"]),
+        "routing": st.sampled_from(["exact", "key-experts", "centroid", "switch", "stable"]),
         "rows_in_backward": st.sampled_from(["retained", "refetched"]),
         "activation_checkpointing": st.booleans(),
         "bf16_copy": st.booleans(),

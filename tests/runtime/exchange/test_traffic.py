@@ -7,7 +7,7 @@ import json
 
 import pytest
 from plan_samples import sample_profiles, sample_request
-from sessions import CENTROIDS, EXPERTS, SWITCH, ByStep, open_small, rows_by_step, small_plan, small_trainer
+from sessions import CENTROIDS, EXPERTS, STABLE, SWITCH, ByStep, open_small, rows_by_step, small_plan, small_trainer
 from sparse_setup import AMPLE_BYTES, decision
 
 from meft.planner.memory.host import host_memory as planned_host_memory
@@ -27,7 +27,7 @@ CHOICES = [
     )
     for (depth, rows, checkpointing, accum), routing in zip(
         itertools.product((0, 1, 2), ("retained", "refetched"), (False, True), (1, 3)),
-        itertools.cycle([{}, EXPERTS, CENTROIDS, SWITCH, EXPERTS, {}, SWITCH]),
+        itertools.cycle([{}, EXPERTS, CENTROIDS, SWITCH, EXPERTS, STABLE, SWITCH]),
         strict=False,
     )
 ]

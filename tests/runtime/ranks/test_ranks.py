@@ -22,7 +22,7 @@ from rank_checks import (
     write_facts,
 )
 from rank_runs import ended, start_ranks
-from sessions import CENTROIDS, EXPERTS, SWITCH
+from sessions import CENTROIDS, EXPERTS, STABLE, SWITCH
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.report import Report
@@ -34,6 +34,7 @@ CHOICES: dict[str, dict[str, object]] = {
     "ahead": {**EXPERTS, "top_k": 16, "prefetch_depth": 1},
     "centroid": {**CENTROIDS, "top_k": 16},
     "switch": {**SWITCH, "prefetch_depth": 1},
+    "stable": STABLE,
     "retained": {"top_k": 16, "rows_in_backward": "retained"},
     "bf16": {"top_k": 16, "bf16_copy": True},
 }

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from make_plan import hand_plan  # noqa: E402
-from sessions import CENTROIDS, EXPERTS, SWITCH  # noqa: E402
+from sessions import CENTROIDS, EXPERTS, STABLE, SWITCH  # noqa: E402
 from sparse_setup import decision  # noqa: E402
 from trace_setups import config_of  # noqa: E402
 
@@ -170,6 +170,35 @@ def test_embeddings_of_tokens_and_positions_last_until_the_decoder_returns() -> 
     assert peaks.allocated_bytes >= device.peaks().allocated_bytes
 
 
+NUMBERS_BYTES = 64
+"""Less than a bool for each token: numbers of a loss that is the routing's, which no term counts."""
+
+
+@pytest.mark.parametrize(
+    ("choice", "asked"),
+    [
+        ({}, {}),
+        ({"prefetch_depth": 1}, BF16),
+        ({"activation_checkpointing": True, "tokens_see": "own"}, MIXED),
+        ({"hot_rows": 32, "hot_after_steps": 1}, BF16 | {"grad_accum": 2}),
+    ],
+)
+def test_stable_routing_makes_in_its_first_stage_what_is_simulated(choice, asked) -> None:
+    """Event by event but for single numbers; they are all that its peak has beside."""
+    plan, config = plan_of("llama", STABLE | choice, asked)
+    (once, *windows), device = logged(plan, config, windows=3 if plan.decision.hot_rows else 2)
+    simulated = simulate_sparse(plan.request, plan.decision, workspace_bytes=0, emulated=True)
+    assert in_order(simulated.once[: len(once)]) == in_order(once)
+    for mine, its in ((simulated.windows[0], windows[0]), (simulated.windows[-1], windows[-1])):
+        assert in_order(_large(mine)) == in_order(_large(its))
+    peaks = replayed_peaks(plan.request, plan.decision, load_gpu("emulated"))
+    assert 0 <= device.peaks().allocated_bytes - peaks.allocated_bytes <= 4 * 512
+
+
+def _large(events: Sequence[StreamEvent]) -> list[StreamEvent]:
+    return [event for event in events if abs(event.num_bytes) >= NUMBERS_BYTES]
+
+
 def require_equal(plan: Plan, config: dict[str, Any]) -> None:
     """The simulated step and the emulated device's are the same events, and so are their peaks."""
     (once, *windows), device = logged(plan, config, windows=3 if plan.decision.hot_rows else 2)
@@ -221,6 +250,7 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 8192}
         ({"tokens_see": "own"}, {}),
         (EXPERTS | {"tokens_see": "own"}, BF16),
         (SWITCH, BF16),
+        (STABLE, BF16),
         ({}, BF16 | {"packed": True}),
         ({"activation_checkpointing": True}, MIXED | {"packed": True}),
         ({}, BF16 | {"packed": True, "attention": "eager"}),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.optimizer import move_to_device
 from safetensors.torch import load_file
-from sessions import EXPERTS, open_small, random_examples, small_plan, small_trainer
+from sessions import EXPERTS, STABLE, open_small, random_examples, small_plan, small_trainer
 from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from meft.planner.base.errors import UsageError
@@ -16,6 +16,8 @@ from meft.runtime.use.hf_trainer import trainer_arguments
 from meft.runtime.use.row_optimizer import RowOptimizer
 
 CHOICES = [{}, {"prefetch_depth": 1, **EXPERTS}]
+STAGES = [STABLE | {"stable": {"first_stage": share}} for share in (0.5, 0.25)]
+"""Routing is learnt at the checkpoint in the middle, and at the one step before."""
 
 
 def data() -> list[dict[str, torch.Tensor]]:
@@ -49,7 +51,7 @@ def trainer_for(folder, glass_folder, choice: dict[str, object], *, seed: int = 
     return model, Trainer(model=model, args=args, train_dataset=data(), **trainer_arguments(model, args))
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", [*CHOICES, *STAGES])
 def test_resuming_equals_training_straight_through(glass_folder, tmp_path, choice) -> None:
     straight, trainer = trainer_for(tmp_path, glass_folder, choice)
     trainer.train()
