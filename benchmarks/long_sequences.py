@@ -1,7 +1,7 @@
 """A long sequence in the staging of a short one: SmolLM2 with 4,096 tokens in chunks of 512, against the oracle.
 
     python benchmarks/long_sequences.py [--tokens 4096] [--chunks 8] [--compare union] [--compare own] [--dtype fp64]
-        [--results FILE]
+        [--loss-only] [--results FILE]
 
 One micro-batch forward and backward on the emulated device, rows of random weights, activation checkpointing, no
 look-ahead. Comparisons, as largest differences of the loss and of every layer's gradients:
@@ -16,8 +16,8 @@ In fp64 the rows, the adapter and the model are, and the loss is taken of fp64 l
 copies of what they are given. Without it a token's eighth and ninth row may change places where chunks round
 otherwise, which is another function of that token.
 
-Each comparison is two passes of some minutes of one core, 7 GiB at most. Committed:
-``benchmarks/long_sequences_results.jsonl``.
+In fp64 a pass of 4,096 tokens is five minutes of one core and 8 GiB, in fp32 two and 4; ``--loss-only`` leaves backward
+out. Committed: ``benchmarks/long_sequences_results.jsonl``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import click
@@ -150,6 +151,16 @@ def step(session: Session, batch: Batch) -> Gradients:
     return Gradients(result.loss, rows, routers, time.process_time() - started)
 
 
+def loss_alone(session: Session, batch: Batch) -> Gradients:
+    """Of the runtime, without backward: no gradients."""
+    started = time.process_time()
+    session.exchange.expect_tokens(batch.attention_mask.flatten().bool())
+    with session.device.scope(), torch.no_grad():
+        loss = session.engine.read_scalar(session.loss(batch), category="loss")
+    session.drain()
+    return Gradients(loss, [], [], time.process_time() - started)
+
+
 def oracle_step(session: Session, batch: Batch) -> Gradients:
     """Of the dense oracle in the session's model, for the rows of the chunks of its last micro-batch."""
     started, exchange, chunks = time.process_time(), session.exchange, session.plan.decision.token_chunks
@@ -203,21 +214,24 @@ class Comparison:
     processor_seconds: tuple[float, float]
 
 
-def compare(see: TokensSee, *, tokens: int, chunks: int, dtype: str, folder: Path) -> Comparison:
-    """The chunked step and what it must equal."""
+def compare(see: TokensSee, *, tokens: int, chunks: int, dtype: str, folder: Path, loss_only: bool) -> Comparison:
+    """The chunked step and what it must equal; the oracle's always whole."""
+    ours_of = loss_alone if loss_only else step
     batch, size = batch_of(tokens), math.ceil(tokens / chunks)
     cap = WIDTH // 2 if see == "union" else WIDTH  # no row may be dropped where every token is to have its own best
     with opened(plan_for(tokens, chunks=chunks, cap=cap, see=see), folder, DTYPES[dtype]) as session:
-        ours = step(session, batch)
+        ours = ours_of(session, batch)
         click.echo(f"{tokens} tokens in {chunks} chunks: {ours.seconds:.0f} s of processor, loss {ours.loss}")
         counters = session.exchange.counters
         most = max(rows.shape[0] for rows in session.exchange.unit_rows())  # type: ignore[attr-defined]
         dropped, travelled = counters.dropped_rows, sum(counters.missing_rows) / sum(counters.active_rows)
         staging = staging_of(session)
         theirs = oracle_step(session, batch) if see == "union" else None
+        del session  # its model and tables, before there are others
     if theirs is None:
         with opened(plan_for(tokens, chunks=1, cap=cap, see=see), folder, DTYPES[dtype]) as session:
-            theirs = step(session, batch)
+            theirs = ours_of(session, batch)
+            del session
     with opened(plan_for(size, chunks=1, cap=cap, see=see), folder, DTYPES[dtype]) as session:
         short = staging_of(session)
     return Comparison(
@@ -251,12 +265,13 @@ def staging_of(session: Session) -> dict[str, int]:
 @click.option("--chunks", default=8, show_default=True)
 @click.option("--compare", "compared", multiple=True, type=click.Choice(sorted(ROUTINGS)), default=("union", "own"))
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), default="fp64", show_default=True)
+@click.option("--loss-only", is_flag=True, help="Forward alone, of a comparison with no chunks.")
 @click.option("--results", type=click.Path(path_type=Path), help="Append a JSON line for each comparison.")
-def main(tokens: int, chunks: int, compared: tuple[TokensSee, ...], dtype: str, results: Path | None) -> None:
+def main(results: Path | None, compared: tuple[TokensSee, ...], **asked: Any) -> None:
     """Compare, and print."""
     folder = smollm2_folder(click.echo)
     for see in compared:
-        line = json.dumps(asdict(compare(see, tokens=tokens, chunks=chunks, dtype=dtype, folder=folder)))
+        line = json.dumps(asdict(compare(see, folder=folder, **asked)))
         click.echo(line)
         if results is not None:
             with results.open("a", encoding="utf-8") as file:
