@@ -1,20 +1,37 @@
 """A long sequence in the staging of a short one: SmolLM2 with 4,096 tokens in chunks of 512, against the oracle.
 
-    python benchmarks/long_sequences.py [--tokens 4096] [--chunks 8]
+    python benchmarks/long_sequences.py [--tokens 4096] [--chunks 8] [--compare union] [--compare own] [--dtype fp64]
+        [--loss-only] [--results FILE]
 
-One micro-batch forward and backward on the emulated device, rows of random weights, activation checkpointing, exact
-routing, no look-ahead. Three comparisons, as largest differences:
+One micro-batch forward and backward on the emulated device, rows of random weights, activation checkpointing, no
+look-ahead. Comparisons, as largest differences of the loss and of every layer's gradients:
 
-- tokens that see their chunk's union, with the dense oracle in the same model, told the rows that were chosen
-  (:meth:`~meft.runtime.adapter.oracle.DenseAdapter.by_chunks`): the loss and the row gradients of every layer;
-- tokens that see their own rows, with the same plan without chunks: the same;
-- the buffers for rows, with those of a plan for one chunk's tokens alone.
+- *union*: tokens that see their chunk's union, exact routing, with the dense oracle in the same model, told the rows
+  that were chosen (:meth:`~meft.runtime.adapter.oracle.DenseAdapter.by_chunks`);
+- *own*: tokens that see their own rows, Key-Experts, with the same plan without chunks, routers' gradients too.
+
+And the buffers for rows, with those of a plan for one chunk's tokens alone.
+
+In fp64 the rows, the adapter and the model are, and the loss is taken of fp64 logits; transformers' norms take fp32
+copies of what they are given. Without it a token's eighth and ninth row may change places where chunks round
+otherwise, which is another function of that token.
+
+In fp64 a pass of 4,096 tokens is five minutes of one core, and two passes 12 GiB; in fp32 it is two minutes, and they
+are 5. ``--loss-only`` leaves backward out. Committed: ``benchmarks/long_sequences_results.jsonl``.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import click
 import torch
@@ -28,11 +45,27 @@ from meft.runtime.adapter.oracle import DenseAdapter
 from meft.runtime.data.embedded import smollm2_folder
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import EmulatedDevice
+from meft.runtime.host.store import HostStore
+from meft.runtime.session import session as session_module
 from meft.runtime.session.model_loading import load_frozen_model
 from meft.runtime.session.session import Session, open_session
 
 WIDTH, TOP_K, STD = 1024, 8, 0.05
 BUDGET_BYTES = 1 << 36
+ROUTINGS = {"union": "exact", "own": "key-experts"}
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of one micro-batch: the loss, and each layer's gradients: of rows ``[R, 2D]``, of its router ``[N, D]`` if it has
+    one."""
+
+    loss: float
+    rows: list[torch.Tensor]
+    routers: list[torch.Tensor]
+    seconds: float
+    """Of processors."""
 
 
 def plan_for(tokens: int, *, chunks: int, cap: int, see: TokensSee) -> Plan:
@@ -48,7 +81,7 @@ def plan_for(tokens: int, *, chunks: int, cap: int, see: TokensSee) -> Plan:
         adapter_width=WIDTH,
         top_k=TOP_K,
         prefetch_depth=0,
-        routing="exact",
+        routing=ROUTINGS[see],
         rows_in_backward="refetched",
         activation_checkpointing=True,
         hot_rows=0,
@@ -59,16 +92,45 @@ def plan_for(tokens: int, *, chunks: int, cap: int, see: TokensSee) -> Plan:
     planned = planning(options)
     plan = make_plan(planned.request, planned.profiles, meft_version="0")
     assert isinstance(plan, Plan), plan
-    return plan.model_copy(update={"decision": plan.decision.model_copy(update={"active_rows_cap": cap})})
+    decided = {"active_rows_cap": cap, "num_experts": 32 if see == "own" else 1, "num_probes": 4 if see == "own" else 1}
+    return plan.model_copy(update={"decision": plan.decision.model_copy(update=decided)})
 
 
-def opened(plan: Plan, folder: Path) -> Session:
-    """A session whose rows are the same random ones each time."""
-    session = open_session(plan, load_frozen_model(plan, folder), EmulatedDevice(BUDGET_BYTES), seed=0)
+@contextmanager
+def opened(plan: Plan, folder: Path, dtype: torch.dtype) -> Iterator[Session]:
+    """A session whose rows are the same random ones each time; all in ``dtype``, the host's work by the readable code
+    where the compiled is not for it."""
+    model = load_frozen_model(plan, folder).to(dtype)
+    model.loss_function = loss_of  # transformers' takes it of fp32 logits
+    with (
+        default_dtype(dtype),
+        mock.patch.object(session_module, "HostStore", partial(HostStore, dtype=dtype)),
+        mock.patch.dict(session_module.ADAPTER_DTYPES, {"fp32": dtype}),
+    ):
+        session = open_session(plan, model, EmulatedDevice(BUDGET_BYTES), seed=0, compiled=dtype == torch.float32)
     generator = torch.Generator().manual_seed(0)
     for tables in session.store.layers:
         tables.weights.normal_(std=STD, generator=generator)
-    return session
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What tensors are made of that do not say."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def loss_of(logits: torch.Tensor, labels: torch.Tensor, **_: object) -> torch.Tensor:
+    """Mean cross-entropy of the next token, in the dtype of ``logits [B, S, V]``."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 def batch_of(tokens: int) -> Batch:
@@ -79,16 +141,29 @@ def batch_of(tokens: int) -> Batch:
     return Batch(ids, torch.ones_like(ids), ids)
 
 
-def step(session: Session, batch: Batch) -> tuple[float, list[torch.Tensor]]:
-    """Loss and each layer's row gradients ``[R, 2D]`` of one micro-batch."""
+def step(session: Session, batch: Batch) -> Gradients:
+    """Of the runtime."""
+    started = time.process_time()
     result = session.step(batch, loss_scale=1.0)
     session.drain()
-    return result.loss, [tables.gradients.clone() for tables in session.store.layers]
+    rows = [tables.gradients.clone() for tables in session.store.layers]
+    routers = [weight.grad.clone() for weight in session.router_weights if weight.grad is not None]
+    return Gradients(result.loss, rows, routers, time.process_time() - started)
 
 
-def oracle_step(session: Session, batch: Batch) -> tuple[float, list[torch.Tensor]]:
-    """The same of the dense oracle in the session's model, for the rows of the chunks of its last micro-batch."""
-    exchange, chunks = session.exchange, session.plan.decision.token_chunks
+def loss_alone(session: Session, batch: Batch) -> Gradients:
+    """Of the runtime, without backward: no gradients."""
+    started = time.process_time()
+    session.exchange.expect_tokens(batch.attention_mask.flatten().bool())
+    with session.device.scope(), torch.no_grad():
+        loss = session.engine.read_scalar(session.loss(batch), category="loss")
+    session.drain()
+    return Gradients(loss, [], [], time.process_time() - started)
+
+
+def oracle_step(session: Session, batch: Batch) -> Gradients:
+    """Of the dense oracle in the session's model, for the rows of the chunks of its last micro-batch."""
+    started, exchange, chunks = time.process_time(), session.exchange, session.plan.decision.token_chunks
     rows = exchange.unit_rows()  # type: ignore[attr-defined]
     dense = nn.ModuleList(DenseAdapter(tables.keys, tables.values) for tables in session.store.layers)
 
@@ -101,45 +176,106 @@ def oracle_step(session: Session, batch: Batch) -> tuple[float, list[torch.Tenso
     loss = session.model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False).loss
     loss.backward()
     session.adapter.serving = None
-    return float(loss.detach()), [torch.cat([each.keys.grad, each.values.grad], dim=1) for each in dense]  # type: ignore[union-attr]
+    found = [torch.cat([each.keys.grad, each.values.grad], dim=1) for each in dense]  # type: ignore[union-attr]
+    return Gradients(float(loss.detach()), found, [], time.process_time() - started)
 
 
-def difference(ours: tuple[float, list[torch.Tensor]], theirs: tuple[float, list[torch.Tensor]]) -> str:
-    """Of losses, and the largest of gradients as a share of the largest gradient."""
-    largest = max(float(each.abs().max()) for each in theirs[1])
-    worst = max(float((a - b).abs().max()) for a, b in zip(ours[1], theirs[1], strict=True))
-    return f"loss {ours[0]:.6f} against {theirs[0]:.6f}; row gradients differ by {worst / largest:.1e} of the largest"
+def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float | None:
+    """The largest, as a share of the largest number; None of nothing."""
+    if not theirs:
+        return None
+    largest = max(float(each.abs().max()) for each in theirs)
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) / largest
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of the results."""
+
+    tokens_see: TokensSee
+    against: str
+    dtype: str
+    tokens: int
+    chunks: int
+    active_rows_cap: int
+    most_active_rows: int
+    """In a chunk of a layer."""
+    dropped_rows: int
+    travelled_share: float
+    """Of active rows, those that travelled in forward."""
+    loss: float
+    other_loss: float
+    rows_differ_by: float | None
+    """Of the largest gradient."""
+    routers_differ_by: float | None
+    staging_bytes: dict[str, int]
+    short_staging_bytes: dict[str, int]
+    """Of a plan for one chunk's tokens."""
+    processor_seconds: tuple[float, float]
+
+
+def compare(see: TokensSee, *, tokens: int, chunks: int, dtype: str, folder: Path, loss_only: bool) -> Comparison:
+    """The chunked step and what it must equal; the oracle's always whole."""
+    ours_of = loss_alone if loss_only else step
+    batch, size = batch_of(tokens), math.ceil(tokens / chunks)
+    cap = WIDTH // 2 if see == "union" else WIDTH  # no row may be dropped where every token is to have its own best
+    with opened(plan_for(tokens, chunks=chunks, cap=cap, see=see), folder, DTYPES[dtype]) as session:
+        ours = ours_of(session, batch)
+        click.echo(f"{tokens} tokens in {chunks} chunks: {ours.seconds:.0f} s of processor, loss {ours.loss}")
+        counters = session.exchange.counters
+        most = max(rows.shape[0] for rows in session.exchange.unit_rows())  # type: ignore[attr-defined]
+        dropped, travelled = counters.dropped_rows, sum(counters.missing_rows) / sum(counters.active_rows)
+        staging = staging_of(session)
+        theirs = oracle_step(session, batch) if see == "union" else None
+        del session  # its model and tables, before there are others
+    if theirs is None:
+        with opened(plan_for(tokens, chunks=1, cap=cap, see=see), folder, DTYPES[dtype]) as session:
+            theirs = ours_of(session, batch)
+            del session
+    with opened(plan_for(size, chunks=1, cap=cap, see=see), folder, DTYPES[dtype]) as session:
+        short = staging_of(session)
+    return Comparison(
+        tokens_see=see,
+        against="oracle" if see == "union" else "one chunk",
+        dtype=dtype,
+        tokens=tokens,
+        chunks=chunks,
+        active_rows_cap=cap,
+        most_active_rows=most,
+        dropped_rows=dropped,
+        travelled_share=travelled,
+        loss=ours.loss,
+        other_loss=theirs.loss,
+        rows_differ_by=difference(ours.rows, theirs.rows),
+        routers_differ_by=difference(ours.routers, theirs.routers),
+        staging_bytes=staging,
+        short_staging_bytes=short,
+        processor_seconds=(round(ours.seconds, 1), round(theirs.seconds, 1)),
+    )
+
+
+def staging_of(session: Session) -> dict[str, int]:
+    """The host's buffers for rows and their gradients."""
+    found = session.exchange.host_buffer_bytes()
+    return {name: found[name] for name in ("row_staging", "gradient_landing")}
 
 
 @click.command()
-@click.option("--tokens", default=4096)
-@click.option("--chunks", default=8)
-def main(tokens: int, chunks: int) -> None:
+@click.option("--tokens", default=4096, show_default=True)
+@click.option("--chunks", default=8, show_default=True)
+@click.option("--compare", "compared", multiple=True, type=click.Choice(sorted(ROUTINGS)), default=("union", "own"))
+@click.option("--dtype", type=click.Choice(sorted(DTYPES)), default="fp64", show_default=True)
+@click.option("--loss-only", is_flag=True, help="Forward alone, of a comparison with no chunks.")
+@click.option("--results", type=click.Path(path_type=Path), help="Append a JSON line for each comparison.")
+def main(results: Path | None, compared: tuple[TokensSee, ...], **asked: Any) -> None:
     """Compare, and print."""
-    folder, batch, size = smollm2_folder(click.echo), batch_of(tokens), math.ceil(tokens / chunks)
-    cap = WIDTH // 2
-    union = opened(plan_for(tokens, chunks=chunks, cap=cap, see="union"), folder)
-    found = step(union, batch)
-    counters = union.exchange.counters
-    largest = max(rows.shape[0] for rows in union.exchange.unit_rows())  # type: ignore[attr-defined]
-    travelled = f"{sum(counters.missing_rows):,} of {sum(counters.active_rows):,} rows travelled in forward"
-    click.echo(f"{tokens} tokens in {chunks} chunks of {size}: at most {largest} rows active in one, cap {cap}")
-    click.echo(f"{counters.dropped_rows} rows dropped; {travelled}")
-    click.echo(f"the chunks' union, against the oracle: {difference(found, oracle_step(union, batch))}")
-    staging = union.exchange.host_buffer_bytes(pinned=False)
-    union.close()
-    short = opened(plan_for(size, chunks=1, cap=cap, see="union"), folder)
-    alone = short.exchange.host_buffer_bytes(pinned=False)
-    short.close()
-    for name in ("row_staging", "gradient_landing"):
-        click.echo(f"{name}: {staging[name]:,} bytes, of a plan for {size} tokens {alone[name]:,}")
-    # no row may be dropped where every token is to have its own best
-    own = opened(plan_for(tokens, chunks=chunks, cap=WIDTH, see="own"), folder)
-    chunked = step(own, batch)
-    own.close()
-    whole = opened(plan_for(tokens, chunks=1, cap=WIDTH, see="own"), folder)
-    click.echo(f"tokens' own rows, against no chunks: {difference(chunked, step(whole, batch))}")
-    whole.close()
+    folder = smollm2_folder(click.echo)
+    for see in compared:
+        line = json.dumps(asdict(compare(see, folder=folder, **asked)))
+        click.echo(line)
+        if results is not None:
+            with results.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 if __name__ == "__main__":

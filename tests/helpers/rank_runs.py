@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 SECONDS = 120
@@ -31,12 +31,7 @@ def start_ranks(
     all but the first are given ``elsewhere`` instead.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rank_preload"])
-    with _path_for_server():
-        forkserver.ensure_running()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    context, port = fork_server(), free_port()
     here = size // machines
     ranks = []
     for rank in range(size):
@@ -70,6 +65,30 @@ def said(folder: Path, rank: int = 0) -> str:
     return (folder / f"said-{rank}.txt").read_text()
 
 
+def fork_server() -> ForkServerContext:
+    """Whose processes have loaded everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_preload"])
+    with _path_for_server():
+        forkserver.ensure_running()
+    return context
+
+
+def free_port() -> int:
+    """One on which ranks can meet."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def become_rank(rank: int, size: int, here: int, port: int) -> None:
+    """Give this process the environment that ``torchrun`` would give rank ``rank`` of ``size``, ``here`` a machine."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank % here, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": here}
+    numbers["MASTER_PORT"] = port
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+
+
 @contextmanager
 def _path_for_server() -> Iterator[None]:
     """The fork server imports what it preloads from where this process would."""
@@ -84,10 +103,7 @@ def _path_for_server() -> Iterator[None]:
 
 
 def _rank(rank: int, size: int, here: int, port: int, arguments: list[str], folder: Path) -> None:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank % here, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": here}
-    numbers["MASTER_PORT"] = port
-    os.environ |= {name: str(number) for name, number in numbers.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    become_rank(rank, size, here, port)
     with (folder / f"said-{rank}.txt").open("w") as file:
         os.dup2(file.fileno(), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

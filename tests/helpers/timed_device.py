@@ -10,6 +10,9 @@ the model has the plan's layers, each a few numbers wide, and its operators stan
 - *Host kernels.* They sleep, so that they take no core from the threads that are measured (:class:`TimedKernels`), as
   long as the host's profile says without Python's share: that is real. They are given as many rows as the plan expects.
 
+Of several ranks each has a device of its own, and the share of link and host that the plan gives it
+(:func:`~meft.planner.timing.step.shared_rates`): what they add up, update and wait for is real (``timed_ranks.py``).
+
 Time is the clock's: on a machine that has other things to do, all of it takes longer.
 """
 
@@ -29,7 +32,14 @@ from meft.planner.models.architecture import ModelShape
 from meft.planner.predict.prediction import ProfileSet, simulated_tasks
 from meft.planner.records.plan import Direction, Plan
 from meft.planner.records.profiles import HostProfile, LinkProfile
-from meft.planner.timing.step import accumulate_seconds, adamw_seconds, copy_seconds, gather_seconds, route_seconds
+from meft.planner.timing.step import (
+    accumulate_seconds,
+    adamw_seconds,
+    copy_seconds,
+    gather_seconds,
+    route_seconds,
+    shared_rates,
+)
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import MemoryPeaks
 from meft.runtime.device.engine import Copy, TransferEngine, Views
@@ -37,6 +47,7 @@ from meft.runtime.device.lanes import Schedule
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.router import Selection, TopKRouter
+from meft.runtime.ranks.peers import Peers
 from meft.runtime.session import session as session_module
 from meft.runtime.session.documents import unpacked_sequences
 from meft.runtime.session.model_loading import model_from_config
@@ -212,13 +223,15 @@ class TimedEngine(TransferEngine):
     clock: TimedClock
     is_duplex: dict[Direction, bool]
     """Of each direction's copy under way: both are busy in a backward that fetches rows again."""
+    carries: dict[Direction, str]
+    """The category of each direction's copy under way."""
 
     def copy(self, direction: Direction, views: Views, **options: Any) -> Copy:
         """See :class:`TransferEngine`."""
         duplex = self.clock.in_backward and self.plan.decision.rows_in_backward == "refetched"
 
         def noted() -> tuple[torch.Tensor, torch.Tensor]:
-            self.is_duplex[direction] = duplex
+            self.is_duplex[direction], self.carries[direction] = duplex, options["category"]
             return views()
 
         return super().copy(direction, noted, **options)
@@ -228,11 +241,14 @@ class TimedEngine(TransferEngine):
         duplex = "duplex_" if self.is_duplex[direction] else ""
         rate = getattr(self.link, f"{duplex}{direction}_bytes_per_second").value
         latency = self.link.latency_seconds.value
-        return float(copy_seconds(self.num_bytes(source), rate=rate, latency=latency))
+        return float(copy_seconds(self.num_bytes(source, direction), rate=rate, latency=latency))
 
-    def num_bytes(self, source: torch.Tensor) -> int:
-        """Of what ``source`` stands for: active rows ``[A, 2D]``, or what the step's tokens have."""
+    def num_bytes(self, source: torch.Tensor, direction: Direction) -> int:
+        """Of what ``source`` stands for: active rows ``[A, 2D]``, a router's gradients ``[N, D]``, or what the step's
+        tokens have."""
         request, width = self.plan.request, source.shape[-1] if source.dim() else 1
+        if self.carries[direction] == "router_gradients":
+            return source.numel() * source.element_size() * request.model.hidden_size // HIDDEN_SIZE
         if source.dim() == 2 and width == 2 * HIDDEN_SIZE:
             return source.shape[0] * 2 * request.model.hidden_size * ADAPTER_DTYPE_BYTES[request.adapter_dtype]
         if source.dim() == 2 and width == HIDDEN_SIZE:
@@ -273,7 +289,7 @@ class TimedKernels(HostKernels):
         self.copied = plan.decision.bf16_copy and plan.request.adapter_dtype == "bf16"
         self.active = torch.empty(0, dtype=torch.int64)
         self.slept_seconds = 0.0
-        self.most_touched = max(plan.prediction.sparsity.window_active_rows_per_layer)
+        self.most_touched = max(plan.prediction.sparsity.window_active_rows_per_layer) // plan.request.gpus
 
     def gather(self, table: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
         """See :class:`HostKernels`."""
@@ -327,18 +343,20 @@ class TimedKernels(HostKernels):
 
 
 class TimedRouter:
-    """The real router on kernels that choose nothing: which rows it finds were drawn beforehand, as many as planned."""
+    """The real router on kernels that choose nothing: which rows it finds were drawn beforehand, as many as planned.
 
-    def __init__(self, plan: Plan, kernels: TimedKernels) -> None:
-        decision, generator = plan.decision, torch.Generator().manual_seed(0)
+    Where rows of a window stay on the device they are drawn from as many as the plan has arrive in a window, so that
+    about as many travel.
+    """
+
+    def __init__(self, plan: Plan, kernels: TimedKernels, *, seed: int = 0) -> None:
+        decision, generator = plan.decision, torch.Generator().manual_seed(seed)
         self._kernels = kernels
         self._real = TopKRouter(decision.top_k, decision.active_rows_cap, decision.num_experts, kernels)
-        self._counts = plan.prediction.sparsity.active_rows_per_layer
+        self._counts = list(zip(plan.prediction.sparsity.active_rows_per_layer, _window_rows(plan), strict=True))
         self._drawn = {
-            count: [
-                torch.randperm(decision.adapter_width, generator=generator)[:count].sort().values for _ in range(UNIONS)
-            ]
-            for count in set(self._counts)
+            (count, of): [_draw(count, of, decision.adapter_width, generator) for _ in range(UNIONS)]
+            for count, of in set(self._counts)
         }
         self._turns = [0] * len(self._counts)
 
@@ -349,25 +367,47 @@ class TimedRouter:
         return self._real.select(layer, keys, queries, probes)
 
 
+def _window_rows(plan: Plan) -> list[int]:
+    """Per layer, of how many rows a rank's micro-batches of a window have theirs."""
+    decision, sparsity = plan.decision, plan.prediction.sparsity
+    if not decision.cached_rows:
+        return [decision.adapter_width] * plan.request.model.num_layers
+    arriving = [rows * plan.request.rounds for rows in sparsity.missing_rows_per_layer]
+    return [
+        min(max(active, rows), decision.adapter_width)
+        for active, rows in zip(sparsity.active_rows_per_layer, arriving, strict=True)
+    ]
+
+
+def _draw(count: int, of: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """``count`` rows, ascending, of ``of`` that are spread over all ``width``."""
+    rows = torch.randperm(of, generator=generator)[:count].sort().values
+    return rows * width // of
+
+
 @contextmanager
-def timed_session(plan: Plan, profiles: ProfileSet, schedule: Schedule, *, keep: bool = False) -> Iterator[Session]:
-    """A session of a plan of a real card on the timed device; ``keep`` keeps all tasks."""
+def timed_session(
+    plan: Plan, profiles: ProfileSet, schedule: Schedule, *, keep: bool = False, peers: Peers | None = None
+) -> Iterator[Session]:
+    """A session of a plan of a real card on the timed device; ``keep`` keeps all tasks. With ``peers`` it is one of as
+    many ranks as the plan has cards."""
     sharpen_timers()
-    device, kernels = TimedDevice(), TimedKernels(plan, profiles.host)
+    _, link, host = shared_rates(plan.request, profiles.gpu, profiles.link, profiles.host)
+    device, kernels = TimedDevice(), TimedKernels(plan, host)
     clock = TimedClock(plan, profiles, device.streams.compute, keep=keep)
     small = _small(plan)
     with ExitStack() as stack:
         stack.enter_context(unpacked_sequences())
         stack.enter_context(mock.patch.object(session_module, "HostKernels", return_value=kernels))
         stack.enter_context(mock.patch.object(session_module, "TransferEngine", TimedEngine))
-        router = TimedRouter(plan, kernels)
+        router = TimedRouter(plan, kernels, seed=0 if peers is None else peers.rank)
         session = open_session(
-            small, _model(small), device, seed=0, around=lambda _: router, schedule=schedule, clock=clock
+            small, _model(small), device, seed=0, around=lambda _: router, schedule=schedule, clock=clock, peers=peers
         )
         stack.enter_context(closing(session))
         engine = session.engine
         assert isinstance(engine, TimedEngine)
-        engine.link, engine.plan, engine.clock, engine.is_duplex = profiles.link, plan, clock, {}
+        engine.link, engine.plan, engine.clock, engine.is_duplex, engine.carries = link, plan, clock, {}, {}
         _give_backward_first(session, clock)
         yield session
 
