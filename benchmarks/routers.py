@@ -38,14 +38,12 @@ from meft.runtime.session.session import Session, open_session
 from meft.runtime.training.training import Trainer, TrainingOptions
 from meft.runtime.use.inference import serving
 
-_STABLE: dict[str, Any] = {"routing": "stable", "num_experts": 16, "num_probes": 1}
 WAYS: dict[str, dict[str, Any]] = {
     "exact": {},
     "score-gated": {"routing": "key-experts", "num_experts": 16, "num_probes": 4},
     "centroid": {"routing": "centroid", "num_experts": 16, "num_probes": 4},
     "switch": {"routing": "switch", "num_experts": 16, "num_probes": 1, "switch": SwitchOptions().model_dump()},
-    "stable": _STABLE | {"stable": StableOptions().model_dump()},
-    "stable-half": _STABLE | {"stable": StableOptions(first_stage=0.5).model_dump()},
+    "stable": {"routing": "stable", "num_experts": 16, "num_probes": 1, "stable": StableOptions().model_dump()},
 }
 ASKED, ANSWERED, FACTS, EPOCHS, BATCH = 4, 2, 256, 8, 16
 WIDTH, TOP_K, EXPERTS = 512, 16, 16
@@ -179,7 +177,10 @@ def report_command(results: Path) -> None:
     names = ("rate", "seeds", "exact match", "recall", "dead experts", "busiest", "active rows", "host time", "router")
     click.echo(f"| | {' | '.join(names)} |\n|---|{'---:|' * len(names)}")
     for way in WAYS:
-        rate = _best([each for each in records if each["way"] == way and each["seed"] == first])["rate"]
+        tried = [each for each in records if each["way"] == way and each["seed"] == first]
+        if not tried:
+            continue
+        rate = _best(tried)["rate"]
         best = [each for each in records if (each["way"], each["rate"]) == (way, rate)]
         matches = [each["exact_match"] for each in best]
         spread = f" ± {100 * statistics.stdev(matches):.1f}" if len(matches) > 1 else ""
