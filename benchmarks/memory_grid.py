@@ -2,11 +2,13 @@
 
     python benchmarks/memory_grid.py                  all 454, worst first (the error in the first column)
     python benchmarks/memory_grid.py --sample 12      twelve of them, evenly over the grid
+    python benchmarks/memory_grid.py --results FILE   goes on where the file stands, a line for each configuration
 
 Sixteen architectures at their real widths, cut to a few layers so that a trace takes a second or two (layers repeat).
 Implementations that know nothing of each other are compared: :mod:`meft.planner.simulation.run` (for MEFT the closed
 form of :mod:`meft.planner.memory.device`), which imports no torch, and :mod:`meft.runtime.trace.run`, which runs
-transformers' own model under fake tensors.
+transformers' own model under fake tensors. Committed:
+``benchmarks/memory_grid_results.jsonl``, as far as it has been run.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -171,33 +174,55 @@ def predicted(setup: TrainingSetup) -> tuple[int, int]:
     return memory.peak_allocated_bytes, memory.peak_reserved_bytes
 
 
+def read_results(path: Path | None) -> list[Result]:
+    """Those that a file holds; none where there is none yet."""
+    if path is None or not path.exists():
+        return []
+    return [Result(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def compare_rest(
+    configurations: Iterable[tuple[str, TrainingSetup, dict[str, Any]]], path: Path | None
+) -> Iterator[Result]:
+    """Results of all of them: those of the file as they stand there, the others made, each written as it is found."""
+    found = {each.configuration: each for each in read_results(path)}
+    for name, setup, config in configurations:
+        if name not in found:
+            found[name] = compare(name, setup, config)
+            if path is not None:
+                with path.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(asdict(found[name])) + "\n")
+        yield found[name]
+
+
 @click.command()
 @click.option("--sample", type=click.IntRange(1), help="So many configurations, evenly over the grid.")
 @click.option("--only", help="Those whose name contains this.")
+@click.option("--results", type=click.Path(path_type=Path, dir_okay=False), help="JSON Lines, to be gone on with.")
 @click.option("--json", "as_json", is_flag=True)
-def main(sample: int | None, only: str | None, as_json: bool) -> None:
+def main(sample: int | None, only: str | None, results: Path | None, as_json: bool) -> None:
     """Compare the grid and print the errors, worst first."""
     chosen = [each for each in grid() if only is None or only in each[0]]
     if sample is not None:
         chosen = chosen[:: max(len(chosen) // sample, 1)][:sample]
-    results = []
-    for each in chosen:
-        results.append(compare(*each))
+    compared = []
+    for result in compare_rest(chosen, results):
+        compared.append(result)
         if not as_json:
-            click.echo(f"{results[-1].error_fraction:+.3%}  {results[-1].configuration}", err=True)
-    results.sort(key=lambda result: -abs(result.error_fraction))
-    errors = [abs(result.error_fraction) for result in results]
+            click.echo(f"{result.error_fraction:+.3%}  {result.configuration}", err=True)
+    compared.sort(key=lambda result: -abs(result.error_fraction))
+    errors = [abs(result.error_fraction) for result in compared]
     summary = {
-        "configurations": len(results),
+        "configurations": len(compared),
         "median_error": statistics.median(errors),
         "worst_error": max(errors),
         "within_one_percent": sum(error <= 0.01 for error in errors),
-        "median_trace_seconds": statistics.median(result.trace_seconds for result in results),
+        "median_trace_seconds": statistics.median(result.trace_seconds for result in compared),
     }
     if as_json:
-        click.echo(json.dumps({"summary": summary, "results": [asdict(result) for result in results]}, indent=1))
+        click.echo(json.dumps({"summary": summary, "results": [asdict(result) for result in compared]}, indent=1))
         return
-    for result in results[:20]:
+    for result in compared[:20]:
         reserved = result.simulated_reserved_bytes / result.traced_reserved_bytes - 1
         click.echo(f"{result.error_fraction:+.3%}  reserved {reserved:+.2%}  {result.configuration}")
     click.echo(json.dumps(summary, indent=1))

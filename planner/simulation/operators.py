@@ -129,11 +129,10 @@ class Operators:
         return self.tape.connect(out, (x,), self.tape.one_gradient(self.tape.save(out), itemsize=FP16))
 
     def safe_softmax(self, x: Tensor, category: str) -> Tensor:
-        """Softmax whose rows may be all masked: it is computed, such rows are found, and a copy without them kept."""
-        plain = self.tape.like(x, category)
-        masked = self.tape.new(x.numel, BOOL, category)
+        """Softmax whose rows may be all masked: it is computed, such rows are found, and zeros written over them."""
         out = self.keeps_output(x, category)
-        del plain, masked
+        masked = self.tape.new(x.numel, BOOL, category)
+        del masked
         return out
 
     def dropout(self, x: Tensor, category: str, *, active: bool) -> Tensor:

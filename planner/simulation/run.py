@@ -30,7 +30,7 @@ from meft.planner.simulation.stream import Stream, stream_peaks
 from meft.planner.terms.formats import BF16, FP32, INT64, STORED
 from meft.planner.terms.lengths import BatchShape
 from meft.planner.terms.offload import OFFLOADING
-from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK, stored_tensors_bytes
+from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK, linear_parameters, stored_tensors_bytes
 
 NF4_CODE_NUMBERS = 16
 DYNAMIC_CODE_NUMBERS = 256
@@ -114,6 +114,7 @@ class Loader:
 
     def _model(self) -> ModelWeights:
         shape = self._shape
+        self._warm_up()
         embedding = self._weight(shape.embedding_parameters)
         positions = self._weight(shape.position_parameters) if shape.learned_positions else None
         final_norm = self._norm() if shape.model_type == "opt" else None
@@ -130,6 +131,15 @@ class Loader:
             ]
         head = Weights(shape.hidden_size, shape.vocab_size, head_weight, head_bias)
         return ModelWeights(embedding, positions, blocks, final_norm, head)
+
+    def _warm_up(self) -> None:
+        """transformers' ``caching_allocator_warmup``, with which every load with a device map begins, and 4-bit ones
+        have one unasked: one block as large as all weights, a quantized one half a byte, comes and goes."""
+        setup, shape = self.setup, self._shape
+        if setup.weights_dtype == "nf4" and shape.stored is None and setup.method != "meft" and not setup.emulated:
+            quantized = linear_parameters(shape)
+            block = self.tape.new(quantized // 2 + (shape.num_parameters - quantized) * BF16, 1, "other_weights")
+            del block
 
     def _block(self, number: int) -> BlockWeights:
         shape, block = self._shape, BlockWeights()
@@ -168,7 +178,7 @@ class Loader:
 
     def _quantized(self, num_weights: int) -> tuple[Tensor, ...]:
         """As bitsandbytes stores it: packed weights, scales per 64 (in 8 bits with scales of their own if doubly
-        quantized), and the 16 numbers that a code stands for."""
+        quantized, and a copy of the 256 numbers that those stand for), and the 16 numbers that a code stands for."""
         tape, category = self.tape, "linear_weights"
         written = tape.new(num_weights, BF16, category)
         num_scales = -(-num_weights // NF4_BLOCK)
@@ -180,7 +190,8 @@ class Loader:
             return packed, scales, code
         offset = tape.new(1, FP32, category)
         outer = tape.new(-(-num_scales // DOUBLE_QUANT_BLOCK), FP32, category)
-        return packed, tape.new(num_scales, 1, category), outer, offset, code
+        dynamic = () if self.setup.emulated else (tape.new(DYNAMIC_CODE_NUMBERS, FP32, category),)
+        return packed, tape.new(num_scales, 1, category), outer, *dynamic, offset, code
 
     def _as_stored(self, layer: Linear) -> tuple[Tensor, ...]:
         """As the folder has it: read, and no more."""

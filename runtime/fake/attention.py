@@ -224,16 +224,16 @@ def _efficient_workspace(query: torch.Tensor) -> torch.Tensor:
 
 
 class SafeSoftmax(torch.autograd.Function):
-    """``_safe_softmax`` of attention.cpp: the softmax, rows in which every score is -inf, and the softmax without them,
-    which is kept."""
+    """``_safe_softmax`` of attention.cpp: the softmax, which is kept, rows in which every score is -inf, and zeros
+    written over those (before torch 2.6 into a copy)."""
 
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor) -> torch.Tensor:
         """Like ``scores``."""
-        plain = torch.softmax(scores, -1)
-        masked = scores.eq(float("-inf"))  # there until the end, as in the C++ code
+        output = torch.softmax(scores, -1)
+        masked = torch.isneginf(scores)  # there until the end, as in the C++ code
         rows = masked.all(-1, keepdim=True)
-        output = torch.where(rows, torch.zeros((), dtype=scores.dtype, device=scores.device), plain)
+        output.masked_fill_(rows, 0.0)
         ctx.save_for_backward(output)
         return output
 

@@ -47,6 +47,9 @@ def load(books: CudaBooks, model: nn.Module, setup: TrainingSetup) -> None:
     """Enter every parameter and buffer, module by module; nf4 weights are brought in 16 bits and quantized there."""
     layers = decoder_blocks(model)
     linear = {id(module) for module in layers.modules() if is_linear(module)}
+    if setup.weights_dtype == "nf4" and setup.method != "meft":
+        with books.category("other_weights"), books:
+            torch.empty(warm_up_bytes(model, in_4_bits=True), dtype=torch.uint8)
 
     def enter(module: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
@@ -66,6 +69,22 @@ def load(books: CudaBooks, model: nn.Module, setup: TrainingSetup) -> None:
     if setup.weights_dtype == "nf4":
         quantized: Any = model
         quantized.is_loaded_in_4bit = quantized.is_quantized = quantized.config._is_quantized = True
+
+
+def warm_up_bytes(model: nn.Module, *, in_4_bits: bool) -> int:
+    """transformers' ``caching_allocator_warmup``: one block as large as all weights comes and goes before them."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    seen: set[int] = set()
+    total = 0
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            quarter = in_4_bits and is_linear(module) and module is not head and parameter.dim() > 1
+            num_bytes = parameter.numel() * parameter.element_size()
+            total += parameter.numel() // 2 if quarter else num_bytes
+    return total
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from meft.runtime.fake.flash import use_flash_attention
 from meft.runtime.fake.linear4bit import Linear4bit, LoraLinear4bit
 from meft.runtime.fake.script_books import ScriptBooks
 from meft.runtime.session.rotary import settle_rotary_frequencies
-from meft.runtime.trace.loading import is_linear
+from meft.runtime.trace.loading import is_linear, warm_up_bytes
 
 _FLASH = "flash_attention_2"
 
@@ -216,17 +216,6 @@ def _no_state(module: nn.Module, state_dict: Any, *_: Any, **__: Any) -> Any:
 
 
 def warm_up(books: ScriptBooks, model: nn.Module, *, in_4_bits: bool = False) -> None:
-    """transformers' ``caching_allocator_warmup``: one block as large as all weights comes and goes before them."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    seen: set[int] = set()
-    total = 0
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            quarter = in_4_bits and is_linear(module) and module is not head and parameter.dim() > 1
-            num_bytes = parameter.numel() * parameter.element_size()
-            total += parameter.numel() // 2 if quarter else num_bytes
+    """The block that comes and goes before the weights."""
     with books.on_device():
-        torch.empty(total // 2, dtype=torch.float16)
+        torch.empty(warm_up_bytes(model, in_4_bits=in_4_bits), dtype=torch.uint8)

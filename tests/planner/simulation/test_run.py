@@ -200,17 +200,30 @@ def test_lora_counts_and_keeps_each_cast_input() -> None:
 
 
 def test_nf4_is_stored_as_bitsandbytes_stores_it() -> None:
-    # half a byte a weight, a scale per 64 in 8 bits, per 256 of those one in fp32, an offset, 16 numbers of code
+    # half a byte a weight, a scale per 64 in 8 bits, per 256 of those one in fp32, an offset, 16 and 256 of codes
     shape = tiny_shape(num_layers=1, hidden_size=64, intermediate_size=512, num_heads=1, num_kv_heads=1, head_dim=64)
     quantized = {"method": "qlora", "weights_dtype": "nf4", "rank": 1, "target_modules": ("q_proj",)}
     double = simulate(setup_of(shape, double_quant=True, **quantized))
     single = simulate(setup_of(shape, **quantized))
     sizes = [layer.num_weights for layer in linear_layers(shape)]
     stored = live_by_category(double, double.moments["loaded"])["linear_weights"]
-    assert stored == sum(size // 2 + size // 64 + 4 * -(-size // 64 // 256) + 4 + 64 for size in sizes)
+    assert stored == sum(size // 2 + size // 64 + 4 * -(-size // 64 // 256) + 4 + 64 + 1024 for size in sizes)
     assert live_by_category(single, single.moments["loaded"])["linear_weights"] == sum(
         size // 2 + 4 * (size // 64) + 64 for size in sizes
     )
+
+
+def test_transformers_warms_the_allocator_up_before_a_4_bit_load() -> None:
+    """One block comes and goes before the embedding: half a byte a quantized weight, two for each other one. None
+    where weights of 16 bits are moved to the device, or where the runtime loads."""
+    shape = tiny_shape(num_layers=1, hidden_size=64, intermediate_size=512, num_heads=1, num_kv_heads=1, head_dim=64)
+    quantized = {"method": "qlora", "weights_dtype": "nf4", "rank": 1, "target_modules": ("q_proj",)}
+    linears = sum(layer.num_weights for layer in linear_layers(shape))
+    first, second, third = (event.num_bytes for event in simulate(setup_of(shape, **quantized)).events[:3])
+    assert first == linears // 2 + 2 * (shape.num_parameters - linears)
+    assert (second, third) == (-first, 2 * shape.embedding_parameters)
+    for fields in (quantized | {"weights_dtype": "bf16", "method": "lora"}, quantized | {"emulated": True}):
+        assert simulate(setup_of(shape, **fields)).events[0].num_bytes == 2 * shape.embedding_parameters
 
 
 def test_gradients_are_there_from_the_first_micro_batch_of_a_window_on() -> None:

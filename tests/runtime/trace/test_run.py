@@ -99,6 +99,8 @@ def test_nf4_with_kbit_preparation_by_hand() -> None:
     assert live_at(stream, "loaded")["other_weights"] == 4 * (2 * V * D + 5 * D)
     written_out = [event for event in stream.events if event.category == "dequantized_weight" and event.num_bytes > 0]
     assert 2 * 192 * 64 in {event.num_bytes for event in written_out}
+    warm_up = sum(linears) // 2 + 2 * (2 * V * D + 5 * D)  # before all weights, and gone before them
+    assert [event.num_bytes for event in stream.events[:2]] == [warm_up, -warm_up]
 
 
 def test_preparation_casts_tied_embeddings_once() -> None:
