@@ -80,7 +80,8 @@ CONSTANTS_ARE_USED_BY = {
     "meft.runtime.exchange.device_rows": ("meft.planner.base.quantities", ("ALIGNED_ROWS",)),
     "meft.runtime.chunks.fetching": ("meft.planner.base.quantities", ("chunk_tokens",)),
 }
-"""Numbers, and how a number is divided, that the runtime works by and a model prices, stated once: these names, and nothing else of their module."""
+"""Numbers, and how one is divided, that the runtime works by and a model prices, stated once: these names, and nothing
+else of their module."""
 
 TRACE_IS_USED_WITH = {
     "meft.runtime.trace.losses": {"meft.planner.simulation.losses"},
