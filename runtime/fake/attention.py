@@ -225,7 +225,7 @@ def _efficient_workspace(query: torch.Tensor) -> torch.Tensor:
 
 class SafeSoftmax(torch.autograd.Function):
     """``_safe_softmax`` of attention.cpp: the softmax, which is kept, rows in which every score is -inf, and zeros
-    written over those (before torch 2.6 into a copy)."""
+    written over those."""
 
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor) -> torch.Tensor:
