@@ -29,8 +29,11 @@ def stage_of(session: Session) -> int | None:
     return (2 if gating.frozen else 1) if isinstance(gating, StableGating) else None
 
 
-def begin_second_stage_if_due(session: Session, share_done: float) -> bool:
-    """Between windows: begin the second stage if so much of a run's steps is its first; whether that was now."""
+def begin_second_stage_if_due(session: object, share_done: float) -> bool:
+    """Between windows: begin the second stage if so much of a run's steps is its first; whether that was now. Never in
+    a session of another method."""
+    if not isinstance(session, Session):
+        return False
     gating = session.exchange.gating
     if not isinstance(gating, StableGating) or gating.frozen or share_done < gating.options.first_stage:
         return False
