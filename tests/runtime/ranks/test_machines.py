@@ -133,7 +133,8 @@ def test_machines_whose_rows_differ_are_told():
 
     def session(sums: list[object]) -> SimpleNamespace:
         peers = SimpleNamespace(machines=2, local=0, here=2, of_all=lambda own: [own, None, *sums])
-        return SimpleNamespace(peers=peers, store=store)
+        plan = SimpleNamespace(decision=SimpleNamespace(rows="replicated"))
+        return SimpleNamespace(peers=peers, store=store, plan=plan)
 
     Session.require_replicas(session([other, None]))
     with pytest.raises(MeftError, match="machine 1 no longer has the rows of machine 0"):
