@@ -155,6 +155,7 @@ def sparsity_profile(*alphas: float, **changes: Any) -> SparsityProfile:
 
 
 def side_by_side(each: Sequence[Candidates]) -> Candidates:
-    """Single candidates, of as many token chunks each, with rows owned in all or none, as one record of arrays."""
+    """Single candidates, of as many token chunks and routers each, with rows owned in all or none, as one record of
+    arrays."""
     arrays = {name: np.array([vars(one)[name] for one in each]) for name in vars(each[0])}
-    return Candidates(**arrays | {name: vars(each[0])[name] for name in ("token_chunks", "owned")})
+    return Candidates(**arrays | {name: vars(each[0])[name] for name in ("token_chunks", "owned", "routers")})
