@@ -35,6 +35,7 @@ from unittest import mock
 
 import click
 import torch
+from results_file import append
 from torch import nn
 
 from meft.planner.front.options import RequestOptions
@@ -271,11 +272,9 @@ def main(results: Path | None, compared: tuple[TokensSee, ...], **asked: Any) ->
     """Compare, and print."""
     folder = smollm2_folder(click.echo)
     for see in compared:
-        line = json.dumps(asdict(compare(see, folder=folder, **asked)))
-        click.echo(line)
-        if results is not None:
-            with results.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        row = asdict(compare(see, folder=folder, **asked))
+        click.echo(json.dumps(row))
+        append(results, row)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from results_file import append
 
 from meft.planner.memory.device import predict_device_memory
 from meft.planner.models.architecture import ModelShape
@@ -189,9 +190,7 @@ def compare_rest(
     for name, setup, config in configurations:
         if name not in found:
             found[name] = compare(name, setup, config)
-            if path is not None:
-                with path.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(asdict(found[name])) + "\n")
+            append(path, asdict(found[name]))
         yield found[name]
 
 

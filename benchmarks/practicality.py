@@ -36,6 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
+from results_file import append
 from timed_device import small_batch, timed_session
 
 import meft
@@ -73,23 +74,24 @@ def _slowed(profile: Profile, by: float) -> Profile:
     return profile.model_copy(update=changed)
 
 
-def plan_of(gpu: str, size: str, schedule: str, *, width: int, top_k: int, grad_accum: int = 32) -> Plan:
-    """LLaMA-7B with a given width and K, the rest as the planner chooses."""
+def plan_of(gpu: str, size: str, schedule: str, *, width: int, top_k: int, grad_accum: int = 32, **asked: Any) -> Plan:
+    """LLaMA-7B with a given width and K, what else is ``asked``, and the rest as the planner chooses."""
     batch_size, seq_len = map(int, size.split("x"))
     depth = 0 if schedule == "sequential" else int(schedule.removeprefix("p="))
-    return meft.plan(
-        model="llama-7b",
-        gpu=gpu,
-        gpu_mem=GPUS[gpu],
-        host_mem="128GB",
-        batch_size=batch_size,
-        seq_len=seq_len,
-        adapter_width=width,
-        top_k=top_k,
-        prefetch_depth=depth,
-        grad_accum=grad_accum,
-        max_slowdown=10.0,
-    )
+    options: dict[str, Any] = {
+        "model": "llama-7b",
+        "gpu": gpu,
+        "gpu_mem": GPUS[gpu],
+        "host_mem": "128GB",
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "adapter_width": width,
+        "top_k": top_k,
+        "prefetch_depth": depth,
+        "grad_accum": grad_accum,
+        "max_slowdown": 10.0,
+    }
+    return meft.plan(**options | asked)
 
 
 def decided(plan: Plan, choices: dict[str, Any]) -> Plan:
@@ -223,9 +225,7 @@ def main(
                     plan = decided(plan, {name: json.loads(value) for name, _, value in changes})
                 row = row_of(gpu, size, schedule, plan, steps=steps, slower=slower)
                 click.echo(said(row))
-                if results is not None:
-                    with results.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                append(results, row)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ Committed: ``benchmarks/scaling_results.jsonl``.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -38,36 +37,18 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
-from practicality import GPUS, profiles_at
+from practicality import GPUS, plan_of, profiles_at
+from results_file import append
 from timed_ranks import RankWindow, timed_windows
 
-import meft
 from meft.planner.predict.prediction import ProfileSet, predict, timing_of
 from meft.planner.records.plan import Plan
 from meft.planner.records.profiles import sourced_numbers
 
 CARDS = (1, 2, 4, 8)
-BATCH_SIZE, SEQ_LEN, GRAD_ACCUM = 8, 512, 32
+SIZE, GRAD_ACCUM, HOST_MEM = "8x512", 32, "256GB"
 LONGEST_FACTOR = 3
 """Of what is predicted: a run that takes longer is given up."""
-
-
-def plan_for(gpu: str, cards: int, *, width: int, top_k: int) -> Plan:
-    """The planner's decision for so many cards on one host of 256 GB."""
-    return meft.plan(
-        model="llama-7b",
-        gpu=gpu,
-        gpu_mem=GPUS[gpu],
-        host_mem="256GB",
-        gpus=cards,
-        batch_size=BATCH_SIZE,
-        seq_len=SEQ_LEN,
-        adapter_width=width,
-        top_k=top_k,
-        prefetch_depth=1,
-        grad_accum=GRAD_ACCUM,
-        max_slowdown=10.0,
-    )
 
 
 def on_cards(plan: Plan, cards: int, profiles: ProfileSet) -> Plan:
@@ -129,7 +110,7 @@ def rows(
     gpu: str, cards: tuple[int, ...], *, planned_for: int, host_times: float, windows: int, slower: float, **choice: int
 ) -> Iterator[dict[str, Any]]:
     """A line of the results for each number of cards."""
-    plan = plan_for(gpu, planned_for, **choice)
+    plan = plan_of(gpu, SIZE, "p=1", grad_accum=GRAD_ACCUM, host_mem=HOST_MEM, gpus=planned_for, **choice)
     profiles = with_host(ProfileSet.of(plan.request), host_times)
     slowed = with_host(profiles_at(plan, slower), host_times)
     asked = {"gpu": gpu, "host": profiles.host.name, "host_times": host_times, "planned_for": planned_for}
@@ -162,9 +143,7 @@ def main(results: Path | None, **asked: Any) -> None:
     """Measure each number of cards."""
     for row in rows(**asked):
         click.echo(said(row))
-        if results is not None:
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        append(results, row)
 
 
 if __name__ == "__main__":

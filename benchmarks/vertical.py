@@ -19,11 +19,11 @@ Committed: ``benchmarks/vertical_results.jsonl``.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
+from results_file import append
 
 import meft
 from meft.planner.base.errors import Infeasible
@@ -151,9 +151,7 @@ def main(gpu: str, batch_size: int, seq_len: int, results: Path | None) -> None:
                 "one batch": of_plan(together, grad_accum),
             }
             click.echo(said(row))
-            if results is not None:
-                with results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            append(results, row)
 
 
 if __name__ == "__main__":

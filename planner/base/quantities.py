@@ -41,6 +41,12 @@ def aligned_rows(rows: Ints, *, most: Ints) -> Ints:
     return np.minimum(-(-rows // ALIGNED_ROWS) * ALIGNED_ROWS, most)
 
 
+def smaller(a: Ints, b: Ints) -> Ints:
+    """The lesser of each two; of two numbers a number."""
+    found = np.minimum(a, b)
+    return int(found) if np.ndim(found) == 0 else found
+
+
 def chunk_tokens(tokens: int, token_chunks: int) -> int:
     """Tokens of each chunk of a micro-batch but the last, which has what is left over: ``T / C``, rounded up."""
     return -(-tokens // token_chunks)

@@ -240,13 +240,9 @@ def search_options(command: Command) -> Command:
     )
 
 
-def decision_options(command: Command) -> Command:
-    """Parts of a decision that the user may fix."""
-    return apply_options(
-        command,
-        click.option("--adapter-width", type=click.IntRange(1, MAX_WIDTH), help="Rows per layer."),
-        click.option("--top-k", type=click.IntRange(1, MAX_WIDTH), help="Rows per token."),
-        click.option("--prefetch-depth", type=click.IntRange(min=0), help="Layers that rows are fetched ahead."),
+def _routing_options() -> tuple[Callable[[Any], Any], ...]:
+    """How rows are found, and what some ways have of their own."""
+    return (
         click.option(
             "--routing",
             type=click.Choice(get_args(Routing)),
@@ -278,6 +274,17 @@ def decision_options(command: Command) -> Command:
             help="Of routing stable: share of a run's steps in which it learns whom to choose; then that is frozen. "
             "[default: 0.1]",
         ),
+    )
+
+
+def decision_options(command: Command) -> Command:
+    """Parts of a decision that the user may fix."""
+    return apply_options(
+        command,
+        click.option("--adapter-width", type=click.IntRange(1, MAX_WIDTH), help="Rows per layer."),
+        click.option("--top-k", type=click.IntRange(1, MAX_WIDTH), help="Rows per token."),
+        click.option("--prefetch-depth", type=click.IntRange(min=0), help="Layers that rows are fetched ahead."),
+        *_routing_options(),
         click.option("--rows-in-backward", type=click.Choice(get_args(RowsInBackward))),
         click.option(
             "--tokens-see",

@@ -26,6 +26,7 @@ from meft.planner.base.quantities import (
     MASTER_BYTES,
     Flags,
     Ints,
+    smaller,
 )
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, HostMemory, MemoryEntry, Request
@@ -113,8 +114,7 @@ def query_buffer_bytes(*, tokens: Ints, hidden_size: Ints, compute_dtype_bytes: 
 
 def ring_slots(*, prefetch_depth: Ints, num_layers: int) -> Ints:
     """``p + 1``: a layer's rows and those of the layers that look-ahead fetches, of which there are ``L`` at most."""
-    slots = np.minimum(prefetch_depth + 1, num_layers)
-    return int(slots) if np.ndim(slots) == 0 else slots
+    return smaller(prefetch_depth + 1, num_layers)
 
 
 def gradient_slots(*, prefetch_depth: Ints, num_layers: int) -> Ints:
@@ -157,7 +157,7 @@ def host_bytes_by_category(*, request: Request, candidates: Candidates) -> dict[
         "touched_flags": touched_flag_bytes(num_layers=num_layers, adapter_width=held),
         "row_staging": slots * row_buffer,
         "gradient_landing": gradient_slots(prefetch_depth=prefetch_depth, num_layers=num_layers) * row_buffer,
-        "query_landing": _smaller(slots, queried) * query_buffer,
+        "query_landing": smaller(slots, queried) * query_buffer,
         "probes_landing": key_experts * slots * probes,
         "row_experts_landing": key_experts * slots * indices,
         "row_positions_landing": ((cached_rows + hot_rows > 0) | chunked) * slots * indices,
@@ -237,11 +237,6 @@ def host_memory(*, request: Request, decision: Decision) -> HostMemory:
     sizes = host_bytes_by_category(request=request, candidates=Candidates.of(decision))
     entries = tuple(_entry(name, int(num_bytes)) for name, num_bytes in sizes.items() if num_bytes)
     return HostMemory(entries=entries, total_bytes=sum(entry.num_bytes for entry in entries))
-
-
-def _smaller(a: Ints, b: Ints) -> Ints:
-    smaller = np.minimum(a, b)
-    return int(smaller) if np.ndim(smaller) == 0 else smaller
 
 
 def _entry(category: str, num_bytes: int) -> MemoryEntry:

@@ -76,7 +76,7 @@ class SwitchOptions(Record):
 
 
 class StableOptions(Record):
-    """What stable routing has of its own; the usual values are the paper's."""
+    """What stable routing has of its own; the usual values are assumed: the paper's as we remember them."""
 
     first_stage: FirstStage = 0.1
     """Share of a run's steps after which the light router is frozen and chooses, at the end of a window; 1: never."""

@@ -20,7 +20,7 @@ from meft.planner.base.units import GIB, MIB, format_bytes, format_size_argument
 from meft.planner.memory.budget import machine_bytes_for
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.profiles import GpuProfile
-from meft.planner.records.routing import ROUTINGS
+from meft.planner.search.space import why_not_owned
 
 SHORTEST_SEQUENCE = 16
 MORE_STEPS = 4
@@ -171,7 +171,7 @@ def _changes(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Iter
     raised = _raised(request, needs, gpu)
     more = [] if raised is None else _somewhat_more(raised, request, gpu)
     far = raised is not None and raised.gpu_mem_bytes > (1 + FAR) * request.gpu_mem_bytes
-    if "host_mem_bytes" in needs and request.nodes > 1 and _may_own(request):
+    if "host_mem_bytes" in needs and request.nodes > 1 and request.rows == "replicated" and not why_not_owned(request):
         yield request.model_copy(update={"rows": "owned"})
     last = far or (request.host_mem_basis == "this machine" and "host_mem_bytes" in needs)
     if raised and not last:
@@ -275,9 +275,3 @@ def _options(request: Request, changed: Request, decision: Decision) -> dict[str
     if "--weights-dtype" in options:
         options["--adapter-dtype"] = request.adapter_dtype  # whose default depends on the weights
     return options
-
-
-def _may_own(request: Request) -> bool:
-    """Whether each machine may have its part of the rows alone."""
-    searched = request.routing is None or ROUTINGS[request.routing].in_experts
-    return request.rows == "replicated" and searched and not request.hot_rows and (request.token_chunks or 1) == 1

@@ -35,10 +35,10 @@ from meft.planner.memory.device import counted_bytes
 from meft.planner.memory.replayed import replayed_peaks
 from meft.planner.predict.prediction import ProfileSet, inputs_used, predict, timing_of
 from meft.planner.records.plan import Decision, Plan, Prediction, Request, SearchSummary
-from meft.planner.records.routing import ROUTINGS
 from meft.planner.search.fitting import Fitting, best_fitting
 from meft.planner.search.sifted_choice import best, front
 from meft.planner.search.sifting import Index, Sifted
+from meft.planner.search.space import why_not_owned
 
 if TYPE_CHECKING:
     from meft.planner.search.weighing import Weighed
@@ -262,25 +262,14 @@ def _fitting(sifted: Sifted) -> Fitting[tuple[Sifted, Index]]:
     return best_fitting(request.gpu_mem_bytes, best_within=best_within, short_bytes=short_bytes)
 
 
-def _check_owned(request: Request) -> None:
-    """Rows that machines own are found expert by expert, each where it lies."""
-    if request.routing is not None and not ROUTINGS[request.routing].in_experts:
-        raise UsageError(
-            f"routing {request.routing} beside rows owned: it scores every row in one product, and no machine has them "
-            f"all; give key-experts, centroid or switch"
-        )
-    if request.hot_rows:
-        raise UsageError(f"hot_rows {request.hot_rows} beside rows owned: give one of them")
-
-
 def check_request(request: Request) -> None:
     """Refuse what contradicts itself and what the runtime does not train; raises :class:`UsageError`."""
     if (request.token_chunks or 1) > 1:
         from meft.planner.search.chunked import check_chunks
 
         check_chunks(request)
-    if request.rows == "owned":
-        _check_owned(request)
+    if request.rows == "owned" and (refused := why_not_owned(request)):
+        raise UsageError(refused)
     shape, width, top_k = request.model, request.adapter_width, request.top_k
     as_stored = request.weights_dtype == "int8" and shape.stored is not None
     if request.weights_dtype in ("fp16", "int8") and not as_stored:

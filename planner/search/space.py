@@ -188,6 +188,21 @@ class Space:
         )
 
 
+def why_not_owned(request: Request) -> str | None:
+    """Why machines cannot each own their rows, whatever their number: rows are found expert by expert, where they lie,
+    and brought for a micro-batch at once; None if they can."""
+    if request.routing is not None and not ROUTINGS[request.routing].in_experts:
+        *others, last = [name for name, needs in ROUTINGS.items() if needs.in_experts]
+        return (
+            f"routing {request.routing} beside rows owned: it scores every row in one product, and no machine has them "
+            f"all; give {', '.join(others)} or {last}"
+        )
+    for name, most in {"token_chunks": 1, "hot_rows": 0}.items():
+        if (getattr(request, name) or 0) > most:
+            return f"{name} {getattr(request, name)} beside rows owned: give one of them"
+    return None
+
+
 def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
     """Every decision to weigh for ``request``."""
     routings = _routings(request)

@@ -90,11 +90,9 @@ class Adapter(BesideFfn):
         targets = self.exchange.targets(self.index)
         if targets:
             self.exchange.held[self.index] = x.detached()
+        choose = {"switch": self._switch, "stable": self._one}.get(self.decision.routing, self._probe)
         for target in targets if self._gated else ():
-            if self.decision.stable is not None:
-                self._one(x, target)
-            else:
-                (self._probe if self.decision.switch is None else self._switch)(x, target)
+            choose(x, target)
 
     def _probe(self, x: Tensor, target: int) -> None:
         """The best experts of each token, for the layer ``target``."""

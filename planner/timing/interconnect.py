@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, MASTER_BYTES, Floats, Ints
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Request
-from meft.planner.traffic.network import NUMBER_BYTES, foreign_row_bytes, foreign_share, summed_row_bytes
-from meft.planner.traffic.owned import SQUARE_BYTES, asked_row_bytes, asked_token_bytes, pair_bytes
+from meft.planner.traffic.network import foreign_row_bytes, foreign_share, summed_row_bytes
+from meft.planner.traffic.owned import COUNT_BYTES, SQUARE_BYTES, asked_row_bytes, asked_token_bytes, pair_bytes
 from meft.planner.traffic.transfer import router_gradient_bytes
 
 EXCHANGE_SECONDS = 100e-6
@@ -39,7 +39,7 @@ def exchange_between(request: Request, *, rows: NDArray[np.int64]) -> NDArray[np
     row = foreign_row_bytes(
         hidden_size=request.model.hidden_size, adapter_dtype_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype]
     )
-    sent = ranks * (rows * foreign_share(request.nodes) * row + others * ranks * NUMBER_BYTES)
+    sent = ranks * (rows * foreign_share(request.nodes) * row + others * ranks * COUNT_BYTES)
     return np.asarray(EXCHANGES * EXCHANGE_SECONDS + sent / rate)
 
 

@@ -22,7 +22,6 @@ from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, MASTER_BYTES, Ints
 from meft.planner.records.plan import Decision, Request
 from meft.planner.traffic.owned import COUNT_BYTES, SQUARE_BYTES, owned_bytes
 
-NUMBER_BYTES = COUNT_BYTES
 TOLD_BYTES = 16
 """A rank's loss and its wish to stop, fp64 each."""
 
@@ -63,12 +62,12 @@ class NetworkUse:
 
 def foreign_row_bytes(*, hidden_size: int, adapter_dtype_bytes: int) -> int:
     """A row on its way to who adds it up: number and gradient."""
-    return NUMBER_BYTES + 2 * hidden_size * adapter_dtype_bytes
+    return COUNT_BYTES + 2 * hidden_size * adapter_dtype_bytes
 
 
 def summed_row_bytes(*, hidden_size: int) -> int:
     """A touched row on its way to another machine: number and fp32 sum."""
-    return NUMBER_BYTES + 2 * hidden_size * MASTER_BYTES
+    return COUNT_BYTES + 2 * hidden_size * MASTER_BYTES
 
 
 def messages_per_window(decision: Decision) -> int:
@@ -84,7 +83,7 @@ def network_bytes(request: Request, decision: Decision, use: NetworkUse) -> Netw
     others, hidden_size = machines - 1, request.model.hidden_size
     routers = num_layers * decision.needs.router_rows(decision.num_experts) * hidden_size * MASTER_BYTES
     messages = num_layers * (use.rounds + use.windows * messages_per_window(decision))
-    counts = machines * ranks * others * ranks * NUMBER_BYTES
+    counts = machines * ranks * others * ranks * COUNT_BYTES
     row = foreign_row_bytes(hidden_size=hidden_size, adapter_dtype_bytes=ADAPTER_DTYPE_BYTES[request.adapter_dtype])
     return {
         ("row_gradients", "step"): messages * counts + use.foreign_rows * row,
@@ -108,7 +107,7 @@ def _of_rows(request: Request, decision: Decision, use: NetworkUse) -> NetworkCa
             scored_pairs=use.scored_pairs,
         )
     others = request.nodes - 1
-    counts = request.ranks * request.model.num_layers * others * NUMBER_BYTES * use.windows
+    counts = request.ranks * request.model.num_layers * others * COUNT_BYTES * use.windows
     row = summed_row_bytes(hidden_size=request.model.hidden_size)
     return {("row_sums", "optimizer_step"): counts + use.summed_rows * others * row}
 

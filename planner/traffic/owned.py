@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
-
 from meft.planner.base.quantities import (
     ADAPTER_DTYPE_BYTES,
     COMPUTE_DTYPE_BYTES,
@@ -23,11 +21,12 @@ from meft.planner.base.quantities import (
     MASTER_BYTES,
     Flags,
     Ints,
+    smaller,
 )
 from meft.planner.records.plan import Decision, Request
 
 COUNT_BYTES = 8
-"""Of a row's number, and of a count."""
+"""Of a row's number, and of a count, between machines."""
 SQUARE_BYTES = 8
 
 
@@ -104,13 +103,8 @@ def owner_buffer_bytes(
     others = machines - 1
     token = asked_token_bytes(hidden_size=hidden_size, num_probes=num_probes, compute_dtype_bytes=compute_dtype_bytes)
     pairs = tokens * num_probes * pair_bytes(rows_per_expert=adapter_width // num_experts)
-    answered = others * _smaller(active_rows_cap, adapter_width // machines)
+    answered = others * smaller(active_rows_cap, adapter_width // machines)
     row = asked_row_bytes(hidden_size=hidden_size, adapter_dtype_bytes=adapter_dtype_bytes)
     of_means = 2 * others * means * (num_experts // machines) * hidden_size * MASTER_BYTES
     found: Ints = 2 * others * tokens * token + (others + 1) * pairs + (active_rows_cap + answered) * row + of_means
     return found
-
-
-def _smaller(a: Ints, b: Ints) -> Ints:
-    smaller = np.minimum(a, b)
-    return int(smaller) if np.ndim(smaller) == 0 else smaller

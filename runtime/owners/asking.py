@@ -97,10 +97,10 @@ class Owners:
         tokens = 0 if asked is None else asked.queries.shape[0]
         there = network.tell(torch.full((network.machines, 1), tokens), self._about("queries")).flatten().tolist()
         counts = [tokens if machine != network.machine else 0 for machine in range(network.machines)]
-        for copy in range(len(network.others) if asked is not None else 0):
-            assert asked is not None
-            some = slice(copy * tokens, (copy + 1) * tokens)
-            queries[some], probes[some] = asked.queries, asked.probes
+        if asked is not None:
+            for copy in range(len(network.others)):
+                some = slice(copy * tokens, (copy + 1) * tokens)
+                queries[some], probes[some] = asked.queries, asked.probes
         network.swap(queries, queries_in, self._about("queries"), counts=counts, expected=there)
         network.swap(probes, probes_in, self._about("queries"), counts=counts, expected=there)
         answered = self._answer_scores(layer, there)

@@ -131,6 +131,23 @@ def _save_report(report: Report, options: RunOptions) -> None:
         report.save(path)
 
 
+def _preflight(
+    plan: Plan, options: RunOptions, folder: Path, kind: DeviceKind, peers: Peers | None, display: Display
+) -> None:
+    """Raise :class:`MachineError` for what this machine lacks; say what else a user should see."""
+    notes = preflight.check(
+        plan,
+        preflight.Machine.here(),
+        device_kind=kind,
+        budget_bytes=_budget(plan, options),
+        ranks=1 if peers is None else peers.here,
+        machines=1 if peers is None else peers.machines,
+        converted_bytes=model_loading.converted_bytes(plan, folder) if kind == "cuda" else 0,
+    )
+    for note in notes:
+        display.say(f"note: {note}")
+
+
 def _run(
     plan: Plan,
     options: RunOptions,
@@ -143,21 +160,7 @@ def _run(
     """The stages of a run, in a folder that is this run's alone; between two of them a signal is obeyed."""
     kind, check = _device_kind(plan, options), display.interrupts.check
     with closing(_open_nvml(kind)) as nvml:
-        machine = preflight.Machine.here()
-        here, machines = (1, 1) if peers is None else (peers.here, peers.machines)
-        budget = _budget(plan, options)
-        converted = model_loading.converted_bytes(plan, folder) if kind == "cuda" else 0
-        notes = preflight.check(
-            plan,
-            machine,
-            device_kind=kind,
-            budget_bytes=budget,
-            ranks=here,
-            machines=machines,
-            converted_bytes=converted,
-        )
-        for note in notes:
-            display.say(f"note: {note}")
+        _preflight(plan, options, folder, kind, peers, display)
         check()
         tokenizer = model_loading.load_tokenizer(folder)
         check()

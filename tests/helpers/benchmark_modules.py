@@ -12,7 +12,9 @@ FOLDER = ROOT / "benchmarks"
 
 
 def load_benchmark(name: str) -> ModuleType:
-    """The module of that name, loaded once."""
+    """The module of that name, loaded once; it may import others of the folder, as it does where it is run."""
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
         assert spec is not None

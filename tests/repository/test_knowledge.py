@@ -172,7 +172,6 @@ def test_other_clocks_change_the_update_and_nothing_else(script, glass_folder) -
 def test_curves_change_one_number_at_a_time_and_are_drawn_beside_the_papers(
     tmp_path, glass_folder, monkeypatch
 ) -> None:
-    load_benchmark("knowledge")  # which the curves import by its name
     curves = load_benchmark("knowledge_curves")
     monkeypatch.setattr(curves, "TOP_KS", (8, 16))
     monkeypatch.setattr(curves, "EXPERTS", (16,))
@@ -196,7 +195,6 @@ def test_curves_change_one_number_at_a_time_and_are_drawn_beside_the_papers(
 
 
 def test_curves_keep_every_seed_of_a_point() -> None:
-    load_benchmark("knowledge")
     curves = load_benchmark("knowledge_curves")
     points = [(32, 1, 0.9), (8, 1, 0.5), (32, 1, 0.7), (32, 16, 0.8)]
     records = [{"top_k": k, "num_experts": n, "exact_match": {"exact_match": score}} for k, n, score in points]

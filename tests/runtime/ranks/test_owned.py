@@ -20,7 +20,7 @@ from rank_checks import (
     write_facts,
 )
 from rank_runs import ended
-from sessions import CENTROIDS, EXPERTS, SWITCH
+from sessions import CENTROIDS, EXPERTS, STABLE, SWITCH
 
 from meft.planner.base.errors import UsageError
 from meft.planner.records.plan import Plan
@@ -35,12 +35,14 @@ CHOICES: dict[str, dict[str, object]] = {
     "experts": {**EXPERTS, **OWNED, "rows_in_backward": "refetched"},
     "switch": {**SWITCH, **OWNED, "top_k": 8, "prefetch_depth": 1, "bf16_copy": True, "rows_in_backward": "refetched"},
     "centroid": {**CENTROIDS, **OWNED, "prefetch_depth": 1},
+    "stable": {**STABLE, **OWNED, "prefetch_depth": 1, "rows_in_backward": "refetched"},
 }
 REQUESTS: dict[str, dict[str, object]] = {"switch": {"adapter_dtype": "bf16"}}
 LAYOUTS = {
     "experts": ((2, 1, "sequential"), (2, 2, "overlapped")),
     "switch": ((2, 1, "overlapped"),),
     "centroid": ((4, 1, "overlapped"),),
+    "stable": ((2, 1, "sequential"),),
 }
 """Machines, ranks on each, schedule."""
 

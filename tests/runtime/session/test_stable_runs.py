@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plan_samples import sample_profiles
-from sessions import EXPERTS, STABLE, open_small, rows_by_step, small_plan, small_trainer
+from routed_runs import WAYS, finished, require_predicted_memory
+from sessions import EXPERTS, STABLE, open_small, small_plan, small_trainer
 
 from meft.planner.base.errors import UsageError
-from meft.planner.predict.prediction import predict
 from meft.runtime.session.checkpoint import list_checkpoints, load_adapter, save_adapter
 from meft.runtime.session.model_loading import load_frozen_model
 from meft.runtime.session.session import Session
 from meft.runtime.session.stages import set_stage, stage_of
-from meft.runtime.training.training import Trainer
 from meft.runtime.use.adapter_model import AdapterModel
 from meft.runtime.use.inference import AS_TRAINED, LayerRows, _rows_of
-
-WAYS = [
-    pytest.param({}, {"grad_accum": 2}, id="plain"),
-    pytest.param({"activation_checkpointing": True, "prefetch_depth": 1}, {"adapter_dtype": "bf16"}, id="recomputed"),
-]
-
-
-def _run(trainer: Trainer) -> Trainer:
-    trainer.run()
-    trainer.session.close()
-    return trainer
 
 
 @pytest.mark.parametrize("stopped_at", [2, 4, 6], ids=["first stage", "change", "second stage"])
@@ -34,15 +21,15 @@ def _run(trainer: Trainer) -> Trainer:
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(glass_folder, tmp_path, choice, asked, stopped_at) -> None:
     """In the first stage, at the change and in the second."""
     plan = small_plan(glass_folder, choice=STABLE | choice, **asked)
-    whole = _run(small_trainer(open_small(glass_folder, plan), steps=8))
+    whole = finished(small_trainer(open_small(glass_folder, plan), steps=8))
     first = small_trainer(open_small(glass_folder, plan), steps=8, output=tmp_path)
     first.on_step = lambda progress: setattr(first, "stop_requested", progress.step == stopped_at)
-    _run(first)
+    finished(first)
     assert first.steps_done == stopped_at
     second = small_trainer(open_small(glass_folder, plan), steps=8, output=tmp_path)
     second.resume(list_checkpoints(tmp_path)[-1])
     assert stage_of(second.session) == (2 if stopped_at > 4 else 1)
-    _run(second)
+    finished(second)
     assert stage_of(whole.session) == stage_of(second.session) == 2
     assert second.history.losses == whole.history.losses
     for mine, theirs in zip(second.session.router_weights, whole.session.router_weights, strict=True):
@@ -65,7 +52,7 @@ def test_the_light_router_is_as_it_was_when_it_was_frozen(glass_folder, weight_d
         progress.step, [weight.detach().clone() for weight in session.router_weights]
     )
     held = _state_numbers(session)
-    _run(trainer)
+    finished(trainer)
     assert ("second_stage", 4) in events
     for layer, weight in enumerate(session.router_weights):
         at_change, last = halves[5][layer], weight.detach()  # on_step comes before the window's update
@@ -84,14 +71,7 @@ def _state_numbers(session: Session) -> int:
 @pytest.mark.parametrize(("choice", "asked"), WAYS)
 def test_it_takes_the_device_memory_that_is_predicted(glass_folder, choice, asked) -> None:
     """Of both stages no more than the first's, which is what a plan says."""
-    plan = small_plan(glass_folder, choice=STABLE | choice, **asked)
-    trainer = small_trainer(open_small(glass_folder, plan), steps=4)
-    rows = rows_by_step(trainer)
-    _run(trainer)
-    most = [max(step[layer] for step in rows["active_rows"]) for layer in range(plan.request.model.num_layers)]
-    predicted = predict(plan.request, plan.decision, sample_profiles(), most).device_memory
-    peaks = trainer.measured.peaks
-    assert predicted.peak_allocated_bytes == pytest.approx(peaks.allocated_bytes, rel=0.03)
+    require_predicted_memory(glass_folder, small_plan(glass_folder, choice=STABLE | choice, **asked))
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -4,45 +4,32 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plan_samples import sample_profiles
-from sessions import SWITCH, open_small, random_examples, rows_by_step, small_plan, small_trainer
+from routed_runs import WAYS, finished, require_predicted_memory
+from sessions import SWITCH, open_small, random_examples, small_plan, small_trainer
 
-from meft.planner.predict.prediction import predict
 from meft.runtime.data.examples import collate
 from meft.runtime.session.checkpoint import list_checkpoints
 from meft.runtime.session.model_loading import load_frozen_model
-from meft.runtime.training.training import Trainer
 from meft.runtime.use.adapter_model import AdapterModel
 from meft.runtime.use.inference import AS_TRAINED, LayerRows, _rows_of
-
-WAYS = [
-    pytest.param({}, {"grad_accum": 2}, id="plain"),
-    pytest.param({"activation_checkpointing": True, "prefetch_depth": 1}, {"adapter_dtype": "bf16"}, id="recomputed"),
-]
 
 
 def _balanced(weight: float) -> dict[str, object]:
     return SWITCH | {"switch": {"balance_loss": weight, "jitter": 0.0, "capacity_factor": 8.0}}
 
 
-def _run(trainer: Trainer) -> Trainer:
-    trainer.run()
-    trainer.session.close()
-    return trainer
-
-
 @pytest.mark.parametrize(("choice", "asked"), WAYS)
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(glass_folder, tmp_path, choice, asked) -> None:
     """Jitter is that of the micro-batch, whichever process has it."""
     plan = small_plan(glass_folder, choice=SWITCH | choice, **asked)
-    whole = _run(small_trainer(open_small(glass_folder, plan), steps=8))
+    whole = finished(small_trainer(open_small(glass_folder, plan), steps=8))
     first = small_trainer(open_small(glass_folder, plan), steps=8, output=tmp_path, save_every=2)
     first.on_step = lambda progress: setattr(first, "stop_requested", progress.step == 4)
-    _run(first)
+    finished(first)
     assert 0 < first.steps_done < 8
     second = small_trainer(open_small(glass_folder, plan), steps=8, output=tmp_path)
     second.resume(list_checkpoints(tmp_path)[-1])
-    _run(second)
+    finished(second)
     assert second.history.losses == whole.history.losses
     for mine, theirs in zip(second.session.router_weights, whole.session.router_weights, strict=True):
         assert torch.equal(mine, theirs)
@@ -52,14 +39,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(glass_folder, tmp_p
 
 @pytest.mark.parametrize(("choice", "asked"), WAYS)
 def test_it_takes_the_device_memory_that_is_predicted(glass_folder, choice, asked) -> None:
-    plan = small_plan(glass_folder, choice=SWITCH | choice, **asked)
-    trainer = small_trainer(open_small(glass_folder, plan), steps=4)
-    rows = rows_by_step(trainer)
-    _run(trainer)
-    most = [max(step[layer] for step in rows["active_rows"]) for layer in range(plan.request.model.num_layers)]
-    predicted = predict(plan.request, plan.decision, sample_profiles(), most).device_memory
-    peaks = trainer.measured.peaks
-    assert predicted.peak_allocated_bytes == pytest.approx(peaks.allocated_bytes, rel=0.03)
+    require_predicted_memory(glass_folder, small_plan(glass_folder, choice=SWITCH | choice, **asked))
 
 
 def test_the_balance_loss_spreads_tokens_over_experts(glass_folder) -> None:
@@ -73,7 +53,7 @@ def test_the_balance_loss_spreads_tokens_over_experts(glass_folder) -> None:
             told.append(float(loss.detach())),
             note(loss),
         )  # type: ignore[method-assign,misc]
-        trainer = _run(small_trainer(session, steps=24))
+        trainer = finished(small_trainer(session, steps=24))
         assert sum(trainer.history.losses[-4:]) < sum(trainer.history.losses[:4])
         used = [tables.step_counts.view(8, -1).sum(dim=1).double() for tables in session.store.layers]
         spread.append(sum(float((each / each.sum()).square().sum()) for each in used))
