@@ -3,19 +3,21 @@
     python benchmarks/methods.py --output-dir benchmarks/methods_results [--facts 300] [--seeds 2]
 
 Writes the facts as statements to complete ("Airport JFK is in" ... " New York"; the question with the chat template
-would take five times the tokens) and prose of the factbook, then runs ``meft-run compare``, which goes on where it was
-stopped. What is committed was made so.
+would take five times the tokens) and prose of the factbook, prunes the model to 2:4 on other prose of it (once, into
+its own folder), then runs ``meft-run compare``, which goes on where it was stopped. What is committed was made so.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import click
 
 from meft.runtime.cli.compare import DEFAULT_METHODS, compare_command
+from meft.runtime.cli.prune import prune_command
 from meft.runtime.data.task_sources import factbook_prose, load_task
 
 QUESTION, STATEMENT = "Which city does the airport with IATA code {} serve?", "Airport {} is in"
@@ -23,9 +25,10 @@ CANDIDATES = 4
 """So many times the facts are looked at for short ones."""
 FURTHER = (
     "peft:p-tuning", "peft:shira", "bitfit", "meft:weights_dtype=nf4", "meft:tokens_see=own",
-    "meft:routing=key-experts", "meft:routing=centroid", "meft:routing=switch",
+    "meft:routing=key-experts", "meft:routing=centroid", "meft:routing=switch", "meft:routing=stable",
 )  # fmt: skip
-"""Beside what is compared by default."""
+"""Beside what is compared by default; and MEFT over a pruned base."""
+SPARSITY, CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = "2:4", 64, 256
 
 
 @click.command(context_settings={"show_default": True})
@@ -40,8 +43,10 @@ FURTHER = (
 @click.option(
     "--weights-dtype", default="bf16", help="Several times as fast as fp32 where the processor has products of it."
 )
-@click.option("--methods", default=",".join((*DEFAULT_METHODS, *FURTHER)))
-def main(output_dir: Path, model: Path | None, facts: int, seq_len: int, texts: int, **given: object) -> None:
+@click.option("--methods", help="[default: those of meft-run compare, eight more and MEFT over a pruned base]")
+def main(
+    output_dir: Path, model: Path | None, facts: int, seq_len: int, texts: int, methods: str | None, **given: object
+) -> None:
     """Make the data and compare."""
     from meft.runtime.cli.use import base_folder
     from meft.runtime.session.model_loading import load_tokenizer
@@ -59,11 +64,27 @@ def main(output_dir: Path, model: Path | None, facts: int, seq_len: int, texts: 
             lines.append({"prompt": prompt, "completion": completion, "answers": list(item.answers)})
     data.write_text("".join(json.dumps(line) + "\n" for line in lines[:facts]))
     prose.write_text("".join(json.dumps({"text": text}) + "\n" for text in factbook_prose(texts)))
+    if methods is None:
+        base = pruned(folder, output_dir / "pruned", leave_out=texts)
+        methods = ",".join((*DEFAULT_METHODS, *FURTHER, f"meft:model={base}"))
     options = ["--model", folder, "--data", data, "--eval", data, "--prose", prose, "--output-dir", output_dir, "--raw"]
-    options += ["--seq-len", seq_len, "--max-new-tokens", 8]
+    options += ["--seq-len", seq_len, "--max-new-tokens", 8, "--methods", methods]
     for name, value in given.items():
         options += [f"--{name.replace('_', '-')}", value]
     compare_command.main([str(each) for each in options], standalone_mode=False)
+
+
+def pruned(folder: Path, output: Path, *, leave_out: int) -> Path:
+    """The model pruned by SparseGPT, calibrated on the factbook without the texts whose loss is told."""
+    if not output.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            calibration = Path(scratch) / "calibration.jsonl"
+            texts = factbook_prose()[leave_out:]
+            calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            options = ["--model", folder, "--data", calibration, "--sparsity", SPARSITY, "--output", output]
+            options += ["--sequences", CALIBRATION_SEQUENCES, "--seq-len", CALIBRATION_TOKENS, "--device", "cpu"]
+            prune_command.main([str(each) for each in options], standalone_mode=False)
+    return output
 
 
 if __name__ == "__main__":
