@@ -43,6 +43,7 @@ SPARSITY, CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = "2:4", 64, 256
 @click.option(
     "--weights-dtype", default="bf16", help="Several times as fast as fp32 where the processor has products of it."
 )
+@click.option("--attention", default="eager", help="sdpa's backward in bf16 takes a CPU eight times as long.")
 @click.option("--methods", help="[default: those of meft-run compare, eight more and MEFT over a pruned base]")
 def main(
     output_dir: Path, model: Path | None, facts: int, seq_len: int, texts: int, methods: str | None, **given: object
@@ -68,7 +69,7 @@ def main(
         base = pruned(folder, output_dir / "pruned", leave_out=texts)
         methods = ",".join((*DEFAULT_METHODS, *FURTHER, f"meft:model={base}"))
     options = ["--model", folder, "--data", data, "--eval", data, "--prose", prose, "--output-dir", output_dir, "--raw"]
-    options += ["--seq-len", seq_len, "--max-new-tokens", 8, "--methods", methods]
+    options += ["--seq-len", seq_len, "--max-new-tokens", 6, "--methods", methods]
     for name, value in given.items():
         options += [f"--{name.replace('_', '-')}", value]
     compare_command.main([str(each) for each in options], standalone_mode=False)

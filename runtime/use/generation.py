@@ -7,7 +7,8 @@ holds little padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,19 +93,35 @@ def greedy(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, max_new_tokens: int, pad_id: int
 ) -> torch.Tensor:
     """New tokens of Hugging Face's own greedy search; whatever else the model's generation config says is off."""
-    made: torch.Tensor = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=pad_id,
-    )
+    with _dense_into_head(model):
+        made: torch.Tensor = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad_id,
+        )
     return made[:, input_ids.shape[1] :]
+
+
+@contextmanager
+def _dense_into_head(model: Any) -> Iterator[None]:
+    """The head gets the last hidden states ``[B, 1, D]`` contiguous: of prompts they are a slice, and a CPU's bf16
+    product of such a one takes a thousand times as long (torch 2.13, B 32, SmolLM2's head: 15 s, 15 ms)."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def answers(generator: Generator, tokenizer: Any, prompts: Sequence[str], options: GenerationOptions) -> list[str]:

@@ -12,6 +12,16 @@ from meft.runtime.cli.compare import _candidate, compare_command
 from meft.runtime.methods.compare import Candidate, Row, Run, markdown, read_results, rows_of
 from meft.runtime.methods.compare_figure import draw
 
+GIVEN = {
+    "batch_size": 2,
+    "seq_len": 16,
+    "meft_width": 64,
+    "weights_dtype": "fp32",
+    "attention": "sdpa",
+    "learning_rates": None,
+}
+"""What the command was given."""
+
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, glass_folder):
@@ -64,13 +74,12 @@ def test_a_comparison_is_one_table_one_figure_and_goes_on(compared, capsys) -> N
 
 
 def test_a_run_is_known_by_what_is_trained_whatever_was_predicted_of_it(compared) -> None:
-    given = {"batch_size": 2, "seq_len": 16, "meft_width": 64, "weights_dtype": "fp32", "learning_rates": None}
-    one = _candidate("meft", compared[2], 12 << 20, given)
+    one = _candidate("meft", compared[2], 12 << 20, GIVEN)
     slower = one.plan.prediction.timing.model_copy(update={"step_seconds": 1.0})
     predicted_anew = one.plan.prediction.model_copy(update={"timing": slower})
     elsewhere = one.plan.request.model_copy(update={"host_mem_bytes": 1 << 40})
     same = replace(one, plan=one.plan.model_copy(update={"prediction": predicted_anew, "request": elsewhere}))
-    other = _candidate("meft:top_k=8", compared[2], 12 << 20, given)
+    other = _candidate("meft:top_k=8", compared[2], 12 << 20, GIVEN)
     keys = [Run(each, 1e-3, 0).key("work") for each in (one, same, replace(other, name="meft"))]
     assert keys[0] == keys[1] != keys[2]
 
@@ -91,14 +100,16 @@ def test_a_figure_has_a_marker_for_each_method_that_ran(tmp_path) -> None:
 
 
 def test_a_variant_of_meft_is_a_plan_with_its_options_and_has_one_rate(compared) -> None:
-    given = {"batch_size": 2, "seq_len": 16, "meft_width": 64, "weights_dtype": "fp32", "learning_rates": None}
-    own = _candidate("meft:tokens-see=own", compared[2], 12 << 20, given)
+    own = _candidate("meft:tokens-see=own", compared[2], 12 << 20, GIVEN)
     assert own.plan.request.tokens_see == "own"
     assert own.rates == (8e-3,)
-    in_bf16 = _candidate("meft", compared[2], 12 << 20, given | {"weights_dtype": "bf16"})
-    assert in_bf16.plan.request.weights_dtype == "bf16"
+    other = {"weights_dtype": "bf16", "attention": "eager"}
+    changed = _candidate("meft", compared[2], 12 << 20, GIVEN | other).plan.request
+    assert (changed.weights_dtype, changed.attention) == ("bf16", "eager")
+    lora = _candidate("lora", compared[2], 12 << 20, GIVEN | other | {"rank": 4})
+    assert (lora.setup.weights_dtype, lora.setup.attention) == ("bf16", "eager")
     with pytest.raises(UsageError, match="OPTION=VALUE"):
-        _candidate("meft:own", compared[2], 12 << 20, given)
+        _candidate("meft:own", compared[2], 12 << 20, GIVEN)
 
 
 def test_wrong_rates_are_one_line(compared) -> None:
