@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,11 +147,13 @@ def _workload(folder: Path, data: tuple[Path, ...], task: str, budget: int, give
     examples = dataset.examples
     length = Length(epochs=given["epochs"])
     steps = length.total_steps(num_examples=len(examples), batch_size=given["batch_size"], before=None)
-    said = f"{digest_of(examples)} {digest_of(prose)} {options} {steps} {given['batch_size']}"
+    evaluator = make_evaluator(options, tokenizer, raw=raw)
+    asked = (evaluator.task.items, replace(options, task=evaluator.task.metric))  # wherever the file lies
+    said = f"{digest_of(examples)} {digest_of(prose)} {asked} {steps} {given['batch_size']}"
     return Workload(
         model=folder,
         examples=examples,
-        evaluator=make_evaluator(options, tokenizer, raw=raw),
+        evaluator=evaluator,
         prose=prose,
         tokenizer=tokenizer,
         steps=steps,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from meft.planner.base.errors import UsageError
-from meft.runtime.cli.compare import _candidate, compare_command
+from meft.runtime.cli.compare import _candidate, _workload, compare_command
 from meft.runtime.methods.compare import Candidate, Row, Run, markdown, read_results, rows_of
 from meft.runtime.methods.compare_figure import draw
 
@@ -82,6 +82,17 @@ def test_a_run_is_known_by_what_is_trained_whatever_was_predicted_of_it(compared
     other = _candidate("meft:top_k=8", compared[2], 12 << 20, GIVEN)
     keys = [Run(each, 1e-3, 0).key("work") for each in (one, same, replace(other, name="meft"))]
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_same_facts_in_another_folder_are_the_same_work(compared, tmp_path) -> None:
+    _, data, model = compared
+    copied, other = tmp_path / "copied.jsonl", tmp_path / "other.jsonl"
+    copied.write_bytes(data.read_bytes())
+    other.write_text(data.read_text().replace("yes", "no"))
+    options = {"raw": True, "seq_len": 16, "batch_size": 2, "max_new_tokens": 2, "epochs": 1.0}
+    asked = {"metric": None, "eval_limit": None, "prose": None}
+    digests = [_workload(model, (data,), str(task), 1, options | asked).digest for task in (data, copied, other)]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_what_was_not_run_has_its_reason(compared, tmp_path) -> None:
