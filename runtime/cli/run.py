@@ -153,6 +153,11 @@ class RunGroup(click.Group):
     type=click.FloatRange(min=0, min_open=True),
     help="Emulated device: slow each direction of the link down to so many GB/s.",
 )
+@click.option(
+    "--bind-cores",
+    is_flag=True,
+    help="Keep the host's kernels on cores of their own, near the GPU, apart from Python and the copies.",
+)
 @click.option("--trace", type=_PATH, help="Write the last step's tasks as a Chrome trace (chrome://tracing, Perfetto).")
 @click.option("--eval", "eval_task", metavar="FILE|NAME", help="Score the adapter on it: see meft-run evaluate.")
 @evaluation_options

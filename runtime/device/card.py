@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meft.planner.base.units import format_bytes
-from meft.runtime.device.nvml import DeviceIdentity, NvmlFailure, NvmlSession
+from meft.runtime.device.nvml import DeviceIdentity, NvmlFailure, NvmlSession, cuda_identity
 
 SLOWDOWN_REASONS = {
     0x04: "its power limit",
@@ -145,6 +145,15 @@ def numa_warnings(
             f"this process may run on cores away from the GPU's NUMA node {node}: rates vary with where it runs; "
             f"numactl --cpunodebind={node} --membind={node} keeps it near"
         )
+
+
+def near_cores(cuda_index: int | None) -> frozenset[int]:
+    """Cores of a CUDA device's NUMA node; none where there is one node or the system does not tell."""
+    try:
+        identity = cuda_identity(cuda_index or 0)
+    except NvmlFailure:
+        return frozenset()
+    return node_cores(numa_node(identity.pci_bus_id))
 
 
 def numa_node(pci_bus_id: str | None, *, pci_devices: Path = _PCI_DEVICES) -> int | None:

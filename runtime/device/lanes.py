@@ -137,10 +137,17 @@ class Overlapped:
     overlapped = True
 
     def __init__(
-        self, *, on_job: OnJob | None = None, delay: Delay | None = None, workers: tuple[Worker, ...] = WORKERS
+        self,
+        *,
+        on_job: OnJob | None = None,
+        delay: Delay | None = None,
+        workers: tuple[Worker, ...] = WORKERS,
+        bind: Callable[[Worker], None] | None = None,
     ) -> None:
+        """``bind`` is called by each lane's thread first, with its lane."""
         self.on_job = on_job
         self._delay = delay
+        self._bind = bind
         self._lock = threading.Lock()
         self._to_do = {lane: threading.Condition(self._lock) for lane in workers}
         self._asking: set[threading.Condition] = set()
@@ -228,6 +235,8 @@ class Overlapped:
             raise RuntimeError("the schedule is closed")
 
     def _work(self, lane: Worker) -> None:
+        if self._bind is not None:
+            self._bind(lane)
         while (job := self._next(lane)) is not None:
             try:
                 if self._delay is not None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from meft.runtime.host.compiled import cache_folder, compiled
+from meft.runtime.host.cores import bind_thread
 from meft.runtime.host.streaming_copy import can_stream, gather_streaming
 
 INLINE_BYTES = 1 << 18
@@ -290,13 +292,16 @@ def _union(best: Array, best_rows: Array, sums: Array, chosen: Array) -> int:
 
 
 class HostKernels:
-    """The kernels on torch tensors, over ``num_threads`` threads (default: as many as torch uses)."""
+    """The kernels on torch tensors, over ``num_threads`` threads (default: as many as torch uses), which are bound to
+    ``cores`` where such are given and no more than those."""
 
-    def __init__(self, num_threads: int | None = None) -> None:
-        self.num_threads = num_threads or torch.get_num_threads()
+    def __init__(self, num_threads: int | None = None, *, cores: frozenset[int] | None = None) -> None:
+        threads = num_threads or torch.get_num_threads()
+        self.num_threads = threads if cores is None else min(threads, len(cores))
         self._pool: ThreadPoolExecutor | None = None
         if self.num_threads > 1:
-            self._pool = ThreadPoolExecutor(self.num_threads - 1, thread_name_prefix="meft-kernel")
+            bind = None if cores is None else partial(bind_thread, cores)
+            self._pool = ThreadPoolExecutor(self.num_threads - 1, thread_name_prefix="meft-kernel", initializer=bind)
 
     def close(self) -> None:
         """End the pool's threads."""

@@ -25,6 +25,7 @@ from meft.runtime.exchange.exchange import RowExchange
 from meft.runtime.exchange.row_cache import RowCache
 from meft.runtime.exchange.state import StepCounters
 from meft.runtime.host import huge_pages
+from meft.runtime.host.cores import CoreShares
 from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.optimizer import AdamWSettings, clip_scale
 from meft.runtime.host.router import Router
@@ -366,6 +367,7 @@ def open_session(
     clock: LaneClock | None = None,
     key_init: KeyInit = "random",
     peers: Peers | None = None,
+    cores: CoreShares | None = None,
 ) -> Session:
     """Put ``model`` on the device with a fresh adapter beside it, as the plan decides.
 
@@ -374,6 +376,7 @@ def open_session(
     code. ``schedule`` says who does what when, by default one thing after the other; the session's
     :meth:`~Session.close` closes it. ``clock`` is told of every task. ``key_init`` says where keys begin: see
     :mod:`meft.runtime.adapter.initialise`. ``peers`` share the store, all of which open their session at once.
+    ``cores`` binds the kernels' threads.
     """
     decision, shape = plan.decision, plan.request.model
     settings = settings or AdamWSettings()
@@ -382,7 +385,7 @@ def open_session(
     _set_checkpointing(model, decision)
     clock = clock or LaneClock()
     engine = _new_engine(device, schedule or Sequential(), clock, link_gbps)
-    kernels = HostKernels() if compiled else None
+    kernels = HostKernels(cores=None if cores is None else cores.kernels) if compiled else None
     store = _new_store(plan, kernels, peers)
     if peers is None or peers.local == 0:
         _fill(store, model, seed, key_init)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +17,19 @@ from meft.planner.records.plan import Plan
 from meft.planner.timing.chrome import chrome_trace
 from meft.runtime.adapter.initialise import KeyInit
 from meft.runtime.data.loading import DataOptions, Dataset
+from meft.runtime.device import card
 from meft.runtime.device.device import Device
-from meft.runtime.device.lanes import WORKERS_OF_MACHINES, WORKERS_OF_RANKS, Overlapped, Schedule, Sequential
+from meft.runtime.device.lanes import (
+    WORKERS,
+    WORKERS_OF_MACHINES,
+    WORKERS_OF_RANKS,
+    Overlapped,
+    Schedule,
+    Sequential,
+    Worker,
+)
 from meft.runtime.device.timeline import LaneClock
+from meft.runtime.host.cores import CoreShares, bind_thread, shares_of, usable_cores
 from meft.runtime.host.optimizer import AdamWSettings
 from meft.runtime.ranks.peers import Peers
 from meft.runtime.session import model_loading
@@ -81,6 +92,8 @@ class RunOptions:
     """Where the Chrome trace of the last step goes."""
     evaluation: EvaluationOptions | None = None
     key_init: KeyInit = "random"
+    bind_cores: bool = False
+    """Host kernels on cores of their own, apart from Python and copies."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +116,7 @@ def open_run(
 ) -> Session:
     """The session of a run, on a fresh device."""
     torch.manual_seed(options.training.seed)
+    cores = _bound(device, peers, say) if options.bind_cores else None
     model = model_loading.load_frozen_model(plan, folder, device_kind=device.kind)
     apart = packing.documents_apart(plan, model, dataset, say)
     session = open_session(
@@ -111,22 +125,38 @@ def open_run(
         device,
         seed=options.training.seed,
         settings=options.settings,
-        schedule=_schedule(options, peers),
+        schedule=_schedule(options, peers, cores),
         link_gbps=options.link_gbps,
         clock=LaneClock(keep=options.trace is not None),
         key_init=options.key_init,
         peers=peers,
+        cores=cores,
     )
     session.documents_apart = apart
     return session
 
 
-def _schedule(options: RunOptions, peers: Peers | None) -> Schedule:
+def _bound(device: Device, peers: Peers | None, say: Callable[[str], None]) -> CoreShares:
+    """Divide the cores near the device, and bind this thread: to Python's where it only tells a GPU what to do."""
+    rank, num_ranks = (0, 1) if peers is None else (peers.local, peers.here)
+    near = card.near_cores(device.torch_device.index) if device.kind == "cuda" else frozenset()
+    shares = shares_of(usable_cores(), near=near, rank=rank, num_ranks=num_ranks)
+    bind_thread(shares.lanes if device.kind == "cuda" else shares.kernels)
+    say(f"bound: {shares}")
+    return shares
+
+
+def _schedule(options: RunOptions, peers: Peers | None, cores: CoreShares | None) -> Schedule:
     if options.schedule == "sequential":
         return Sequential()
-    if peers is None:
-        return Overlapped()
-    return Overlapped(workers=WORKERS_OF_RANKS if peers.machines == 1 else WORKERS_OF_MACHINES)
+    workers = WORKERS
+    if peers is not None:
+        workers = WORKERS_OF_RANKS if peers.machines == 1 else WORKERS_OF_MACHINES
+    return Overlapped(workers=workers, bind=None if cores is None else partial(_bind_lane, cores))
+
+
+def _bind_lane(cores: CoreShares, lane: Worker) -> None:
+    bind_thread(cores.kernels if lane == "cpu" else cores.lanes)
 
 
 def write_trace(session: Session, path: Path) -> None:
