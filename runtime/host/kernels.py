@@ -450,7 +450,6 @@ def warm_up(say: Callable[[str], None]) -> None:
         say(f"compiling the host kernels, once on this machine (about 10 s; kept in {cache_folder()})")
     kernels = HostKernels(1)
     table, rows = torch.zeros(2, 4), torch.arange(2)
-    first_moment, second_moment = torch.zeros(2, 4), torch.zeros(2, 4)
     half, counts, touched = table.bfloat16(), torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.bool)
     for staging in (table.clone(), half):
         kernels.gather(table, rows, staging)
@@ -459,21 +458,10 @@ def warm_up(say: Callable[[str], None]) -> None:
     for wide in (torch.zeros(2, 512), torch.zeros(2, 1024, dtype=torch.bfloat16)):  # what large gathers run
         gather_streaming(_bits(wide), rows.numpy(), _bits(wide.clone()), 0, 2)
     kernels.squared_norm(table, rows)
+    moments = (torch.zeros(2, 4), torch.zeros(2, 4))
+    rates = {"learning_rate": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     for copy in (None, half):
-        kernels.adamw(
-            table,
-            first_moment,
-            second_moment,
-            table.clone(),
-            counts,
-            rows,
-            learning_rate=0.0,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=0.0,
-            bf16_copy=copy,
-        )
+        kernels.adamw(table, *moments, table.clone(), counts, rows, **rates, bf16_copy=copy)
     probes = torch.zeros(2, 1, dtype=torch.int32)
     kernels.probed_scores(torch.zeros(4, 8)[:, :4], torch.zeros(2, 4), probes, num_experts=2)
     for experts in (torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int32)):
