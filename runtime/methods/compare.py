@@ -7,6 +7,7 @@ first steps (every step allocates the same), traffic over all.
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -124,6 +125,7 @@ def perform(runs: Sequence[Run], work: Workload, results: Path, *, say: Say, fur
         except MeftError as error:
             kind = "out_of_memory" if isinstance(error, DeviceOutOfMemory) else "failed"
             record = {kind: str(error)}
+        gc.collect()  # sessions refer to themselves in circles, which hold gigabytes of tables in few objects
         record |= {"seconds": round(time.monotonic() - started, 1)}
         seconds.append(record["seconds"])
         line: dict[str, Any] = {"key": run.key(work.digest), "method": run.candidate.name, "size": run.candidate.size}

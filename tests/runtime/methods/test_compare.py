@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.cli.compare import _candidate, _workload, compare_command
+from meft.runtime.methods import compare as comparing
 from meft.runtime.methods.compare import Candidate, Row, Run, markdown, read_results, rows_of
 from meft.runtime.methods.compare_figure import draw
 
@@ -93,6 +96,30 @@ def test_the_same_facts_in_another_folder_are_the_same_work(compared, tmp_path) 
     asked = {"metric": None, "eval_limit": None, "prose": None}
     digests = [_workload(model, (data,), str(task), 1, options | asked).digest for task in (data, copied, other)]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_run_that_is_over_holds_no_memory(compared, tmp_path, monkeypatch) -> None:
+    """Models and sessions refer to themselves in circles, which the collector would find dozens of runs later."""
+    opened: list[weakref.ref] = []
+    original = comparing._opened
+
+    def noted(run, work):
+        session = original(run, work)
+        opened.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(comparing, "_opened", noted)
+    _, data, model = compared
+    options = {"raw": True, "seq_len": 16, "batch_size": 2, "max_new_tokens": 2, "epochs": 1.0}
+    work = _workload(model, (data,), str(data), 12 << 20, options | {"metric": None, "eval_limit": 1, "prose": None})
+    runs = [Run(_candidate(name, model, 12 << 20, GIVEN | {"rank": 4}), 1e-3, 0) for name in ("lora", "meft")]
+    gc.disable()
+    try:
+        comparing.perform(runs, work, tmp_path / "results.jsonl", say=print)
+    finally:
+        gc.enable()
+    assert [reference() for reference in opened] == [None, None]
+    assert all("score" in record for record in read_results(tmp_path / "results.jsonl").values())
 
 
 def test_what_was_not_run_has_its_reason(compared, tmp_path) -> None:
