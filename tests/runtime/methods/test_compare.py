@@ -116,9 +116,10 @@ def test_a_run_that_is_over_holds_no_memory(compared, tmp_path, monkeypatch) -> 
     gc.disable()
     try:
         comparing.perform(runs, work, tmp_path / "results.jsonl", say=print)
+        left = [reference() for reference in opened]
     finally:
         gc.enable()
-    assert [reference() for reference in opened] == [None, None]
+    assert left == [None, None]
     assert all("score" in record for record in read_results(tmp_path / "results.jsonl").values())
 
 
