@@ -92,6 +92,11 @@ class LadderModel(nn.Module):
         embeddings: nn.Module = self.base.get_input_embeddings()  # type: ignore[operator]
         return embeddings
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The backbone's."""
+        head: nn.Module = self.base.get_output_embeddings()  # type: ignore[operator]
+        return head
+
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **options: Any) -> CausalLMOutput:
         """Logits, and the loss where there are labels."""
         options["use_cache"] = False
