@@ -37,6 +37,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "reentrant": _DENSE,
     "repeated_heads": _DENSE,
     "offload": _DENSE,
+    "torch_compile": ("lora", "full"),
     "reduction": ("lst",),
     "dropped_layers": ("lst",),
     "adapter_width": ("meft", "parallel-adapter"),
@@ -71,6 +72,7 @@ SAYS_NOTHING: dict[str, tuple[object, ...]] = {
     "lora_dropout": (0.0,),
     "kbit_preparation": (False,),
     "adapter_dtype": ("fp32",),
+    "torch_compile": (False,),
     "prefetch_depth": (0,),
     "hot_rows": (0,),
     "bf16_copy": (False,),
@@ -137,6 +139,7 @@ class EstimateRequest(Record):
     grad_accum: GradAccum | None = None
     activation_checkpointing: bool | None = None
     offload: OffloadName | None = None
+    torch_compile: bool | None = None
     attention: Attention | None = None
     repeated_heads: bool | None = None
     packed: bool | None = None
