@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from meft.planner.allocator.cublas import USUAL_BYTES
 from meft.planner.base.dtypes import WeightsDtype
@@ -75,8 +75,8 @@ def simulate(
     offloader = None if setup.offload == "none" else HostOffloader(tape, OFFLOADING[setup.offload])
     tape.offloader = offloader
     autocast = None if setup.autocast == "none" else STORED[setup.autocast]
-    ops = operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes, cpu_kernels=setup.emulated)
-    _Run(ops, setup, weights, offloader).steps(shapes)
+    make = partial(operators, autocast_bytes=autocast, workspace_bytes=workspace_bytes, cpu_kernels=setup.emulated)
+    _Run(make(tape), setup, weights, offloader).steps(shapes)
     return Stream(tuple(tape.events), dict(tape.moments), None if offloader is None else offloader.traffic())
 
 
