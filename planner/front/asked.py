@@ -184,3 +184,15 @@ def check_applies(asked: EstimateRequest) -> None:
             continue
         option = "--" + name.replace("_", "-")
         raise UsageError(f"{option} does not go with --method {asked.kind}; it is of {', '.join(methods)}")
+
+
+def check_range(asked: EstimateRequest, *, verify: bool, probe: bool) -> None:
+    """Raise :class:`UsageError` where what is asked beside ``--torch-compile`` would answer for an eager run."""
+    beside = {"--verify": verify, "--probe": probe}
+    for option, is_given in beside.items():
+        if is_given:
+            raise UsageError(f"--torch-compile: {option} runs the model's code uncompiled; leave one of them out")
+    if asked.lengths is not None:
+        raise UsageError(
+            "--torch-compile: --lengths is open as to which shapes are compiled anew; give the longest by --seq-len"
+        )

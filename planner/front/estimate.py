@@ -9,8 +9,7 @@ from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
 from meft.planner.base.units import format_bytes, parse_bytes
 from meft.planner.base.version import VERSION
-from meft.planner.front.asked import LORA, SAYS_NOTHING, EstimateRequest, check_applies
-from meft.planner.front.compiled import check_compiled, check_range
+from meft.planner.front.asked import LORA, SAYS_NOTHING, EstimateRequest, check_applies, check_range
 from meft.planner.front.lengths import over_lengths, with_lengths
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.probed import corrected, probed
@@ -27,7 +26,7 @@ from meft.planner.predict.comparison import (
     first_that_fits,
     without_limits,
 )
-from meft.planner.predict.compiled import with_range
+from meft.planner.predict.compiled import check_compiled, with_range
 from meft.planner.predict.estimates import (
     Estimate,
     dense_stream,
