@@ -118,6 +118,12 @@ def _workload_options(command: Command) -> Command:
             help="Activations wait on the host: torch's save_on_cpu, TRL's and torchtune's OffloadActivations, or "
             "Unsloth's checkpoints. [default: none]",
         ),
+        option(
+            "--torch-compile",
+            is_flag=True,
+            default=None,
+            help="The model runs through torch.compile: its peaks are a range. Of lora and full.",
+        ),
         option("--attention", type=click.Choice(get_args(Attention)), help="[default: sdpa; eager for Gemma 2]"),
         option(
             "--repeated-heads",

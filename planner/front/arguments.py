@@ -121,6 +121,7 @@ class EstimateArguments(TypedDict, total=False):
     grad_accum: int | None
     activation_checkpointing: bool | None
     offload: OffloadName | None
+    torch_compile: bool | None
     attention: Attention | None
     repeated_heads: bool | None
     packed: bool | None

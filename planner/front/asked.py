@@ -37,6 +37,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "reentrant": _DENSE,
     "repeated_heads": _DENSE,
     "offload": _DENSE,
+    "torch_compile": ("lora", "full"),
     "reduction": ("lst",),
     "dropped_layers": ("lst",),
     "adapter_width": ("meft", "parallel-adapter"),
@@ -71,6 +72,7 @@ SAYS_NOTHING: dict[str, tuple[object, ...]] = {
     "lora_dropout": (0.0,),
     "kbit_preparation": (False,),
     "adapter_dtype": ("fp32",),
+    "torch_compile": (False,),
     "prefetch_depth": (0,),
     "hot_rows": (0,),
     "bf16_copy": (False,),
@@ -137,6 +139,7 @@ class EstimateRequest(Record):
     grad_accum: GradAccum | None = None
     activation_checkpointing: bool | None = None
     offload: OffloadName | None = None
+    torch_compile: bool | None = None
     attention: Attention | None = None
     repeated_heads: bool | None = None
     packed: bool | None = None
@@ -181,3 +184,15 @@ def check_applies(asked: EstimateRequest) -> None:
             continue
         option = "--" + name.replace("_", "-")
         raise UsageError(f"{option} does not go with --method {asked.kind}; it is of {', '.join(methods)}")
+
+
+def check_range(asked: EstimateRequest, *, verify: bool, probe: bool) -> None:
+    """Raise :class:`UsageError` where what is asked beside ``--torch-compile`` would answer for an eager run."""
+    beside = {"--verify": verify, "--probe": probe}
+    for option, is_given in beside.items():
+        if is_given:
+            raise UsageError(f"--torch-compile: {option} runs the model's code uncompiled; leave one of them out")
+    if asked.lengths is not None:
+        raise UsageError(
+            "--torch-compile: --lengths is open as to which shapes are compiled anew; give the longest by --seq-len"
+        )

@@ -9,7 +9,7 @@ from meft.planner.base.dtypes import WeightsDtype
 from meft.planner.base.errors import Infeasible, InfeasibleError, UsageError
 from meft.planner.base.units import format_bytes, parse_bytes
 from meft.planner.base.version import VERSION
-from meft.planner.front.asked import LORA, SAYS_NOTHING, EstimateRequest, check_applies
+from meft.planner.front.asked import LORA, SAYS_NOTHING, EstimateRequest, check_applies, check_range
 from meft.planner.front.lengths import over_lengths, with_lengths
 from meft.planner.front.options import RequestOptions
 from meft.planner.front.probed import corrected, probed
@@ -26,6 +26,7 @@ from meft.planner.predict.comparison import (
     first_that_fits,
     without_limits,
 )
+from meft.planner.predict.compiled import check_compiled, with_range
 from meft.planner.predict.estimates import (
     Estimate,
     dense_stream,
@@ -62,6 +63,8 @@ def estimate_of(
     Raises :class:`UsageError` for what does not go together.
     """
     check_applies(asked)
+    if asked.torch_compile:
+        check_range(asked, verify=verify, probe=probe)
     if asked.kind == "meft":
         if probe:
             raise UsageError("--probe: MEFT's own steps are measured by meft-profile gpu-check; leave it out here")
@@ -75,6 +78,9 @@ def estimate_of(
         planned = corrected(planned, estimate, measured)
         estimate, setup = _dense_estimate(asked, planned, setup)
     estimate = _judged(asked, estimate, planned, setup, lengths, verify=verify)
+    if setup.compiled:
+        gpu, budget = planned.profiles.gpu, planned.request.gpu_mem_bytes
+        estimate = with_range(estimate, setup, gpu=gpu, gpu_mem_bytes=budget)
     if measured is not None:
         ran = {} if measured.peak_reserved_bytes is not None else {"verdict": "does-not-fit", "fits": False}
         estimate = estimate.model_copy(update={"probed": measured, **ran})
@@ -194,6 +200,7 @@ def dense_setup(asked: EstimateRequest) -> tuple[Planning, TrainingSetup, tuple[
         attention=planned.request.attention,
         repeated_heads=bool(asked.repeated_heads),
         offload=asked.offload or "none",
+        compiled=bool(asked.torch_compile),
         packed=planned.request.packed,
         optimizer=asked.optimizer or "adamw",
         optimizer_in_backward=bool(asked.optimizer_in_backward),
@@ -222,8 +229,8 @@ def _as_baseline(asked: EstimateRequest, planned: Planning) -> bool:
     """Whether the run is what ``meft-run baseline`` makes of it on the emulated device: nothing of another loop is
     asked for."""
     loop = ("autocast", "optimizer", "optimizer_in_backward", "master_weights", "kernels", "loss", "padding",
-            "keep_outputs", "kbit_preparation", "trl_casts", "reentrant", "repeated_heads", "offload", "lora_dropout",
-            "adapter_dtype")  # fmt: skip
+            "keep_outputs", "kbit_preparation", "trl_casts", "reentrant", "repeated_heads", "offload", "torch_compile",
+            "lora_dropout", "adapter_dtype")  # fmt: skip
     said = any(getattr(asked, name) not in (None, *SAYS_NOTHING.get(name, ())) for name in loop)
     return planned.profiles.gpu.shares_host_cores and not said
 
@@ -321,6 +328,8 @@ def _check_setup(setup: TrainingSetup) -> None:
             f"--offload {setup.offload}: it is simulated, and --method {setup.label} of {setup.model.name} is traced; "
             f"leave it out"
         )
+    if setup.compiled:
+        check_compiled(setup, traced=_is_traced(setup))
     if setup.packed and setup.padded:
         raise UsageError("--packed: packed sequences are told apart by their positions, without padding; give one")
     if setup.optimizer_in_backward and setup.grad_accum > 1:

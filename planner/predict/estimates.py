@@ -10,6 +10,7 @@ from typing import Literal
 
 from meft.planner.base.dtypes import AdapterDtype, WeightsDtype
 from meft.planner.base.schema import Basis, Bytes, Count, Index, Rate, Record, Seconds
+from meft.planner.fusion.run import simulate_unfused
 from meft.planner.memory.budget import host_budget_bytes
 from meft.planner.models.architecture import ModelShape
 from meft.planner.models.kernels import KernelName
@@ -89,6 +90,13 @@ class TracedPeaks(Record):
     peak_reserved_bytes: Bytes
 
 
+class CompiledRange(Record):
+    """What ``--torch-compile`` makes of the peaks: everything elementwise fused, to nothing fused."""
+
+    allocated_bytes: ByteRange
+    reserved_bytes: ByteRange
+
+
 class ProbedPeaks(Record):
     """What ``--probe`` measured on a card; null where it ran out of memory, or the driver does not tell."""
 
@@ -152,6 +160,8 @@ class Estimate(Record):
     traced: TracedPeaks | None = None
     probed: ProbedPeaks | None = None
     """Where it is there, the process and the verdict are corrected by it."""
+    compiled: CompiledRange | None = None
+    """Of a compiled run: all other figures are of its upper end, but the least of the process, and the verdict."""
     lengths: ReservedSpread | None = None
     """Where lengths vary: everything above is of batches of the longest sequence, but the verdict."""
 
@@ -268,7 +278,9 @@ def dense_peaks(setup: TrainingSetup, gpu: GpuProfile) -> StreamPeaks:
 
 
 def dense_stream(setup: TrainingSetup, gpu: GpuProfile) -> Stream:
-    """The simulated run behind an estimate."""
+    """The simulated run behind an estimate; of a compiled one the most that it needs."""
+    if setup.compiled:
+        return simulate_unfused(setup, workspace_bytes=int(gpu.workspace_bytes.value))
     return simulate(setup, workspace_bytes=int(gpu.workspace_bytes.value))
 
 
@@ -406,6 +418,11 @@ def _left_out(setup: TrainingSetup) -> tuple[str, ...]:
         left_out.append("states of tensors from 100,000 numbers on, which the paged optimizer keeps outside torch")
     if setup.method in ("lst", "peft"):
         left_out.append("in the step's time: what the method itself computes")
+    if setup.compiled:
+        left_out.append(
+            "of torch.compile: workspaces of its kernels, autotuning, the pools of CUDA graphs, a lower budget"
+        )
+        left_out.append("in the step's time: what torch.compile saves")
     if not setup.outputs_kept:
         left_out.append("logits and KV cache that a loop keeps by holding on to the model's outputs")
     return tuple(left_out)

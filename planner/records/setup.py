@@ -110,6 +110,8 @@ class TrainingSetup(Record):
     model, and transformers' default elsewhere."""
     offload: OffloadName = "none"
     """Whose way of keeping activations on the host: see :mod:`meft.planner.terms.offload`."""
+    compiled: bool = False
+    """By torch.compile, which fuses and computes again what it sees fit: see :mod:`meft.planner.fusion`."""
     attention: Attention = "sdpa"
     repeated_heads: bool = False
     """Grouped key and value heads are written out for every query head before any kernel, as transformers did it before

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from meft.planner.base.units import format_bytes, format_seconds
 from meft.planner.predict.comparison import MethodComparison, MethodRow
 from meft.planner.predict.estimates import Estimate, reserved_at_most
-from meft.planner.records.plan import MemoryEntry
+from meft.planner.records.plan import ByteRange, MemoryEntry
 from meft.planner.render.details import ledger
 from meft.planner.render.tables import View, count, grid, lines, percent, section, stacked
 
@@ -19,8 +19,8 @@ def estimate_view(estimate: Estimate, *, notes: Sequence[str]) -> View:
         ("fits", _verdict(estimate)),
         ("trainable", f"{count(estimate.trainable_parameters)}, {percent(estimate.trainable_fraction)} of the model"),
         ("resident", format_bytes(estimate.resident_bytes)),
-        ("peak allocated", f"{format_bytes(estimate.peak_allocated_bytes)} in {estimate.peak_phase}"),
-        ("peak reserved", f"{format_bytes(estimate.peak_reserved_bytes)} ({estimate.reserved_basis})"),
+        ("peak allocated", f"{_allocated(estimate)} in {estimate.peak_phase}"),
+        ("peak reserved", f"{_reserved(estimate)} ({estimate.reserved_basis})"),
         *_spread(estimate),
         *_traced(estimate),
         *_probed(estimate),
@@ -99,6 +99,23 @@ def _at_peak(estimate: Estimate) -> list[MemoryEntry]:
     return [entry for entry in estimate.entries if entry.phase in ("resident", estimate.peak_phase)]
 
 
+def _allocated(estimate: Estimate) -> str:
+    """A figure; of a compiled run both ends."""
+    if estimate.compiled is None:
+        return format_bytes(estimate.peak_allocated_bytes)
+    return _ends(estimate.compiled.allocated_bytes)
+
+
+def _reserved(estimate: Estimate) -> str:
+    if estimate.compiled is None:
+        return format_bytes(estimate.peak_reserved_bytes)
+    return _ends(estimate.compiled.reserved_bytes)
+
+
+def _ends(found: ByteRange) -> str:
+    return f"{format_bytes(found.low_bytes)} - {format_bytes(found.high_bytes)}"
+
+
 def _spread(estimate: Estimate) -> list[tuple[str, str]]:
     """What varying lengths make of it."""
     if estimate.lengths is None:
@@ -144,14 +161,18 @@ def _verdict(estimate: Estimate) -> str:
     if estimate.verdict == "fits-after-retries":
         flushes = f"{estimate.cache_flushes} times in two steps"
         return f"after retries, so slowly: {format_bytes(needed)} in {room}, which flushes its cache {flushes}"
+    if estimate.compiled is not None and estimate.verdict == "uncertain":
+        return f"uncertain: {_reserved(estimate)} as torch.compile fuses, {room}"
     if estimate.verdict == "uncertain":
         process = (
             f"{format_bytes(estimate.process_bytes.low_bytes)} - {format_bytes(estimate.process_bytes.high_bytes)}"
         )
         return f"uncertain: {format_bytes(needed)}, and with the CUDA context {process}: the card's own decides"
-    missing = []
+    missing, at_least = [], ""
+    if estimate.compiled is not None:
+        needed, at_least = estimate.compiled.reserved_bytes.low_bytes, "at least "
     if needed > budget:
-        missing.append(f"{format_bytes(needed)}, {format_bytes(needed - budget)} above {room}")
+        missing.append(f"{at_least}{format_bytes(needed)}, {format_bytes(needed - budget)} above {room}")
     if (over := estimate.host_bytes - estimate.host_budget_bytes) > 0:
         limit = format_bytes(estimate.host_budget_bytes)
         missing.append(f"{format_bytes(estimate.host_bytes)} of host memory, {format_bytes(over)} above {limit}")
@@ -198,6 +219,8 @@ def _loop(estimate: Estimate) -> list[str]:
         texts.append(f"fused {', '.join(estimate.kernels)}")
     if estimate.offload != "none":
         texts.append(f"activations on the host ({estimate.offload})")
+    if estimate.compiled is not None:
+        texts.append("compiled")
     if estimate.loss != "hf":
         texts.append(f"{estimate.loss} loss")
     return texts

@@ -81,7 +81,7 @@ class SelfAttention:
         if self.ops.cpu_kernels:
             _hidden, _seen = (self.ops.tape.new(1, q.itemsize, "attention") for _ in range(2))
         keys = self.setup.seq_len + virtual_tokens(self.setup, PREFIX)
-        return self.ops.tape.new(self.setup.batch_size * self.setup.seq_len * keys, q.itemsize, "attention")
+        return self.ops.additive_mask(mask, self.setup.batch_size * self.setup.seq_len * keys, q.itemsize)
 
     def _causal(self) -> Tensor:
         """Numbers to add, ``[S, S]``, of a lower triangle of bytes that is made for it."""

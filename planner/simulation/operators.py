@@ -178,6 +178,10 @@ class Operators:
         """``contiguous`` where the layout asks for it: the gradient passes."""
         return self.tape.connect(self.tape.like(x, category), (x,), lambda grad: (grad.detached(),))
 
+    def additive_mask(self, _mask: Tensor, numel: int, itemsize: int) -> Tensor:
+        """A mask of bytes as ``numel`` numbers to add."""
+        return self.tape.new(numel, itemsize, "attention")
+
     # --- products ---------------------------------------------------------------------------------------------------
 
     def linear(self, x: Tensor, layer: Weights | QuantizedWeights, category: str) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from meft.planner.allocator.cublas import USUAL_BYTES
 from meft.planner.base.dtypes import WeightsDtype
@@ -27,6 +27,7 @@ from meft.planner.simulation.operators import Operators, QuantizedWeights, Weigh
 from meft.planner.simulation.optimizers import Optimizer, Parameter
 from meft.planner.simulation.peft import FACTORS, PROMPT, factor_sizes, has_closed_form, running, trained_sizes
 from meft.planner.simulation.stream import Stream, stream_peaks
+from meft.planner.terms.activations import attention_used, masks_per_model
 from meft.planner.terms.formats import BF16, FP32, INT64, STORED
 from meft.planner.terms.lengths import BatchShape
 from meft.planner.terms.offload import OFFLOADING
@@ -53,10 +54,13 @@ def simulate(
     workspace_bytes: int = USUAL_BYTES,
     sums_in_place: bool = True,
     shapes: Sequence[BatchShape] = (),
+    tape: Tape | None = None,
+    operators: type[Operators] = Operators,
 ) -> Stream:
     """The stream of a run of any method but MEFT, whose rows the runtime manages itself.
 
-    Two steps of the setup's own batch; or, with ``shapes``, as many as those micro-batches make.
+    Two steps of the setup's own batch; or, with ``shapes``, as many as those micro-batches make. ``tape`` and
+    ``operators`` are torch's own unless others are given; a tape is taken as it is, and new.
 
     Raises :class:`ValueError` for MEFT.
     """
@@ -66,11 +70,13 @@ def simulate(
         raise ValueError("this method of peft, or this setting of it, has no closed form: its code is traced")
     if setup.emulated:
         sums_in_place, workspace_bytes = False, 0
-    tape = Tape(sums_in_place=sums_in_place)
+    tape = tape or Tape(sums_in_place=sums_in_place)
     weights = Loader(tape, setup).load()
     offloader = None if setup.offload == "none" else HostOffloader(tape, OFFLOADING[setup.offload])
     tape.offloader = offloader
-    _Run(tape, setup, weights, workspace_bytes, offloader).steps(shapes)
+    autocast = None if setup.autocast == "none" else STORED[setup.autocast]
+    make = partial(operators, autocast_bytes=autocast, workspace_bytes=workspace_bytes, cpu_kernels=setup.emulated)
+    _Run(make(tape), setup, weights, offloader).steps(shapes)
     return Stream(tuple(tape.events), dict(tape.moments), None if offloader is None else offloader.traffic())
 
 
@@ -298,19 +304,17 @@ class _Run:
 
     def __init__(
         self,
-        tape: Tape,
+        ops: Operators,
         setup: TrainingSetup,
         weights: ModelWeights,
-        workspace_bytes: int,
         offloader: HostOffloader | None = None,
     ) -> None:
         self.offloader = offloader
-        autocast = None if setup.autocast == "none" else STORED[setup.autocast]
-        self.tape = tape
+        self.ops, self.tape = ops, ops.tape
+        tape = ops.tape
         self.asked, self.setup = setup, running(setup)
         self.weights = weights
         self.ladder: LadderWeights | None = None
-        self.ops = Operators(tape, autocast_bytes=autocast, workspace_bytes=workspace_bytes, cpu_kernels=setup.emulated)
         self.decoder = self._new_decoder()
         self.trained = _trained(weights, setup)
         if setup.method == "lst":
@@ -334,12 +338,14 @@ class _Run:
                     self.offloader.copies.start()
                 num_inputs = 3 if self.setup.packed else 2
                 inputs = tuple(self.tape.new(self.asked.tokens, INT64, "inputs") for _ in range(num_inputs))
+                traced = self._mask_of_traced_code()
                 outputs = self._forward()
                 self.tape.mark(f"forward_{step}")
                 if not self.setup.outputs_kept:
                     outputs = _Outputs(outputs.loss, None, None, outputs.arguments)
                 self.tape.phase = "loss"
                 self.tape.backward(outputs.loss, self.tape.new(1, FP32, "loss_chain"))
+                del traced
                 if not self.setup.outputs_kept:
                     outputs = None
             self.tape.mark(f"backward_{step}")
@@ -393,6 +399,16 @@ class _Run:
             loss = self.ops.scale(loss, "loss_chain")
         arguments, self.decoder.arguments = self.decoder.arguments, None
         return _Outputs(loss, logits, cache, arguments)
+
+    def _mask_of_traced_code(self) -> Tensor | None:
+        """Compiled code cannot look into position ids for packed documents, so transformers makes sdpa a mask to add,
+        ``[B, 1, S, S]``, where it would have taken none."""
+        setup, shape = self.asked, self.setup.model
+        if not setup.compiled or setup.padded or setup.packed or attention_used(shape, setup.attention) != "sdpa":
+            return None
+        itemsize = self.ops.autocast_bytes or STORED[setup.weights_dtype]
+        numel = masks_per_model(shape) * setup.batch_size * setup.seq_len**2
+        return self.tape.new(numel, itemsize, "attention_mask")
 
     def _zero_gradients(self) -> None:
         for parameter in self.trained:

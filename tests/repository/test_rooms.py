@@ -11,7 +11,7 @@ import pytest
 from places import ROOT
 
 PLANNER = (
-    *("base", "models", "records", "allocator", "traffic", "terms", "simulation", "sparse"),
+    *("base", "models", "records", "allocator", "traffic", "terms", "simulation", "fusion", "sparse"),
     *("memory", "timing", "predict", "search", "check", "front", "render", "cli"),
 )
 RUNTIME = (
