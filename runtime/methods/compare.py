@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -273,18 +274,18 @@ def rows_of(candidates: Sequence[Candidate], work: Workload, seeds: Sequence[int
 
 def _row(candidate: Candidate, work: Workload, seeds: Sequence[int], done: dict[str, dict[str, Any]]) -> Row:
     if candidate.refused is not None:
-        return Row(candidate.name, candidate.size, reason=candidate.refused)
+        return Row(shown(candidate.name), candidate.size, reason=candidate.refused)
     best = _best(candidate, work, seeds[0], done)
     if best is None:
         tried = [done.get(Run(candidate, rate, seeds[0]).key(work.digest), {}) for rate in candidate.rates]
         said = [each.get("out_of_memory") or each.get("failed") for each in tried]
-        return Row(candidate.name, candidate.size, reason=next((text for text in said if text), "not run yet"))
+        return Row(shown(candidate.name), candidate.size, reason=next((text for text in said if text), "not run yet"))
     found = [done[key] for seed in seeds if (key := replace(best, seed=seed).key(work.digest)) in done]
     found = [each for each in found if "score" in each]
     scores = [each["score"] for each in found]
     prose = [each["prose_loss"] for each in found if each["prose_loss"] is not None]
     return Row(
-        method=candidate.name,
+        method=shown(candidate.name),
         size=candidate.size,
         learning_rate=best.learning_rate,
         seeds=len(found),
@@ -297,6 +298,11 @@ def _row(candidate: Candidate, work: Workload, seeds: Sequence[int], done: dict[
         seconds_per_step=statistics.median(each["seconds_per_step"] for each in found),
         trainable=found[0]["trainable_parameters"],
     )
+
+
+def shown(name: str) -> str:
+    """A method's name for people: of a model's folder the last part."""
+    return re.sub(r"(model=)[^:]*/(?=[^:])", r"\1", name)
 
 
 def markdown(rows: Sequence[Row]) -> str:

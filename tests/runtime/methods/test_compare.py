@@ -12,7 +12,7 @@ import pytest
 from meft.planner.base.errors import UsageError
 from meft.runtime.cli.compare import _candidate, _workload, compare_command
 from meft.runtime.methods import compare as comparing
-from meft.runtime.methods.compare import Candidate, Row, Run, markdown, read_results, rows_of
+from meft.runtime.methods.compare import Candidate, Row, Run, markdown, read_results, rows_of, shown
 from meft.runtime.methods.compare_figure import draw
 
 GIVEN = {
@@ -149,6 +149,11 @@ def test_a_variant_of_meft_is_a_plan_with_its_options_and_has_one_rate(compared)
     assert (lora.setup.weights_dtype, lora.setup.attention) == ("bf16", "eager")
     with pytest.raises(UsageError, match="OPTION=VALUE"):
         _candidate("meft:own", compared[2], 12 << 20, GIVEN)
+
+
+def test_a_base_is_shown_by_the_name_of_its_folder() -> None:
+    assert shown("meft:model=some/where/pruned:top_k=8") == "meft:model=pruned:top_k=8"
+    assert shown("meft:routing=centroid") == "meft:routing=centroid"
 
 
 def test_wrong_rates_are_one_line(compared) -> None:
