@@ -123,3 +123,9 @@ def as_typed(option: str, arguments: Iterable[str]) -> str:
     if option.startswith("--"):
         return option
     return next((word for word in arguments if word.startswith(option) and not word.startswith("--")), option)
+
+
+def torchrun_words(*, nodes: int, gpus: int) -> list[str]:
+    """How ranks of several machines are begun, on each of them; what ``meft-run`` is given follows."""
+    numbers = ["--nnodes", str(nodes), "--nproc-per-node", str(gpus)]
+    return ["torchrun", *numbers, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29400", "-m", "meft.run"]

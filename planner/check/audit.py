@@ -21,6 +21,7 @@ from meft.planner.check.counted_bytes import (
     CategoryCheck,
     as_run,
     by_direction,
+    bytes_between_cards,
     bytes_between_machines,
     bytes_of_optimizer_steps,
     bytes_of_report,
@@ -40,7 +41,7 @@ DEFAULT_TOLERANCE_FRACTION = 0.03
 Rule = Literal["exact", "within", "at most", "shown"]
 
 _GIVEN_ROWS = ("h2d_bytes_given_rows", "d2h_bytes_given_rows")
-_EXACT = (*_GIVEN_ROWS, "network_bytes_given_rows")
+_EXACT = (*_GIVEN_ROWS, "network_bytes_given_rows", "cards_bytes_total")
 
 
 class AuditRow(Record):
@@ -124,6 +125,7 @@ def audit(
         *_host_rows(plan, report),
         *_exact_transfer_rows(plan, report, steps),
         *_network_rows(plan, report),
+        *_cards_rows(plan, report),
         *_planned_transfer_rows(plan, report),
         *_estimated_rows(plan, report),
     )
@@ -342,6 +344,15 @@ def _network_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
         for name, expected, seen, of_what in pairs
         if expected or seen
     )
+
+
+def _cards_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:
+    """Between a machine's cards, if the base is sharded over them."""
+    expected, seen = bytes_between_cards(plan, report), report.observed.transfer.cards_bytes_total
+    if not expected and not seen:
+        return ()
+    because = "weights that the cards gathered from each other, in all rounds"
+    return (_row("cards_bytes_total", expected, seen, bases=("counted", "counted"), because=because, rule="exact"),)
 
 
 def _planned_transfer_rows(plan: Plan, report: Report) -> tuple[AuditRow, ...]:

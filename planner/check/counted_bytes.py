@@ -16,6 +16,7 @@ from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Direction, Plan, Way
 from meft.planner.records.report import Report
 from meft.planner.traffic.network import NetworkCategories, NetworkUse, network_bytes
+from meft.planner.traffic.sharding import WEIGHTS, gathered_bytes_of
 from meft.planner.traffic.transfer import (
     Categories,
     StepRows,
@@ -91,11 +92,21 @@ def windows_of(plan: Plan, report: Report) -> int:
     return -(-report.observed.steps // plan.request.grad_accum)
 
 
+def rounds_of(plan: Plan, report: Report) -> int:
+    """Rounds of the ranks: in the last some may have had no micro-batch."""
+    windows, grad_accum = windows_of(plan, report), plan.request.grad_accum
+    rest = report.observed.steps - (windows - 1) * grad_accum
+    return (windows - 1) * (grad_accum // report.num_ranks) - (-rest // report.num_ranks)
+
+
+def bytes_between_cards(plan: Plan, report: Report) -> int:
+    """Weights that all ranks gathered: those without a micro-batch in a round as those with one."""
+    return rounds_of(plan, report) * report.num_ranks * gathered_bytes_of(as_run(plan, report).request, plan.decision)
+
+
 def bytes_between_machines(plan: Plan, report: Report) -> NetworkCategories:
     """Over the network, of all that the report measured, for the rows that it saw cross."""
-    steps, windows, grad_accum = report.observed.steps, windows_of(plan, report), plan.request.grad_accum
-    rest = steps - (windows - 1) * grad_accum
-    rounds = (windows - 1) * (grad_accum // report.num_ranks) - (-rest // report.num_ranks)
+    steps, windows, rounds = report.observed.steps, windows_of(plan, report), rounds_of(plan, report)
     layers, run = report.observed.active_rows, as_run(plan, report)
     use = NetworkUse(
         rounds=rounds,
@@ -119,7 +130,7 @@ def bytes_of_optimizer_steps(plan: Plan, report: Report) -> dict[tuple[Way, str]
         (entry.direction, entry.category): entry.num_bytes
         * (with_hot if entry.category.startswith("hot_") else windows * report.num_ranks)
         for entry in entries
-        if entry.category != "router_gradients" and entry.direction != "network"
+        if entry.category != "router_gradients" and entry.direction in DIRECTIONS
     }
     routers = router_gradients_of(as_run(plan, report).request, plan.decision)
     if routers:
@@ -142,6 +153,7 @@ def category_checks(plan: Plan, report: Report, steps: int) -> tuple[CategoryChe
     divisors = {"step": steps, "optimizer_step": windows_of(plan, report)}
     for (name, per), size in bytes_between_machines(plan, report).items():
         predicted["network", name, per] = round(size / divisors[per])
+    predicted["cards", WEIGHTS, "step"] = round(bytes_between_cards(plan, report) / steps)
     counted = {
         (entry.direction, entry.category, entry.per): entry.num_bytes
         for entry in report.observed.transfer.entries

@@ -203,6 +203,11 @@ def rank_options(command: Command) -> Command:
             help="Of several machines: each has all rows, or owns its part of them, which the others ask it for.",
         ),
         click.option(
+            "--shard-base",
+            is_flag=True,
+            help="Each of the --gpus has its part of the frozen layers, which they gather one by one (torch's FSDP2).",
+        ),
+        click.option(
             "--interconnect",
             metavar="RATE",
             help="What a machine sends to others, and at once receives: 25Gbit/s, 25GbE or 3.1GB/s.",

@@ -76,6 +76,7 @@ class PlanArguments(TypedDict, total=False):
     gpus_per_link: int
     nodes: int
     rows: RowsPolicy
+    shard_base: bool
     interconnect: str | None
 
 

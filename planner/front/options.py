@@ -91,6 +91,7 @@ class RequestOptions:
     gpus_per_link: Annotated[int, Field(ge=1, le=MAX_GPUS, strict=True)] = 1
     nodes: Annotated[int, Field(ge=1, le=MAX_NODES, strict=True)] = 1
     rows: RowsPolicy = "replicated"
+    shard_base: bool = False
     interconnect: str | None = None
 
     @classmethod

@@ -37,6 +37,8 @@ def find_plan(options: RequestOptions, *, verify: bool = False) -> Planned | Inf
     if options.batch_size == AUTO:
         return _of_open_batch(options, verify=verify)
     planned = planning(options)
+    if verify and planned.request.shard_base:
+        raise UsageError("--verify: what is traced is one card with all of the base, not its part; leave it out")
     if planned.request.model.measured is not None:
         return _traced(planned, verify=verify)
     found = make_plan(planned.request, planned.profiles, meft_version=VERSION)

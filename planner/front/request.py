@@ -269,6 +269,7 @@ def _passed_on(options: RequestOptions, shape: ModelShape) -> dict[str, Any]:
         "gpus_per_link": options.gpus_per_link,
         "nodes": options.nodes,
         "rows": options.rows,
+        "shard_base": options.shard_base,
         "interconnect_bytes_per_second": _interconnect(options),
     }
     return {name: value for name, value in names.items() if value is not None}
@@ -335,6 +336,8 @@ def _check_ranks(options: RequestOptions) -> None:
             f"{given}: the {grad_accum} micro-batches of an optimizer step (--grad-accum) do not divide among "
             f"them; give --grad-accum {fitting}"
         )
+    if options.shard_base and options.gpus == 1:
+        raise UsageError("--shard-base: over which cards? It goes with --gpus")
     if ranks > 1 and options.hot_rows:
         raise UsageError(f"--hot-rows {options.hot_rows}: several devices have none; it goes with --gpus 1")
 

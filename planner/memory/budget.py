@@ -9,6 +9,7 @@ from meft.planner.base.quantities import COMPUTE_DTYPE_BYTES
 from meft.planner.base.units import GIB
 from meft.planner.records.plan import Decision, HostBudget, HostPeak, Request
 from meft.planner.terms.adapter import router_weights_bytes
+from meft.planner.terms.weights import linear_weights_bytes
 
 RESERVE_BYTES = 2 * GIB
 RESERVE_PART = 10
@@ -60,6 +61,10 @@ def host_budget(request: Request, decision: Decision, *, total_bytes: int, on_ca
 def _loading(request: Request) -> HostPeak:
     """Files are mapped, not read; a tensor of another dtype than the plan's is converted, and that is memory of ours
     until the model is on the device. Weights that are quantized on loading go there one by one."""
+    if request.shard_base and request.weights_dtype == "nf4":
+        of_one = linear_weights_bytes(request.model, dtype="nf4", double_quant=request.double_quant)
+        because = "before the tables are made: each rank quantizes all of the base, of which it keeps its part"
+        return HostPeak(phase="loading", num_bytes=request.gpus * of_one, because=because)
     dtype_bytes = 0 if request.weights_dtype == "nf4" else COMPUTE_DTYPE_BYTES.get(request.weights_dtype, 0)
     num_bytes = 0 if request.model.stored is not None else request.model.num_parameters * dtype_bytes
     because = f"before the tables are made: the model, if its files are not in {request.weights_dtype} and mapped"

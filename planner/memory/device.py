@@ -39,6 +39,7 @@ from meft.planner.terms.activations import choose, largest
 from meft.planner.terms.frozen import FrozenLayer, frozen_layer, masked_layers, norm_bytes
 from meft.planner.terms.ledger import STEP_PHASES, Row, peak_bytes, phase_bytes
 from meft.planner.terms.methods import SparseAdapter, Trained, Workload, trained_by
+from meft.planner.traffic.sharding import GATHERED_AT_ONCE, gathered_layer_bytes, layer_shard_bytes, matrices_bytes
 from meft.planner.traffic.transfer import input_bytes
 
 CUBLAS_WORKSPACES = 2
@@ -69,6 +70,7 @@ _BECAUSE = {
     "loss_chain": "12 bytes per logit: fp32 log-probabilities and two gradients",
     "logit_softcap": "the tanh of the capped logits",
     "backward_temporaries": "gradients in flight at backward's worst moment, net of what is free by then",
+    "gathered_weights": "sharded base: the weights of the layer that runs, and the buffer that the next one's come in",
     "dequantized_weight": "the largest quantized linear layer, written out to be multiplied",
     "block_remainders": "what the replayed step holds beyond these lines: whole blocks, whose remainders of up to 1 "
     "MiB are not split off, and tensors of a few KiB",
@@ -183,6 +185,7 @@ def _request_ledger(
         attention=request.attention,
         packed=request.packed,
         activation_checkpointing=candidates.activation_checkpointing,
+        shards=request.base_shards,
     )
     method = SparseAdapter(active_rows, candidates, ADAPTER_DTYPE_BYTES[request.adapter_dtype])
     return device_ledger(shape=request.model, workload=workload, method=method, gpu=gpu)
@@ -254,27 +257,30 @@ def _row(phase: Phase, category: str, num_bytes: Ints) -> Row:
 
 
 def _resident_rows(step: _Step) -> tuple[Row, ...]:
-    shape, dtype = step.shape, step.workload.weights_dtype
+    shape, dtype, shards = step.shape, step.workload.weights_dtype, step.workload.shards
     linear = wts.linear_weights_bytes(shape, dtype=dtype, double_quant=step.workload.double_quant)
+    if shards > 1:
+        part = shape.num_layers * layer_shard_bytes(shape, dtype=dtype, shards=shards)
+        linear += part - matrices_bytes(shape, dtype=dtype)
     return (
         _row("resident", "linear_weights", linear),
         _row("resident", "other_weights", wts.other_weights_bytes(shape, dtype=dtype)),
         _row("resident", "rotary_frequencies", wts.rotary_frequencies_bytes(shape)),
-        _row("resident", "block_rounding", weights_rounding_bytes(shape, dtype, step.workload.double_quant)),
+        _row("resident", "block_rounding", weights_rounding_bytes(shape, dtype, step.workload.double_quant, shards)),
         _row("resident", "inputs", input_bytes(tokens=step.workload.tokens)),
     )
 
 
-def weights_rounding_bytes(shape: ModelShape, dtype: WeightsDtype, double_quant: bool) -> int:
+def weights_rounding_bytes(shape: ModelShape, dtype: WeightsDtype, double_quant: bool, shards: int = 1) -> int:
     """What the allocator's blocks hold above the frozen weights: those of many models are all cut to measure, and of
     the others the loading is simulated."""
-    if dtype != "nf4" and shape.stored is None:
+    if dtype != "nf4" and shape.stored is None and shards == 1:
         sizes = wts.tensor_sizes_bytes(shape, dtype=dtype)
         if all(map(_cut_to_measure, sizes)):
             return sum(-num_bytes % MIN_BLOCK_BYTES for num_bytes in sizes)
     from meft.planner.simulation.run import loaded_rounding_bytes  # slow to load, and often not needed
 
-    return loaded_rounding_bytes(shape, dtype, double_quant)
+    return loaded_rounding_bytes(shape, dtype, double_quant, shards)
 
 
 def _cut_to_measure(num_bytes: int) -> bool:
@@ -288,6 +294,7 @@ def _forward_rows(step: _Step) -> tuple[Row, ...]:
         *_kept_rows("forward", step),
         *_shared_rows("forward", step, inputs=step.shape.num_layers),
         _row("forward", "forward_temporaries", _forward_temporaries(step)),
+        _row("forward", "gathered_weights", _gathered(step)),
     )
 
 
@@ -334,7 +341,14 @@ def _backward_rows(step: _Step) -> tuple[Row, ...]:
         *shared,
         _row("backward", "backward_temporaries", _backward_temporaries(step)),
         _row("backward", "dequantized_weight", dequantized),
+        _row("backward", "gathered_weights", _gathered(step)),
     )
+
+
+def _gathered(step: _Step) -> int:
+    """Of a sharded base the layer that runs, and the buffer in which the next one's weights come: ``2W``."""
+    dtype, shards = step.workload.weights_dtype, step.workload.shards
+    return GATHERED_AT_ONCE * gathered_layer_bytes(step.shape, dtype=dtype, shards=shards)
 
 
 def _optimizer_rows(step: _Step) -> tuple[Row, ...]:
@@ -414,9 +428,10 @@ def _norm_backward_bytes(step: _Step) -> Ints:
 
 
 def _final_norm_moment(step: _Step) -> Ints:
-    """The final norm goes backward: all layers are whole, but with checkpointing none is recomputed yet."""
+    """The final norm goes backward: all layers are whole, but with checkpointing none is recomputed yet; of a sharded
+    base no weights are there."""
     one_layer = step.frozen.total + step.trained.kept_most
-    return step.norm + _norm_backward_bytes(step) - choose(step.checkpointing, one_layer, 0)
+    return step.norm + _norm_backward_bytes(step) - choose(step.checkpointing, one_layer, 0) - _gathered(step)
 
 
 def _adapter_moment(step: _Step) -> Ints:

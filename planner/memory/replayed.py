@@ -50,6 +50,8 @@ def replayed_peaks(request: Request, decision: Decision, gpu: GpuProfile) -> Rep
         return _as_traced(request, decision)
     peaks = _replayed(request, decision, gpu)
     model_type = request.model.model_type
+    if request.shard_base and not gpu.shares_host_cores:  # no card has run it yet
+        return ReplayedPeaks(peaks.allocated_bytes, peaks.reserved_bytes + MARGIN_BYTES, "assumed")
     if model_type in KNOWN_TENSOR_BY_TENSOR and (model_type, request.attention) != ("mistral", "eager"):
         return peaks
     return ReplayedPeaks(peaks.allocated_bytes, peaks.reserved_bytes + MARGIN_BYTES, "assumed")
@@ -89,14 +91,14 @@ def _without_what_is_no_matter(request: Request) -> Request:
     from meft.planner.sparse.step import MICRO_BATCHES_THAT_DIFFER  # slow to load, and only a replay needs it
 
     asked: dict[str, Any] = {name: getattr(request, name) for name in _THAT_MATTER}
-    asked["grad_accum"] = min(request.grad_accum, MICRO_BATCHES_THAT_DIFFER)
+    asked["grad_accum"], asked["gpus"] = min(request.grad_accum, MICRO_BATCHES_THAT_DIFFER), request.base_shards
     nothing: dict[str, Any] = dict.fromkeys(("gpu", "host", "link", "sparsity"), "any")
     return Request.model_construct(**asked, **nothing, gpu_mem_bytes=1, host_mem_bytes=1, host_mem_basis="given")
 
 
 _THAT_MATTER = (
     *("model", "batch_size", "seq_len", "weights_dtype", "double_quant", "adapter_dtype", "attention"),
-    "packed",
+    *("packed", "shard_base"),
 )
 
 

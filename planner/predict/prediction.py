@@ -239,7 +239,7 @@ def inputs_used(request: Request, decision: Decision, profiles: ProfileSet) -> I
     numbers = (
         *_rates("gpu", profiles.gpu, unused=_unused_by_gpu(request, profiles.gpu)),
         *_context(profiles.gpu),
-        *_rates("link", profiles.link, unused=_unused_by_link(decision)),
+        *_rates("link", profiles.link, unused=_unused_by_link(request, decision)),
         *_rates("host", profiles.host, unused=frozenset()),
         *_sparsity_numbers(profiles.sparsity, prefetch_depth=decision.prefetch_depth),
     )
@@ -265,11 +265,12 @@ def _unused_by_gpu(request: Request, gpu: GpuProfile) -> frozenset[str]:
     return frozenset({"memory_total_bytes", *formats} - used)
 
 
-def _unused_by_link(decision: Decision) -> frozenset[str]:
-    """Copies are pinned, and both directions are busy at once only where rows are fetched again."""
+def _unused_by_link(request: Request, decision: Decision) -> frozenset[str]:
+    """Copies are pinned; both directions are busy at once only where rows are fetched again, or weights gathered."""
     pageable = {"pageable_h2d_bytes_per_second", "pageable_d2h_bytes_per_second"}
     duplex = {"duplex_h2d_bytes_per_second", "duplex_d2h_bytes_per_second"}
-    return frozenset(pageable if decision.rows_in_backward == "refetched" else pageable | duplex)
+    both = decision.rows_in_backward == "refetched" or request.shard_base
+    return frozenset(pageable if both else pageable | duplex)
 
 
 def _context(gpu: GpuProfile) -> Iterator[NumberUsed]:

@@ -30,8 +30,8 @@ Direction = Literal["h2d", "d2h"]
 Lane = Literal["gpu", "h2d", "d2h", "cpu", "network"]
 LANES: tuple[Lane, ...] = ("gpu", "h2d", "d2h", "cpu")
 """Of one machine; several have ``network`` too."""
-Way = Direction | Literal["network"]
-"""Where bytes go: over a card's link, or between machines."""
+Way = Direction | Literal["cards", "network"]
+"""Where bytes go: over a card's link, between a machine's cards, or between machines."""
 
 
 class Request(Record):
@@ -87,6 +87,8 @@ class Request(Record):
     interconnect_bytes_per_second: Rate | None = None
     """What a machine sends to others, and at once receives; where there are several."""
     rows: RowsPolicy = "replicated"
+    shard_base: bool = False
+    """Each of a machine's cards has its part of the layers' linear weights, which are gathered layer by layer."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -101,6 +103,8 @@ class Request(Record):
             raise ValueError(f"nodes {self.nodes} need interconnect_bytes_per_second")
         if self.rows == "owned" and self.nodes == 1:
             raise ValueError("rows owned are divided among machines, and nodes is 1")
+        if self.shard_base and self.gpus == 1:
+            raise ValueError("shard_base divides the frozen base among a machine's cards, and gpus is 1")
         require_fitting(self.routing, always=False, switch=self.switch, stable=self.stable)
         return self
 
@@ -113,6 +117,11 @@ class Request(Record):
     def rounds(self) -> int:
         """Micro-batches of an optimizer step that each rank has."""
         return self.grad_accum // self.ranks
+
+    @property
+    def base_shards(self) -> int:
+        """Parts that the layers' linear weights are in, one on each card; 1: all are on every card."""
+        return self.gpus if self.shard_base else 1
 
     @property
     def tokens_per_step(self) -> int:
@@ -320,6 +329,8 @@ class Transfer(Record):
     """Between machines, for one micro-batch."""
     network_bytes_per_optimizer_step: Bytes = 0
     """Between all machines, once per window."""
+    cards_bytes_per_step: Bytes = 0
+    """From the machine's other cards to one, which sends as much."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -339,12 +350,6 @@ class Timing(Record):
     slowdown: Rate
     busy_seconds: dict[Lane, Seconds]
     tokens_per_second: Rate
-
-
-def lanes_of(timing: Timing) -> tuple[Lane, ...]:
-    """The lanes that a step has, in the order in which they are shown."""
-    every: tuple[Lane, ...] = (*LANES, "network")
-    return tuple(lane for lane in every if lane in timing.busy_seconds)
 
 
 class Sparsity(Record):
@@ -489,9 +494,3 @@ def host_budget_of(plan: Plan) -> int:
     """What the plan may use of the host's memory."""
     machine = plan.prediction.host_memory.machine
     return plan.request.host_mem_bytes if machine is None else machine.budget_bytes
-
-
-def torchrun_words(*, nodes: int, gpus: int) -> list[str]:
-    """How ranks of several machines are begun, on each of them; what ``meft-run`` is given follows."""
-    numbers = ["--nnodes", str(nodes), "--nproc-per-node", str(gpus)]
-    return ["torchrun", *numbers, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29400", "-m", "meft.run"]

@@ -62,6 +62,9 @@ class ObservedTransfer(Record):
     network_bytes_per_optimizer_step: Bytes = 0
     network_bytes_total: Bytes = 0
     """Between machines, as counted where it was sent: as the others, of all ranks together."""
+    cards_bytes_per_step: Bytes = 0
+    cards_bytes_total: Bytes = 0
+    """Between a machine's cards, as counted where it came; with what ranks gathered that had no step of their own."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -9,6 +9,7 @@ _USUAL |= {"nodes": 1, "interconnect_bytes_per_second": None, "foreign_total": N
 _USUAL |= dict.fromkeys(("network_bytes_per_step", "network_bytes_per_optimizer_step", "network_bytes_total"), 0)
 _USUAL |= {"batch_size_basis": "given", "switch": None, "stable": None, "rows": "replicated"}
 _USUAL |= dict.fromkeys(("asked_total", "scored_total"))
+_USUAL |= {"shard_base": False, "cards_bytes_per_step": 0, "cards_bytes_total": 0}
 
 
 def without_usual(content: dict[str, Any], **more: Any) -> dict[str, Any]:

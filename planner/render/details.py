@@ -16,11 +16,11 @@ from meft.planner.records.plan import (
     Plan,
     Verification,
     host_budget_of,
-    lanes_of,
 )
 from meft.planner.render.tables import View, count, grid, lines, percent, section, stacked
 from meft.planner.search.levers import reserved_at_most
 from meft.planner.terms.ledger import STEP_PHASES
+from meft.planner.timing.chrome import lanes_of
 
 PARETO_ROWS = 5
 
@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "other_weights",
         "rotary_frequencies",
         "block_rounding",
-        "dequantized_weight",
+        *("dequantized_weight", "gathered_weights"),
     ),
     "active rows and their gradients": ("row_staging", "row_gradients", "row_indices", "kept_rows", "gradient_sums"),
     "hot rows and their optimizer": ("hot_rows", "hot_states"),
@@ -141,6 +141,7 @@ def _decision(plan: Plan) -> View:
         *_tokens_see(plan),
         *_token_chunks(plan),
         *_owned(plan),
+        *_sharded(plan),
         ("active rows cap", f"{decision.active_rows_cap:,}", _why_cap(plan)),
         ("prefetch depth", str(decision.prefetch_depth), _why_prefetch(plan)),
         ("routing", decision.routing, _given(plan.request.routing, _why_routing(plan))),
@@ -166,6 +167,14 @@ def _owned(plan: Plan) -> list[tuple[str, str, str]]:
         return []
     width, nodes = plan.decision.adapter_width, plan.request.nodes
     return [("rows", "owned", f"each of {nodes} machines has {width // nodes:,} of a layer's, and asks for the others")]
+
+
+def _sharded(plan: Plan) -> list[tuple[str, str, str]]:
+    """Where each card has its part of the base."""
+    if not plan.request.shard_base:
+        return []
+    shape, gpus = plan.request.model, plan.request.gpus
+    return [("base", "sharded", f"each of {gpus} cards has its part of the {shape.num_layers} layers' matrices")]
 
 
 def _token_chunks(plan: Plan) -> list[tuple[str, str, str]]:
@@ -373,7 +382,7 @@ def _transfer(plan: Plan) -> View:
             format_bytes(entry.num_bytes) if entry.direction == "d2h" else "",
         )
         for entry in sorted(transfer.entries, key=lambda entry: -entry.num_bytes)
-        if entry.per == "step" and entry.direction != "network" and entry.num_bytes >= MIB
+        if entry.per == "step" and entry.direction in ("h2d", "d2h") and entry.num_bytes >= MIB
     ]
     total = ("total", format_bytes(transfer.h2d_bytes_per_step), format_bytes(transfer.d2h_bytes_per_step))
     once = transfer.h2d_bytes_per_optimizer_step + transfer.d2h_bytes_per_optimizer_step
@@ -390,6 +399,8 @@ def _transfer(plan: Plan) -> View:
             f"{plan.request.rounds} {format_bytes(transfer.network_bytes_per_optimizer_step)} of "
             f"{'squares and routers' if plan.decision.rows == 'owned' else 'sums'}"
         )
+    if plan.request.shard_base:
+        after.append(f"between the cards {format_bytes(transfer.cards_bytes_per_step)} of weights to each, and from it")
     offload = f"moving the whole adapter both ways would cost {transfer.whole_adapter_offload_ratio:.2f} times as much"
     return stacked(grid(("", "to device", "to host"), [*rows, total], right=(1, 2)), lines([*after, offload]))
 

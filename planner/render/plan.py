@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from meft.planner.base.options import torchrun_words
 from meft.planner.base.quantities import chunk_tokens
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
 from meft.planner.memory.disk import disk
-from meft.planner.records.plan import Objective, Plan, host_budget_of, torchrun_words
+from meft.planner.records.plan import Objective, Plan, host_budget_of
 from meft.planner.render.details import detail_sections, grouped_bytes, limits_used
 from meft.planner.render.tables import Columns, Command, Paragraph, View, count, grid, lines, percent, section, stacked
 from meft.planner.search.levers import Lever, reserved_at_most

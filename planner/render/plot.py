@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from meft.planner.base.errors import UsageError
 from meft.planner.base.units import GIB, MIB, format_bytes, format_seconds
-from meft.planner.records.plan import Lane, ParetoPoint, Plan, lanes_of
+from meft.planner.records.plan import Lane, ParetoPoint, Plan
 from meft.planner.render.details import grouped_bytes
 from meft.planner.render.tables import count
 from meft.planner.terms.ledger import STEP_PHASES
-from meft.planner.timing.chrome import Event
+from meft.planner.timing.chrome import Event, lanes_of
 
 if TYPE_CHECKING:  # matplotlib is loaded only when there is something to draw
     from matplotlib.axes import Axes

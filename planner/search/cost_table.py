@@ -105,9 +105,12 @@ class CostTable:
         )
 
     def quick_forward(self, copied: int, members: NDArray[np.int64]) -> Seconds:
-        """Seconds to the end of forward ``[depths, members]``; members are places in ``[C * routings]``."""
-        tasks = self._forward(self.costs[copied][0], members)
+        """Seconds to the end of forward ``[depths, members]``; members are places in ``[C * routings]``. Where weights
+        are gathered too, which only the program knows of, they are doubtful: nan."""
         depths = self.space.prefetch_depths
+        if self.costs[0][0].gpu.unpack is not None:
+            return np.full((len(depths), len(members)), math.nan)
+        tasks = self._forward(self.costs[copied][0], members)
         return np.stack([forward_seconds(tasks, num_layers=self.num_layers, prefetch_depth=depth) for depth in depths])
 
     def quick_backward(self, copied: int, wanted: NDArray[np.bool_]) -> Seconds:

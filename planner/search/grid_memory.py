@@ -95,6 +95,7 @@ def device_sum(space: Space, request: Request, profiles: ProfileSet) -> GridSum:
         attention=request.attention,
         packed=request.packed,
         activation_checkpointing=candidates.activation_checkpointing,
+        shards=request.base_shards,
     )
     at_cap = np.broadcast_to(space.caps, (num_layers, *space.caps.shape))
     method = SparseAdapter(at_cap, candidates, ADAPTER_DTYPE_BYTES[request.adapter_dtype])

@@ -20,7 +20,7 @@ from meft.planner.base.units import GIB, MIB, format_bytes, format_size_argument
 from meft.planner.memory.budget import machine_bytes_for
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.profiles import GpuProfile
-from meft.planner.search.space import why_not_owned
+from meft.planner.search.space import why_not_owned, why_not_sharded
 
 SHORTEST_SEQUENCE = 16
 MORE_STEPS = 4
@@ -45,9 +45,10 @@ OPTIONS = {
     "top_k": "--top-k",
     "adapter_width": "--adapter-width",
     "rows": "--rows",
+    "shard_base": "--shard-base",
 }
 """Options of ``meft-plan`` by the request's field."""
-_FLAGS = ("activation_checkpointing", "bf16_copy")
+_FLAGS = ("activation_checkpointing", "bf16_copy", "shard_base")
 _FREED = (
     "hot_rows",
     "bf16_copy",
@@ -161,9 +162,9 @@ def _nearest_change(
 
 
 def _changes(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Iterator[Request]:
-    """Changed requests, the nearest first: each machine with its part of the rows, the budgets raised by what is
-    missing, a smaller batch, checkpointing, fewer tokens, fixed choices left open, smaller weights, and several of
-    these together.
+    """Changed requests, the nearest first: each machine with its part of the rows, each card with its part of the base,
+    the budgets raised by what is missing, a smaller batch, checkpointing, fewer tokens, fixed choices left open,
+    smaller weights, and several of these together.
 
     Budgets come last where the host's is this machine's own, or the device's would grow by more than :data:`FAR`: that
     is another card.
@@ -173,6 +174,8 @@ def _changes(request: Request, needs: dict[str, float], gpu: GpuProfile) -> Iter
     far = raised is not None and raised.gpu_mem_bytes > (1 + FAR) * request.gpu_mem_bytes
     if "host_mem_bytes" in needs and request.nodes > 1 and request.rows == "replicated" and not why_not_owned(request):
         yield request.model_copy(update={"rows": "owned"})
+    if "gpu_mem_bytes" in needs and request.gpus > 1 and not request.shard_base and not why_not_sharded(request):
+        yield request.model_copy(update={"shard_base": True})
     last = far or (request.host_mem_basis == "this machine" and "host_mem_bytes" in needs)
     if raised and not last:
         yield from (raised, *more)

@@ -38,7 +38,7 @@ from meft.planner.records.plan import Decision, Plan, Prediction, Request, Searc
 from meft.planner.search.fitting import Fitting, best_fitting
 from meft.planner.search.sifted_choice import best, front
 from meft.planner.search.sifting import Index, Sifted
-from meft.planner.search.space import why_not_owned
+from meft.planner.search.space import why_not_owned, why_not_sharded
 
 if TYPE_CHECKING:
     from meft.planner.search.weighing import Weighed
@@ -269,6 +269,8 @@ def check_request(request: Request) -> None:
 
         check_chunks(request)
     if request.rows == "owned" and (refused := why_not_owned(request)):
+        raise UsageError(refused)
+    if request.shard_base and (refused := why_not_sharded(request)):
         raise UsageError(refused)
     shape, width, top_k = request.model, request.adapter_width, request.top_k
     as_stored = request.weights_dtype == "int8" and shape.stored is not None

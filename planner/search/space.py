@@ -203,6 +203,22 @@ def why_not_owned(request: Request) -> str | None:
     return None
 
 
+def why_not_sharded(request: Request) -> str | None:
+    """Why the base cannot be sharded over a machine's cards, whatever their number; None if it can."""
+    shape, alone = request.model, "beside shard_base"
+    if request.nodes > 1:
+        return f"nodes {request.nodes} {alone}: the base is sharded over the cards of one machine; give 1"
+    if shape.stored is not None:
+        how = f"stored as {shape.stored.title}"
+        return f"model {shape.name}, {how}, {alone}: only weights quantized while they are loaded are; give 16-bit ones"
+    if shape.measured is not None:
+        return (
+            f"model {shape.name} {alone}: its memory is known from traces of whole layers; it goes with the families "
+            f"that have a closed form"
+        )
+    return None
+
+
 def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
     """Every decision to weigh for ``request``."""
     routings = _routings(request)

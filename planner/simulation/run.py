@@ -32,6 +32,7 @@ from meft.planner.terms.formats import BF16, FP32, INT64, STORED
 from meft.planner.terms.lengths import BatchShape
 from meft.planner.terms.offload import OFFLOADING
 from meft.planner.terms.weights import DOUBLE_QUANT_BLOCK, NF4_BLOCK, linear_parameters, stored_tensors_bytes
+from meft.planner.traffic.sharding import shard_bytes
 
 NF4_CODE_NUMBERS = 16
 DYNAMIC_CODE_NUMBERS = 256
@@ -81,11 +82,11 @@ def simulate(
 
 
 @cache
-def loaded_rounding_bytes(shape: ModelShape, weights_dtype: WeightsDtype, double_quant: bool) -> int:
+def loaded_rounding_bytes(shape: ModelShape, weights_dtype: WeightsDtype, double_quant: bool, shards: int = 1) -> int:
     """What the allocator's blocks hold above the frozen weights themselves, loaded in the order of the modules."""
     tape = Tape()
     setup = TrainingSetup(model=shape, method="meft", weights_dtype=weights_dtype, double_quant=double_quant)
-    weights = Loader(tape, setup).load()
+    weights = Loader(tape, setup, shards=shards).load()
     loaded = stream_peaks(Stream(tuple(tape.events))).ledger["resident"]
     del weights
     return loaded.rounding_bytes
@@ -97,6 +98,8 @@ class Loader:
 
     tape: Tape
     setup: TrainingSetup
+    shards: int = 1
+    """Cards that each have their part of the layers' matrices."""
 
     def load(self) -> ModelWeights:
         """Everything that is on the device before the first step."""
@@ -175,21 +178,27 @@ class Loader:
     def _linear(self, layer: Linear, block: int) -> Weights | QuantizedWeights:
         shape, nf4 = self._shape, self.setup.weights_dtype == "nf4"
         if not (is_stored(shape, layer, block=block) if shape.stored is not None else nf4):
-            weight = self._weight(layer.num_weights, "linear_weights")
+            weight = self._weight(layer.num_weights, "linear_weights") if self.shards == 1 else self._shard(layer)
             bias = self._weight(layer.outputs) if layer.bias else None
             return Weights(layer.inputs, layer.outputs, weight, bias)
-        stored = self._quantized(layer.num_weights) if nf4 else self._as_stored(layer)
+        stored = self._quantized(layer) if nf4 else self._as_stored(layer)
         bias = self._weight(layer.outputs) if layer.bias else None
         return QuantizedWeights(layer.inputs, layer.outputs, stored, BF16, bias)
 
-    def _quantized(self, num_weights: int) -> tuple[Tensor, ...]:
+    def _shard(self, layer: Linear) -> Tensor:
+        """This card's part of a matrix, which stands for the whole: that is made when the layer is gathered."""
+        dtype = self.setup.weights_dtype
+        part = self.tape.new(shard_bytes(self._shape, layer, dtype=dtype, shards=self.shards), 1, "linear_weights")
+        return Tensor(part.storage, layer.num_weights, STORED[dtype])
+
+    def _quantized(self, layer: Linear) -> tuple[Tensor, ...]:
         """As bitsandbytes stores it: packed weights, scales per 64 (in 8 bits with scales of their own if doubly
         quantized, and a copy of the 256 numbers that those stand for), and the 16 numbers that a code stands for."""
-        tape, category = self.tape, "linear_weights"
-        written = tape.new(num_weights, BF16, category)
+        tape, category, num_weights = self.tape, "linear_weights", layer.num_weights
+        written = tape.new(num_weights if self.shards == 1 else 0, BF16, category)  # a shard was quantized on the host
         num_scales = -(-num_weights // NF4_BLOCK)
         scales = tape.new(num_scales, FP32, category)
-        packed = tape.new(-(-num_weights // 2), 1, category)
+        packed = tape.new(-(-num_weights // 2), 1, category) if self.shards == 1 else self._shard(layer)
         code = tape.new(NF4_CODE_NUMBERS, FP32, category)
         del written
         if not self.setup.double_quant:

@@ -16,10 +16,12 @@ import itertools
 from dataclasses import dataclass
 
 from meft.planner.base.quantities import INDEX_BYTES, MASTER_BYTES
+from meft.planner.models.linears import linear_layers
 from meft.planner.records.plan import Decision, Request
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Leaf, Tape, Tensor
 from meft.planner.simulation.decoder import Decoder, ModelWeights
+from meft.planner.simulation.gathering import Gathering, ShardedDecoder
 from meft.planner.simulation.operators import Operators
 from meft.planner.simulation.optimizers import HotStep, squared_router_norm, update_routers
 from meft.planner.simulation.positions import positions_from_labels
@@ -29,6 +31,7 @@ from meft.planner.sparse.adapter import Adapter, ChunkedAdapter, Exchange
 from meft.planner.terms.adapter import CAST_ROWS
 from meft.planner.terms.formats import FP32, INT64, STORED
 from meft.planner.traffic.chunks import chunk_ring_slots
+from meft.planner.traffic.sharding import shard_bytes
 
 MICRO_BATCHES_THAT_DIFFER = 2
 """Within an accumulation window all after the first are alike."""
@@ -89,16 +92,27 @@ class _SparseRun:
     ) -> None:
         self.tape, self.request, self.decision = tape, request, decision
         self.setup = setup_of(request, decision)
-        self.loader = Loader(tape, self.setup)
+        self.loader = Loader(tape, self.setup, shards=request.base_shards)
         weights = self.loader.load()
         self.ops = Operators(tape, workspace_bytes=workspace_bytes, cpu_kernels=emulated)
-        self.decoder = Decoder(self.ops, self.setup, weights, counts_positions=True)
+        self.decoder = self._decoder(weights)
         self.routers = self._router_weights()
         self.buffers = list(self._buffers())
         self.states = self._router_states(emulated=emulated)
         self._attach(weights)
 
     # --- what a session makes ----------------------------------------------------------------------------------------
+
+    def _decoder(self, weights: ModelWeights) -> Decoder:
+        shards, shape, dtype = self.request.base_shards, self.request.model, self.request.weights_dtype
+        if shards == 1:
+            return Decoder(self.ops, self.setup, weights, counts_positions=True)
+        layers = linear_layers(shape)
+        sizes = [shards * shard_bytes(shape, layer, dtype=dtype, shards=shards) for layer in layers]
+        first_again = 0 if self.decision.activation_checkpointing else 1
+        gathering = Gathering(self.tape, [sizes] * shape.num_layers, first_again)
+        gathering.gather_all()
+        return ShardedDecoder(self.ops, self.setup, weights, counts_positions=True, gathering=gathering)
 
     @property
     def _gated(self) -> bool:

@@ -35,6 +35,8 @@ class Workload:
     double_quant: bool = False
     packed: bool = False
     """Sequences hold several documents, each with positions of its own."""
+    shards: int = 1
+    """Cards that each have their part of the layers' matrices, and gather them layer by layer."""
 
     @property
     def tokens(self) -> Ints:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from meft.planner.records.plan import LANES, Lane
+from meft.planner.records.plan import LANES, Lane, Timing
 
 
 class Event(NamedTuple):
@@ -42,3 +42,9 @@ def chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
         if event.end_seconds > event.start_seconds
     ]
     return {"displayTimeUnit": "ms", "traceEvents": [*names, *tasks]}
+
+
+def lanes_of(timing: Timing) -> tuple[Lane, ...]:
+    """The lanes that a step has, in the order in which they are shown."""
+    every: tuple[Lane, ...] = (*LANES, "network")
+    return tuple(lane for lane in every if lane in timing.busy_seconds)

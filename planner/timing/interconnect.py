@@ -1,4 +1,4 @@
-"""What ranks of several machines wait for the network between them.
+"""What ranks of several machines wait for the network between them, and the cards of one for each other's weights.
 
 A machine sends and receives at once, at the rate that was given, whichever of its ranks does; in a message and at a
 window's end each rank exchanges three times with its mates (counts, rows' numbers, gradients or sums).
@@ -7,10 +7,16 @@ Where machines own rows, the host asks for scores before it chooses, and for row
 do meanwhile but to answer the others, so what that takes is in its own tasks, and the network's lane has the gradients
 alone. What both send at once in backward is not taken to slow either.
 
+Cards that share a base and have no link of their own send its weights over PCIe, through the host's memory: a ring's
+all-gather, in which each receives ``(N - 1) / N`` of a layer and sends as much, both ways at once. It queues with the
+rows, where the two in fact share the link.
+
 Letters: ``M`` machines, ``N`` ranks on each, ``L`` layers, ``T`` tokens, ``P`` probes.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +24,18 @@ from numpy.typing import NDArray
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES, MASTER_BYTES, Floats, Ints
 from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Request
+from meft.planner.records.profiles import LinkProfile
+from meft.planner.timing.gpu import GpuRates
 from meft.planner.traffic.network import foreign_row_bytes, foreign_share, summed_row_bytes
 from meft.planner.traffic.owned import COUNT_BYTES, SQUARE_BYTES, asked_row_bytes, asked_token_bytes, pair_bytes
+from meft.planner.traffic.sharding import layer_shard_bytes
 from meft.planner.traffic.transfer import router_gradient_bytes
 
 EXCHANGE_SECONDS = 100e-6
 """Of one exchange, whatever its size: assumed, a round trip over Ethernet (20 to 50 us) and both sides' waking."""
 EXCHANGES = 3
+COPIES_OF_A_GATHER = 2
+"""Kernels, each for all of a layer's matrices."""
 SCORE_EXCHANGES = 4
 """For scores: counts, hidden states, probes, and scores back."""
 
@@ -103,6 +114,30 @@ def rows_between(request: Request, candidates: Candidates, *, rows: NDArray[np.i
     )
     sent = request.gpus * rows * foreign_share(request.nodes) * row
     return np.asarray(EXCHANGES * EXCHANGE_SECONDS + sent / rate)
+
+
+class WeightsSeconds(NamedTuple):
+    """Of one layer of a sharded base: what comes to a card, what leaves it, and copying it to and from the buffer."""
+
+    came: float
+    sent: float
+    unpack: float
+
+
+def weights_between(request: Request, link: LinkProfile, rates: GpuRates) -> WeightsSeconds | None:
+    """Gathering one layer, ``link`` being one card's share of it; None where each card has all of the base."""
+    shards, shape, dtype = request.base_shards, request.model, request.weights_dtype
+    if shards == 1:
+        return None
+    part = layer_shard_bytes(shape, dtype=dtype, shards=shards)
+    latency = (shards - 1) * link.latency_seconds.value
+    one_way = (shards - 1) * part
+    copied = 2 * (shards + 1) * part  # read and written: this card's part into the buffer, all parts out of it
+    return WeightsSeconds(
+        came=latency + one_way / link.duplex_h2d_bytes_per_second.value,
+        sent=latency + one_way / link.duplex_d2h_bytes_per_second.value,
+        unpack=rates.frozen_seconds(flops=0.0, num_bytes=copied, launches=COPIES_OF_A_GATHER),
+    )
 
 
 def gathered_share(request: Request, candidates: Candidates) -> float:

@@ -22,6 +22,10 @@ copied when the slot is free, which is when this layer's adapter is done; the fr
 needs no gradient, so its frozen part has none. Row gradients and refetched rows leave at the same moment, so where rows
 are refetched both directions run at the link's duplex rates; every other copy has the link to itself.
 
+Where the base is sharded over cards, a layer's weights are gathered before it runs, in forward and for its backward
+(without checkpointing not for layer 0's), while the one before it is computed; the first and, in backward, the last
+wait for theirs. They take both directions at the duplex rates.
+
 After the last micro-batch of an accumulation window the optimizer runs; a step carries its ``1 / grad_accum`` share,
 after backward, since clipping needs the whole gradient's norm first. Hot rows are updated on the device, and then
 their keys go to the host.
@@ -149,6 +153,8 @@ class GpuSeconds(_Seconds):
     """Token chunks: a chunk's activations once more in backward."""
     hot_adamw: Floats | None = None
     """A step's share; None where no rows are hot."""
+    unpack: Floats | None = None
+    """Sharded base: a layer's weights copied into the buffer and out of it; None where each card has all."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -174,6 +180,9 @@ class LinkSeconds(_Seconds):
     """Row gradients to the machines that add them up; None for one machine."""
     sums: Floats = 0.0
     """Between machines, a step's share of what a window's end costs."""
+    weights: Floats = 0.0
+    """Sharded base: one layer's weights from the other cards, and at once this card's part of them to those."""
+    weights_sent: Floats = 0.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -253,6 +262,8 @@ class Program:
         """When backward's last gradients are added up."""
         self.rows_there: list[Floats] = [0.0] * num_layers
         """When each layer's rows are on the device."""
+        self.coming: dict[int, Floats] = {}
+        """When the weights of layers that are being gathered are there."""
 
     def _by_layer(self, seconds: NDArray[np.float64]) -> list[Floats]:
         return list(seconds) if len(seconds) == self.num_layers else [seconds[0]] * self.num_layers
@@ -260,16 +271,19 @@ class Program:
     def step(self) -> None:
         """All of it."""
         inputs = self.run("h2d", "inputs", self.link.inputs)
-        self.run("gpu", "embedding", self.gpu.embedding, inputs)
+        embedded = self.run("gpu", "embedding", self.gpu.embedding, inputs)
+        self.gather_weights(0, embedded)
         for layer in range(self.num_layers):
             self.forward(layer)
         loss = self.run("gpu", "head and loss", self.gpu.loss_head)
         self.run("d2h", "loss", self.link.loss, loss)
+        self.gather_weights(self.num_layers - 1, loss, again=True)
         backward_done = self.backward()
         self.optimizer_share(backward_done)
 
     def forward(self, layer: int) -> None:
         """One layer, and the choice of rows that its hidden state serves."""
+        self.unpack_weights(layer, layer + 1)
         last = min(layer + self.depth, self.num_layers - 1)
         targets = range(0 if layer == 0 else layer + self.depth, last + 1)
         hidden = self.run("gpu", f"attention {layer}", self.gpu.attention)
@@ -285,6 +299,26 @@ class Program:
         for target in targets:
             if not self.overlapped and target != layer:
                 self.fetch(target, arrived[target])
+
+    def gather_weights(self, layer: int, begins: Floats, *, again: bool = False) -> None:
+        """A sharded base: bring a layer's weights, if there is one, for its forward or, ``again``, its backward."""
+        if self.gpu.unpack is None or not 0 <= layer < self.num_layers:
+            return
+        name, done = f"weights {layer}{' again' * again}", self.needs_weights(layer, again=again)
+        came = self.run("h2d", name, self.link.weights * done, begins)
+        sent = self.run("d2h", name, self.link.weights_sent * done, begins)
+        self.coming[layer] = np.maximum(came, sent)
+
+    def unpack_weights(self, layer: int, following: int, *, again: bool = False) -> None:
+        """The layer's weights are wanted; those of the ``following`` are on their way from then on."""
+        if self.gpu.unpack is not None:
+            name, done = f"unpack {layer}{' again' * again}", self.needs_weights(layer, again=again)
+            begins = self.run("gpu", name, self.gpu.unpack * done, self.coming.pop(layer))
+            self.gather_weights(following, begins, again=again)
+
+    def needs_weights(self, layer: int, *, again: bool) -> Flags:
+        """All but layer 0 in backward, which it has with checkpointing alone: else its input needs no gradient."""
+        return self.checkpointing if again and layer == 0 else True
 
     def send_queries(self, layer: int, targets: range, hidden: Floats) -> dict[int, Floats]:
         """Hidden state and probes to the host; returns when the host has what it needs for each target."""
@@ -314,6 +348,7 @@ class Program:
         left: dict[int, Floats] = {}
         added: dict[int, Floats] = {}
         for layer in reversed(range(self.num_layers)):
+            self.unpack_weights(layer, layer - 1, again=True)
             self.recompute(layer)
             emptied = (left if self.overlapped else added).get(layer + slots, 0.0)
             seconds = self.adapter_backward[layer] + self.sum_gradients[layer]

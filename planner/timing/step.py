@@ -58,6 +58,7 @@ from meft.planner.timing.interconnect import (
     rows_between,
     scores_between,
     sums_between,
+    weights_between,
 )
 from meft.planner.timing.lanes import baseline_seconds, simulate
 from meft.planner.timing.moved_rows import MovedRows, moved_in_chunks, moved_rows
@@ -256,13 +257,18 @@ def step_costs_of_choices(
     else:
         moved = moved_rows(active_rows, cached, on_device, request.rounds, hot)
     window_rows: Ints = (window_active_rows if hot is None else window_active_rows - hot.in_window).sum(axis=0)
-    of_gpu = _gpu_costs(request, gpu_rates(gpu, request), candidates, moved)
+    rates = gpu_rates(gpu, request)
+    of_gpu = _gpu_costs(request, rates, candidates, moved)
     of_link = [
         _link_costs(request, link, replace(candidates, retained=choice), moved, window_rows) for choice in retained
     ]
     of_host = [
         _host_costs(request, host, replace(candidates, bf16_copy=choice), moved, window_rows) for choice in copied
     ]
+    weights = weights_between(request, link, rates)
+    if weights is not None:
+        of_gpu = replace(of_gpu, unpack=weights.unpack)
+        of_link = [replace(costs, weights=weights.came, weights_sent=weights.sent) for costs in of_link]
     if hot is not None:
         update = _hot_update(request, gpu, link, host, hot.per_layer)
         of_gpu = replace(of_gpu, hot_adamw=update.adamw)

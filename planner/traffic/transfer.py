@@ -56,6 +56,7 @@ from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Decision, Direction, Request, Transfer, TransferEntry
 from meft.planner.traffic.hot_rows import HOT_NORM_BYTES, hot_key_bytes
 from meft.planner.traffic.network import BECAUSE, expected_use, network_bytes
+from meft.planner.traffic.sharding import WEIGHTS, gathered_bytes_of
 
 Categories: TypeAlias = dict[tuple[Direction, str], Ints]
 """Bytes by direction and category."""
@@ -80,6 +81,7 @@ _BECAUSE = {
     "hot_norm": "squared norm of the hot rows' gradients, one fp64 number for global clipping",
     "router_gradients": "several ranks: the routers' gradients, fp32, to be summed on the host, and the sums",
     "router_norm": "squared norm of the routers' gradients, one fp32 number for global clipping",
+    "weights": "sharded base: what one card gathers of the layers' weights from the others, and sends as well",
 }
 
 
@@ -331,8 +333,10 @@ def step_transfer(
         fetched_rows=sum(int(categories["h2d", name]) for name in ("rows", "rows_refetched"))
         // _bytes_of_a_row(request),
     )
+    cards = _cards(request, decision)
     return Transfer(
-        entries=(*_entries(categories, "step"), *_entries(once, "optimizer_step"), *network),
+        entries=(*_entries(categories, "step"), *_entries(once, "optimizer_step"), *network, *cards),
+        cards_bytes_per_step=sum(entry.num_bytes for entry in cards),
         network_bytes_per_step=sum(entry.num_bytes for entry in network if entry.per == "step"),
         network_bytes_per_optimizer_step=sum(entry.num_bytes for entry in network if entry.per == "optimizer_step"),
         h2d_bytes_per_step=int(h2d),
@@ -360,6 +364,15 @@ def _network(request: Request, decision: Decision, **rows: int) -> tuple[Transfe
         for (name, per), size in network_bytes(request, decision, use).items()
         if size
     )
+
+
+def _cards(request: Request, decision: Decision) -> tuple[TransferEntry, ...]:
+    """Between a machine's cards: weights, where the base is sharded."""
+    received = gathered_bytes_of(request, decision)
+    if not received:
+        return ()
+    because = "sharded base: what one card gathers of the layers' weights from the others, and sends as well"
+    return (TransferEntry(direction="cards", category=WEIGHTS, per="step", num_bytes=received, because=because),)
 
 
 def _entries(categories: Categories, per: Literal["step", "optimizer_step"]) -> tuple[TransferEntry, ...]:

@@ -5,6 +5,10 @@ operator allocates lies on the device: its storage is entered, passed through th
 out when torch frees it. A device operator that is handed a host tensor is refused, as CUDA would refuse it, so
 nothing crosses the link except through the transfer engine.
 
+A storage may also stay and its bytes go: FSDP2 empties and refills those of gathered weights with ``resize_``, which
+is no operator. Of storages that they :meth:`~DeviceBooks.follow` the books look before each operator whether that
+happened.
+
 With an :class:`~meft.runtime.device.event_log.EventLog` the books also write down every storage that comes and goes, in
 order.
 """
@@ -58,6 +62,8 @@ class DeviceBooks(TorchDispatchMode):
         self.allocator = CachingAllocator(capacity_bytes)
         self._live: dict[int, _Entry] = {}
         self._departed: list[int] = []
+        self._followed: dict[int, tuple[weakref.ref[Any], str]] = {}
+        """Storages whose owner empties and refills them, with their category."""
         self._busy = False
         self._bytes_by_category: defaultdict[str, int] = defaultdict(int)
         self._peak_by_category: dict[str, int] = {}
@@ -79,6 +85,7 @@ class DeviceBooks(TorchDispatchMode):
             return args[0].fake_device
         if self._host_depth or func.namespace == "prim":  # prim: other questions about a tensor
             return func(*args, **(kwargs or {}))
+        self._note_emptied()
         if self._is_host_view(func, args, kwargs):
             return func(*args, **(kwargs or {}))
         return self.execute(func, args, kwargs or {})
@@ -112,6 +119,16 @@ class DeviceBooks(TorchDispatchMode):
         """Enter a tensor that was made outside the mode: it now lies on the device."""
         self._enter(tensor)
 
+    def follow(self, tensor: torch.Tensor) -> None:
+        """Mind from now on that the storage of a tensor, which is in the books or empty, may be emptied and refilled.
+
+        It comes back under the category that is set now, when an operator first sees it.
+        """
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        watcher = weakref.ref(storage, lambda _: self._followed.pop(key, None))
+        self._followed[key] = (watcher, self._category or DEFAULT_CATEGORY)
+
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's storage is in the books; of a sparse one those of its parts."""
         if tensor.layout is torch.sparse_coo:
@@ -139,6 +156,22 @@ class DeviceBooks(TorchDispatchMode):
         entry = self._live.get(tensor.untyped_storage()._cdata)
         if entry is not None and entry.logged is not None and self.log is not None:
             self.log.recategorise(entry.logged, category)
+
+    def _note_emptied(self) -> None:
+        """Take out what is followed and was emptied since the last operator."""
+        for key, (watcher, _) in list(self._followed.items()):
+            storage = watcher()
+            if key in self._live and storage is not None and storage.nbytes() == 0:
+                self._leave(key)
+
+    def _is_refilled(self, tensor: torch.Tensor) -> bool:
+        """Whether it is followed, was empty and no longer is; it is entered then."""
+        followed = self._followed.get(tensor.untyped_storage()._cdata)
+        if followed is None or not tensor.untyped_storage().nbytes():
+            return False
+        with self.category(followed[1]):
+            self._enter(tensor)
+        return True
 
     def _enter(self, tensor: torch.Tensor, func: Any = None) -> None:
         if tensor.layout is torch.sparse_coo:
@@ -192,7 +225,7 @@ class DeviceBooks(TorchDispatchMode):
         """
         looked_at = (args[:1], args[2:]) if func in _INDEXED else (args, kwargs)
         for tensor in _tensors(looked_at):
-            if not tensor.dim() or not tensor.numel() or self.holds(tensor):
+            if not tensor.dim() or not tensor.numel() or self.holds(tensor) or self._is_refilled(tensor):
                 continue
             if func.is_view:
                 return True

@@ -59,6 +59,10 @@ class Device(Protocol):
         """Put a module's parameters and buffers on the device."""
         ...
 
+    def follow(self, tensor: torch.Tensor) -> None:
+        """Tell the books that its owner empties and refills a tensor's storage."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until the device has done all its work."""
         ...
@@ -104,8 +108,12 @@ class EmulatedDevice:
         """Enter the module's storages under ``frozen_weights``."""
         with self.books.category("frozen_weights"):
             for tensor in (*module.parameters(), *module.buffers(), *_quantization_tensors(module)):
-                self.books.adopt(tensor)
+                self.books.adopt(_own_part(tensor))
         return module
+
+    def follow(self, tensor: torch.Tensor) -> None:
+        """See :meth:`DeviceBooks.follow`."""
+        self.books.follow(tensor)
 
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back on the CPU."""
@@ -125,10 +133,17 @@ class EmulatedDevice:
         return MemoryPeaks(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes, by_category)
 
 
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a tensor that is sharded over ranks (a ``DTensor``, which is slow to load) this rank's shard."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
 def _quantization_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """What bitsandbytes keeps beside a 4-bit weight: scales, code, and of double quantization the second ones."""
-    for parameter in module.parameters():
-        state = getattr(parameter, "quant_state", None)
+    """What bitsandbytes keeps beside a 4-bit weight: scales, code, and of double quantization the second ones; the
+    layer has them too, and alone where the weight is sharded."""
+    for holder in (*module.parameters(), *module.modules()):
+        state = getattr(holder, "quant_state", None)
         while state is not None:
             for name in ("absmax", "code", "offset"):
                 tensor = getattr(state, name, None)
@@ -169,6 +184,10 @@ class CudaDevice:
         """Move the module to the GPU."""
         with self.scope():
             return module.to(self.torch_device)
+
+    def follow(self, tensor: torch.Tensor) -> None:
+        """The CUDA allocator sees to it itself."""
+        del tensor
 
     def synchronize(self) -> None:
         """Wait for every stream."""

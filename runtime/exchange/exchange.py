@@ -353,9 +353,14 @@ class RowExchange:
         if self._router_sums is not None:
             self._router_sums.send(took_part=True)
 
-    def sit_out(self) -> None:
-        """Ranks: this one has no micro-batch while others have the window's last; it adds theirs to its own rows."""
+    def sit_out(self, before: Callable[[int], None] | None = None) -> None:
+        """Ranks: this one has no micro-batch while others have the window's last; it adds theirs to its own rows.
+
+        ``before`` is what else they need of it first, layer by layer in the order of their backward.
+        """
         for layer in reversed(range(len(self.layers))):
+            if before is not None:
+                before(layer)
             self._sit_out_layer(layer)
             if self.closes_window:
                 self._window.send_sums(layer)

@@ -10,6 +10,7 @@ Letters: ``T`` tokens, ``L`` layers, ``p`` prefetch depth.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,11 +125,11 @@ class OwnedExchange(RowExchange):
     def _window_class(self) -> type[OwnedWindow]:
         return OwnedWindow
 
-    def sit_out(self) -> None:
+    def sit_out(self, before: Callable[[int], None] | None = None) -> None:
         """See :class:`RowExchange`; it answers, too."""
         for layer in range(len(self.layers)):
             self._asking.answer_forward(layer)
-        super().sit_out()
+        super().sit_out(before)
 
     def _sit_out_layer(self, layer: int) -> None:
         self._window.send_nothing(layer)

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from meft.planner.base.errors import EXIT_MACHINE, EXIT_UNEXPECTED, MeftError, UsageError
-from meft.planner.records.plan import Plan, torchrun_words
+from meft.planner.base.options import torchrun_words
+from meft.planner.records.plan import Plan
 
 TO_END_SECONDS = 24 * 3600
 """For the window and the checkpoint after a signal; a second signal ends the run at once."""

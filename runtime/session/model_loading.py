@@ -28,6 +28,8 @@ STORED_DTYPES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED_DTYPE = torch.bfloat16
 """What quantized weights are computed in, and what is not quantized is loaded in."""
+NF4_BITS, BITS_OF_A_BYTE = 5, 8
+"""Of a number at most: four and its share of an fp32 scale for 64, half a bit; rounded up."""
 STORED_PACKAGES: dict[StoredMethod, tuple[str, ...]] = {
     "bitsandbytes-4bit": ("bitsandbytes", "accelerate"),
     "bitsandbytes-8bit": ("bitsandbytes", "accelerate"),
@@ -72,14 +74,16 @@ def check_shape(planned: ModelShape, found: ModelShape, *, where: str) -> None:
 
 
 def load_frozen_model(plan: Plan, folder: Path, *, device_kind: str = "cuda") -> nn.Module:
-    """Load the model to host memory in the plan's dtype and attention; quantized weights straight to a CUDA device.
+    """Load the model to host memory in the plan's dtype and attention; quantized weights straight to a CUDA device, but
+    those of a base that is sharded, which no device holds whole.
 
     Of a model of text and images it is the text part, and no more.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options = _weight_options(plan, device_kind) | _text_part_options(folder)
+    place = "cpu" if plan.request.shard_base else device_kind
+    options = _weight_options(plan, place) | _text_part_options(folder)
     with cuda_out_of_memory(plan.prediction.device_memory.allocator_budget_bytes):
         model = load_causal_lm(folder, attn_implementation=ATTENTION[plan.request.attention], **options)
     for module in model.modules():
@@ -99,6 +103,8 @@ def converted_bytes(plan: Plan, folder: Path) -> int:
         UsageError: a file of weights is no whole safetensors file.
     """
     dtype = COMPUTE_DTYPES.get(plan.request.weights_dtype)
+    if plan.request.shard_base and plan.request.weights_dtype == "nf4":
+        return sum(stored_numbers(folder).values()) * NF4_BITS // BITS_OF_A_BYTE
     if dtype is None or plan.request.model.stored is not None:
         return 0  # quantized weights go to the device one by one
     same = STORED_DTYPES[plan.request.weights_dtype]

@@ -14,6 +14,7 @@ from torch import nn
 from meft.planner.base.errors import MeftError
 from meft.planner.records.plan import Decision, Plan
 from meft.runtime.adapter.adapter import AttachedAdapter, attach
+from meft.runtime.adapter.blocks import decoder_blocks
 from meft.runtime.adapter.initialise import KeyInit, keys_from_ffn
 from meft.runtime.chunks.placement import ChunkPlacer
 from meft.runtime.data.examples import Batch
@@ -34,6 +35,7 @@ from meft.runtime.host.store import HostStore
 from meft.runtime.owners.exchange import Queries, exchange_of
 from meft.runtime.owners.tables import OwnedTables, rows_of
 from meft.runtime.ranks.peers import Peers
+from meft.runtime.ranks.sharded_base import ShardedBase, placed, require_whole, together
 from meft.runtime.session.documents import DOCUMENT_START, positions_from, unpacked_sequences
 from meft.runtime.session.model_loading import COMPUTE_DTYPES, QUANTIZED_DTYPE
 from meft.runtime.session.rotary import settle_rotary_frequencies
@@ -66,6 +68,8 @@ class Session:
     """The ranks that share the store, where there are several."""
     tables: OwnedTables | None = None
     """Of rows that machines own, where there are several."""
+    base: ShardedBase | None = None
+    """The model, where it is sharded over the ranks."""
     _early: list[tuple[Job, Job]] = field(default_factory=list)
     """Norm and update of each layer, where updates began in backward."""
 
@@ -82,7 +86,7 @@ class Session:
         started = time.perf_counter()
         self.exchange.expect_tokens(batch.attention_mask.flatten().bool(), micro_batch=micro_batch)
         self.exchange.closes_window = window_end is not None
-        with self.device.scope():
+        with self.device.scope(), together(self.base):
             _, loss, sent = self.forward_backward(batch, loss_scale=loss_scale, window_end=window_end)
             sent.wait_on_host()
             with self.device.host():
@@ -92,8 +96,8 @@ class Session:
     def sit_out(self, *, window_end: WindowEnd | None) -> None:
         """Ranks: the others have a micro-batch and this one has none; what they will add up needs it all the same."""
         self.exchange.closes_window = window_end is not None
-        with self.device.scope():
-            self.exchange.sit_out()
+        with self.device.scope(), together(self.base):
+            self.exchange.sit_out(None if self.base is None else self.base.take_part())
         self.exchange.closes_window = False
 
     def forward_backward(
@@ -381,7 +385,9 @@ def open_session(
     decision, shape = plan.decision, plan.request.model
     settings = settings or AdamWSettings()
     settle_rotary_frequencies(model)
-    model = device.adopt(model)
+    if key_init == "ffn":
+        require_whole(plan)
+    model, base = placed(plan, model, decoder_blocks(model), device, peers)
     _set_checkpointing(model, decision)
     clock = clock or LaneClock()
     engine = _new_engine(device, schedule or Sequential(), clock, link_gbps)
@@ -410,7 +416,7 @@ def open_session(
     optimizer = _router_optimizer(routers, settings, device) if routers else None
     adapter = attach(model, exchange, weights)
     parts = (plan, device, engine, store, exchange, model, adapter, routers, settings, optimizer, clock, key_init)
-    session = Session(*parts, peers=peers, tables=OwnedTables.of(decision, store, peers))
+    session = Session(*parts, peers=peers, tables=OwnedTables.of(decision, store, peers), base=base)
     session.wait_for_peers()  # the rows are there
     return session
 

@@ -52,6 +52,7 @@ _WHY = {
     "loss": "the loss, for the report",
     "router_gradients": "several ranks: the routers' gradients to the host, and their sums to every device",
     "router_norm": "squared norm of the routers' gradients, for clipping",
+    "weights": "sharded base: the layers' weights, gathered from the other cards",
 }
 _WHY_NETWORK = {
     "row_gradients": "gradients of rows that another machine adds up",
@@ -168,21 +169,28 @@ def host_memory(session: Session) -> ObservedHostMemory:
 def transfer(session: Session, *, steps: int, windows: int, pcie: PcieReading) -> ObservedTransfer:
     """What the engine counted: means per step and per optimizer step, totals over the steps, and over the run."""
     session.drain()
-    return transfer_of(session.engine.counted_bytes, steps=steps, windows=windows, pcie=pcie)
+    return transfer_of(session.engine.counted_bytes, cards=gathered(session), steps=steps, windows=windows, pcie=pcie)
+
+
+def gathered(session: Session) -> Mapping[tuple[str, Per], int]:
+    """Weights that came from other ranks, by category and by what they belong to."""
+    return {} if session.base is None else session.base.counted_bytes
 
 
 def transfer_of(
     counted: Mapping[tuple[Direction, str, Per], int],
     *,
     network: Mapping[tuple[str, NetworkPer], int] | None = None,
+    cards: Mapping[tuple[str, Per], int] | None = None,
     steps: int,
     windows: int,
     pcie: PcieReading,
 ) -> ObservedTransfer:
-    """The same, of counted bytes; ``network`` are those between machines."""
+    """The same, of counted bytes; ``network`` are those between machines, ``cards`` those between a machine's cards."""
     divisors: dict[Per, int] = {"step": max(1, steps), "optimizer_step": max(1, windows), "run": 1}
     crossed = {("network", name, per): size for (name, per), size in (network or {}).items()}
-    all_counted: dict[tuple[Any, str, Any], int] = {**counted, **crossed}
+    came = {("cards", name, per): size for (name, per), size in (cards or {}).items()}
+    all_counted: dict[tuple[Any, str, Any], int] = {**counted, **crossed, **came}
     entries = tuple(
         TransferEntry(
             direction=way,
@@ -212,6 +220,8 @@ def transfer_of(
         network_bytes_per_step=round(total("network", "step") / divisors["step"]),
         network_bytes_per_optimizer_step=round(total("network", "optimizer_step") / divisors["optimizer_step"]),
         network_bytes_total=total("network", "step"),
+        cards_bytes_per_step=round(total("cards", "step") / divisors["step"]),
+        cards_bytes_total=total("cards", "step"),
     )
 
 

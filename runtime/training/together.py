@@ -23,12 +23,13 @@ from meft.runtime.device.nvml import MemoryReading, PcieReading
 from meft.runtime.ranks import ordered
 from meft.runtime.ranks.machines import Per
 from meft.runtime.ranks.peers import Peers, Place
+from meft.runtime.ranks.sharded_base import require_planned_ranks
 from meft.runtime.session.checkpoint import TRAINING_STATE, RunObserved, latest_checkpoint
 from meft.runtime.session.session import Session
 from meft.runtime.training import output
 from meft.runtime.training.measured import Histograms, Measurements, Totals, Worked
 from meft.runtime.training.options import Display, RunOptions
-from meft.runtime.training.reporting import host_memory, observe, per_step, rows_seen, transfer_of, work_done
+from meft.runtime.training.reporting import gathered, host_memory, observe, per_step, rows_seen, transfer_of, work_done
 from meft.runtime.training.training import Trainer
 
 K = TypeVar("K")
@@ -43,6 +44,7 @@ def ranks(plan: Plan, *, steps: int | None) -> Iterator[Peers | None]:
     """
     place = Place.here()
     if place is None:
+        require_planned_ranks(plan, 1, machines=1)
         yield None
         return
     check(plan, place.per_machine, machines=place.machines, steps=steps)
@@ -79,12 +81,18 @@ def check(plan: Plan, gpus: int, *, machines: int = 1, steps: int | None) -> Non
             f"{given}: the plan's {decision.num_experts} experts, which machines own, do not divide among {machines}; "
             f"take another number of machines, or plan again with --nodes {machines}"
         )
+    require_planned_ranks(plan, gpus, machines=machines)
     if steps is not None and steps < size:
         raise UsageError(f"--steps {steps}: less than the {size} ranks have micro-batches at once; give {size} or more")
 
 
 def check_evaluation(plan: Plan, peers: Peers | None) -> None:
-    """Raise :class:`UsageError` where rank 0, which evaluates, has not the rows that it would take."""
+    """Raise :class:`UsageError` where rank 0, which evaluates, has not the rows or weights that it would take."""
+    if plan.request.shard_base:
+        raise UsageError(
+            "--eval: rank 0 has its part of the sharded base alone; leave it out, and score the saved adapter with "
+            "meft-run evaluate"
+        )
     if plan.decision.rows == "owned" and peers is not None and peers.machines > 1:
         raise UsageError(
             f"--eval: machine 0 of {peers.machines} has its own rows alone; leave it out, and score the saved "
@@ -154,10 +162,9 @@ def observe_all(trainer: Trainer, *, memory: MemoryReading, pcie: PcieReading) -
         return observe(trainer, memory=memory, pcie=pcie)
     own = observe(trainer, memory=memory, pcie=pcie).observed if trainer.measured.steps else None
     crossed = _crossed(session)
-    told = peers.of_all(
-        (own, trainer.measured, dict(session.engine.counted_bytes), work_done(trainer), host_memory(session), crossed)
-    )
-    each, measured, counted, done, memories, network = map(list, zip(*told, strict=True))
+    counted_here = (dict(session.engine.counted_bytes), dict(gathered(session)))
+    told = peers.of_all((own, trainer.measured, *counted_here, work_done(trainer), host_memory(session), crossed))
+    each, measured, counted, cards, done, memories, network = map(list, zip(*told, strict=True))
     seen = [one for one in each if one is not None]
     together = _merged(measured)
     work = _summed(done)
@@ -170,6 +177,7 @@ def observe_all(trainer: Trainer, *, memory: MemoryReading, pcie: PcieReading) -
             "transfer": transfer_of(
                 _added(counted),
                 network=_added([of_rank.counted for of_rank in network]),
+                cards=_added(cards),
                 steps=together.steps,
                 windows=together.windows,
                 pcie=pcie,

@@ -260,13 +260,13 @@ class Trainer:
     def measure_recall(self) -> float | None:
         """Share of the exact choice that look-ahead finds, mean over layers, on one batch that is not trained on.
 
-        Its transfers are counted apart from the steps'. None where the rows' owners would have to answer, which are
-        done then.
+        Its transfers are counted apart from the steps'. None where other ranks would have to take part, which are
+        done then: those that own rows, or have their part of the base.
         """
         session = self.session
         if session.exchange.depth == 0:
             return 1.0
-        if session.tables is not None:
+        if session.tables is not None or session.base is not None:
             return None
         recalls: list[float] = []
 

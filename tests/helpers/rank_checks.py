@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from sessions import small_plan
 
 from meft.planner.check.audit import audit
+from meft.planner.memory.host import host_memory
 from meft.planner.records.plan import Plan
 from meft.planner.records.report import Report
 from meft.planner.traffic.transfer import step_transfer
@@ -63,7 +64,7 @@ class Runs:
 
 
 def with_transfer(plan: Plan) -> Plan:
-    """The plan with what one rank would move, every layer's rows at their cap."""
+    """The plan with what one rank would move, every layer's rows at their cap, and what the host holds."""
     layers, decision = plan.request.model.num_layers, plan.decision
     transfer = step_transfer(
         request=plan.request,
@@ -71,7 +72,9 @@ def with_transfer(plan: Plan) -> Plan:
         active_rows_per_layer=[decision.active_rows_cap] * layers,
         kept_rows_per_layer=[decision.cached_rows] * layers,
     )
-    return plan.model_copy(update={"prediction": plan.prediction.model_copy(update={"transfer": transfer})})
+    host = host_memory(request=plan.request, decision=decision)
+    predicted = plan.prediction.model_copy(update={"transfer": transfer, "host_memory": host})
+    return plan.model_copy(update={"prediction": predicted})
 
 
 def learnt(output: Path) -> dict[str, torch.Tensor]:

@@ -81,6 +81,7 @@ PRICED = (
         "traffic/owned",
         "traffic/hot_rows",
         "traffic/chunks",
+        "traffic/sharding",
         "timing/step",
         "timing/gpu",
         "timing/dense",
@@ -129,6 +130,7 @@ def requests() -> Iterator[Request]:
         ("llama-7b", {}),
         ("llama-7b", {"weights_dtype": "nf4", "double_quant": True, "attention": "eager"}),
         ("gpt2", {"adapter_dtype": "fp32", "gpus": 2}),
+        ("llama-7b", {"gpus": 2, "shard_base": True}),
         ("gpt2", {"nodes": 2, "interconnect_bytes_per_second": 1e9}),
         ("gemma-2-2b", {"attention": "eager", "weights_dtype": "fp32", "adapter_dtype": "fp32"}),
     ):

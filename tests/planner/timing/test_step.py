@@ -40,8 +40,9 @@ GPU_FIELDS, LINK_FIELDS, HOST_FIELDS = (
     tuple(field.name for field in fields(kind)) for kind in (GpuSeconds, LinkSeconds, HostSeconds)
 )
 FIELDS = (*GPU_FIELDS, *LINK_FIELDS, *HOST_FIELDS)
-TASKS = tuple(name for name in FIELDS if name != "chunks")
-"""Whose values are seconds."""
+OF_SHARDED_BASE = ("unpack", "weights", "weights_sent")
+TASKS = tuple(name for name in FIELDS if name not in ("chunks", *OF_SHARDED_BASE))
+"""Whose values are seconds, and that every step has."""
 PER_LAYER = GpuSeconds.PER_LAYER | LinkSeconds.PER_LAYER | HostSeconds.PER_LAYER
 
 
@@ -49,12 +50,36 @@ def costs_of(**seconds: float) -> StepCosts:
     """Costs with every layer alike; what is not named takes no time."""
     given_seconds: dict[str, Any] = dict.fromkeys(FIELDS, 0.0) | {"gather_again": seconds.get("gather", 0.0)} | seconds
     values = {name: np.array([value]) if name in PER_LAYER else value for name, value in given_seconds.items()}
-    values["exchange"] = values["exchange"] if "exchange" in seconds else None
+    for name in ("exchange", "unpack"):
+        values[name] = values[name] if name in seconds else None
     return StepCosts(
         GpuSeconds(**{name: values[name] for name in GPU_FIELDS}),
         LinkSeconds(**{name: values[name] for name in LINK_FIELDS}),
         HostSeconds(**{name: values[name] for name in HOST_FIELDS}),
     )
+
+
+GATHERED = {"attention": 1.0, "ffn": 1.0, "frozen_backward": 2.0, "unpack": 0.0, "weights": 3.0, "weights_sent": 2.0}
+
+
+@pytest.mark.parametrize(("checkpointing", "step_seconds", "gathers"), [(True, 17.0, 4), (False, 13.0, 3)])
+def test_weights_of_the_next_layer_come_while_one_is_computed(checkpointing, step_seconds, gathers) -> None:
+    """Two layers. Forward: weights 0 until 3, layer 0 until 5; weights 1 from 3 to 6, layer 1 until 8. Backward: its
+    weights again until 11, and weights 0 again, from then on, until 14. Checkpointed, layer 1 is computed again until
+    13 and goes backward until 15, layer 0 is computed again until 17. Not checkpointed, layer 1 goes backward until 13,
+    and layer 0 has no backward, nor weights for it."""
+    step = simulate(costs_of(**GATHERED), num_layers=2, prefetch_depth=0, checkpointing=checkpointing, refetched=False)
+    assert step.step_seconds == step_seconds
+    assert (step.busy_seconds["h2d"], step.busy_seconds["d2h"]) == (gathers * 3.0, gathers * 2.0)
+
+
+def test_copying_weights_to_and_from_the_buffer_is_the_gpus_work() -> None:
+    """Behind the weights, before the layer: both layers' forward, and backward of the second."""
+    step = simulate(
+        costs_of(**(GATHERED | {"unpack": 0.5})), num_layers=2, prefetch_depth=0, checkpointing=False, refetched=False
+    )
+    assert step.step_seconds == 14.5
+    assert step.busy_seconds["gpu"] == 2 * 2.0 + 2.0 + 3 * 0.5
 
 
 HAND = {

@@ -131,6 +131,31 @@ def test_live_blocks_are_what_is_counted(steps: list[tuple[int, int]]) -> None:
 # --- host and device -------------------------------------------------------------------------------------------------
 
 
+def test_a_storage_that_its_owner_empties_and_refills_counts_while_it_is_full() -> None:
+    """``resize_`` is no operator: the books see it when the next one comes, and the refill when one is given it."""
+    books = DeviceBooks()
+    with books:
+        with books.category("gathered"):
+            tensor = torch.empty(KIB_OF_FLOATS)
+            books.follow(tensor)
+        storage = tensor.untyped_storage()
+        for _ in range(2):
+            storage.resize_(0)
+            other = torch.empty(KIB_OF_FLOATS)  # an operator
+            assert allocated(books) == 1024
+            del other
+            storage.resize_(1024)
+            tensor.zero_()
+            assert allocated(books) == 1024
+        books.reset_peaks()
+        assert books.peak_by_category == {"gathered": 1024}
+        storage.resize_(0)
+        del tensor, storage
+        assert torch.ones(1).numel() == 1
+    assert allocated(books) == 0
+    assert books._followed == {}
+
+
 def test_host_work_inside_the_scope_is_not_counted() -> None:
     books = DeviceBooks()
     with books:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sessions import CENTROIDS, EXPERTS, STABLE, SWITCH  # noqa: E402
 from sparse_setup import decision  # noqa: E402
 from trace_setups import config_of  # noqa: E402
 
+from meft.planner.memory.device import predict_device_memory  # noqa: E402
 from meft.planner.memory.replayed import peaks_of, replayed_peaks  # noqa: E402
 from meft.planner.models.configs import shape_from_config  # noqa: E402
 from meft.planner.records.plan import Plan  # noqa: E402
@@ -27,6 +29,8 @@ from meft.runtime.device.books import DeviceBooks  # noqa: E402
 from meft.runtime.device.device import EmulatedDevice  # noqa: E402
 from meft.runtime.device.event_log import EventLog  # noqa: E402
 from meft.runtime.device.lanes import Overlapped  # noqa: E402
+from meft.runtime.ranks import sharded_base  # noqa: E402
+from meft.runtime.session import session  # noqa: E402
 from meft.runtime.session.model_loading import ATTENTION, COMPUTE_DTYPES  # noqa: E402
 from meft.runtime.session.session import WindowEnd, open_session  # noqa: E402
 from meft.runtime.trace.run import trace_plan  # noqa: E402
@@ -90,7 +94,7 @@ def logged(plan: Plan, config: dict[str, Any], *, windows: int) -> tuple[list[li
     )
     log = EventLog()
     device = EmulatedDevice(1 << 40, DeviceBooks(1 << 40, log))
-    session = open_session(plan, model, device, seed=0, compiled=False, schedule=Overlapped())
+    opened = open_session(plan, model, device, seed=0, compiled=False, schedule=Overlapped())
     try:
         log.moment("0")
         for window in range(windows):
@@ -98,12 +102,12 @@ def logged(plan: Plan, config: dict[str, Any], *, windows: int) -> tuple[list[li
                 ids = torch.randint(0, 256, (plan.request.batch_size, plan.request.seq_len))
                 end = None if left else WindowEnd(1e-3, 1.0)
                 batch = Batch(ids, torch.ones_like(ids), ids, two_documents(ids) if plan.request.packed else None)
-                session.step(batch, loss_scale=1.0, window_end=end)
-            session.optimizer_step(learning_rate=1e-3, max_norm=1.0)
+                opened.step(batch, loss_scale=1.0, window_end=end)
+            opened.optimizer_step(learning_rate=1e-3, max_norm=1.0)
             log.moment(str(window + 1))
-        session.drain()
+        opened.drain()
     finally:
-        session.close()
+        opened.close()
     stream = log.stream()
     ends = [0, *(stream.moments[str(window)] for window in range(windows + 1))]
     return [list(stream.events[first:last]) for first, last in pairwise(ends)], device
@@ -210,6 +214,59 @@ def require_equal(plan: Plan, config: dict[str, Any]) -> None:
     peaks = replayed_peaks(plan.request, plan.decision, load_gpu("emulated"))
     assert peaks.allocated_bytes == device.peaks().allocated_bytes
     assert peaks.reserved_bytes == device.peaks().reserved_bytes
+
+
+SHARDED = [
+    ("llama", {}, {}, {}),
+    ("llama", {"activation_checkpointing": True, "prefetch_depth": 1}, BF16, {}),
+    ("llama", {"rows_in_backward": "retained"}, {"attention": "eager"}, {"intermediate_size": 189}),
+    ("llama", EXPERTS | {"activation_checkpointing": True}, MIXED, {"num_hidden_layers": 1}),
+    ("qwen2", EXPERTS, MIXED, {"num_hidden_layers": 1}),
+    ("qwen3", {"activation_checkpointing": True}, {}, {"intermediate_size": 191}),
+    ("mistral", {"cached_rows": 32, "gradients_on_device": True}, BF16, {}),
+]
+"""And what is changed of the model: an odd number of rows is padded, one layer has none to gather ahead."""
+
+
+@pytest.fixture
+def one_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process, beside one that is not there: what that would send is taken to be what this one has, which is as
+    large."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def gathered(output: torch.Tensor, own: torch.Tensor, *, async_op: bool, **_: object) -> str | None:
+        output.view(-1, own.numel()).copy_(own.clone())
+        return "begun" if async_op else None
+
+    def alone(plan: Plan, model: Any, blocks: Any, device: Any, peers: Any) -> Any:
+        return sharded_base.placed(plan, model, blocks, device, SimpleNamespace(here=2, machines=1))
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    monkeypatch.setattr(sharded_base, "_all_gather", gathered)
+    monkeypatch.setattr(session, "placed", alone)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("model_type", "choice", "asked", "changes"), SHARDED)
+def test_a_sharded_base_comes_and_goes_as_on_the_emulated_device(
+    one_of_two_ranks, model_type, choice, asked, changes
+) -> None:
+    among = {"gpus": 2, "shard_base": True, "grad_accum": 2}
+    require_equal(*plan_of(model_type, choice, asked | among, **changes))
+
+
+def test_a_sharded_bases_plan_says_the_peak_of_the_emulated_device(one_of_two_ranks) -> None:
+    """By its ledger, within 1 %: without a remainder that the replay has to add where its lines are the larger."""
+    for choice in ({}, {"activation_checkpointing": True}):
+        plan, config = plan_of("llama", choice, BF16 | {"gpus": 2, "shard_base": True, "grad_accum": 2})
+        memory = predict_device_memory(request=plan.request, decision=plan.decision, gpu=load_gpu("emulated"))
+        _, device = logged(plan, config, windows=2)
+        assert memory.peak_allocated_bytes == pytest.approx(device.peaks().allocated_bytes, rel=0.01)
+        assert {entry.phase for entry in memory.entries if entry.category == "gathered_weights"} == {
+            "forward",
+            "backward",
+        }
 
 
 DROPOUT = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
