@@ -103,16 +103,20 @@ class _Run:
         prepare(self.books, model, setup)
         self.books.log.moment("loaded")
         model = attach_method(model, setup)
-        if setup.trl_casts:
+        self._adopt_trained(model)
+        if setup.trl_casts:  # once what is trained is there
             cast_as_trl(self.books, model)
-        with self.books.category("trainable_weights"):
-            for parameter in model.parameters():
-                self.books.adopt(parameter)
         self.books.log.moment("attached")
         use_kernels(model, setup.kernels)
         use_loss(model, setup.loss)
         self._train(model.train())
         return self.books.log.stream()
+
+    def _adopt_trained(self, model: nn.Module) -> None:
+        """A function of its own: its loop would keep the last parameter beyond a cast."""
+        with self.books.category("trainable_weights"):
+            for parameter in model.parameters():
+                self.books.adopt(parameter)
 
     def _train(self, model: nn.Module) -> None:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -6,14 +6,17 @@ import gc
 import json
 import weakref
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meft.planner.base.errors import UsageError
 from meft.runtime.cli.compare import _candidate, _workload, compare_command
 from meft.runtime.methods import compare as comparing
 from meft.runtime.methods.compare import Candidate, Row, Run, markdown, read_results, rows_of, shown
-from meft.runtime.methods.compare_figure import draw
+from meft.runtime.methods.compare_figure import draw, spread_out
 
 GIVEN = {
     "batch_size": 2,
@@ -154,6 +157,16 @@ def test_a_variant_of_meft_is_a_plan_with_its_options_and_has_one_rate(compared)
 def test_a_base_is_shown_by_the_name_of_its_folder() -> None:
     assert shown("meft:model=some/where/pruned:top_k=8") == "meft:model=pruned:top_k=8"
     assert shown("meft:routing=centroid") == "meft:routing=centroid"
+
+
+@given(st.lists(st.floats(-0.5, 1.5), max_size=30))
+def test_names_are_spread_in_order_and_apart(wanted) -> None:
+    places = spread_out(sorted(wanted), gap=0.05)
+    gap = min(0.05, 1.0 / max(len(wanted) - 1, 1))
+    assert all(after - before > gap - 1e-9 for before, after in pairwise(places))
+    assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
+    if len(wanted) == 1 and 0 <= wanted[0] <= 1:
+        assert places == wanted
 
 
 def test_wrong_rates_are_one_line(compared) -> None:
