@@ -182,8 +182,8 @@ def oracle_step(session: Session, batch: Batch) -> Gradients:
 
 
 def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float | None:
-    """The largest, as a share of the largest number; None of nothing."""
-    if not theirs:
+    """The largest, as a share of the largest number; None where one has none."""
+    if not (ours and theirs):
         return None
     largest = max(float(each.abs().max()) for each in theirs)
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) / largest
