@@ -157,6 +157,7 @@ def test_a_signal_while_the_program_itself_is_imported_is_one_line(number, argum
 def test_commands_besides_training_have_pythons_own_ctrl_c() -> None:
     script = (
         "import click, os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs begin without
         "from meft.runtime.cli import run, start\n"
         "@run.command.command('long')\n"
         "def long(): os.kill(os.getpid(), signal.SIGINT); print('still here')\n"
