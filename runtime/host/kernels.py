@@ -459,7 +459,7 @@ def warm_up(say: Callable[[str], None]) -> None:
         gather_streaming(_bits(wide), rows.numpy(), _bits(wide.clone()), 0, 2)
     kernels.squared_norm(table, rows)
     moments = (torch.zeros(2, 4), torch.zeros(2, 4))
-    rates = {"learning_rate": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    rates: dict[str, Any] = {"learning_rate": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     for copy in (None, half):
         kernels.adamw(table, *moments, table.clone(), counts, rows, **rates, bf16_copy=copy)
     probes = torch.zeros(2, 1, dtype=torch.int32)
