@@ -16,7 +16,7 @@ In fp64 the rows, the adapter and the model are, and the loss is taken of fp64 l
 copies of what they are given. Without it a token's eighth and ninth row may change places where chunks round
 otherwise, which is another function of that token.
 
-In fp64 a pass of 4,096 tokens is five minutes of one core, and two passes 12 GiB; in fp32 it is two minutes, and they
+In fp64 a pass of 4,096 tokens is two minutes of one core (five of a slower one), and two passes 12 GiB; in fp32 they
 are 5. ``--loss-only`` leaves backward out. Committed: ``benchmarks/long_sequences_results.jsonl``.
 """
 
