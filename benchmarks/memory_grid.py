@@ -8,7 +8,7 @@ Sixteen architectures at their real widths, cut to a few layers so that a trace 
 Implementations that know nothing of each other are compared: :mod:`meft.planner.simulation.run` (for MEFT the closed
 form of :mod:`meft.planner.memory.device`), which imports no torch, and :mod:`meft.runtime.trace.run`, which runs
 transformers' own model under fake tensors. Committed:
-``benchmarks/memory_grid_results.jsonl``, all of it: worst 0.51 %.
+``benchmarks/memory_grid_results.jsonl``, all of it: worst 0.50 %.
 """
 
 from __future__ import annotations

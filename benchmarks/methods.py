@@ -44,7 +44,7 @@ SPARSITY, CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = "2:4", 64, 256
     "--weights-dtype", default="bf16", help="Several times as fast as fp32 where the processor has products of it."
 )
 @click.option("--attention", default="eager", help="sdpa's backward in bf16 takes a CPU eight times as long.")
-@click.option("--methods", help="[default: those of meft-run compare, eight more and MEFT over a pruned base]")
+@click.option("--methods", help="[default: those of meft-run compare, nine more and MEFT over a pruned base]")
 def main(
     output_dir: Path, model: Path | None, facts: int, seq_len: int, texts: int, methods: str | None, **given: object
 ) -> None:

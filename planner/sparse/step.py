@@ -21,7 +21,6 @@ from meft.planner.records.plan import Decision, Request
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.autograd import Leaf, Tape, Tensor
 from meft.planner.simulation.decoder import Decoder, ModelWeights
-from meft.planner.simulation.gathering import Gathering, ShardedDecoder
 from meft.planner.simulation.operators import Operators
 from meft.planner.simulation.optimizers import HotStep, squared_router_norm, update_routers
 from meft.planner.simulation.positions import positions_from_labels
@@ -107,6 +106,8 @@ class _SparseRun:
         shards, shape, dtype = self.request.base_shards, self.request.model, self.request.weights_dtype
         if shards == 1:
             return Decoder(self.ops, self.setup, weights, counts_positions=True)
+        from meft.planner.simulation.gathering import Gathering, ShardedDecoder  # few plans need it
+
         layers = linear_layers(shape)
         sizes = [shards * shard_bytes(shape, layer, dtype=dtype, shards=shards) for layer in layers]
         first_again = 0 if self.decision.activation_checkpointing else 1

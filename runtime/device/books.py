@@ -85,7 +85,8 @@ class DeviceBooks(TorchDispatchMode):
             return args[0].fake_device
         if self._host_depth or func.namespace == "prim":  # prim: other questions about a tensor
             return func(*args, **(kwargs or {}))
-        self._note_emptied()
+        if self._followed:
+            self._note_emptied()
         if self._is_host_view(func, args, kwargs):
             return func(*args, **(kwargs or {}))
         return self.execute(func, args, kwargs or {})

@@ -384,11 +384,7 @@ def open_session(
     """
     decision, shape = plan.decision, plan.request.model
     settings = settings or AdamWSettings()
-    settle_rotary_frequencies(model)
-    if key_init == "ffn":
-        require_whole(plan)
-    model, base = placed(plan, model, decoder_blocks(model), device, peers)
-    _set_checkpointing(model, decision)
+    model, base = _on_device(plan, model, device, key_init, peers)
     clock = clock or LaneClock()
     engine = _new_engine(device, schedule or Sequential(), clock, link_gbps)
     kernels = HostKernels(cores=None if cores is None else cores.kernels) if compiled else None
@@ -421,6 +417,20 @@ def open_session(
     return session
 
 
+def _on_device(
+    plan: Plan, model: nn.Module, device: Device, key_init: KeyInit, peers: Peers | None
+) -> tuple[nn.Module, ShardedBase | None]:
+    """The model, ready to train beside; of a base that is sharded this rank's part of it."""
+    settle_rotary_frequencies(model)
+    if key_init == "ffn":
+        require_whole(plan)
+    model, base = placed(plan, model, decoder_blocks(model), device, peers)
+    model.train()
+    if plan.decision.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return model, base
+
+
 def _new_engine(device: Device, schedule: Schedule, clock: LaneClock, link_gbps: float | None) -> TransferEngine:
     """What copies and runs jobs, each of which the clock is told of."""
     schedule.on_job = clock
@@ -451,12 +461,6 @@ def _new_store(plan: Plan, kernels: HostKernels | None, peers: Peers | None) -> 
         own_rows=own,
         held=held,
     )
-
-
-def _set_checkpointing(model: nn.Module, decision: Decision) -> None:
-    model.train()
-    if decision.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
 
 def _graph_weights(
