@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -60,6 +60,23 @@ class Copy:
 
 
 COPY_DONE = Copy()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the copies that a job makes."""
+
+    category: str
+    views: Views
+
+
+class Pair(NamedTuple):
+    """A part whose turn has come."""
+
+    category: str
+    source: torch.Tensor
+    target: torch.Tensor
+    num_bytes: int
 
 
 class TransferEngine:
@@ -131,24 +148,42 @@ class TransferEngine:
 
         It is counted as ``per``, by default the kind of step that runs now.
         """
+        return self.copies(
+            direction, [Part(category, views)], name=name or category, points=(point,), after=after, per=per
+        )
+
+    def copies(
+        self,
+        direction: Direction,
+        parts: Sequence[Part],
+        *,
+        name: str,
+        points: Sequence[Copy] = (),
+        after: Iterable[Job] = (),
+        per: Per | None = None,
+    ) -> Copy:
+        """Issue some copies, one after the other, as one job: see :meth:`copy`."""
         counted_as = per or self.per
 
         def work() -> Any:
-            source, target = views()
-            if source.shape != target.shape or source.dtype != target.dtype:
-                raise ValueError(
-                    f"{category}: {source.shape} {source.dtype} does not fit {target.shape} {target.dtype}"
-                )
-            num_bytes = source.numel() * source.element_size()
-            self.counted_bytes[direction, category, counted_as] += (
-                num_bytes  # a key belongs to one lane, that is, one thread
-            )
+            pairs = [self._counted(part, direction, counted_as) for part in parts]
             timed = counted_as in ("step", "optimizer_step")
             if self._streams:
-                return self._copy_on_stream(source, target, direction, point, timed=timed)
-            return self._copy_here(source, target, direction, num_bytes, timed=timed)
+                return self._copy_on_stream(pairs, direction, points, timed=timed)
+            return self._copy_here(pairs, direction, timed=timed)
 
-        return Copy(self.schedule.submit(direction, name or category, work, after=after))
+        return Copy(self.schedule.submit(direction, name, work, after=after))
+
+    def _counted(self, part: Part, direction: Direction, per: Per) -> Pair:
+        """Source and target of a copy whose turn has come; its bytes are counted."""
+        source, target = part.views()
+        if source.shape != target.shape or source.dtype != target.dtype:
+            raise ValueError(
+                f"{part.category}: {source.shape} {source.dtype} does not fit {target.shape} {target.dtype}"
+            )
+        num_bytes = source.numel() * source.element_size()
+        self.counted_bytes[direction, part.category, per] += num_bytes  # a key belongs to one lane, that is, one thread
+        return Pair(part.category, source, target, num_bytes)
 
     def bring_scalar(self, value: torch.Tensor, *, category: str) -> torch.Tensor:
         """Bring one number to the host, ``[1]``, and wait for it."""
@@ -189,36 +224,46 @@ class TransferEngine:
             self._seconds[direction] += unused.elapsed_time(end) / 1e3
         return unused
 
-    def _copy_here(
-        self, source: torch.Tensor, target: torch.Tensor, direction: Direction, num_bytes: int, *, timed: bool
-    ) -> None:
+    def _copy_here(self, pairs: Sequence[Pair], direction: Direction, *, timed: bool) -> None:
         started = time.perf_counter()
-        if self.schedule.overlapped:  # a lane's thread, where the emulated device's books are not open
-            target.copy_(source)
-        else:
-            with self.device.host():
-                target.copy_(source)
-        if self.link_bytes_per_second is not None:
-            until = started + LINK_LATENCY_SECONDS + num_bytes / self.link_bytes_per_second
-            self.schedule.pause(max(0.0, until - time.perf_counter()))
+        for pair in pairs:
+            self._copy_one_here(pair)
         if timed:
             self._seconds[direction] += time.perf_counter() - started
 
+    def _copy_one_here(self, pair: Pair) -> None:
+        started = time.perf_counter()
+        if self.schedule.overlapped:  # a lane's thread, where the emulated device's books are not open
+            pair.target.copy_(pair.source)
+        else:
+            with self.device.host():
+                pair.target.copy_(pair.source)
+        if self.link_bytes_per_second is not None:
+            until = started + LINK_LATENCY_SECONDS + pair.num_bytes / self.link_bytes_per_second
+            self.schedule.pause(max(0.0, until - time.perf_counter()))
+
     def _copy_on_stream(
-        self, source: torch.Tensor, target: torch.Tensor, direction: Direction, point: Copy, *, timed: bool
+        self, pairs: Sequence[Pair], direction: Direction, points: Sequence[Copy], *, timed: bool
     ) -> Any:
         stream, streams = self._streams[direction], self.device.streams
         assert streams is not None
-        event = point._issued()
-        if event is not None:
-            event.wait(stream)
+        for point in points:
+            event = point._issued()
+            if event is not None:
+                event.wait(stream)
         end = streams.new_event(timed=timed)
         start = (self._add_up(direction) or streams.new_event(timed=True)) if timed else None
         with streams.use(stream):
             if start is not None:
                 start.record(stream)
-            target.copy_(source, non_blocking=True)
+            for pair in pairs:
+                self._start(pair, direction)
             end.record(stream)
         if start is not None:
             self._timed[direction].append((start, end))
         return end
+
+    def _start(self, pair: Pair, direction: Direction) -> None:
+        """Put a copy into its direction's stream, which is the current one."""
+        del direction
+        pair.target.copy_(pair.source, non_blocking=True)

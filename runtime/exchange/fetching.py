@@ -6,14 +6,15 @@ depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
 from meft.planner.records.plan import Decision
-from meft.runtime.device.engine import COPY_DONE, Copy, TransferEngine
+from meft.runtime.device.engine import COPY_DONE, Copy, Part, TransferEngine
 from meft.runtime.device.lanes import Job
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.exchange.device_rows import DeviceRows, Landing
@@ -23,6 +24,32 @@ from meft.runtime.exchange.row_cache import Placement, RowCache
 from meft.runtime.exchange.state import ExchangeState
 from meft.runtime.host.router import Router, Selection
 from meft.runtime.host.store import HostStore
+
+
+def as_chosen(selection: Selection) -> Selection:
+    """It is what is wanted."""
+    return selection
+
+
+@dataclass
+class _Index:
+    """One int32 per row, on its way to the device's own place for it."""
+
+    category: str
+    of_placement: Callable[[Placement], torch.Tensor]
+    landing: torch.Tensor
+    target: torch.Tensor
+    count: int = 0
+
+    def write(self, placement: Placement) -> None:
+        """Put the numbers into the buffer that they leave from."""
+        numbers = self.of_placement(placement)
+        self.count = numbers.shape[0]
+        self.landing[: self.count].copy_(numbers)
+
+    def views(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Source and target, once they are written."""
+        return self.landing[: self.count], self.target[: self.count]
 
 
 @dataclass
@@ -88,10 +115,9 @@ class RowFetcher:
 
     def route_and_fetch(self, target: int, layer: int) -> None:
         """Choose rows for ``target`` from the hidden state of ``layer``, and send them off."""
-        choice, state, counters = self._choice(target, layer), self.state, self.state.counters
+        state, counters = self.state, self.state.counters
 
-        def place() -> Placement:
-            selection: Selection = choice.result()
+        def place(selection: Selection) -> Placement:
             placement = self.cache.place(target, selection.rows)
             state.kept[target] = placement.first_position + placement.num_admitted
             counters.active_rows[target] = placement.num_rows
@@ -101,7 +127,7 @@ class RowFetcher:
             counters.dropped_rows += selection.dropped_rows
             return placement
 
-        state.layers[target].route = self.host.job(f"place {target}", place, after=(choice,))
+        state.layers[target].route = self._choice(target, layer, then=place)
         self.fetch(target, again=False)
 
     def exact_choice(self, layer: int, hidden: torch.Tensor) -> Selection:
@@ -127,12 +153,16 @@ class RowFetcher:
     def _bring(self, layer: int, unit: int, route: Job, *, again: bool) -> None:
         """The same for ``unit``, which says whose slot it is: the layer, or one of its chunks of tokens."""
         slot, staging = self.on_device.slot(unit), self.staging[self._landing_of(unit)]
+        indices = [] if again else list(self._indices(unit))
         before, suffix = staging.copy, " again" if again else ""
         chunks = 1 if again else self.decision.gather_chunks
 
         def gather(chunk: int) -> slice:
             placement: Placement = route.result()
             before.wait_on_host()
+            if chunk == 0:
+                for index in indices:
+                    index.write(placement)
             rows = placement.rows[placement.travelling(again=again)]
             part = _part(rows.shape[0], chunk, chunks)
             self._gather(layer, rows[part], staging.buffer[part])
@@ -142,18 +172,16 @@ class RowFetcher:
             part: slice = gathered.result()
             return staging.buffer[part], slot.buffer[route.result().travelling(again=again)][part]
 
-        if not again:
-            self._send_indices(unit, route)
         jobs = (self._reach(layer, route, again=again), before.job, self.state.updated[layer])
         category = "rows_refetched" if again else "rows"
         for chunk in range(chunks):
             gathered = self._gathered = self.host.job(f"gather {layer}{suffix}", partial(gather, chunk), after=jobs)
-            slot.filled = self.engine.copy(
+            first = [Part(index.category, index.views) for index in indices] if chunk == 0 else []
+            slot.filled = self.engine.copies(
                 "h2d",
-                partial(views, gathered),
-                category=category,
+                [*first, Part(category, partial(views, gathered))],
                 name=f"rows {layer}{suffix}",
-                point=slot.used,
+                points=(slot.used, self.on_device.used[unit]) if first else (slot.used,),
                 after=(gathered,),
             )
         staging.copy = slot.filled  # the lane's last: with it all are over
@@ -167,8 +195,16 @@ class RowFetcher:
     def _gather(self, layer: int, rows: torch.Tensor, out: torch.Tensor) -> None:
         self.store.gather(layer, rows, out)
 
-    def _choice(self, target: int, layer: int, tokens: slice = slice(None)) -> Job:
-        """A job that lets the router choose ``target``'s rows from the queries of ``layer``, or of some ``tokens``."""
+    def _choice(
+        self,
+        target: int,
+        layer: int,
+        tokens: slice = slice(None),
+        *,
+        then: Callable[[Selection], Any] = as_chosen,
+    ) -> Job:
+        """A job that lets the router choose ``target``'s rows from the queries of ``layer``, or of some ``tokens``; it
+        gives what ``then`` makes of them."""
         queries, mask = self.host.existing("query_landing", self._landing_of(layer)), self.token_mask
         probes = self.host.existing("probes_landing", self._landing_of(target))
         assert queries is not None
@@ -179,10 +215,10 @@ class RowFetcher:
 
         copies = (queries.copy, None if probes is None else probes.copy)
 
-        def work() -> Selection:
+        def work() -> Any:
             chosen_from = arrived(queries, copies[0] or COPY_DONE)
             probed = None if probes is None or copies[1] is None else arrived(probes, copies[1])
-            return self.router.select(target, self.store.layers[target].keys, chosen_from, probed)
+            return then(self.router.select(target, self.store.layers[target].keys, chosen_from, probed))
 
         after = (*(copy.job for copy in copies if copy is not None), self.state.updated[target])
         job = self.host.job(f"route {target}", work, after=after)
@@ -191,47 +227,22 @@ class RowFetcher:
                 landing.readers.append(job)
         return job
 
-    def _send_indices(self, layer: int, route: Job) -> None:
-        """Send what else the device must know of the layer's rows: their experts, and where those kept lie."""
+    def _indices(self, unit: int) -> Iterator[_Index]:
+        """What else the device must know of a unit's rows: their experts, and where those kept lie.
+
+        It goes through buffers that are free whenever the staging of the rows is: it leaves with them.
+        """
         if self.on_device.experts:
             rows_per_expert = self.decision.adapter_width // self.decision.num_experts
-            self._send_index(
-                "row_experts",
-                layer,
-                route,
-                lambda placement: placement.rows // rows_per_expert,
-                self.on_device.experts,
-            )
+            yield self._index("row_experts", unit, lambda placement: placement.rows // rows_per_expert)
         if self.on_device.places:
-            self._send_index("row_positions", layer, route, lambda placement: placement.places, self.on_device.places)
+            yield self._index("row_positions", unit, lambda placement: placement.places)
 
-    def _send_index(
-        self,
-        category: str,
-        layer: int,
-        route: Job,
-        of_placement: Callable[[Placement], torch.Tensor],
-        targets: list[torch.Tensor],
-    ) -> None:
-        """Send one int32 per row, through a host buffer, to the layer's own place on the device."""
+    def _index(self, category: str, unit: int, of_placement: Callable[[Placement], torch.Tensor]) -> _Index:
+        targets = self.on_device.experts if category == "row_experts" else self.on_device.places
         cap = self.decision.active_rows_cap
-        landing = self.host.buffer(f"{category}_landing", self._landing_of(layer), (cap,), torch.int32)
-        before, target = landing.copy, targets[layer]
-
-        def write() -> torch.Tensor:
-            before.wait_on_host()
-            numbers = of_placement(route.result())
-            return landing.buffer[: numbers.shape[0]].copy_(numbers)
-
-        written = self.host.job(f"{category.replace('_', ' ')} {layer}", write, after=(route, before.job))
-        landing.copy = self.engine.copy(
-            "h2d",
-            lambda: (written.result(), target[: written.result().shape[0]]),
-            category=category,
-            name=f"{category.replace('_', ' ')} {layer}",
-            point=self.on_device.used[layer],
-            after=(written,),
-        )
+        landing = self.host.buffer(f"{category}_landing", self._landing_of(unit), (cap,), torch.int32)
+        return _Index(category, of_placement, landing.buffer, targets[unit])
 
     def _send(self, category: str, landing_name: str, tensor: torch.Tensor, *, slot: int, name: str) -> None:
         """Start a device tensor's copy to its host buffer, once those who read its last content have."""

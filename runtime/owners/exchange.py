@@ -20,7 +20,7 @@ from meft.planner.records.plan import Decision
 from meft.runtime.chunks import exchange as chunks
 from meft.runtime.device.lanes import Job
 from meft.runtime.exchange.exchange import RowExchange
-from meft.runtime.exchange.fetching import RowFetcher
+from meft.runtime.exchange.fetching import RowFetcher, as_chosen
 from meft.runtime.exchange.row_cache import Placement, RowCache
 from meft.runtime.host.router import Selection
 from meft.runtime.host.routers import top_k_of
@@ -43,7 +43,14 @@ class OwnedFetcher(RowFetcher):
 
     owners: Owners = field(kw_only=True)
 
-    def _choice(self, target: int, layer: int, tokens: slice = slice(None)) -> Job:
+    def _choice(
+        self,
+        target: int,
+        layer: int,
+        tokens: slice = slice(None),
+        *,
+        then: Callable[[Selection], Any] = as_chosen,
+    ) -> Job:
         queries, mask = self.host.existing("query_landing", self._landing_of(layer)), self.token_mask
         probes = self.host.existing("probes_landing", self._landing_of(target))
         assert queries is not None
@@ -59,8 +66,8 @@ class OwnedFetcher(RowFetcher):
             self.owners.ask_scores(target, asked)
             return asked
 
-        def select() -> Selection:
-            return self.owners.select(target, asking.result())
+        def select() -> Any:
+            return then(self.owners.select(target, asking.result()))
 
         after = (*(copy.job for copy in copies), self.state.updated[target], self._gathered)
         asking = self.host.job(f"ask for scores {target}", ask, after=after, lane="network")

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 from unittest import mock
 
@@ -42,7 +43,7 @@ from meft.planner.timing.step import (
 )
 from meft.runtime.data.examples import Batch
 from meft.runtime.device.device import MemoryPeaks
-from meft.runtime.device.engine import Copy, TransferEngine, Views
+from meft.runtime.device.engine import Copy, Pair, Part, TransferEngine, Views
 from meft.runtime.device.lanes import Schedule
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.host.kernels import HostKernels
@@ -222,32 +223,30 @@ class TimedEngine(TransferEngine):
     link: LinkProfile
     clock: TimedClock
     is_duplex: dict[Direction, bool]
-    """Of each direction's copy under way: both are busy in a backward that fetches rows again."""
-    carries: dict[Direction, str]
-    """The category of each direction's copy under way."""
+    """Of each direction's copies under way: both are busy in a backward that fetches rows again."""
 
-    def copy(self, direction: Direction, views: Views, **options: Any) -> Copy:
+    def copies(self, direction: Direction, parts: Sequence[Part], **options: Any) -> Copy:
         """See :class:`TransferEngine`."""
         duplex = self.clock.in_backward and self.plan.decision.rows_in_backward == "refetched"
 
-        def noted() -> tuple[torch.Tensor, torch.Tensor]:
-            self.is_duplex[direction], self.carries[direction] = duplex, options["category"]
+        def noted(views: Views) -> tuple[torch.Tensor, torch.Tensor]:
+            self.is_duplex[direction] = duplex
             return views()
 
-        return super().copy(direction, noted, **options)
+        return super().copies(direction, [Part(each.category, partial(noted, each.views)) for each in parts], **options)
 
-    def seconds(self, source: torch.Tensor, direction: Direction) -> float:
-        """Of a copy of what ``source`` stands for."""
+    def seconds(self, pair: Pair, direction: Direction) -> float:
+        """Of a copy of what ``pair`` stands for."""
         duplex = "duplex_" if self.is_duplex[direction] else ""
         rate = getattr(self.link, f"{duplex}{direction}_bytes_per_second").value
         latency = self.link.latency_seconds.value
-        return float(copy_seconds(self.num_bytes(source, direction), rate=rate, latency=latency))
+        return float(copy_seconds(self.num_bytes(pair.source, pair.category), rate=rate, latency=latency))
 
-    def num_bytes(self, source: torch.Tensor, direction: Direction) -> int:
+    def num_bytes(self, source: torch.Tensor, category: str) -> int:
         """Of what ``source`` stands for: active rows ``[A, 2D]``, a router's gradients ``[N, D]``, or what the step's
         tokens have."""
         request, width = self.plan.request, source.shape[-1] if source.dim() else 1
-        if self.carries[direction] == "router_gradients":
+        if category == "router_gradients":
             return source.numel() * source.element_size() * request.model.hidden_size // HIDDEN_SIZE
         if source.dim() == 2 and width == 2 * HIDDEN_SIZE:
             return source.shape[0] * 2 * request.model.hidden_size * ADAPTER_DTYPE_BYTES[request.adapter_dtype]
@@ -257,25 +256,11 @@ class TimedEngine(TransferEngine):
         scale = request.tokens_per_step // own_tokens if source.dim() == 2 else 1
         return source.numel() * source.element_size() * scale
 
-    def _copy_on_stream(
-        self, source: torch.Tensor, target: torch.Tensor, direction: Direction, point: Copy, *, timed: bool
-    ) -> Any:
+    def _start(self, pair: Pair, direction: Direction) -> None:
         stream: TimedStream = self._streams[direction]
-        event = point._issued()
-        if event is not None:
-            event.wait(stream)
-        streams = self.device.streams
-        assert streams is not None
-        start, end = streams.new_event(), streams.new_event()
-        start.record(stream)
-        stream.take(self.seconds(source, direction))
-        end.record(stream)
-        if source.numel() <= SCALARS or not source.is_floating_point():
-            target.copy_(source)  # numbers that Python looks at, and indices
-        if timed:
-            self._add_up(direction)
-            self._timed[direction].append((start, end))
-        return end
+        stream.take(self.seconds(pair, direction))
+        if pair.source.numel() <= SCALARS or not pair.source.is_floating_point():
+            pair.target.copy_(pair.source)  # numbers that Python looks at, and indices
 
 
 class TimedKernels(HostKernels):
@@ -407,7 +392,7 @@ def timed_session(
         stack.enter_context(closing(session))
         engine = session.engine
         assert isinstance(engine, TimedEngine)
-        engine.link, engine.plan, engine.clock, engine.is_duplex, engine.carries = link, plan, clock, {}, {}
+        engine.link, engine.plan, engine.clock, engine.is_duplex = link, plan, clock, {}
         _give_backward_first(session, clock)
         yield session
 

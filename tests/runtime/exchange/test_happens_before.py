@@ -99,8 +99,8 @@ MUTANTS = {
         (
             fetching,
             f"{FETCH}._bring",
-            "slot.filled = self.engine.copy(",
-            "slot.filled = slot.filled if chunk else self.engine.copy(",
+            "slot.filled = self.engine.copies(",
+            "slot.filled = slot.filled if chunk else self.engine.copies(",
         ),
         ("p0, in parts, experts, sent", {}),
     ),
