@@ -13,9 +13,12 @@ same adapter all on the GPU, with as much recompute, over the step; *of unlimite
 
 ``--decide`` changes what the planner decided, so that the same plan can be measured with something and without.
 
+*Predicted* is the plan's step with this machine's Python in it: before each row the same session runs against a device
+that takes no time, which tells what the thread that launches needs for each task, and the host's lane for each layer.
+*The plan alone* leaves launching out, as plans do whose host's profile does not know it.
+
 ``--slower 20`` gives card, link and host a twentieth of their rates: a step is then the same tasks in the same order,
-twenty times as long, and what a busy machine adds to it is a twentieth as much of it; Python is too, so such rows say
-whether the order is the model's, and nothing of Python.
+twenty times as long, and what a busy machine adds to it is a twentieth as much of it.
 
 Run it on a machine with nothing else to do, or as ``nice -n -15``.
 Committed: ``benchmarks/practicality_results.jsonl``.
@@ -27,7 +30,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,20 +40,31 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 from results_file import append
-from timed_device import small_batch, timed_session
+from timed_device import TimedClock, small_batch, timed_session
 
 import meft
 from meft.planner.predict.prediction import ProfileSet, predict
 from meft.planner.records.plan import Decision, Plan, Timing
-from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, SparsityProfile, sourced_numbers
+from meft.planner.records.profiles import (
+    GpuProfile,
+    HostProfile,
+    LinkProfile,
+    Sourced,
+    SparsityProfile,
+    sourced_numbers,
+)
 from meft.planner.timing.step import step_timing
 from meft.runtime.device.lanes import Overlapped, Schedule, Sequential
+from meft.runtime.profiling.launching import WARM_UP_STEPS, seconds_by_task
 from meft.runtime.session.session import Session, WindowEnd
 
 GPUS = {"rtx-3090": "24GB", "rtx-4090": "24GB", "h100-80gb": "80GB"}
 SIZES = ("2x256", "8x512", "16x256", "8x1024")
 SCHEDULES = ("p=0", "p=1", "p=2", "sequential")
 LEARNING_RATE = 1e-3
+NO_TIME = 1e-6
+"""Part of what everything else takes, where Python is measured."""
+LAUNCHED_STEPS = 8
 Profile = TypeVar("Profile", GpuProfile, LinkProfile, HostProfile, SparsityProfile)
 
 
@@ -92,6 +106,23 @@ def plan_of(gpu: str, size: str, schedule: str, *, width: int, top_k: int, grad_
         "max_slowdown": 10.0,
     }
     return meft.plan(**options | asked)
+
+
+def with_own_python(plan: Plan, host: HostProfile, schedule: Schedule) -> HostProfile:
+    """The profile with what Python takes here: measured where neither card, link nor host take any time."""
+    with timed_session(plan, profiles_at(plan, NO_TIME), schedule) as session:
+        clock = session.clock
+        assert isinstance(clock, TimedClock)
+        launching = seconds_by_task(session, clock.launch, small_batch(plan), steps=LAUNCHED_STEPS)
+        host_seconds = sum(clock.host_seconds[kind] for kind in ("route", "gather"))
+    layers = plan.request.model.num_layers * (WARM_UP_STEPS + LAUNCHED_STEPS)
+    own = {f"launch_{task.replace(' ', '_')}_seconds": statistics.median(found) for task, found in launching.items()}
+    own |= {"overhead_seconds_per_layer": host_seconds / layers, "overhead_seconds_per_expert": 0.0}
+    numbers = {
+        name: Sourced(value=seconds, basis="measured", source="against a device that takes no time")
+        for name, seconds in own.items()
+    }
+    return host.model_copy(update=numbers)
 
 
 def decided(plan: Plan, choices: dict[str, Any]) -> Plan:
@@ -154,9 +185,12 @@ def _touch(session: Session, plan: Plan) -> None:
 def row_of(gpu: str, size: str, schedule: str, plan: Plan, *, steps: int, slower: float = 1) -> dict[str, Any]:
     """One line of the results."""
     sequential, profiles = schedule == "sequential", profiles_at(plan, slower)
-    timing = timing_of(plan, profiles, overlapped=not sequential)
+    alone = timing_of(plan, profiles, overlapped=not sequential)
+    python = [with_own_python(plan, profiles.host, Sequential() if sequential else Overlapped())]
     measured = measure(plan, profiles, Sequential() if sequential else Overlapped(), steps=steps)
-    gpu_seconds = timing.busy_seconds["gpu"]
+    python.append(with_own_python(plan, profiles.host, Sequential() if sequential else Overlapped()))
+    timings = [timing_of(plan, replace(profiles, host=host), overlapped=not sequential) for host in python]
+    gpu_seconds = alone.busy_seconds["gpu"]
     return {
         "gpu": gpu,
         "micro_batch": size,
@@ -169,21 +203,29 @@ def row_of(gpu: str, size: str, schedule: str, plan: Plan, *, steps: int, slower
         "activation_checkpointing": plan.decision.activation_checkpointing,
         "active_rows": plan.prediction.sparsity.active_rows_per_layer[0],
         "slower": slower,
-        "predicted_step_seconds": timing.step_seconds,
+        "predicted_step_seconds": statistics.fmean(timing.step_seconds for timing in timings),
+        "predicted_by_plan_alone_seconds": alone.step_seconds,
+        "launching_seconds": statistics.fmean(_launching(host) for host in python) * plan.request.model.num_layers,
         **measured,
         "practicality": gpu_seconds / measured["step_seconds"],
-        "practicality_of_unlimited_memory": timing.baseline_step_seconds / measured["step_seconds"],
+        "practicality_of_unlimited_memory": alone.baseline_step_seconds / measured["step_seconds"],
     }
+
+
+def _launching(host: HostProfile) -> float:
+    """Of one layer, forward and backward."""
+    return sum(number.value for name, number in sourced_numbers(host) if name.startswith("launch_"))
 
 
 def said(row: dict[str, Any]) -> str:
     """For people."""
-    predicted = row["predicted_step_seconds"]
+    predicted, alone = row["predicted_step_seconds"], row["predicted_by_plan_alone_seconds"]
     checkpointing = ", checkpointing" if row["activation_checkpointing"] else ""
     return (
         f"{row['gpu']:10} {row['micro_batch']:7} {row['schedule']:10} window of {row['grad_accum']:2}, "
         f"{row['cached_rows']:4} rows kept, {row['gather_chunks']} parts: step {row['step_seconds']:.3f} s, "
-        f"predicted {predicted:.3f} ({row['step_seconds'] / predicted - 1:+.1%}); "
+        f"predicted {predicted:.3f} ({row['step_seconds'] / predicted - 1:+.1%}; the plan alone {alone:.3f}, launching "
+        f"{row['launching_seconds']:.3f}); "
         f"practicality {row['practicality']:.1%}, of unlimited memory {row['practicality_of_unlimited_memory']:.1%}"
         f"{checkpointing}"
     )

@@ -240,7 +240,7 @@ def inputs_used(request: Request, decision: Decision, profiles: ProfileSet) -> I
         *_rates("gpu", profiles.gpu, unused=_unused_by_gpu(request, profiles.gpu)),
         *_context(profiles.gpu),
         *_rates("link", profiles.link, unused=_unused_by_link(request, decision)),
-        *_rates("host", profiles.host, unused=frozenset()),
+        *_rates("host", profiles.host, unused=_unused_by_host(profiles.gpu)),
         *_sparsity_numbers(profiles.sparsity, prefetch_depth=decision.prefetch_depth),
     )
     return Inputs(profiles=used, numbers=numbers)
@@ -252,6 +252,12 @@ def _rates(
     for name, number in sourced_numbers(profile):
         if name not in unused:
             yield NumberUsed(name=f"{prefix}.{name}", value=number.value, basis=number.basis, source=number.source)
+
+
+def _unused_by_host(gpu: GpuProfile) -> frozenset[str]:
+    """What launching takes, where the device's rates have it."""
+    names = (name for name in HostProfile.model_fields if name.startswith("launch_"))
+    return frozenset(names if gpu.shares_host_cores else ())
 
 
 def _unused_by_gpu(request: Request, gpu: GpuProfile) -> frozenset[str]:

@@ -141,6 +141,14 @@ class HostProfile(Record):
     """Python and synchronisation per layer and direction, once per routed layer."""
     overhead_seconds_per_expert: Sourced
     """Python per expert that some token probes: Key-Experts routing goes through them one after the other."""
+    launch_attention_seconds: Sourced | None = None
+    """What the thread that launches needs for the attention of a LLaMA's layer, in Python; the five below likewise, of
+    a step without anything to wait for. None: nobody measured it here, and plans leave it out."""
+    launch_router_seconds: Sourced | None = None
+    launch_ffn_seconds: Sourced | None = None
+    launch_adapter_seconds: Sourced | None = None
+    launch_adapter_backward_seconds: Sourced | None = None
+    launch_backward_seconds: Sourced | None = None
 
 
 TYPICAL_TOKENS = 512

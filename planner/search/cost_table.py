@@ -106,9 +106,9 @@ class CostTable:
 
     def quick_forward(self, copied: int, members: NDArray[np.int64]) -> Seconds:
         """Seconds to the end of forward ``[depths, members]``; members are places in ``[C * routings]``. Where weights
-        are gathered too, which only the program knows of, they are doubtful: nan."""
+        are gathered or launching takes its time, which only the program knows of, they are doubtful: nan."""
         depths = self.space.prefetch_depths
-        if self.costs[0][0].gpu.unpack is not None:
+        if self.costs[0][0].gpu.unpack is not None or self.costs[0][0].launch is not None:
             return np.full((len(depths), len(members)), math.nan)
         tasks = self._forward(self.costs[copied][0], members)
         return np.stack([forward_seconds(tasks, num_layers=self.num_layers, prefetch_depth=depth) for depth in depths])
@@ -157,7 +157,7 @@ class CostTable:
         space, routing = self.space, cells.routing
         link, host = replace(costs.link, probes=self.probes[routing]), replace(costs.host, route=self.route[routing])
         return simulate_candidates(
-            StepCosts(costs.gpu, link, host),
+            replace(costs, link=link, host=host),
             num_layers=self.num_layers,
             prefetch_depth=np.array(space.prefetch_depths)[cells.depth],
             checkpointing=np.array(space.activation_checkpointing)[cells.checkpointing],
@@ -225,7 +225,8 @@ class _Terms:
             _flat([choice.link for choice in same], shapes) for same in zip(*(part[0] for part in parts), strict=True)
         ]
         hosts = [_flat([choice[0].host for choice in same], shapes) for same in zip(*parts, strict=True)]
-        return [[StepCosts(gpu, link, replace(host, route=0.0)) for link in links] for host in hosts]
+        launch = parts[0][0][0].launch
+        return [[StepCosts(gpu, link, replace(host, route=0.0), launch=launch) for link in links] for host in hosts]
 
     def _window(self, caches: slice, kinds: NDArray[np.int64]) -> WindowRows | None:
         """What a window's rows do under some caches, ``[L, caches, U]``; None where these cache none."""
@@ -318,7 +319,9 @@ def _together(parts: Sequence[StepCosts]) -> StepCosts:
         arrays = (np.concatenate(same, axis=-1) if np.ndim(same[0]) else same[0] for same in values)
         return type(of_parts[0])(*arrays)
 
-    return StepCosts(joined("gpu"), joined("link"), joined("host")) if len(parts) > 1 else parts[0]
+    if len(parts) == 1:
+        return parts[0]
+    return StepCosts(joined("gpu"), joined("link"), joined("host"), launch=parts[0].launch)
 
 
 def _flat(parts: Sequence[Part], shapes: Sequence[tuple[int, int]]) -> Part:

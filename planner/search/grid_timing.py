@@ -115,15 +115,16 @@ def copy_may_pay(
     """Where a copy may be worth its memory, by routing: it makes a step shorter by no more than what it saves in
     gathers, less what it adds to AdamW, and no step is shorter than the baseline.
 
-    A step ends with the host's AdamW; if the routers' takes longer, or hot rows are updated besides, the host's may not
-    show at all.
+    A step ends with the host's AdamW; if the routers' takes longer, hot rows are updated besides, or launching sets the
+    pace, the host's may not show at all.
     """
     before, after = without.host, copied.host
     again_before, again_after = before.gather_again, after.gather_again
     saved = (before.gather - after.gather).mean(axis=0)
     if again_before is not None and again_after is not None:
         saved = saved + (again_before - again_after).mean(axis=0)
-    hidden = np.asarray(without.gpu.router_adamw > before.adamw) | (without.gpu.hot_adamw is not None)
+    beside = without.gpu.hot_adamw is not None or without.launch is not None
+    hidden = np.asarray(without.gpu.router_adamw > before.adamw) | beside
     added = np.where(hidden, 0.0, np.subtract(after.adamw, before.adamw))
     pays: NDArray[np.bool_] = num_layers * saved - added >= COPY_PAYS * baseline
     return pays

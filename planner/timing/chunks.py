@@ -33,6 +33,8 @@ class ChunkedProgram(Program):
         self.chunks = costs.token_chunks
         self.units_there: list[Floats] = [0.0] * (self.num_layers * self.chunks)
         """When each unit's rows are on the device."""
+        self.units_sent: list[Floats] = [0.0] * (self.num_layers * self.chunks)
+        """When their copy is issued."""
         self.ring = int(chunk_ring_slots(prefetch_depth=self.depth, num_layers=self.num_layers))
         self.routed_up_to = 0
         """Chunks of the layer at hand whose rows are chosen."""
@@ -54,7 +56,8 @@ class ChunkedProgram(Program):
             if self.depth and chunk and chunk + self.depth < self.chunks:
                 self.bring(layer, chunk + self.depth, arrived)
             seconds = self.adapter_forward[layer] + self.assemble[layer]
-            self.run("gpu", f"adapter {layer}", seconds, self.units_there[layer * self.chunks + chunk])
+            unit = layer * self.chunks + chunk
+            self.run("gpu", f"adapter {layer}", seconds, self.units_there[unit], known=self.units_sent[unit])
             if not self.depth and chunk + 1 < self.chunks:
                 self.bring(layer, chunk + 1, arrived)
 
@@ -66,6 +69,7 @@ class ChunkedProgram(Program):
             self.routed_up_to += 1
         gathered = self.run("cpu", f"gather {layer}", self.gather[layer], routed)
         unit = layer * self.chunks + chunk
+        self.units_sent[unit] = gathered
         self.units_there[unit] = self.run("h2d", f"rows {layer}", self.rows[layer], gathered)
 
     def backward(self) -> Floats:
@@ -82,7 +86,8 @@ class ChunkedProgram(Program):
                 self.bring_again(unit - self.depth, done)
             emptied = (left if self.overlapped else added).get(unit + slots, 0.0)
             seconds = self.adapter_backward[layer] + self.activate_again[layer] + self.assemble[layer]
-            done = self.run("gpu", f"adapter backward {layer}", seconds, self.units_there[unit], emptied)
+            known = np.maximum(self.units_sent[unit], added.get(unit + 2 * slots, 0.0))
+            done = self.run("gpu", f"adapter backward {layer}", seconds, self.units_there[unit], emptied, known=known)
             if self.overlapped and unit + 1 in left:
                 added[unit + 1] = self.add_up((unit + 1) // self.chunks, left[unit + 1])
             landing_free = added.get(unit + slots, 0.0)
@@ -101,14 +106,15 @@ class ChunkedProgram(Program):
         """The layer's forward again, up to its adapter, if its activations were not kept."""
         if np.any(self.checkpointing):
             done = self.checkpointing
-            self.run("gpu", f"attention {layer} again", self.gpu.attention * done)
-            self.run("gpu", f"ffn {layer} again", self.gpu.ffn * done)
+            self.run("gpu", f"attention {layer} again", self.gpu.attention, done=done)
+            self.run("gpu", f"ffn {layer} again", self.gpu.ffn, done=done)
 
     def bring_again(self, unit: int, slot_free: Floats) -> None:
         """Send what a unit's rows do not have in common with the next chunk's once more, unless they are there."""
         if 0 <= unit < self.num_layers * self.chunks - self.ring:
             layer = unit // self.chunks
             gathered = self.run("cpu", f"gather {layer} again", self.gather_again[layer])
+            self.units_sent[unit] = gathered
             self.units_there[unit] = self.run(
                 "h2d", f"rows {layer} again", self.rows_refetched[layer], gathered, slot_free
             )

@@ -34,7 +34,8 @@ def simulate(
     each when its turn comes; ``host_launches=False`` asks what a worker alone would bring it, and ``serial`` makes
     every task wait for the one before. ``events`` collects the tasks of a single decision.
     """
-    lanes = Lanes(serial=serial, host_launches=host_launches and not overlapped, events=events)
+    launch = None if serial else costs.launch
+    lanes = Lanes(serial=serial, host_launches=host_launches and not overlapped, launch=launch, events=events)
     kind = Program if costs.token_chunks == 1 else ChunkedProgram
     program = kind(
         costs,
@@ -78,11 +79,13 @@ def _one_if_alike(flags: NDArray[np.bool_]) -> Flags:
 
 
 def baseline_seconds(costs: StepCosts, *, num_layers: int) -> Floats:
-    """The same adapter all on the GPU with unlimited memory: the gpu lane's work, without recompute, and no more."""
+    """The same adapter all on the GPU with unlimited memory: the gpu lane's work, without recompute, and no more; or
+    launching it, where that takes longer."""
     gpu = costs.gpu
     adapter = costs.token_chunks * _sum_layers(gpu.adapter_forward + gpu.adapter_backward, num_layers)
     frozen = num_layers * (gpu.attention + gpu.router + gpu.ffn) + (num_layers - 1) * gpu.frozen_backward
-    return gpu.embedding + frozen + adapter + gpu.loss_head + gpu.router_adamw
+    computed = gpu.embedding + frozen + adapter + gpu.loss_head + gpu.router_adamw
+    return computed if costs.launch is None else np.maximum(computed, costs.launch.of_layers(num_layers))
 
 
 def _sum_layers(seconds: NDArray[np.float64], num_layers: int) -> Floats:

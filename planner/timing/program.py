@@ -8,6 +8,10 @@ issued after host work starts after it. In sequence on the emulated device, ever
 Overlapped there, the lanes are threads that share cores: they run at once, each the slower for it; once
 :mod:`meft.planner.check.calibrate` has seen runs, that is in the rates.
 
+Where the host's profile says how long launching takes (:mod:`meft.planner.timing.launching`), the thread that launches
+is one more agent, in sequence the one that works for the host. It launches in the order of issue; before an adapter it
+waits until its rows' copy is issued, and before it goes backward until that of its gradient buffer's last content is.
+
 Forward, layer ``l`` (``p`` is the prefetch depth): attention; its result, the hidden state at the FFN's entry, leaves
 for the host (with the best experts for Key-Experts); the FFN; the adapter, once its rows are there. Layer 0's hidden
 state serves layers ``0 .. p``, layer ``l``'s serves layer ``l + p``, the last ``p`` layers send none. A layer's own
@@ -47,6 +51,7 @@ from numpy.typing import NDArray
 from meft.planner.base.quantities import Flags, Floats, Ints
 from meft.planner.records.plan import LANES, Lane
 from meft.planner.timing.chrome import Event
+from meft.planner.timing.launching import LaunchSeconds
 
 # --- lanes -----------------------------------------------------------------------------------------------------------
 
@@ -54,19 +59,39 @@ from meft.planner.timing.chrome import Event
 class Lanes:
     """FIFO lanes. Times are numbers, or arrays with one time per candidate.
 
-    ``serial``: one lane for all. ``host_launches``: gpu tasks wait for the host work issued before them.
+    ``serial``: one lane for all. ``host_launches``: gpu tasks wait for the host work issued before them. With
+    ``launch`` the thread that launches is an agent too, in sequence the one that does the host's work: a gpu task
+    starts once it was launched, which takes its time after the task before it was.
     """
 
-    def __init__(self, *, serial: bool = False, host_launches: bool = True, events: list[Event] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        serial: bool = False,
+        host_launches: bool = True,
+        launch: LaunchSeconds | None = None,
+        events: list[Event] | None = None,
+    ) -> None:
         self.busy: dict[Lane, Floats] = dict.fromkeys(LANES, 0.0)
         self._free: dict[Lane, Floats] = dict.fromkeys(LANES, 0.0)
         self._serial = serial
         self._host_launches = host_launches
         self._host_worked = False
+        self._launch = launch
+        self._launched: Floats = 0.0
         self._events = events
 
-    def run(self, lane: Lane, name: str, seconds: Floats, *after: Floats) -> Floats:
-        """Do a task on ``lane`` once the lane is free and every time in ``after`` has passed; returns when it ends."""
+    def run(
+        self, lane: Lane, name: str, seconds: Floats, *after: Floats, known: Floats = 0.0, done: Flags = True
+    ) -> Floats:
+        """Do a task on ``lane`` once the lane is free and every time in ``after`` has passed; returns when it ends.
+
+        A gpu task cannot be launched before ``known``; it is ``done``, or takes no time.
+        """
+        if done is not True:
+            seconds = seconds * done
+        if lane == "gpu" and self._launch is not None:
+            after = (*after, self._launches(self._launch.seconds_of(name) * done, known))
         queue: Lane = "cpu" if self._serial else lane
         start = self._free.get(queue, 0.0)
         if lane == "gpu" and self._host_launches and self._host_worked:
@@ -81,6 +106,14 @@ class Lanes:
         if self._events is not None:
             self._events.append(Event(lane, name, float(start), float(end)))
         return end
+
+    def _launches(self, seconds: Floats, known: Floats) -> Floats:
+        """When the thread has launched a task; in sequence it works for the host, too."""
+        launched = np.maximum(self._free["cpu"] if self._host_launches else self._launched, known) + seconds
+        self._launched = launched
+        if self._host_launches:
+            self._free["cpu"] = launched
+        return launched
 
     def end_seconds(self) -> Floats:
         """When the last lane falls idle."""
@@ -209,11 +242,13 @@ class StepCosts:
     host: HostSeconds
     token_chunks: int = 1
     """Parts of the tokens that rows come for one after the other: tasks of rows and of the adapter are one part's."""
+    launch: LaunchSeconds | None = None
+    """Of one layer's tasks; None where it is not known."""
 
     def take(self, candidates: NDArray[np.int64]) -> StepCosts:
         """The costs of these candidates alone."""
         lanes = (self.gpu.take(candidates), self.link.take(candidates), self.host.take(candidates))
-        return StepCosts(*lanes, token_chunks=self.token_chunks)
+        return StepCosts(*lanes, token_chunks=self.token_chunks, launch=self.launch)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -262,6 +297,8 @@ class Program:
         """When backward's last gradients are added up."""
         self.rows_there: list[Floats] = [0.0] * num_layers
         """When each layer's rows are on the device."""
+        self.sent: list[Floats] = [0.0] * num_layers
+        """When their copy is issued, which whoever launches the adapter waits for."""
         self.coming: dict[int, Floats] = {}
         """When the weights of layers that are being gathered are there."""
 
@@ -295,7 +332,7 @@ class Program:
         if not self.overlapped and layer in targets:
             self.fetch(layer, arrived[layer])
         seconds = self.adapter_forward[layer] + self.assemble[layer]
-        self.run("gpu", f"adapter {layer}", seconds, self.rows_there[layer])
+        self.run("gpu", f"adapter {layer}", seconds, self.rows_there[layer], known=self.sent[layer])
         for target in targets:
             if not self.overlapped and target != layer:
                 self.fetch(target, arrived[target])
@@ -334,6 +371,7 @@ class Program:
         gathered = self.run("cpu", f"gather {layer}", self.gather[layer])
         if self.in_parts:
             gathered = gathered - overlapped_seconds(self.gather[layer], self.rows[layer], chunks=self.link.chunks)
+        self.sent[layer] = gathered
         self.rows_there[layer] = self.run("h2d", f"rows {layer}", self.rows[layer], gathered)
 
     def backward(self) -> Floats:
@@ -354,7 +392,8 @@ class Program:
             seconds = self.adapter_backward[layer] + self.sum_gradients[layer]
             if np.any(self.refetched):
                 seconds = seconds + self.assemble[layer] * self.refetched
-            done = self.run("gpu", f"adapter backward {layer}", seconds, self.rows_there[layer], emptied)
+            known = np.maximum(self.sent[layer], added.get(layer + 2 * slots, 0.0))
+            done = self.run("gpu", f"adapter backward {layer}", seconds, self.rows_there[layer], emptied, known=known)
             if self.overlapped:
                 added[layer + 1] = self.accumulate_gradients(layer + 1, arrived)
             landing_free = added.get(layer + slots, 0.0)
@@ -373,9 +412,10 @@ class Program:
         """The layer's forward again, if its activations were not kept; its rows are known."""
         if np.any(self.checkpointing):
             done = self.checkpointing  # in no time by those that do not
-            self.run("gpu", f"attention {layer} again", self.gpu.attention * done)
-            self.run("gpu", f"ffn {layer} again", self.gpu.ffn * done)
-            self.run("gpu", f"adapter {layer} again", self.adapter_forward[layer] * done, self.rows_there[layer])
+            self.run("gpu", f"attention {layer} again", self.gpu.attention, done=done)
+            self.run("gpu", f"ffn {layer} again", self.gpu.ffn, done=done)
+            there, sent = self.rows_there[layer], self.sent[layer]
+            self.run("gpu", f"adapter {layer} again", self.adapter_forward[layer], there, known=sent * done, done=done)
 
     def accumulate_gradients(self, layer: int, arrived: dict[int, Floats]) -> Floats:
         """Add the layer's row gradients to the window's sum on the host, if there are any; returns when it is done."""
@@ -393,6 +433,7 @@ class Program:
             gathered = self.run("cpu", f"gather {layer} again", self.gather_again[layer] * done)
             landed = self.run("h2d", f"rows {layer} again", self.rows_refetched[layer] * done, gathered, slot_free)
             self.rows_there[layer] = np.where(done, landed, self.rows_there[layer])
+            self.sent[layer] = np.where(done, gathered, self.sent[layer])
 
     def optimizer_share(self, backward_done: Floats) -> None:
         """This step's share of the window's optimizer step."""

@@ -61,6 +61,7 @@ from meft.planner.timing.interconnect import (
     weights_between,
 )
 from meft.planner.timing.lanes import baseline_seconds, simulate
+from meft.planner.timing.launching import launch_seconds
 from meft.planner.timing.moved_rows import MovedRows, moved_in_chunks, moved_rows
 from meft.planner.timing.program import GpuSeconds, HostSeconds, LinkSeconds, StepCosts
 from meft.planner.traffic.hot_rows import HOT_NORM_BYTES, HotRows, hot_key_bytes
@@ -274,8 +275,10 @@ def step_costs_of_choices(
         of_gpu = replace(of_gpu, hot_adamw=update.adamw)
         of_link = [replace(costs, hot_keys=update.sent) for costs in of_link]
         of_host = [replace(costs, hot_keys=update.written) for costs in of_host]
-    chunks = candidates.token_chunks
-    return [[StepCosts(of_gpu, link_costs, host_costs, chunks) for link_costs in of_link] for host_costs in of_host]
+    launch, chunks = launch_seconds(request, gpu, host), candidates.token_chunks
+    return [
+        [StepCosts(of_gpu, link_costs, host_costs, chunks, launch) for link_costs in of_link] for host_costs in of_host
+    ]
 
 
 class _HotUpdate(NamedTuple):

@@ -22,7 +22,7 @@ from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, 
 from meft.runtime.device import card as cards
 from meft.runtime.device.nvml import NvmlReader, NvmlUnavailable, cuda_identity
 from meft.runtime.host.kernels import HostKernels, warm_up
-from meft.runtime.profiling import device_rates, host_rates
+from meft.runtime.profiling import device_rates, host_rates, launching
 from meft.runtime.profiling.device_rates import LinkMeasured
 
 Tell = Callable[[str, int, int], None]
@@ -86,6 +86,7 @@ def measure_hardware(tell: Tell, *, meft_version: str, busy_seconds: float = 0.5
         ("device products", lambda: device_rates.products(device)),
         ("a step's kernels", lambda: device_rates.step_products(device)),
         ("kernel launches", lambda: device_rates.launches(device) if cuda else device_rates.booked_launches()),
+        ("launching a step", lambda: launching.launch_times(device)),
     ]
     context = _context(nvml) if cuda else None
     for number, (name, stage) in enumerate(stages):
@@ -155,6 +156,10 @@ def host_profile(measured: Measured, *, dtype: str) -> HostProfile:
         select_scores_per_second=sourced(measured.named("host top-K")),
         overhead_seconds_per_layer=sourced(measured.named("host overhead per layer")),
         overhead_seconds_per_expert=sourced(measured.named("host overhead per expert")),
+        **{
+            f"launch_{task.replace(' ', '_')}_seconds": sourced(measured.named(f"launch {task}"))
+            for task in launching.TASKS
+        },
     )
 
 

@@ -141,6 +141,12 @@ def host_profile(scale: float = 1.0, **changes: Any) -> HostProfile:
     return HostProfile(**(values | changes))
 
 
+def launching(seconds: float) -> dict[str, Sourced]:
+    """A host profile's seconds of launching each task, no two alike."""
+    tasks = ("attention", "router", "ffn", "adapter", "adapter_backward", "backward")
+    return {f"launch_{task}_seconds": sourced((place + 1) * seconds) for place, task in enumerate(tasks)}
+
+
 def sparsity_profile(*alphas: float, **changes: Any) -> SparsityProfile:
     values = {
         "key": "test-sparsity",

@@ -19,6 +19,7 @@ Time is the clock's: on a machine that has other things to do, all of it takes l
 from __future__ import annotations
 
 import ctypes
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
@@ -48,13 +49,14 @@ from meft.runtime.device.lanes import Schedule
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.router import Selection, TopKRouter
+from meft.runtime.profiling.launching import LaunchTimes
 from meft.runtime.ranks.peers import Peers
 from meft.runtime.session import session as session_module
 from meft.runtime.session.documents import unpacked_sequences
 from meft.runtime.session.model_loading import model_from_config
 from meft.runtime.session.session import Session, open_session
 
-HIDDEN_SIZE, TOKENS_PER_SEQUENCE, VOCABULARY = 16, 4, 64
+HIDDEN_SIZE, TOKENS_PER_SEQUENCE, VOCABULARY = 4, 4, 64
 """Of the model that stands for the plan's."""
 UNIONS = 16
 """So many different sets of active rows take turns."""
@@ -62,18 +64,28 @@ SCALARS = 8
 """Copies of no more numbers are done, for they may be looked at."""
 _PR_SET_TIMERSLACK = 29
 _SPIN_SECONDS = 5e-6
+_TRIED_SLEEPS, _TRIED_SECONDS = 51, 5e-4
+_late_seconds = [_SPIN_SECONDS]
+"""By how much sleeps end late here, since :func:`sharpen_timers` tried."""
 
 
 def sharpen_timers() -> None:
-    """Let sleeps of this thread, and of those that it starts, end within microseconds instead of 50 (Linux)."""
+    """Let sleeps of this thread, and of those that it starts, end within microseconds instead of 50 (Linux); and find
+    out how late they end for all that, as a machine's that sleeps itself do."""
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+    late = []
+    for _ in range(_TRIED_SLEEPS):
+        began = time.perf_counter()
+        time.sleep(_TRIED_SECONDS)
+        late.append(time.perf_counter() - began - _TRIED_SECONDS)
+    _late_seconds[0] = max(statistics.median(late), _SPIN_SECONDS)
 
 
 def sleep_until(moment: float) -> None:
     """Until ``time.perf_counter()`` says so; without the interpreter's lock, but for the last microseconds."""
     while (left := moment - time.perf_counter()) > 0:
-        if left > _SPIN_SECONDS:
-            time.sleep(left - _SPIN_SECONDS)
+        if left > _late_seconds[0]:
+            time.sleep(left - _late_seconds[0])
 
 
 class TimedStream:
@@ -199,6 +211,8 @@ class TimedClock(LaneClock):
             if f"ffn {layer} again" in self._seconds:  # there checkpointing stops: nobody needs the adapter's output
                 self._seconds[f"ffn {layer} again"] += self._seconds[f"adapter {layer} again"]
         self.in_backward = False
+        self.launch = LaunchTimes()
+        """What the thread that launches works, task by task."""
 
     def give(self, name: str) -> None:
         """To the compute stream; a layer's forward is within backward a recompute."""
@@ -207,6 +221,7 @@ class TimedClock(LaneClock):
 
     def computed(self, name: str) -> None:
         """See :class:`meft.runtime.device.timeline.LaneClock`."""
+        self.launch.note(name)
         if name == "head and loss" or not name.startswith(("adapter backward", "head and loss")):
             self.give(name)
         if name == "head and loss":

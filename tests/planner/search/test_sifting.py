@@ -14,6 +14,7 @@ from planner_records import (
     GIB,
     gpu_profile,
     host_profile,
+    launching,
     link_profile,
     request_of,
     sourced,
@@ -252,9 +253,11 @@ REQUESTS = st.fixed_dictionaries(
     rate=st.sampled_from([1e5, 2e6, 1e9]),
     popular=st.booleans(),
     copy=st.sampled_from([None, None, True, False]),
+    launch=st.sampled_from([None, None, 1e-6, 1e-4]),
 )
-def test_the_quick_search_says_what_the_readable_one_says(fields, alphas, rate, popular, copy):
-    slow_host = host_profile(gather_bytes_per_second=sourced(rate), adamw_bytes_per_second=sourced(4 * rate))
+def test_the_quick_search_says_what_the_readable_one_says(fields, alphas, rate, popular, copy, launch):
+    rates = {"gather_bytes_per_second": sourced(rate), "adamw_bytes_per_second": sourced(4 * rate)}
+    slow_host = host_profile(**rates, **({} if launch is None else launching(launch)))
     asked = fields | ({"bf16_copy": copy} if fields["adapter_dtype"] == "bf16" else {})
     assert_same(tiny_request(**asked), profiles_of(*alphas, popular=popular, host=slow_host))
 

@@ -259,3 +259,30 @@ def test_the_cards_bits_are_nvmls() -> None:
     names = ("SwPowerCap", "HwSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
     known = {getattr(pynvml, f"nvmlClocksThrottleReason{name}") for name in names}
     assert set(card.SLOWDOWN_REASONS) == known
+
+
+def test_a_host_s_profile_says_what_launching_takes(measured):
+    """Of every task, with its spread; a plan for a real card reckons with it, one for the emulated device does not."""
+    host = ProfileFile.load(measured).host
+    tasks = ("attention", "router", "ffn", "adapter", "adapter_backward", "backward")
+    names = [f"launch_{task}_seconds" for task in tasks]
+    numbers = dict(sourced_numbers(host))
+    assert all(numbers[name].basis == "measured" and numbers[name].value > 0 for name in names)
+    assert all("median of 12" in numbers[name].source for name in names)
+    options = [
+        "--model",
+        "llama-7b",
+        "--host",
+        str(measured),
+        "--gpu",
+        "h100-80gb",
+        "--gpu-mem",
+        "80GB",
+        "--max-slowdown",
+        1000,
+    ]
+    path = measured.with_name("plan.json")
+    done = CliRunner().invoke(plan_command, [*options, "--host-mem", "256GB", "-o", str(path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    used = {number.name: number.value for number in Plan.load(path).inputs.numbers}
+    assert used[f"host.{names[0]}"] == numbers[names[0]].value
