@@ -255,8 +255,8 @@ def _rates(
 
 
 def _unused_by_host(gpu: GpuProfile) -> frozenset[str]:
-    """What launching takes, where the device's rates have it."""
-    names = (name for name in HostProfile.model_fields if name.startswith("launch_"))
+    """What launching takes, where the device's rates have it; without it nobody is beside the host's kernels."""
+    names = (name for name in HostProfile.model_fields if name.startswith(("launch_", "busy_", "bound_")))
     return frozenset(names if gpu.shares_host_cores else ())
 
 

@@ -46,6 +46,8 @@ class Candidates:
     """Of those with a router: it sends a token to one expert, and computes in fp32."""
     routers: int = 1
     """``[N, D]`` that a layer's router has; one number for all."""
+    bound: bool = False
+    """The host's kernels have cores of their own; the same for all."""
 
     @property
     def in_experts(self) -> Flags:
@@ -86,6 +88,7 @@ class Candidates:
             switch=decision.needs.one_expert,
             owned=decision.rows == "owned",
             routers=decision.needs.routers,
+            bound=decision.bind_cores,
         )
 
 

@@ -163,6 +163,8 @@ class Decision(Record):
     """Run on one machine all rows are its own, whatever this says."""
     stable: StableOptions | None = None
     """Of ``routing`` stable, the same."""
+    bind_cores: bool = False
+    """The host's kernels run on cores of their own, apart from Python and the copies."""
 
     @property
     def needs(self) -> RoutingNeeds:
@@ -171,7 +173,7 @@ class Decision(Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_usual(handler(self), token_chunks=1, gather_chunks=1)
+        return without_usual(handler(self), token_chunks=1, gather_chunks=1, bind_cores=False)
 
     @model_validator(mode="after")
     def _consistent(self) -> Decision:

@@ -149,6 +149,10 @@ class HostProfile(Record):
     launch_adapter_seconds: Sourced | None = None
     launch_adapter_backward_seconds: Sourced | None = None
     launch_backward_seconds: Sourced | None = None
+    busy_rates_fraction: Positive | None = None
+    """What is left of the rates while Python launches beside; None: nobody measured it, and plans leave it out."""
+    bound_rates_fraction: Positive | None = None
+    """The same with the kernels' threads on cores of their own."""
 
 
 TYPICAL_TOKENS = 512

@@ -26,6 +26,7 @@ from meft.planner.search.grid_memory import device_sum, host_sum
 from meft.planner.search.grid_timing import COPY_PAYS
 from meft.planner.search.space import CAP_AXIS, enumerate_space
 from meft.planner.timing.apart import WITHIN, Seconds
+from meft.planner.timing.cores import binding_pays
 
 Index: TypeAlias = tuple[int, ...]
 
@@ -36,7 +37,7 @@ class Sifted:
 
     def __init__(self, request: Request, profiles: ProfileSet) -> None:
         self.request, self.profiles = request, profiles
-        self.space = enumerate_space(request, profiles.sparsity)
+        self.space = enumerate_space(request, profiles.sparsity, bind_cores=binding_pays(profiles.gpu, profiles.host))
         self.device = device_sum(self.space, request, profiles)
         self.host, self.copy_bytes = host_sum(self.space, request)
         self.within, self.has_room = self._fits(profiles)

@@ -108,6 +108,7 @@ class Space:
     switch: SwitchOptions | None = None
     rows: RowsPolicy = "replicated"
     stable: StableOptions | None = None
+    bind_cores: bool = False
 
     @property
     def key_experts(self) -> NDArray[np.bool_]:
@@ -147,6 +148,7 @@ class Space:
             switch=ROUTINGS[self.by_experts].one_expert,
             owned=self.rows == "owned",
             routers=ROUTINGS[self.by_experts].routers,
+            bound=self.bind_cores,
         )
 
     def candidates_at(self, cache: int, backward: int = 0) -> Candidates:
@@ -185,6 +187,7 @@ class Space:
             gradients_on_device=self.gradients_on_device[cache],
             bf16_copy=self.bf16_copies[0] if bf16_copy is None else bf16_copy,
             rows=self.rows,
+            bind_cores=self.bind_cores,
         )
 
 
@@ -219,8 +222,8 @@ def why_not_sharded(request: Request) -> str | None:
     return None
 
 
-def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
-    """Every decision to weigh for ``request``."""
+def enumerate_space(request: Request, sparsity: SparsityProfile, *, bind_cores: bool = False) -> Space:
+    """Every decision to weigh for ``request``; ``bind_cores`` is the same for all."""
     routings = _routings(request)
     width, top_k = routings.adapter_width, routings.top_k
     num_layers, tokens = request.model.num_layers, request.tokens_per_step
@@ -268,6 +271,7 @@ def enumerate_space(request: Request, sparsity: SparsityProfile) -> Space:
         switch=(request.switch or SwitchOptions()) if by_experts == "switch" else None,
         rows=request.rows,
         stable=(request.stable or StableOptions()) if by_experts == "stable" else None,
+        bind_cores=bind_cores,
     )
 
 

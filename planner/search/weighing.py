@@ -35,6 +35,7 @@ from meft.planner.search.pareto import (
     thinned,
 )
 from meft.planner.search.space import CAP_AXIS, Space, enumerate_space
+from meft.planner.timing.cores import binding_pays
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Weighed:
 
 def weigh(request: Request, profiles: ProfileSet, *, simulate_all: bool = False) -> Weighed:
     """Compute what every decision needs; step times only of those that fit unless ``simulate_all``."""
-    space = enumerate_space(request, profiles.sparsity)
+    space = enumerate_space(request, profiles.sparsity, bind_cores=binding_pays(profiles.gpu, profiles.host))
     allocated = grid_allocated_bytes(space, request, profiles)
     host = [grid_host_bytes(space, request, bf16_copy=copied) for copied in space.bf16_copies]
     trainable = np.asarray(adapter_parameters(request, space.candidates))

@@ -32,6 +32,7 @@ from meft.planner.records.candidates import Candidates, same_for_all
 from meft.planner.records.plan import Decision, Request, Timing
 from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, sourced_numbers
 from meft.planner.timing.chrome import Event
+from meft.planner.timing.cores import beside_python, python_share
 from meft.planner.timing.gpu import (
     ADAMW_ARRAYS,
     INPUT_COPIES,
@@ -260,6 +261,10 @@ def step_costs_of_choices(
     window_rows: Ints = (window_active_rows if hot is None else window_active_rows - hot.in_window).sum(axis=0)
     rates = gpu_rates(gpu, request)
     of_gpu = _gpu_costs(request, rates, candidates, moved)
+    launch = launch_seconds(request, gpu, host)
+    if launch is not None:
+        layer_seconds = float(of_gpu.attention + of_gpu.ffn + of_gpu.frozen_backward)
+        host = beside_python(host, python_share(launch, layer_seconds), bound=candidates.bound)
     of_link = [
         _link_costs(request, link, replace(candidates, retained=choice), moved, window_rows) for choice in retained
     ]
@@ -275,7 +280,7 @@ def step_costs_of_choices(
         of_gpu = replace(of_gpu, hot_adamw=update.adamw)
         of_link = [replace(costs, hot_keys=update.sent) for costs in of_link]
         of_host = [replace(costs, hot_keys=update.written) for costs in of_host]
-    launch, chunks = launch_seconds(request, gpu, host), candidates.token_chunks
+    chunks = candidates.token_chunks
     return [
         [StepCosts(of_gpu, link_costs, host_costs, chunks, launch) for link_costs in of_link] for host_costs in of_host
     ]

@@ -154,9 +154,10 @@ class RunGroup(click.Group):
     help="Emulated device: slow each direction of the link down to so many GB/s.",
 )
 @click.option(
-    "--bind-cores",
-    is_flag=True,
-    help="Keep the host's kernels on cores of their own, near the GPU, apart from Python and the copies.",
+    "--bind-cores/--no-bind-cores",
+    default=None,
+    help="Keep the host's kernels on cores of their own, near the GPU, apart from Python and the copies. "
+    "[default: as planned]",
 )
 @click.option("--trace", type=_PATH, help="Write the last step's tasks as a Chrome trace (chrome://tracing, Perfetto).")
 @click.option("--eval", "eval_task", metavar="FILE|NAME", help="Score the adapter on it: see meft-run evaluate.")

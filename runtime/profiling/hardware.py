@@ -22,7 +22,7 @@ from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile, 
 from meft.runtime.device import card as cards
 from meft.runtime.device.nvml import NvmlReader, NvmlUnavailable, cuda_identity
 from meft.runtime.host.kernels import HostKernels, warm_up
-from meft.runtime.profiling import device_rates, host_rates, launching
+from meft.runtime.profiling import beside, device_rates, host_rates, launching
 from meft.runtime.profiling.device_rates import LinkMeasured
 
 Tell = Callable[[str, int, int], None]
@@ -45,9 +45,13 @@ class Measured:
         """The last of a name whose detail has every one of ``words``."""
         return [each for each in self.measurements if each.name == name and all(w in each.detail for w in words)][-1]
 
+    def all_named(self, name: str) -> Iterator[Measurement]:
+        """Those of a name."""
+        return (each for each in self.measurements if each.name == name)
+
     def fastest(self, name: str) -> Measurement:
         """The highest median of a name."""
-        return max((each for each in self.measurements if each.name == name), key=lambda each: each.median)
+        return max(self.all_named(name), key=lambda each: each.median)
 
     def sourced(self, found: Measurement) -> Sourced:
         """A measurement as a profile's number."""
@@ -87,6 +91,7 @@ def measure_hardware(tell: Tell, *, meft_version: str, busy_seconds: float = 0.5
         ("a step's kernels", lambda: device_rates.step_products(device)),
         ("kernel launches", lambda: device_rates.launches(device) if cuda else device_rates.booked_launches()),
         ("launching a step", lambda: launching.launch_times(device)),
+        ("the host beside Python", beside.rates_beside_python),
     ]
     context = _context(nvml) if cuda else None
     for number, (name, stage) in enumerate(stages):
@@ -160,6 +165,8 @@ def host_profile(measured: Measured, *, dtype: str) -> HostProfile:
             f"launch_{task.replace(' ', '_')}_seconds": sourced(measured.named(f"launch {task}"))
             for task in launching.TASKS
         },
+        busy_rates_fraction=sourced(measured.named(beside.BUSY)),
+        bound_rates_fraction=next(map(sourced, measured.all_named(beside.BOUND)), None),
     )
 
 

@@ -84,11 +84,7 @@ def row_work(kernels: HostKernels) -> Iterator[Measurement]:
         kernels=kernels,
     )
     store.initialise(seed=0)
-    generator = torch.Generator().manual_seed(0)
-    chosen = [
-        torch.randperm(tables.adapter_width, generator=generator)[: tables.active].sort().values
-        for _ in range(tables.layers)
-    ]
+    chosen = _chosen(tables)
     for name, dtype in DTYPES.items():
         staging = torch.zeros(tables.active, 2 * tables.hidden_size, dtype=dtype)
         taken = sample(lambda staging=staging: _gather_all(store, chosen, staging))  # type: ignore[misc]
@@ -101,6 +97,34 @@ def row_work(kernels: HostKernels) -> Iterator[Measurement]:
     taken = sample(lambda: _optimize(store), prepare=lambda: _accumulate_all(store, chosen, landed))
     amount = tables.numbers * ADAMW_BYTES_PER_NUMBER
     yield taken.rate("host AdamW", "B/s", f"fp32 with norm and clearing, {tables.detail}", amount=amount)
+
+
+class RowWork:
+    """Rows in bf16 gathered and their gradients added up, of all layers: what the host does in every step."""
+
+    def __init__(self) -> None:
+        tables = TABLES
+        self.detail = f"bf16 gather and scatter, {tables.detail}"
+        self._store = HostStore(
+            num_layers=tables.layers, adapter_width=tables.adapter_width, hidden_size=tables.hidden_size
+        )
+        self._store.initialise(seed=0)
+        self._chosen = _chosen(tables)
+        self._staging = torch.zeros(tables.active, 2 * tables.hidden_size, dtype=torch.bfloat16)
+
+    def run(self, kernels: HostKernels) -> None:
+        """Once, by these kernels."""
+        self._store.kernels = kernels
+        _gather_all(self._store, self._chosen, self._staging)
+        _accumulate_all(self._store, self._chosen, self._staging)
+
+
+def _chosen(tables: RowTables) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randperm(tables.adapter_width, generator=generator)[: tables.active].sort().values
+        for _ in range(tables.layers)
+    ]
 
 
 def _gather_all(store: HostStore, chosen: list[torch.Tensor], staging: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from meft.planner.base.errors import UsageError
 from meft.planner.base.files import writing
 from meft.planner.records.plan import Plan
 from meft.planner.timing.chrome import chrome_trace
@@ -92,8 +93,8 @@ class RunOptions:
     """Where the Chrome trace of the last step goes."""
     evaluation: EvaluationOptions | None = None
     key_init: KeyInit = "random"
-    bind_cores: bool = False
-    """Host kernels on cores of their own, apart from Python and copies."""
+    bind_cores: bool | None = None
+    """Host kernels on cores of their own, apart from Python and copies; None: as planned, where the machine lets it."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def open_run(
 ) -> Session:
     """The session of a run, on a fresh device."""
     torch.manual_seed(options.training.seed)
-    cores = _bound(device, peers, say) if options.bind_cores else None
+    cores = _cores(plan, options, device, peers, say)
     model = model_loading.load_frozen_model(plan, folder, device_kind=device.kind)
     apart = packing.documents_apart(plan, model, dataset, say)
     session = open_session(
@@ -134,6 +135,22 @@ def open_run(
     )
     session.documents_apart = apart
     return session
+
+
+def _cores(
+    plan: Plan, options: RunOptions, device: Device, peers: Peers | None, say: Callable[[str], None]
+) -> CoreShares | None:
+    """Whose cores are whose; None: the system's affair. Raises :class:`UsageError` where that is asked for and cannot
+    be; where the plan alone has it, the run goes on without."""
+    if options.bind_cores is not None:
+        return _bound(device, peers, say) if options.bind_cores else None
+    if not plan.decision.bind_cores:
+        return None
+    try:
+        return _bound(device, peers, say)
+    except UsageError as error:
+        say(f"the plan binds the host's kernels to cores of their own, which is not done: {error}")
+        return None
 
 
 def _bound(device: Device, peers: Peers | None, say: Callable[[str], None]) -> CoreShares:

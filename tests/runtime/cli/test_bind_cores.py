@@ -53,3 +53,23 @@ def test_one_core_cannot_be_divided(glass_folder, tmp_path, monkeypatch) -> None
     code, said = SmallRuns(tmp_path, glass_folder).run(tmp_path / "out", "--steps", 2, "--bind-cores")
     assert code == 2
     assert "--bind-cores: 1 core for 1 rank" in said
+
+
+def test_a_plan_that_binds_is_run_bound_unless_told_otherwise(glass_folder, tmp_path, own_cores) -> None:
+    runs = SmallRuns(tmp_path, glass_folder)
+    planned = runs.plan.decision.model_copy(update={"bind_cores": True})
+    runs.plan.model_copy(update={"decision": planned}).save(tmp_path / "plan.json")
+    _, free = runs.run(tmp_path / "free", "--steps", 2, "--no-bind-cores")
+    assert "bound" not in free
+    _, bound = runs.run(tmp_path / "bound", "--steps", 2)  # from here this thread is
+    assert "bound: cores " in bound
+
+
+def test_a_plan_that_binds_runs_where_that_cannot_be(glass_folder, tmp_path, monkeypatch) -> None:
+    runs = SmallRuns(tmp_path, glass_folder)
+    planned = runs.plan.decision.model_copy(update={"bind_cores": True})
+    runs.plan.model_copy(update={"decision": planned}).save(tmp_path / "plan.json")
+    monkeypatch.setattr(run_options, "usable_cores", lambda: frozenset({0}))
+    code, said = runs.run(tmp_path / "out", "--steps", 2)
+    assert code == 0
+    assert "the plan binds the host's kernels to cores of their own, which is not done" in said
