@@ -205,12 +205,12 @@ def _largest(variants: Sequence[TrainingSetup], *, budget_bytes: int, gpu: GpuPr
 def _largest_of(setup: TrainingSetup, *, budget_bytes: int, gpu: GpuProfile, at_least: int) -> int:
     """The largest size that fits; 0 when none does from ``at_least`` on.
 
-    Memory grows with size and nearly in proportion, so the line between the ends of the bracket says where to look
-    next, and then one size further, which ends the search when it does not fit.
+    Memory grows with size, nearly in proportion but in steps. The line between the ends of the bracket says where to
+    look next; an end that stays a second time counts half, so that the other is not crept up to (the Illinois method).
     """
     sizes = candidate_sizes(setup)
 
-    def above(index: int) -> int:
+    def above(index: int) -> float:
         return dense_peaks(sized(setup, sizes[index]), gpu).reserved_bytes - budget_bytes
 
     low = next((index for index, size in enumerate(sizes) if size >= at_least), len(sizes) - 1)
@@ -219,15 +219,18 @@ def _largest_of(setup: TrainingSetup, *, budget_bytes: int, gpu: GpuProfile, at_
         return 0
     if (at_high := above(high)) <= 0:
         return sizes[high]
+    stayed = ""
     while high - low > 1:
         guess = low + int((high - low) * at_low / (at_low - at_high))
         guess = min(max(guess, low + 1), high - 1)
         if (found := above(guess)) > 0:
             high, at_high = guess, found
-            continue
-        low, at_low = guess, found
-        if low + 1 < high and (found := above(low + 1)) > 0:
-            return sizes[low]
+            at_low /= 2 if stayed == "low" else 1
+            stayed = "low"
+        else:
+            low, at_low = guess, found
+            at_high /= 2 if stayed == "high" else 1
+            stayed = "high"
     return sizes[low]
 
 
