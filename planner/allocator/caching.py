@@ -28,6 +28,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from meft.planner.allocator.blocks import (
     ADDRESS_BITS,
@@ -95,6 +96,10 @@ class Segment:
     pool: PoolName
     live: tuple[LiveBlock, ...]
     expandable: bool = False
+
+
+FreeLayout: TypeAlias = frozenset[tuple[PoolName, int, tuple[int, ...]]]
+"""By pool and stream the free blocks' sizes and addresses, each pair as one number."""
 
 
 class CachingAllocator:
@@ -193,7 +198,7 @@ class CachingAllocator:
                     elif block.preceding is None and block.following is None:
                         self._give_back(block)
 
-    def free_layout(self) -> frozenset[tuple[PoolName, int, tuple[int, ...]]]:
+    def free_layout(self) -> FreeLayout:
         """Which free blocks there are, by pool and stream; with what is live, all that later requests depend on."""
         return frozenset(
             (name, stream, tuple(pool.free_keys))

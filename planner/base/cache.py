@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import stat
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +38,8 @@ def writable_cache_folder() -> Path:
 
 def temporary_cache_folder() -> Path:
     """What stands in for a cache folder that cannot be written; the same one in every process of the user."""
+    import tempfile  # slow to load, and seldom needed
+
     return Path(tempfile.gettempdir()) / f"meft-cache-{_user()}"
 
 
@@ -54,7 +55,10 @@ def kernel_folder() -> Path:
 def _writable(folder: Path, instead: Path) -> Path:
     if _made_private(folder):
         return folder
-    if not _made_private(instead):  # somebody else's, or of an older user of that number
+    if not _made_private(instead):
+        # somebody else's, or of an older user of that number
+        import tempfile
+
         instead = Path(tempfile.mkdtemp(prefix="meft-cache-"))
     print(
         f"meft: {folder} cannot be written, or others can write it; keeping what is cached in {instead} "

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from meft.planner.allocator.blocks import LARGE_SEGMENT_BYTES, SMALL_SEGMENT_BYTES
-from meft.planner.allocator.caching import CachingAllocator
+from meft.planner.allocator.caching import CachingAllocator, FreeLayout
 from meft.planner.base.schema import Basis
 from meft.planner.memory.traced import ledger_of_decision
 from meft.planner.records.plan import Decision, Request
@@ -111,21 +111,41 @@ def _peaks(request: Request, decision: Decision, workspace_bytes: int, emulated:
 
 
 def peaks_of(stream: SparseStream) -> ReplayedPeaks:
-    """Replay what is made once, and every kind of window until it changes nothing any more."""
+    """Replay what is made once, and every kind of window until it changes nothing any more.
+
+    The first kind's window has been in ``once``. What is live is the same after each window, so is what comes if free
+    blocks are. From its middle on a window goes as the last one did if all blocks are where they were then: it need
+    not be replayed to its end.
+    """
     allocator = CachingAllocator(None)
     handles: dict[int, int] = {}
-    _play(stream.once, allocator, handles)
+    at_middle, at_end = _played_once(stream, allocator, handles)
     for number, window in enumerate(stream.windows):
-        # the first kind's window has been in ``once``; what is live is the same after each, so is what comes if free
-        # blocks are
-        before = allocator.free_layout() if number == 0 else None
+        half, is_last = len(window) // 2, number == len(stream.windows) - 1
+        if number:
+            at_middle = at_end = None
         for _ in range(MOST_WINDOWS):
-            _play(window, allocator, handles)
-            after = allocator.free_layout()
-            if before == after:
+            _play(window[:half], allocator, handles)
+            middle = allocator.free_layout(), handles.copy()
+            if middle == at_middle and is_last:
                 break
-            before = after
+            _play(window[half:], allocator, handles)
+            before, at_middle, at_end = at_end, middle, allocator.free_layout()
+            if before == at_end:
+                break
     return ReplayedPeaks(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)
+
+
+def _played_once(
+    stream: SparseStream, allocator: CachingAllocator, handles: dict[int, int]
+) -> tuple[tuple[FreeLayout, dict[int, int]] | None, FreeLayout | None]:
+    """Replay what is made once; where blocks were in the middle of its window, and which were free at its end."""
+    window = stream.windows[0]
+    middle = stream.once.index(window[len(window) // 2]) if window else 0
+    _play(stream.once[:middle], allocator, handles)
+    at_middle = allocator.free_layout(), handles.copy()
+    _play(stream.once[middle:], allocator, handles)
+    return at_middle, allocator.free_layout()
 
 
 def _play(events: Sequence[StreamEvent], allocator: CachingAllocator, handles: dict[int, int]) -> None:

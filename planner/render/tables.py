@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,8 +49,11 @@ class View(Protocol):
 
 def show(view: View) -> None:
     """Print on standard output: in the terminal's styles and width, or plain without trailing spaces."""
-    piped = not sys.stdout.isatty()
-    width = PIPED_WIDTH if piped and "COLUMNS" not in os.environ else shutil.get_terminal_size().columns
+    width = PIPED_WIDTH
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        import shutil  # slow to load
+
+        width = shutil.get_terminal_size().columns
     for line in view.lines(width):
         text = line.text.rstrip()
         click.echo(text if line.style == "plain" else click.style(text, **{line.style: True}))

@@ -17,10 +17,11 @@ from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, Ints
 from meft.planner.memory.device import device_ledger
 from meft.planner.memory.host import host_bytes_by_category
 from meft.planner.predict.prediction import ProfileSet
+from meft.planner.records.candidates import Candidates
 from meft.planner.records.plan import Request
-from meft.planner.search.space import CAP_AXIS, NUM_AXES, Space
+from meft.planner.search.space import CAP_AXIS, CHECKPOINTING_AXIS, NUM_AXES, Space
 from meft.planner.terms.activations import largest
-from meft.planner.terms.ledger import STEP_PHASES, phase_bytes
+from meft.planner.terms.ledger import STEP_PHASES, Row, phase_bytes
 from meft.planner.terms.methods import SparseAdapter, Workload
 
 
@@ -59,19 +60,27 @@ class GridSum:
     def on(self, cache: int, depth: int) -> NDArray[np.int64]:
         """The sums at a cache and a prefetch depth where there is one cap, ``[checkpointing, backward, routings]``, 1
         where alike."""
-        return _total([part[_along(part, (cache, depth))] for part in self._parts.values()])[:, :, 0]
+        return _at(list(self._parts.values()), cache, depth)[:, :, 0]
 
     def rest_of(self, most: Ints, depth: int) -> Callable[[int], NDArray[np.bool_]]:
         """Where the sum is no more than ``most`` (a number, or one of each routing) at a prefetch depth: a function of
         the cache, whose result is ``[checkpointing, backward, caps, routings]``, or 1 where alike."""
-        common = most - _total([part[_along(part, (0, depth))] for part in self._parts.values() if part.shape[0] == 1])
-        of_caches = [part for part in self._parts.values() if part.shape[0] > 1]
+        again = [part for part in self._parts.values() if part.shape[CHECKPOINTING_AXIS] > 1]
+        others = [part for part in self._parts.values() if part.shape[CHECKPOINTING_AXIS] == 1]
+        room, of_caches = most - _at([part for part in again if part.shape[0] == 1], 0, depth), again + others
+        of_caches = [part for part in of_caches if part.shape[0] > 1]
+        taken = _at([part for part in others if part.shape[0] == 1], 0, depth)
 
         def fits(cache: int) -> NDArray[np.bool_]:
-            within: NDArray[np.bool_] = _total([part[_along(part, (cache, depth))] for part in of_caches]) <= common
+            within: NDArray[np.bool_] = taken + _at(of_caches, cache, depth) <= room
             return within
 
         return fits
+
+
+def _at(parts: list[NDArray[np.int64]], cache: int, depth: int) -> NDArray[np.int64]:
+    """The sum of parts at a cache and a prefetch depth."""
+    return _total([part[_along(part, (cache, depth))] for part in parts])
 
 
 def _total(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -86,7 +95,24 @@ def _along(part: NDArray[np.int64], index: tuple[int, ...]) -> tuple[int, ...]:
 
 def device_sum(space: Space, request: Request, profiles: ProfileSet) -> GridSum:
     """Peak allocated device bytes with every layer's rows at the cap."""
-    candidates, num_layers = space.candidates, request.model.num_layers
+    first, *others = space.activation_checkpointing
+    whole = _ledger(space.candidates, space, request, profiles, checkpointing=first)
+    # what only some phases have depends on neither cache, look-ahead nor rows in backward
+    alike = replace(space.candidates_at(0), prefetch_depth=space.prefetch_depths[0])
+    ledgers = [whole, *(_ledger(alike, space, request, profiles, checkpointing=again) for again in others)]
+    peaks = []
+    for ledger in ledgers:
+        totals = phase_bytes(row for row in ledger if row.phase != "resident")
+        peaks.append(np.broadcast_to(largest(*(totals[phase] for phase in STEP_PHASES)), space.caps.shape))
+    by_checkpointing = np.expand_dims(np.stack(peaks), 1)
+    return GridSum([by_checkpointing, *(row.num_bytes for row in whole if row.phase == "resident")])
+
+
+def _ledger(
+    candidates: Candidates, space: Space, request: Request, profiles: ProfileSet, *, checkpointing: bool
+) -> tuple[Row, ...]:
+    """Of candidates of the grid, with checkpointing or without, of which only a step's phases know."""
+    num_layers = request.model.num_layers
     workload = Workload(
         batch_size=request.batch_size,
         seq_len=request.seq_len,
@@ -94,15 +120,12 @@ def device_sum(space: Space, request: Request, profiles: ProfileSet) -> GridSum:
         double_quant=request.double_quant,
         attention=request.attention,
         packed=request.packed,
-        activation_checkpointing=candidates.activation_checkpointing,
+        activation_checkpointing=checkpointing,
         shards=request.base_shards,
     )
     at_cap = np.broadcast_to(space.caps, (num_layers, *space.caps.shape))
     method = SparseAdapter(at_cap, candidates, ADAPTER_DTYPE_BYTES[request.adapter_dtype])
-    ledger = device_ledger(shape=request.model, workload=workload, method=method, gpu=profiles.gpu)
-    totals = phase_bytes(row for row in ledger if row.phase != "resident")
-    peak = largest(*(totals[phase] for phase in STEP_PHASES))
-    return GridSum([peak, *(row.num_bytes for row in ledger if row.phase == "resident")])
+    return device_ledger(shape=request.model, workload=workload, method=method, gpu=profiles.gpu)
 
 
 def host_sum(space: Space, request: Request) -> tuple[GridSum, NDArray[np.int64]]:

@@ -66,6 +66,7 @@ TRAFFIC_CACHES: tuple[tuple[float, bool], ...] = (
 )
 """For the objective ``traffic``: each row kept is one that stays off the link, so memory is used to the last eighth."""
 
+CHECKPOINTING_AXIS = 2
 CAP_AXIS = 4
 NUM_AXES = 6
 

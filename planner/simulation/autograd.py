@@ -30,6 +30,7 @@ from meft.planner.simulation.stream import StreamEvent
 GRADIENTS = "gradients"
 TEMPORARIES = "backward_temporaries"
 
+_made = tuple.__new__  # without the call in between that fills defaults in: half of what an event takes
 _REFERENCES_OF_ONE_HOLDER = 2
 """What ``sys.getrefcount`` says of a storage that one tensor holds: that tensor, and the call's own argument."""
 
@@ -45,7 +46,8 @@ class Storage:
         self.num_bytes = num_bytes
 
     def __del__(self) -> None:
-        self.tape.released(self)
+        if self.num_bytes:
+            self.tape.released(self)
 
 
 class Tensor:
@@ -216,11 +218,11 @@ class Tape:
 
     def new(self, numel: int, itemsize: int, category: str, *, stream: int = 0) -> Tensor:
         """A tensor of its own storage."""
-        num_bytes = 0 if self._stopped else numel * itemsize
-        self._numbers += 1
+        num_bytes = 0 if self._stop_after is not None and self._stopped else numel * itemsize
+        self._numbers = number = self._numbers + 1
         if num_bytes:
-            self.events.append(StreamEvent(self._numbers, num_bytes, self.phase, category, stream=stream))
-        return Tensor(Storage(self, self._numbers, num_bytes), numel, itemsize)
+            self.events.append(_made(StreamEvent, (number, num_bytes, self.phase, category, "", stream)))
+        return Tensor(Storage(self, number, num_bytes), numel, itemsize)
 
     def like(self, tensor: Tensor, category: str) -> Tensor:
         """A new tensor of the same shape."""
@@ -237,9 +239,8 @@ class Tape:
         return tensor
 
     def released(self, storage: Storage) -> None:
-        """A storage's last reference is gone."""
-        if storage.num_bytes:
-            self.events.append(StreamEvent(storage.number, -storage.num_bytes, self.phase, ""))
+        """The last reference of a storage, which has bytes, is gone."""
+        self.events.append(_made(StreamEvent, (storage.number, -storage.num_bytes, self.phase, "", "", 0)))
 
     def mark(self, moment: str) -> None:
         """Name this place in the stream."""

@@ -14,6 +14,7 @@ the inputs of the norms, of the attention kernel and of the FFN's elementwise pr
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import cast
 
 import numpy as np
@@ -69,7 +70,7 @@ def largest(*values: Ints) -> Ints:
     """Elementwise maximum; stays an int for ints."""
     if all(isinstance(value, int) for value in values):
         return max(cast(tuple[int, ...], values))
-    return cast(Ints, np.maximum.reduce(np.broadcast_arrays(*values)))
+    return reduce(np.maximum, values)
 
 
 def smallest(*values: Ints) -> Ints:

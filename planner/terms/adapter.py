@@ -35,7 +35,7 @@ def row_staging_bytes(
         buffers: Ints = largest(smallest(prefetch_depth, num_layers - 1), 1) + 1
     else:
         buffers = choose(retained, num_layers, smallest(prefetch_depth + 1, num_layers))
-    return buffers * active_rows_cap * 2 * hidden_size * e
+    return buffers * (active_rows_cap * (2 * hidden_size * e))
 
 
 def row_gradients_bytes(
@@ -43,12 +43,12 @@ def row_gradients_bytes(
 ) -> Ints:
     """One buffer ``[cap, 2D]`` for row gradients, and a second to fill while the first leaves when ``p > 0``."""
     buffers = 1 + smallest(prefetch_depth, num_layers - 1, 1)
-    return buffers * active_rows_cap * 2 * hidden_size * e
+    return buffers * (active_rows_cap * (2 * hidden_size * e))
 
 
 def kept_rows_bytes(*, num_layers: int, hidden_size: int, cached_rows: Ints, e: int) -> Ints:
     """Rows that stay on the device through an accumulation window, ``[C, 2D]`` per layer."""
-    return num_layers * cached_rows * 2 * hidden_size * e
+    return cached_rows * (num_layers * 2 * hidden_size * e)
 
 
 def gradient_sums_bytes(
@@ -58,7 +58,7 @@ def gradient_sums_bytes(
     which the hot rows' gradients go through too."""
     row = 2 * hidden_size * MASTER_BYTES
     cast = CAST_ROWS * row if e != MASTER_BYTES else 0
-    return choose(gradients_on_device, num_layers * cached_rows * row + cast, choose(hot_rows > 0, cast, 0))
+    return choose(gradients_on_device, cached_rows * (num_layers * row) + cast, choose(hot_rows > 0, cast, 0))
 
 
 def row_indices_bytes(
@@ -72,13 +72,14 @@ def row_indices_bytes(
 ) -> Ints:
     """Per layer, and chunk of tokens, int32 ``[cap]``: the expert of each active row (Key-Experts), and the place of
     each that is there."""
-    one = num_layers * token_chunks * active_rows_cap * INDEX_BYTES
-    return choose(key_experts, one, 0) + choose((cached_rows + hot_rows > 0) | (token_chunks > 1), one, 0)
+    one = active_rows_cap * (num_layers * token_chunks * INDEX_BYTES)
+    kinds = key_experts * 1 + ((cached_rows + hot_rows > 0) | (token_chunks > 1))
+    return one * kinds
 
 
 def router_weights_bytes(*, num_layers: int, hidden_size: int, num_experts: Ints, key_experts: Flags) -> Ints:
     """The Key-Experts routers, fp32 ``[N, D]`` per layer; their gradients, and each of their moments, take the same."""
-    return choose(key_experts, num_layers * num_experts * hidden_size * MASTER_BYTES, 0)
+    return choose(key_experts, num_experts * (num_layers * hidden_size * MASTER_BYTES), 0)
 
 
 # --- MEFT: kept for backward ----------------------------------------------------------------------------------------

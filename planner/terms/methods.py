@@ -21,6 +21,7 @@ from meft.planner.terms import adapter as ada
 from meft.planner.terms.activations import largest
 from meft.planner.terms.ledger import Row
 from meft.planner.traffic import hot_rows as hot
+from meft.planner.traffic.sparsity import distinct_layers
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,9 +94,9 @@ def trained_by(shape: ModelShape, workload: Workload, method: SparseAdapter) -> 
     def of_rows(active_rows: Ints) -> Ints:
         return per_layer + ada.adapter_activations_bytes(tokens=tokens, active_rows=active_rows, e=e)
 
-    total = _plain(method.active_rows.sum(axis=0))
+    total = _plain(_total_of_layers(method.active_rows))
     kept_last = of_rows(_plain(method.active_rows[-1]))
-    most = _plain(method.active_rows.max(axis=0))
+    most = _plain(distinct_layers(method.active_rows).max(axis=0))
     router = _router_bytes(shape, method)
     return Trained(
         resident=_sparse_adapter_resident(shape, method),
@@ -253,6 +254,13 @@ def _hot_resident(shape: ModelShape, method: SparseAdapter) -> tuple[Row, ...]:
         Row("resident", "hot_rows", of_rows, "the most often active rows [H, 2D] per layer, there for good"),
         Row("resident", "hot_states", of_states, because),
     )
+
+
+def _total_of_layers(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sum over layers, of which those that are one by construction are counted."""
+    distinct = distinct_layers(rows)
+    total: NDArray[np.int64] = distinct.sum(axis=0) * (len(rows) // len(distinct))
+    return total
 
 
 def _plain(values: NDArray[np.int64]) -> Ints:

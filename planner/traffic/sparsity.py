@@ -18,7 +18,6 @@ effective tokens. Layers are the first axis of every array that has them.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,6 +35,8 @@ BENT_FROM, BENT_UP_TO = math.log(64 / TYPICAL_TOKENS), math.log(2048 / TYPICAL_T
 """Range of ``t`` in which growth may bend: what is measured."""
 SPREAD_QUANTILE = 0.99
 """What a profile's ``spread_fraction`` stands for."""
+SPREAD_DEVIATIONS = 2.3263478740408408
+"""Standard deviations above the mean at which a normal distribution's :data:`SPREAD_QUANTILE` lies."""
 
 
 def active_fraction(*, tokens: Ints, top_k: Ints, adapter_width: Ints, alpha: Floats) -> Floats:
@@ -192,8 +193,16 @@ def spread_at(spread_fraction: float, *, quantile: float) -> float:
 
     Batches are taken as normally distributed about their mean for any other share.
     """
-    normal = statistics.NormalDist()
-    return spread_fraction * normal.inv_cdf(quantile) / normal.inv_cdf(SPREAD_QUANTILE)
+    return spread_fraction * _deviations(quantile) / SPREAD_DEVIATIONS
+
+
+def _deviations(quantile: float) -> float:
+    """So many standard deviations above the mean that share of a normal distribution ends."""
+    if quantile == SPREAD_QUANTILE:
+        return SPREAD_DEVIATIONS
+    import statistics  # slow to load
+
+    return statistics.NormalDist().inv_cdf(quantile)
 
 
 def prefetch_recall(profile: SparsityProfile, *, prefetch_depth: Ints) -> Floats:

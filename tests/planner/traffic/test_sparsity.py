@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,8 @@ from planner_records import decision_of, request_of, sparsity_profile, tiny_shap
 from meft.planner.base.errors import UsageError
 from meft.planner.search.search import make_plan
 from meft.planner.traffic.sparsity import (
+    SPREAD_DEVIATIONS,
+    SPREAD_QUANTILE,
     active_fraction,
     active_rows,
     active_rows_per_layer,
@@ -185,3 +188,9 @@ def test_a_plan_states_the_quantile_that_its_cap_holds() -> None:
         assert max(sparsity.quantile_rows_per_layer) <= plan.decision.active_rows_cap
     caps = [plan.prediction.sparsity.quantile_rows_per_layer for plan in plans]
     assert all(low <= high for few, more in pairwise(caps) for low, high in zip(few, more, strict=True))
+
+
+def test_the_number_that_stands_for_the_normal_distribution_is_its_own() -> None:
+    assert statistics.NormalDist().inv_cdf(SPREAD_QUANTILE) == SPREAD_DEVIATIONS
+    assert spread_at(0.25, quantile=SPREAD_QUANTILE) == 0.25
+    assert spread_at(0.25, quantile=0.9) == pytest.approx(0.25 * 1.2815515655 / 2.3263478740)
