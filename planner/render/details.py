@@ -149,7 +149,7 @@ def _decision(plan: Plan) -> View:
         ("rows cached", f"{decision.cached_rows:,}", _why_cached(plan)),
         ("hot rows", f"{decision.hot_rows:,}", _given(plan.request.hot_rows, _why_hot(plan))),
         *_copy(plan),
-        *_cores(plan),
+        *([("cores", "bound", "the host's kernels apart from Python, faster so")] if decision.bind_cores else ()),
         ("checkpointing", "on" if decision.activation_checkpointing else "off", _why_checkpointing(plan)),
     ]
     return grid(("", "", ""), rows, right=(1,))
@@ -286,12 +286,6 @@ def _copy(plan: Plan) -> list[tuple[str, str, str]]:
     if plan.decision.bf16_copy:
         why = f"rows are gathered from it in half the time; {format_bytes(sizes['adapter_bf16_copy'])} of host memory"
     return [("bf16 copy", "on" if plan.decision.bf16_copy else "off", _given(plan.request.bf16_copy, why))]
-
-
-def _cores(plan: Plan) -> list[tuple[str, str, str]]:
-    """Only where they are divided, which nobody asks for."""
-    why = "the host's kernels apart from Python and copies: faster so, by its profile"
-    return [("cores", "bound", why)] if plan.decision.bind_cores else []
 
 
 def _why_checkpointing(plan: Plan) -> str:

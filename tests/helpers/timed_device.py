@@ -58,6 +58,8 @@ from meft.runtime.session.session import Session, open_session
 
 HIDDEN_SIZE, TOKENS_PER_SEQUENCE, VOCABULARY = 4, 4, 64
 """Of the model that stands for the plan's."""
+OF_ROWS = ("rows", "rows_refetched", "row_gradients", "window_gradients")
+"""What copies of rows ``[A, 2D]`` are counted as."""
 UNIONS = 16
 """So many different sets of active rows take turns."""
 SCALARS = 8
@@ -260,12 +262,12 @@ class TimedEngine(TransferEngine):
     def num_bytes(self, source: torch.Tensor, category: str) -> int:
         """Of what ``source`` stands for: active rows ``[A, 2D]``, a router's gradients ``[N, D]``, or what the step's
         tokens have."""
-        request, width = self.plan.request, source.shape[-1] if source.dim() else 1
+        request = self.plan.request
         if category == "router_gradients":
             return source.numel() * source.element_size() * request.model.hidden_size // HIDDEN_SIZE
-        if source.dim() == 2 and width == 2 * HIDDEN_SIZE:
+        if category in OF_ROWS:
             return source.shape[0] * 2 * request.model.hidden_size * ADAPTER_DTYPE_BYTES[request.adapter_dtype]
-        if source.dim() == 2 and width == HIDDEN_SIZE:
+        if category == "queries":
             return request.tokens_per_step * request.model.hidden_size * COMPUTE_DTYPE_BYTES[request.weights_dtype]
         own_tokens = request.batch_size * TOKENS_PER_SEQUENCE
         scale = request.tokens_per_step // own_tokens if source.dim() == 2 else 1

@@ -83,7 +83,7 @@ def test_a_plan_binds_where_that_pays_and_is_shorter_for_it(capsys) -> None:
     assert seconds[1] < seconds[0]
     for section in detail_sections(bound):
         show(section)
-    assert "the host's kernels apart from Python and copies" in capsys.readouterr().out
+    assert "the host's kernels apart from Python, faster so" in capsys.readouterr().out
     assert "cores" not in free.decision.model_dump_json()
     assert Decision.model_validate_json(bound.decision.model_dump_json()).bind_cores
 
