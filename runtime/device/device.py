@@ -133,6 +133,32 @@ class EmulatedDevice:
         return MemoryPeaks(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes, by_category)
 
 
+class BareDevice(EmulatedDevice):
+    """The CPU without a device's books, where they would take longer than what they are about."""
+
+    name = "this machine's CPU, nothing booked"
+
+    def __init__(self) -> None:
+        super().__init__(budget_bytes=1 << 50)
+
+    def scope(self) -> AbstractContextManager[object]:
+        """Nothing is booked."""
+        return nullcontext()
+
+    def host(self) -> AbstractContextManager[object]:
+        """Nothing is booked."""
+        return nullcontext()
+
+    def category(self, name: str) -> AbstractContextManager[object]:
+        """Nothing is booked."""
+        del name
+        return nullcontext()
+
+    def adopt(self, module: torch.nn.Module) -> torch.nn.Module:
+        """It is there."""
+        return module
+
+
 def _own_part(tensor: torch.Tensor) -> torch.Tensor:
     """Of a tensor that is sharded over ranks (a ``DTensor``, which is slow to load) this rank's shard."""
     to_local = getattr(tensor, "to_local", None)

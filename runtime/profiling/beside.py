@@ -22,18 +22,18 @@ BUSY, BOUND = "host rates beside Python", "host rates beside Python, cores bound
 OPERATORS_AT_A_TIME = 64
 
 
-def rates_beside_python(num_threads: int | None = None) -> Iterator[Measurement]:
+def rates_beside_python() -> Iterator[Measurement]:
     """Shares of the rates alone, of rows gathered and gradients added up; that of bound threads where the system binds
     any and there are two cores."""
     work = RowWork()
-    with closing(HostKernels(num_threads)) as kernels:
+    with closing(HostKernels()) as kernels:
         alone = sample(lambda: work.run(kernels)).median
         with _python_at_work():
             yield _share(BUSY, alone, sample(lambda: work.run(kernels)), work.detail)
     shares = _shares()
     if shares is None:
         return
-    with closing(HostKernels(num_threads, cores=shares.kernels)) as kernels, _python_at_work(shares.lanes):
+    with closing(HostKernels(cores=shares.kernels)) as kernels, _python_at_work(shares.lanes):
         taken = _on_cores(shares.kernels, lambda: sample(lambda: work.run(kernels)))
         yield _share(BOUND, alone, taken, f"{work.detail}; {shares}")
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 
 import torch
 
@@ -22,7 +22,7 @@ from meft.planner.records.plan import Plan
 from meft.planner.records.profile_file import Measurement
 from meft.planner.timing.chrome import task_kind
 from meft.runtime.data.examples import Batch
-from meft.runtime.device.device import CudaDevice, Device, EmulatedDevice
+from meft.runtime.device.device import BareDevice, CudaDevice, Device
 from meft.runtime.device.lanes import Overlapped
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.profiling.measure import measurement
@@ -73,7 +73,7 @@ class _LaunchClock(LaneClock):
 
 def launch_times(device: torch.device) -> Iterator[Measurement]:
     """Seconds of each task of one layer; on CUDA with the card's own streams."""
-    there = CudaDevice(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else _Bare()
+    there = CudaDevice(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else BareDevice()
     launch = LaunchTimes()
     with unpacked_sequences(), closing(_session(_plan(), there, launch)) as session:
         found = seconds_by_task(session, launch, _batch(), steps=STEPS)
@@ -98,30 +98,6 @@ def seconds_by_task(session: Session, launch: LaunchTimes, batch: Batch, *, step
     return found
 
 
-class _Bare(EmulatedDevice):
-    """The CPU without a device's books, which take longer than what they are about."""
-
-    def __init__(self) -> None:
-        super().__init__(budget_bytes=1 << 30)
-
-    def scope(self) -> AbstractContextManager[object]:
-        """Nothing is booked."""
-        return nullcontext()
-
-    def host(self) -> AbstractContextManager[object]:
-        """Nothing is booked."""
-        return nullcontext()
-
-    def category(self, name: str) -> AbstractContextManager[object]:
-        """Nothing is booked."""
-        del name
-        return nullcontext()
-
-    def adopt(self, module: torch.nn.Module) -> torch.nn.Module:
-        """It is there."""
-        return module
-
-
 def _plan() -> Plan:
     """Of LLaMA-7B's layers, but fewer and a few numbers wide; Key-Experts, rows kept, looked ahead."""
     import meft
@@ -139,20 +115,23 @@ def _plan() -> Plan:
         prefetch_depth=1,
         max_slowdown=100.0,
     )
-    heads = {"num_heads": 2, "num_kv_heads": 2, "head_dim": HIDDEN_SIZE // 2}
-    sizes = {"num_layers": LAYERS, "hidden_size": HIDDEN_SIZE, "intermediate_size": HIDDEN_SIZE} | heads
-    shape = plan.request.model.model_copy(update=sizes | {"vocab_size": VOCABULARY})
-    formats = {"weights_dtype": "fp32", "adapter_dtype": "fp32"}
     kept = {"cached_rows": plan.decision.adapter_width, "gradients_on_device": True}
-    return plan.model_copy(
-        update={
-            "request": plan.request.model_copy(update=formats | {"model": shape}),
-            "decision": plan.decision.model_copy(update=kept),
-        }
-    )
+    fewer = plan.request.model.model_copy(update={"num_layers": LAYERS})
+    request = plan.request.model_copy(update={"model": fewer})
+    few = plan.model_copy(update={"request": request, "decision": plan.decision.model_copy(update=kept)})
+    return narrowed(few, hidden_size=HIDDEN_SIZE, vocab_size=VOCABULARY, seq_len=TOKENS)
 
 
-def _session(plan: Plan, device: Device, launch: LaunchTimes) -> Session:
+def narrowed(plan: Plan, *, hidden_size: int, vocab_size: int, seq_len: int) -> Plan:
+    """The plan with layers of two heads that are a few numbers wide, all in fp32, for short sequences."""
+    sizes = {"hidden_size": hidden_size, "intermediate_size": hidden_size, "num_heads": 2, "num_kv_heads": 2}
+    shape = plan.request.model.model_copy(update=sizes | {"head_dim": hidden_size // 2, "vocab_size": vocab_size})
+    update = {"model": shape, "seq_len": seq_len, "weights_dtype": "fp32", "adapter_dtype": "fp32"}
+    return plan.model_copy(update={"request": plan.request.model_copy(update=update)})
+
+
+def llama_of(plan: Plan) -> torch.nn.Module:
+    """A LLaMA of the plan's sizes, from random weights."""
     shape = plan.request.model
     config = {
         "model_type": "llama",
@@ -163,8 +142,12 @@ def _session(plan: Plan, device: Device, launch: LaunchTimes) -> Session:
         "num_key_value_heads": shape.num_kv_heads,
         "vocab_size": shape.vocab_size,
     }
+    return model_from_config(plan, config)
+
+
+def _session(plan: Plan, device: Device, launch: LaunchTimes) -> Session:
     with torch.device(device.torch_device):
-        model = model_from_config(plan, config)
+        model = llama_of(plan)
     return open_session(plan, model, device, seed=0, schedule=Overlapped(), clock=_LaunchClock(launch))
 
 

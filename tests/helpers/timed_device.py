@@ -24,13 +24,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import torch
 
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES
-from meft.planner.models.architecture import ModelShape
 from meft.planner.predict.prediction import ProfileSet, simulated_tasks
 from meft.planner.records.plan import Direction, Plan
 from meft.planner.records.profiles import HostProfile, LinkProfile
@@ -43,17 +42,16 @@ from meft.planner.timing.step import (
     shared_rates,
 )
 from meft.runtime.data.examples import Batch
-from meft.runtime.device.device import MemoryPeaks
+from meft.runtime.device.device import BareDevice
 from meft.runtime.device.engine import Copy, Pair, Part, TransferEngine, Views
 from meft.runtime.device.lanes import Schedule
 from meft.runtime.device.timeline import LaneClock
 from meft.runtime.host.kernels import HostKernels
 from meft.runtime.host.router import Selection, TopKRouter
-from meft.runtime.profiling.launching import LaunchTimes
+from meft.runtime.profiling.launching import LaunchTimes, llama_of, narrowed
 from meft.runtime.ranks.peers import Peers
 from meft.runtime.session import session as session_module
 from meft.runtime.session.documents import unpacked_sequences
-from meft.runtime.session.model_loading import model_from_config
 from meft.runtime.session.session import Session, open_session
 
 HIDDEN_SIZE, TOKENS_PER_SEQUENCE, VOCABULARY = 4, 4, 64
@@ -157,47 +155,18 @@ class TimedStreams:
         return nullcontext()
 
 
-class TimedDevice:
+class TimedDevice(BareDevice):
     """This machine's CPU behind the runtime's interface, with streams."""
 
-    kind: Literal["cuda", "emulated"] = "emulated"
     name = "timed device"
-    budget_bytes = 1 << 50
 
     def __init__(self) -> None:
-        self.torch_device = torch.device("cpu")
-        self.streams = TimedStreams()
-
-    def scope(self) -> AbstractContextManager[object]:
-        """Tensors name their device themselves."""
-        return nullcontext()
-
-    def host(self) -> AbstractContextManager[object]:
-        """Tensors name their device themselves."""
-        return nullcontext()
-
-    def category(self, name: str) -> AbstractContextManager[object]:
-        """There are no books."""
-        del name
-        return nullcontext()
-
-    def adopt(self, module: torch.nn.Module) -> torch.nn.Module:
-        """It is there."""
-        return module
+        super().__init__()
+        self.streams: TimedStreams = TimedStreams()
 
     def synchronize(self) -> None:
         """Wait for the compute stream."""
         sleep_until(self.streams.compute.free_at)
-
-    def empty_cache(self) -> None:
-        """There are no books."""
-
-    def reset_peaks(self) -> None:
-        """There are no books."""
-
-    def peaks(self) -> MemoryPeaks:
-        """There are no books."""
-        return MemoryPeaks(0, 0)
 
 
 class TimedClock(LaneClock):
@@ -397,14 +366,14 @@ def timed_session(
     _, link, host = shared_rates(plan.request, profiles.gpu, profiles.link, profiles.host)
     device, kernels = TimedDevice(), TimedKernels(plan, host)
     clock = TimedClock(plan, profiles, device.streams.compute, keep=keep)
-    small = _small(plan)
+    small = narrowed(plan, hidden_size=HIDDEN_SIZE, vocab_size=VOCABULARY, seq_len=TOKENS_PER_SEQUENCE)
     with ExitStack() as stack:
         stack.enter_context(unpacked_sequences())
         stack.enter_context(mock.patch.object(session_module, "HostKernels", return_value=kernels))
         stack.enter_context(mock.patch.object(session_module, "TransferEngine", TimedEngine))
         router = TimedRouter(plan, kernels, seed=0 if peers is None else peers.rank)
         session = open_session(
-            small, _model(small), device, seed=0, around=lambda _: router, schedule=schedule, clock=clock, peers=peers
+            small, llama_of(small), device, seed=0, around=lambda _: router, schedule=schedule, clock=clock, peers=peers
         )
         stack.enter_context(closing(session))
         engine = session.engine
@@ -429,30 +398,6 @@ def _give_backward_first(session: Session, clock: TimedClock) -> None:
         send(layer)
 
     session.exchange.send_gradients = send_gradients  # type: ignore[method-assign]
-
-
-def _small(plan: Plan) -> Plan:
-    """The plan with layers a few numbers wide, all in fp32."""
-    shape = plan.request.model
-    sizes = {"hidden_size": HIDDEN_SIZE, "intermediate_size": HIDDEN_SIZE, "num_heads": 2, "num_kv_heads": 2}
-    model: ModelShape = shape.model_copy(update=sizes | {"head_dim": HIDDEN_SIZE // 2, "vocab_size": VOCABULARY})
-    formats = {"weights_dtype": "fp32", "adapter_dtype": "fp32"}
-    request = plan.request.model_copy(update=formats | {"model": model, "seq_len": TOKENS_PER_SEQUENCE})
-    return plan.model_copy(update={"request": request})
-
-
-def _model(plan: Plan) -> torch.nn.Module:
-    shape = plan.request.model
-    config = {
-        "model_type": "llama",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "vocab_size": shape.vocab_size,
-    }
-    return model_from_config(plan, config)
 
 
 def _without_python(host: HostProfile) -> HostProfile:
