@@ -234,15 +234,18 @@ class RowFetcher:
         """
         if self.on_device.experts:
             rows_per_expert = self.decision.adapter_width // self.decision.num_experts
-            yield self._index("row_experts", unit, lambda placement: placement.rows // rows_per_expert)
+            experts = self.on_device.experts[unit]
+            yield self._index("row_experts", unit, lambda placement: placement.rows // rows_per_expert, experts)
         if self.on_device.places:
-            yield self._index("row_positions", unit, lambda placement: placement.places)
+            places = self.on_device.places[unit]
+            yield self._index("row_positions", unit, lambda placement: placement.places, places)
 
-    def _index(self, category: str, unit: int, of_placement: Callable[[Placement], torch.Tensor]) -> _Index:
-        targets = self.on_device.experts if category == "row_experts" else self.on_device.places
+    def _index(
+        self, category: str, unit: int, of_placement: Callable[[Placement], torch.Tensor], target: torch.Tensor
+    ) -> _Index:
         cap = self.decision.active_rows_cap
         landing = self.host.buffer(f"{category}_landing", self._landing_of(unit), (cap,), torch.int32)
-        return _Index(category, of_placement, landing.buffer, targets[unit])
+        return _Index(category, of_placement, landing.buffer, target)
 
     def _send(self, category: str, landing_name: str, tensor: torch.Tensor, *, slot: int, name: str) -> None:
         """Start a device tensor's copy to its host buffer, once those who read its last content have."""
