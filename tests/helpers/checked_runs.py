@@ -62,7 +62,7 @@ def checked_trainer(
     device: CheckedDevice | None = None,
     **request: Any,
 ) -> Trainer:
-    """The trainer of such a run, its session closed."""
+    """The trainer of such a run, its session closed: after the window in which something was found, if anything was."""
     device = device or CheckedDevice()
     plan = small_plan(folder, choice=choice, grad_accum=WINDOW, seq_len=8, batch_size=1, **request)
     schedule: Schedule = CheckedLanes(device.checker) if overlapped else Sequential()
@@ -74,6 +74,8 @@ def checked_trainer(
             for first, last in trainer._windows():
                 trainer._run_window(first, last)
                 BESIDE[beside](trainer)
+                if device.checker.findings:
+                    return trainer  # one is enough
             session.bring_home()
         finally:
             session.close()

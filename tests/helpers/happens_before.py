@@ -21,11 +21,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from meft.runtime.device.device import MemoryPeaks
 from meft.runtime.device.lanes import URGENT, Job, Overlapped
@@ -209,6 +209,8 @@ def span(tensor: torch.Tensor) -> tuple[int, int]:
     """First byte in its storage, and the one after the last."""
     size = tensor.element_size()
     first = tensor.storage_offset() * size
+    if tensor.is_contiguous():
+        return first, first + tensor.numel() * size
     steps = sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return first, first + (steps + 1) * size
 
@@ -233,31 +235,48 @@ class Watch(TorchDispatchMode):
     def _note(self, func: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         checker = self.checker
         checker.operators += 1
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        on_device = checker.on_device or any(map(checker.lies_on_device, inputs))
+        given = list(arguments(func, args, kwargs))
+        on_device = checker.on_device or any(checker.lies_on_device(tensor) for tensor, _ in given)
         agent = checker.give_to_stream() if on_device else checker.host
-        what = f"{str(func).removeprefix('aten.').partition('.')[0]} {checker.label}".strip()
+        what = f"{func.overloadpacket.__name__} {checker.label}".strip()
         known = set()
-        for tensor, writes in arguments(func, args, kwargs):
+        for tensor, writes in given:
             known.add(tensor.untyped_storage()._cdata)
             checker.access(agent, tensor, writes=writes, what=what, on_device=on_device)
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in known:
+        for tensor in tensors(output):
+            if tensor.untyped_storage()._cdata not in known:
                 if on_device:
                     checker.allocate_on_device()
-                checker.access(agent, leaf, writes=True, what=what, on_device=on_device)
+                checker.access(agent, tensor, writes=True, what=what, on_device=on_device)
         if on_device and (func is READ_NUMBER or (func is COPY and not checker.on_device)):  # the host waits for these
             checker.host.learn(agent.publish())
 
 
 def arguments(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[tuple[torch.Tensor, bool]]:
     """Every tensor that an operator is given, and whether it writes there."""
-    for place, argument in enumerate(func._schema.arguments):
-        given = args[place] if place < len(args) else kwargs.get(argument.name)
-        writes = argument.alias_info is not None and argument.alias_info.is_write
-        for leaf in tree_leaves(given):
-            if isinstance(leaf, torch.Tensor):
-                yield leaf, writes
+    writes = writes_there(func)
+    for given, name in zip(args, writes, strict=False):
+        for tensor in tensors(given):
+            yield tensor, writes[name]
+    for name, given in kwargs.items():
+        for tensor in tensors(given):
+            yield tensor, writes[name]
+
+
+@cache
+def writes_there(func: Any) -> dict[str, bool]:
+    """The arguments of an operator, in order, and whether it writes there."""
+    given = func._schema.arguments
+    return {each.name: each.alias_info is not None and each.alias_info.is_write for each in given}
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Of an argument or a result, which is a tensor, a list of such, or none."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors(each)
 
 
 # --- what the runtime sees -------------------------------------------------------------------------------------------
