@@ -386,7 +386,8 @@ def _device(plan: Plan, options: RunOptions, kind: DeviceKind) -> Device:
 def _trainer(session: Session, dataset: Dataset, options: RunOptions, pad_id: int, display: Display) -> Trainer:
     def keep_best() -> None:
         if options.training.patience is not None:
-            save_adapter(session, options.output_dir / output.BEST_ADAPTER, meft_version=VERSION)
+            folder = options.output_dir / output.BEST_ADAPTER
+            session.at_first(lambda: save_adapter(session, folder, meft_version=VERSION))
 
     return Trainer(
         session,

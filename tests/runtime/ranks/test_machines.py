@@ -112,6 +112,15 @@ def test_machines_with_other_data_are_refused(tmp_path, glass_folder, facts):
     assert "--data: machine 1 was given another than machine 0; give all the same" in said(tmp_path / "said")
 
 
+def test_the_first_machine_alone_keeps_the_best_adapter(tmp_path, glass_folder, facts):
+    task = ("--eval", facts, "--metric", "em", "--eval-every", 1, "--max-new-tokens", 2, "--patience", 1)
+    runs = Runs(tmp_path, glass_folder, facts, {"top_k": 16}, ("--steps", 8, *task))
+    ranks = start_ranks(2, runs.words("out"), tmp_path / "said", machines=2, elsewhere=runs.words("other"))
+    assert ended(ranks) == [0, 0]
+    assert (tmp_path / "out" / "adapter-best" / "meft_config.json").is_file()
+    assert not list(tmp_path.glob("other/adapter*"))
+
+
 @pytest.mark.parametrize("options", [["--nodes", 2], ["--nodes", 2, "--gpus", 2]])
 def test_several_machines_are_begun_by_torchrun(tmp_path, glass_folder, facts, options):
     runs = Runs(tmp_path, glass_folder, facts, {})
