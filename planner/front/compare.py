@@ -33,7 +33,10 @@ def compare_methods(planned: Planning) -> MethodComparison:
     base: WeightsDtype = "bf16" if request.weights_dtype == "nf4" else request.weights_dtype
     names = [name for name in DENSE_NAMES if name != "qlora" or not profiles.gpu.shares_host_cores]
     dense = [
-        compare_dense(name, request=request, gpu=profiles.gpu, link=profiles.link, weights_dtype=base) for name in names
+        compare_dense(
+            name, request=request, gpu=profiles.gpu, link=profiles.link, host=profiles.host, weights_dtype=base
+        )
+        for name in names
     ]
     notes = [
         "device: peak reserved; traffic and step: per micro-batch, the optimizer's share included",

@@ -96,7 +96,14 @@ def _dense_estimate(asked: EstimateRequest, planned: Planning, setup: TrainingSe
         variant = setup.model_copy(update={"activation_checkpointing": flag})
         stream = _traced(planned, variant) if _is_traced(variant) else None
         tried.append(
-            estimate_dense(variant, request=planned.request, gpu=profiles.gpu, link=profiles.link, stream=stream)
+            estimate_dense(
+                variant,
+                request=planned.request,
+                gpu=profiles.gpu,
+                link=profiles.link,
+                host=profiles.host,
+                stream=stream,
+            )
         )
         if tried[-1].fits:
             break

@@ -12,7 +12,7 @@ from meft.planner.base.units import MAX_BYTES, format_bytes, format_seconds
 from meft.planner.models.linears import linear_layers, resolve_targets
 from meft.planner.predict.estimates import Estimate, dense_peaks, estimate_dense
 from meft.planner.records.plan import Request
-from meft.planner.records.profiles import GpuProfile, LinkProfile
+from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile
 from meft.planner.records.setup import MethodName, TrainingSetup
 
 DenseName = Literal["parallel-adapter", "lora", "qlora", "full"]
@@ -127,7 +127,13 @@ def usual_setup(method: DenseName, *, request: Request, weights_dtype: WeightsDt
 
 
 def compare_dense(
-    method: DenseName, *, request: Request, gpu: GpuProfile, link: LinkProfile, weights_dtype: WeightsDtype
+    method: DenseName,
+    *,
+    request: Request,
+    gpu: GpuProfile,
+    link: LinkProfile,
+    host: HostProfile,
+    weights_dtype: WeightsDtype,
 ) -> MethodRow:
     """A dense method at its usual size, and at the largest size whose reserved peak stays within the budget.
 
@@ -138,7 +144,7 @@ def compare_dense(
     setup = usual_setup(method, request=request, weights_dtype=weights_dtype)
 
     def estimate(one: TrainingSetup) -> Estimate:
-        return estimate_dense(one, request=request, gpu=gpu, link=link)
+        return estimate_dense(one, request=request, gpu=gpu, link=link, host=host)
 
     flags = checkpointing_choices(request.activation_checkpointing)
     variants = [setup.model_copy(update={"activation_checkpointing": flag}) for flag in flags]

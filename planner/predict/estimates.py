@@ -28,7 +28,7 @@ from meft.planner.records.plan import (
     Prediction,
     Request,
 )
-from meft.planner.records.profiles import GpuProfile, LinkProfile
+from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile
 from meft.planner.records.setup import Autocast, LossName, OffloadName, OptimizerName, TrainingSetup
 from meft.planner.simulation.peft import has_closed_form, trained_sizes
 from meft.planner.simulation.run import simulate
@@ -187,7 +187,13 @@ class Estimate(Record):
 
 
 def estimate_dense(
-    setup: TrainingSetup, *, request: Request, gpu: GpuProfile, link: LinkProfile, stream: Stream | None = None
+    setup: TrainingSetup,
+    *,
+    request: Request,
+    gpu: GpuProfile,
+    link: LinkProfile,
+    host: HostProfile,
+    stream: Stream | None = None,
 ) -> Estimate:
     """What a dense method needs; of the request only the budgets and names matter, ``setup`` says the rest.
 
@@ -213,7 +219,7 @@ def estimate_dense(
         host_entries=_host_entries(moved),
         h2d_bytes_per_step=input_bytes(tokens=setup.tokens) + (0 if moved is None else moved.h2d_bytes),
         d2h_bytes_per_step=LOSS_BYTES + (0 if moved is None else moved.d2h_bytes),
-        step_seconds=dense_step_seconds(setup=setup, request=request, gpu=gpu, link=link, moved=moved),
+        step_seconds=dense_step_seconds(setup=setup, request=request, gpu=gpu, link=link, host=host, moved=moved),
         leaves_out=_left_out(setup),
     )
 

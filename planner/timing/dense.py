@@ -1,4 +1,5 @@
-"""Step time of the methods that train on the GPU alone: nothing waits for a host, so a step is the sum of its work.
+"""Step time of the methods that train on the GPU alone: a step is the sum of its work, or if that takes longer, of
+telling the device to do it (:mod:`meft.planner.timing.launching`); nothing else waits for a host.
 
 The frozen model's terms, the roofline and the launch counts are those of :mod:`meft.planner.timing.gpu`; here are what
 a dense adapter, LoRA and full fine-tuning add.
@@ -14,13 +15,15 @@ from dataclasses import dataclass
 from meft.planner.base.quantities import ADAPTER_DTYPE_BYTES, COMPUTE_DTYPE_BYTES
 from meft.planner.models.linears import Linear, linear_layers
 from meft.planner.records.plan import Request
-from meft.planner.records.profiles import GpuProfile, LinkProfile
+from meft.planner.records.profiles import GpuProfile, HostProfile, LinkProfile
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.simulation.peft import running
 from meft.planner.simulation.stream import HostTraffic
 from meft.planner.terms.offload import OFFLOADING
 from meft.planner.timing import gpu as gpu_timing
 from meft.planner.timing.gpu import GpuRates
+from meft.planner.timing.launching import KernelLaunchSeconds
+from meft.planner.timing.layer_kernels import OUTER, family_of, layer_kernels
 from meft.planner.timing.step import copy_seconds
 from meft.planner.traffic.transfer import INPUT_TENSORS, LOSS_BYTES, input_bytes
 
@@ -32,10 +35,12 @@ LORA_BACKWARD_LAUNCHES = 7
 
 @dataclass(frozen=True)
 class _Layer:
-    """Seconds that a method adds to each layer."""
+    """Seconds, and kernels, that a method adds to each layer."""
 
     forward: float
     backward: float
+    forward_launches: int = 0
+    backward_launches: int = 0
 
 
 def dense_step_seconds(
@@ -44,6 +49,7 @@ def dense_step_seconds(
     request: Request,
     gpu: GpuProfile,
     link: LinkProfile,
+    host: HostProfile,
     moved: HostTraffic | None = None,
 ) -> float:
     """One micro-batch forward and backward, with its share of the optimizer step and of the copies of its inputs.
@@ -69,7 +75,22 @@ def dense_step_seconds(
         + gpu_timing.loss_head_seconds(request, rates)
         + _optimizer_seconds(setup, rates) / setup.grad_accum
     )
-    return max(computed, copies) if beside else computed + copies
+    seconds = max(computed, copies) if beside else computed + copies
+    launch = KernelLaunchSeconds.of(host, gpu)
+    return seconds if launch is None else max(seconds, _launching_seconds(setup, request, added, launch, frozen_layers))
+
+
+def _launching_seconds(
+    setup: TrainingSetup, request: Request, added: _Layer, launch: KernelLaunchSeconds, frozen_layers: int
+) -> float:
+    """``f * (L * (forward's kernels, twice with recompute) + outer ones) + b * (backward's kernels)``, where ``f`` and
+    ``b`` are seconds for each. The optimizer's few are left out."""
+    element_bytes, outer = COMPUTE_DTYPE_BYTES[request.weights_dtype], OUTER[family_of(request.model)]
+    kernels = layer_kernels(request.model, element_bytes=element_bytes, attention=request.attention)
+    num_layers, times = request.model.num_layers, 2 if setup.activation_checkpointing else 1
+    forward = times * (kernels.attention.launches + kernels.ffn.launches + added.forward_launches)
+    backward = num_layers * added.backward_launches + frozen_layers * kernels.backward.launches
+    return launch.forward * (num_layers * forward + outer.embedding + outer.head) + launch.backward * backward
 
 
 def _moved_seconds(setup: TrainingSetup, link: LinkProfile, moved: HostTraffic | None) -> float:
@@ -113,13 +134,15 @@ def _parallel_adapter(setup: TrainingSetup, rates: GpuRates) -> _Layer:
     width = setup.adapter_width or 0
     forward = gpu_timing.adapter_forward_seconds(rates, sizes, active_rows=width)
     backward = gpu_timing.adapter_backward_seconds(rates, sizes, active_rows=width)
-    return _Layer(float(forward), float(backward))
+    launches = gpu_timing.ADAPTER_FORWARD_LAUNCHES, gpu_timing.ADAPTER_BACKWARD_LAUNCHES
+    return _Layer(float(forward), float(backward), *launches)
 
 
 def _lora(setup: TrainingSetup, rates: GpuRates) -> _Layer:
     """Per adapted layer ``2*T*r*(in + out)`` flops forward and twice that backward."""
     layers = [_lora_layer(setup, rates, layer) for layer in _targeted(setup)]
-    return _Layer(sum(layer.forward for layer in layers), sum(layer.backward for layer in layers))
+    launches = len(layers) * LORA_FORWARD_LAUNCHES, len(layers) * LORA_BACKWARD_LAUNCHES
+    return _Layer(sum(layer.forward for layer in layers), sum(layer.backward for layer in layers), *launches)
 
 
 def _lora_layer(setup: TrainingSetup, rates: GpuRates, layer: Linear) -> _Layer:
@@ -139,15 +162,13 @@ def _targeted(setup: TrainingSetup) -> list[Linear]:
 
 def _weight_gradients(request: Request, rates: GpuRates) -> _Layer:
     """Full fine-tuning multiplies once more per linear layer, and adds to gradients that are there."""
-    num_parameters = request.model.linear_parameters_per_layer
-    return _Layer(
-        0.0,
-        rates.frozen_seconds(
-            flops=2 * num_parameters * request.tokens_per_step,
-            num_bytes=2 * num_parameters * COMPUTE_DTYPE_BYTES[request.weights_dtype],
-            launches=len(linear_layers(request.model)),
-        ),
+    num_parameters, launches = request.model.linear_parameters_per_layer, len(linear_layers(request.model))
+    backward = rates.frozen_seconds(
+        flops=2 * num_parameters * request.tokens_per_step,
+        num_bytes=2 * num_parameters * COMPUTE_DTYPE_BYTES[request.weights_dtype],
+        launches=launches,
     )
+    return _Layer(0.0, backward, backward_launches=launches)
 
 
 def _optimizer_seconds(setup: TrainingSetup, rates: GpuRates) -> float:

@@ -60,6 +60,25 @@ class LaunchSeconds:
         return num_layers * (forward + self.adapter_backward) + (num_layers - 1) * self.backward
 
 
+@dataclass(frozen=True)
+class KernelLaunchSeconds:
+    """Of one kernel of a layer from which no rows travel: those of attention forward, of the whole layer backward."""
+
+    forward: float
+    backward: float
+
+    @classmethod
+    def of(cls, host: HostProfile, gpu: GpuProfile) -> Self | None:
+        """None where nobody measured it."""
+        attention, backward = host.launch_attention_seconds, host.launch_backward_seconds
+        if attention is None or backward is None or gpu.shares_host_cores:
+            return None
+        return cls(
+            forward=attention.value / MEASURED_LAYER.attention.launches,
+            backward=backward.value / MEASURED_LAYER.backward.launches,
+        )
+
+
 def launch_seconds(request: Request, gpu: GpuProfile, host: HostProfile) -> LaunchSeconds | None:
     """Of a request's layers; None where nobody measured it."""
     if gpu.shares_host_cores:

@@ -193,8 +193,8 @@ def setups() -> Iterator[TrainingSetup]:
 
 
 def test_every_category_of_the_other_methods_is_there() -> None:
-    request, card = request_of(), load_gpu("rtx-3090")
-    found = [estimate_dense(each, request=request, gpu=card, link=load_link("pcie-4.0-x16")) for each in setups()]
+    card, link, host = load_gpu("rtx-3090"), load_link("pcie-4.0-x16"), load_host("workstation-32core")
+    found = [estimate_dense(each, request=request_of(), gpu=card, link=link, host=host) for each in setups()]
     seen = {entry.category for each in found for entry in each.entries}
     assert seen > {"trainable_weights", "gradients", "autocast_weights", "dequantized_weight", "optimizer_moments"}
     assert (seen | estimates.BECAUSE.keys()) - named("Device memory of the other methods") == set()

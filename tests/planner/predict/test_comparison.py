@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_samples import sample_plan, sample_profiles, sample_request
+from planner_records import launching
 
 from meft.planner.base.errors import UsageError
 from meft.planner.front.compare import compare_methods
@@ -16,10 +19,11 @@ from meft.planner.models.linears import resolve_targets
 from meft.planner.predict.comparison import DENSE_NAMES, MethodRow, candidate_sizes, compare_dense, sized, usual_setup
 from meft.planner.predict.estimates import Estimate, estimate_dense, estimate_meft, trainable_parameters
 from meft.planner.records.plan import Request
-from meft.planner.records.profile_catalogue import load_gpu, load_link
+from meft.planner.records.profile_catalogue import load_gpu, load_host, load_link
+from meft.planner.records.profiles import Sourced
 from meft.planner.records.setup import TrainingSetup
 from meft.planner.timing.dense import dense_step_seconds
-from meft.planner.timing.gpu import gpu_rates
+from meft.planner.timing.gpu import ADAPTER_BACKWARD_LAUNCHES, ADAPTER_FORWARD_LAUNCHES, gpu_rates
 from meft.planner.timing.step import step_timing
 
 GIB = 1 << 30
@@ -51,7 +55,12 @@ def lora(request: Request, **changes) -> TrainingSetup:
 
 
 def estimated(request: Request, setup: TrainingSetup) -> Estimate:
-    return estimate_dense(setup, request=request, gpu=load_gpu("rtx-3090"), link=load_link("pcie-4.0-x16"))
+    return estimate_dense(setup, request=request, **machine())
+
+
+def machine(**host_numbers: Sourced) -> dict[str, Any]:
+    host = load_host("workstation-32core").model_copy(update=host_numbers)
+    return {"gpu": load_gpu("rtx-3090"), "link": load_link("pcie-4.0-x16"), "host": host}
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -130,8 +139,29 @@ def test_a_plan_is_priced_like_any_method() -> None:
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
-def dense_seconds(request: Request, setup: TrainingSetup) -> float:
-    return dense_step_seconds(setup=setup, request=request, gpu=load_gpu("rtx-3090"), link=load_link("pcie-4.0-x16"))
+def dense_seconds(request: Request, setup: TrainingSetup, **host_numbers: Sourced) -> float:
+    return dense_step_seconds(setup=setup, request=request, **machine(**host_numbers))
+
+
+def test_a_step_takes_at_least_what_launching_its_kernels_does(llama: Request) -> None:
+    """A bf16 layer of LLaMA has 32 kernels in attention, 6 in the FFN and 60 backward; LoRA adds 5 and 7 to each of two
+    linear layers. A profile's seconds are of 28 kernels of attention (here 1) and 56 backward (here 6)."""
+    forward, backward = 32 * (32 + 6 + 2 * 5), 32 * (60 + 2 * 7)
+    outer = 18 + 14 + 19
+    setup = lora(llama)
+    assert dense_seconds(llama, setup, **launching(1.0)) == pytest.approx((forward + outer) / 28 + backward * 6 / 56)
+    again = dense_seconds(llama, setup.model_copy(update={"activation_checkpointing": True}), **launching(1.0))
+    assert again == pytest.approx((2 * forward + outer) / 28 + backward * 6 / 56)
+    # The dense adapter's graph starts at layer 0; all weights' gradients are a kernel for each linear layer.
+    adapter = dense_seconds(llama, setup_of(llama, "parallel-adapter", adapter_width=64), **launching(1.0))
+    kernels = ADAPTER_FORWARD_LAUNCHES, ADAPTER_BACKWARD_LAUNCHES
+    assert adapter == pytest.approx((32 * (38 + kernels[0]) + outer) / 28 + (31 * 60 + 32 * kernels[1]) * 6 / 56)
+    full = dense_seconds(llama, setup_of(llama, "full"), **launching(1.0))
+    assert full == pytest.approx((32 * 38 + outer) / 28 + 32 * (60 + 7) * 6 / 56)
+
+
+def test_a_device_that_has_enough_to_do_does_not_wait_for_launching(llama: Request) -> None:
+    assert dense_seconds(llama, lora(llama), **launching(1e-6)) == dense_seconds(llama, lora(llama))
 
 
 def test_a_dense_adapter_takes_the_time_of_the_plans_baseline(llama: Request) -> None:
@@ -181,8 +211,7 @@ def compared(request: Request, method: str) -> MethodRow:
     return compare_dense(  # type: ignore[arg-type]
         method,  # type: ignore[arg-type]
         request=request,
-        gpu=load_gpu("rtx-3090"),
-        link=load_link("pcie-4.0-x16"),
+        **machine(),
         weights_dtype="bf16",
     )
 
