@@ -42,10 +42,13 @@ class Job:
 
     def __init__(self, schedule: Overlapped | None, lane: Worker, name: str, work: Callable[[], Any]) -> None:
         self.lane, self.name = lane, name
-        self.after: tuple[Job, ...] = ()
         self.order = (0, 0)
-        self.awaited_by: set[threading.Condition] = set()
-        """To be told when it is over."""
+        self.missing = 0
+        """How many of the jobs that it comes after are not over."""
+        self.followers: list[Job] = []
+        """Those that come after it."""
+        self.callers: list[threading.Lock] = []
+        """Each held by a caller that waits for it; given up when it is over."""
         self._schedule, self._work, self._result = schedule, work, None
         self.done = False
 
@@ -129,9 +132,9 @@ class Sequential:
 class Overlapped:
     """A thread per lane. :meth:`close` must be called, or use it as a context manager.
 
-    One lock guards all of it, but whoever waits has a condition of its own: a lane is told of jobs issued to it and of
-    those that its own jobs wait for, a caller of the job that it asked for. Telling everybody of everything costs each
-    thread the interpreter's lock at every job.
+    One lock guards all of it. Whoever has nothing to do sleeps on a lock of its own, and is woken once, when there is
+    something: a lane when a job that it would take can run, a caller when the job that it asked for is over. Waking
+    anybody for less costs every thread the interpreter's lock.
     """
 
     overlapped = True
@@ -149,10 +152,11 @@ class Overlapped:
         self._delay = delay
         self._bind = bind
         self._lock = threading.Lock()
-        self._to_do = {lane: threading.Condition(self._lock) for lane in workers}
-        self._asking: set[threading.Condition] = set()
-        """Of callers that wait for a job, or for all of them."""
-        self._idle = threading.Condition(self._lock)
+        self._sleeps_on = {lane: _held() for lane in workers}
+        self._asleep: set[Worker] = set()
+        self._callers: set[threading.Lock] = set()
+        """Of all that wait for a job, or for all of them."""
+        self._drains: list[threading.Lock] = []
         self._closing = threading.Event()
         self._waiting: dict[Worker, list[Job]] = {lane: [] for lane in workers}
         self._running = 0
@@ -179,27 +183,22 @@ class Overlapped:
             self._check()
             self._issued += 1
             job.order = (urgency if lane == "cpu" else 0, self._issued)
-            job.after = tuple(other for other in after if not other.done)
-            for other in job.after:
-                other.awaited_by.add(self._to_do[lane])
+            for other in after:
+                if not other.done:
+                    other.followers.append(job)
+                    job.missing += 1
             self._waiting[lane].append(job)
-            if not job.after:
-                self._to_do[lane].notify()
+            self._wake_for(job)
         return job
 
     def wait_for(self, job: Job) -> None:
         """Block until ``job`` is over. Raises what ended the schedule, if something did."""
-        with self._lock:
-            if job.done:
-                return
-            over = threading.Condition(self._lock)
-            job.awaited_by.add(over)
-            self._ask(over, lambda: job.done)
+        self._ask(lambda: job.done, job.callers)
 
     def drain(self) -> None:
         """See :class:`Schedule`. Raises what ended the schedule, if something did."""
+        self._ask(self._idle, self._drains)
         with self._lock:
-            self._ask(self._idle, lambda: not (self._running or any(self._waiting.values())))
             self._check()
 
     def pause(self, seconds: float) -> None:
@@ -218,15 +217,24 @@ class Overlapped:
         for thread in self._threads:
             thread.join()
 
-    def _ask(self, told: threading.Condition, is_so: Callable[[], bool]) -> None:
-        """Wait, with the lock, until something is so; ``told`` is notified when it may be."""
-        self._asking.add(told)
-        try:
-            while not is_so():
+    def _ask(self, is_so: Callable[[], bool], callers: list[threading.Lock]) -> None:
+        """Sleep until something is so; whoever makes it so wakes the ``callers`` of it."""
+        while True:
+            with self._lock:
+                if is_so():
+                    return
                 self._check()
-                told.wait()
-        finally:
-            self._asking.discard(told)
+                told = _held()
+                callers.append(told)
+                self._callers.add(told)
+            try:
+                told.acquire()
+            finally:
+                with self._lock:
+                    self._callers.discard(told)
+
+    def _idle(self) -> bool:
+        return not (self._running or any(self._waiting.values()))
 
     def _check(self) -> None:
         if self._error is not None:
@@ -250,18 +258,26 @@ class Overlapped:
     def _finish(self, job: Job) -> None:
         with self._lock:
             job.done = True
-            job.after = ()
             self._running -= 1
-            awaited_by, job.awaited_by = job.awaited_by, set()
-            for told in awaited_by:
-                told.notify_all()
-            if not self._running:
-                self._idle.notify_all()
+            followers, job.followers = job.followers, []
+            for follower in followers:
+                follower.missing -= 1
+                self._wake_for(follower)
+            _release(job.callers)
+            if self._drains and self._idle():
+                _release(self._drains)
+
+    def _wake_for(self, job: Job) -> None:
+        """Wake the job's lane if it sleeps and would take the job now."""
+        lane = job.lane
+        if lane in self._asleep and not job.missing and (lane == "cpu" or self._waiting[lane][0] is job):
+            self._asleep.discard(lane)
+            self._sleeps_on[lane].release()
 
     def _next(self, lane: Worker) -> Job | None:
         """The job to do now, once there is one; None when the schedule ends."""
-        with self._lock:
-            while True:
+        while True:
+            with self._lock:
                 if self._closing.is_set() or self._error is not None:
                     return None
                 job = self._ready(lane)
@@ -269,13 +285,14 @@ class Overlapped:
                     self._waiting[lane].remove(job)
                     self._running += 1
                     return job
-                self._to_do[lane].wait()
+                self._asleep.add(lane)
+            self._sleeps_on[lane].acquire()
 
     def _ready(self, lane: Worker) -> Job | None:
         jobs = self._waiting[lane]
-        candidates = jobs if lane == "cpu" else jobs[:1]
-        able = [job for job in candidates if all(other.done for other in job.after)]
-        return min(able, key=lambda job: job.order, default=None)
+        if lane == "cpu":
+            return min((job for job in jobs if not job.missing), key=lambda job: job.order, default=None)
+        return jobs[0] if jobs and not jobs[0].missing else None
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -284,11 +301,29 @@ class Overlapped:
             self._end()
 
     def _end(self) -> None:
-        """Drop what has not begun, and tell everybody."""
+        """Drop what has not begun, and wake everybody."""
         for jobs in self._waiting.values():
             jobs.clear()
-        for told in (*self._to_do.values(), *self._asking, self._idle):
-            told.notify_all()
+        for lane in self._asleep:
+            self._sleeps_on[lane].release()
+        self._asleep.clear()
+        for told in self._callers:
+            if told.locked():
+                told.release()
+
+
+def _held() -> threading.Lock:
+    """A lock to sleep on: whoever acquires it waits until it is released."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+def _release(locks: list[threading.Lock]) -> None:
+    for lock in locks:
+        if lock.locked():
+            lock.release()
+    locks.clear()
 
 
 def _nothing() -> None:
