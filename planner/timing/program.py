@@ -60,8 +60,9 @@ class Lanes:
     """FIFO lanes. Times are numbers, or arrays with one time per candidate.
 
     ``serial``: one lane for all. ``host_launches``: gpu tasks wait for the host work issued before them. With
-    ``launch`` the thread that launches is an agent too, in sequence the one that does the host's work: a gpu task
-    starts once it was launched, which takes its time after the task before it was.
+    ``launch`` the thread that launches is an agent too, in sequence the one that does the host's work: a gpu task's
+    kernels run as they are launched, so it ends no earlier than its launching; that it starts no earlier follows, as
+    the task before has ended by then.
     """
 
     def __init__(
@@ -90,16 +91,16 @@ class Lanes:
         """
         if done is not True:
             seconds = seconds * done
-        if lane == "gpu" and self._launch is not None:
-            after = (*after, self._launches(self._launch.seconds_of(name) * done, known))
-        queue: Lane = "cpu" if self._serial else lane
-        start = self._free.get(queue, 0.0)
         if lane == "gpu" and self._host_launches and self._host_worked:
             after = (*after, self._free["cpu"])
             self._host_worked = False
+        queue: Lane = "cpu" if self._serial else lane
+        start = self._free.get(queue, 0.0)
         for time in after:
             start = np.maximum(start, time)
         end = start + seconds
+        if lane == "gpu" and self._launch is not None:
+            end = np.maximum(end, self._launches(self._launch.seconds_of(name) * done, known))
         self._free[queue] = end
         self.busy[lane] = self.busy.get(lane, 0.0) + seconds
         self._host_worked |= lane == "cpu"
@@ -109,11 +110,10 @@ class Lanes:
 
     def _launches(self, seconds: Floats, known: Floats) -> Floats:
         """When the thread has launched a task; in sequence it works for the host, too."""
-        launched = np.maximum(self._free["cpu"] if self._host_launches else self._launched, known) + seconds
-        self._launched = launched
+        self._launched = np.maximum(self._free["cpu"] if self._host_launches else self._launched, known) + seconds
         if self._host_launches:
-            self._free["cpu"] = launched
-        return launched
+            self._free["cpu"] = self._launched
+        return self._launched
 
     def end_seconds(self) -> Floats:
         """When the last lane falls idle."""

@@ -5,7 +5,8 @@ takes here beyond the plan is our own scheduling and Python, and nothing of a mo
 the model has the plan's layers, each a few numbers wide, and its operators stand for the launches of kernels.
 
 - *Compute.* A stream is the time at which it will have done all it was given. Each task of the step is given to it
-  where the exchange says that it was computed (:class:`TimedClock`), as long as the plan's ``gpu`` lane has it.
+  where the exchange says that it was computed (:class:`TimedClock`), as long as the plan's ``gpu`` lane has it. Its
+  kernels run as they are launched: it begins when launching it did, and ends no earlier.
 - *Link.* A copy takes as long as the plan has it, on its direction's stream (:class:`TimedEngine`).
 - *Host kernels.* They sleep, so that they take no core from the threads that are measured (:class:`TimedKernels`), as
   long as the host's profile says without Python's share: that is real. They are given as many rows as the plan expects.
@@ -19,6 +20,7 @@ Time is the clock's: on a machine that has other things to do, all of it takes l
 from __future__ import annotations
 
 import ctypes
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -99,9 +101,10 @@ class TimedStream:
         """When something given to it now would begin."""
         return max(self.free_at, time.perf_counter())
 
-    def take(self, seconds: float) -> None:
-        """One more piece of work."""
-        self.free_at = self.now() + seconds
+    def take(self, seconds: float, *, since: float = math.inf) -> None:
+        """One more piece of work, given piece by piece ``since`` then or at once."""
+        now = time.perf_counter()
+        self.free_at = max(max(self.free_at, min(since, now)) + seconds, now)
         self.given_seconds += seconds
 
 
@@ -184,11 +187,13 @@ class TimedClock(LaneClock):
         self.in_backward = False
         self.launch = LaunchTimes()
         """What the thread that launches works, task by task."""
+        self._launching_since = time.perf_counter()
 
     def give(self, name: str) -> None:
         """To the compute stream; a layer's forward is within backward a recompute."""
         again = self._seconds.get(f"{name} again") if self.in_backward else None
-        self._compute.take(again if again is not None else self._seconds.get(name, 0.0))
+        self._compute.take(again if again is not None else self._seconds.get(name, 0.0), since=self._launching_since)
+        self._launching_since = time.perf_counter()
 
     def computed(self, name: str) -> None:
         """See :class:`meft.runtime.device.timeline.LaneClock`."""
@@ -200,6 +205,11 @@ class TimedClock(LaneClock):
         elif name == "backward 0":
             self.in_backward = False
         super().computed(name)
+
+    def resume(self) -> None:
+        """See :class:`meft.runtime.device.timeline.LaneClock`."""
+        super().resume()
+        self._launching_since = time.perf_counter()
 
 
 class TimedEngine(TransferEngine):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
-from timed_device import small_batch, timed_session
+from timed_device import TimedStream, small_batch, timed_session
 
 import meft
 from meft.planner.predict.prediction import ProfileSet, simulated_tasks
@@ -61,6 +63,19 @@ def test_a_step_gives_each_lane_the_work_that_is_planned(choice: dict[str, objec
         given = given_seconds(session)
 
     assert given == pytest.approx(planned, rel=1e-6)
+
+
+def test_a_piece_of_work_begins_when_launching_it_did_and_ends_no_earlier(monkeypatch) -> None:
+    """It is 100: what was launched since 90 has 4 seconds of work and ends with its launching, what has 30 at 120; of
+    a stream that is free at 130, behind that."""
+    monkeypatch.setattr("time.perf_counter", lambda: 100.0)
+    ends = []
+    for free_at, seconds, since in ((0.0, 4.0, 90.0), (0.0, 30.0, 90.0), (130.0, 4.0, 90.0), (0.0, 4.0, math.inf)):
+        stream = TimedStream()
+        stream.free_at = free_at
+        stream.take(seconds, since=since)
+        ends.append(stream.free_at)
+    assert ends == [100.0, 120.0, 134.0, 104.0]
 
 
 def given_seconds(session: Session) -> dict[Lane, float]:
