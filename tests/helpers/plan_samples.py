@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from meft.planner.models.architecture import ModelShape
 from meft.planner.predict.prediction import ProfileSet, predict
@@ -198,3 +200,13 @@ def _transfer(plan: Plan, rows_per_step: Sequence[Sequence[int]]) -> ObservedTra
         nvml_tx_bytes=None,
         nvml_source="there is no GPU",
     )
+
+
+def shallow_model(folder: Path) -> Path:
+    """A folder with the config of a LLaMA of three layers, each a fifth of the paper's wide: comparing methods on it
+    simulates a tenth of the events."""
+    sizes = {"hidden_size": 896, "intermediate_size": 2400, "num_hidden_layers": 3, "num_attention_heads": 14}
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from plan_samples import sample_plan, sample_report
+from plan_samples import sample_plan, sample_report, shallow_model
 
 import meft.planner.front.request as front_request
 from meft.planner.base.errors import EXIT_DONE, EXIT_INFEASIBLE, EXIT_UNEXPECTED, EXIT_USAGE
@@ -384,9 +384,11 @@ def test_an_estimate_answers_the_commonest_question_as_compare_does() -> None:
     assert "fits              yes: 10.06 GiB" in result.stdout
     assert "checkpointing: on, chosen as compare does: without it 47.29 GiB" in result.stdout
     assert "sdpa attention, no dropout, nf4 weights, fp32 adapter: chosen as compare does" in result.stdout
-    content = estimated("--method", "qlora", *MISTRAL)
+    shallow = str(shallow_model(Path("shallow")))
+    small = ["--model", shallow, "--seq-len", "2048", "--gpu-mem", "4.5GB", "--host-mem", "64GB"]
+    content = estimated("--method", "qlora", *small)
     assert content["activation_checkpointing"]
-    compared = json.loads(run("compare", *MISTRAL, "--grad-accum", "1", "--json").stdout)
+    compared = json.loads(run("compare", *small, "--grad-accum", "1", "--json").stdout)
     usual = {row["method"]: row["usual"] for row in compared["rows"]}["qlora"]
     assert {name: value for name, value in content.items() if name != "chosen"} == {
         name: value for name, value in usual.items() if name != "chosen"
@@ -598,17 +600,27 @@ def test_a_target_of_another_architecture_is_passed_over_and_said() -> None:
     assert "target c_attn: qwen2.5-0.5b has no such layer" in " ".join(result.stdout.split())
 
 
-def test_compare_shows_every_method() -> None:
-    result = run("compare", "--gpu-mem", "24GB", "--host-mem", "64GB")
+def test_compare_shows_every_method_and_writes_no_plan() -> None:
+    result = run("compare", "--model", str(shallow_model(Path("shallow"))), "--gpu-mem", "4GB", "--host-mem", "64GB")
     assert result.exit_code == EXIT_DONE, result.output
     for method in ("meft", "parallel-adapter", "lora", "qlora", "full"):
         assert result.stdout.count(f"\n  {method} ") == 2  # at the usual size, and at the largest
+    assert not Path("plan.json").exists()
 
 
 def test_compare_shows_the_same_configurations_at_every_budget() -> None:
     shown = []
-    for budget in ("3GB", "24GB"):
-        small = ["--model", "qwen2.5-0.5b", "--gpu-mem", budget, "--host-mem", "64GB", "--top-k", "64"]
+    for budget in ("2GB", "24GB"):
+        small = [
+            "--model",
+            str(shallow_model(Path("shallow"))),
+            "--gpu-mem",
+            budget,
+            "--host-mem",
+            "64GB",
+            "--top-k",
+            "64",
+        ]
         rows = json.loads(run("compare", *small, "--json").stdout)["rows"]
         configurations = {row["method"]: row["usual_configurations"] for row in rows}
         assert all(len(each) == 2 for each in configurations.values())
@@ -623,13 +635,9 @@ def test_compare_shows_the_same_configurations_at_every_budget() -> None:
     assert shown[0] == shown[1]
 
 
-def test_compare_writes_no_plan() -> None:
-    run("compare", "--model", "qwen2.5-0.5b", "--gpu-mem", "24GB", "--host-mem", "64GB", "--top-k", "64")
-    assert not Path("plan.json").exists()
-
-
 def test_compare_as_json_says_what_binds_where_meft_does_not_fit() -> None:
-    result = run("compare", "--gpu-mem", "24GB", "--host-mem", "100MB", "--json")
+    small = ["--model", str(shallow_model(Path("shallow"))), "--gpu-mem", "4GB", "--host-mem", "8MB"]
+    result = run("compare", *small, "--json")
     rows = {row["method"]: row for row in json.loads(result.stdout)["rows"]}
     assert rows["meft"]["largest"] is None
     assert rows["meft"]["largest_because"].startswith("host memory: ")

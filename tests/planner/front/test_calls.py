@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from plan_samples import sample_plan, sample_report
+from plan_samples import sample_plan, sample_report, shallow_model
 
 import meft
 from meft.planner.cli.estimate import estimate_command
@@ -94,7 +94,8 @@ def test_an_estimate_is_the_commands(method: Any, arguments: dict[str, Any]) -> 
 
 
 def test_a_comparison_is_the_commands() -> None:
-    assert of(meft.compare(**SMALL)) == commanded("compare", *options_of(SMALL))
+    small = SMALL | {"model": str(shallow_model(Path("shallow")))}
+    assert of(meft.compare(**small)) == commanded("compare", *options_of(small))
 
 
 def test_an_audit_is_the_commands() -> None:
@@ -248,7 +249,7 @@ def test_records_show_themselves_as_tables() -> None:
     estimate = meft.estimate("lora", rank=8, model="qwen2.5-0.5b")
     assert "lora on qwen2.5-0.5b, rank 8" in estimate._repr_html_()
     assert f"{estimate.trainable_parameters:,}" in estimate._repr_html_()
-    compared = meft.compare(**SMALL)._repr_html_()
+    compared = meft.compare(**SMALL | {"model": str(shallow_model(Path("shallow")))})._repr_html_()
     assert [compared.count(f">{method}</td>") for method in ("meft", "parallel-adapter", "lora", "full")] == [1] * 4
     audited = meft.audit(sample_plan(), sample_report(sample_plan()))._repr_html_()
     assert "h2d_bytes_given_rows" in audited

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_samples import sample_plan, sample_profiles, sample_request
+from plan_samples import sample_plan, sample_profiles, sample_request, shallow_model
 from planner_records import launching
 
 from meft.planner.base.errors import UsageError
@@ -43,6 +44,13 @@ def llama() -> Request:
         host_mem_bytes=64 * GIB,
         host_mem_basis="given",
     )
+
+
+@pytest.fixture(scope="module")
+def shallow(llama: Request) -> Request:
+    """Three of its layers on a card that holds as little more: a tenth of the events."""
+    shape = llama.model.model_copy(update={"num_layers": 3})
+    return llama.model_copy(update={"model": shape, "gpu_mem_bytes": 5 * GIB})
 
 
 def setup_of(request: Request, method: str, **changes) -> TrainingSetup:
@@ -217,15 +225,15 @@ def compared(request: Request, method: str) -> MethodRow:
 
 
 @pytest.mark.parametrize(("method", "step"), [("lora", 1), ("qlora", 1), ("parallel-adapter", 64)])
-def test_the_largest_fits_and_one_more_does_not(llama: Request, method: str, step: int) -> None:
-    largest = compared(llama, method).largest
+def test_the_largest_fits_and_one_more_does_not(shallow: Request, method: str, step: int) -> None:
+    largest = compared(shallow, method).largest
     assert largest is not None
     assert largest.size is not None
     assert largest.fits
     for checkpointing in (False, True):
-        setup = setup_of(llama, method, activation_checkpointing=checkpointing)
+        setup = setup_of(shallow, method, activation_checkpointing=checkpointing)
         assert largest.size + step in candidate_sizes(setup)
-        assert not estimated(llama, sized(setup, largest.size + step)).fits
+        assert not estimated(shallow, sized(setup, largest.size + step)).fits
 
 
 def test_nothing_fits_a_tiny_card(llama: Request) -> None:
@@ -240,7 +248,7 @@ def test_nothing_fits_a_tiny_card(llama: Request) -> None:
 @settings(max_examples=5)
 @given(st.integers(14, 30), st.integers(0, 8))
 def test_more_memory_never_makes_the_largest_smaller(budget_gib: int, more_gib: int) -> None:
-    shape, _, _ = load_model("qwen2.5-0.5b")
+    shape = load_model("qwen2.5-0.5b")[0].model_copy(update={"num_layers": 4})
     request = sample_request(model=shape, batch_size=2, seq_len=64, activation_checkpointing=False)
     found = []
     for eighths in (budget_gib, budget_gib + more_gib):
@@ -282,8 +290,14 @@ def test_bad_targets_are_refused(llama: Request) -> None:
         resolve_targets(llama.model, ["c_attn"])
 
 
-def test_every_method_has_its_row() -> None:
-    options = {"model": "smollm2-135m", "gpu": "emulated", "gpu_mem": GIB, "host_mem": 4 * GIB, "batch_size": 1}
+def test_every_method_has_its_row(tmp_path: Path) -> None:
+    options = {
+        "model": str(shallow_model(tmp_path)),
+        "gpu": "emulated",
+        "gpu_mem": GIB,
+        "host_mem": 4 * GIB,
+        "batch_size": 1,
+    }
     nothing = dict.fromkeys(("host", "link", "sparsity", "weights_dtype", "double_quant", "adapter_dtype"))
     fields = options | nothing | {"seq_len": 64, "grad_accum": 2, "attention": "sdpa", "activation_checkpointing": None}
     comparison = compare_methods(planning(RequestOptions.taken_from(fields)))
