@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -33,11 +34,13 @@ ADAMW_BYTES = 7 * 4
 def seconds_in_turn(competitors: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each competitor in each round, after one unmeasured round.
 
-    Each starts on a quiet machine: OpenMP's threads spin for milliseconds after torch's work, on another's core.
+    Each starts on a quiet machine: OpenMP's threads spin for milliseconds after torch's work, on another's core. Who
+    begins is drawn for each round: the next finds in the cache what the one before has read.
     """
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    draw = random.Random(0)
     for round_ in range(rounds + 1):
-        for name, work in competitors.items():
+        for name, work in draw.sample(list(competitors.items()), len(competitors)):
             time.sleep(0.02)
             started = time.perf_counter()
             work()
