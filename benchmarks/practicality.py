@@ -21,8 +21,7 @@ that takes no time, which tells what the thread that launches needs for each tas
 twenty times as long, and what a busy machine adds to it is a twentieth as much of it.
 
 Run it on a machine with nothing else to do, or as ``nice -n -15``.
-Committed: ``benchmarks/practicality_results.jsonl`` (before launching was in the prediction) and
-``practicality_slow_python_results.jsonl``.
+Committed: ``benchmarks/practicality_results.jsonl``.
 """
 
 from __future__ import annotations
