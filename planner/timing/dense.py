@@ -84,7 +84,7 @@ def _launching_seconds(
     setup: TrainingSetup, request: Request, added: _Layer, launch: KernelLaunchSeconds, frozen_layers: int
 ) -> float:
     """``f * (L * (forward's kernels, twice with recompute) + outer ones) + b * (backward's kernels)``, where ``f`` and
-    ``b`` are seconds for each. The optimizer's few are left out."""
+    ``b`` are seconds for each. The optimizer's few are left out, and those that write quantized weights out."""
     element_bytes, outer = COMPUTE_DTYPE_BYTES[request.weights_dtype], OUTER[family_of(request.model)]
     kernels = layer_kernels(request.model, element_bytes=element_bytes, attention=request.attention)
     num_layers, times = request.model.num_layers, 2 if setup.activation_checkpointing else 1

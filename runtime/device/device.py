@@ -133,7 +133,20 @@ class EmulatedDevice:
         return MemoryPeaks(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes, by_category)
 
 
-class BareDevice(EmulatedDevice):
+class _Unbooked:
+    """Where nobody keeps books of whose memory is whose."""
+
+    def host(self) -> AbstractContextManager[object]:
+        """Nothing is booked."""
+        return nullcontext()
+
+    def category(self, name: str) -> AbstractContextManager[object]:
+        """Nothing is booked."""
+        del name
+        return nullcontext()
+
+
+class BareDevice(_Unbooked, EmulatedDevice):
     """The CPU without a device's books, where they would take longer than what they are about."""
 
     name = "this machine's CPU, nothing booked"
@@ -143,15 +156,6 @@ class BareDevice(EmulatedDevice):
 
     def scope(self) -> AbstractContextManager[object]:
         """Nothing is booked."""
-        return nullcontext()
-
-    def host(self) -> AbstractContextManager[object]:
-        """Nothing is booked."""
-        return nullcontext()
-
-    def category(self, name: str) -> AbstractContextManager[object]:
-        """Nothing is booked."""
-        del name
         return nullcontext()
 
     def adopt(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -178,8 +182,9 @@ def _quantization_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
             state = getattr(state, "state2", None)
 
 
-class CudaDevice:
-    """A CUDA device, by default the current one, its caching allocator limited to the plan's budget."""
+class CudaDevice(_Unbooked):
+    """A CUDA device, by default the current one, its caching allocator limited to the plan's budget. Its tensors name
+    their device themselves, and the allocator keeps no categories."""
 
     kind: Literal["cuda", "emulated"] = "cuda"
 
@@ -196,15 +201,6 @@ class CudaDevice:
     def scope(self) -> AbstractContextManager[object]:
         """CUDA tensors name their device themselves."""
         return cuda_out_of_memory(self.budget_bytes)
-
-    def host(self) -> AbstractContextManager[object]:
-        """CUDA tensors name their device themselves."""
-        return nullcontext()
-
-    def category(self, name: str) -> AbstractContextManager[object]:
-        """The CUDA allocator does not keep categories."""
-        del name
-        return nullcontext()
 
     def adopt(self, module: torch.nn.Module) -> torch.nn.Module:
         """Move the module to the GPU."""

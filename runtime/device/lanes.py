@@ -307,9 +307,7 @@ class Overlapped:
         for lane in self._asleep:
             self._sleeps_on[lane].release()
         self._asleep.clear()
-        for told in self._callers:
-            if told.locked():
-                told.release()
+        _release(self._callers)
 
 
 def _held() -> threading.Lock:
@@ -319,7 +317,8 @@ def _held() -> threading.Lock:
     return lock
 
 
-def _release(locks: list[threading.Lock]) -> None:
+def _release(locks: list[threading.Lock] | set[threading.Lock]) -> None:
+    """Wake who sleeps on them, unless somebody has, and forget them."""
     for lock in locks:
         if lock.locked():
             lock.release()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from rank_checks import until
 
 from meft.runtime.device.lanes import WORKERS, Job, Overlapped, Sequential
 
@@ -170,13 +171,11 @@ def test_whoever_waits_is_told_when_the_schedule_ends(how) -> None:
     callers = [threading.Thread(target=ask, args=(wait,), daemon=True) for wait in waits]
     for caller in callers:
         caller.start()
-    while len(never.callers) < 2:
-        pass
+    until(lambda: len(never.callers) == 2)
     if how == "closing":
         closing = threading.Thread(target=lanes.close)
         closing.start()
-        while not lanes.ended():
-            pass
+        until(lanes.ended)
     gate.set()
     for caller in callers:
         in_time(caller.join)
